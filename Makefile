@@ -1,0 +1,33 @@
+# make demo   the main job on a real model, end to end
+# make test   build, linters and all tests
+# Everything is installed into .venv; the wheel of llama-cpp-python is kept in the user's cache.
+PYTHON ?= python3
+VENV   ?= .venv
+MODELS ?= models
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+.PHONY: all demo test lint bench clean
+
+all: $(STAMP)
+
+$(STAMP): pyproject.toml CMakeLists.txt tools/install.sh $(wildcard cpp/*.cpp cpp/*.h cpp/*.def cpp/formats/*.h)
+	PYTHON=$(PYTHON) VENV=$(VENV) sh tools/install.sh
+	touch $@
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/clang-format --dry-run --Werror tools/install.sh $(wildcard cpp/*.cpp cpp/*.h cpp/formats/*.h)
+
+test: $(STAMP) lint
+	$(BIN)/python -m pytest
+	RAMGGUF_ISA=baseline $(BIN)/python -m pytest
+
+demo: $(STAMP)
+	$(BIN)/python tools/demo.py --models $(MODELS)
+
+clean:
+	rm -rf build $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,7 @@
+#include "bindings.h"
+
+namespace ramgguf {
+
+void bind_gguf(pybind11::module_&) {}
+
+}  // namespace ramgguf

@@ -1,0 +1,25 @@
+"""What can go wrong: every error that is the user's to fix derives from RamggufError."""
+
+
+class RamggufError(Exception):
+    """An error with a message for the user: what thing, what was found, what was expected, what to do."""
+
+
+class GGUFError(RamggufError):
+    """A GGUF file is malformed, of an unsupported kind, or cannot be read or written."""
+
+
+class FormatError(RamggufError):
+    """A block format is unknown, or does not suit a tensor."""
+
+
+class BudgetError(RamggufError):
+    """No plan fits the budget, or the budget cannot be understood."""
+
+
+class PlanError(RamggufError):
+    """A plan, measurement or sensitivity file is malformed or belongs to another model."""
+
+
+class EngineError(RamggufError):
+    """llama.cpp is missing, refused a model, or crashed."""

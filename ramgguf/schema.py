@@ -1,0 +1,192 @@
+"""The values that pass between stages, and their files on disk: JSON with a schema name and version."""
+
+import hashlib
+import math
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ramgguf.errors import PlanError
+
+
+class _Value(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+NonNegative = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(gt=0)]
+
+
+class Document(_Value):
+    """A value that is a file: `save` and `load` go through JSON and check name and version."""
+
+    KIND: ClassVar[str]
+    VERSION: ClassVar[int] = 1
+
+    def to_json(self) -> str:
+        """Return the JSON text, headed by its schema: {"schema": "ramgguf.plan/1", ...}."""
+        body = self.model_dump_json(indent=1, exclude_none=False)
+        return f'{{\n "schema": "ramgguf.{self.KIND}/{self.VERSION}",{body[1:]}\n'
+
+    @classmethod
+    def from_json(cls, text: str, *, name: str = "the text") -> Self:
+        """Return the value that to_json wrote. Raises PlanError that names what is wrong."""
+        import json
+
+        try:
+            data = json.loads(text)
+        except ValueError as e:
+            raise PlanError(f"{name} is not JSON ({e}); was it cut short?") from None
+        found = data.pop("schema", None) if isinstance(data, dict) else None
+        expected = f"ramgguf.{cls.KIND}/{cls.VERSION}"
+        if found != expected:
+            raise PlanError(f"{name}: schema is {found!r}, expected {expected!r}")
+        try:
+            return cls.model_validate_json(json.dumps(data))
+        except ValidationError as e:
+            first = e.errors()[0]
+            where = ".".join(str(p) for p in first["loc"])
+            raise PlanError(f"{name}: {where}: {first['msg']}") from None
+
+    def save(self, path: Path) -> None:
+        """Write the JSON to path, whole or not at all."""
+        import os
+
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        temporary.write_text(self.to_json())
+        temporary.replace(path)
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Return the value in the file. Raises PlanError when it is unreadable or malformed."""
+        try:
+            text = path.read_text()
+        except (OSError, UnicodeDecodeError) as e:
+            raise PlanError(f"{path}: cannot be read: {e}") from None
+        return cls.from_json(text, name=str(path))
+
+
+class Source(_Value):
+    """Which model a value was made from; header_sha256 and n_bytes tell models apart quickly."""
+
+    path: str
+    n_bytes: Positive
+    header_sha256: str
+    data_sha256: str | None = None
+    architecture: str
+    name: str | None = None
+
+
+class Point(_Value):
+    """One point of a tensor's rate–distortion curve: what the tensor costs and loses in a format."""
+
+    format: str
+    n_bytes: Positive
+    nmse: Annotated[float, Field(ge=0)]
+    max_error: Annotated[float, Field(ge=0)]
+
+    @property
+    def sqnr_db(self) -> float:
+        """SQNR = −10 log10(NMSE) in dB; infinite for a lossless format."""
+        return -10 * math.log10(self.nmse) if self.nmse > 0 else math.inf
+
+
+class TensorMeasurement(_Value):
+    """What is known of one tensor: its statistics and its rate–distortion curve.
+
+    shape is in ggml's order (row length first). points lists the candidates by ascending bytes,
+    the source's own format included; excluded says why a format of the pass is no candidate.
+    kept says why the tensor is not quantized at all (then points holds the source format only).
+    """
+
+    name: str
+    shape: tuple[Positive, ...]
+    role: str
+    layer: int | None
+    source_format: str
+    n_bytes: Positive
+    sum_squares: Annotated[float, Field(ge=0)]
+    max_abs: Annotated[float, Field(ge=0)]
+    excess_kurtosis: float
+    points: tuple[Point, ...]
+    excluded: dict[str, str] = {}
+    kept: str | None = None
+
+    @property
+    def n_weights(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def row_length(self) -> int:
+        return self.shape[0]
+
+
+class Measurement(Document):
+    """The rate–distortion curves of a whole model."""
+
+    KIND: ClassVar[str] = "measurement"
+
+    ramgguf_version: str
+    source: Source
+    encoder: Literal["rtn", "search"]
+    formats: tuple[str, ...]
+    n_overhead_bytes: NonNegative
+    alignment: Positive
+    n_layers: int | None
+    tensors: tuple[TensorMeasurement, ...]
+    seconds: float = 0.0
+
+    @property
+    def n_weights(self) -> int:
+        return sum(t.n_weights for t in self.tensors)
+
+
+class Assignment(_Value):
+    """What the plan gives one tensor; nmse is the measured one, cost its share of the objective."""
+
+    name: str
+    role: str
+    source_format: str
+    format: str
+    n_weights: Positive
+    n_bytes: Positive
+    nmse: Annotated[float, Field(ge=0)]
+    cost: Annotated[float, Field(ge=0)]
+    note: str | None = None
+
+
+class Plan(Document):
+    """A format for every tensor, with what it costs, what it loses and how near the optimum it is.
+
+    n_bytes is the whole output file; gap is the proven relative optimality gap of the objective.
+    """
+
+    KIND: ClassVar[str] = "plan"
+
+    ramgguf_version: str
+    source: Source
+    encoder: Literal["rtn", "search"]
+    objective: str
+    budget: Positive
+    n_bytes: Positive
+    n_overhead_bytes: NonNegative
+    total_cost: Annotated[float, Field(ge=0)]
+    gap: Annotated[float, Field(ge=0)]
+    min_sqnr_db: float
+    assignments: tuple[Assignment, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def n_weights(self) -> int:
+        return sum(a.n_weights for a in self.assignments)
+
+    @property
+    def bpw(self) -> float:
+        """Bits per weight of the tensors' data."""
+        return 8 * sum(a.n_bytes for a in self.assignments) / self.n_weights
+
+    def sha256(self) -> str:
+        """Return the hash of what decides the output's bytes: encoder and tensor–format pairs."""
+        text = "\n".join([self.encoder, *(f"{a.name}={a.format}" for a in self.assignments)])
+        return hashlib.sha256(text.encode()).hexdigest()

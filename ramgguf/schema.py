@@ -1,4 +1,4 @@
-"""The values that pass between stages, and their files on disk: JSON with a schema name and version."""
+"""The values that pass between stages, and their files: JSON with a schema name and version."""
 
 import hashlib
 import math
@@ -79,7 +79,7 @@ class Source(_Value):
 
 
 class Point(_Value):
-    """One point of a tensor's rate–distortion curve: what the tensor costs and loses in a format."""
+    """One point of a tensor's rate–distortion curve: its bytes and loss in a format."""
 
     format: str
     n_bytes: Positive
@@ -156,6 +156,14 @@ class Assignment(_Value):
     note: str | None = None
 
 
+class NextPercent(_Value):
+    """What one percent more budget would buy: the cost then, and how many formats change."""
+
+    n_bytes: Positive
+    total_cost: Annotated[float, Field(ge=0)]
+    n_changes: NonNegative
+
+
 class Plan(Document):
     """A format for every tensor, with what it costs, what it loses and how near the optimum it is.
 
@@ -175,6 +183,7 @@ class Plan(Document):
     gap: Annotated[float, Field(ge=0)]
     min_sqnr_db: float
     assignments: tuple[Assignment, ...]
+    next_percent: NextPercent | None = None
     notes: tuple[str, ...] = ()
 
     @property

@@ -15,6 +15,7 @@ class _Value(BaseModel):
 
 
 NonNegative = Annotated[int, Field(ge=0)]
+Encoder = Literal["rtn", "search"]
 Positive = Annotated[int, Field(gt=0)]
 
 
@@ -129,7 +130,7 @@ class Measurement(Document):
 
     ramgguf_version: str
     source: Source
-    encoder: Literal["rtn", "search"]
+    encoder: Encoder
     formats: tuple[str, ...]
     n_overhead_bytes: NonNegative
     alignment: Positive
@@ -174,7 +175,7 @@ class Plan(Document):
 
     ramgguf_version: str
     source: Source
-    encoder: Literal["rtn", "search"]
+    encoder: Encoder
     objective: str
     budget: Positive
     n_bytes: Positive

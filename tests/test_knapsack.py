@@ -30,7 +30,9 @@ def exhaustive(items: list[list[Choice]], capacity: int) -> float:
 
 @settings(max_examples=300, deadline=None)
 @given(problems)
-def test_no_selection_is_cheaper_than_the_solution(problem: tuple[list[list[Choice]], float]) -> None:
+def test_no_selection_is_cheaper_than_the_solution(
+    problem: tuple[list[list[Choice]], float],
+) -> None:
     items, fraction = problem
     low, high = smallest(items), sum(max(c.n_bytes for c in item) for item in items)
     capacity = low + int(fraction * (high - low))

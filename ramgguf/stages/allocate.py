@@ -61,7 +61,7 @@ def allocate(
     budget: int,
     *,
     objective_name: str = "weighted",
-    constraints: Constraints = Constraints(),  # noqa: B008 (frozen)
+    constraints: Constraints = Constraints(),
 ) -> Plan:
     """Return the plan of least cost whose output file has at most `budget` bytes.
 

@@ -16,7 +16,11 @@ BPW = {
     "Q8_0": 8.5,
 }
 SOURCE = Source(
-    path="model-f16.gguf", n_bytes=10**9, header_sha256="0" * 64, architecture="llama", name="made up"
+    path="model-f16.gguf",
+    n_bytes=10**9,
+    header_sha256="0" * 64,
+    architecture="llama",
+    name="made up",
 )
 
 

@@ -10,7 +10,7 @@ from synthetic import BPW, measurement
 
 import ramgguf
 from ramgguf.errors import BudgetError, PlanError
-from ramgguf.objectives import OBJECTIVES, Depth, objective
+from ramgguf.objectives import OBJECTIVES, Shape, objective
 from ramgguf.report.plans import tensor_types
 from ramgguf.schema import Plan
 from ramgguf.stages.allocate import padded
@@ -103,7 +103,7 @@ def test_only_the_formats_asked_for_are_used() -> None:
 
 
 def test_the_published_objective_has_the_published_priors() -> None:
-    ram, depth = objective("ram"), Depth(MODEL.n_layers)
+    ram, shape = objective("ram"), Shape.of(MODEL)
     by_name = {t.name: t for t in MODEL.tensors}
     priors = {
         "token_embd.weight": 10,
@@ -113,7 +113,7 @@ def test_the_published_objective_has_the_published_priors() -> None:
     }
     for name, prior in priors.items():
         point = by_name[name].points[0]
-        assert ram(by_name[name], point, depth) == pytest.approx(prior * point.nmse**0.5)
+        assert ram(by_name[name], point, shape) == pytest.approx(prior * point.nmse**0.5)
 
 
 def test_an_unknown_objective_names_the_known_ones() -> None:

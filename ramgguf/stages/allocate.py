@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ramgguf.errors import BudgetError, PlanError
 from ramgguf.knapsack import Choice, Solution, smallest, solve
-from ramgguf.objectives import Depth, objective
+from ramgguf.objectives import Shape, objective
 from ramgguf.schema import (
     Assignment,
     Measurement,
@@ -139,12 +139,12 @@ def _items(
     measurement: Measurement, candidates: Sequence[_Candidates], objective_name: str
 ) -> list[list[Choice]]:
     cost = objective(objective_name)
-    depth = Depth(measurement.n_layers)
+    shape = Shape.of(measurement)
     return [
         [
             Choice(
                 padded(p.n_bytes, measurement.alignment),
-                0.0 if c.tensor.kept is not None else cost(c.tensor, p, depth),
+                0.0 if c.tensor.kept is not None else cost(c.tensor, p, shape),
             )
             for p in c.points
         ]

@@ -5,6 +5,6 @@
 """
 
 from ramgguf.api import Quantized, default_output, measure, plan, quantize
-from ramgguf.version import VERSION as __version__
+from ramgguf.version import __version__
 
 __all__ = ["Quantized", "__version__", "default_output", "measure", "plan", "quantize"]

@@ -6,7 +6,6 @@ import re
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from synthetic import BPW, measurement
 
 import ramgguf
 from ramgguf.errors import BudgetError, PlanError
@@ -14,6 +13,7 @@ from ramgguf.objectives import OBJECTIVES, Shape, objective
 from ramgguf.report.plans import tensor_types
 from ramgguf.schema import Plan
 from ramgguf.stages.allocate import padded
+from synthetic import BPW, measurement
 
 MODEL = measurement()
 SMALLEST = ramgguf.plan(MODEL, "100%", formats=["Q2_K"], min_sqnr_db=0, pins=[".=Q2_K"]).n_bytes

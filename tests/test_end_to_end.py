@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import ggml_oracle
-import llama_quantize
 import numpy as np
 import pytest
 
+import llama_quantize
 import ramgguf
 from ramgguf.gguf_io import open_gguf
 from ramgguf.report.plans import tensor_types
@@ -81,7 +81,7 @@ def test_llama_cpp_loads_it_and_generates_words(made: Made) -> None:
     program = (
         "import sys; from llama_cpp import Llama\n"
         "llama = Llama(sys.argv[1], n_ctx=128, verbose=False, seed=1, n_threads=2)\n"
-        "answer = llama.create_completion('The capital of France is', max_tokens=8, temperature=0)\n"
+        "answer = llama('The capital of France is', max_tokens=8, temperature=0)\n"
         "print(answer['choices'][0]['text'])\n"
     )
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""The main job on a real model, end to end: make, quantize, generate, score. `make demo` runs it."""
+"""The main job on a real model, end to end: `make demo` runs it."""
 
 import argparse
 import subprocess

@@ -7,7 +7,7 @@ import typer
 
 from ramgguf.cli import model_commands
 from ramgguf.errors import RamggufError
-from ramgguf.version import VERSION
+from ramgguf.version import __version__
 
 app = typer.Typer(
     name="ramgguf",
@@ -23,7 +23,7 @@ app = typer.Typer(
 @app.callback(invoke_without_command=True)
 def _root(version: bool = typer.Option(False, "--version", help="Print the version.")) -> None:
     if version:
-        typer.echo(VERSION)
+        typer.echo(__version__)
         raise typer.Exit
 
 

@@ -12,7 +12,7 @@ from ramgguf.parallel import Chunk, ordered_map, row_chunks
 from ramgguf.progress import Progress
 from ramgguf.roles import layer_of, never_quantized, role_of
 from ramgguf.schema import Encoder, Measurement, Point, Source, TensorMeasurement
-from ramgguf.version import VERSION
+from ramgguf.version import __version__
 
 # What weights may be stored in to be quantized; Q8_0 only when asked for.
 FLOAT_FORMATS = ("F32", "F16", "BF16")
@@ -75,7 +75,7 @@ def measure(
         progress.finish()
     tied = not any(role_of(t.name, file.architecture) == "head" for t in file.tensors)
     return Measurement(
-        ramgguf_version=VERSION,
+        ramgguf_version=__version__,
         source=_source(file, data.hexdigest()),
         encoder=encoder,
         formats=names,

@@ -14,7 +14,7 @@ from ramgguf.gguf_write import GGUFOutput, Override
 from ramgguf.parallel import Chunk, ordered_map, row_chunks
 from ramgguf.progress import Progress
 from ramgguf.schema import Assignment, Plan
-from ramgguf.version import VERSION
+from ramgguf.version import __version__
 
 # Errors are sums in the same order as those measured, so the two agree to the last bits.
 NMSE_TOLERANCE = 1e-9
@@ -41,7 +41,7 @@ def overrides_for(plan: Plan) -> dict[str, Override]:
     return {
         "general.file_type": Override("UINT32", formats.file_type(most)),
         "general.quantization_version": Override("UINT32", formats.QUANTIZATION_VERSION),
-        "ramgguf.version": Override("STRING", VERSION),
+        "ramgguf.version": Override("STRING", __version__),
         "ramgguf.budget": Override("UINT64", plan.budget),
         "ramgguf.plan_sha256": Override("STRING", plan.sha256()),
         "ramgguf.source_sha256": Override("STRING", plan.source.data_sha256 or "0" * 64),

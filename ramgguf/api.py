@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ramgguf import formats as _formats
-from ramgguf.errors import BudgetError, PlanError
+from ramgguf.errors import BudgetError, GGUFError, PlanError
+from ramgguf.files import refuse_existing, require_disk_space
 from ramgguf.gguf_io import GGUFFile, open_gguf
-from ramgguf.gguf_write import planned_overhead_bytes
+from ramgguf.gguf_layout import planned_header_bytes
 from ramgguf.parallel import default_threads
 from ramgguf.progress import Progress, Silent
 from ramgguf.schema import Encoder, Measurement, Plan
@@ -56,10 +57,10 @@ def measure(
     """
     for name in formats or ():
         _formats.get(name)
-    with open_gguf(Path(model)) as file:
+    with open_gguf(Path(model), kind_check=True) as file:
         return _measure.measure(
             file,
-            n_overhead_bytes=_overhead_bytes(file, None),
+            n_overhead_bytes=_overhead_bytes(file),
             wanted=formats,
             encoder=encoder,
             allow_requantize=allow_requantize,
@@ -85,15 +86,20 @@ def plan(
     """
     if not isinstance(measurement, Measurement):
         measurement = Measurement.load(Path(measurement))
+    n_bytes = _budget_bytes(budget, measurement.n_weights, measurement.source.n_bytes)
+    constraints = _constraints(min_sqnr_db, formats, pins)
     return _allocate.allocate(
-        measurement,
-        _budget_bytes(budget, measurement),
-        objective_name=objective,
-        constraints=_allocate.Constraints(
-            min_sqnr_db=min_sqnr_db,
-            formats=None if formats is None else frozenset(formats),
-            pins=tuple(_allocate.Pin.parse(pin) for pin in pins),
-        ),
+        measurement, n_bytes, objective_name=objective, constraints=constraints
+    )
+
+
+def _constraints(
+    min_sqnr_db: float, formats: Sequence[str] | None, pins: Sequence[str]
+) -> _allocate.Constraints:
+    return _allocate.Constraints(
+        min_sqnr_db=min_sqnr_db,
+        formats=None if formats is None else frozenset(formats),
+        pins=tuple(_allocate.Pin.parse(pin) for pin in pins),
     )
 
 
@@ -122,49 +128,72 @@ def quantize(
     default beside the model and named after the plan's bits per weight. Raises BudgetError,
     GGUFError, FormatError or PlanError; an older output is then untouched.
     """
-    if (budget is None) == (from_plan is None):
-        raise PlanError("either a budget or a plan is needed, and not both")
     clock, n_threads, shown = _Clock(), threads or default_threads(), progress or Silent()
-    with open_gguf(Path(model)) as file:
-        if output is not None:
-            _quantize.check_destination(file, Path(output), force=force)
-        if from_plan is None and measurement is None:
-            with clock.stage("measure"):
-                measurement = _measure.measure(
-                    file,
-                    n_overhead_bytes=_overhead_bytes(file, split_max_bytes),
-                    wanted=formats,
-                    encoder=encoder,
-                    allow_requantize=allow_requantize,
-                    threads=n_threads,
-                    progress=shown,
-                )
-        if from_plan is None and measurement is not None and budget is not None:
+    with open_gguf(Path(model), kind_check=True) as file:
+        if from_plan is not None and budget is None:
+            made = from_plan
+        elif from_plan is None and budget is not None:
+            n_bytes = _budget_bytes(budget, file.n_weights, file.n_bytes)
+            _check_destination(Path(output or model), output is not None and not force, n_bytes)
+            if measurement is None:
+                with clock.stage("measure"):
+                    measurement = _measure.measure(
+                        file,
+                        n_overhead_bytes=_overhead_bytes(file),
+                        wanted=formats,
+                        encoder=encoder,
+                        allow_requantize=allow_requantize,
+                        threads=n_threads,
+                        progress=shown,
+                    )
+            constraints = _constraints(min_sqnr_db, formats, pins)
             with clock.stage("plan"):
-                from_plan = plan(
-                    measurement,
-                    budget,
-                    objective=objective,
-                    min_sqnr_db=min_sqnr_db,
-                    formats=formats,
-                    pins=pins,
+                made = _plan_for_shards(
+                    file, measurement, n_bytes, objective, constraints, split_max_bytes
                 )
-        assert from_plan is not None
-        path = Path(output) if output is not None else default_output(Path(model), from_plan)
+        else:
+            raise PlanError("either a budget or a plan is needed, and not both")
+        path = Path(output) if output is not None else default_output(Path(model), made)
+        destination = _quantize.Destination(path, force, split_max_bytes)
         with clock.stage("write"):
-            paths = _quantize.quantize(
-                file,
-                from_plan,
-                _quantize.Destination(path, force, split_max_bytes),
-                threads=n_threads,
-                progress=shown,
-            )
+            paths = _quantize.quantize(file, made, destination, threads=n_threads, progress=shown)
         worst = None
         if verify:
             with clock.stage("verify"):
-                worst = _quantize.verify(file, from_plan, paths, threads=n_threads, progress=shown)
-    n_bytes = sum(p.stat().st_size for p in paths)
-    return Quantized(paths, n_bytes, from_plan, measurement, worst, clock.seconds)
+                worst = _quantize.verify(file, made, paths, threads=n_threads, progress=shown)
+    n_written = sum(p.stat().st_size for p in paths)
+    return Quantized(paths, n_written, made, measurement, worst, clock.seconds)
+
+
+def _check_destination(output: Path, must_be_new: bool, n_bytes: int) -> None:
+    """Raise GGUFError before any work when the output exists or cannot fit the disk."""
+    if must_be_new:
+        refuse_existing(output, force=False, error=GGUFError)
+    require_disk_space(output.parent, n_bytes, error=GGUFError)
+
+
+def _plan_for_shards(
+    file: GGUFFile,
+    measurement: Measurement,
+    budget: int,
+    objective: str,
+    constraints: _allocate.Constraints,
+    split_max_bytes: int | None,
+) -> Plan:
+    """Return a plan whose files together fit the budget: shards have headers of their own."""
+    for _ in range(8):
+        made = _allocate.allocate(
+            measurement, budget, objective_name=objective, constraints=constraints
+        )
+        if split_max_bytes is None:
+            return made
+        destination = _quantize.Destination(Path("x.gguf"), False, split_max_bytes)
+        missed = _quantize.planned_layout(file, made, destination).n_bytes - made.n_bytes
+        if missed == 0:
+            return made
+        overhead = measurement.n_overhead_bytes + missed
+        measurement = measurement.model_copy(update={"n_overhead_bytes": overhead})
+    raise BudgetError("shards do not settle; raise --split-max-size")
 
 
 def default_output(model: Path, plan: Plan) -> Path:
@@ -175,18 +204,16 @@ def default_output(model: Path, plan: Plan) -> Path:
     return model.with_name(f"{stem}-ram-{plan.bpw:.2f}bpw.gguf")
 
 
-def _overhead_bytes(file: GGUFFile, split_max_bytes: int | None) -> int:
-    return planned_overhead_bytes(file, _quantize.sample_overrides(), split_max_bytes)
+def _overhead_bytes(file: GGUFFile) -> int:
+    return planned_header_bytes(file, {}, _quantize.planned_metadata(None))
 
 
-def _budget_bytes(budget: int | str, measurement: Measurement) -> int:
-    if isinstance(budget, int):
-        if budget <= 0:
-            raise BudgetError(f"budget is {budget} bytes; it must be positive")
-        return budget
-    return parse_budget(
-        budget, n_weights=measurement.n_weights, n_bytes_source=measurement.source.n_bytes
-    )
+def _budget_bytes(budget: int | str, n_weights: int, n_bytes_source: int) -> int:
+    if isinstance(budget, str):
+        return parse_budget(budget, n_weights=n_weights, n_bytes_source=n_bytes_source)
+    if budget <= 0:
+        raise BudgetError(f"budget is {budget} bytes; it must be positive")
+    return budget
 
 
 class _Clock:

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 import ramgguf
 from ramgguf.errors import BudgetError, PlanError
+from ramgguf.gguf_layout import padded
 from ramgguf.objectives import OBJECTIVES, Shape, objective
 from ramgguf.report.plans import tensor_types
 from ramgguf.schema import Plan
-from ramgguf.stages.allocate import padded
 from synthetic import BPW, measurement
 
 MODEL = measurement()

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ramgguf.errors import BudgetError, PlanError
+from ramgguf.gguf_layout import padded
 from ramgguf.knapsack import Choice, Solution, smallest, solve
 from ramgguf.objectives import Shape, objective
 from ramgguf.schema import (
@@ -128,11 +129,6 @@ def _candidates(tensor: TensorMeasurement, constraints: Constraints) -> _Candida
     safe = tuple(p for p in points if p.sqnr_db >= constraints.min_sqnr_db)
     below = tuple(p.format for p in points if p.sqnr_db < constraints.min_sqnr_db)
     return _Candidates(tensor, safe, below, None)
-
-
-def padded(n_bytes: int, alignment: int) -> int:
-    """Return n_bytes rounded up to the alignment."""
-    return -(-n_bytes // alignment) * alignment
 
 
 def _items(

@@ -122,7 +122,7 @@ def _chunks(jobs: Sequence[_Job]) -> Iterator[Chunk]:
 
 def _measure(file: GGUFFile, jobs: Sequence[_Job], chunk: Chunk, encoder: str) -> _Part:
     job = jobs[chunk.index]
-    rows = file.rows(job.tensor, chunk.start, chunk.stop)
+    rows = file.read_rows(job.tensor, chunk.start, chunk.stop)
     stats = None
     if job.tensor.type_name in (*FLOAT_FORMATS, "Q8_0"):
         stats = _core.measure(list(job.candidates), job.tensor.type_name, rows, encoder=encoder)

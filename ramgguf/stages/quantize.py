@@ -10,7 +10,9 @@ from numpy.typing import NDArray
 from ramgguf import _core, formats
 from ramgguf.errors import FormatError, GGUFError, PlanError
 from ramgguf.gguf_io import GGUFFile, TensorInfo, open_gguf
-from ramgguf.gguf_write import GGUFOutput, Override
+from ramgguf.gguf_layout import Layout, plan_layout
+from ramgguf.gguf_values import Value, string, u32, u64
+from ramgguf.gguf_write import GGUFOutput
 from ramgguf.parallel import Chunk, ordered_map, row_chunks
 from ramgguf.progress import Progress
 from ramgguf.schema import Assignment, Plan
@@ -29,23 +31,36 @@ class Destination:
     split_max_bytes: int | None = None
 
 
-def overrides_for(plan: Plan) -> dict[str, Override]:
+def planned_metadata(plan: Plan | None) -> dict[str, Value]:
     """Return the metadata that the output has and the source has not, or has otherwise.
 
-    Every value has a fixed length, so the header's bytes are known before there is a plan.
+    Every value has a fixed length: without a plan, values stand in for what it will say, so the
+    header's bytes are known before there is one.
     """
     by_format: dict[str, int] = {}
-    for a in plan.assignments:
+    for a in plan.assignments if plan else ():
         by_format[a.format] = by_format.get(a.format, 0) + a.n_bytes
-    most = max(by_format, key=lambda name: by_format[name])
+    most = max(by_format, key=lambda name: by_format[name]) if by_format else "F32"
+    unknown = "0" * 64
     return {
-        "general.file_type": Override("UINT32", formats.file_type(most)),
-        "general.quantization_version": Override("UINT32", formats.QUANTIZATION_VERSION),
-        "ramgguf.version": Override("STRING", __version__),
-        "ramgguf.budget": Override("UINT64", plan.budget),
-        "ramgguf.plan_sha256": Override("STRING", plan.sha256()),
-        "ramgguf.source_sha256": Override("STRING", plan.source.data_sha256 or "0" * 64),
+        "general.file_type": u32(formats.file_type(most)),
+        "general.quantization_version": u32(formats.QUANTIZATION_VERSION),
+        "ramgguf.version": string(__version__),
+        "ramgguf.budget": u64(plan.budget if plan else 0),
+        "ramgguf.plan_sha256": string(plan.sha256() if plan else unknown),
+        "ramgguf.source_sha256": string((plan and plan.source.data_sha256) or unknown),
     }
+
+
+def planned_layout(file: GGUFFile, plan: Plan, destination: Destination) -> Layout:
+    """Return where every byte of the planned output goes."""
+    return plan_layout(
+        destination.path,
+        file,
+        {a.name: a.format for a in plan.assignments},
+        planned_metadata(plan),
+        split_max_bytes=destination.split_max_bytes,
+    )
 
 
 def check_source(file: GGUFFile, plan: Plan) -> None:
@@ -69,19 +84,13 @@ def quantize(
     the plan is another model's, GGUFError when the output cannot be written.
     """
     check_source(file, plan)
-    output = GGUFOutput(
-        destination.path,
-        file,
-        {a.name: a.format for a in plan.assignments},
-        overrides_for(plan),
-        force=destination.force,
-        split_max_bytes=destination.split_max_bytes,
-    )
+    layout = planned_layout(file, plan, destination)
+    output = GGUFOutput(layout, file, force=destination.force)
     progress.start("quantize", sum(t.n_bytes for t in file.tensors), "bytes")
 
     def write(chunk: Chunk) -> int:
         tensor, to = file.tensors[chunk.index], plan.assignments[chunk.index].format
-        rows = file.rows(tensor, chunk.start, chunk.stop)
+        rows = file.read_rows(tensor, chunk.start, chunk.stop)
         blocks = _encoded(rows, tensor, to, plan.encoder)
         output.write_at(tensor.name, chunk.start * blocks.shape[1], blocks)
         return rows.nbytes
@@ -123,7 +132,7 @@ def verify(
     """
     worst = 0.0
     with open_gguf(paths[0]) as written:
-        if len(paths) == 1 and written.n_bytes != plan.n_bytes:
+        if written.n_bytes != plan.n_bytes:
             raise GGUFError(
                 f"{paths[0]} has {written.n_bytes} bytes, the plan {plan.n_bytes}; please report it"
             )
@@ -160,8 +169,8 @@ def _compare(
             f"{planned.name} was written as {target.type_name} {target.shape}, "
             f"planned as {planned.format} {source.shape}"
         )
-    before = file.rows(source, chunk.start, chunk.stop)
-    after = written.rows(target, chunk.start, chunk.stop)
+    before = file.read_rows(source, chunk.start, chunk.stop)
+    after = written.read_rows(target, chunk.start, chunk.stop)
     if source.type_name == target.type_name:
         if not np.array_equal(before, after):
             raise GGUFError(f"{planned.name} was to be copied, and its bytes differ")

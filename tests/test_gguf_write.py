@@ -177,7 +177,7 @@ def test_split_outputs_keep_to_their_size_and_read_as_one(small: Path, tmp_path:
         (whole,) = _write(source, tmp_path / "whole.gguf")
         limit = 450_000
         paths = _write(source, tmp_path / "out.gguf", split=limit)
-        assert [p.name for p in paths] == [f"out-{i:05d}-of-00003.gguf" for i in (1, 2, 3)]
+        assert [p.name for p in paths] == [f"out-{i:05d}-of-00004.gguf" for i in (1, 2, 3, 4)]
         assert all(p.stat().st_size <= limit for p in paths)
         with open_gguf(paths[1]) as out, open_gguf(whole) as one:
             for mine, theirs in zip(out.tensors, one.tensors, strict=True):
@@ -190,7 +190,7 @@ def test_split_outputs_keep_to_their_size_and_read_as_one(small: Path, tmp_path:
             split = {k: f for k, f in reader.fields.items() if k.startswith("split.")}
             assert {k: (f.types[0].name, f.contents()) for k, f in split.items()} == {
                 "split.no": ("UINT16", i),
-                "split.count": ("UINT16", 3),
+                "split.count": ("UINT16", 4),
                 "split.tensors.count": ("INT32", len(source.tensors)),
             }
         assert "tokenizer.ggml.tokens" not in readers[1].fields

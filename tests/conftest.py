@@ -1,9 +1,12 @@
 """Fixtures shared by all tests: real models, made once and kept in the user's cache."""
 
+import importlib
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -45,3 +48,13 @@ def smol768_bf16() -> Path:
 def smol135() -> Path:
     """The same network in F16 with rows of 576 weights, which K-quants do not suit."""
     return _real_model("smol135-f16")
+
+
+@pytest.fixture(scope="session")
+def llama_cpp() -> Iterator[ModuleType]:
+    """The low-level module of llama-cpp-python, its log silenced."""
+    module = importlib.import_module("llama_cpp")
+    silence = module.llama_log_callback(lambda level, text, data: None)
+    module.llama_log_set(silence, None)
+    yield module
+    module.llama_log_set(module.llama_log_callback(0), None)

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
@@ -198,6 +199,29 @@ def test_split_outputs_keep_to_their_size_and_read_as_one(small: Path, tmp_path:
         with open_gguf(paths[0]) as out:
             joined = write_gguf(tmp_path / "joined.gguf", out, {}, {}, lambda t, n: [])
         assert joined[0].read_bytes() == whole.read_bytes()
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("split", [None, 60_000_000])
+def test_llama_cpp_loads_what_was_written(
+    smol135: Path, tmp_path: Path, llama_cpp: ModuleType, split: int | None
+) -> None:
+    def blocks(tensor: TensorInfo, type_name: str) -> Iterator[NDArray[np.uint8]]:
+        yield _encode(source, tensor, type_name)
+
+    with open_gguf(smol135, kind_check=True) as source:
+        types = {t.name: "Q8_0" for t in source.tensors if "ffn_" in t.name and len(t.shape) == 2}
+        target = tmp_path / "out.gguf"
+        paths = write_gguf(target, source, types, OVERRIDES, blocks, split_max_bytes=split)
+        assert (len(paths) > 1) == (split is not None)
+        params = llama_cpp.llama_model_default_params()
+        model = llama_cpp.llama_model_load_from_file(bytes(paths[0]), params)
+        assert model
+        try:
+            assert llama_cpp.llama_model_n_layer(model) == source.n_layers
+            assert llama_cpp.llama_model_n_params(model) == source.n_weights
+        finally:
+            llama_cpp.llama_model_free(model)
 
 
 def test_a_limit_that_is_not_exceeded_splits_nothing(small: Path, tmp_path: Path) -> None:

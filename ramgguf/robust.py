@@ -189,18 +189,25 @@ S = TypeVar("S", bound=Sample)
 
 @dataclass(frozen=True)
 class Statistic(Generic[S]):
-    """A statistic's name in tables, its function, and the quantile it is (None: not a quantile)."""
+    """A statistic's name in tables, its function, and the quantile it is (None: not a quantile).
+
+    needs_light_tail: it averages PPL itself, so a tail without a finite variance leaves its
+    bootstrap without meaning (Athreya 1987, Annals of Statistics 15).
+    """
 
     label: str
     function: Callable[[S, FloatArray], FloatArray]
     quantile: float | None = None
+    needs_light_tail: bool = False
 
     def of(self, sample: S) -> float:
         """Return the statistic of the sample itself."""
         return float(self.function(sample, np.ones(len(sample.n_tokens))))
 
     def has_interval(self, sample: S) -> bool:
-        """Return whether a bootstrap says anything: enough sequences, and enough in the tail."""
+        """Return whether a bootstrap says anything: enough sequences, and a tame enough tail."""
+        if self.needs_light_tail and isinstance(sample, SequenceLosses) and tail(sample).heavy:
+            return False
         n = n_units(sample)
         in_tail = n if self.quantile is None else round(n * (1 - self.quantile), 9)
         return n >= MIN_UNITS and in_tail >= MIN_BEYOND
@@ -209,7 +216,7 @@ class Statistic(Generic[S]):
 STATISTICS: Mapping[str, Statistic[SequenceLosses]] = {
     "corpus_ppl": Statistic("corpus PPL", corpus_ppl),
     "median_ppl": Statistic("median PPL", median_ppl, quantile=0.5),
-    "mean_ppl": Statistic("mean PPL", mean_ppl),
+    "mean_ppl": Statistic("mean PPL", mean_ppl, needs_light_tail=True),
     "geometric_mean_ppl": Statistic("geometric mean PPL", geometric_mean_ppl),
     "p95_ppl": Statistic("P95 PPL", p95_ppl, quantile=0.95),
     "p99_ppl": Statistic("P99 PPL", p99_ppl, quantile=0.99),

@@ -11,6 +11,7 @@ from ramgguf.robust import FloatArray, IntArray, Sample, SequenceLosses, Statist
 
 _CHUNK = 1000  # resamples at once: keeps a chunk of counts in the cache
 
+CountArray = IntArray | FloatArray
 S = TypeVar("S", bound=Sample)
 
 
@@ -42,7 +43,7 @@ def resample(sample: Sample, rng: np.random.Generator, n_resamples: int = 10_000
     return drawn[:, np.unique(sample.group, return_inverse=True)[1]]
 
 
-def distribution(statistic: Statistic[S], sample: S, counts: IntArray) -> FloatArray:
+def distribution(statistic: Statistic[S], sample: S, counts: CountArray) -> FloatArray:
     """Return the statistic of every resample, float64[len(counts)]."""
     parts = [
         statistic.function(sample, counts[i : i + _CHUNK].astype(np.float64))

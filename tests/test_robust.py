@@ -189,6 +189,14 @@ def test_no_interval_is_claimed_from_a_handful_of_sequences_or_articles() -> Non
     assert not any(s.has_interval(three) for s in STATISTICS.values())
 
 
+def test_no_interval_is_claimed_for_a_mean_without_a_variance() -> None:
+    rng = np.random.default_rng(23)
+    wild = SequenceLosses(5 + rng.exponential(1.0, 200), np.ones(200, np.int64))
+    assert not STATISTICS["mean_ppl"].has_interval(wild)
+    assert STATISTICS["corpus_ppl"].has_interval(wild)
+    assert STATISTICS["mean_ppl"].has_interval(random_losses(1))
+
+
 def test_paired_difference_is_far_sharper_than_two_intervals() -> None:
     a = random_losses(2)
     rng = np.random.default_rng(3)

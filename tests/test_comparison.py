@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import published
+from made_results import eval_result, ordinary_ppl, wild_ppl
 from ramgguf.comparison import compare, compare_published
 from ramgguf.errors import ResultError
 from ramgguf.leaderboard import Aggregate, Leaderboard, Reversal, Verdict
@@ -11,7 +12,6 @@ from ramgguf.report.sentences import findings
 from ramgguf.results import BrokenSequence, EvalResult
 from ramgguf.robust import STATISTICS
 from ramgguf.summary import losses, summarize, unique_labels
-from synthetic import eval_result, ordinary_ppl, wild_ppl
 
 
 def rng() -> np.random.Generator:

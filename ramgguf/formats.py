@@ -10,8 +10,8 @@ from ramgguf.errors import FormatError
 # The layouts that block formats have had since ggml's quantization version 2 (GGML_QNT_VERSION).
 QUANTIZATION_VERSION = 2
 
-# `general.file_type` (enum llama_ftype of llama.h) of a model that is mostly of one format; K-quants
-# take the _M variety, which llama.cpp means by the plain name.
+# `general.file_type` (enum llama_ftype of llama.h) of a model that is mostly of one format.
+# K-quants take the _M variety, which llama.cpp means by the plain name.
 _FILE_TYPES = MappingProxyType(
     {
         "F32": 0,

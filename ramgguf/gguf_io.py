@@ -283,7 +283,9 @@ def require_language_model(file: GGUFFile) -> None:
     if any(key.startswith("imatrix.") for key in metadata):
         raise GGUFError(f"{path}: is {_OTHER_KINDS['imatrix']}")
     if not file.tensors:
-        raise GGUFError(f"{path}: holds a vocabulary only, no tensors: there is nothing to quantize")
+        raise GGUFError(
+            f"{path}: holds a vocabulary only, no tensors: there is nothing to quantize"
+        )
     _ = file.architecture
 
 

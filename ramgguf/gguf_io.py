@@ -5,12 +5,11 @@ Headers are read into memory once and never looked at again in the file. Tensor 
 the process with SIGBUS. `rows` is the map, for callers that own the file.
 """
 
+import contextlib
 import hashlib
 import math
 import mmap
 import os
-import re
-import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,14 +20,9 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from ramgguf._core import Header, HeaderError, scan_header
 from ramgguf.errors import GGUFError
-from ramgguf.gguf_values import GGML_TYPES, GGML_TYPES_BY_ID, Metadata, ValueType
-
-_FIRST_READ = 1 << 20
-_LONGEST_HEADER = 1 << 28  # ten times the header of any model known; bounds what a bad file costs
-_SHARD_NAME = re.compile(r"(?P<prefix>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
-_TYPE_ROWS = [(t.id, t.block_weights, t.block_bytes) for t in GGML_TYPES.values()]
+from ramgguf.gguf_shard import Shard, require_whole, shard_paths
+from ramgguf.gguf_values import GGML_TYPES_BY_ID, ValueType
 
 # What else comes as GGUF, by general.type or general.architecture.
 _OTHER_KINDS: Mapping[str, str] = {
@@ -69,84 +63,25 @@ class TensorInfo:
         return self.n_bytes // self.n_rows
 
 
-class _Shard:
-    """One open file: its descriptor, its identity when it was opened, its header."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.map: mmap.mmap | None = None
-        try:
-            # Without O_NONBLOCK, opening a FIFO would wait for ever.
-            self.fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        except (OSError, ValueError) as e:
-            raise GGUFError(f"{path}: cannot be opened: {getattr(e, 'strerror', e)}") from None
-        try:
-            self.status = os.fstat(self.fd)
-            if not stat.S_ISREG(self.status.st_mode):
-                raise GGUFError(f"{path}: is not a regular file")
-            self.n_bytes = self.status.st_size
-            self.bytes, self.header = self._read_header()
-        except BaseException:
-            os.close(self.fd)
-            raise
-        self.metadata = Metadata(self.bytes, self.header.keys)
-
-    def _read_header(self) -> tuple[bytes, Header]:
-        length = _FIRST_READ
-        while length <= _LONGEST_HEADER:
-            try:
-                data = os.pread(self.fd, length, 0)
-                header = scan_header(data, self.n_bytes, _TYPE_ROWS)
-            except OSError as e:
-                raise GGUFError(f"{self.path}: cannot be read: {e.strerror}") from None
-            except HeaderError as e:
-                raise GGUFError(f"{self.path}: {e}") from None
-            if header is not None:
-                return data[: header.info_end], header
-            if len(data) < min(length, self.n_bytes):
-                break
-            length *= 4
-        raise GGUFError(
-            f"{self.path}: the header goes on beyond {length // 4 >> 20} MiB; is the file damaged?"
+def _tensors(number: int, shard: Shard) -> list[TensorInfo]:
+    return [
+        TensorInfo(
+            name=t.name,
+            shape=t.shape,
+            type_name=GGML_TYPES_BY_ID[t.type].name,
+            type_id=t.type,
+            n_bytes=t.n_bytes,
+            shard=number,
+            offset=t.offset,
         )
-
-    def tensors(self, number: int) -> list[TensorInfo]:
-        return [
-            TensorInfo(
-                name=t.name,
-                shape=t.shape,
-                type_name=GGML_TYPES_BY_ID[t.type].name,
-                type_id=t.type,
-                n_bytes=t.n_bytes,
-                shard=number,
-                offset=t.offset,
-            )
-            for t in self.header.tensors
-        ]
-
-    def changed(self) -> bool:
-        """Whether the file, or what its path leads to, is another than when it was opened."""
-
-        def identity(s: os.stat_result) -> tuple[int, int, int, int]:
-            return s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns
-
-        return identity(os.fstat(self.fd)) != identity(self.status)
-
-    def close(self) -> None:
-        if self.map is not None:
-            try:
-                self.map.close()
-            except BufferError:  # somebody still holds rows; the map goes when they do
-                self.map = None
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+        for t in shard.header.tensors
+    ]
 
 
 class GGUFFile:
     """An open GGUF file, or all shards of one. Reads are safe from any number of threads."""
 
-    def __init__(self, shards: tuple[_Shard, ...]) -> None:
+    def __init__(self, shards: tuple[Shard, ...]) -> None:
         self._shards = shards
         first = shards[0]
         self.paths = tuple(s.path for s in shards)
@@ -154,12 +89,12 @@ class GGUFFile:
         self.metadata = first.metadata
         self.alignment = first.header.alignment
         self.version = first.header.version
-        self.tensors = tuple(t for i, s in enumerate(shards) for t in s.tensors(i))
-        self._by_name = {t.name: t for t in self.tensors}
-        if len(self._by_name) < len(self.tensors):
-            seen: set[str] = set()
-            twice = next(t for t in self.tensors if t.name in seen or seen.add(t.name))
-            raise GGUFError(f"{self.paths[twice.shard]}: tensor {twice.name!r} is in another shard")
+        self.tensors = tuple(t for i, s in enumerate(shards) for t in _tensors(i, s))
+        self._by_name: dict[str, TensorInfo] = {}
+        for tensor in self.tensors:
+            if self._by_name.setdefault(tensor.name, tensor) is not tensor:
+                path = self.paths[tensor.shard]
+                raise GGUFError(f"{path}: tensor {tensor.name!r} is in another shard, too")
 
     def __enter__(self) -> Self:
         return self
@@ -207,7 +142,7 @@ class GGUFFile:
         """SHA-256 of the header bytes of all shards, hexadecimal."""
         digest = hashlib.sha256()
         for shard in self._shards:
-            digest.update(shard.bytes)
+            digest.update(memoryview(shard.head)[: shard.header.info_end])
         return digest.hexdigest()
 
     def tensor(self, name: str) -> TensorInfo:
@@ -227,9 +162,11 @@ class GGUFFile:
         """
         n_bytes = (stop - start) * tensor.row_bytes
         buffer = np.empty(n_bytes, np.uint8) if out is None else out.reshape(-1)[:n_bytes]
+        if len(buffer) < n_bytes:
+            raise ValueError(f"a buffer of {len(buffer)} bytes cannot hold {n_bytes}")
         shard = self._shards[tensor.shard]
         offset, done = tensor.offset + start * tensor.row_bytes, 0
-        view = memoryview(buffer)
+        view = buffer.data
         while done < n_bytes:
             try:
                 n = os.preadv(shard.fd, [view[done:]], offset + done)
@@ -246,8 +183,8 @@ class GGUFFile:
     def rows(self, tensor: TensorInfo, start: int, stop: int) -> NDArray[np.uint8]:
         """Return rows start to stop as a read-only view of the mapped file.
 
-        The shape is (stop - start, row_bytes). If the file is cut short while it is mapped, touching
-        the view ends the process with SIGBUS; read_rows raises an error instead.
+        The shape is (stop - start, row_bytes). Once the file is cut short, touching the
+        view ends the process with SIGBUS; read_rows raises an error instead.
         """
         shard = self._shards[tensor.shard]
         if shard.map is None:
@@ -278,7 +215,7 @@ def require_language_model(file: GGUFFile) -> None:
     path, metadata = file.paths[0], file.metadata
     for key in ("general.type", "general.architecture"):
         value = metadata.string(key)
-        if value in _OTHER_KINDS:
+        if value is not None and value in _OTHER_KINDS:
             raise GGUFError(f"{path}: is {_OTHER_KINDS[value]} ({key} is {value!r})")
     if any(key.startswith("imatrix.") for key in metadata):
         raise GGUFError(f"{path}: is {_OTHER_KINDS['imatrix']}")
@@ -289,51 +226,19 @@ def require_language_model(file: GGUFFile) -> None:
     _ = file.architecture
 
 
-def _shard_paths(path: Path) -> tuple[Path, ...]:
-    match = _SHARD_NAME.fullmatch(path.name)
-    if match is None:
-        return (path,)
-    count = int(match["count"])
-    if not 1 <= int(match["number"]) <= count:
-        raise GGUFError(f"{path}: shard {int(match['number'])} of {count} cannot be")
-    names = (f"{match['prefix']}-{i:05d}-of-{count:05d}.gguf" for i in range(1, count + 1))
-    return tuple(path.with_name(name) for name in names)
-
-
-def _require_whole(shards: tuple[_Shard, ...]) -> None:
-    """Raise GGUFError unless the shards are all shards of one model, in their order."""
-    n_tensors = sum(len(s.header.tensors) for s in shards)
-    for number, shard in enumerate(shards):
-        for key, expected in (
-            ("split.no", number),
-            ("split.count", len(shards)),
-            ("split.tensors.count", n_tensors),
-        ):
-            found = shard.metadata.integer(key)
-            # A file by itself need not say that it is whole.
-            if found != expected and not (len(shards) == 1 and found is None):
-                raise GGUFError(
-                    f"{shard.path}: {key} is {found}, expected {expected}; are all shards there, "
-                    "under their own names, and of one model?"
-                )
-
-
 def open_gguf(path: Path, *, kind_check: bool = False) -> GGUFFile:
     """Return the open file; given one shard of a model, all shards as one file.
 
     With kind_check, files that are no language models are refused. Raises GGUFError for whatever
     is wrong with the file.
     """
-    shards: list[_Shard] = []
-    try:
-        for shard_path in _shard_paths(path):
-            shards.append(_Shard(shard_path))  # noqa: PERF401: what was opened must be closed
-        _require_whole(tuple(shards))
-        file = GGUFFile(tuple(shards))
+    with contextlib.ExitStack() as opened:
+        shards = tuple(
+            opened.enter_context(contextlib.closing(Shard(p))) for p in shard_paths(path)
+        )
+        require_whole(shards)
+        file = GGUFFile(shards)
         if kind_check:
             require_language_model(file)
-    except BaseException:
-        for shard in shards:
-            shard.close()
-        raise
+        opened.pop_all()
     return file

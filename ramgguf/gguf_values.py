@@ -17,7 +17,7 @@ from ramgguf.errors import GGUFError
 
 @dataclass(frozen=True, slots=True)
 class GGMLType:
-    """A type of tensor data: rows are whole blocks of block_weights weights in block_bytes bytes."""
+    """A type of tensor data: rows are whole blocks, of block_weights weights in block_bytes."""
 
     name: str
     id: int

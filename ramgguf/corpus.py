@@ -4,9 +4,11 @@ import bisect
 import hashlib
 import importlib.resources
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -120,7 +122,9 @@ def dataset(name: str, *, split: str, files: Path | None = None) -> Corpus:
     try:
         import datasets
     except ImportError as e:
-        raise EngineError(f"datasets cannot be imported ({e}); pip install 'ramgguf[eval]'") from None
+        raise EngineError(
+            f"datasets cannot be imported ({e}); pip install 'ramgguf[eval]'"
+        ) from None
     repository, _, configuration = name.partition(":")
     try:
         loaded = datasets.load_dataset(
@@ -138,10 +142,49 @@ def dataset(name: str, *, split: str, files: Path | None = None) -> Corpus:
     return Corpus(label, join_rows(loaded["text"]))
 
 
-def join_rows(rows: "list[str]") -> str:
+def join_rows(rows: Sequence[str]) -> str:
     """Return rows as one text: lines are joined as they are, documents by an empty line."""
     texts = [row for row in rows if row]
     return ("" if all(t.endswith("\n") for t in texts) else "\n\n").join(texts)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is scored and how: the options of an evaluation that make its numbers.
+
+    n_ctx and n_seq are by default the protocol's own: 2048 and 128 for ram, 512 and all windows
+    for llama. seed and bos concern ram only; llama takes BOS from the model.
+    """
+
+    corpus: Corpus = field(default_factory=default_corpus)
+    protocol: Literal["ram", "llama"] = "ram"
+    n_ctx: int | None = None
+    n_seq: int | None = None
+    seed: int = RAM_SEED
+    bos: bool = False
+
+    @property
+    def sequence_length(self) -> int:
+        """Tokens per sequence."""
+        return self.n_ctx or (RAM_N_CTX if self.protocol == "ram" else LLAMA_N_CTX)
+
+    @property
+    def text(self) -> str:
+        """The text as the tokenizer gets it."""
+        return llama_text(self.corpus.text) if self.protocol == "llama" else self.corpus.text
+
+    @property
+    def add_special(self) -> bool:
+        """Whether the tokenizer adds what it adds to a prompt."""
+        return self.protocol == "llama"
+
+    def windows(self, tokens: Tokens) -> Windows:
+        """Return the sequences of the tokenized text."""
+        n_ctx = self.sequence_length
+        if self.protocol == "llama":
+            return llama_windows(tokens, n_ctx=n_ctx, n_seq=self.n_seq)
+        n_seq = self.n_seq or RAM_N_SEQ
+        return ram_windows(tokens, n_ctx=n_ctx, n_seq=n_seq, seed=self.seed, bos=self.bos)
 
 
 def ram_windows(
@@ -167,7 +210,9 @@ def ram_windows(
         rng = np.random.default_rng(seed)
         drawn = np.sort(rng.choice(n_windows, size=n_seq, replace=False))
     elif n_seq > n_windows:
-        notes = (f"the text gives {n_windows} windows of {n_ctx} tokens, not {n_seq}: all are used",)
+        notes = (
+            f"the text gives {n_windows} windows of {n_ctx} tokens, not {n_seq}: all are used",
+        )
     windows = tuple(_window(tokens, int(i), n_ctx) for i in drawn)
     if bos:
         head = np.array([tokens.bos], dtype=np.int32)
@@ -193,9 +238,7 @@ def llama_text(text: str) -> str:
     return text.removesuffix("\n")
 
 
-def llama_windows(
-    tokens: Tokens, *, n_ctx: int = LLAMA_N_CTX, n_seq: int | None = None
-) -> Windows:
+def llama_windows(tokens: Tokens, *, n_ctx: int = LLAMA_N_CTX, n_seq: int | None = None) -> Windows:
     """Return the consecutive windows that llama-perplexity scores: all, or the first n_seq.
 
     tokens are those of llama_text, with what the tokenizer adds to a prompt. Where it adds BOS, BOS

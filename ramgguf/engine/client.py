@@ -35,20 +35,23 @@ from ramgguf.schema import _Value
 _STDERR_LINES = 12
 
 
-class WorkerCrashError(EngineError):
-    """The worker process ended by itself: which model, which sequence (None: loading), how."""
+class ModelError(EngineError):
+    """llama.cpp refused a model, or crashed: which model, in which sequence (None: loading)."""
 
-    def __init__(self, model: int, index: int | None, how: str, message: str) -> None:
+    def __init__(self, model: int, index: int | None, message: str) -> None:
         super().__init__(message)
         self.model = model
         self.index = index
-        self.how = how
+
+
+class CrashError(ModelError):
+    """The worker process ended by itself."""
 
 
 class Engine:
     """Models loaded in a child process. Use as a context manager; leaving it ends the child.
 
-    Raises EngineError when llama.cpp refuses a model, WorkerCrashError when it crashes.
+    Raises ModelError when llama.cpp refuses a model, CrashError when it crashes.
     """
 
     def __init__(
@@ -163,26 +166,24 @@ class Engine:
             except ValidationError:
                 break  # cut short by a crash in the middle of a line
             if isinstance(found, Failed):
-                raise EngineError(found.message)
+                raise ModelError(self._at.model, self._at.index, found.message)
             if not isinstance(found, Started):
                 return found
             self._at = found
         raise self._died()
 
-    def _died(self) -> WorkerCrashError:
+    def _died(self) -> CrashError:
         self._process.kill()  # when only its pipe broke
         code = self._process.wait()
         self._drain.join()
         path, index = self._paths[self._at.model], self._at.index
         doing = "while loading" if index is None else f"in sequence {index}"
-        how = _cause(code)
         said = "".join(f"\n  {line}" for line in self._stderr)
         hint = "" if self._safe_kernels else "; --safe-kernels avoids llama.cpp's repacked kernels"
-        return WorkerCrashError(
+        return CrashError(
             self._at.model,
             index,
-            how,
-            f"{path}: llama.cpp crashed {doing}: {how}{hint}"
+            f"{path}: llama.cpp crashed {doing}: {_cause(code)}{hint}"
             + (f"; it said:{said}" if said else ""),
         )
 

@@ -13,7 +13,7 @@ from ramgguf.gguf_io import GGUFFile, open_gguf
 from ramgguf.gguf_layout import planned_header_bytes
 from ramgguf.parallel import default_threads
 from ramgguf.progress import Progress, Silent
-from ramgguf.schema import Encoder, Measurement, Plan
+from ramgguf.schema import Constraints, Encoder, Measurement, Pin, Plan
 from ramgguf.stages import allocate as _allocate
 from ramgguf.stages import measure as _measure
 from ramgguf.stages import quantize as _quantize
@@ -95,11 +95,11 @@ def plan(
 
 def _constraints(
     min_sqnr_db: float, formats: Sequence[str] | None, pins: Sequence[str]
-) -> _allocate.Constraints:
-    return _allocate.Constraints(
+) -> Constraints:
+    return Constraints(
         min_sqnr_db=min_sqnr_db,
-        formats=None if formats is None else frozenset(formats),
-        pins=tuple(_allocate.Pin.parse(pin) for pin in pins),
+        formats=None if formats is None else tuple(formats),
+        pins=tuple(Pin.parse(pin) for pin in pins),
     )
 
 
@@ -177,7 +177,7 @@ def _plan_for_shards(
     measurement: Measurement,
     budget: int,
     objective: str,
-    constraints: _allocate.Constraints,
+    constraints: Constraints,
     split_max_bytes: int | None,
 ) -> Plan:
     """Return a plan whose files together fit the budget: shards have headers of their own."""

@@ -77,9 +77,7 @@ def explain(plan: Plan, measurement: Measurement) -> PlanExplanation:
     Raises PlanError when the plan was not made from this measurement.
     """
     _check(plan, measurement)
-    problem = Problem.of(
-        measurement, plan.constraints, cost_function(plan.objective, measurement)
-    )
+    problem = Problem.of(measurement, plan.constraints, cost_function(plan.objective, measurement))
     explained: dict[int, Explanation] = {}
     for group in problem.groups:
         names = tuple(plan.assignments[i].name for i in group.members)

@@ -1,6 +1,7 @@
 """Types of the native core."""
 
 import numpy as np
+import numpy.typing as npt
 from numpy.typing import NDArray
 
 # --- kernels ---
@@ -134,3 +135,25 @@ def scan_header(
 ) -> Header | None: ...
 
 # --- logits ---
+def score_logits(
+    logits: npt.NDArray[np.float32], targets: npt.NDArray[np.int32]
+) -> npt.NDArray[np.void]:
+    """Records (log_sum_exp, nll, target_p, top, broken), one per row of logits (rows, vocabulary).
+
+    Nats; top is the most probable token, the lowest id on ties; broken is 1 where a logit is NaN
+    or +inf or the target has no probability. Raises ValueError for shapes and targets that do not
+    fit, TypeError for other dtypes or arrays that are not contiguous.
+    """
+
+def compare_logits(
+    reference: npt.NDArray[np.float32],
+    candidate: npt.NDArray[np.float32],
+    targets: npt.NDArray[np.int32],
+) -> npt.NDArray[np.void]:
+    """Records (reference, candidate, kld, delta_p, same_top, broken), one per pair of rows.
+
+    reference and candidate are records of score_logits; kld is KL(reference ‖ candidate) in nats,
+    delta_p the target's probability under the candidate minus that under the reference.
+    """
+
+def exp_nonpositive(x: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]: ...

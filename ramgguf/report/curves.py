@@ -123,14 +123,14 @@ def curve_svg(frontier: Frontier, plans: Sequence[Plan] = ()) -> str:
     title = f"{frontier.source.name or frontier.source.path}: {frontier.objective}"
     return "\n".join(
         [
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
-            'font-family="sans-serif" font-size="12">',
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}">',
+            '<g font-family="sans-serif" font-size="12">',
             f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
             f'<text x="{LEFT}" y="22" font-size="15">{escape(title)}</text>',
             *_grid(frontier, axes),
             f'<polyline points="{path}" fill="none" stroke="#1f5fa8" stroke-width="2"/>',
             *_marks(frontier, plans, axes),
-            "</svg>\n",
+            "</g></svg>\n",
         ]
     )
 

@@ -33,6 +33,7 @@ from ramgguf.errors import EngineError
 from ramgguf.schema import _Value
 
 _STDERR_LINES = 12
+_WORKER = (sys.executable, "-m", "ramgguf.engine.worker")
 
 
 class ModelError(EngineError):
@@ -69,7 +70,7 @@ class Engine:
         self._at = Started(model=0, index=None)
         self._stderr: collections.deque[str] = collections.deque(maxlen=_STDERR_LINES)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "ramgguf.engine.worker"],
+            _WORKER,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -85,17 +85,17 @@ class Vocab:
 
     @cached_property
     def info(self) -> VocabInfo:
-        """Special tokens, and a hash over type, special tokens, token texts and attributes."""
+        """BOS, and a hash over the tokenizer's type and all token texts."""
         llama, vocab = self._llama, self._vocab
-        bos: int = llama.llama_vocab_bos(vocab)
-        adds_bos: bool = llama.llama_vocab_get_add_bos(vocab)
-        head = (llama.llama_vocab_type(vocab), bos, llama.llama_vocab_eos(vocab), adds_bos)
-        digest = hashlib.sha256(repr(head).encode())
+        digest = hashlib.sha256(b"%d" % llama.llama_vocab_type(vocab))
         for token in range(self.n_tokens):
             text: bytes = llama.llama_vocab_get_text(vocab, token)
-            digest.update(b"%d %d " % (len(text), llama.llama_vocab_get_attr(vocab, token)) + text)
+            digest.update(b" %d " % len(text) + text)
         return VocabInfo(
-            n_tokens=self.n_tokens, bos=bos, adds_bos=adds_bos, sha256=digest.hexdigest()
+            n_tokens=self.n_tokens,
+            bos=llama.llama_vocab_bos(vocab),
+            adds_bos=llama.llama_vocab_get_add_bos(vocab),
+            sha256=digest.hexdigest(),
         )
 
     def tokenize(self, text: bytes, *, add_special: bool) -> TokenIds:

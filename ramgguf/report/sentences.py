@@ -1,6 +1,6 @@
 """A leaderboard's findings in sentences."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from ramgguf.leaderboard import (
     LABELS,
@@ -15,6 +15,7 @@ from ramgguf.leaderboard import (
 )
 from ramgguf.report.numbers import p_value, ppl
 
+_MAX_RANKED = 4  # models in a ranking in a sentence; of more, only those it is about
 _MAX_NAMED = 5  # culprits or pairs named in a sentence; the rest are counted
 
 
@@ -47,6 +48,7 @@ def _same_culprits(a: Disagreement, b: Disagreement) -> bool:
 
 
 def _what(d: Disagreement) -> str:
+    only = _of_interest(d)
     first, second = LABELS[d.first.criterion], LABELS[d.second.criterion]
     if d.full_inversion and len(d.first.order) > 2:
         return (
@@ -64,7 +66,7 @@ def _what(d: Disagreement) -> str:
     pairs += f" and {more} more" if more > 0 else ""
     return (
         f"{_capital(first)} and {second} order {len(d.reversals)} pairs in opposite ways ({pairs}):"
-        f" {order(d.first)} against {order(d.second)}."
+        f" {order(d.first, only)} against {order(d.second, only)}."
     )
 
 
@@ -151,12 +153,13 @@ def _without(d: Disagreement) -> str:
     if d.without is None:
         return ""
     first, second = d.without
+    only = _of_interest(d)
     what = "it" if len(d.culprits) == 1 else "them"
-    if first.order == second.order:
-        return f"Without {what} both rank {order(first)}."
+    if order(first, only) == order(second, only):
+        return f"Without {what} both rank {order(first, only)}."
     return (
-        f"Without {what} {LABELS[first.criterion]} ranks {order(first)}, {LABELS[second.criterion]}"
-        f" {order(second)}."
+        f"Without {what} {LABELS[first.criterion]} ranks {order(first, only)},"
+        f" {LABELS[second.criterion]} {order(second, only)}."
     )
 
 
@@ -167,9 +170,16 @@ def _gap(gap: Gap) -> str:
     )
 
 
-def order(ranking: Ranking) -> str:
-    """Return the labels best first: A < B < C."""
-    return " < ".join(ranking.order)
+def order(ranking: Ranking, only: Collection[str] | None = None) -> str:
+    """Return the labels (or those in `only`) best first: A < B < C."""
+    return " < ".join(label for label in ranking.order if only is None or label in only)
+
+
+def _of_interest(d: Disagreement) -> Collection[str] | None:
+    """Return the models that a disagreement is about; None, for all, where they are few."""
+    if len(d.first.order) <= _MAX_RANKED:
+        return None
+    return {label for r in d.reversals for label in (r.better, r.worse)}
 
 
 def _list(items: Sequence[str], comma: str = ", ") -> str:

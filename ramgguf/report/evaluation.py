@@ -21,7 +21,6 @@ from ramgguf.uncertainty import Estimate
 from ramgguf.units import format_bytes
 
 PPL_TITLE = "Perplexity of sequences (95 % intervals)"
-REFERENCE_TITLE = "Against the reference (95 % intervals)"
 
 
 def perplexity_grid(study: Study) -> Grid:
@@ -64,6 +63,9 @@ def _perplexity_row(s: Summary) -> tuple[str, ...]:
 
 def reference_grid(study: Study) -> Grid | None:
     """Return a row per model that was scored against a reference; None if none was."""
+    rows = tuple(_reference_row(s, s.against) for s in study.summaries if s.against is not None)
+    if not rows:
+        return None
     columns = (
         Column("model", number=False),
         Column("reference", 3, number=False),
@@ -79,8 +81,11 @@ def reference_grid(study: Study) -> Grid | None:
         Column("p bootstrap", 6),
         Column("p Wilcoxon", 6),
     )
-    rows = tuple(_reference_row(s, s.against) for s in study.summaries if s.against is not None)
-    return Grid(REFERENCE_TITLE, columns, rows) if rows else None
+    references = {row[1] for row in rows}
+    if len(references) > 1:
+        return Grid("Against the reference (95 % intervals)", columns, rows)
+    only = Grid(f"Against {references.pop()} (95 % intervals)", columns, rows)
+    return only.without("reference")
 
 
 def _reference_row(s: Summary, against: AgainstReference) -> tuple[str, ...]:
@@ -125,7 +130,7 @@ def protocol_line(result: EvalResult) -> str:
 
 
 def statements(study: Study) -> tuple[str, ...]:
-    """Return what is to be said below the tables: findings, refusals, failures, notes, protocol."""
+    """Return what is to be said beside the tables: findings, refusals, failures, notes."""
     said = list(findings(study.board)) if study.board else []
     if study.refusal and len(study.summaries) > 1:
         said.append(f"Not ranked: {study.refusal}.")
@@ -138,7 +143,12 @@ def statements(study: Study) -> tuple[str, ...]:
     ]
     notes = dict.fromkeys(note for s in study.summaries for note in s.result.notes)
     said += [note if note.endswith(".") else f"{note}." for note in notes]
-    return (*said, *dict.fromkeys(protocol_line(s.result) for s in study.summaries))
+    return tuple(said)
+
+
+def protocol_lines(study: Study) -> tuple[str, ...]:
+    """Return how the results were measured, once for each way."""
+    return tuple(dict.fromkeys(protocol_line(s.result) for s in study.summaries))
 
 
 def print_eval(study: Study, console: Console) -> None:
@@ -153,7 +163,7 @@ def print_eval(study: Study, console: Console) -> None:
         console.print()
         print_grid(console, ranking_grid(study.board))
     console.print()
-    print_statements(console, statements(study))
+    print_statements(console, (*statements(study), *protocol_lines(study)))
 
 
 def eval_markdown(study: Study) -> str:
@@ -166,7 +176,7 @@ def eval_markdown(study: Study) -> str:
         for grid in grids
         if grid is not None and grid.rows
     ]
-    items = "".join(f"- {markdown_text(s)}\n" for s in statements(study))
+    items = "".join(f"- {markdown_text(s)}\n" for s in (*statements(study), *protocol_lines(study)))
     return "\n".join(("### Evaluation\n", *tables, items))
 
 
@@ -189,6 +199,7 @@ def eval_json(study: Study) -> str:
         "models": [dict(_flat(s)) for s in study.summaries],
         "rankings": {r.criterion: list(r.order) for r in rankings},
         "statements": list(statements(study)),
+        "protocols": list(protocol_lines(study)),
     }
     return json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 

@@ -29,6 +29,10 @@ class Grid:
         """Return the grid without columns that have nothing in any row."""
         return self._only([i for i in range(len(self.columns)) if any(r[i] for r in self.rows)])
 
+    def without(self, heading: str) -> "Grid":
+        """Return the grid without the column of this heading."""
+        return self._only([i for i, c in enumerate(self.columns) if c.heading != heading])
+
     def narrower(self) -> "Grid":
         """Return the grid without its last column of the largest rank; itself at rank 0."""
         most = max(c.rank for c in self.columns)
@@ -103,10 +107,16 @@ def to_html(grid: Grid) -> str:
 
 def _html_row(grid: Grid, row: tuple[str, ...]) -> str:
     return "".join(
-        f"<td{_css(column)}>{html.escape(cell)}</td>"
+        f"<td{_css(column)}>{_html_cell(cell) if column.number else html.escape(cell)}</td>"
         for column, cell in zip(grid.columns, row, strict=True)
     )
 
 
 def _css(column: Column) -> str:
     return ' class="number"' if column.number else ""
+
+
+def _html_cell(text: str) -> str:
+    """Return the cell with what stands in parentheses, the interval, small on a second line."""
+    value, parenthesis, rest = html.escape(text).partition(" (")
+    return f"{value}<br><small>{rest.removesuffix(')')}</small>" if parenthesis else value

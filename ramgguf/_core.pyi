@@ -1,6 +1,84 @@
 """Types of the native core."""
 
+import numpy as np
+import numpy.typing as npt
+from numpy.typing import NDArray
+
 # --- kernels ---
+class BlockFormat:
+    @property
+    def name(self) -> str: ...
+    @property
+    def type_id(self) -> int: ...
+    @property
+    def block_size(self) -> int: ...
+    @property
+    def block_bytes(self) -> int: ...
+    @property
+    def bpw(self) -> float: ...
+    @property
+    def encodable(self) -> bool: ...
+
+class FormatError_:  # noqa: N801
+    @property
+    def format(self) -> str: ...
+    @property
+    def sum_squared_error(self) -> float: ...
+    @property
+    def weighted_squared_error(self) -> float: ...
+    @property
+    def max_error(self) -> float: ...
+    @property
+    def scale_overflow(self) -> bool: ...
+
+class RowStats:
+    @property
+    def n_weights(self) -> int: ...
+    @property
+    def sum(self) -> float: ...
+    @property
+    def sum_squares(self) -> float: ...
+    @property
+    def sum_cubes(self) -> float: ...
+    @property
+    def sum_fourths(self) -> float: ...
+    @property
+    def max_abs(self) -> float: ...
+    @property
+    def weighted_sum_squares(self) -> float: ...
+    @property
+    def first_nonfinite(self) -> int: ...
+    @property
+    def errors(self) -> list[FormatError_]: ...
+
+def formats() -> list[BlockFormat]: ...
+def encode(
+    dst: str,
+    src_type: str,
+    src: NDArray[np.uint8],
+    out: NDArray[np.uint8],
+    *,
+    encoder: str = "rtn",
+    importance: NDArray[np.float32] | None = None,
+) -> None: ...
+def decode(src_type: str, src: NDArray[np.uint8], out: NDArray[np.float32]) -> None: ...
+def measure(
+    formats: list[str],
+    src_type: str,
+    src: NDArray[np.uint8],
+    *,
+    encoder: str = "rtn",
+    importance: NDArray[np.float32] | None = None,
+) -> RowStats: ...
+def compare(
+    type_a: str,
+    a: NDArray[np.uint8],
+    type_b: str,
+    b: NDArray[np.uint8],
+    *,
+    importance: NDArray[np.float32] | None = None,
+) -> RowStats: ...
+def merged(parts: list[RowStats]) -> RowStats: ...
 def isa() -> str: ...
 def supported_isas() -> list[str]: ...
 def set_isa(name: str) -> None: ...
@@ -31,3 +109,25 @@ def scan_header(
 ) -> Header | None: ...
 
 # --- logits ---
+def score_logits(
+    logits: npt.NDArray[np.float32], targets: npt.NDArray[np.int32]
+) -> npt.NDArray[np.void]:
+    """Records (log_sum_exp, nll, target_p, top, broken), one per row of logits (rows, vocabulary).
+
+    Nats; top is the most probable token, the lowest id on ties; broken is 1 where a logit is NaN
+    or +inf or the target has no probability. Raises ValueError for shapes and targets that do not
+    fit, TypeError for other dtypes or arrays that are not contiguous.
+    """
+
+def compare_logits(
+    reference: npt.NDArray[np.float32],
+    candidate: npt.NDArray[np.float32],
+    targets: npt.NDArray[np.int32],
+) -> npt.NDArray[np.void]:
+    """Records (reference, candidate, kld, delta_p, same_top, broken), one per pair of rows.
+
+    reference and candidate are records of score_logits; kld is KL(reference ‖ candidate) in nats,
+    delta_p the target's probability under the candidate minus that under the reference.
+    """
+
+def exp_nonpositive(x: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]: ...

@@ -2,7 +2,7 @@
 
 
 class RamggufError(Exception):
-    """An error with a message for the user: what thing, what was found, what was expected, what to do."""
+    """An error the user can mend; its message names the thing, what was found and what to do."""
 
 
 class GGUFError(RamggufError):
@@ -23,3 +23,7 @@ class PlanError(RamggufError):
 
 class EngineError(RamggufError):
     """llama.cpp is missing, refused a model, or crashed."""
+
+
+class ResultError(RamggufError):
+    """Evaluation results are malformed, or were not measured alike and must not be compared."""

@@ -33,6 +33,14 @@ def _real_model(label: str) -> Path:
 
 
 @pytest.fixture(scope="session")
+def model_cache() -> Path:
+    """The folder where models made by tests are kept from run to run."""
+    folder = _models()
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def smol768() -> Path:
     """A real llama model in F16; every row is a multiple of 256 weights."""
     return _real_model("smol768-f16")

@@ -1,0 +1,144 @@
+"""The messages between `client` and `worker`: one JSON object per line."""
+
+import base64
+from typing import Annotated, Literal
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import Field, TypeAdapter
+
+from ramgguf.schema import _Value
+
+TokenIds = npt.NDArray[np.int32]
+
+
+class Open(_Value):
+    """Load the models; answered by Opened."""
+
+    kind: Literal["open"] = "open"
+    models: tuple[str, ...]
+    n_ctx: int
+    n_threads: int
+    safe_kernels: bool
+    verbose: bool
+
+
+class Tokenize(_Value):
+    """Tokenize a text with one model's tokenizer; answered by Tokenized."""
+
+    kind: Literal["tokenize"] = "tokenize"
+    model: int
+    text: str
+    add_special: bool
+
+
+class Score(_Value):
+    """Score a sequence with every model; answered by Started and Scored for each.
+
+    With has_reference, model 0 is the reference of the others. Targets first_target … are scored.
+    """
+
+    kind: Literal["score"] = "score"
+    index: int
+    ids: str
+    first_target: int
+    has_reference: bool
+
+
+class VocabInfo(_Value):
+    """What a tokenizer is: n_tokens, its special tokens, and a hash that tells tokenizers apart."""
+
+    n_tokens: int
+    bos: int
+    adds_bos: bool
+    sha256: str
+
+
+class ModelInfo(_Value):
+    """What llama.cpp knows of a loaded model."""
+
+    description: str
+    n_ctx_train: int
+    vocab: VocabInfo
+
+
+class SystemInfo(_Value):
+    """Which llama.cpp runs, and with which features of the CPU."""
+
+    llama_cpp_python: str
+    build: str
+    system_info: str
+
+
+class Opened(_Value):
+    kind: Literal["opened"] = "opened"
+    models: tuple[ModelInfo, ...]
+    system: SystemInfo
+    n_batch: int
+
+
+class Tokenized(_Value):
+    """Token ids, and where in the text's UTF-8 bytes each token ends."""
+
+    kind: Literal["tokenized"] = "tokenized"
+    ids: str
+    ends: str
+
+
+class Started(_Value):
+    """The worker begins with this model and sequence (so that a crash can be named)."""
+
+    kind: Literal["started"] = "started"
+    model: int
+    index: int | None
+
+
+class Divergences(_Value):
+    """Sums over a sequence's scored tokens, against the reference; token_kld as in results.py."""
+
+    reference_nll_sum: float
+    kld_sum: float
+    kld_max: float
+    n_same_top: int
+    delta_p_sum: float
+    delta_p_squared_sum: float
+    token_kld: str
+
+
+class Scored(_Value):
+    """One model's scores of a sequence; n_broken targets, from first_broken on, had no numbers."""
+
+    kind: Literal["scored"] = "scored"
+    model: int
+    index: int
+    n_scored: int
+    nll_sum: float
+    token_nll: str
+    divergences: Divergences | None
+    n_broken: int
+    first_broken: int
+    seconds: float
+    decode_seconds: float
+
+
+class Failed(_Value):
+    """llama.cpp, or this package, refused: an error that has a message and no crash."""
+
+    kind: Literal["failed"] = "failed"
+    message: str
+
+
+Request = Annotated[Open | Tokenize | Score, Field(discriminator="kind")]
+Response = Annotated[Opened | Tokenized | Started | Scored | Failed, Field(discriminator="kind")]
+RequestAdapter: TypeAdapter[Open | Tokenize | Score] = TypeAdapter(Request)
+ResponseAdapter: TypeAdapter[Opened | Tokenized | Started | Scored | Failed] = TypeAdapter(Response)
+
+
+def pack_ids(ids: npt.ArrayLike) -> str:
+    """Return base64 of the ids as little-endian int32."""
+    return base64.b64encode(np.asarray(ids, dtype="<i4").tobytes()).decode("ascii")
+
+
+def unpack_ids(text: str) -> TokenIds:
+    """Return the ids that pack_ids wrote."""
+    return np.frombuffer(base64.b64decode(text), dtype="<i4").astype(np.int32)

@@ -1,0 +1,134 @@
+"""The file to which an evaluation writes each sequence as it finishes, and from which it goes on.
+
+One JSON object per line: a run (one model under one protocol) announces itself, then come its
+sequences. A line that a kill cut short is dropped when the file is read again.
+"""
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, TypeAdapter, ValidationError
+
+from ramgguf.errors import EngineError
+from ramgguf.results import BrokenSequence, EvalResult, SequenceScore
+from ramgguf.schema import _Value
+
+
+class RunRecord(_Value):
+    """A run begins; result has everything but the sequences."""
+
+    record: Literal["run"] = "run"
+    run: str
+    result: EvalResult
+
+
+class SequenceRecord(_Value):
+    """A sequence of a run is finished: its scores, or that its logits were broken."""
+
+    record: Literal["sequence"] = "sequence"
+    run: str
+    index: int
+    score: SequenceScore | None = None
+    broken: BrokenSequence | None = None
+    seconds: float
+    decode_seconds: float
+
+
+class FailureRecord(_Value):
+    """A run ended early; what is missing is tried again when the evaluation is resumed."""
+
+    record: Literal["failure"] = "failure"
+    run: str
+    message: str
+
+
+Record = Annotated[RunRecord | SequenceRecord | FailureRecord, Field(discriminator="record")]
+_ADAPTER: TypeAdapter[RunRecord | SequenceRecord | FailureRecord] = TypeAdapter(Record)
+
+
+def run_id(result: EvalResult) -> str:
+    """Return what tells runs apart: a hash over all that a result says but its sequences.
+
+    Runs with the same one (same files, tokens, llama.cpp, CPU, settings) give the same numbers.
+    """
+    return hashlib.sha256(result.model_dump_json().encode()).hexdigest()[:16]
+
+
+class Journal:
+    """Finished sequences by run; with a path, also on disk. Use as a context manager.
+
+    Raises EngineError when the file exists and resume is False, or is no such file.
+    """
+
+    def __init__(self, path: Path | None, *, resume: bool) -> None:
+        self._path = path
+        self._done: dict[str, dict[int, SequenceRecord]] = {}
+        self._announced: set[str] = set()
+        self._file = None
+        if path is None:
+            return
+        try:
+            if path.exists():
+                if not resume:
+                    raise EngineError(f"{path} exists; add --resume to go on with it, or remove it")
+                self._read(path)
+            self._file = path.open("ab")
+        except OSError as e:
+            raise EngineError(f"{path}: {e.strerror}") from None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def done(self, run: str) -> dict[int, SequenceRecord]:
+        """Return the run's finished sequences by index."""
+        return self._done.setdefault(run, {})
+
+    def announce(self, run: str, result: EvalResult) -> None:
+        """Record that the run begins, once."""
+        if run not in self._announced:
+            self._announced.add(run)
+            self._write(RunRecord(run=run, result=result))
+
+    def add(self, record: SequenceRecord) -> None:
+        """Record a finished sequence."""
+        self.done(record.run)[record.index] = record
+        self._write(record)
+
+    def fail(self, run: str, message: str) -> None:
+        """Record why a run ended early."""
+        self._write(FailureRecord(run=run, message=message))
+
+    def _write(self, record: RunRecord | SequenceRecord | FailureRecord) -> None:
+        if self._file is None:
+            return
+        try:
+            self._file.write(record.model_dump_json().encode() + b"\n")
+            self._file.flush()
+        except OSError as e:
+            raise EngineError(f"{self._path}: cannot be written: {e.strerror}") from None
+
+    def _read(self, path: Path) -> None:
+        data = path.read_bytes()
+        whole = data.rfind(b"\n") + 1
+        for number, line in enumerate(data[:whole].splitlines(), start=1):
+            try:
+                record = _ADAPTER.validate_json(line)
+            except ValidationError as e:
+                what = e.errors()[0]["msg"]
+                raise EngineError(
+                    f"{path}: line {number} is no record of an evaluation ({what}); "
+                    "choose another file"
+                ) from None
+            match record:
+                case RunRecord():
+                    self._announced.add(record.run)
+                case SequenceRecord():
+                    self.done(record.run)[record.index] = record
+        if whole < len(data):
+            os.truncate(path, whole)

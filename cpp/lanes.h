@@ -48,6 +48,10 @@ namespace ramgguf::RAMGGUF_ISA {
 
 typedef float FloatPart __attribute__((vector_size(RAMGGUF_PART_BYTES)));
 typedef int32_t IntPart __attribute__((vector_size(RAMGGUF_PART_BYTES)));
+typedef float LooseFloatPart
+    __attribute__((vector_size(RAMGGUF_PART_BYTES), aligned(1), may_alias));
+typedef int32_t LooseIntPart
+    __attribute__((vector_size(RAMGGUF_PART_BYTES), aligned(1), may_alias));
 
 constexpr int kLanes = 16;
 constexpr int kParts = 64 / RAMGGUF_PART_BYTES;
@@ -85,24 +89,23 @@ RAMGGUF_INLINE T each_part(F part) {
 
 // --- loading, storing, casting ---
 
+// Of any alignment. Part by part: a memcpy of all 64 bytes would go through the stack.
 RAMGGUF_INLINE Lanes load(const float* x) {
-    Lanes v;
-    std::memcpy(&v, x, sizeof v);
-    return v;
-}
-
-RAMGGUF_INLINE void store(float* x, Lanes v) {
-    std::memcpy(x, &v, sizeof v);
+    return each_part<Lanes>([&](int k) { return *(const LooseFloatPart*)(x + kPartLanes * k); });
 }
 
 RAMGGUF_INLINE IntLanes load(const int32_t* x) {
-    IntLanes v;
-    std::memcpy(&v, x, sizeof v);
-    return v;
+    return each_part<IntLanes>([&](int k) { return *(const LooseIntPart*)(x + kPartLanes * k); });
+}
+
+RAMGGUF_INLINE void store(float* x, Lanes v) {
+#pragma GCC unroll 4
+    for (int k = 0; k < kParts; ++k) *(LooseFloatPart*)(x + kPartLanes * k) = v.p[k];
 }
 
 RAMGGUF_INLINE void store(int32_t* x, IntLanes v) {
-    std::memcpy(x, &v, sizeof v);
+#pragma GCC unroll 4
+    for (int k = 0; k < kParts; ++k) *(LooseIntPart*)(x + kPartLanes * k) = v.p[k];
 }
 
 RAMGGUF_INLINE Lanes broadcast(float x) {
@@ -227,6 +230,7 @@ RAMGGUF_INLINE Mask operator|(Mask a, Mask b) {
 // Bit i of the result is lane i.
 RAMGGUF_INLINE uint32_t to_bits(Mask a) {
     uint32_t found = 0;
+#pragma GCC unroll 4
     for (int k = 0; k < kParts; ++k) {
 #if defined(RAMGGUF_AVX2)
         found |= (uint32_t)_mm256_movemask_ps((__m256)a.p[k]) << (k * kPartLanes);

@@ -1,0 +1,92 @@
+// The Fit that Q2_K, Q4_K and Q5_K share: x = d * scale * code - dmin * min, d and dmin F16 per
+// superblock, scale and min small unsigned integers per sub-block.
+//
+// RTN: a sub-block's scale and min come from its own range [min(x, 0), max x]; d and dmin make the
+// largest of them the field's largest value; fields are rounded to nearest against the rounded d
+// and dmin; weights are rounded with what the decoder will see.
+#pragma once
+#include "unit.h"
+
+namespace ramgguf::RAMGGUF_ISA {
+
+template <int kBlock, int kFieldMax, int kCodeMax>
+struct AffineFit {
+    static constexpr int kBlocks = kUnit / kBlock;
+
+    PerBlock scale, offset, inverse;  // d * scale, dmin * min, 1 / (d * scale) or 0
+    uint16_t d, dmin;                 // F16
+    uint8_t scales[kLanes], mins[kLanes];
+    bool overflow;
+
+    static RAMGGUF_INLINE int block_of(int vector) { return vector * kLanes / kBlock; }
+
+    // Takes the fields as whole numbers in float lanes, for an encoder.
+    RAMGGUF_INLINE void set(uint16_t d_, uint16_t dmin_, Lanes scale_fields, Lanes min_fields) {
+        d = d_;
+        dmin = dmin_;
+        overflow = (d & 0x7c00) == 0x7c00 || (dmin & 0x7c00) == 0x7c00;
+        store_u8(scales, truncate(scale_fields));
+        store_u8(mins, truncate(min_fields));
+        set_values(broadcast(f16_to_f32(d)), broadcast(f16_to_f32(dmin)), scale_fields, min_fields);
+        inverse.set(inverse_or_zero(scale.all()));
+    }
+
+    // What the decoder multiplies with.
+    RAMGGUF_INLINE void set_values(Lanes d_value, Lanes dmin_value, Lanes scale_fields,
+                                   Lanes min_fields) {
+        scale.set(d_value * scale_fields);
+        offset.set(dmin_value * min_fields);
+    }
+
+    RAMGGUF_INLINE void rtn(const float* x) {
+        const Lanes low = min(reduce_blocks<kBlock>(Min{}, x), broadcast(0.0f));
+        const Lanes high = reduce_blocks<kBlock>(Max{}, x);
+        const Lanes scale_wanted = (high - low) * broadcast(1.0f / (float)kCodeMax);
+        const Lanes min_wanted = -low;
+        const Lanes d_wanted = reduce_all(Max{}, scale_wanted) * broadcast(1.0f / (float)kFieldMax);
+        const Lanes dmin_wanted =
+            reduce_all(Max{}, min_wanted) * broadcast(1.0f / (float)kFieldMax);
+        const uint16_t d_bits = f32_to_f16(first(d_wanted));
+        const uint16_t dmin_bits = f32_to_f16(first(dmin_wanted));
+        set(d_bits, dmin_bits, nearest_field(scale_wanted, d_bits),
+            nearest_field(min_wanted, dmin_bits));
+    }
+
+    static RAMGGUF_INLINE Lanes nearest_field(Lanes wanted, uint16_t unit) {
+        const Lanes per_unit = inverse_or_zero(broadcast(f16_to_f32(unit)));
+        return round_even(clamp(wanted * per_unit, 0.0f, (float)kFieldMax));
+    }
+
+    RAMGGUF_INLINE Lanes quantize(Lanes x, int vector) const {
+        const int b = block_of(vector);
+        return round_even(clamp((x + offset.at(b)) * inverse.at(b), 0.0f, (float)kCodeMax));
+    }
+
+    RAMGGUF_INLINE Lanes reconstruct(Lanes code, int vector) const {
+        const int b = block_of(vector);
+        return scale.at(b) * code - offset.at(b);
+    }
+};
+
+// Q4_K and Q5_K keep eight 6-bit scales and eight 6-bit mins in 12 bytes:
+//
+//   byte 0..3    scale[i] in bits 0..5,  bits 4..5 of scale[i+4] in bits 6..7
+//   byte 4..7    min[i] in bits 0..5,    bits 4..5 of min[i+4] in bits 6..7
+//   byte 8..11   bits 0..3 of scale[i+4] in bits 0..3, of min[i+4] in bits 4..7      (i = 0..3)
+RAMGGUF_INLINE void pack_6bit_pairs(const uint8_t* scales, const uint8_t* mins, uint8_t* out) {
+    const uint32_t s0 = read<uint32_t>(scales), s1 = read<uint32_t>(scales + 4);
+    const uint32_t m0 = read<uint32_t>(mins), m1 = read<uint32_t>(mins + 4);
+    write(out, s0 | (s1 & 0x30303030u) << 2);
+    write(out + 4, m0 | (m1 & 0x30303030u) << 2);
+    write(out + 8, (s1 & 0x0f0f0f0fu) | (m1 & 0x0f0f0f0fu) << 4);
+}
+
+RAMGGUF_INLINE void unpack_6bit_pairs(const uint8_t* in, uint8_t* scales, uint8_t* mins) {
+    const uint32_t a = read<uint32_t>(in), b = read<uint32_t>(in + 4), c = read<uint32_t>(in + 8);
+    write(scales, a & 0x3f3f3f3fu);
+    write(scales + 4, (c & 0x0f0f0f0fu) | (a >> 2 & 0x30303030u));
+    write(mins, b & 0x3f3f3f3fu);
+    write(mins + 4, (c >> 4 & 0x0f0f0f0fu) | (b >> 2 & 0x30303030u));
+}
+
+}  // namespace ramgguf::RAMGGUF_ISA

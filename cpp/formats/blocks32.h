@@ -1,0 +1,96 @@
+// The Fit that the formats with blocks of 32 share (Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, IQ4_NL): one F16
+// scale, and for some one F16 offset, per block. A unit is eight blocks; lane b is block b, and
+// lanes 8..15 repeat lanes 0..7.
+#pragma once
+#include "unit.h"
+
+namespace ramgguf::RAMGGUF_ISA {
+
+struct Blocks32Fit {
+    PerBlock scale, offset;        // as the decoder sees them
+    PerBlock inverse, low;         // what quantize multiplies with and subtracts
+    int32_t d[kLanes], m[kLanes];  // F16
+    bool overflow;
+
+    static RAMGGUF_INLINE int block_of(int vector) { return vector / 2; }
+
+    RAMGGUF_INLINE void set_scale(Lanes wanted) {
+        const IntLanes h = f32_to_f16(wanted);
+        store(d, h);
+        scale.set(f16_to_f32(h));
+        overflow = any_overflow(h);
+    }
+
+    RAMGGUF_INLINE void set_offset(Lanes wanted) {
+        const IntLanes h = f32_to_f16(wanted);
+        store(m, h);
+        offset.set(f16_to_f32(h));
+        overflow = overflow || any_overflow(h);
+    }
+};
+
+// d (and m, where Format has it) of the eight blocks of a unit, for a decoder.
+template <class Format>
+RAMGGUF_INLINE void unpack_scales32(const uint8_t* in, Blocks32Fit& fit) {
+    for (int b = 0; b < 8; ++b) {
+        const uint8_t* block = in + b * (int)sizeof(typename Format::Block);
+        fit.d[b] = read<uint16_t>(block);
+        fit.m[b] = Format::has_offset ? read<uint16_t>(block + 2) : 0;
+        fit.d[b + 8] = fit.m[b + 8] = 0;
+    }
+    fit.scale.set(f16_to_f32(load(fit.d)));
+    fit.offset.set(f16_to_f32(load(fit.m)));
+}
+
+// The weight of largest magnitude of every block of 32; of a and -a the one that comes first, as
+// in ggml's reference; +0 for a block of zeros.
+inline Lanes first_extreme_of_blocks(const float* x) {
+    const Lanes low = reduce_blocks<32>(Min{}, x), high = reduce_blocks<32>(Max{}, x);
+    const Lanes extreme = select(high > -low, high, low) + broadcast(0.0f);
+    uint32_t ties = to_bits((high == -low) & (high > low)) & 0xff;
+    if (ties == 0) return extreme;
+    float found[kLanes];
+    store(found, extreme);
+    for (int b = 0; ties != 0; ++b, ties >>= 1) {
+        if ((ties & 1) == 0) continue;
+        const float* block = x + 32 * b;
+        int i = 0;
+        while (block[i] != found[b] && block[i] != -found[b]) ++i;
+        found[b] = found[b + 8] = block[i];
+    }
+    return load(found);
+}
+
+// The smallest weight of every block of 32; of zeros of both signs the one that comes first, as in
+// ggml's reference.
+inline Lanes first_lowest_of_blocks(const float* x) {
+    const Lanes low = reduce_blocks<32>(Min{}, x);
+    uint32_t zeros = to_bits(low == broadcast(0.0f)) & 0xff;
+    if (zeros == 0) return low;
+    float found[kLanes];
+    store(found, low);
+    for (int b = 0; zeros != 0; ++b, zeros >>= 1) {
+        if ((zeros & 1) == 0) continue;
+        int i = 0;
+        while (x[32 * b + i] != 0.0f) ++i;
+        found[b] = found[b + 8] = x[32 * b + i];
+    }
+    return load(found);
+}
+
+// The 32 bits of vectors 2b and 2b+1 of the unit whose codes have bit 4 set, and back.
+RAMGGUF_INLINE uint32_t fifth_bits(IntLanes q0, IntLanes q1) {
+    const IntLanes bit = broadcast(16);
+    return to_bits((q0 & bit) == bit) | to_bits((q1 & bit) == bit) << 16;
+}
+
+RAMGGUF_INLINE IntLanes from_fifth_bits(uint32_t qh, int half) {
+    alignas(64) static const int32_t lane_bits[kLanes] = {
+        1 << 0, 1 << 1, 1 << 2,  1 << 3,  1 << 4,  1 << 5,  1 << 6,  1 << 7,
+        1 << 8, 1 << 9, 1 << 10, 1 << 11, 1 << 12, 1 << 13, 1 << 14, 1 << 15};
+    const IntLanes mine = load(lane_bits);
+    const IntLanes word = broadcast((int32_t)(qh >> (16 * half) & 0xffff));
+    return select((word & mine) == mine, broadcast(16), broadcast(0));
+}
+
+}  // namespace ramgguf::RAMGGUF_ISA

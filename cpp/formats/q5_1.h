@@ -1,0 +1,69 @@
+// Q5_1 (ggml id 7), 6 bpw: blocks of 32 weights.
+//
+//   x = d * q + m        q in 0..31
+//
+//   byte  0    2    4                       8                                           24
+//         | d  | m  | qh: 32 bits; bit l is | qs: 16 bytes; byte l: bits 0..3 of weight |
+//         | F16| F16| bit 4 of weight l     | l in bits 0..3, of l+16 in bits 4..7      |
+//
+// Layout of ggml-common.h (block_q5_1). The encoder gives the bytes of ggml's
+// quantize_row_q5_1_ref: the range of the block in 31 steps, and weights are rounded with the scale
+// and minimum before they are rounded to F16.
+#pragma once
+#include "blocks32.h"
+
+namespace ramgguf::RAMGGUF_ISA {
+
+struct Q5_1 {
+    static constexpr int block_size = 32;
+    static constexpr bool has_offset = true;
+
+    struct Block {
+        uint16_t d, m;
+        uint8_t qh[4];
+        uint8_t qs[16];
+    };
+    static_assert(sizeof(Block) == 24, "Q5_1 is 24 bytes per 32 weights");
+
+    using Fit = Blocks32Fit;
+
+    static RAMGGUF_INLINE void rtn(const float* x, Fit& fit) {
+        const Lanes low = first_lowest_of_blocks(x), high = reduce_blocks<32>(Max{}, x);
+        const Lanes d = (high - low) / broadcast(31.0f);
+        fit.set_scale(d);
+        fit.set_offset(low);
+        fit.inverse.set(inverse_or_zero(d));
+        fit.low.set(low);
+    }
+
+    static RAMGGUF_INLINE Lanes quantize(const Fit& fit, Lanes x, int j) {
+        const Lanes code = (x - fit.low.at(j / 2)) * fit.inverse.at(j / 2) + broadcast(0.5f);
+        return to_float(truncate(code));
+    }
+
+    static RAMGGUF_INLINE Lanes reconstruct(const Fit& fit, Lanes q, int j) {
+        return q * fit.scale.at(j / 2) + fit.offset.at(j / 2);
+    }
+
+    static RAMGGUF_INLINE void pack(const Fit& fit, const IntLanes (&q)[kVectors], uint8_t* out) {
+        const IntLanes low = broadcast(15);
+        for (int b = 0; b < 8; ++b, out += sizeof(Block)) {
+            write(out, (uint16_t)fit.d[b]);
+            write(out + 2, (uint16_t)fit.m[b]);
+            write(out + 4, fifth_bits(q[2 * b], q[2 * b + 1]));
+            store_u8(out + 8, (q[2 * b] & low) | (q[2 * b + 1] & low) << 4);
+        }
+    }
+
+    static RAMGGUF_INLINE void unpack(const uint8_t* in, Fit& fit, IntLanes (&q)[kVectors]) {
+        unpack_scales32<Q5_1>(in, fit);
+        for (int b = 0; b < 8; ++b, in += sizeof(Block)) {
+            const IntLanes both = load_u8(in + 8);
+            const uint32_t qh = read<uint32_t>(in + 4);
+            q[2 * b] = (both & broadcast(15)) | from_fifth_bits(qh, 0);
+            q[2 * b + 1] = both >> 4 | from_fifth_bits(qh, 1);
+        }
+    }
+};
+
+}  // namespace ramgguf::RAMGGUF_ISA

@@ -1,0 +1,53 @@
+// The Fit that Q3_K, Q6_K and IQ4_XS share: x = d * scale * value(code), d F16 per superblock and
+// scale a small signed integer per sub-block.
+//
+// RTN: a sub-block's scale puts its weight of largest magnitude on the lowest code (which reaches
+// one further than the highest); d puts the scale of largest magnitude on the lowest field; fields
+// are rounded to nearest against the rounded d; weights with what the decoder will see.
+#pragma once
+#include "unit.h"
+
+namespace ramgguf::RAMGGUF_ISA {
+
+// The weight of largest magnitude of every block; of a and -a, the negative one.
+template <int kBlock>
+RAMGGUF_INLINE Lanes extreme_of_blocks(const float* x) {
+    const Lanes low = reduce_blocks<kBlock>(Min{}, x), high = reduce_blocks<kBlock>(Max{}, x);
+    return select(high > -low, high, low);
+}
+
+template <int kBlock, int kLowestField, int kLowestValue>
+struct SymmetricFit {
+    static constexpr int kBlocks = kUnit / kBlock;
+
+    PerBlock scale, inverse;  // d * scale, 1 / (d * scale) or 0
+    uint16_t d;               // F16
+    int8_t scales[kLanes];    // kLowestField .. -kLowestField - 1
+    bool overflow;
+
+    static RAMGGUF_INLINE int block_of(int vector) { return vector * kLanes / kBlock; }
+
+    // Takes the fields as whole numbers in float lanes, for an encoder.
+    RAMGGUF_INLINE void set(uint16_t d_, Lanes fields) {
+        d = d_;
+        overflow = (d & 0x7c00) == 0x7c00;
+        store_u8((uint8_t*)scales, truncate(fields));
+        set_values(broadcast(f16_to_f32(d)), fields);
+        inverse.set(inverse_or_zero(scale.all()));
+    }
+
+    // What the decoder multiplies with.
+    RAMGGUF_INLINE void set_values(Lanes d_value, Lanes fields) { scale.set(d_value * fields); }
+
+    RAMGGUF_INLINE void rtn(const float* x) {
+        const Lanes wanted = extreme_of_blocks<kBlock>(x) * broadcast(1.0f / (float)kLowestValue);
+        const Lanes low = reduce_all(Min{}, wanted), high = reduce_all(Max{}, wanted);
+        const Lanes top = select(high > -low, high, low);
+        const uint16_t d_bits = f32_to_f16(first(top) * (1.0f / (float)kLowestField));
+        const Lanes per_unit = inverse_or_zero(broadcast(f16_to_f32(d_bits)));
+        set(d_bits,
+            round_even(clamp(wanted * per_unit, (float)kLowestField, (float)(-kLowestField - 1))));
+    }
+};
+
+}  // namespace ramgguf::RAMGGUF_ISA

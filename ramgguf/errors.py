@@ -2,7 +2,7 @@
 
 
 class RamggufError(Exception):
-    """An error with a message for the user: what thing, what was found, what was expected, what to do."""
+    """An error the user can mend; its message names the thing, what was found and what to do."""
 
 
 class GGUFError(RamggufError):

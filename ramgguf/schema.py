@@ -1,4 +1,4 @@
-"""The values that pass between stages, and their files on disk: JSON with a schema name and version."""
+"""The values that pass between stages, and their files: JSON with a schema name and version."""
 
 import hashlib
 import math
@@ -15,6 +15,7 @@ class _Value(BaseModel):
 
 
 NonNegative = Annotated[int, Field(ge=0)]
+Encoder = Literal["rtn", "search"]
 Positive = Annotated[int, Field(gt=0)]
 
 
@@ -79,7 +80,7 @@ class Source(_Value):
 
 
 class Point(_Value):
-    """One point of a tensor's rate–distortion curve: what the tensor costs and loses in a format."""
+    """One point of a tensor's rate–distortion curve: its bytes and loss in a format."""
 
     format: str
     n_bytes: Positive
@@ -129,7 +130,7 @@ class Measurement(Document):
 
     ramgguf_version: str
     source: Source
-    encoder: Literal["rtn", "search"]
+    encoder: Encoder
     formats: tuple[str, ...]
     n_overhead_bytes: NonNegative
     alignment: Positive
@@ -156,6 +157,14 @@ class Assignment(_Value):
     note: str | None = None
 
 
+class NextPercent(_Value):
+    """What one percent more budget would buy: the cost then, and how many formats change."""
+
+    n_bytes: Positive
+    total_cost: Annotated[float, Field(ge=0)]
+    n_changes: NonNegative
+
+
 class Plan(Document):
     """A format for every tensor, with what it costs, what it loses and how near the optimum it is.
 
@@ -166,7 +175,7 @@ class Plan(Document):
 
     ramgguf_version: str
     source: Source
-    encoder: Literal["rtn", "search"]
+    encoder: Encoder
     objective: str
     budget: Positive
     n_bytes: Positive
@@ -175,6 +184,7 @@ class Plan(Document):
     gap: Annotated[float, Field(ge=0)]
     min_sqnr_db: float
     assignments: tuple[Assignment, ...]
+    next_percent: NextPercent | None = None
     notes: tuple[str, ...] = ()
 
     @property

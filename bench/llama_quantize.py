@@ -1,0 +1,78 @@
+"""llama.cpp's own quantizer, called in a process of its own: the baseline of tests and benches."""
+
+import argparse
+import ctypes
+import subprocess
+import sys
+from pathlib import Path
+
+from gguf import GGMLQuantizationType, LlamaFileType
+
+
+def quantize(
+    source: Path,
+    output: Path,
+    file_type: str,
+    *,
+    token_embedding: str | None = None,
+    tensor_types: Path | None = None,
+    threads: int = 2,
+) -> Path:
+    """Write output with llama_model_quantize unless it is there; return it.
+
+    file_type is a name of gguf.LlamaFileType without MOSTLY_ (IQ4_XS, Q4_K_M), token_embedding and
+    the right sides of the tensor_types file are ggml type names. Raises RuntimeError when llama.cpp
+    fails or crashes.
+    """
+    if output.exists():
+        return output
+    temporary = output.with_suffix(".tmp")
+    command = [sys.executable, __file__, str(source), str(temporary), file_type, str(threads)]
+    if token_embedding:
+        command += ["--token-embedding", token_embedding]
+    if tensor_types:
+        command += ["--tensor-types", str(tensor_types)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        temporary.unlink(missing_ok=True)
+        raise RuntimeError(f"llama_model_quantize {file_type}: {done.stderr[-500:]}")
+    temporary.rename(output)
+    return output
+
+
+def _main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("source")
+    parser.add_argument("output")
+    parser.add_argument("file_type")
+    parser.add_argument("threads", type=int)
+    parser.add_argument("--token-embedding")
+    parser.add_argument("--tensor-types", type=Path)
+    arguments = parser.parse_args()
+    import llama_cpp
+
+    parameters = llama_cpp.llama_model_quantize_default_params()
+    parameters.ftype = LlamaFileType[f"MOSTLY_{arguments.file_type}"]
+    parameters.nthread = arguments.threads
+    if arguments.token_embedding:
+        parameters.token_embedding_type = GGMLQuantizationType[arguments.token_embedding]
+    if arguments.tensor_types:
+        lines = arguments.tensor_types.read_text().split()
+        pairs = [line.rpartition("=") for line in lines]
+        # The array ends with an entry without a pattern.
+        overrides = (llama_cpp.llama_model_tensor_override * (len(pairs) + 1))()
+        for entry, (pattern, _, name) in zip(overrides, pairs, strict=False):
+            entry.pattern = pattern.encode()
+            entry.type = GGMLQuantizationType[name.upper()]
+        parameters.tt_overrides = ctypes.cast(
+            overrides, ctypes.POINTER(llama_cpp.llama_model_tensor_override)
+        )
+    return int(
+        llama_cpp.llama_model_quantize(
+            arguments.source.encode(), arguments.output.encode(), ctypes.byref(parameters)
+        )
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(_main())

@@ -1,0 +1,229 @@
+"""The Python interface: each function is one command, from files to values and files."""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from ramgguf import formats as _formats
+from ramgguf.errors import BudgetError, GGUFError, PlanError
+from ramgguf.files import refuse_existing, require_disk_space
+from ramgguf.gguf_io import GGUFFile, open_gguf
+from ramgguf.gguf_layout import planned_header_bytes
+from ramgguf.parallel import default_threads
+from ramgguf.progress import Progress, Silent
+from ramgguf.schema import Encoder, Measurement, Plan
+from ramgguf.stages import allocate as _allocate
+from ramgguf.stages import measure as _measure
+from ramgguf.stages import quantize as _quantize
+from ramgguf.units import parse_budget
+
+DEFAULT_ENCODER: Encoder = "rtn"
+DEFAULT_OBJECTIVE = "weighted"
+DEFAULT_MIN_SQNR_DB = 9.0
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What `quantize` made: the files, the plan they follow and the seconds of each stage.
+
+    measurement is None when the plan was given; worst_departure is the largest relative
+    difference between planned and written NMSE, None when the output was not verified.
+    """
+
+    paths: tuple[Path, ...]
+    n_bytes: int
+    plan: Plan
+    measurement: Measurement | None
+    worst_departure: float | None
+    seconds: dict[str, float]
+
+
+def measure(
+    model: str | Path,
+    *,
+    formats: Sequence[str] | None = None,
+    encoder: Encoder = DEFAULT_ENCODER,
+    allow_requantize: bool = False,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Measurement:
+    """Return the rate–distortion curves of all tensors of a GGUF model.
+
+    formats are the names to try, by default all that need no calibration data. Raises GGUFError
+    for a file that is malformed or no language model, FormatError for weights that are not finite
+    or a format that does not exist.
+    """
+    for name in formats or ():
+        _formats.get(name)
+    with open_gguf(Path(model), kind_check=True) as file:
+        return _measure.measure(
+            file,
+            n_overhead_bytes=_overhead_bytes(file),
+            wanted=formats,
+            encoder=encoder,
+            allow_requantize=allow_requantize,
+            threads=threads or default_threads(),
+            progress=progress or Silent(),
+        )
+
+
+def plan(
+    measurement: Measurement | str | Path,
+    budget: int | str,
+    *,
+    objective: str = DEFAULT_OBJECTIVE,
+    min_sqnr_db: float = DEFAULT_MIN_SQNR_DB,
+    formats: Sequence[str] | None = None,
+    pins: Sequence[str] = (),
+) -> Plan:
+    """Return the plan of least cost whose output has at most `budget` bytes.
+
+    measurement is one, or the file of one; budget is bytes or text such as 16GB, 16GiB, 4.5bpw or
+    30%; pins are 'regex=FORMAT'. Raises BudgetError with the smallest feasible size when nothing
+    fits, PlanError for options that do not suit the measurement.
+    """
+    if not isinstance(measurement, Measurement):
+        measurement = Measurement.load(Path(measurement))
+    n_bytes = _budget_bytes(budget, measurement.n_weights, measurement.source.n_bytes)
+    constraints = _constraints(min_sqnr_db, formats, pins)
+    return _allocate.allocate(
+        measurement, n_bytes, objective_name=objective, constraints=constraints
+    )
+
+
+def _constraints(
+    min_sqnr_db: float, formats: Sequence[str] | None, pins: Sequence[str]
+) -> _allocate.Constraints:
+    return _allocate.Constraints(
+        min_sqnr_db=min_sqnr_db,
+        formats=None if formats is None else frozenset(formats),
+        pins=tuple(_allocate.Pin.parse(pin) for pin in pins),
+    )
+
+
+def quantize(
+    model: str | Path,
+    budget: int | str | None = None,
+    output: str | Path | None = None,
+    *,
+    from_plan: Plan | None = None,
+    measurement: Measurement | None = None,
+    formats: Sequence[str] | None = None,
+    encoder: Encoder = DEFAULT_ENCODER,
+    allow_requantize: bool = False,
+    objective: str = DEFAULT_OBJECTIVE,
+    min_sqnr_db: float = DEFAULT_MIN_SQNR_DB,
+    pins: Sequence[str] = (),
+    split_max_bytes: int | None = None,
+    force: bool = False,
+    verify: bool = True,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Quantized:
+    """Write the best GGUF that fits the budget and return what was made.
+
+    Needs a budget or a ready plan; a ready measurement saves measuring again. output is by
+    default beside the model and named after the plan's bits per weight. Raises BudgetError,
+    GGUFError, FormatError or PlanError; an older output is then untouched.
+    """
+    clock, n_threads, shown = _Clock(), threads or default_threads(), progress or Silent()
+    with open_gguf(Path(model), kind_check=True) as file:
+        if from_plan is not None and budget is None:
+            made = from_plan
+        elif from_plan is None and budget is not None:
+            n_bytes = _budget_bytes(budget, file.n_weights, file.n_bytes)
+            _check_destination(Path(output or model), output is not None and not force, n_bytes)
+            if measurement is None:
+                with clock.stage("measure"):
+                    measurement = _measure.measure(
+                        file,
+                        n_overhead_bytes=_overhead_bytes(file),
+                        wanted=formats,
+                        encoder=encoder,
+                        allow_requantize=allow_requantize,
+                        threads=n_threads,
+                        progress=shown,
+                    )
+            constraints = _constraints(min_sqnr_db, formats, pins)
+            with clock.stage("plan"):
+                made = _plan_for_shards(
+                    file, measurement, n_bytes, objective, constraints, split_max_bytes
+                )
+        else:
+            raise PlanError("either a budget or a plan is needed, and not both")
+        path = Path(output) if output is not None else default_output(Path(model), made)
+        destination = _quantize.Destination(path, force, split_max_bytes)
+        with clock.stage("write"):
+            paths = _quantize.quantize(file, made, destination, threads=n_threads, progress=shown)
+        worst = None
+        if verify:
+            with clock.stage("verify"):
+                worst = _quantize.verify(file, made, paths, threads=n_threads, progress=shown)
+    n_written = sum(p.stat().st_size for p in paths)
+    return Quantized(paths, n_written, made, measurement, worst, clock.seconds)
+
+
+def _check_destination(output: Path, must_be_new: bool, n_bytes: int) -> None:
+    """Raise GGUFError before any work when the output exists or cannot fit the disk."""
+    if must_be_new:
+        refuse_existing(output, force=False, error=GGUFError)
+    require_disk_space(output.parent, n_bytes, error=GGUFError)
+
+
+def _plan_for_shards(
+    file: GGUFFile,
+    measurement: Measurement,
+    budget: int,
+    objective: str,
+    constraints: _allocate.Constraints,
+    split_max_bytes: int | None,
+) -> Plan:
+    """Return a plan whose files together fit the budget: shards have headers of their own."""
+    for _ in range(8):
+        made = _allocate.allocate(
+            measurement, budget, objective_name=objective, constraints=constraints
+        )
+        if split_max_bytes is None:
+            return made
+        destination = _quantize.Destination(Path("x.gguf"), False, split_max_bytes)
+        missed = _quantize.planned_layout(file, made, destination).n_bytes - made.n_bytes
+        if missed == 0:
+            return made
+        overhead = measurement.n_overhead_bytes + missed
+        measurement = measurement.model_copy(update={"n_overhead_bytes": overhead})
+    raise BudgetError("shards do not settle; raise --split-max-size")
+
+
+def default_output(model: Path, plan: Plan) -> Path:
+    """Return the name beside the model that says its bits per weight: smol768-ram-4.41bpw.gguf."""
+    stem = model.name.removesuffix(".gguf")
+    for suffix in ("f32", "f16", "bf16", "F32", "F16", "BF16"):
+        stem = stem.removesuffix(f"-{suffix}").removesuffix(f".{suffix}")
+    return model.with_name(f"{stem}-ram-{plan.bpw:.2f}bpw.gguf")
+
+
+def _overhead_bytes(file: GGUFFile) -> int:
+    return planned_header_bytes(file, {}, _quantize.planned_metadata(None))
+
+
+def _budget_bytes(budget: int | str, n_weights: int, n_bytes_source: int) -> int:
+    if isinstance(budget, str):
+        return parse_budget(budget, n_weights=n_weights, n_bytes_source=n_bytes_source)
+    if budget <= 0:
+        raise BudgetError(f"budget is {budget} bytes; it must be positive")
+    return budget
+
+
+class _Clock:
+    """Collects the seconds of named stages."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - start

@@ -1,0 +1,45 @@
+"""The application: its commands, and how errors end it."""
+
+import os
+import sys
+
+import typer
+
+from ramgguf.cli import model_commands
+from ramgguf.errors import RamggufError
+from ramgguf.version import __version__
+
+app = typer.Typer(
+    name="ramgguf",
+    help="Fit a GGUF language model to a byte budget, for stock llama.cpp.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: bool = typer.Option(False, "--version", help="Print the version.")) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+model_commands.register(app)
+
+
+def main() -> None:
+    """Run the command line; RamggufError ends it with one line on stderr and exit status 1."""
+    try:
+        app()
+    except RamggufError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted; nothing was changed", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)

@@ -1,0 +1,210 @@
+"""The commands from model to file: quantize, measure, plan."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ramgguf import api
+from ramgguf.cli import options as opt
+from ramgguf.errors import PlanError
+from ramgguf.report.plans import print_plan, tensor_types
+from ramgguf.schema import Measurement, Plan
+from ramgguf.units import format_bytes, format_seconds, parse_size
+
+
+def register(app: typer.Typer) -> None:
+    """Add these commands to the application."""
+    app.command("quantize", epilog="Example: ramgguf quantize model-f16.gguf --budget 16GB")(
+        quantize
+    )
+    app.command("measure", epilog="Example: ramgguf measure model-f16.gguf -o model.rd.json")(
+        measure
+    )
+    app.command("plan", epilog="Example: ramgguf plan model.rd.json --budget 4.5bpw -o plan.json")(
+        plan
+    )
+
+
+PlanFile = Annotated[
+    Path | None, typer.Option("--plan", help="Follow this plan instead of making one.")
+]
+MeasurementFile = Annotated[
+    Path | None, typer.Option("--measurement", help="Use these curves instead of measuring.")
+]
+Split = Annotated[
+    str | None, typer.Option("--split-max-size", help="Write shards of at most this size.")
+]
+Verify = Annotated[
+    bool, typer.Option("--verify/--no-verify", help="Decode the output and compare with the plan.")
+]
+SavePlan = Annotated[Path | None, typer.Option("--save-plan", help="Also write the plan here.")]
+ExportTypes = Annotated[
+    Path | None,
+    typer.Option(
+        "--export-tensor-types",
+        help="Write the plan for llama-quantize --tensor-type-file, base type Q8_0.",
+    ),
+]
+OptionalBudget = Annotated[
+    str | None,
+    typer.Option("--budget", "-b", help="Bytes of the output file: 16GB, 16GiB, 4.5bpw, 30%."),
+]
+
+
+def quantize(
+    model: opt.Model,
+    budget: OptionalBudget = None,
+    output: opt.Output = None,
+    formats: opt.Formats = None,
+    encoder: opt.EncoderOption = api.DEFAULT_ENCODER,
+    objective: opt.Objective = api.DEFAULT_OBJECTIVE,
+    min_sqnr: opt.MinSqnr = api.DEFAULT_MIN_SQNR_DB,
+    pin: opt.Pins = None,
+    plan_file: PlanFile = None,
+    measurement: MeasurementFile = None,
+    allow_requantize: opt.Requantize = False,
+    split_max_size: Split = None,
+    verify: Verify = True,
+    save_plan: SavePlan = None,
+    export_tensor_types: ExportTypes = None,
+    force: opt.Force = False,
+    threads: opt.Threads = None,
+    as_json: opt.AsJson = False,
+    quiet: opt.Quiet = False,
+    verbose: opt.Verbose = False,
+) -> None:
+    """Write the best mixed-precision GGUF that fits a budget."""
+    terminal = opt.Terminal.make(quiet=quiet, as_json=as_json)
+    if (budget is None) == (plan_file is None):
+        raise typer.BadParameter("give either --budget or --plan", param_hint="--budget")
+    made = api.quantize(
+        model,
+        budget,
+        output,
+        from_plan=Plan.load(plan_file) if plan_file else None,
+        measurement=Measurement.load(measurement) if measurement else None,
+        formats=opt.split_formats(formats),
+        encoder=opt.encoder(encoder),
+        allow_requantize=allow_requantize,
+        objective=objective,
+        min_sqnr_db=min_sqnr,
+        pins=pin or (),
+        split_max_bytes=parse_size(split_max_size) if split_max_size else None,
+        force=force,
+        verify=verify,
+        threads=threads,
+        progress=terminal.progress,
+    )
+    _export(made.plan, save_plan, export_tensor_types, force)
+    if as_json:
+        print(json.dumps(_summary(made)))
+        return
+    print_plan(made.plan, terminal.out, verbose=verbose)
+    seconds = ", ".join(f"{name} {format_seconds(s)}" for name, s in made.seconds.items())
+    checked = (
+        "not verified"
+        if made.worst_departure is None
+        else f"every tensor decoded again: errors as planned (±{made.worst_departure:.0e})"
+    )
+    terminal.out.print(f"{', '.join(str(p) for p in made.paths)}: {checked}; {seconds}")
+
+
+def _summary(made: api.Quantized) -> dict[str, object]:
+    return {
+        "paths": [str(p) for p in made.paths],
+        "n_bytes": made.n_bytes,
+        "budget": made.plan.budget,
+        "bpw": made.plan.bpw,
+        "objective": made.plan.objective,
+        "total_cost": made.plan.total_cost,
+        "gap": made.plan.gap,
+        "plan_sha256": made.plan.sha256(),
+        "verified": made.worst_departure is not None,
+        "seconds": made.seconds,
+        "notes": list(made.plan.notes),
+    }
+
+
+def measure(
+    model: opt.Model,
+    output: opt.Output = None,
+    formats: opt.Formats = None,
+    encoder: opt.EncoderOption = api.DEFAULT_ENCODER,
+    allow_requantize: opt.Requantize = False,
+    force: opt.Force = False,
+    threads: opt.Threads = None,
+    as_json: opt.AsJson = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Measure every tensor's rate–distortion curve and write it as JSON."""
+    terminal = opt.Terminal.make(quiet=quiet, as_json=as_json)
+    path = output or model.with_suffix(".rd.json")
+    opt.refuse_existing(path, force)
+    measured = api.measure(
+        model,
+        formats=opt.split_formats(formats),
+        encoder=opt.encoder(encoder),
+        allow_requantize=allow_requantize,
+        threads=threads,
+        progress=terminal.progress,
+    )
+    measured.save(path)
+    if as_json:
+        print(measured.to_json())
+        return
+    n_points = sum(len(t.points) for t in measured.tensors)
+    rate = measured.n_weights / measured.seconds / 1e6
+    terminal.out.print(
+        f"{path}: {n_points} points of {len(measured.tensors)} tensors, "
+        f"{measured.n_weights:,} weights, in {format_seconds(measured.seconds)} "
+        f"({rate:,.0f} M weights/s)"
+    )
+
+
+def plan(
+    measurement: Annotated[Path, typer.Argument(metavar="MEASUREMENT", help="From measure.")],
+    budget: opt.Budget,
+    output: opt.Output = None,
+    formats: opt.Formats = None,
+    objective: opt.Objective = api.DEFAULT_OBJECTIVE,
+    min_sqnr: opt.MinSqnr = api.DEFAULT_MIN_SQNR_DB,
+    pin: opt.Pins = None,
+    export_tensor_types: ExportTypes = None,
+    force: opt.Force = False,
+    as_json: opt.AsJson = False,
+    quiet: opt.Quiet = False,
+    verbose: opt.Verbose = False,
+) -> None:
+    """Choose a format for every tensor so that the output fits a budget."""
+    terminal = opt.Terminal.make(quiet=quiet, as_json=as_json)
+    made = api.plan(
+        measurement,
+        budget,
+        objective=objective,
+        min_sqnr_db=min_sqnr,
+        formats=opt.split_formats(formats),
+        pins=pin or (),
+    )
+    _export(made, output, export_tensor_types, force)
+    if as_json:
+        print(made.to_json())
+        return
+    print_plan(made, terminal.out, verbose=verbose)
+    for path in (output, export_tensor_types):
+        if path is not None:
+            terminal.out.print(f"wrote {path} ({format_bytes(path.stat().st_size)})")
+
+
+def _export(plan: Plan, plan_path: Path | None, types_path: Path | None, force: bool) -> None:
+    for path in (plan_path, types_path):
+        if path is not None:
+            opt.refuse_existing(path, force)
+    if plan_path is not None:
+        plan.save(plan_path)
+    if types_path is not None:
+        try:
+            types_path.write_text(tensor_types(plan))
+        except OSError as e:
+            raise PlanError(f"{types_path} cannot be written: {e}") from None

@@ -1,0 +1,96 @@
+"""Options that several commands share, so that each is spelled and explained once."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from ramgguf.errors import PlanError
+from ramgguf.parallel import default_threads
+from ramgguf.progress import Progress, Silent
+from ramgguf.report.progress import Bars
+from ramgguf.schema import Encoder
+
+Model = Annotated[
+    Path, typer.Argument(metavar="MODEL", help="GGUF model in F32, F16 or BF16; any shard of it.")
+]
+Budget = Annotated[
+    str,
+    typer.Option(
+        "--budget", "-b", help="Bytes of the output file: 16GB, 16GiB, 4.5bpw, 30% or a number."
+    ),
+]
+Output = Annotated[Path | None, typer.Option("--output", "-o", help="Where to write.")]
+Force = Annotated[bool, typer.Option("--force", help="Overwrite an existing output.")]
+Formats = Annotated[
+    str | None,
+    typer.Option("--formats", help="Formats to choose from, for example Q3_K,Q4_K,Q6_K."),
+]
+EncoderOption = Annotated[
+    str,
+    typer.Option("--encoder", help="How blocks are fitted: search (least squares) or rtn."),
+]
+Objective = Annotated[
+    str, typer.Option("--objective", help="What is minimised: weighted, nmse or ram.")
+]
+MinSqnr = Annotated[
+    float, typer.Option("--min-sqnr", help="Floor for every tensor's SQNR, in dB; 0 for none.")
+]
+Pins = Annotated[
+    list[str] | None,
+    typer.Option("--pin", help="'regex=FORMAT' for the tensors whose name it matches; repeatable."),
+]
+Requantize = Annotated[
+    bool, typer.Option("--allow-requantize", help="Take Q8_0 tensors as a source, too.")
+]
+Threads = Annotated[
+    int | None, typer.Option("--threads", "-t", min=1, help="Threads; default: one per CPU.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON, nothing else.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Print every tensor.")]
+
+
+@dataclass(frozen=True)
+class Terminal:
+    """Where a command prints: results to stdout, progress and remarks to stderr."""
+
+    out: Console
+    err: Console
+    progress: Progress
+
+    @classmethod
+    def make(cls, *, quiet: bool, as_json: bool) -> "Terminal":
+        """Return a terminal that shows results unless quiet, and progress unless quiet or JSON."""
+        out = Console(quiet=quiet or as_json, highlight=False, width=None)
+        err = Console(stderr=True, highlight=False)
+        silent = quiet or not sys.stderr.isatty()
+        return cls(out, err, Silent() if silent else Bars(err))
+
+
+def threads_or_default(threads: int | None) -> int:
+    """Return the number asked for, or one per CPU this process may use."""
+    return threads or default_threads()
+
+
+def split_formats(text: str | None) -> list[str] | None:
+    """Return the names in a comma-separated list, in upper case, or None for no list."""
+    if text is None:
+        return None
+    return [name.strip().upper() for name in text.split(",") if name.strip()]
+
+
+def encoder(name: str) -> Encoder:
+    """Return the encoder of this name; anything else is a usage error."""
+    if name == "rtn" or name == "search":
+        return name
+    raise typer.BadParameter(f"{name!r} is none of rtn, search", param_hint="--encoder")
+
+
+def refuse_existing(path: Path, force: bool) -> None:
+    """Raise PlanError when path exists and may not be overwritten."""
+    if path.exists() and not force:
+        raise PlanError(f"{path} exists; --force overwrites it")

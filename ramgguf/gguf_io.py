@@ -1,0 +1,244 @@
+"""GGUF files read: header, metadata, and tensor data by ranges of rows; shards open as one file.
+
+Headers are read into memory once and never looked at again in the file. Tensor data are read with
+`read_rows` (pread): a file that is cut short while in use is an error, where a memory map would end
+the process with SIGBUS. `rows` is the map, for callers that own the file.
+"""
+
+import contextlib
+import hashlib
+import math
+import mmap
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ramgguf.errors import GGUFError
+from ramgguf.gguf_shard import Shard, require_whole, shard_paths
+from ramgguf.gguf_values import GGML_TYPES_BY_ID, ValueType
+
+# What else comes as GGUF, by general.type or general.architecture.
+_OTHER_KINDS: Mapping[str, str] = {
+    "adapter": "a LoRA adapter; quantize the model that it adapts",
+    "mmproj": "a multimodal projector (mmproj); quantize the language model beside it",
+    "clip": "a multimodal projector (mmproj); quantize the language model beside it",
+    "imatrix": "an importance matrix; give it with --imatrix",
+    "controlvector": "a control vector",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """A tensor: shape is in ggml's order (row length first), offset is absolute in its shard."""
+
+    name: str
+    shape: tuple[int, ...]
+    type_name: str
+    type_id: int
+    n_bytes: int
+    shard: int
+    offset: int
+
+    @property
+    def n_weights(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def row_length(self) -> int:
+        return self.shape[0]
+
+    @property
+    def n_rows(self) -> int:
+        return math.prod(self.shape[1:])
+
+    @property
+    def row_bytes(self) -> int:
+        return self.n_bytes // self.n_rows
+
+
+def _tensors(number: int, shard: Shard) -> list[TensorInfo]:
+    return [
+        TensorInfo(
+            name=t.name,
+            shape=t.shape,
+            type_name=GGML_TYPES_BY_ID[t.type].name,
+            type_id=t.type,
+            n_bytes=t.n_bytes,
+            shard=number,
+            offset=t.offset,
+        )
+        for t in shard.header.tensors
+    ]
+
+
+class GGUFFile:
+    """An open GGUF file, or all shards of one. Reads are safe from any number of threads."""
+
+    def __init__(self, shards: tuple[Shard, ...]) -> None:
+        self._shards = shards
+        first = shards[0]
+        self.paths = tuple(s.path for s in shards)
+        self.n_bytes = sum(s.n_bytes for s in shards)
+        self.metadata = first.metadata
+        self.alignment = first.header.alignment
+        self.version = first.header.version
+        self.tensors = tuple(t for i, s in enumerate(shards) for t in _tensors(i, s))
+        self._by_name: dict[str, TensorInfo] = {}
+        for tensor in self.tensors:
+            if self._by_name.setdefault(tensor.name, tensor) is not tensor:
+                path = self.paths[tensor.shard]
+                raise GGUFError(f"{path}: tensor {tensor.name!r} is in another shard, too")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, e: BaseException | None, at: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file; rows that were handed out stay valid."""
+        for shard in self._shards:
+            shard.close()
+
+    @property
+    def architecture(self) -> str:
+        """general.architecture; raises GGUFError if it is missing."""
+        name = self.metadata.string("general.architecture")
+        if name is None:
+            raise GGUFError(f"{self.paths[0]}: general.architecture is missing; is this a model?")
+        return name
+
+    @property
+    def name(self) -> str | None:
+        """general.name, if the file has one."""
+        return self.metadata.string("general.name")
+
+    @property
+    def kv_types(self) -> Mapping[str, ValueType]:
+        """The value type of every metadata key."""
+        return self.metadata.types
+
+    @property
+    def n_layers(self) -> int | None:
+        """The architecture's block_count, if the file has one."""
+        return self.metadata.integer(f"{self.architecture}.block_count")
+
+    @property
+    def n_weights(self) -> int:
+        """Weights of all tensors."""
+        return sum(t.n_weights for t in self.tensors)
+
+    @cached_property
+    def header_sha256(self) -> str:
+        """SHA-256 of the header bytes of all shards, hexadecimal."""
+        digest = hashlib.sha256()
+        for shard in self._shards:
+            digest.update(memoryview(shard.head)[: shard.header.info_end])
+        return digest.hexdigest()
+
+    def tensor(self, name: str) -> TensorInfo:
+        """Return the tensor of that name; raises GGUFError if there is none."""
+        try:
+            return self._by_name[name]
+        except KeyError:
+            raise GGUFError(f"{self.paths[0]}: there is no tensor {name!r}") from None
+
+    def read_rows(
+        self, tensor: TensorInfo, start: int, stop: int, out: NDArray[np.uint8] | None = None
+    ) -> NDArray[np.uint8]:
+        """Return rows start to stop, copied, of shape (stop - start, row_bytes).
+
+        out, if given, is a contiguous buffer of at least that many bytes, which is filled and whose
+        head is returned. Raises GGUFError when the file ends early or cannot be read.
+        """
+        n_bytes = (stop - start) * tensor.row_bytes
+        buffer = np.empty(n_bytes, np.uint8) if out is None else out.reshape(-1)[:n_bytes]
+        if len(buffer) < n_bytes:
+            raise ValueError(f"a buffer of {len(buffer)} bytes cannot hold {n_bytes}")
+        shard = self._shards[tensor.shard]
+        offset, done = tensor.offset + start * tensor.row_bytes, 0
+        view = buffer.data
+        while done < n_bytes:
+            try:
+                n = os.preadv(shard.fd, [view[done:]], offset + done)
+            except OSError as e:
+                raise GGUFError(f"{shard.path}: tensor {tensor.name!r}: {e.strerror}") from None
+            if n == 0:
+                raise GGUFError(
+                    f"{shard.path}: tensor {tensor.name!r}: the file ends at byte {offset + done}; "
+                    f"it had {shard.n_bytes} bytes when it was opened: was it cut short meanwhile?"
+                )
+            done += n
+        return buffer.reshape(stop - start, tensor.row_bytes)
+
+    def rows(self, tensor: TensorInfo, start: int, stop: int) -> NDArray[np.uint8]:
+        """Return rows start to stop as a read-only view of the mapped file.
+
+        The shape is (stop - start, row_bytes). Once the file is cut short, touching the
+        view ends the process with SIGBUS; read_rows raises an error instead.
+        """
+        shard = self._shards[tensor.shard]
+        if shard.map is None:
+            shard.map = mmap.mmap(shard.fd, shard.n_bytes, access=mmap.ACCESS_READ)
+        first = tensor.offset + start * tensor.row_bytes
+        flat = np.frombuffer(shard.map, np.uint8, (stop - start) * tensor.row_bytes, first)
+        return flat.reshape(stop - start, tensor.row_bytes)
+
+    def advise_done(self, tensor: TensorInfo) -> None:
+        """Let the kernel drop the tensor's mapped pages from this process; harmless if unmapped."""
+        shard = self._shards[tensor.shard]
+        if shard.map is not None and hasattr(shard.map, "madvise"):
+            page = mmap.PAGESIZE
+            first = -(-tensor.offset // page) * page
+            last = (tensor.offset + tensor.n_bytes) // page * page
+            if last > first:
+                shard.map.madvise(mmap.MADV_DONTNEED, first, last - first)
+
+    def require_unchanged(self) -> None:
+        """Raise GGUFError if a file was written to or cut short since it was opened."""
+        for shard in self._shards:
+            if shard.changed():
+                raise GGUFError(f"{shard.path}: the file was changed while it was being read")
+
+
+def require_language_model(file: GGUFFile) -> None:
+    """Raise GGUFError, by what it is, for a GGUF file that is no language model."""
+    path, metadata = file.paths[0], file.metadata
+    for key in ("general.type", "general.architecture"):
+        value = metadata.string(key)
+        if value is not None and value in _OTHER_KINDS:
+            raise GGUFError(f"{path}: is {_OTHER_KINDS[value]} ({key} is {value!r})")
+    if any(key.startswith("imatrix.") for key in metadata):
+        raise GGUFError(f"{path}: is {_OTHER_KINDS['imatrix']}")
+    if not file.tensors:
+        raise GGUFError(
+            f"{path}: holds a vocabulary only, no tensors: there is nothing to quantize"
+        )
+    _ = file.architecture
+
+
+def open_gguf(path: Path, *, kind_check: bool = False) -> GGUFFile:
+    """Return the open file; given one shard of a model, all shards as one file.
+
+    With kind_check, files that are no language models are refused. Raises GGUFError for whatever
+    is wrong with the file.
+    """
+    with contextlib.ExitStack() as opened:
+        shards = tuple(
+            opened.enter_context(contextlib.closing(Shard(p))) for p in shard_paths(path)
+        )
+        require_whole(shards)
+        file = GGUFFile(shards)
+        if kind_check:
+            require_language_model(file)
+        opened.pop_all()
+    return file

@@ -1,0 +1,111 @@
+"""One file of a GGUF model: its descriptor, its header, and which other files belong to it."""
+
+import mmap
+import os
+import re
+import stat
+from pathlib import Path
+
+from ramgguf._core import Header, HeaderError, scan_header
+from ramgguf.errors import GGUFError
+from ramgguf.gguf_values import GGML_TYPES, Metadata
+
+_FIRST_READ = 1 << 22
+_LONGEST_HEADER = 1 << 28  # ten times the header of any model known; bounds what a bad file costs
+_SHARD_NAME = re.compile(r"(?P<prefix>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
+_TYPE_ROWS = [(t.id, t.block_weights, t.block_bytes) for t in GGML_TYPES.values()]
+
+
+class Shard:
+    """An open file: its descriptor, its identity when it was opened, its header.
+
+    Raises GGUFError for whatever is wrong with the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.map: mmap.mmap | None = None
+        try:
+            # Without O_NONBLOCK, opening a FIFO would wait for ever.
+            self.fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        except (OSError, ValueError) as e:
+            raise GGUFError(f"{path}: cannot be opened: {getattr(e, 'strerror', e)}") from None
+        try:
+            self.status = os.fstat(self.fd)
+            if not stat.S_ISREG(self.status.st_mode):
+                raise GGUFError(f"{path}: is not a regular file")
+            self.n_bytes = self.status.st_size
+            self.head, self.header = self._read_header()
+        except BaseException:
+            os.close(self.fd)
+            raise
+        self.metadata = Metadata(self.head, self.header.keys)
+
+    def _read_header(self) -> tuple[bytes, Header]:
+        """Return the file's first bytes, the whole header among them, and what they say."""
+        length = _FIRST_READ
+        while length <= _LONGEST_HEADER:
+            try:
+                data = os.pread(self.fd, min(length, self.n_bytes), 0)
+                header = scan_header(data, self.n_bytes, _TYPE_ROWS)
+            except OSError as e:
+                raise GGUFError(f"{self.path}: cannot be read: {e.strerror}") from None
+            except HeaderError as e:
+                raise GGUFError(f"{self.path}: {e}") from None
+            if header is not None:
+                return data, header
+            if len(data) < min(length, self.n_bytes):
+                break
+            length *= 4
+        raise GGUFError(
+            f"{self.path}: the header goes on beyond {length // 4 >> 20} MiB; is the file damaged?"
+        )
+
+    def changed(self) -> bool:
+        """Whether the file, or what its path leads to, is another than when it was opened."""
+
+        def identity(s: os.stat_result) -> tuple[int, int, int, int]:
+            return s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns
+
+        return identity(os.fstat(self.fd)) != identity(self.status)
+
+    def close(self) -> None:
+        """Close the file; views of its map stay valid."""
+        if self.map is not None:
+            try:
+                self.map.close()
+            except BufferError:  # somebody still holds rows; the map goes when they do
+                self.map = None
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+def shard_paths(path: Path) -> tuple[Path, ...]:
+    """Return the paths of all shards, given that of one; of a file by itself, its own."""
+    match = _SHARD_NAME.fullmatch(path.name)
+    if match is None:
+        return (path,)
+    count = int(match["count"])
+    if not 1 <= int(match["number"]) <= count:
+        raise GGUFError(f"{path}: shard {int(match['number'])} of {count} cannot be")
+    names = (f"{match['prefix']}-{i:05d}-of-{count:05d}.gguf" for i in range(1, count + 1))
+    return tuple(path.with_name(name) for name in names)
+
+
+def require_whole(shards: tuple[Shard, ...]) -> None:
+    """Raise GGUFError unless the shards are all shards of one model, in their order."""
+    n_tensors = sum(len(s.header.tensors) for s in shards)
+    for number, shard in enumerate(shards):
+        for key, expected in (
+            ("split.no", number),
+            ("split.count", len(shards)),
+            ("split.tensors.count", n_tensors),
+        ):
+            found = shard.metadata.integer(key)
+            # A file by itself need not say that it is whole.
+            if found != expected and not (len(shards) == 1 and found is None):
+                raise GGUFError(
+                    f"{shard.path}: {key} is {found}, expected {expected}; are all shards there, "
+                    "under their own names, and of one model?"
+                )

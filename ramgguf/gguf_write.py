@@ -1,0 +1,136 @@
+"""GGUF files written: an output that takes bytes in any order and appears whole or not at all."""
+
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ramgguf.errors import GGUFError
+from ramgguf.files import AtomicFile, refuse_existing, remove_orphans, require_disk_space
+from ramgguf.gguf_io import GGUFFile, TensorInfo
+from ramgguf.gguf_layout import Layout, Overrides, plan_layout
+
+_CHUNK_BYTES = 1 << 24
+
+Bytes = bytes | bytearray | memoryview | NDArray[Any]
+
+
+def _view(data: Bytes) -> memoryview:
+    return memoryview(data.data if isinstance(data, np.ndarray) else data).cast("B")
+
+
+class GGUFOutput:
+    """The files of a layout while they are being written; a context manager.
+
+    write_at may be called from any number of threads. Leaving the context without commit, or by an
+    exception, removes what was written. Raises GGUFError when the output exists and force is not
+    given, is the source itself, or does not fit the disk.
+    """
+
+    def __init__(self, layout: Layout, source: GGUFFile, *, force: bool) -> None:
+        self.layout = layout
+        self._source = source
+        self._lock = threading.Lock()
+        self._missing = {t.name: t.n_bytes for t in layout.tensors.values()}
+        self._files: list[AtomicFile] = []
+        for shard in layout.shards:
+            for path in source.paths:
+                if shard.path.exists() and shard.path.samefile(path):
+                    raise GGUFError(f"{shard.path}: is the source; name another output")
+            refuse_existing(shard.path, force=force, error=GGUFError)
+        folder = layout.shards[0].path.parent
+        remove_orphans(folder)
+        require_disk_space(folder, layout.n_bytes, error=GGUFError)
+        try:
+            for shard in layout.shards:
+                file = AtomicFile(shard.path, shard.n_bytes, force=force, error=GGUFError)
+                self._files.append(file)
+                file.write_at(0, shard.header)
+        except BaseException:
+            self.abort()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, e: BaseException | None, at: TracebackType | None
+    ) -> None:
+        self.abort()
+
+    def write_at(self, name: str, offset: int, data: Bytes) -> None:
+        """Write bytes of a tensor's data, offset bytes from its start; each byte just once."""
+        tensor = self.layout.tensors[name]
+        view = _view(data)
+        if offset < 0 or offset + len(view) > tensor.n_bytes:
+            raise GGUFError(
+                f"tensor {name!r}: bytes {offset} to {offset + len(view)} are not within its "
+                f"{tensor.n_bytes} in {tensor.type_name}"
+            )
+        self._files[tensor.shard].write_at(tensor.offset + offset, view)
+        with self._lock:
+            self._missing[name] -= len(view)
+
+    def copy(self, name: str) -> None:
+        """Write the tensor's bytes as they stand in the source."""
+        tensor = self._source.tensor(name)
+        if self.layout.tensors[name].type_name != tensor.type_name:
+            raise GGUFError(f"tensor {name!r}: is {tensor.type_name}; it cannot just be copied")
+        step = max(1, _CHUNK_BYTES // tensor.row_bytes)
+        for start in range(0, tensor.n_rows, step):
+            rows = self._source.read_rows(tensor, start, min(start + step, tensor.n_rows))
+            self.write_at(name, start * tensor.row_bytes, rows)
+
+    def commit(self) -> tuple[Path, ...]:
+        """Flush the files, give them their names and return these.
+
+        The first shard, which loaders open, is named last. Raises GGUFError if a tensor was not
+        written in full or the source has changed since it was opened.
+        """
+        for name, missing in self._missing.items():
+            if missing:
+                raise GGUFError(f"tensor {name!r}: {missing} bytes were not written")
+        self._source.require_unchanged()
+        for file in self._files:
+            file.flush()
+        for file in reversed(self._files):
+            file.commit()
+        return tuple(s.path for s in self.layout.shards)
+
+    def abort(self) -> None:
+        """Remove what was written; does nothing to files that have their names."""
+        for file in self._files:
+            file.abort()
+
+
+def write_gguf(
+    path: Path,
+    source: GGUFFile,
+    tensor_types: Mapping[str, str],
+    overrides: Overrides,
+    blocks: Callable[[TensorInfo, str], Iterable[Bytes]],
+    *,
+    force: bool = False,
+    split_max_bytes: int | None = None,
+) -> tuple[Path, ...]:
+    """Write the source with other types and return the paths of what was written.
+
+    blocks yields the encoded bytes of a tensor in a type, front to back; it is asked only for the
+    tensors whose type changes, the others are copied. Raises GGUFError; then nothing is left.
+    """
+    layout = plan_layout(path, source, tensor_types, overrides, split_max_bytes=split_max_bytes)
+    with GGUFOutput(layout, source, force=force) as output:
+        for tensor in source.tensors:
+            type_name = layout.tensors[tensor.name].type_name
+            if type_name == tensor.type_name:
+                output.copy(tensor.name)
+                continue
+            offset = 0
+            for data in blocks(tensor, type_name):
+                output.write_at(tensor.name, offset, data)
+                offset += _view(data).nbytes
+        return output.commit()

@@ -1,0 +1,78 @@
+"""What a plan gives to whom, for the terminal and for llama-quantize."""
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+
+from rich.console import Console
+from rich.table import Table
+
+from ramgguf.schema import Assignment, Plan
+from ramgguf.units import format_bytes
+
+
+def role_table(plan: Plan) -> Table:
+    """Return one row per role: tensors, formats with their counts, bytes, bpw, share of cost."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("role")
+    table.add_column("formats (tensors)", overflow="fold")
+    for column in ("bytes", "bpw", "cost"):
+        table.add_column(column, justify="right")
+    for role, members in _by_role(plan.assignments):
+        counts = Counter(a.format for a in members)
+        n_bytes, n_weights = sum(a.n_bytes for a in members), sum(a.n_weights for a in members)
+        cost = sum(a.cost for a in members)
+        table.add_row(
+            role,
+            "  ".join(f"{name} ×{n}" for name, n in counts.most_common()),
+            format_bytes(n_bytes),
+            f"{8 * n_bytes / n_weights:.2f}",
+            f"{cost / plan.total_cost:.1%}" if plan.total_cost > 0 else "–",
+        )
+    return table
+
+
+def _by_role(assignments: Iterable[Assignment]) -> list[tuple[str, list[Assignment]]]:
+    roles: dict[str, list[Assignment]] = {}
+    for assignment in assignments:
+        roles.setdefault(assignment.role, []).append(assignment)
+    return sorted(roles.items(), key=lambda r: -sum(a.n_bytes for a in r[1]))
+
+
+def print_plan(plan: Plan, console: Console, *, verbose: bool = False) -> None:
+    """Print the plan: per role, in total, how near the optimum, what more budget would buy."""
+    console.print(role_table(plan))
+    data = sum(a.n_bytes for a in plan.assignments)
+    used = plan.n_bytes / plan.budget
+    console.print(
+        f"file {plan.n_bytes:,} bytes ({used:.2%} of the budget), weights {data:,} bytes, "
+        f"{plan.bpw:.3f} bpw"
+    )
+    gap = "proven optimal" if plan.gap == 0 else f"within {plan.gap:.1g} of the optimum, proven"
+    console.print(f"objective {plan.objective}: {plan.total_cost:.6g}, {gap}")
+    if plan.next_percent is not None and plan.total_cost > 0:
+        step = plan.next_percent
+        saved = 1 - step.total_cost / plan.total_cost
+        console.print(
+            f"1 % more budget ({format_bytes(step.n_bytes)}) would lower the objective by "
+            f"{saved:.1%}, changing {step.n_changes} tensors"
+        )
+    for note in plan.notes:
+        console.print(f"note: {note}")
+    if verbose:
+        for a in plan.assignments:
+            note = f"  ({a.note})" if a.note else ""
+            console.print(f"  {a.name:<40} {a.source_format:>5} → {a.format:<7} {a.nmse:.3e}{note}")
+
+
+def tensor_types(plan: Plan) -> str:
+    """Return the plan as lines for `llama-quantize --tensor-type-file … MODEL OUT Q8_0`.
+
+    Patterns are escaped and anchored, so each names one tensor. Tensors that are never quantized
+    stay out: llama-quantize leaves them alone by itself.
+    """
+    return "".join(
+        f"^{re.escape(a.name)}$={a.format.lower()}\n"
+        for a in plan.assignments
+        if a.note is None or a.note.startswith("pinned")
+    )

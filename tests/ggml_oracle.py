@@ -1,0 +1,55 @@
+"""libggml, as installed with llama-cpp-python, as an oracle for block formats."""
+
+import ctypes
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType
+from numpy.typing import NDArray
+
+
+class _TypeTraits(ctypes.Structure):
+    # struct ggml_type_traits of ggml.h (ggml 0.25)
+    _fields_ = (
+        ("type_name", ctypes.c_char_p),
+        ("blck_size", ctypes.c_int64),
+        ("blck_size_interleave", ctypes.c_int64),
+        ("type_size", ctypes.c_size_t),
+        ("is_quantized", ctypes.c_bool),
+        ("to_float", ctypes.c_void_p),
+        ("from_float_ref", ctypes.c_void_p),
+    )
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """Return libggml-base; skips the test where llama-cpp-python is not installed."""
+    llama_cpp = pytest.importorskip("llama_cpp")
+    lib = ctypes.CDLL(str(Path(llama_cpp.__file__).parent / "lib" / "libggml-base.so"))
+    lib.ggml_get_type_traits.restype = ctypes.POINTER(_TypeTraits)
+    lib.ggml_get_type_traits.argtypes = [ctypes.c_int]
+    lib.ggml_quantize_chunk.restype = ctypes.c_size_t
+    return lib
+
+
+def _traits(type_name: str) -> _TypeTraits:
+    type_id = int(GGMLQuantizationType[type_name])
+    traits = library().ggml_get_type_traits(type_id).contents
+    assert isinstance(traits, _TypeTraits)
+    found = traits.type_name.decode().upper()
+    if found != type_name:
+        raise RuntimeError(f"ggml calls type {type_id} {found}, not {type_name}: other layout?")
+    return traits
+
+
+def dequantize(type_name: str, rows: NDArray[np.uint8], row_length: int) -> NDArray[np.float32]:
+    """Return what ggml decodes from rows of blocks, shape (rows, row_length)."""
+    to_float = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)(
+        _traits(type_name).to_float or 0
+    )
+    rows = np.ascontiguousarray(rows)
+    out = np.empty((rows.shape[0], row_length), np.float32)
+    to_float(rows.ctypes.data, out.ctypes.data, out.size)
+    return out

@@ -5,8 +5,7 @@
 // for the levels found and keeps the best solution: the idea of ggml's reference encoders
 // (make_qx_quants and make_qkx2_quants in ggml-quants.c), written anew.
 #pragma once
-#include "half.h"
-#include "lanes.h"
+#include "formats/iq4.h"
 
 namespace ramgguf::RAMGGUF_ISA {
 
@@ -127,25 +126,13 @@ RAMGGUF_INLINE void load_tile(const float* x, const float* importance, Tile<n, w
 template <int low, int high>
 struct IntegerLevels {
     static constexpr float kLow = low, kHigh = high;
-    static constexpr bool kNegative = low < 0;
     static RAMGGUF_INLINE Lanes nearest(Lanes v) { return round_even(clamp(v, kLow, kHigh)); }
 };
 
-// The sixteen values of IQ4_NL and IQ4_XS (kvalues_iq4nl in ggml-common.h).
+// The sixteen values of IQ4_NL and IQ4_XS.
 struct CodebookLevels {
     static constexpr float kLow = -127, kHigh = 113;
-    static constexpr bool kNegative = true;
-    static RAMGGUF_INLINE Lanes nearest(Lanes v) {
-        constexpr float values[16] = {-127, -104, -83, -65, -49, -35, -22, -10,
-                                      1,    13,   25,  38,  53,  69,  89,  113};
-        Lanes found = broadcast(values[0]);
-#pragma GCC unroll 15
-        for (int k = 0; k < 15; ++k) {
-            const Mask above = v > broadcast((values[k] + values[k + 1]) / 2);
-            found = select(above, broadcast(values[k + 1]), found);
-        }
-        return found;
-    }
+    static RAMGGUF_INLINE Lanes nearest(Lanes v) { return iq4_value(nearest_iq4(v)); }
 };
 
 // --- x ~ scale * level ---

@@ -238,13 +238,16 @@ RAMGGUF_INLINE AffineSolution fit_affine(const Tile<n, weighted>& tile, Grid gri
             sum.ll = sum.ll + wl * level;
             sum.lt = sum.lt + wl * t[i];
         }
+        // Cramer's rule, with one division: by the determinant, or, where the offset would be
+        // beyond its limit or the levels are all alike, by ll for the scale alone.
         const Lanes det = sum.w * sum.ll - sum.l * sum.l;
-        const Lanes per_det = inverse(det);
-        Lanes m = (sum.ll * sum.t - sum.l * sum.lt) * per_det;
-        const Mask fixed = (m > limit) | (per_det == zero);
-        m = select(fixed, fixed_offset, m);
-        const Lanes s = select(fixed, (sum.lt - m * sum.l) * inverse(sum.ll),
-                               (sum.w * sum.lt - sum.t * sum.l) * per_det);
+        const Lanes m_det = sum.ll * sum.t - sum.l * sum.lt;
+        const Mask fixed = (m_det > limit * det) | (det <= broadcast(0x1p-100f));
+        const Lanes numerator = select(fixed, sum.lt - fixed_offset * sum.l,
+                                       sum.w * sum.lt - sum.t * sum.l);
+        const Lanes denominator = inverse(select(fixed, sum.ll, det));
+        const Lanes s = numerator * denominator;
+        const Lanes m = select(fixed, fixed_offset, m_det * denominator);
         const Lanes two = broadcast(2.0f);
         const Lanes error =
             sum.tt + s * (s * sum.ll - two * sum.lt) + m * (m * sum.w + two * (s * sum.l - sum.t));

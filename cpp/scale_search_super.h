@@ -66,8 +66,8 @@ RAMGGUF_INLINE LinearScales fit_linear_scales(const Tile<n, weighted>& tile, Gri
 // --- x ~ step * sub * level - min_step * sub_min ---
 
 template <int n_max, int n, bool weighted>
-RAMGGUF_INLINE Lanes affine_error(const Tile<n, weighted>& tile, Lanes scale, Lanes minimum) {
-    const Lanes per_scale = inverse(scale);
+RAMGGUF_INLINE Lanes affine_error(const Tile<n, weighted>& tile, Lanes scale, Lanes per_scale,
+                                  Lanes minimum) {
     Lanes error = broadcast(0.0f);
     for (int i = 0; i < n; ++i) {
         const Lanes v = tile.x[i] + minimum;
@@ -77,22 +77,27 @@ RAMGGUF_INLINE Lanes affine_error(const Tile<n, weighted>& tile, Lanes scale, La
     return error;
 }
 
-// The best of the integers around value / step, tried on the weights; its error goes to `error`.
+// The best of the nine pairs of integers around the given ones, tried on the weights; its error
+// goes to `error`.
 template <int n_max, int s_max, int n, bool weighted>
 RAMGGUF_INLINE AffineScales try_neighbours(const Tile<n, weighted>& tile, AffineScales around,
                                            Lanes& error) {
-    constexpr float neighbours[9][2] = {{0, 0}, {1, 1},  {-1, -1}, {0, 1}, {0, -1},
-                                        {1, 0}, {-1, 0}, {1, -1},  {-1, 1}};
+    constexpr float moves[] = {0.0f, 1.0f, -1.0f};
     AffineScales best = around;
     error = broadcast(0x1p100f);
-    for (const auto& neighbour : neighbours) {
-        const Lanes sub = clamp(around.sub + broadcast(neighbour[0]), 0, s_max);
-        const Lanes sub_min = clamp(around.sub_min + broadcast(neighbour[1]), 0, s_max);
-        const Lanes found = affine_error<n_max>(tile, around.step * sub, around.min_step * sub_min);
-        const Mask better = found < error;
-        error = select(better, found, error);
-        best.sub = select(better, sub, best.sub);
-        best.sub_min = select(better, sub_min, best.sub_min);
+    for (const float sub_move : moves) {
+        const Lanes sub = clamp(around.sub + broadcast(sub_move), 0.0f, (float)s_max);
+        const Lanes scale = around.step * sub, per_scale = inverse(scale);
+        for (const float min_move : moves) {
+            const Lanes sub_min =
+                clamp(around.sub_min + broadcast(min_move), 0.0f, (float)s_max);
+            const Lanes found =
+                affine_error<n_max>(tile, scale, per_scale, around.min_step * sub_min);
+            const Mask better = found < error;
+            error = select(better, found, error);
+            best.sub = select(better, sub, best.sub);
+            best.sub_min = select(better, sub_min, best.sub_min);
+        }
     }
     return best;
 }

@@ -49,9 +49,11 @@ template <class Format, int kBlock, int kLowestField, int kLowestValue>
 struct SuperblockSearch<Format, SymmetricFit<kBlock, kLowestField, kLowestValue>> {
     static constexpr int kUnits = kBlock / 16, kGroup = kUnit / kBlock;
     static constexpr bool kCodebook = kLowestValue == -127;
+    template <bool weighted>
     static constexpr Grid kGrid = kCodebook            ? Grid{8, -20.0f, 6.0f}
-                                  : kLowestValue == -4 ? Grid{10, -0.5f, 0.25f}
-                                                       : Grid{5, -0.9f, 0.4f};
+                                  : kLowestValue == -32 ? Grid{5, -1.0f, 0.4f}
+                                  : weighted           ? Grid{6, -0.6f, 0.4f}
+                                                       : Grid{2, 0.0f, 0.5f};
     using Levels = std::conditional_t<kCodebook, CodebookLevels,
                                       IntegerLevels<kLowestValue, -kLowestValue - 1>>;
 
@@ -60,7 +62,8 @@ struct SuperblockSearch<Format, SymmetricFit<kBlock, kLowestField, kLowestValue>
         Tile<kBlock, weighted> tile;
         load_tile<kBlock, kGroup>(x, importance, tile);
         const LinearScales found =
-            fit_linear_scales<Levels, kLowestField, -kLowestField - 1, kGroup>(tile, kGrid);
+            fit_linear_scales<Levels, kLowestField, -kLowestField - 1, kGroup>(tile,
+ kGrid<weighted>);
         for (int unit = 0; unit < kUnits; ++unit) {
             fits[unit].set(f32_to_f16(first(lanes_of_unit(found.step, unit))),
                            lanes_of_unit(found.sub, unit));

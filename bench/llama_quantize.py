@@ -2,6 +2,7 @@
 
 import argparse
 import ctypes
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -40,6 +41,16 @@ def quantize(
     return output
 
 
+def planned_mib(source: Path, file_type: str, token_embedding: str | None) -> float | None:
+    """Return the MiB of tensor data that llama.cpp would write, by its dry run; None if it fails."""
+    command = [sys.executable, __file__, str(source), "/dev/null", file_type, "2", "--dry-run"]
+    if token_embedding:
+        command += ["--token-embedding", token_embedding]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    found = re.search(r"quant size\s*=\s*([\d.]+) MiB", done.stderr + done.stdout)
+    return float(found[1]) if done.returncode == 0 and found else None
+
+
 def _main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("source")
@@ -48,12 +59,14 @@ def _main() -> int:
     parser.add_argument("threads", type=int)
     parser.add_argument("--token-embedding")
     parser.add_argument("--tensor-types", type=Path)
+    parser.add_argument("--dry-run", action="store_true")
     arguments = parser.parse_args()
     import llama_cpp
 
     parameters = llama_cpp.llama_model_quantize_default_params()
     parameters.ftype = LlamaFileType[f"MOSTLY_{arguments.file_type}"]
     parameters.nthread = arguments.threads
+    parameters.dry_run = arguments.dry_run
     if arguments.token_embedding:
         parameters.token_embedding_type = GGMLQuantizationType[arguments.token_embedding]
     if arguments.tensor_types:

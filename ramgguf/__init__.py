@@ -4,7 +4,15 @@
 >>> made = ramgguf.quantize("model-f16.gguf", budget="16GB")
 """
 
-from ramgguf.api import Quantized, default_output, measure, plan, quantize
+from ramgguf.api import Quantized, default_output, evaluate, measure, plan, quantize
 from ramgguf.version import __version__
 
-__all__ = ["Quantized", "__version__", "default_output", "measure", "plan", "quantize"]
+__all__ = [
+    "Quantized",
+    "__version__",
+    "default_output",
+    "evaluate",
+    "measure",
+    "plan",
+    "quantize",
+]

@@ -5,9 +5,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from ramgguf import formats as _formats
-from ramgguf.errors import BudgetError, GGUFError, PlanError
+from ramgguf.corpus import Recipe, default_corpus, text_file
+from ramgguf.corpus import dataset as dataset_corpus
+from ramgguf.errors import BudgetError, EngineError, GGUFError, PlanError
 from ramgguf.files import refuse_existing, require_disk_space
 from ramgguf.gguf_io import GGUFFile, open_gguf
 from ramgguf.gguf_layout import planned_header_bytes
@@ -15,8 +18,10 @@ from ramgguf.parallel import default_threads
 from ramgguf.progress import Progress, Silent
 from ramgguf.schema import Encoder, Measurement, Plan
 from ramgguf.stages import allocate as _allocate
+from ramgguf.stages import evaluate as _evaluate
 from ramgguf.stages import measure as _measure
 from ramgguf.stages import quantize as _quantize
+from ramgguf.stages.evaluate import Evaluation
 from ramgguf.units import parse_budget
 
 DEFAULT_ENCODER: Encoder = "rtn"
@@ -163,6 +168,51 @@ def quantize(
                 worst = _quantize.verify(file, made, paths, threads=n_threads, progress=shown)
     n_written = sum(p.stat().st_size for p in paths)
     return Quantized(paths, n_written, made, measurement, worst, clock.seconds)
+
+
+def evaluate(
+    models: Sequence[str | Path],
+    reference: str | Path | None = None,
+    *,
+    protocol: Literal["ram", "llama"] = "ram",
+    n_ctx: int | None = None,
+    n_seq: int | None = None,
+    seed: int = 42,
+    bos: bool = False,
+    text: str | Path | None = None,
+    dataset: str | None = None,
+    split: str = "test",
+    safe_kernels: bool = False,
+    jsonl: str | Path | None = None,
+    resume: bool = False,
+    threads: int | None = None,
+    verbose: bool = False,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Return the scores of models on a text, by llama.cpp, sequence by sequence.
+
+    The text is the WikiText-2 test split unless text (a file) or dataset (a name on the hub, with
+    split) is given. With a reference, KLD and the like are measured against it. Raises EngineError
+    when nothing could be scored; a model that fails midway leaves its finished sequences.
+    """
+    if text is not None and dataset is not None:
+        raise EngineError("either a text or a dataset can be scored, not both")
+    corpus = default_corpus()
+    if text is not None:
+        corpus = text_file(Path(text))
+    elif dataset is not None:
+        corpus = dataset_corpus(dataset, split=split)
+    return _evaluate.evaluate(
+        [Path(m) for m in models],
+        reference=Path(reference) if reference is not None else None,
+        recipe=Recipe(corpus, protocol, n_ctx=n_ctx, n_seq=n_seq, seed=seed, bos=bos),
+        threads=threads or default_threads(),
+        safe_kernels=safe_kernels,
+        verbose=verbose,
+        jsonl=Path(jsonl) if jsonl is not None else None,
+        resume=resume,
+        progress=progress,
+    )
 
 
 def _check_destination(output: Path, must_be_new: bool, n_bytes: int) -> None:

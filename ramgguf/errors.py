@@ -23,3 +23,7 @@ class PlanError(RamggufError):
 
 class EngineError(RamggufError):
     """llama.cpp is missing, refused a model, or crashed."""
+
+
+class ResultError(RamggufError):
+    """Evaluation results are malformed, or were not measured alike and must not be compared."""

@@ -96,16 +96,16 @@ def shard_paths(path: Path) -> tuple[Path, ...]:
 def require_whole(shards: tuple[Shard, ...]) -> None:
     """Raise GGUFError unless the shards are all shards of one model, in their order."""
     n_tensors = sum(len(s.header.tensors) for s in shards)
-    for number, shard in enumerate(shards):
-        for key, expected in (
-            ("split.no", number),
-            ("split.count", len(shards)),
-            ("split.tensors.count", n_tensors),
-        ):
-            found = shard.metadata.integer(key)
-            # A file by itself need not say that it is whole.
-            if found != expected and not (len(shards) == 1 and found is None):
-                raise GGUFError(
-                    f"{shard.path}: {key} is {found}, expected {expected}; are all shards there, "
-                    "under their own names, and of one model?"
-                )
+    expectations = [
+        *((shard, "split.no", number) for number, shard in enumerate(shards)),
+        *((shard, "split.count", len(shards)) for shard in shards),
+        *((shard, "split.tensors.count", n_tensors) for shard in shards),
+    ]
+    for shard, key, expected in expectations:
+        found = shard.metadata.integer(key)
+        # A file by itself need not say that it is whole.
+        if found != expected and not (len(shards) == 1 and found is None):
+            raise GGUFError(
+                f"{shard.path}: {key} is {found}, expected {expected}; are all shards there, "
+                "under their own names, and of one model?"
+            )

@@ -12,7 +12,9 @@ _LAYER = re.compile(r"^(?:(?P<stack>enc|dec)\.)?blk\.(?P<layer>\d+)\.(?P<rest>.+
 _ROLES: Mapping[str, str] = {
     "token_embd": "embedding",
     "per_layer_token_embd": "embedding",
+    "nextn.embed_tokens": "embedding",
     "output": "head",
+    "nextn.shared_head_head": "head",
     "attn_o": "attn_output",
     "attn_out": "attn_output",
     "cross_attn_o": "cross_attn_output",

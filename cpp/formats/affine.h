@@ -81,7 +81,10 @@ RAMGGUF_INLINE void pack_6bit_pairs(const uint8_t* scales, const uint8_t* mins, 
     write(out + 8, (s1 & 0x0f0f0f0fu) | (m1 & 0x0f0f0f0fu) << 4);
 }
 
-RAMGGUF_INLINE void unpack_6bit_pairs(const uint8_t* in, uint8_t* scales, uint8_t* mins) {
+RAMGGUF_INLINE void unpack_6bit_pairs(const uint8_t* in, uint8_t (&scales)[kLanes],
+                                      uint8_t (&mins)[kLanes]) {
+    std::memset(scales, 0, sizeof scales);
+    std::memset(mins, 0, sizeof mins);
     const uint32_t a = read<uint32_t>(in), b = read<uint32_t>(in + 4), c = read<uint32_t>(in + 8);
     write(scales, a & 0x3f3f3f3fu);
     write(scales + 4, (c & 0x0f0f0f0fu) | (a >> 2 & 0x30303030u));

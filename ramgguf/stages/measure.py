@@ -139,7 +139,7 @@ def _tensor(
     file: GGUFFile, job: _Job, parts: list[_core.RowStats], tied: bool
 ) -> TensorMeasurement:
     tensor, excluded = job.tensor, dict(job.excluded)
-    total = _core.RowStats.merged(parts) if parts else None
+    total = _core.merged(parts) if parts else None
     points = [Point(format=tensor.type_name, n_bytes=tensor.n_bytes, nmse=0.0, max_error=0.0)]
     for error in total.errors if total else ():
         if error.scale_overflow:

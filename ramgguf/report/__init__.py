@@ -1,0 +1,1 @@
+"""Results for people: terminal tables, markdown, CSV, JSON and one HTML page."""

@@ -1,0 +1,68 @@
+"""Fixtures shared by all tests: real models, made once and kept in the user's cache."""
+
+import importlib
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+_TOOL = Path(__file__).parent.parent / "tools" / "real_models.py"
+
+
+def _models() -> Path:
+    if folder := os.environ.get("RAMGGUF_MODELS"):
+        return Path(folder)
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "ramgguf" / "models"
+
+
+def _real_model(label: str) -> Path:
+    """Return the path of the model, made on first use; skip the test if that cannot be."""
+    path = _models() / f"{label}.gguf"
+    if not path.exists():
+        command = [sys.executable, str(_TOOL), "--out", str(path.parent), "--only", label]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            lines = done.stderr.strip().splitlines() or ["no message"]
+            pytest.skip(f"{label} cannot be made: {lines[-1]}")
+    return path
+
+
+@pytest.fixture(scope="session")
+def model_cache() -> Path:
+    """The folder where models made by tests are kept from run to run."""
+    folder = _models()
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def smol768() -> Path:
+    """A real llama model in F16; every row is a multiple of 256 weights."""
+    return _real_model("smol768-f16")
+
+
+@pytest.fixture(scope="session")
+def smol768_bf16() -> Path:
+    """The same in BF16."""
+    return _real_model("smol768-bf16")
+
+
+@pytest.fixture(scope="session")
+def smol135() -> Path:
+    """The same network in F16 with rows of 576 weights, which K-quants do not suit."""
+    return _real_model("smol135-f16")
+
+
+@pytest.fixture(scope="session")
+def llama_cpp() -> Iterator[ModuleType]:
+    """The low-level module of llama-cpp-python, its log silenced."""
+    module = importlib.import_module("llama_cpp")
+    silence = module.llama_log_callback(lambda level, text, data: None)
+    module.llama_log_set(silence, None)
+    yield module
+    module.llama_log_set(module.llama_log_callback(0), None)

@@ -68,13 +68,13 @@ RAMGGUF_INLINE void transpose_step(Lanes* v) {
     }
 }
 
-// Lane j of out[i] is x[n * j + i].
+// Lane j of out[i] is x[n * (j & rows) + i].
 template <int n>
-RAMGGUF_INLINE void transpose(const float* x, Lanes* out) {
+RAMGGUF_INLINE void transpose(const float* x, int rows, Lanes* out) {
     static_assert(n % kLanes == 0, "whole vectors");
     for (int first = 0; first < n; first += kLanes) {
         Lanes v[kLanes];
-        for (int j = 0; j < kLanes; ++j) v[j] = load(x + n * j + first);
+        for (int j = 0; j < kLanes; ++j) v[j] = load(x + n * (j & rows) + first);
         transpose_step<8>(v);
         transpose_step<4>(v);
         transpose_step<2>(v);
@@ -100,13 +100,16 @@ RAMGGUF_INLINE Lanes reduce_groups(Op op, Lanes a) {
     return a;
 }
 
-// The tile of 16 n weights from x on. Importance is divided by the greatest of the group of
-// `group` sub-blocks, which share a step; where it is all zero, all weights count alike.
+// The tile of n_units units from x on; one unit of blocks of 32 fills both halves of the lanes.
+// Importance is divided by the greatest of the group of `group` sub-blocks, which share a step;
+// where it is all zero, all weights count alike.
 template <int n, int group, bool weighted>
-RAMGGUF_INLINE void load_tile(const float* x, const float* importance, Tile<n, weighted>& tile) {
-    transpose<n>(x, tile.x);
+RAMGGUF_INLINE void load_tile(const float* x, const float* importance, int n_units,
+                              Tile<n, weighted>& tile) {
+    const int rows = n_units * (kUnit / n) - 1;
+    transpose<n>(x, rows, tile.x);
     if constexpr (weighted) {
-        transpose<n>(importance, tile.w);
+        transpose<n>(importance, rows, tile.w);
         Lanes greatest = tile.w[0];
         for (int i = 1; i < n; ++i) greatest = max(greatest, tile.w[i]);
         greatest = reduce_groups<group>(Max{}, greatest);
@@ -243,8 +246,8 @@ RAMGGUF_INLINE AffineSolution fit_affine(const Tile<n, weighted>& tile, Grid gri
         const Lanes det = sum.w * sum.ll - sum.l * sum.l;
         const Lanes m_det = sum.ll * sum.t - sum.l * sum.lt;
         const Mask fixed = (m_det > limit * det) | (det <= broadcast(0x1p-100f));
-        const Lanes numerator = select(fixed, sum.lt - fixed_offset * sum.l,
-                                       sum.w * sum.lt - sum.t * sum.l);
+        const Lanes numerator =
+            select(fixed, sum.lt - fixed_offset * sum.l, sum.w * sum.lt - sum.t * sum.l);
         const Lanes denominator = inverse(select(fixed, sum.ll, det));
         const Lanes s = numerator * denominator;
         const Lanes m = select(fixed, fixed_offset, m_det * denominator);

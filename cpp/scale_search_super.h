@@ -89,8 +89,7 @@ RAMGGUF_INLINE AffineScales try_neighbours(const Tile<n, weighted>& tile, Affine
         const Lanes sub = clamp(around.sub + broadcast(sub_move), 0.0f, (float)s_max);
         const Lanes scale = around.step * sub, per_scale = inverse(scale);
         for (const float min_move : moves) {
-            const Lanes sub_min =
-                clamp(around.sub_min + broadcast(min_move), 0.0f, (float)s_max);
+            const Lanes sub_min = clamp(around.sub_min + broadcast(min_move), 0.0f, (float)s_max);
             const Lanes found =
                 affine_error<n_max>(tile, scale, per_scale, around.min_step * sub_min);
             const Mask better = found < error;

@@ -7,7 +7,7 @@
 #include "kernels.h"
 
 #include "float_mode.h"
-#include "formats/all.h"
+#include "search.h"
 
 #define RAMGGUF_STRING2(x) #x
 #define RAMGGUF_STRING(x) RAMGGUF_STRING2(x)
@@ -35,10 +35,39 @@ int64_t n_bytes(int format, int64_t n) {
 
 // --- one unit ---
 
+// An encoder fits up to kUnits<F> units at once and quantizes with what it found.
 struct Rtn {
     template <class F>
-    static RAMGGUF_INLINE void fit(const float* x, const float*, typename F::Fit& fit) {
-        F::rtn(x, fit);
+    static constexpr int kUnits = 1;
+
+    template <class F>
+    static RAMGGUF_INLINE void fit(const float* x, const float*, int, typename F::Fit* fits) {
+        F::rtn(x, *fits);
+    }
+
+    template <class F>
+    static RAMGGUF_INLINE auto quantize(const typename F::Fit& fit, Lanes x, int j) {
+        return F::quantize(fit, x, j);
+    }
+};
+
+struct Searching {
+    template <class F>
+    static constexpr int kUnits = Search<F>::kUnits;
+
+    template <class F>
+    static RAMGGUF_INLINE void fit(const float* x, const float* w, int n_units,
+                                   typename F::Fit* fits) {
+        if (w) {
+            Search<F>::template fit<true>(x, w, n_units, fits);
+        } else {
+            Search<F>::template fit<false>(x, w, n_units, fits);
+        }
+    }
+
+    template <class F>
+    static RAMGGUF_INLINE auto quantize(const typename F::Fit& fit, Lanes x, int j) {
+        return Search<F>::quantize(fit, x, j);
     }
 };
 
@@ -68,14 +97,13 @@ RAMGGUF_INLINE void decode_unit<F16>(const uint8_t* in, float* out) {
 }
 
 template <class F, class E>
-RAMGGUF_INLINE bool encode_unit(const float* x, const float* w, uint8_t* out) {
-    typename F::Fit fit;
-    E::template fit<F>(x, w, fit);
+RAMGGUF_INLINE void pack_unit(const typename F::Fit& fit, const float* x, uint8_t* out) {
     IntLanes q[kVectors];
 #pragma GCC unroll 16
-    for (int j = 0; j < kVectors; ++j) q[j] = to_int(F::quantize(fit, load(x + kLanes * j), j));
+    for (int j = 0; j < kVectors; ++j) {
+        q[j] = to_int(E::template quantize<F>(fit, load(x + kLanes * j), j));
+    }
     F::pack(fit, q, out);
-    return fit.overflow;
 }
 
 // --- chunks: the functions of the tables below ---
@@ -95,18 +123,29 @@ void decode_chunk(const uint8_t* in, int64_t n, float* out) {
 // Returns the index of the first unit with an overflow, or -1.
 template <class F, class E>
 int encode_chunk(const float* x, const float* w, int64_t n, uint8_t* out) {
-    int overflow = -1, unit = 0;
-    for (; n > 0; n -= kUnit, x += kUnit, w += w ? kUnit : 0, ++unit) {
-        bool bad;
-        if (n >= kUnit) {
-            bad = encode_unit<F, E>(x, w, out);
-        } else {
-            uint8_t bytes[kUnitBytes<F>];
-            bad = encode_unit<F, E>(x, w, bytes);
-            std::memcpy(out, bytes, (size_t)(n / F::block_size) * sizeof(typename F::Block));
+    constexpr int step = E::template kUnits<F>;
+    const int n_units = (int)((n + kUnit - 1) / kUnit);
+    int overflow = -1;
+    for (int first_unit = 0; first_unit < n_units; first_unit += step) {
+        const int count = n_units - first_unit < step ? n_units - first_unit : step;
+        const int64_t offset = (int64_t)first_unit * kUnit;
+        typename F::Fit fits[step];
+        E::template fit<F>(x + offset, w ? w + offset : nullptr, count, fits);
+        for (int i = 0; i < count; ++i) {
+            const int unit = first_unit + i;
+            const float* unit_x = x + (int64_t)unit * kUnit;
+            const int64_t left = n - (int64_t)unit * kUnit;
+            uint8_t* unit_out = out + (int64_t)unit * kUnitBytes<F>;
+            if (left >= kUnit) {
+                pack_unit<F, E>(fits[i], unit_x, unit_out);
+            } else {
+                uint8_t bytes[kUnitBytes<F>];
+                pack_unit<F, E>(fits[i], unit_x, bytes);
+                std::memcpy(unit_out, bytes,
+                            (size_t)(left / F::block_size) * sizeof(typename F::Block));
+            }
+            if (fits[i].overflow && overflow < 0) overflow = unit;
         }
-        if (bad && overflow < 0) overflow = unit;
-        out += kUnitBytes<F>;
     }
     return overflow;
 }
@@ -174,15 +213,20 @@ void add_wide_errors(const float* x, const float* w, const float* q, ErrorLanes&
 
 template <class F, class E, bool kWeighted>
 void measure_units(const Chunk& chunk, ErrorLanes& errors) {
+    constexpr int step = E::template kUnits<F>;
+    typename F::Fit fits[step];
     Lanes largest = broadcast(0.0f);
     for (int u = 0; u < chunk.n_units; ++u) {
         const float* x = chunk.x + kUnit * u;
         const float* w = kWeighted ? chunk.w + kUnit * u : nullptr;
-        typename F::Fit fit;
-        E::template fit<F>(x, w, fit);
+        if (u % step == 0) {
+            const int left = chunk.n_units - u;
+            E::template fit<F>(x, w, left < step ? left : step, fits);
+        }
+        const typename F::Fit& fit = fits[u % step];
         errors.overflow |= fit.overflow;
         const auto reconstruct = [&](int j) __attribute__((always_inline)) {
-            return F::reconstruct(fit, F::quantize(fit, load(x + kLanes * j), j), j);
+            return F::reconstruct(fit, E::template quantize<F>(fit, load(x + kLanes * j), j), j);
         };
         if (__builtin_expect(chunk.wide >> u & 1, 0)) {
             float q[kUnit];
@@ -305,13 +349,23 @@ constexpr EncodeChunk kEncode[kEncoders][kFormatCount] = {{
 #define X(name, id) encode_chunk<name, Rtn>,
 #include "formats.def"
 #undef X
-}};
+                                                          },
+                                                          {
+#define X(name, id) encode_chunk<name, Searching>,
+#include "formats.def"
+#undef X
+                                                          }};
 
 constexpr MeasureChunk kMeasure[kEncoders][kFormatCount] = {{
 #define X(name, id) measure_chunk<name, Rtn>,
 #include "formats.def"
 #undef X
-}};
+                                                            },
+                                                            {
+#define X(name, id) measure_chunk<name, Searching>,
+#include "formats.def"
+#undef X
+                                                            }};
 
 // --- streams of weights ---
 

@@ -37,12 +37,14 @@ int64_t n_bytes(int format, int64_t n) {
 
 // An encoder fits up to kUnits<F> units at once and quantizes with what it found.
 struct Rtn {
+    // A chunk's fits first, its weights later: a fit is a long chain of reductions and divisions,
+    // and those of several units overlap.
     template <class F>
-    static constexpr int kUnits = 1;
+    static constexpr int kUnits = kChunkUnits;
 
     template <class F>
-    static RAMGGUF_INLINE void fit(const float* x, const float*, int, typename F::Fit* fits) {
-        F::rtn(x, *fits);
+    static RAMGGUF_INLINE void fit(const float* x, const float*, int n, typename F::Fit* fits) {
+        for (int u = 0; u < n; ++u) F::rtn(x + kUnit * u, fits[u]);
     }
 
     template <class F>
@@ -154,24 +156,14 @@ int encode_chunk(const float* x, const float* w, int64_t n, uint8_t* out) {
 
 // Sums over many units, lane by lane.
 struct ErrorLanes {
-    double squares[kLanes] = {}, weighted[kLanes] = {};
+    DoubleLanes squares = {}, weighted = {};
     double max_square = 0;
     bool overflow = false;
 };
 
 struct WeightLanes {
-    double sum[kLanes] = {}, squares[kLanes] = {}, cubes[kLanes] = {}, fourths[kLanes] = {};
-    double weighted[kLanes] = {};
+    DoubleLanes sum = {}, squares = {}, cubes = {}, fourths = {}, weighted = {};
 };
-
-double total(const double (&lanes)[kLanes]) {
-    double sums[kLanes];
-    for (int i = 0; i < kLanes; ++i) sums[i] = lanes[i];
-    for (int half = kLanes / 2; half > 0; half /= 2) {
-        for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
-    }
-    return sums[0];
-}
 
 // A chunk of weights as floats. In a unit that is `wide` some power of a weight up to the fourth
 // could leave the range of a float; its sums are made in double.
@@ -187,26 +179,26 @@ template <bool kWeighted, class Reconstruct>
 RAMGGUF_INLINE Lanes add_errors(const float* x, const float* w, ErrorLanes& errors,
                                 Reconstruct reconstruct) {
     Lanes squares[2] = {broadcast(0.0f), broadcast(0.0f)}, weighted = broadcast(0.0f);
-    Lanes largest = broadcast(0.0f);
+    Lanes largest[2] = {broadcast(0.0f), broadcast(0.0f)};
 #pragma GCC unroll 16
     for (int j = 0; j < kVectors; ++j) {
         const Lanes error = load(x + kLanes * j) - reconstruct(j);
         const Lanes square = error * error;
         squares[j % 2] = squares[j % 2] + square;
-        largest = max(largest, square);
+        largest[j % 2] = max(largest[j % 2], square);
         if (kWeighted) weighted = weighted + load(w + kLanes * j) * square;
     }
     add_to(errors.squares, squares[0] + squares[1]);
     if (kWeighted) add_to(errors.weighted, weighted);
-    return largest;
+    return max(largest[0], largest[1]);
 }
 
 void add_wide_errors(const float* x, const float* w, const float* q, ErrorLanes& errors) {
     for (int i = 0; i < kUnit; ++i) {
         const double error = (double)x[i] - (double)q[i];
         const double square = error * error;
-        errors.squares[i % kLanes] += square;
-        if (w) errors.weighted[i % kLanes] += (double)w[i] * square;
+        add_to(errors.squares, i % kLanes, square);
+        if (w) add_to(errors.weighted, i % kLanes, (double)w[i] * square);
         if (square > errors.max_square) errors.max_square = square;
     }
 }
@@ -269,68 +261,80 @@ void compare_chunk(const Chunk& chunk, const float* q, ErrorLanes& errors) {
 
 // --- the weights' own sums ---
 
+constexpr int32_t kLargestFinite = 0x7f7fffff;
+
+// Whether the unit with this largest magnitude (bits of a float) has powers that leave the range of
+// a float, or is not finite. From 2^-30 to 2^30 fourth powers stay within 2^-120 .. 2^120.
+RAMGGUF_INLINE bool is_wide(int32_t magnitude) {
+    return (magnitude != 0) & ((magnitude < 0x30800000) | (magnitude > 0x4e800000));
+}
+
 void add_wide_weights(const float* x, const float* w, WeightLanes& sums) {
     for (int i = 0; i < kUnit; ++i) {
         const double value = (double)x[i], square = value * value;
         const int lane = i % kLanes;
-        sums.sum[lane] += value;
-        sums.squares[lane] += square;
-        sums.cubes[lane] += square * value;
-        sums.fourths[lane] += square * square;
-        if (w) sums.weighted[lane] += (double)w[i] * square;
+        add_to(sums.sum, lane, value);
+        add_to(sums.squares, lane, square);
+        add_to(sums.cubes, lane, square * value);
+        add_to(sums.fourths, lane, square * square);
+        if (w) add_to(sums.weighted, lane, (double)w[i] * square);
     }
 }
 
-void add_weights(const float* x, const float* w, WeightLanes& sums) {
+// The largest lane.
+RAMGGUF_INLINE int32_t max_of(IntLanes a) {
+    a = max(a, bits(exchange<8>(from_bits(a))));
+    a = max(a, bits(exchange<4>(from_bits(a))));
+    a = max(a, bits(exchange<2>(from_bits(a))));
+    return max(a, bits(exchange<1>(from_bits(a)))).p[0][0];
+}
+
+// Adds the power sums of a unit, unless it is wide. Returns the largest magnitude as the bits of a
+// float: NaN and infinity compare as largest.
+template <bool kWeighted>
+RAMGGUF_INLINE int32_t add_weights(const float* x, const float* w, WeightLanes& sums) {
     Lanes sum = broadcast(0.0f), squares = sum, cubes = sum, fourths = sum, weighted = sum;
-#pragma GCC unroll 4
+    IntLanes largest = broadcast(0);
+#pragma GCC unroll 8
     for (int j = 0; j < kVectors; ++j) {
         const Lanes value = load(x + kLanes * j), square = value * value;
+        largest = max(largest, bits(value) & broadcast(INT32_MAX));
         sum = sum + value;
         squares = squares + square;
         cubes = cubes + square * value;
         fourths = fourths + square * square;
-        if (w) weighted = weighted + load(w + kLanes * j) * square;
+        if (kWeighted) weighted = weighted + load(w + kLanes * j) * square;
     }
+    const int32_t magnitude = max_of(largest);
+    if (is_wide(magnitude)) return magnitude;
     add_to(sums.sum, sum);
     add_to(sums.squares, squares);
     add_to(sums.cubes, cubes);
     add_to(sums.fourths, fourths);
-    if (w) add_to(sums.weighted, weighted);
-}
-
-// The largest magnitude of a unit as the bits of a float; NaN and infinity compare as largest.
-RAMGGUF_INLINE int32_t max_magnitude(const float* x) {
-    IntLanes largest = broadcast(0);
-    for (int j = 0; j < kVectors; ++j) {
-        largest = max(largest, bits(load(x + kLanes * j)) & broadcast(INT32_MAX));
-    }
-    int32_t lanes[kLanes];
-    store(lanes, largest);
-    int32_t found = 0;
-    for (int i = 0; i < kLanes; ++i) found = lanes[i] > found ? lanes[i] : found;
-    return found;
+    if (kWeighted) add_to(sums.weighted, weighted);
+    return magnitude;
 }
 
 // Fills chunk.wide and the sums; returns whether all weights are finite.
-bool add_chunk(Chunk& chunk, WeightLanes& sums, int32_t& max_abs) {
+template <bool kWeighted>
+bool add_units(Chunk& chunk, WeightLanes& sums, int32_t& max_abs) {
     chunk.wide = 0;
     for (int u = 0; u < chunk.n_units; ++u) {
         const float* x = chunk.x + kUnit * u;
-        const float* w = chunk.w ? chunk.w + kUnit * u : nullptr;
-        const int32_t magnitude = max_magnitude(x);
-        if (magnitude > 0x7f7fffff) return false;
+        const float* w = kWeighted ? chunk.w + kUnit * u : nullptr;
+        const int32_t magnitude = add_weights<kWeighted>(x, w, sums);
         max_abs = magnitude > max_abs ? magnitude : max_abs;
-        // 2^-30 .. 2^30: fourth powers stay within 2^-120 .. 2^120.
-        const bool wide = magnitude != 0 && (magnitude < 0x30800000 || magnitude > 0x4e800000);
-        if (wide) {
+        if (__builtin_expect(is_wide(magnitude), 0)) {
+            if (magnitude > kLargestFinite) return false;
             chunk.wide |= 1u << u;
             add_wide_weights(x, w, sums);
-        } else {
-            add_weights(x, w, sums);
         }
     }
     return true;
+}
+
+bool add_chunk(Chunk& chunk, WeightLanes& sums, int32_t& max_abs) {
+    return chunk.w ? add_units<true>(chunk, sums, max_abs) : add_units<false>(chunk, sums, max_abs);
 }
 
 // --- tables ---
@@ -381,8 +385,14 @@ class Reader {
         n_ = in_.n - start_ < kChunk ? in_.n - start_ : kChunk;
         n = n_;
         chunk.n_units = (int)((n + kUnit - 1) / kUnit);
-        kDecode[in_.format](in_.bytes + n_bytes(in_.format, start_), n, x_);
-        chunk.x = x_;
+        const uint8_t* bytes = in_.bytes + n_bytes(in_.format, start_);
+        prefetch_next();
+        chunk.x = as_floats(bytes);
+        if (!chunk.x) {
+            kDecode[in_.format](bytes, n, x_);
+            chunk.x = x_;
+        }
+        x_of_chunk_ = chunk.x;
         chunk.w = nullptr;
         if (in_.importance) {
             fill_importance(chunk.n_units * kUnit);
@@ -396,12 +406,29 @@ class Reader {
     // The flat index of the first weight of this chunk that is NaN or infinite, -1 if none is.
     int64_t first_nonfinite() const {
         for (int64_t i = 0; i < n_; ++i) {
-            if (!(x_[i] - x_[i] == 0.0f)) return start_ + i;
+            if (!(x_of_chunk_[i] - x_of_chunk_[i] == 0.0f)) return start_ + i;
         }
         return -1;
     }
 
   private:
+    // Whole units of aligned floats need no copy.
+    const float* as_floats(const uint8_t* bytes) const {
+        const bool usable = kFormats[in_.format].type_id == 0 && n_ % kUnit == 0 &&
+                            (uintptr_t)bytes % alignof(float) == 0;
+        return usable ? (const float*)bytes : nullptr;
+    }
+
+    // The chunk after this one comes into the second cache while this one is worked on.
+    void prefetch_next() const {
+        const int64_t begin = start_ + n_;
+        const int64_t end = in_.n - begin < kChunk ? in_.n : begin + kChunk;
+        const int64_t stop = n_bytes(in_.format, end);
+        for (int64_t at = n_bytes(in_.format, begin); at < stop; at += 64) {
+            __builtin_prefetch(in_.bytes + at, 0, 2);
+        }
+    }
+
     void fill_importance(int count) {
         int64_t column = start_ % in_.row_length;
         for (int filled = 0; filled < count;) {
@@ -415,35 +442,36 @@ class Reader {
 
     const Weights in_;
     int64_t start_ = 0, n_ = 0;
+    const float* x_of_chunk_ = nullptr;
     alignas(64) float x_[kChunk];
     alignas(64) float w_[kChunk];
 };
 
 ErrorSums to_sums(const ErrorLanes& lanes) {
     ErrorSums sums;
-    sums.squares = total(lanes.squares);
-    sums.weighted_squares = total(lanes.weighted);
+    sums.squares = sum_of(lanes.squares);
+    sums.weighted_squares = sum_of(lanes.weighted);
     sums.max_square = lanes.max_square;
     sums.overflow = lanes.overflow;
     return sums;
 }
 
 void finish(const WeightLanes& lanes, int32_t max_abs, WeightSums& sums) {
-    sums.sum = total(lanes.sum);
-    sums.squares = total(lanes.squares);
-    sums.cubes = total(lanes.cubes);
-    sums.fourths = total(lanes.fourths);
-    sums.weighted_squares = total(lanes.weighted);
+    sums.sum = sum_of(lanes.sum);
+    sums.squares = sum_of(lanes.squares);
+    sums.cubes = sum_of(lanes.cubes);
+    sums.fourths = sum_of(lanes.fourths);
+    sums.weighted_squares = sum_of(lanes.weighted);
     std::memcpy(&sums.max_abs, &max_abs, sizeof max_abs);
 }
 
 bool all_finite(const Chunk& chunk) {
-    int32_t largest = 0;
-    for (int u = 0; u < chunk.n_units; ++u) {
-        const int32_t magnitude = max_magnitude(chunk.x + kUnit * u);
-        largest = magnitude > largest ? magnitude : largest;
+    IntLanes largest = broadcast(0);
+#pragma GCC unroll 4
+    for (int i = 0; i < chunk.n_units * kUnit; i += kLanes) {
+        largest = max(largest, bits(load(chunk.x + i)) & broadcast(INT32_MAX));
     }
-    return largest <= 0x7f7fffff;
+    return max_of(largest) <= kLargestFinite;
 }
 
 // The index in the unit of its weight of largest magnitude.

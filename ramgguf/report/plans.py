@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from rich.console import Console
 from rich.table import Table
 
+from ramgguf.recipes import Recipe
 from ramgguf.schema import Assignment, Plan
 from ramgguf.units import format_bytes
 
@@ -75,4 +76,13 @@ def tensor_types(plan: Plan) -> str:
         f"^{re.escape(a.name)}$={a.format.lower()}\n"
         for a in plan.assignments
         if a.note is None or a.note.startswith("pinned")
+    )
+
+
+def recipe_types(recipe: Recipe) -> str:
+    """Return a recipe's tensors, all but those of one dimension, as tensor_types does."""
+    return "".join(
+        f"^{re.escape(t.name)}$={t.format.lower()}\n"
+        for t in recipe.tensors
+        if t.shape is None or len(t.shape) > 1
     )

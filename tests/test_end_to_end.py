@@ -7,10 +7,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import ggml_oracle
 import numpy as np
 import pytest
 
+import ggml_oracle
 import llama_quantize
 import ramgguf
 from ramgguf.gguf_io import open_gguf

@@ -308,7 +308,8 @@ void bind_stats(py::module_& m) {
                                [](const RowStats& s) { return s.sums.weighted_squares; })
         .def_property_readonly("first_nonfinite",
                                [](const RowStats& s) { return s.sums.first_nonfinite; })
-        .def_readonly("errors", &RowStats::errors);
+        .def_readonly("errors", &RowStats::errors)
+        .def_static("merged", &merged, py::arg("parts"), "The parts' sums, in their order.");
 }
 
 }  // namespace
@@ -339,7 +340,6 @@ void bind_kernels(py::module_& m) {
     m.def("compare", &compare, py::arg("type_a"), py::arg("a"), py::arg("type_b"), py::arg("b"),
           py::kw_only(), py::arg("importance") = py::none(),
           "Statistics of a and the error of b against it, as measure adds them up.");
-    m.def("merged", &merged, py::arg("parts"), "The sums of the parts, added in their order.");
 }
 
 }  // namespace ramgguf

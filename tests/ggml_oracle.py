@@ -53,3 +53,36 @@ def dequantize(type_name: str, rows: NDArray[np.uint8], row_length: int) -> NDAr
     out = np.empty((rows.shape[0], row_length), np.float32)
     to_float(rows.ctypes.data, out.ctypes.data, out.size)
     return out
+
+
+def _n_row_bytes(type_name: str, row_length: int) -> int:
+    traits = _traits(type_name)
+    return int(row_length // traits.blck_size * traits.type_size)
+
+
+def quantize(type_name: str, rows: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Return the blocks that ggml_quantize_chunk makes of rows, without importance."""
+    rows = np.ascontiguousarray(rows)
+    out = np.zeros((rows.shape[0], _n_row_bytes(type_name, rows.shape[1])), np.uint8)
+    n_bytes = library().ggml_quantize_chunk(
+        ctypes.c_int(int(GGMLQuantizationType[type_name])),
+        ctypes.c_void_p(rows.ctypes.data),
+        ctypes.c_void_p(out.ctypes.data),
+        ctypes.c_int64(0),
+        ctypes.c_int64(rows.shape[0]),
+        ctypes.c_int64(rows.shape[1]),
+        None,
+    )
+    assert n_bytes == out.nbytes
+    return out
+
+
+def quantize_reference(type_name: str, rows: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Return the blocks that ggml's from_float_ref makes of rows."""
+    from_float = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)(
+        _traits(type_name).from_float_ref or 0
+    )
+    rows = np.ascontiguousarray(rows)
+    out = np.zeros((rows.shape[0], _n_row_bytes(type_name, rows.shape[1])), np.uint8)
+    from_float(rows.ctypes.data, out.ctypes.data, rows.size)
+    return out

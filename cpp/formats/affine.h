@@ -4,6 +4,10 @@
 // RTN: a sub-block's scale and min come from its own range [min(x, 0), max x]; d and dmin make the
 // largest of them the field's largest value; fields are rounded to nearest against the rounded d
 // and dmin; weights are rounded with what the decoder will see.
+//
+// Nearest, because rounding the fields up loses more. NMSE of Q2_K, Q4_K, Q5_K on 2 M weights of
+// smol768: nearest 0.1196, 0.00726, 0.00173; mins up 0.1213, 0.00731, 0.00177; scales up 0.1336,
+// 0.00746, 0.00178; both up 0.1332, 0.00743, 0.00178 (Gaussian and Student-t: the same order).
 #pragma once
 #include "unit.h"
 

@@ -29,7 +29,8 @@ struct Q5_1 {
 
     static RAMGGUF_INLINE void rtn(const float* x, Fit& fit) {
         const Lanes low = first_lowest_of_blocks(x), high = reduce_blocks<32>(Max{}, x);
-        const Lanes d = (high - low) / broadcast(31.0f);
+        // + 0: zeros of both signs may differ by -0, which ggml never has.
+        const Lanes d = (high - low + broadcast(0.0f)) / broadcast(31.0f);
         fit.set_scale(d);
         fit.set_offset(low);
         fit.inverse.set(inverse_or_zero(d));

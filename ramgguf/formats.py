@@ -1,0 +1,77 @@
+"""The block formats that the core knows, and what ggml and llama.cpp call them."""
+
+from functools import cache
+from types import MappingProxyType
+
+from ramgguf import _core
+from ramgguf._core import BlockFormat
+from ramgguf.errors import FormatError
+
+# The layouts that block formats have had since ggml's quantization version 2 (GGML_QNT_VERSION).
+QUANTIZATION_VERSION = 2
+
+# `general.file_type` (enum llama_ftype of llama.h) of a model that is mostly of one format.
+# K-quants take the _M variety, which llama.cpp means by the plain name.
+_FILE_TYPES = MappingProxyType(
+    {
+        "F32": 0,
+        "F16": 1,
+        "Q4_0": 2,
+        "Q4_1": 3,
+        "Q8_0": 7,
+        "Q5_0": 8,
+        "Q5_1": 9,
+        "Q2_K": 10,
+        "Q3_K": 12,
+        "Q4_K": 15,
+        "Q5_K": 17,
+        "Q6_K": 18,
+        "IQ4_NL": 25,
+        "IQ4_XS": 30,
+        "BF16": 32,
+    }
+)
+
+
+@cache
+def _by_name() -> MappingProxyType[str, BlockFormat]:
+    return MappingProxyType({f.name: f for f in _core.formats()})
+
+
+def names() -> tuple[str, ...]:
+    """Return the names of all formats, in the order of ggml's type ids."""
+    return tuple(_by_name())
+
+
+def quantized() -> tuple[str, ...]:
+    """Return the names of the formats that quantize: blocks of more than one weight."""
+    return tuple(f.name for f in _by_name().values() if f.encodable and f.block_size > 1)
+
+
+def get(name: str) -> BlockFormat:
+    """Return the format of this name; raises FormatError that lists the known ones."""
+    try:
+        return _by_name()[name]
+    except KeyError:
+        raise FormatError(f"format {name!r} is unknown; known are {', '.join(names())}") from None
+
+
+def suits(name: str, row_length: int) -> bool:
+    """Return whether rows of row_length weights are whole blocks of the format."""
+    return row_length % get(name).block_size == 0
+
+
+def row_bytes(name: str, row_length: int) -> int:
+    """Return the bytes of a row; raises FormatError when it is not made of whole blocks."""
+    f = get(name)
+    if row_length % f.block_size:
+        raise FormatError(
+            f"{name} has blocks of {f.block_size} weights, which rows of {row_length} are no "
+            "multiple of; choose a format with smaller blocks"
+        )
+    return row_length // f.block_size * f.block_bytes
+
+
+def file_type(name: str) -> int:
+    """Return `general.file_type` for a model whose bytes are mostly of this format."""
+    return _FILE_TYPES[get(name).name]

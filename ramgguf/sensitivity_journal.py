@@ -42,8 +42,9 @@ class Journal:
         self.readings: dict[str, Reading] = {}
         self._path = path
         try:
-            self._file = path.open("a+b")
-            self._read()
+            if path.exists():
+                self._read()
+            self._file = path.open("ab")
         except OSError as e:
             raise PlanError(f"{path}: {e.strerror}") from None
 
@@ -68,8 +69,7 @@ class Journal:
         self._file.flush()
 
     def _read(self) -> None:
-        self._file.seek(0)
-        data = self._file.read()
+        data = self._path.read_bytes()
         whole = data.rfind(b"\n") + 1
         try:
             for number, line in enumerate(data[:whole].splitlines()):

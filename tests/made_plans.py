@@ -4,7 +4,6 @@ import numpy as np
 
 from ramgguf.schema import (
     Assignment,
-    Constraints,
     Measurement,
     Plan,
     Point,
@@ -121,6 +120,5 @@ def made_plan(measurement: Measurement, seed: int = 0) -> Plan:
         n_overhead_bytes=1000,
         total_cost=sum(a.cost for a in assignments),
         gap=0.0,
-        constraints=Constraints(),
         assignments=tuple(assignments),
     )

@@ -2,6 +2,7 @@
 
 import ctypes
 import hashlib
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -30,6 +31,9 @@ def llama_module(*, verbose: bool = False) -> ModuleType:
     Raises EngineError when it is not installed.
     """
     global _log_callback
+    # libgomp reads this when it is loaded. By default its threads spin for milliseconds at each of
+    # the many barriers of a decode, which takes several times as long when CPUs are shared.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     try:
         import llama_cpp
     except ImportError as e:

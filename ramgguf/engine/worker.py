@@ -153,9 +153,6 @@ def serve(lines: TextIO, out: TextIO) -> None:
 
 def main() -> None:
     """Keep stdout for responses, and send what llama.cpp prints there to stderr."""
-    # libgomp reads this when llama.cpp is loaded. Its threads would spin for milliseconds at each
-    # barrier, and a decode on a busy machine take three times as long.
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     out = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     serve(sys.stdin, out)

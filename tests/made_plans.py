@@ -120,6 +120,5 @@ def made_plan(measurement: Measurement, seed: int = 0) -> Plan:
         n_overhead_bytes=1000,
         total_cost=sum(a.cost for a in assignments),
         gap=0.0,
-        min_sqnr_db=9.0,
         assignments=tuple(assignments),
     )

@@ -5,13 +5,10 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from ramgguf.errors import RamggufError
 from ramgguf.report.numbers import kld, ppl
 from ramgguf.results import SequenceScore
 from ramgguf.study import Study
-from ramgguf.summary import Summary
 from ramgguf.uncertainty import Estimate
 
 Figure = Any  # plotly.graph_objects.Figure: plotly is an optional package without types
@@ -169,11 +166,11 @@ def _told(found: Estimate, write: Any) -> str:
 def ppl_distribution(study: Study) -> Figure:
     """Return every sequence's PPL, a row per model; outliers are named, corpus PPL is marked."""
     go = graph_objects()
-    fig = figure("sequence perplexity (logarithmic)", "", _height(len(study.summaries)))
+    fig = figure("sequence perplexity (logarithmic)", "", height(len(study.summaries)))
     for i, s in enumerate(study.summaries):
         scores = s.result.sequences
-        fig.add_trace(_strip(i, s.label, [x.ppl for x in scores], [_told_score(x) for x in scores]))
-        fig.add_trace(_diamond(s.label, s.estimates["corpus_ppl"], "corpus PPL", ppl))
+        fig.add_trace(strip(i, s.label, [x.ppl for x in scores], [told_score(x) for x in scores]))
+        fig.add_trace(diamond(s.label, s.estimates["corpus_ppl"], "corpus PPL", ppl))
         if s.outliers:
             named = [f"#{x.index}" if k < 5 else "" for k, x in enumerate(s.outliers)]
             fig.add_trace(
@@ -184,7 +181,7 @@ def ppl_distribution(study: Study) -> Figure:
                     text=named,
                     textposition="top center",
                     marker={"color": COLOURS[i % len(COLOURS)], "symbol": "x", "size": 9},
-                    hovertext=[_told_score(x) for x in s.outliers],
+                    hovertext=[told_score(x) for x in s.outliers],
                     hoverinfo="text",
                 )
             )
@@ -194,71 +191,13 @@ def ppl_distribution(study: Study) -> Figure:
     return fig
 
 
-def delta_nll(study: Study) -> Figure | None:
-    """Return ΔNLL of every sequence against the reference, a row per model; None without one."""
-    rows = [(i, s, s.against) for i, s in enumerate(study.summaries) if s.against is not None]
-    if not rows:
-        return None
-    fig = figure("ΔNLL (nats per token; right of 0 is worse)", "", _height(len(rows)))
-    for i, s, against in rows:
-        scores = sorted(s.result.sequences, key=lambda x: x.index)
-        told = [
-            f"ΔNLL {d:+.4f} nats<br>{_told_score(x)}"
-            for d, x in zip(against.delta_nll, scores, strict=True)
-        ]
-        fig.add_trace(_strip(i, s.label, against.delta_nll, told))
-        mean = _logarithm(against.ppl_ratio)
-        fig.add_trace(_diamond(s.label, mean, "mean ΔNLL", lambda x: f"{x:+.4f}"))
-    shown = [d for _, _, against in rows for d in against.delta_nll]
-    means = [_logarithm(against.ppl_ratio) for _, _, against in rows]
-    low, high = _focus(shown, [x for m in means for x in (m.value, m.low, m.high) if x is not None])
-    fig.update_xaxes(range=[low, high])
-    for i, s, against in rows:
-        fig.add_trace(_beyond(i, s, against.delta_nll, low, high))
-    fig.add_vline(x=0, line={"dash": "dot", "width": 1, "color": "#777"})
-    fig.update_yaxes(autorange="reversed")
-    return fig
-
-
-def _logarithm(found: Estimate) -> Estimate:
-    if found.low is None or found.high is None:
-        return Estimate(math.log(found.value))
-    return Estimate(math.log(found.value), math.log(found.low), math.log(found.high))
-
-
-def _focus(values: Sequence[float], always: Sequence[float]) -> tuple[float, float]:
-    """Return a range that shows 0, `always`, and all but the wildest values."""
-    q1, median, q3 = np.quantile(values, (0.25, 0.5, 0.75))
-    reach = 10 * max(q3 - median, median - q1)
-    inside = [0.0, *always, *(v for v in values if abs(v - median) <= reach)]
-    margin = 0.06 * (max(inside) - min(inside)) or 0.001
-    return min(inside) - margin, max(inside) + margin
-
-
-def _beyond(i: int, s: Summary, delta: Sequence[float], low: float, high: float) -> Any:
-    """Return arrows at the edges, one for each sequence that lies beyond the range shown."""
-    scores = sorted(s.result.sequences, key=lambda x: x.index)
-    beyond = [(d, x) for d, x in zip(delta, scores, strict=True) if not low <= d <= high]
-    reach = 0.012 * (high - low)
-    return graph_objects().Scatter(
-        x=[high - reach if d > high else low + reach for d, _ in beyond],
-        y=[html.escape(s.label)] * len(beyond),
-        mode="markers",
-        marker={
-            "symbol": ["triangle-right" if d > high else "triangle-left" for d, _ in beyond],
-            "size": 10,
-            "color": COLOURS[i % len(COLOURS)],
-        },
-        hovertext=[f"beyond the range: ΔNLL {d:+.3f} nats<br>{_told_score(x)}" for d, x in beyond],
-        hoverinfo="text",
-    )
-
-
-def _height(n_rows: int) -> int:
+def height(n_rows: int) -> int:
+    """Return the height in pixels of a figure with a row per model."""
     return 110 + _ROW_PIXELS * n_rows
 
 
-def _strip(i: int, label: str, values: Sequence[float], told: Sequence[str]) -> Any:
+def strip(i: int, label: str, values: Sequence[float], told: Sequence[str]) -> Any:
+    """Return a row of points, one per value with its hover text, over their quartiles."""
     colour = COLOURS[i % len(COLOURS)]
     return graph_objects().Box(
         x=list(values),
@@ -276,7 +215,8 @@ def _strip(i: int, label: str, values: Sequence[float], told: Sequence[str]) -> 
     )
 
 
-def _diamond(label: str, found: Estimate, what: str, write: Any) -> Any:
+def diamond(label: str, found: Estimate, what: str, write: Any) -> Any:
+    """Return the mark of a mean with its interval in the row of this label."""
     bars = _bars(found, "#777")
     return graph_objects().Scatter(
         x=[found.value],
@@ -288,7 +228,8 @@ def _diamond(label: str, found: Estimate, what: str, write: Any) -> Any:
     )
 
 
-def _told_score(score: SequenceScore) -> str:
+def told_score(score: SequenceScore) -> str:
+    """Return the hover text of a sequence: its place, PPL and first words, escaped."""
     where = f" · {html.escape(score.title)}" if score.title else ""
     text = html.escape(score.excerpt[:160])
     lines = "<br>".join(text[k : k + 80] for k in range(0, len(text), 80))

@@ -8,7 +8,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from ramgguf.errors import ResultError
+from ramgguf.files import write_atomically
 from ramgguf.report import figures, plan_figures
+from ramgguf.report.delta_figure import delta_nll
 from ramgguf.report.evaluation import (
     perplexity_grid,
     protocol_lines,
@@ -40,12 +43,10 @@ def write_html(
 ) -> None:
     """Write the page, whole or not at all; plans and measurements come with their labels.
 
-    Raises RamggufError when plotly is missing.
+    Raises RamggufError when plotly is missing, ResultError when path cannot be written.
     """
     text = page(study, plans, measurements)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    write_atomically(path, text.encode(), error=ResultError)
 
 
 def page(
@@ -108,7 +109,7 @@ def _evaluation(study: Study) -> Iterator[str]:
     )
     yield _figure(figures.ppl_distribution(study), "Distribution of sequence perplexity")
     yield from _cards(study)
-    if (delta := figures.delta_nll(study)) is not None:
+    if (delta := delta_nll(study)) is not None:
         yield _section(
             "What quantization did to each sequence",
             "ΔNLL of every sequence against the reference on the same tokens. The grey diamond is"

@@ -1,14 +1,13 @@
 """Figures of plans and measurements: bits by layer and role, rate–distortion curves."""
 
 import html
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from ramgguf.report.figures import Figure, figure, graph_objects
+from ramgguf.roles import layer_of
 from ramgguf.schema import Assignment, Measurement, Plan, TensorMeasurement
 
-_LAYER = re.compile(r"\.(\d+)\.")
 _OUTSIDE = "–"  # the column of tensors that belong to no layer
 _MAX_LABELLED = 40  # columns that leave room for a number in each cell
 MAX_BPW = 8.5  # what is kept in 16 or 32 bits is shown as this
@@ -52,12 +51,6 @@ def bits_by_layer(plan: Plan) -> Figure:
 def is_kept(a: Assignment) -> bool:
     """Return whether the plan leaves the tensor as it is for another reason than a pin."""
     return a.note is not None and not a.note.startswith("pinned")
-
-
-def layer_of(name: str) -> int | None:
-    """Return the layer number in a tensor's name; None outside of layers."""
-    match = _LAYER.search(name)
-    return int(match[1]) if match else None
 
 
 def bpw(assignments: Sequence[Assignment]) -> float:

@@ -16,7 +16,7 @@ import numpy as np
 from scipy.special import logsumexp
 
 from ramgguf import _core
-from ramgguf.stages.evaluate import cpu_name
+from ramgguf.engine.system import cpu_name
 
 N_LOGITS = 16_000_000
 N_RUNS = 7

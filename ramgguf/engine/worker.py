@@ -16,8 +16,9 @@ from typing import TextIO
 
 import numpy as np
 
-from ramgguf.engine.llama import LlamaModel, system_info
+from ramgguf.engine.llama import LlamaModel
 from ramgguf.engine.scoring import RowPass, SequenceRecords, score_sequence
+from ramgguf.engine.system import system_info
 from ramgguf.engine.wire import (
     Divergences,
     Failed,

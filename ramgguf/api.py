@@ -168,7 +168,7 @@ def evaluate(
     text: str | Path | None = None,
     dataset: str | None = None,
     split: str = "test",
-    safe_kernels: bool = False,
+    safe_kernels: bool | None = None,
     jsonl: str | Path | None = None,
     resume: bool = False,
     threads: int | None = None,
@@ -179,7 +179,8 @@ def evaluate(
 
     The text is the WikiText-2 test split unless text (a file) or dataset (a name on the hub, with
     split) is given. With a reference, KLD and the like are measured against it. Raises EngineError
-    when nothing could be scored; a model that fails midway leaves its finished sequences.
+    when nothing could be scored; a model that fails midway leaves its finished sequences. Where
+    llama.cpp's repacked kernels crash (safe_kernels None), all models are scored without them.
     """
     if text is not None and dataset is not None:
         raise EngineError("either a text or a dataset can be scored, not both")

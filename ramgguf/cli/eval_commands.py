@@ -3,11 +3,13 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
+import numpy as np
 import typer
 
 from ramgguf import api
 from ramgguf.cli import options as opt
-from ramgguf.report.results import eval_csv, eval_json, eval_markdown, print_eval
+from ramgguf.report.evaluation import eval_csv, eval_json, eval_markdown, print_eval
+from ramgguf.study import study
 
 
 def register(app: typer.Typer) -> None:
@@ -42,7 +44,11 @@ Dataset = Annotated[
 ]
 SplitOption = Annotated[str, typer.Option("--split", help="Split of --dataset.")]
 Safe = Annotated[
-    bool, typer.Option("--safe-kernels", help="Without llama.cpp's extra buffer types (AMX).")
+    bool | None,
+    typer.Option(
+        "--safe-kernels/--no-safe-kernels",
+        help="Without llama.cpp's extra buffer types (AMX); by default when it crashes with them.",
+    ),
 ]
 Results = Annotated[
     Path | None,
@@ -65,7 +71,7 @@ def evaluate(
     text: TextFile = None,
     dataset: Dataset = None,
     split: SplitOption = "test",
-    safe_kernels: Safe = False,
+    safe_kernels: Safe = None,
     output: Results = None,
     resume: Resume = False,
     outlier: Outlier = 100.0,
@@ -97,14 +103,15 @@ def evaluate(
         verbose=verbose,
         progress=terminal.progress,
     )
+    said = study(found.results, np.random.default_rng(0), outlier_ppl=outlier)
     if as_json:
-        print(eval_json(found.results))
+        print(eval_json(said))
     elif as_markdown:
-        print(eval_markdown(found.results, outlier_ppl=outlier))
+        print(eval_markdown(said))
     elif as_csv:
-        print(eval_csv(found.results, outlier_ppl=outlier), end="")
+        print(eval_csv(said), end="")
     else:
-        print_eval(found.results, terminal.out, outlier_ppl=outlier)
+        print_eval(said, terminal.out)
     for failure in found.failures:
         terminal.err.print(f"error: {failure}", markup=False)
     if found.failures:
@@ -112,6 +119,8 @@ def evaluate(
 
 
 def _protocol(name: str) -> Literal["ram", "llama"]:
-    if name == "ram" or name == "llama":
-        return name
+    if name == "ram":
+        return "ram"
+    if name == "llama":
+        return "llama"
     raise typer.BadParameter(f"{name!r} is none of ram, llama", param_hint="--protocol")

@@ -95,8 +95,10 @@ def split_formats(text: str | None) -> list[str] | None:
 
 def encoder(name: str) -> Encoder:
     """Return the encoder of this name; anything else is a usage error."""
-    if name == "rtn" or name == "search":
-        return name
+    if name == "rtn":
+        return "rtn"
+    if name == "search":
+        return "search"
     raise typer.BadParameter(f"{name!r} is none of rtn, search", param_hint="--encoder")
 
 

@@ -51,7 +51,8 @@ int find_format(const std::string& name) {
 
 EncoderId find_encoder(const std::string& name) {
     if (name == "rtn") return kRtn;
-    fail("encoder '" + name + "' is unknown; known are rtn");
+    if (name == "search") return kSearch;
+    fail("encoder '" + name + "' is unknown; known are rtn, search");
 }
 
 void check_dtype(const py::array& a, const char* what, const py::dtype& dtype) {

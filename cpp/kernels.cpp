@@ -7,7 +7,7 @@
 #include "kernels.h"
 
 #include "float_mode.h"
-#include "formats/all.h"
+#include "search.h"
 
 #define RAMGGUF_STRING2(x) #x
 #define RAMGGUF_STRING(x) RAMGGUF_STRING2(x)
@@ -35,10 +35,41 @@ int64_t n_bytes(int format, int64_t n) {
 
 // --- one unit ---
 
+// An encoder fits up to kUnits<F> units at once and quantizes with what it found.
 struct Rtn {
+    // A chunk's fits first, its weights later: a fit is a long chain of reductions and divisions,
+    // and those of several units overlap.
     template <class F>
-    static RAMGGUF_INLINE void fit(const float* x, const float*, typename F::Fit& fit) {
-        F::rtn(x, fit);
+    static constexpr int kUnits = kChunkUnits;
+
+    template <class F>
+    static RAMGGUF_INLINE void fit(const float* x, const float*, int n, typename F::Fit* fits) {
+        for (int u = 0; u < n; ++u) F::rtn(x + kUnit * u, fits[u]);
+    }
+
+    template <class F>
+    static RAMGGUF_INLINE auto quantize(const typename F::Fit& fit, Lanes x, int j) {
+        return F::quantize(fit, x, j);
+    }
+};
+
+struct Searching {
+    template <class F>
+    static constexpr int kUnits = Search<F>::kUnits;
+
+    template <class F>
+    static RAMGGUF_INLINE void fit(const float* x, const float* w, int n_units,
+                                   typename F::Fit* fits) {
+        if (w) {
+            Search<F>::template fit<true>(x, w, n_units, fits);
+        } else {
+            Search<F>::template fit<false>(x, w, n_units, fits);
+        }
+    }
+
+    template <class F>
+    static RAMGGUF_INLINE auto quantize(const typename F::Fit& fit, Lanes x, int j) {
+        return Search<F>::quantize(fit, x, j);
     }
 };
 
@@ -68,14 +99,13 @@ RAMGGUF_INLINE void decode_unit<F16>(const uint8_t* in, float* out) {
 }
 
 template <class F, class E>
-RAMGGUF_INLINE bool encode_unit(const float* x, const float* w, uint8_t* out) {
-    typename F::Fit fit;
-    E::template fit<F>(x, w, fit);
+RAMGGUF_INLINE void pack_unit(const typename F::Fit& fit, const float* x, uint8_t* out) {
     IntLanes q[kVectors];
 #pragma GCC unroll 16
-    for (int j = 0; j < kVectors; ++j) q[j] = to_int(F::quantize(fit, load(x + kLanes * j), j));
+    for (int j = 0; j < kVectors; ++j) {
+        q[j] = to_int(E::template quantize<F>(fit, load(x + kLanes * j), j));
+    }
     F::pack(fit, q, out);
-    return fit.overflow;
 }
 
 // --- chunks: the functions of the tables below ---
@@ -95,18 +125,29 @@ void decode_chunk(const uint8_t* in, int64_t n, float* out) {
 // Returns the index of the first unit with an overflow, or -1.
 template <class F, class E>
 int encode_chunk(const float* x, const float* w, int64_t n, uint8_t* out) {
-    int overflow = -1, unit = 0;
-    for (; n > 0; n -= kUnit, x += kUnit, w += w ? kUnit : 0, ++unit) {
-        bool bad;
-        if (n >= kUnit) {
-            bad = encode_unit<F, E>(x, w, out);
-        } else {
-            uint8_t bytes[kUnitBytes<F>];
-            bad = encode_unit<F, E>(x, w, bytes);
-            std::memcpy(out, bytes, (size_t)(n / F::block_size) * sizeof(typename F::Block));
+    constexpr int step = E::template kUnits<F>;
+    const int n_units = (int)((n + kUnit - 1) / kUnit);
+    int overflow = -1;
+    for (int first_unit = 0; first_unit < n_units; first_unit += step) {
+        const int count = n_units - first_unit < step ? n_units - first_unit : step;
+        const int64_t offset = (int64_t)first_unit * kUnit;
+        typename F::Fit fits[step];
+        E::template fit<F>(x + offset, w ? w + offset : nullptr, count, fits);
+        for (int i = 0; i < count; ++i) {
+            const int unit = first_unit + i;
+            const float* unit_x = x + (int64_t)unit * kUnit;
+            const int64_t left = n - (int64_t)unit * kUnit;
+            uint8_t* unit_out = out + (int64_t)unit * kUnitBytes<F>;
+            if (left >= kUnit) {
+                pack_unit<F, E>(fits[i], unit_x, unit_out);
+            } else {
+                uint8_t bytes[kUnitBytes<F>];
+                pack_unit<F, E>(fits[i], unit_x, bytes);
+                std::memcpy(unit_out, bytes,
+                            (size_t)(left / F::block_size) * sizeof(typename F::Block));
+            }
+            if (fits[i].overflow && overflow < 0) overflow = unit;
         }
-        if (bad && overflow < 0) overflow = unit;
-        out += kUnitBytes<F>;
     }
     return overflow;
 }
@@ -115,24 +156,14 @@ int encode_chunk(const float* x, const float* w, int64_t n, uint8_t* out) {
 
 // Sums over many units, lane by lane.
 struct ErrorLanes {
-    double squares[kLanes] = {}, weighted[kLanes] = {};
+    DoubleLanes squares = {}, weighted = {};
     double max_square = 0;
     bool overflow = false;
 };
 
 struct WeightLanes {
-    double sum[kLanes] = {}, squares[kLanes] = {}, cubes[kLanes] = {}, fourths[kLanes] = {};
-    double weighted[kLanes] = {};
+    DoubleLanes sum = {}, squares = {}, cubes = {}, fourths = {}, weighted = {};
 };
-
-double total(const double (&lanes)[kLanes]) {
-    double sums[kLanes];
-    for (int i = 0; i < kLanes; ++i) sums[i] = lanes[i];
-    for (int half = kLanes / 2; half > 0; half /= 2) {
-        for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
-    }
-    return sums[0];
-}
 
 // A chunk of weights as floats. In a unit that is `wide` some power of a weight up to the fourth
 // could leave the range of a float; its sums are made in double.
@@ -148,41 +179,46 @@ template <bool kWeighted, class Reconstruct>
 RAMGGUF_INLINE Lanes add_errors(const float* x, const float* w, ErrorLanes& errors,
                                 Reconstruct reconstruct) {
     Lanes squares[2] = {broadcast(0.0f), broadcast(0.0f)}, weighted = broadcast(0.0f);
-    Lanes largest = broadcast(0.0f);
+    Lanes largest[2] = {broadcast(0.0f), broadcast(0.0f)};
 #pragma GCC unroll 16
     for (int j = 0; j < kVectors; ++j) {
         const Lanes error = load(x + kLanes * j) - reconstruct(j);
         const Lanes square = error * error;
         squares[j % 2] = squares[j % 2] + square;
-        largest = max(largest, square);
+        largest[j % 2] = max(largest[j % 2], square);
         if (kWeighted) weighted = weighted + load(w + kLanes * j) * square;
     }
     add_to(errors.squares, squares[0] + squares[1]);
     if (kWeighted) add_to(errors.weighted, weighted);
-    return largest;
+    return max(largest[0], largest[1]);
 }
 
 void add_wide_errors(const float* x, const float* w, const float* q, ErrorLanes& errors) {
     for (int i = 0; i < kUnit; ++i) {
         const double error = (double)x[i] - (double)q[i];
         const double square = error * error;
-        errors.squares[i % kLanes] += square;
-        if (w) errors.weighted[i % kLanes] += (double)w[i] * square;
+        add_to(errors.squares, i % kLanes, square);
+        if (w) add_to(errors.weighted, i % kLanes, (double)w[i] * square);
         if (square > errors.max_square) errors.max_square = square;
     }
 }
 
 template <class F, class E, bool kWeighted>
 void measure_units(const Chunk& chunk, ErrorLanes& errors) {
+    constexpr int step = E::template kUnits<F>;
+    typename F::Fit fits[step];
     Lanes largest = broadcast(0.0f);
     for (int u = 0; u < chunk.n_units; ++u) {
         const float* x = chunk.x + kUnit * u;
         const float* w = kWeighted ? chunk.w + kUnit * u : nullptr;
-        typename F::Fit fit;
-        E::template fit<F>(x, w, fit);
+        if (u % step == 0) {
+            const int left = chunk.n_units - u;
+            E::template fit<F>(x, w, left < step ? left : step, fits);
+        }
+        const typename F::Fit& fit = fits[u % step];
         errors.overflow |= fit.overflow;
         const auto reconstruct = [&](int j) __attribute__((always_inline)) {
-            return F::reconstruct(fit, F::quantize(fit, load(x + kLanes * j), j), j);
+            return F::reconstruct(fit, E::template quantize<F>(fit, load(x + kLanes * j), j), j);
         };
         if (__builtin_expect(chunk.wide >> u & 1, 0)) {
             float q[kUnit];
@@ -225,68 +261,80 @@ void compare_chunk(const Chunk& chunk, const float* q, ErrorLanes& errors) {
 
 // --- the weights' own sums ---
 
+constexpr int32_t kLargestFinite = 0x7f7fffff;
+
+// Whether the unit with this largest magnitude (bits of a float) has powers that leave the range of
+// a float, or is not finite. From 2^-30 to 2^30 fourth powers stay within 2^-120 .. 2^120.
+RAMGGUF_INLINE bool is_wide(int32_t magnitude) {
+    return (magnitude != 0) & ((magnitude < 0x30800000) | (magnitude > 0x4e800000));
+}
+
 void add_wide_weights(const float* x, const float* w, WeightLanes& sums) {
     for (int i = 0; i < kUnit; ++i) {
         const double value = (double)x[i], square = value * value;
         const int lane = i % kLanes;
-        sums.sum[lane] += value;
-        sums.squares[lane] += square;
-        sums.cubes[lane] += square * value;
-        sums.fourths[lane] += square * square;
-        if (w) sums.weighted[lane] += (double)w[i] * square;
+        add_to(sums.sum, lane, value);
+        add_to(sums.squares, lane, square);
+        add_to(sums.cubes, lane, square * value);
+        add_to(sums.fourths, lane, square * square);
+        if (w) add_to(sums.weighted, lane, (double)w[i] * square);
     }
 }
 
-void add_weights(const float* x, const float* w, WeightLanes& sums) {
+// The largest lane.
+RAMGGUF_INLINE int32_t max_of(IntLanes a) {
+    a = max(a, bits(exchange<8>(from_bits(a))));
+    a = max(a, bits(exchange<4>(from_bits(a))));
+    a = max(a, bits(exchange<2>(from_bits(a))));
+    return max(a, bits(exchange<1>(from_bits(a)))).p[0][0];
+}
+
+// Adds the power sums of a unit, unless it is wide. Returns the largest magnitude as the bits of a
+// float: NaN and infinity compare as largest.
+template <bool kWeighted>
+RAMGGUF_INLINE int32_t add_weights(const float* x, const float* w, WeightLanes& sums) {
     Lanes sum = broadcast(0.0f), squares = sum, cubes = sum, fourths = sum, weighted = sum;
-#pragma GCC unroll 4
+    IntLanes largest = broadcast(0);
+#pragma GCC unroll 8
     for (int j = 0; j < kVectors; ++j) {
         const Lanes value = load(x + kLanes * j), square = value * value;
+        largest = max(largest, bits(value) & broadcast(INT32_MAX));
         sum = sum + value;
         squares = squares + square;
         cubes = cubes + square * value;
         fourths = fourths + square * square;
-        if (w) weighted = weighted + load(w + kLanes * j) * square;
+        if (kWeighted) weighted = weighted + load(w + kLanes * j) * square;
     }
+    const int32_t magnitude = max_of(largest);
+    if (is_wide(magnitude)) return magnitude;
     add_to(sums.sum, sum);
     add_to(sums.squares, squares);
     add_to(sums.cubes, cubes);
     add_to(sums.fourths, fourths);
-    if (w) add_to(sums.weighted, weighted);
-}
-
-// The largest magnitude of a unit as the bits of a float; NaN and infinity compare as largest.
-RAMGGUF_INLINE int32_t max_magnitude(const float* x) {
-    IntLanes largest = broadcast(0);
-    for (int j = 0; j < kVectors; ++j) {
-        largest = max(largest, bits(load(x + kLanes * j)) & broadcast(INT32_MAX));
-    }
-    int32_t lanes[kLanes];
-    store(lanes, largest);
-    int32_t found = 0;
-    for (int i = 0; i < kLanes; ++i) found = lanes[i] > found ? lanes[i] : found;
-    return found;
+    if (kWeighted) add_to(sums.weighted, weighted);
+    return magnitude;
 }
 
 // Fills chunk.wide and the sums; returns whether all weights are finite.
-bool add_chunk(Chunk& chunk, WeightLanes& sums, int32_t& max_abs) {
+template <bool kWeighted>
+bool add_units(Chunk& chunk, WeightLanes& sums, int32_t& max_abs) {
     chunk.wide = 0;
     for (int u = 0; u < chunk.n_units; ++u) {
         const float* x = chunk.x + kUnit * u;
-        const float* w = chunk.w ? chunk.w + kUnit * u : nullptr;
-        const int32_t magnitude = max_magnitude(x);
-        if (magnitude > 0x7f7fffff) return false;
+        const float* w = kWeighted ? chunk.w + kUnit * u : nullptr;
+        const int32_t magnitude = add_weights<kWeighted>(x, w, sums);
         max_abs = magnitude > max_abs ? magnitude : max_abs;
-        // 2^-30 .. 2^30: fourth powers stay within 2^-120 .. 2^120.
-        const bool wide = magnitude != 0 && (magnitude < 0x30800000 || magnitude > 0x4e800000);
-        if (wide) {
+        if (__builtin_expect(is_wide(magnitude), 0)) {
+            if (magnitude > kLargestFinite) return false;
             chunk.wide |= 1u << u;
             add_wide_weights(x, w, sums);
-        } else {
-            add_weights(x, w, sums);
         }
     }
     return true;
+}
+
+bool add_chunk(Chunk& chunk, WeightLanes& sums, int32_t& max_abs) {
+    return chunk.w ? add_units<true>(chunk, sums, max_abs) : add_units<false>(chunk, sums, max_abs);
 }
 
 // --- tables ---
@@ -305,13 +353,23 @@ constexpr EncodeChunk kEncode[kEncoders][kFormatCount] = {{
 #define X(name, id) encode_chunk<name, Rtn>,
 #include "formats.def"
 #undef X
-}};
+                                                          },
+                                                          {
+#define X(name, id) encode_chunk<name, Searching>,
+#include "formats.def"
+#undef X
+                                                          }};
 
 constexpr MeasureChunk kMeasure[kEncoders][kFormatCount] = {{
 #define X(name, id) measure_chunk<name, Rtn>,
 #include "formats.def"
 #undef X
-}};
+                                                            },
+                                                            {
+#define X(name, id) measure_chunk<name, Searching>,
+#include "formats.def"
+#undef X
+                                                            }};
 
 // --- streams of weights ---
 
@@ -327,8 +385,14 @@ class Reader {
         n_ = in_.n - start_ < kChunk ? in_.n - start_ : kChunk;
         n = n_;
         chunk.n_units = (int)((n + kUnit - 1) / kUnit);
-        kDecode[in_.format](in_.bytes + n_bytes(in_.format, start_), n, x_);
-        chunk.x = x_;
+        const uint8_t* bytes = in_.bytes + n_bytes(in_.format, start_);
+        prefetch_next();
+        chunk.x = as_floats(bytes);
+        if (!chunk.x) {
+            kDecode[in_.format](bytes, n, x_);
+            chunk.x = x_;
+        }
+        x_of_chunk_ = chunk.x;
         chunk.w = nullptr;
         if (in_.importance) {
             fill_importance(chunk.n_units * kUnit);
@@ -342,12 +406,29 @@ class Reader {
     // The flat index of the first weight of this chunk that is NaN or infinite, -1 if none is.
     int64_t first_nonfinite() const {
         for (int64_t i = 0; i < n_; ++i) {
-            if (!(x_[i] - x_[i] == 0.0f)) return start_ + i;
+            if (!(x_of_chunk_[i] - x_of_chunk_[i] == 0.0f)) return start_ + i;
         }
         return -1;
     }
 
   private:
+    // Whole units of aligned floats need no copy.
+    const float* as_floats(const uint8_t* bytes) const {
+        const bool usable = kFormats[in_.format].type_id == 0 && n_ % kUnit == 0 &&
+                            (uintptr_t)bytes % alignof(float) == 0;
+        return usable ? (const float*)bytes : nullptr;
+    }
+
+    // The chunk after this one comes into the second cache while this one is worked on.
+    void prefetch_next() const {
+        const int64_t begin = start_ + n_;
+        const int64_t end = in_.n - begin < kChunk ? in_.n : begin + kChunk;
+        const int64_t stop = n_bytes(in_.format, end);
+        for (int64_t at = n_bytes(in_.format, begin); at < stop; at += 64) {
+            __builtin_prefetch(in_.bytes + at, 0, 2);
+        }
+    }
+
     void fill_importance(int count) {
         int64_t column = start_ % in_.row_length;
         for (int filled = 0; filled < count;) {
@@ -361,35 +442,36 @@ class Reader {
 
     const Weights in_;
     int64_t start_ = 0, n_ = 0;
+    const float* x_of_chunk_ = nullptr;
     alignas(64) float x_[kChunk];
     alignas(64) float w_[kChunk];
 };
 
 ErrorSums to_sums(const ErrorLanes& lanes) {
     ErrorSums sums;
-    sums.squares = total(lanes.squares);
-    sums.weighted_squares = total(lanes.weighted);
+    sums.squares = sum_of(lanes.squares);
+    sums.weighted_squares = sum_of(lanes.weighted);
     sums.max_square = lanes.max_square;
     sums.overflow = lanes.overflow;
     return sums;
 }
 
 void finish(const WeightLanes& lanes, int32_t max_abs, WeightSums& sums) {
-    sums.sum = total(lanes.sum);
-    sums.squares = total(lanes.squares);
-    sums.cubes = total(lanes.cubes);
-    sums.fourths = total(lanes.fourths);
-    sums.weighted_squares = total(lanes.weighted);
+    sums.sum = sum_of(lanes.sum);
+    sums.squares = sum_of(lanes.squares);
+    sums.cubes = sum_of(lanes.cubes);
+    sums.fourths = sum_of(lanes.fourths);
+    sums.weighted_squares = sum_of(lanes.weighted);
     std::memcpy(&sums.max_abs, &max_abs, sizeof max_abs);
 }
 
 bool all_finite(const Chunk& chunk) {
-    int32_t largest = 0;
-    for (int u = 0; u < chunk.n_units; ++u) {
-        const int32_t magnitude = max_magnitude(chunk.x + kUnit * u);
-        largest = magnitude > largest ? magnitude : largest;
+    IntLanes largest = broadcast(0);
+#pragma GCC unroll 4
+    for (int i = 0; i < chunk.n_units * kUnit; i += kLanes) {
+        largest = max(largest, bits(load(chunk.x + i)) & broadcast(INT32_MAX));
     }
-    return largest <= 0x7f7fffff;
+    return max_of(largest) <= kLargestFinite;
 }
 
 // The index in the unit of its weight of largest magnitude.

@@ -14,7 +14,7 @@ struct FormatInfo {
     int block_bytes;
 };
 
-enum EncoderId { kRtn, kEncoders };
+enum EncoderId { kRtn, kSearch, kEncoders };
 
 // Weights as bytes of a format (an index into Kernels::formats): n weights, whole blocks, of rows
 // of row_length weights. importance is null or one non-negative float per column.

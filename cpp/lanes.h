@@ -48,6 +48,10 @@ namespace ramgguf::RAMGGUF_ISA {
 
 typedef float FloatPart __attribute__((vector_size(RAMGGUF_PART_BYTES)));
 typedef int32_t IntPart __attribute__((vector_size(RAMGGUF_PART_BYTES)));
+typedef float LooseFloatPart
+    __attribute__((vector_size(RAMGGUF_PART_BYTES), aligned(1), may_alias));
+typedef int32_t LooseIntPart
+    __attribute__((vector_size(RAMGGUF_PART_BYTES), aligned(1), may_alias));
 
 constexpr int kLanes = 16;
 constexpr int kParts = 64 / RAMGGUF_PART_BYTES;
@@ -85,24 +89,23 @@ RAMGGUF_INLINE T each_part(F part) {
 
 // --- loading, storing, casting ---
 
+// Of any alignment. Part by part: a memcpy of all 64 bytes would go through the stack.
 RAMGGUF_INLINE Lanes load(const float* x) {
-    Lanes v;
-    std::memcpy(&v, x, sizeof v);
-    return v;
-}
-
-RAMGGUF_INLINE void store(float* x, Lanes v) {
-    std::memcpy(x, &v, sizeof v);
+    return each_part<Lanes>([&](int k) { return *(const LooseFloatPart*)(x + kPartLanes * k); });
 }
 
 RAMGGUF_INLINE IntLanes load(const int32_t* x) {
-    IntLanes v;
-    std::memcpy(&v, x, sizeof v);
-    return v;
+    return each_part<IntLanes>([&](int k) { return *(const LooseIntPart*)(x + kPartLanes * k); });
+}
+
+RAMGGUF_INLINE void store(float* x, Lanes v) {
+#pragma GCC unroll 4
+    for (int k = 0; k < kParts; ++k) *(LooseFloatPart*)(x + kPartLanes * k) = v.p[k];
 }
 
 RAMGGUF_INLINE void store(int32_t* x, IntLanes v) {
-    std::memcpy(x, &v, sizeof v);
+#pragma GCC unroll 4
+    for (int k = 0; k < kParts; ++k) *(LooseIntPart*)(x + kPartLanes * k) = v.p[k];
 }
 
 RAMGGUF_INLINE Lanes broadcast(float x) {
@@ -227,6 +230,7 @@ RAMGGUF_INLINE Mask operator|(Mask a, Mask b) {
 // Bit i of the result is lane i.
 RAMGGUF_INLINE uint32_t to_bits(Mask a) {
     uint32_t found = 0;
+#pragma GCC unroll 4
     for (int k = 0; k < kParts; ++k) {
 #if defined(RAMGGUF_AVX2)
         found |= (uint32_t)_mm256_movemask_ps((__m256)a.p[k]) << (k * kPartLanes);
@@ -557,6 +561,16 @@ RAMGGUF_INLINE Lanes exchange(Lanes a) {
     }
 }
 
+// Lanes 0..7 of a, then lanes 0..7 of b.
+RAMGGUF_INLINE Lanes lower_halves(Lanes a, Lanes b) {
+#if RAMGGUF_PART_BYTES == 64
+    return {
+        {RAMGGUF_SHUFFLE(a.p[0], b.p[0], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23)}};
+#else
+    return each_part<Lanes>([&](int k) { return k < kParts / 2 ? a.p[k] : b.p[k - kParts / 2]; });
+#endif
+}
+
 // Every lane holds the reduction of all lanes of a (with zeros of either sign: lane 0 counts).
 template <class Op>
 RAMGGUF_INLINE Lanes reduce_all(Op op, Lanes a) {
@@ -625,11 +639,40 @@ RAMGGUF_INLINE Lanes look_up(const float (&table)[32], IntLanes index) {
 #endif
 }
 
+// --- sums in double ---
+
+typedef double DoublePart __attribute__((vector_size(RAMGGUF_PART_BYTES)));
+typedef float HalfPart __attribute__((vector_size(RAMGGUF_PART_BYTES / 2)));
+
+// 16 doubles.
+struct DoubleLanes {
+    DoublePart p[2 * kParts];
+};
+
 // sums[i] += a[i]
-RAMGGUF_INLINE void add_to(double (&sums)[kLanes], Lanes a) {
-    float lanes[kLanes];
-    store(lanes, a);
-    for (int i = 0; i < kLanes; ++i) sums[i] += (double)lanes[i];
+RAMGGUF_INLINE void add_to(DoubleLanes& sums, Lanes a) {
+#pragma GCC unroll 4
+    for (int k = 0; k < kParts; ++k) {
+        HalfPart half[2];
+        std::memcpy(half, &a.p[k], sizeof half);
+        sums.p[2 * k] += __builtin_convertvector(half[0], DoublePart);
+        sums.p[2 * k + 1] += __builtin_convertvector(half[1], DoublePart);
+    }
+}
+
+RAMGGUF_INLINE void add_to(DoubleLanes& sums, int lane, double a) {
+    constexpr int n = kPartLanes / 2;
+    sums.p[lane / n][lane % n] += a;
+}
+
+// The sum of the lanes: i and i+8, then i and i+4, i+2, i+1.
+inline double sum_of(const DoubleLanes& lanes) {
+    double sums[kLanes];
+    std::memcpy(sums, &lanes, sizeof sums);
+    for (int half = kLanes / 2; half > 0; half /= 2) {
+        for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
+    }
+    return sums[0];
 }
 
 }  // namespace ramgguf::RAMGGUF_ISA

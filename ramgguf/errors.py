@@ -13,6 +13,10 @@ class FormatError(RamggufError):
     """A block format is unknown, or does not suit a tensor."""
 
 
+class ImatrixError(RamggufError):
+    """An importance matrix is malformed, or was made for another model."""
+
+
 class BudgetError(RamggufError):
     """No plan fits the budget, or the budget cannot be understood."""
 

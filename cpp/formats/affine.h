@@ -17,29 +17,30 @@ template <int kBlock, int kFieldMax, int kCodeMax>
 struct AffineFit {
     static constexpr int kBlocks = kUnit / kBlock;
 
-    PerBlock scale, offset, inverse;  // d * scale, dmin * min, 1 / (d * scale) or 0
-    uint16_t d, dmin;                 // F16
-    uint8_t scales[kLanes], mins[kLanes];
+    PerBlock scale, offset, inverse;    // d * scale, dmin * min, 1 / (d * scale) or 0
+    PerBlock scale_fields, min_fields;  // whole numbers, for pack
+    uint16_t d, dmin;                   // F16
     bool overflow;
 
     static RAMGGUF_INLINE int block_of(int vector) { return vector * kLanes / kBlock; }
 
     // Takes the fields as whole numbers in float lanes, for an encoder.
-    RAMGGUF_INLINE void set(uint16_t d_, uint16_t dmin_, Lanes scale_fields, Lanes min_fields) {
+    RAMGGUF_INLINE void set(uint16_t d_, uint16_t dmin_, Lanes scale_fields_, Lanes min_fields_) {
         d = d_;
         dmin = dmin_;
-        overflow = (d & 0x7c00) == 0x7c00 || (dmin & 0x7c00) == 0x7c00;
-        store_u8(scales, truncate(scale_fields));
-        store_u8(mins, truncate(min_fields));
-        set_values(broadcast(f16_to_f32(d)), broadcast(f16_to_f32(dmin)), scale_fields, min_fields);
+        overflow = is_infinite(d) | is_infinite(dmin);
+        scale_fields.set(scale_fields_);
+        min_fields.set(min_fields_);
+        set_values(broadcast(f16_to_f32(d)), broadcast(f16_to_f32(dmin)), scale_fields_,
+                   min_fields_);
         inverse.set(inverse_or_zero(scale.all()));
     }
 
     // What the decoder multiplies with.
-    RAMGGUF_INLINE void set_values(Lanes d_value, Lanes dmin_value, Lanes scale_fields,
-                                   Lanes min_fields) {
-        scale.set(d_value * scale_fields);
-        offset.set(dmin_value * min_fields);
+    RAMGGUF_INLINE void set_values(Lanes d_value, Lanes dmin_value, Lanes scale_fields_,
+                                   Lanes min_fields_) {
+        scale.set(d_value * scale_fields_);
+        offset.set(dmin_value * min_fields_);
     }
 
     RAMGGUF_INLINE void rtn(const float* x) {
@@ -77,23 +78,25 @@ struct AffineFit {
 //   byte 0..3    scale[i] in bits 0..5,  bits 4..5 of scale[i+4] in bits 6..7
 //   byte 4..7    min[i] in bits 0..5,    bits 4..5 of min[i+4] in bits 6..7
 //   byte 8..11   bits 0..3 of scale[i+4] in bits 0..3, of min[i+4] in bits 4..7      (i = 0..3)
-RAMGGUF_INLINE void pack_6bit_pairs(const uint8_t* scales, const uint8_t* mins, uint8_t* out) {
-    const uint32_t s0 = read<uint32_t>(scales), s1 = read<uint32_t>(scales + 4);
-    const uint32_t m0 = read<uint32_t>(mins), m1 = read<uint32_t>(mins + 4);
+RAMGGUF_INLINE void pack_6bit_pairs(const PerBlock& scales, const PerBlock& mins, uint8_t* out) {
+    uint8_t bytes[kLanes];  // eight scales, eight mins
+    store_u8(bytes, truncate(lower_halves(scales.all(), mins.all())));
+    const uint32_t s0 = read<uint32_t>(bytes), s1 = read<uint32_t>(bytes + 4);
+    const uint32_t m0 = read<uint32_t>(bytes + 8), m1 = read<uint32_t>(bytes + 12);
     write(out, s0 | (s1 & 0x30303030u) << 2);
     write(out + 4, m0 | (m1 & 0x30303030u) << 2);
     write(out + 8, (s1 & 0x0f0f0f0fu) | (m1 & 0x0f0f0f0fu) << 4);
 }
 
-RAMGGUF_INLINE void unpack_6bit_pairs(const uint8_t* in, uint8_t (&scales)[kLanes],
-                                      uint8_t (&mins)[kLanes]) {
-    std::memset(scales, 0, sizeof scales);
-    std::memset(mins, 0, sizeof mins);
+// Lanes 0..7 and 8..15 of the result are the eight scales and the eight mins.
+RAMGGUF_INLINE Lanes unpack_6bit_pairs(const uint8_t* in) {
     const uint32_t a = read<uint32_t>(in), b = read<uint32_t>(in + 4), c = read<uint32_t>(in + 8);
-    write(scales, a & 0x3f3f3f3fu);
-    write(scales + 4, (c & 0x0f0f0f0fu) | (a >> 2 & 0x30303030u));
-    write(mins, b & 0x3f3f3f3fu);
-    write(mins + 4, (c >> 4 & 0x0f0f0f0fu) | (b >> 2 & 0x30303030u));
+    uint8_t bytes[kLanes];
+    write(bytes, a & 0x3f3f3f3fu);
+    write(bytes + 4, (c & 0x0f0f0f0fu) | (a >> 2 & 0x30303030u));
+    write(bytes + 8, b & 0x3f3f3f3fu);
+    write(bytes + 12, (c >> 4 & 0x0f0f0f0fu) | (b >> 2 & 0x30303030u));
+    return to_float(load_u8(bytes));
 }
 
 }  // namespace ramgguf::RAMGGUF_ISA

@@ -23,10 +23,10 @@ struct F32 {
     static RAMGGUF_INLINE Lanes reconstruct(const Fit&, IntLanes q, int) { return from_bits(q); }
 
     static RAMGGUF_INLINE void pack(const Fit&, const IntLanes (&q)[kVectors], uint8_t* out) {
-        for (int j = 0; j < kVectors; ++j) write(out + 64 * j, q[j]);
+        for (int j = 0; j < kVectors; ++j) store((int32_t*)(out + 64 * j), q[j]);
     }
     static RAMGGUF_INLINE void unpack(const uint8_t* in, Fit&, IntLanes (&q)[kVectors]) {
-        for (int j = 0; j < kVectors; ++j) q[j] = read<IntLanes>(in + 64 * j);
+        for (int j = 0; j < kVectors; ++j) q[j] = load((const int32_t*)(in + 64 * j));
     }
 };
 

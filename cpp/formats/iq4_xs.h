@@ -37,11 +37,12 @@ struct IQ4_XS {
     }
 
     static RAMGGUF_INLINE void pack(const Fit& fit, const IntLanes (&q)[kVectors], uint8_t* out) {
+        uint8_t fields[kLanes];
+        store_u8(fields, truncate(fit.fields.all()) + broadcast(32));
         uint32_t scales_h = 0, scales_l = 0;
         for (int b = 0; b < 8; ++b) {
-            const uint32_t field = (uint32_t)(fit.scales[b] + 32);
-            scales_l |= (field & 15) << (4 * b);
-            scales_h |= (field >> 4) << (2 * b);
+            scales_l |= (uint32_t)(fields[b] & 15) << (4 * b);
+            scales_h |= (uint32_t)(fields[b] >> 4) << (2 * b);
         }
         write(out, fit.d);
         write(out + 2, (uint16_t)scales_h);

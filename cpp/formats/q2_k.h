@@ -35,7 +35,7 @@ struct Q2_K {
     }
 
     static RAMGGUF_INLINE void pack(const Fit& fit, const IntLanes (&q)[kVectors], uint8_t* out) {
-        store_u8(out, load_u8(fit.scales) | load_u8(fit.mins) << 4);
+        store_u8(out, truncate(fit.scale_fields.all()) | truncate(fit.min_fields.all()) << 4);
         for (int c = 0; c < 2; ++c) {
             for (int h = 0; h < 2; ++h) {
                 const int j = 8 * c + h;

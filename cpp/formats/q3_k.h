@@ -54,7 +54,7 @@ struct Q3_K {
             }
             store_u8(out + 16 * h, high);
         }
-        pack_scales(fit.scales, out + 96);
+        pack_scales(truncate(fit.fields.all()) + broadcast(32), out + 96);
         write(out + 108, fit.d);
     }
 
@@ -76,10 +76,10 @@ struct Q3_K {
         }
     }
 
-    static RAMGGUF_INLINE void pack_scales(const int8_t* scales, uint8_t* out) {
-        uint8_t biased[kLanes];
-        store_u8(biased, load_s8((const uint8_t*)scales) + broadcast(32));
-        const uint64_t a = read<uint64_t>(biased), b = read<uint64_t>(biased + 8);
+    static RAMGGUF_INLINE void pack_scales(IntLanes scales, uint8_t* out) {
+        uint8_t bytes[kLanes];
+        store_u8(bytes, scales);
+        const uint64_t a = read<uint64_t>(bytes), b = read<uint64_t>(bytes + 8);
         const uint64_t low = 0x0f0f0f0f0f0f0f0fu, high = 0x0303030303030303u;
         write(out, (a & low) | (b & low) << 4);
         const uint64_t ah = a >> 4 & high, bh = b >> 4 & high;

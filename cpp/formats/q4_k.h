@@ -36,7 +36,7 @@ struct Q4_K {
     static RAMGGUF_INLINE void pack(const Fit& fit, const IntLanes (&q)[kVectors], uint8_t* out) {
         write(out, fit.d);
         write(out + 2, fit.dmin);
-        pack_6bit_pairs(fit.scales, fit.mins, out + 4);
+        pack_6bit_pairs(fit.scale_fields, fit.min_fields, out + 4);
         for (int c = 0; c < 4; ++c) {
             for (int h = 0; h < 2; ++h) {
                 store_u8(out + 16 + 32 * c + 16 * h, q[4 * c + h] | q[4 * c + 2 + h] << 4);
@@ -45,10 +45,9 @@ struct Q4_K {
     }
 
     static RAMGGUF_INLINE void unpack(const uint8_t* in, Fit& fit, IntLanes (&q)[kVectors]) {
-        unpack_6bit_pairs(in + 4, fit.scales, fit.mins);
+        const Lanes fields = unpack_6bit_pairs(in + 4);
         fit.set_values(broadcast(f16_to_f32(read<uint16_t>(in))),
-                       broadcast(f16_to_f32(read<uint16_t>(in + 2))), to_float(load_u8(fit.scales)),
-                       to_float(load_u8(fit.mins)));
+                       broadcast(f16_to_f32(read<uint16_t>(in + 2))), fields, exchange<8>(fields));
         for (int c = 0; c < 4; ++c) {
             for (int h = 0; h < 2; ++h) {
                 const IntLanes both = load_u8(in + 16 + 32 * c + 16 * h);

@@ -53,7 +53,7 @@ struct Q6_K {
                 store_u8(out + 128 + 32 * c + 16 * h, high);
             }
         }
-        std::memcpy(out + 192, fit.scales, 16);
+        store_u8(out + 192, truncate(fit.fields.all()));
         write(out + 208, fit.d);
     }
 

@@ -25,23 +25,23 @@ struct SymmetricFit {
     static constexpr int kBlocks = kUnit / kBlock;
 
     PerBlock scale, inverse;  // d * scale, 1 / (d * scale) or 0
+    PerBlock fields;          // whole numbers kLowestField .. -kLowestField - 1, for pack
     uint16_t d;               // F16
-    int8_t scales[kLanes];    // kLowestField .. -kLowestField - 1
     bool overflow;
 
     static RAMGGUF_INLINE int block_of(int vector) { return vector * kLanes / kBlock; }
 
     // Takes the fields as whole numbers in float lanes, for an encoder.
-    RAMGGUF_INLINE void set(uint16_t d_, Lanes fields) {
+    RAMGGUF_INLINE void set(uint16_t d_, Lanes fields_) {
         d = d_;
-        overflow = (d & 0x7c00) == 0x7c00;
-        store_u8((uint8_t*)scales, truncate(fields));
-        set_values(broadcast(f16_to_f32(d)), fields);
+        overflow = is_infinite(d);
+        fields.set(fields_);
+        set_values(broadcast(f16_to_f32(d)), fields_);
         inverse.set(inverse_or_zero(scale.all()));
     }
 
     // What the decoder multiplies with.
-    RAMGGUF_INLINE void set_values(Lanes d_value, Lanes fields) { scale.set(d_value * fields); }
+    RAMGGUF_INLINE void set_values(Lanes d_value, Lanes fields_) { scale.set(d_value * fields_); }
 
     RAMGGUF_INLINE void rtn(const float* x) {
         const Lanes wanted = extreme_of_blocks<kBlock>(x) * broadcast(1.0f / (float)kLowestValue);

@@ -61,6 +61,10 @@ RAMGGUF_INLINE bool any_overflow(IntLanes h) {
     return any((h & broadcast(0x7fff)) > broadcast(0x7bff));
 }
 
+RAMGGUF_INLINE bool is_infinite(uint16_t h) {
+    return (h & 0x7c00) == 0x7c00;
+}
+
 RAMGGUF_INLINE IntLanes to_int(Lanes code) {
     return truncate(code);
 }

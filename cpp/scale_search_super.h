@@ -1,0 +1,162 @@
+// The scales of superblocks: sub-block scales as small integers times a step in F16.
+//
+// ggml's encoders fit each sub-block, then round. Here the steps are chosen by what rounding the
+// fitted scales to them costs, the integers by trying their neighbours on the weights themselves,
+// and the steps are fitted once more to the levels that came out.
+#pragma once
+#include "scale_search.h"
+
+namespace ramgguf::RAMGGUF_ISA {
+
+// A lane for each sub-block; steps are equal within a superblock.
+struct LinearScales {
+    Lanes step, sub;
+};
+
+struct AffineScales {
+    Lanes step, sub, min_step, sub_min;
+};
+
+RAMGGUF_INLINE Lanes to_integer(Lanes value, Lanes per_step, int low, int high) {
+    return round_even(clamp(value * per_step, (float)low, (float)high));
+}
+
+// For each group of lanes the step, of 16 tried, for which sum(curvature * (value - step *
+// integer)^2) with integers in low..high is least. They put the value of greatest magnitude at
+// `end` and, in steps of 1/64 of that, up to 15/64 nearer to zero.
+template <int group>
+RAMGGUF_INLINE Lanes best_step(Lanes value, Lanes curvature, int low, int high, int end) {
+    float values[kLanes], curvatures[kLanes], extremes[kLanes], steps[kLanes];
+    float share[kLanes];
+    const Lanes greatest = reduce_groups<group>(Max{}, value);
+    const Lanes least = reduce_groups<group>(Min{}, value);
+    store(extremes, select(greatest >= -least, greatest, least));
+    store(values, value);
+    store(curvatures, curvature);
+    for (int i = 0; i < kLanes; ++i) share[i] = (float)end * (1.0f - (float)i / 64);
+    for (int first_lane = 0; first_lane < kLanes; first_lane += group) {
+        const Lanes step = round_to_f16(broadcast(extremes[first_lane]) / load(share));
+        const Lanes per_step = inverse(step);
+        Lanes cost = broadcast(0.0f);
+        for (int j = first_lane; j < first_lane + group; ++j) {
+            const Lanes v = broadcast(values[j]);
+            const Lanes off = v - step * to_integer(v, per_step, low, high);
+            cost = cost + broadcast(curvatures[j]) * off * off;
+        }
+        const Mask cheapest = cost == reduce_all(Min{}, cost);
+        float tried[kLanes];
+        store(tried, step);
+        const uint32_t found = to_bits(cheapest);
+        // None is cheapest when the step overflows; the first then says so.
+        const float chosen = tried[found != 0 ? __builtin_ctz(found) : 0];
+        for (int j = first_lane; j < first_lane + group; ++j) steps[j] = chosen;
+    }
+    return load(steps);
+}
+
+// --- x ~ step * sub * level ---
+
+template <class Levels, int low, int high, int group, int n, bool weighted>
+RAMGGUF_INLINE LinearScales fit_linear_scales(const Tile<n, weighted>& tile, Grid grid) {
+    const LinearSolution fit = fit_linear<Levels>(tile, grid);
+    const Lanes step = best_step<group>(fit.scale, fit.curvature, low, high, low);
+    return {step, to_integer(fit.scale, inverse(step), low, high)};
+}
+
+// --- x ~ step * sub * level - min_step * sub_min ---
+
+template <int n_max, int n, bool weighted>
+RAMGGUF_INLINE Lanes affine_error(const Tile<n, weighted>& tile, Lanes scale, Lanes per_scale,
+                                  Lanes minimum) {
+    Lanes error = broadcast(0.0f);
+    for (int i = 0; i < n; ++i) {
+        const Lanes v = tile.x[i] + minimum;
+        const Lanes off = v - scale * round_even(clamp(v * per_scale, 0.0f, (float)n_max));
+        error = error + tile.weigh(i, off) * off;
+    }
+    return error;
+}
+
+// The best of the nine pairs of integers around the given ones, tried on the weights; its error
+// goes to `error`.
+template <int n_max, int s_max, int n, bool weighted>
+RAMGGUF_INLINE AffineScales try_neighbours(const Tile<n, weighted>& tile, AffineScales around,
+                                           Lanes& error) {
+    constexpr float moves[] = {0.0f, 1.0f, -1.0f};
+    AffineScales best = around;
+    error = broadcast(0x1p100f);
+    for (const float sub_move : moves) {
+        const Lanes sub = clamp(around.sub + broadcast(sub_move), 0.0f, (float)s_max);
+        const Lanes scale = around.step * sub, per_scale = inverse(scale);
+        for (const float min_move : moves) {
+            const Lanes sub_min = clamp(around.sub_min + broadcast(min_move), 0.0f, (float)s_max);
+            const Lanes found =
+                affine_error<n_max>(tile, scale, per_scale, around.min_step * sub_min);
+            const Mask better = found < error;
+            error = select(better, found, error);
+            best.sub = select(better, sub, best.sub);
+            best.sub_min = select(better, sub_min, best.sub_min);
+        }
+    }
+    return best;
+}
+
+// Steps fitted to the levels that the scales give, by least squares over each superblock.
+template <int n_max, int group, int n, bool weighted>
+RAMGGUF_INLINE AffineScales refit_steps(const Tile<n, weighted>& tile, AffineScales scales) {
+    const Lanes zero = broadcast(0.0f);
+    const Lanes minimum = scales.min_step * scales.sub_min;
+    const Lanes per_scale = inverse(scales.step * scales.sub);
+    AffineSums sum{weighted ? zero : broadcast((float)n), zero, zero, zero, zero, zero};
+    for (int i = 0; i < n; ++i) {
+        const Lanes x = tile.x[i];
+        const Lanes level = round_even(clamp((x + minimum) * per_scale, 0.0f, (float)n_max));
+        const Lanes wl = tile.weigh(i, level);
+        if constexpr (weighted) sum.w = sum.w + tile.w[i];
+        sum.t = sum.t + tile.weigh(i, x);
+        sum.l = sum.l + wl;
+        sum.ll = sum.ll + wl * level;
+        sum.lt = sum.lt + wl * x;
+    }
+    const Lanes ss = reduce_groups<group>(Add{}, scales.sub * scales.sub * sum.ll);
+    const Lanes sm = reduce_groups<group>(Add{}, scales.sub * scales.sub_min * sum.l);
+    const Lanes mm = reduce_groups<group>(Add{}, scales.sub_min * scales.sub_min * sum.w);
+    const Lanes sx = reduce_groups<group>(Add{}, scales.sub * sum.lt);
+    const Lanes mx = reduce_groups<group>(Add{}, scales.sub_min * sum.t);
+    const Lanes det = ss * mm - sm * sm;
+    // Without minima, or with levels all alike, only the step can be fitted.
+    const Mask both = det > broadcast(0x1p-20f) * (ss * mm);
+    const Lanes per_det = inverse(det);
+    const Lanes step = round_to_f16(select(both, (sx * mm - sm * mx) * per_det, sx * inverse(ss)));
+    const Lanes min_step = round_to_f16(select(both, (sx * sm - ss * mx) * per_det, zero));
+    const Mask usable = (step > zero) & (min_step >= zero);
+    scales.step = select(usable, step, scales.step);
+    scales.min_step = select(usable, min_step, scales.min_step);
+    return scales;
+}
+
+template <int n_max, int s_max, int group, int n, bool weighted>
+RAMGGUF_INLINE AffineScales fit_affine_scales(const Tile<n, weighted>& tile, Grid grid) {
+    const AffineSolution fit = fit_affine<n_max, false>(tile, grid);
+    const Lanes zero = broadcast(0.0f);
+    const Lanes mean = fit.l * inverse(fit.w);
+    AffineScales first;
+    first.step = best_step<group>(fit.scale, max(fit.ll - fit.l * mean, zero), 0, s_max, s_max);
+    first.sub = to_integer(fit.scale, inverse(first.step), 0, s_max);
+    // The minimum that suits the rounded scale.
+    const Lanes minimum = max((first.step * first.sub - fit.scale) * mean - fit.offset, zero);
+    first.min_step = best_step<group>(minimum, fit.w, 0, s_max, s_max);
+    first.sub_min = to_integer(minimum, inverse(first.min_step), 0, s_max);
+
+    Lanes first_error, second_error;
+    first = try_neighbours<n_max, s_max>(tile, first, first_error);
+    AffineScales second = refit_steps<n_max, group>(tile, first);
+    second = try_neighbours<n_max, s_max>(tile, second, second_error);
+    const Mask better =
+        reduce_groups<group>(Add{}, second_error) < reduce_groups<group>(Add{}, first_error);
+    return {select(better, second.step, first.step), select(better, second.sub, first.sub),
+            select(better, second.min_step, first.min_step),
+            select(better, second.sub_min, first.sub_min)};
+}
+
+}  // namespace ramgguf::RAMGGUF_ISA

@@ -1,0 +1,154 @@
+// The encoder `search`: fills a format's Fit as its rtn does, but by fitting scales to the weights.
+//
+// Search<Format> has
+//   kUnits                        the most units that it takes at once: then all lanes are in use
+//   fit<weighted>(x, w, n, fits)  x and w point at n units; w is read if weighted
+//   quantize(fit, x, j)           as Format::quantize, for scales that may clip
+#pragma once
+#include <type_traits>
+
+#include "formats/all.h"
+#include "scale_search_super.h"
+
+namespace ramgguf::RAMGGUF_ISA {
+
+// Lanes of unit `unit` (of the one or two whose sub-blocks lie side by side) moved to the front.
+RAMGGUF_INLINE Lanes lanes_of_unit(Lanes a, int unit) {
+    return unit == 0 ? a : exchange<8>(a);
+}
+
+// By the kind of a format's Fit; what is not one of these has nothing to search for.
+template <class Format, class Fit>
+struct SearchOf {
+    static constexpr int kUnits = 1;
+
+    template <bool weighted>
+    static RAMGGUF_INLINE void fit(const float* x, const float*, int, Fit* fits) {
+        Format::rtn(x, *fits);
+    }
+
+    static RAMGGUF_INLINE auto quantize(const Fit& fit, Lanes x, int j) {
+        return Format::quantize(fit, x, j);
+    }
+};
+
+// Q2_K, Q4_K, Q5_K
+template <class Format, int kBlock, int kFieldMax, int kCodeMax>
+struct SearchOf<Format, AffineFit<kBlock, kFieldMax, kCodeMax>> {
+    static constexpr int kUnits = kBlock / 16, kGroup = kUnit / kBlock;
+    static constexpr Grid kGrid{8, -1.0f, 0.25f};
+
+    template <bool weighted>
+    static void fit(const float* x, const float* importance, int n_units,
+                    typename Format::Fit* fits) {
+        Tile<kBlock, weighted> tile;
+        load_tile<kBlock, kGroup>(x, importance, n_units, tile);
+        const AffineScales found = fit_affine_scales<kCodeMax, kFieldMax, kGroup>(tile, kGrid);
+        for (int unit = 0; unit < n_units; ++unit) {
+            fits[unit].set(f32_to_f16(first(lanes_of_unit(found.step, unit))),
+                           f32_to_f16(first(lanes_of_unit(found.min_step, unit))),
+                           lanes_of_unit(found.sub, unit), lanes_of_unit(found.sub_min, unit));
+        }
+    }
+
+    static RAMGGUF_INLINE Lanes quantize(const typename Format::Fit& fit, Lanes x, int j) {
+        return Format::quantize(fit, x, j);
+    }
+};
+
+// Q3_K, Q6_K, IQ4_XS
+template <class Format, int kBlock, int kLowestField, int kLowestValue>
+struct SearchOf<Format, SymmetricFit<kBlock, kLowestField, kLowestValue>> {
+    static constexpr int kUnits = kBlock / 16, kGroup = kUnit / kBlock;
+    static constexpr bool kCodebook = kLowestValue == -127;
+    template <bool weighted>
+    static constexpr Grid kGrid = kCodebook             ? Grid{8, -20.0f, 6.0f}
+                                  : kLowestValue == -32 ? Grid{5, -1.0f, 0.4f}
+                                  : weighted            ? Grid{6, -0.6f, 0.4f}
+                                                        : Grid{2, 0.0f, 0.5f};
+    using Levels = std::conditional_t<kCodebook, CodebookLevels,
+                                      IntegerLevels<kLowestValue, -kLowestValue - 1>>;
+
+    template <bool weighted>
+    static void fit(const float* x, const float* importance, int n_units,
+                    typename Format::Fit* fits) {
+        Tile<kBlock, weighted> tile;
+        load_tile<kBlock, kGroup>(x, importance, n_units, tile);
+        const LinearScales found =
+            fit_linear_scales<Levels, kLowestField, -kLowestField - 1, kGroup>(tile,
+                                                                               kGrid<weighted>);
+        for (int unit = 0; unit < n_units; ++unit) {
+            fits[unit].set(f32_to_f16(first(lanes_of_unit(found.step, unit))),
+                           lanes_of_unit(found.sub, unit));
+        }
+    }
+
+    static RAMGGUF_INLINE Lanes quantize(const typename Format::Fit& fit, Lanes x, int j) {
+        return Format::quantize(fit, x, j);
+    }
+};
+
+template <class Format>
+struct Search : SearchOf<Format, typename Format::Fit> {};
+
+// Blocks of 32 with a scale: IQ4_NL, Q4_0, Q5_0.
+template <class Format, class Levels>
+struct LinearBlockSearch {
+    static constexpr int kUnits = 2;
+    static constexpr bool kCodebook = std::is_same_v<Levels, CodebookLevels>;
+    static constexpr Grid kGrid = kCodebook ? Grid{8, -20.0f, 6.0f} : Grid{8, -1.0f, 0.4f};
+
+    template <bool weighted>
+    static void fit(const float* x, const float* importance, int n_units, Blocks32Fit* fits) {
+        Tile<32, weighted> tile;
+        load_tile<32, 1>(x, importance, n_units, tile);
+        const LinearSolution found = fit_linear<Levels>(tile, kGrid);
+        for (int unit = 0; unit < n_units; ++unit) {
+            fits[unit].set_scale(lanes_of_unit(found.scale, unit));
+            fits[unit].inverse.set(inverse_or_zero(fits[unit].scale.all()));
+        }
+    }
+
+    static RAMGGUF_INLINE Lanes quantize(const Blocks32Fit& fit, Lanes x, int j) {
+        if constexpr (kCodebook) return Format::quantize(fit, x, j);
+        return Levels::nearest(x * fit.inverse.at(j / 2)) - broadcast(Levels::kLow);
+    }
+};
+
+// Blocks of 32 with a scale and an offset: Q4_1, Q5_1.
+template <class Format, int kCodeMax>
+struct AffineBlockSearch {
+    static constexpr int kUnits = 2;
+    static constexpr Grid kGrid{10, -1.0f, 0.2f};
+
+    template <bool weighted>
+    static void fit(const float* x, const float* importance, int n_units, Blocks32Fit* fits) {
+        Tile<32, weighted> tile;
+        load_tile<32, 1>(x, importance, n_units, tile);
+        const AffineSolution found = fit_affine<kCodeMax, true>(tile, kGrid);
+        for (int unit = 0; unit < n_units; ++unit) {
+            fits[unit].set_scale(lanes_of_unit(found.scale, unit));
+            fits[unit].set_offset(lanes_of_unit(found.offset, unit));
+            fits[unit].inverse.set(inverse_or_zero(fits[unit].scale.all()));
+            fits[unit].low.set(fits[unit].offset.all());
+        }
+    }
+
+    static RAMGGUF_INLINE Lanes quantize(const Blocks32Fit& fit, Lanes x, int j) {
+        const Lanes code = (x - fit.low.at(j / 2)) * fit.inverse.at(j / 2);
+        return round_even(clamp(code, 0.0f, (float)kCodeMax));
+    }
+};
+
+template <>
+struct Search<IQ4_NL> : LinearBlockSearch<IQ4_NL, CodebookLevels> {};
+template <>
+struct Search<Q4_0> : LinearBlockSearch<Q4_0, IntegerLevels<-8, 7>> {};
+template <>
+struct Search<Q5_0> : LinearBlockSearch<Q5_0, IntegerLevels<-16, 15>> {};
+template <>
+struct Search<Q4_1> : AffineBlockSearch<Q4_1, 15> {};
+template <>
+struct Search<Q5_1> : AffineBlockSearch<Q5_1, 31> {};
+
+}  // namespace ramgguf::RAMGGUF_ISA

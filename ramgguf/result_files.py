@@ -7,16 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from pydantic import TypeAdapter, ValidationError
-
 from ramgguf.errors import ResultError
-from ramgguf.journal import FailureRecord, Record, RunRecord, SequenceRecord
+from ramgguf.journal import read_results
 from ramgguf.leaderboard import Aggregate
-from ramgguf.results import EvalResult, quantiles
+from ramgguf.results import EvalResult
 from ramgguf.schema import Measurement, Plan
 
-_RECORD: TypeAdapter[RunRecord | SequenceRecord | FailureRecord] = TypeAdapter(Record)
 _NUMBERS = ("corpus_ppl", "mean_ppl", "median_ppl", "mean_kld")
 
 
@@ -46,11 +42,14 @@ def read_material(paths: Sequence[Path]) -> Material:
 
 
 def _read(path: Path) -> Material:
+    if path.suffix.lower() == ".jsonl":
+        results = read_results(path)
+        if not results:
+            raise ResultError(f"{path} has no evaluation with a finished sequence in it")
+        return Material(results=results)
     text = _text(path)
     if path.suffix.lower() == ".csv":
         return Material(aggregates=_aggregates(path, text))
-    if path.suffix.lower() == ".jsonl":
-        return Material(results=_journal(path, text))
     try:
         data = json.loads(text)
     except ValueError as e:
@@ -78,63 +77,6 @@ def _text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:
         raise ResultError(f"{path} cannot be read: {e}") from None
-
-
-def _journal(path: Path, text: str) -> tuple[EvalResult, ...]:
-    """Return a result per model and protocol: its last run that scored anything, else its last."""
-    begun: dict[str, EvalResult] = {}
-    sequences: dict[str, dict[int, SequenceRecord]] = {}
-    failures: dict[str, str] = {}
-    for record in _records(path, text):
-        match record:
-            case RunRecord():
-                begun[record.run] = record.result
-            case SequenceRecord():
-                sequences.setdefault(record.run, {})[record.index] = record
-            case FailureRecord():
-                failures[record.run] = record.message
-    found: dict[tuple[str, str], EvalResult] = {}
-    for run, blank in begun.items():
-        key = (blank.model.path, blank.protocol.model_dump_json())
-        result = _assembled(blank, sequences.get(run, {}), failures.get(run))
-        if result.sequences or key not in found:
-            found[key] = result
-    if not found:
-        raise ResultError(f"{path} has no evaluation in it")
-    return tuple(found.values())
-
-
-def _records(path: Path, text: str) -> list[RunRecord | SequenceRecord | FailureRecord]:
-    records = []
-    # a kill may have cut the last line short
-    for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), start=1):
-        try:
-            records.append(_RECORD.validate_json(line))
-        except ValidationError as e:
-            what = e.errors()[0]["msg"]
-            raise ResultError(
-                f"{path}: line {number} is no record of an evaluation ({what})"
-            ) from None
-    return records
-
-
-def _assembled(
-    blank: EvalResult, records: Mapping[int, SequenceRecord], failure: str | None
-) -> EvalResult:
-    ordered = [records[i] for i in sorted(records)]
-    scores = tuple(r.score for r in ordered if r.score is not None)
-    klds = [kld for s in scores if (kld := s.kld_per_token()) is not None]
-    complete = len(ordered) == blank.protocol.n_seq
-    return blank.model_copy(
-        update={
-            "sequences": scores,
-            "broken": tuple(r.broken for r in ordered if r.broken is not None),
-            "kld_quantiles": quantiles(np.concatenate(klds)) if klds else None,
-            "failure": None if complete else failure,
-            "seconds": sum(r.seconds for r in ordered),
-            "decode_seconds": sum(r.decode_seconds for r in ordered),
-        }
-    )
 
 
 def _aggregates(path: Path, text: str) -> tuple[Aggregate, ...]:

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from made_plans import made_measurement, made_plan
 from made_results import eval_result, ordinary_ppl, wild_ppl
-from ramgguf.report import evaluation
+from ramgguf.report import evaluation, results
 from ramgguf.report.grid import Column, Grid, markdown_text, to_html, to_markdown
 from ramgguf.report.numbers import kld, ppl, with_interval
 from ramgguf.report.page import page, write_html
@@ -62,7 +62,7 @@ def printed(made: Study, *, terminal: bool, width: int) -> str:
     console = Console(
         file=out, force_terminal=terminal, width=width, color_system=None, highlight=False
     )
-    evaluation.print_eval(made, console)
+    evaluation.print_study(made, console)
     return out.getvalue()
 
 
@@ -91,12 +91,13 @@ def test_a_terminal_is_never_overrun_and_told_what_is_left_out(three: Study, wid
     assert text.count("wild") > 2
 
 
-def test_the_same_seed_always_prints_the_same(three: Study) -> None:
-    again = study(three_models(), np.random.default_rng(0), n_resamples=1000)
-    text = printed(again, terminal=False, width=80)
-    assert text == printed(three, terminal=False, width=80)
-    assert "Protocol ram: 128 windows of 2048 tokens" in text
-    assert "intervals by bootstrap over 43 articles" in text
+def test_the_same_results_always_print_the_same(three: Study) -> None:
+    models = three_models()
+    assert results.eval_csv(models) == results.eval_csv(models)
+    out = io.StringIO()
+    results.print_eval(models, Console(file=out))
+    assert "Protocol ram: 128 windows of 2048 tokens" in out.getvalue()
+    assert "intervals by bootstrap over 43 articles" in out.getvalue()
 
 
 def test_file_names_are_not_taken_for_markup() -> None:
@@ -128,7 +129,7 @@ def test_a_model_without_scores_is_named_beside_the_others() -> None:
 
 
 def test_markdown_has_a_row_per_model_and_equal_columns(three: Study) -> None:
-    text = evaluation.eval_markdown(three)
+    text = evaluation.study_markdown(three)
     tables = [block for block in text.split("\n\n") if block.startswith("|")]
     assert len(tables) == 3
     for table in tables:
@@ -151,7 +152,7 @@ def test_markdown_text_survives_being_rendered(text: str) -> None:
 
 
 def test_csv_has_full_precision_and_leaves_unknown_values_empty(three: Study) -> None:
-    rows = list(csv.DictReader(io.StringIO(evaluation.eval_csv(three))))
+    rows = list(csv.DictReader(io.StringIO(evaluation.study_csv(three))))
     assert [r["model"] for r in rows] == ["f16", "good", "wild"]
     for row, summary in zip(rows, three.summaries, strict=True):
         assert float(row["corpus_ppl"]) == summary.estimates["corpus_ppl"].value
@@ -162,17 +163,18 @@ def test_csv_has_full_precision_and_leaves_unknown_values_empty(three: Study) ->
     assert rows[2]["n_outliers"] == "2"
 
 
-def test_json_carries_statistics_and_every_sequence(three: Study) -> None:
-    document = json.loads(evaluation.eval_json(three))
+def test_json_carries_statistics_and_every_sequence() -> None:
+    models = three_models()
+    document = json.loads(results.eval_json(models))
     assert [m["model"] for m in document["models"]] == ["f16", "good", "wild"]
     assert document["rankings"]["mean_kld"] == ["good", "wild"]
     again = EvalResult.from_json(json.dumps(document["results"][2]))
-    assert again == three.summaries[2].result.without_tokens()
+    assert again == models[2].without_tokens()
 
 
 def test_infinite_and_unknown_numbers_are_null_in_json() -> None:
-    made = study([eval_result("a", [3.0] * 5)], np.random.default_rng(0))
-    (model,) = json.loads(evaluation.eval_json(made))["models"]
+    document = json.loads(results.eval_json([eval_result("a", [3.0] * 5)]))
+    (model,) = document["models"]
     assert model["tail_index"] is None
     assert model["corpus_ppl_low"] is None
     assert model["corpus_ppl"] == pytest.approx(3.0)

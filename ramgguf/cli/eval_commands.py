@@ -1,15 +1,23 @@
-"""The commands from file to numbers: eval."""
+"""The commands from file to numbers: eval, compare, report."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-import numpy as np
 import typer
 
 from ramgguf import api
 from ramgguf.cli import options as opt
-from ramgguf.report.evaluation import eval_csv, eval_json, eval_markdown, print_eval
-from ramgguf.study import study
+from ramgguf.comparison import check_comparable, compare_published
+from ramgguf.errors import ResultError
+from ramgguf.leaderboard import Leaderboard
+from ramgguf.report.boards import board_csv, board_json, board_markdown, print_board
+from ramgguf.report.page import write_html
+from ramgguf.report.results import eval_csv, eval_json, eval_markdown, print_eval, study_of
+from ramgguf.result_files import read_material
+from ramgguf.results import EvalResult
+from ramgguf.units import format_bytes
 
 
 def register(app: typer.Typer) -> None:
@@ -18,6 +26,8 @@ def register(app: typer.Typer) -> None:
         "eval",
         epilog="Example: ramgguf eval small.gguf --reference model-f16.gguf -o scores.jsonl",
     )(evaluate)
+    app.command("compare", epilog="Example: ramgguf compare scores.jsonl --markdown")(compare)
+    app.command("report", epilog="Example: ramgguf report scores.jsonl -o report.html")(report)
 
 
 Models = Annotated[list[Path], typer.Argument(metavar="MODEL...", help="GGUF files to score.")]
@@ -83,8 +93,8 @@ def evaluate(
     verbose: opt.Verbose = False,
 ) -> None:
     """Score models by llama.cpp on the CPU, sequence by sequence."""
-    printed = as_json or as_markdown or as_csv
-    terminal = opt.Terminal.make(quiet=quiet, as_json=printed)
+    style = _Style(as_json, as_markdown, as_csv)
+    terminal = opt.Terminal.make(quiet=quiet, as_json=style.for_programs)
     found = api.evaluate(
         models,
         reference,
@@ -103,19 +113,108 @@ def evaluate(
         verbose=verbose,
         progress=terminal.progress,
     )
-    said = study(found.results, np.random.default_rng(0), outlier_ppl=outlier)
-    if as_json:
-        print(eval_json(said))
-    elif as_markdown:
-        print(eval_markdown(said))
-    elif as_csv:
-        print(eval_csv(said), end="")
-    else:
-        print_eval(said, terminal.out)
+    _show(found.results, terminal, outlier, style)
     for failure in found.failures:
         terminal.err.print(f"error: {failure}", markup=False)
     if found.failures:
         raise typer.Exit(1)
+
+
+@dataclass(frozen=True)
+class _Style:
+    as_json: bool
+    as_markdown: bool
+    as_csv: bool
+
+    @property
+    def for_programs(self) -> bool:
+        return self.as_json or self.as_markdown or self.as_csv
+
+
+def _show(
+    results: Sequence[EvalResult], terminal: opt.Terminal, outlier: float, style: _Style
+) -> None:
+    if style.as_json:
+        print(eval_json(results, outlier_ppl=outlier))
+    elif style.as_markdown:
+        print(eval_markdown(results, outlier_ppl=outlier))
+    elif style.as_csv:
+        print(eval_csv(results, outlier_ppl=outlier), end="")
+    else:
+        print_eval(results, terminal.out, outlier_ppl=outlier)
+
+
+ResultFiles = Annotated[
+    list[Path],
+    typer.Argument(
+        metavar="RESULTS...",
+        help="What `ramgguf eval` wrote (-o or --json), or published figures (.csv).",
+    ),
+]
+
+
+def compare(
+    files: ResultFiles,
+    outlier: Outlier = 100.0,
+    as_json: opt.AsJson = False,
+    as_markdown: AsMarkdown = False,
+    as_csv: AsCsv = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Rank results by corpus, mean and median PPL and by KLD, and say where rankings part."""
+    style = _Style(as_json, as_markdown, as_csv)
+    terminal = opt.Terminal.make(quiet=quiet, as_json=style.for_programs)
+    material = read_material(files)
+    if material.aggregates and material.results:
+        raise ResultError(
+            "published figures have no sequences and are not ranked together with results;"
+            " compare the CSV files on their own"
+        )
+    if material.aggregates:
+        _show_published(compare_published(material.aggregates), terminal, style)
+        return
+    check_comparable(material.results)
+    _show(material.results, terminal, outlier, style)
+
+
+def _show_published(board: Leaderboard, terminal: opt.Terminal, style: _Style) -> None:
+    if style.as_json:
+        print(board_json(board), end="")
+    elif style.as_markdown:
+        print(board_markdown(board), end="")
+    elif style.as_csv:
+        print(board_csv(board), end="")
+    else:
+        print_board(board, terminal.out)
+
+
+PlanFiles = Annotated[list[Path] | None, typer.Option("--plan", help="A plan to draw; repeatable.")]
+MeasurementFiles = Annotated[
+    list[Path] | None, typer.Option("--measurement", help="Curves to draw; repeatable.")
+]
+Page = Annotated[Path, typer.Option("--output", "-o", help="The HTML page.")]
+AnyFiles = Annotated[
+    list[Path],
+    typer.Argument(metavar="FILES...", help="Results of eval, plans and measurements."),
+]
+
+
+def report(
+    files: AnyFiles,
+    output: Page = Path("report.html"),
+    plan: PlanFiles = None,
+    measurement: MeasurementFiles = None,
+    outlier: Outlier = 100.0,
+    force: opt.Force = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Draw results, plans and curves on one HTML page that needs no network."""
+    terminal = opt.Terminal.make(quiet=quiet, as_json=False)
+    opt.refuse_existing(output, force)
+    material = read_material([*files, *(plan or ()), *(measurement or ())])
+    made = study_of(material.results, outlier)
+    write_html(output, made, material.plans, material.measurements)
+    terminal.out.print(f"wrote {output} ({format_bytes(output.stat().st_size)})", soft_wrap=True)
 
 
 def _protocol(name: str) -> Literal["ram", "llama"]:

@@ -116,7 +116,9 @@ def quantize(
         if made.worst_departure is None
         else f"every tensor decoded again: errors as planned (±{made.worst_departure:.0e})"
     )
-    terminal.out.print(f"{', '.join(str(p) for p in made.paths)}: {checked}; {seconds}")
+    terminal.out.print(
+        f"{', '.join(str(p) for p in made.paths)}: {checked}; {seconds}", soft_wrap=True
+    )
 
 
 def _summary(made: api.Quantized) -> dict[str, object]:

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 import math
 from collections.abc import Iterator
 
@@ -151,7 +150,7 @@ def protocol_lines(study: Study) -> tuple[str, ...]:
     return tuple(dict.fromkeys(protocol_line(s.result) for s in study.summaries))
 
 
-def print_eval(study: Study, console: Console) -> None:
+def print_study(study: Study, console: Console) -> None:
     """Print the tables, the rankings where there are some to compare, and the findings."""
     if study.summaries:
         print_grid(console, perplexity_grid(study))
@@ -166,7 +165,7 @@ def print_eval(study: Study, console: Console) -> None:
     print_statements(console, (*statements(study), *protocol_lines(study)))
 
 
-def eval_markdown(study: Study) -> str:
+def study_markdown(study: Study) -> str:
     """Return the tables and findings as markdown, ready for a model card."""
     grids = [perplexity_grid(study), reference_grid(study)]
     if study.board and len(study.board.rows) > 1:
@@ -180,7 +179,7 @@ def eval_markdown(study: Study) -> str:
     return "\n".join(("### Evaluation\n", *tables, items))
 
 
-def eval_csv(study: Study) -> str:
+def study_csv(study: Study) -> str:
     """Return a row per model with every statistic in full precision; an absent one is empty."""
     rows = [dict(_flat(s)) for s in study.summaries]
     names = list(dict.fromkeys(name for row in rows for name in row))
@@ -191,21 +190,15 @@ def eval_csv(study: Study) -> str:
     return out.getvalue()
 
 
-def eval_json(study: Study) -> str:
-    """Return statistics, rankings, findings and every per-sequence score as one JSON document.
-
-    NaN and infinity become null.
-    """
+def study_json(study: Study) -> dict[str, object]:
+    """Return statistics, rankings and findings as JSON values; NaN and infinity become null."""
     rankings = study.board.rankings if study.board else ()
-    document = {
-        "schema": "ramgguf.evaluation/1",
+    return {
         "models": [dict(_flat(s)) for s in study.summaries],
         "rankings": {r.criterion: list(r.order) for r in rankings},
         "statements": list(statements(study)),
         "protocols": list(protocol_lines(study)),
-        "results": [json.loads(s.result.without_tokens().to_json()) for s in study.summaries],
     }
-    return json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 Cell = str | int | float | bool | None

@@ -19,9 +19,7 @@ from ramgguf.results import (
     EngineSettings,
     EvalResult,
     ModelFile,
-    Quantiles,
     SequenceScore,
-    quantiles,
     sha256_int32,
 )
 from ramgguf.version import __version__
@@ -310,27 +308,12 @@ class _Stage:
 
 
 def _result(run: _Run, journal: Journal) -> EvalResult | None:
-    """Return the run's result from its finished sequences; None for a model that never loaded."""
+    """Return the run's result; None for a model that never loaded."""
     if run.blank is None:
         return None
-    records = [record for _, record in sorted(journal.done(run.id).items())]
-    sequences = tuple(r.score for r in records if r.score is not None)
-    return run.blank.model_copy(
-        update={
-            "sequences": sequences,
-            "broken": tuple(r.broken for r in records if r.broken is not None),
-            "kld_quantiles": _kld_quantiles(sequences),
-            "failure": run.failure,
-            "notes": run.blank.notes + ((run.note,) if run.note else ()),
-            "seconds": sum(r.seconds for r in records),
-            "decode_seconds": sum(r.decode_seconds for r in records),
-        }
-    )
-
-
-def _kld_quantiles(sequences: Sequence[SequenceScore]) -> Quantiles | None:
-    found = [kld for s in sequences if (kld := s.kld_per_token()) is not None]
-    return quantiles(np.concatenate(found)) if found else None
+    notes = run.blank.notes + ((run.note,) if run.note else ())
+    update = {"failure": run.failure, "notes": notes}
+    return journal.result(run.id).model_copy(update=update)
 
 
 def cpu_name() -> str:

@@ -65,11 +65,17 @@ def _kld_quantiles(sequences: Sequence[SequenceScore]) -> Quantiles | None:
 
 
 def read_results(path: Path) -> tuple[EvalResult, ...]:
-    """Return the results in a file that an evaluation wrote. Raises EngineError if it is none."""
-    if not path.exists():
-        raise EngineError(f"{path}: does not exist; expected what `ramgguf eval -o` writes")
-    with Journal(path, resume=True) as journal:
-        return journal.results()
+    """Return the results in a file that an evaluation wrote. Raises EngineError if it is none.
+
+    The file is not touched: the evaluation may still be writing it.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as e:
+        raise EngineError(f"{path}: {e.strerror}; expected what `ramgguf eval -o` writes") from None
+    journal = Journal(None, resume=False)
+    journal.load(path, data)
+    return journal.results()
 
 
 class Journal:
@@ -162,6 +168,12 @@ class Journal:
 
     def _read(self, path: Path) -> None:
         data = path.read_bytes()
+        whole = self.load(path, data)
+        if whole < len(data):
+            os.truncate(path, whole)
+
+    def load(self, path: Path, data: bytes) -> int:
+        """Take over the records in data, which path holds; return the bytes of its whole lines."""
         whole = data.rfind(b"\n") + 1
         for number, line in enumerate(data[:whole].splitlines(), start=1):
             try:
@@ -179,5 +191,4 @@ class Journal:
                     self.done(record.run)[record.index] = record
                 case FailureRecord():
                     self._failures[record.run] = record.message
-        if whole < len(data):
-            os.truncate(path, whole)
+        return whole

@@ -4,11 +4,15 @@ The priors are soft: they scale a cost, they never forbid a format.
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 
 from ramgguf.errors import PlanError
-from ramgguf.schema import Measurement, Point, TensorMeasurement
+from ramgguf.schema import Assignment, Measurement, Point, TensorMeasurement
+from ramgguf.sensitivities import Sensitivity
+
+DEFAULT_OBJECTIVE = "weighted"
+SENSITIVITY = "sensitivity"
 
 # Priors per weight and unit of NMSE, relative to an average matrix: rounded medians of measured
 # sensitivities of one network (SmolLM2-135M); docs/allocation.md has the table and its limits.
@@ -97,15 +101,64 @@ OBJECTIVES: dict[str, Objective] = {
 Cost = Callable[[TensorMeasurement, Point], float]
 
 
-def cost_function(name: str, measurement: Measurement) -> Cost:
-    """Return the cost of a tensor in a format under the objective of this name.
+@dataclass(frozen=True)
+class Costing:
+    """An objective made ready for one model.
 
-    Raises PlanError that lists the known names.
+    errors are the relative standard errors of the tensors' costs, known for sensitivities only;
+    sensitivity_sha256 tells which were used.
     """
+
+    name: str
+    cost: Cost
+    errors: Mapping[str, float] = field(default_factory=dict)
+    sensitivity_sha256: str | None = None
+
+    def total_error(self, assignments: Iterable[Assignment]) -> float | None:
+        """Return the standard error of the total cost; None where it is not known.
+
+        All tensors were read with the same tokens, so their errors are taken to add up.
+        """
+        if not self.errors:
+            return None
+        return math.fsum(a.cost * self.errors.get(a.name, 0.0) for a in assignments)
+
+
+def costing(
+    name: str | None, measurement: Measurement, sensitivity: Sensitivity | None = None
+) -> Costing:
+    """Return the objective of this name for the model; None takes the best that is known.
+
+    That is `sensitivity` where there is one, else DEFAULT_OBJECTIVE. Raises PlanError for names
+    that are not known, and for a sensitivity that is missing or of another model.
+    """
+    if name is None:
+        name = DEFAULT_OBJECTIVE if sensitivity is None else SENSITIVITY
+    if name == SENSITIVITY:
+        return _by_sensitivity(measurement, sensitivity)
     try:
         objective = OBJECTIVES[name]
     except KeyError:
-        known = ", ".join(OBJECTIVES)
+        known = ", ".join([*OBJECTIVES, SENSITIVITY])
         raise PlanError(f"objective {name!r} is unknown; known are {known}") from None
     shape = Shape.of(measurement)
-    return lambda tensor, point: objective(tensor, point, shape)
+    return Costing(name, lambda tensor, point: objective(tensor, point, shape))
+
+
+def _by_sensitivity(measurement: Measurement, sensitivity: Sensitivity | None) -> Costing:
+    """Return α · NMSE: the KLD, in nats per token, that a tensor's quantization alone causes."""
+    if sensitivity is None:
+        raise PlanError("the objective sensitivity needs a file; give it with --sensitivity")
+    ours, theirs = measurement.source, sensitivity.source
+    if (ours.header_sha256, ours.n_bytes) != (theirs.header_sha256, theirs.n_bytes):
+        raise PlanError(f"the sensitivity is of {theirs.path}, another model than {ours.path}")
+    alpha = {t.name: t.alpha for t in sensitivity.tensors}
+    for tensor in measurement.tensors:
+        if tensor.kept is None and tensor.name not in alpha:
+            raise PlanError(f"{theirs.path}: {tensor.name} has no sensitivity; measure it again")
+    return Costing(
+        SENSITIVITY,
+        lambda tensor, point: alpha[tensor.name] * point.nmse,
+        {t.name: t.relative_error for t in sensitivity.tensors},
+        sensitivity.sha256(),
+    )

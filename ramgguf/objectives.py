@@ -8,63 +8,14 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from ramgguf.errors import PlanError
+from ramgguf.priors import Shape, prior
 from ramgguf.schema import Assignment, Measurement, Point, TensorMeasurement
 from ramgguf.sensitivities import Sensitivity
 
 DEFAULT_OBJECTIVE = "weighted"
 SENSITIVITY = "sensitivity"
 
-# Priors per weight and unit of NMSE, relative to an average matrix: rounded medians of measured
-# sensitivities of one network (SmolLM2-135M); docs/allocation.md has the table and its limits.
-ROLE_PRIORS = {
-    "attn_v": 5.0,
-    "attn_k": 0.75,
-    "attn_qkv": 1.5,
-    "attn_output": 1.4,
-    "ffn_up": 1.3,
-    "ffn_down": 2.0,
-    "embedding": 1.0,
-    "tied_embedding": 1.3,
-    "head": 1.3,
-}
-# Every weight of K and V serves all query heads of its group.
-SHARED_BY_HEADS = frozenset({"attn_k", "attn_v"})
-FIRST_LAYER_PRIOR = 2.5
-LAST_LAYER_PRIOR = 1.5
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What priors need to know of the whole model; heads_per_kv is query heads per KV head."""
-
-    n_layers: int | None
-    heads_per_kv: float = 1.0
-
-    @classmethod
-    def of(cls, measurement: Measurement) -> "Shape":
-        """Return the shape, with heads_per_kv from the sizes of the Q and K matrices."""
-        n_q = sum(t.n_weights for t in measurement.tensors if t.role == "attn_q")
-        n_k = sum(t.n_weights for t in measurement.tensors if t.role == "attn_k")
-        return cls(measurement.n_layers, max(1.0, n_q / n_k) if n_k else 1.0)
-
-    def is_first(self, tensor: TensorMeasurement) -> bool:
-        return tensor.layer == 0
-
-    def is_last(self, tensor: TensorMeasurement) -> bool:
-        return tensor.layer is not None and tensor.layer == (self.n_layers or 0) - 1
-
-
 Objective = Callable[[TensorMeasurement, Point, Shape], float]
-
-
-def prior(tensor: TensorMeasurement, shape: Shape) -> float:
-    """Return π, the soft prior of a weight of this tensor."""
-    value = ROLE_PRIORS.get(tensor.role, 1.0)
-    if tensor.role in SHARED_BY_HEADS:
-        value *= shape.heads_per_kv
-    if shape.is_first(tensor):
-        return value * FIRST_LAYER_PRIOR
-    return value * LAST_LAYER_PRIOR if shape.is_last(tensor) else value
 
 
 def weighted_nmse(tensor: TensorMeasurement, point: Point, shape: Shape) -> float:

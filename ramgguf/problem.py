@@ -231,4 +231,6 @@ def notes(problem: Problem) -> list[str]:
     for (name, why), n in unsuited.items():
         by_why.setdefault(f"no candidate for {n} tensors, {why}", []).append(name)
     told.extend(f"{', '.join(names)}: {what}" for what, names in by_why.items())
+    kept = Counter(c.tensor.kept for c in problem.candidates if c.tensor.kept is not None)
+    told.extend(f"kept as they are: {n} tensors, {why}" for why, n in kept.most_common())
     return told

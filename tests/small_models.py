@@ -297,6 +297,10 @@ def _values(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> np.n
     return x * np.float32(shape[-1] ** -0.5)
 
 
+# What llama.cpp's graphs add to or multiply with activations, as converters know, too.
+_IN_F32 = ("norm", "conv1d", "lerp", "token_types", "position_embd")
+
+
 def write_small_model(path: Path, architecture: Architecture, seed: int = 0) -> Path:
     """Write a model with matrices in F16, the rest in F32; return its path."""
     rng = np.random.default_rng(seed)
@@ -307,9 +311,7 @@ def write_small_model(path: Path, architecture: Architecture, seed: int = 0) -> 
     out.add_tokenizer_model("none")
     for name, shape in _tensors(architecture):
         x = _values(name, shape, rng)
-        half = (
-            x.ndim > 1 and name.endswith("weight") and "conv1d" not in name and "lerp" not in name
-        )
+        half = x.ndim > 1 and name.endswith("weight") and not any(p in name for p in _IN_F32)
         out.add_tensor(name, x.astype(np.float16) if half else x)
     out.write_header_to_file()
     out.write_kv_data_to_file()

@@ -53,7 +53,7 @@ def allocate(
 def _next_percent(
     items: Sequence[Sequence[Choice]], solution: Solution, capacity: int, budget: int
 ) -> NextPercent:
-    larger = solve(items, capacity + budget // 100, seconds=5.0)
+    larger = solve(items, capacity + budget // 100, seconds=1.0)
     changes = sum(a != b for a, b in zip(solution.chosen, larger.chosen, strict=True))
     return NextPercent(n_bytes=budget + budget // 100, total_cost=larger.cost, n_changes=changes)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import typer
+from numpy.typing import NDArray
 from typer.testing import CliRunner
 
 import ramgguf
@@ -87,7 +88,7 @@ def test_a_reading_is_the_kld_of_the_file_with_that_tensor_quantized(
     assert reading.kld == pytest.approx(float(np.mean(kld)), rel=1e-4)
 
 
-def _round_trip(rows: np.ndarray, length: int, name: str) -> np.ndarray:  # type: ignore[type-arg]
+def _round_trip(rows: NDArray[np.uint8], length: int, name: str) -> NDArray[np.float16]:
     block = {f.name: f for f in _core.formats()}[name]
     blocks = np.empty((len(rows), length // block.block_size * block.block_bytes), np.uint8)
     _core.encode(name, "F16", rows, blocks)

@@ -9,9 +9,8 @@ import argparse
 import json
 from pathlib import Path
 
-from llama_quantize import planned_mib, quantize
-
 import ramgguf
+from llama_quantize import planned_mib, quantize
 
 # The ftypes and embedding types that need no importance matrix.
 FILE_TYPES = (
@@ -58,7 +57,7 @@ def main() -> None:
         )
         if path.stat().st_size <= arguments.bytes:
             files.append(path)
-    results = ramgguf.evaluate(files, reference=arguments.source, n_ctx=512, n_seq=arguments.n_seq)
+    results = ramgguf.evaluate(files, arguments.source, n_ctx=512, n_seq=arguments.n_seq).results
     with (arguments.out / "best_flags.jsonl").open("a") as out:
         for result in sorted(results, key=lambda r: r.kld_mean):
             row = {

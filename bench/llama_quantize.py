@@ -42,7 +42,7 @@ def quantize(
 
 
 def planned_mib(source: Path, file_type: str, token_embedding: str | None) -> float | None:
-    """Return the MiB of tensor data that llama.cpp would write, by its dry run; None if it fails."""
+    """Return the MiB of data that llama.cpp would write, by its dry run; None if it fails."""
     command = [sys.executable, __file__, str(source), "/dev/null", file_type, "2", "--dry-run"]
     if token_embedding:
         command += ["--token-embedding", token_embedding]

@@ -34,33 +34,37 @@ std::optional<Header> scan(const py::buffer& buffer, uint64_t n_file,
     }
 }
 
+// Spans leave as plain tuples: a wrapped object for each would cost more than the header itself.
+py::list key_rows(const Header& header) {
+    py::list rows;
+    for (const auto& s : header.keys) {
+        rows.append(
+            py::make_tuple(s.key, s.type, s.item_type, s.n_items, s.begin, s.value_begin, s.end));
+    }
+    return rows;
+}
+
+py::list tensor_rows(const Header& header) {
+    py::list rows;
+    for (const auto& t : header.tensors) {
+        rows.append(
+            py::make_tuple(t.name, py::tuple(py::cast(t.shape)), t.type, t.offset, t.n_bytes));
+    }
+    return rows;
+}
+
 }  // namespace
 
 void bind_gguf(py::module_& m) {
     py::register_exception<HeaderError>(m, "HeaderError", PyExc_ValueError);
-    py::class_<KeySpan>(m, "KeySpan")
-        .def_readonly("key", &KeySpan::key)
-        .def_readonly("type", &KeySpan::type)
-        .def_readonly("item_type", &KeySpan::item_type)
-        .def_readonly("n_items", &KeySpan::n_items)
-        .def_readonly("begin", &KeySpan::begin)
-        .def_readonly("value_begin", &KeySpan::value_begin)
-        .def_readonly("end", &KeySpan::end);
-    py::class_<TensorSpan>(m, "TensorSpan")
-        .def_readonly("name", &TensorSpan::name)
-        .def_property_readonly("shape",
-                               [](const TensorSpan& t) { return py::tuple(py::cast(t.shape)); })
-        .def_readonly("type", &TensorSpan::type)
-        .def_readonly("offset", &TensorSpan::offset)
-        .def_readonly("n_bytes", &TensorSpan::n_bytes);
     py::class_<Header>(m, "Header")
         .def_readonly("version", &Header::version)
         .def_readonly("alignment", &Header::alignment)
         .def_readonly("info_offset", &Header::info_offset)
         .def_readonly("info_end", &Header::info_end)
         .def_readonly("data_offset", &Header::data_offset)
-        .def_readonly("keys", &Header::keys)
-        .def_readonly("tensors", &Header::tensors);
+        .def_property_readonly("keys", &key_rows)
+        .def_property_readonly("tensors", &tensor_rows);
     m.def("scan_header", &scan, py::arg("buffer"), py::arg("n_file"), py::arg("types"),
           "Scan a GGUF header; None when it goes on beyond the buffer.");
 }

@@ -20,7 +20,7 @@ namespace ramgguf {
 
 // Limits of this scanner; real models have about 60 keys, names below 64 bytes and, with one
 // tensor per expert, fewer than 50,000 tensors. They bound the memory that a hostile file costs.
-constexpr uint64_t kMaxKeys = 16384;
+constexpr uint64_t kMaxKeys = 4096;
 constexpr uint64_t kMaxKeyBytes = 1024;
 constexpr uint64_t kMaxTensors = 65536;
 constexpr uint64_t kMaxNameBytes = 63;  // ggml's: a name and its final zero fit 64 bytes

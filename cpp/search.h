@@ -39,7 +39,7 @@ struct SearchOf<Format, AffineFit<kBlock, kFieldMax, kCodeMax>> {
     static constexpr Grid kGrid{8, -1.0f, 0.25f};
 
     template <bool weighted>
-    static void fit(const float* x, const float* importance, int n_units,
+    __attribute__((noinline)) static void fit(const float* x, const float* importance, int n_units,
                     typename Format::Fit* fits) {
         Tile<kBlock, weighted> tile;
         load_tile<kBlock, kGroup>(x, importance, n_units, tile);
@@ -70,7 +70,7 @@ struct SearchOf<Format, SymmetricFit<kBlock, kLowestField, kLowestValue>> {
                                       IntegerLevels<kLowestValue, -kLowestValue - 1>>;
 
     template <bool weighted>
-    static void fit(const float* x, const float* importance, int n_units,
+    __attribute__((noinline)) static void fit(const float* x, const float* importance, int n_units,
                     typename Format::Fit* fits) {
         Tile<kBlock, weighted> tile;
         load_tile<kBlock, kGroup>(x, importance, n_units, tile);
@@ -99,7 +99,7 @@ struct LinearBlockSearch {
     static constexpr Grid kGrid = kCodebook ? Grid{8, -20.0f, 6.0f} : Grid{8, -1.0f, 0.4f};
 
     template <bool weighted>
-    static void fit(const float* x, const float* importance, int n_units, Blocks32Fit* fits) {
+    __attribute__((noinline)) static void fit(const float* x, const float* importance, int n_units, Blocks32Fit* fits) {
         Tile<32, weighted> tile;
         load_tile<32, 1>(x, importance, n_units, tile);
         const LinearSolution found = fit_linear<Levels>(tile, kGrid);
@@ -122,7 +122,7 @@ struct AffineBlockSearch {
     static constexpr Grid kGrid{10, -1.0f, 0.2f};
 
     template <bool weighted>
-    static void fit(const float* x, const float* importance, int n_units, Blocks32Fit* fits) {
+    __attribute__((noinline)) static void fit(const float* x, const float* importance, int n_units, Blocks32Fit* fits) {
         Tile<32, weighted> tile;
         load_tile<32, 1>(x, importance, n_units, tile);
         const AffineSolution found = fit_affine<kCodeMax, true>(tile, kGrid);

@@ -4,15 +4,32 @@
 >>> made = ramgguf.quantize("model-f16.gguf", budget="16GB")
 """
 
-from ramgguf.api import Quantized, default_output, evaluate, measure, plan, quantize
+from ramgguf.api import (
+    Quantized,
+    curve,
+    default_output,
+    diff,
+    evaluate,
+    explain,
+    follow,
+    measure,
+    plan,
+    plan_on,
+    quantize,
+)
 from ramgguf.version import __version__
 
 __all__ = [
     "Quantized",
     "__version__",
+    "curve",
     "default_output",
+    "diff",
     "evaluate",
+    "explain",
+    "follow",
     "measure",
     "plan",
+    "plan_on",
     "quantize",
 ]

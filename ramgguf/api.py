@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Unpack
 
 from ramgguf import formats as _formats
 from ramgguf.corpus import Recipe, default_corpus, text_file
@@ -15,18 +15,44 @@ from ramgguf.files import refuse_existing, require_disk_space
 from ramgguf.gguf_io import GGUFFile, open_gguf
 from ramgguf.gguf_layout import planned_header_bytes
 from ramgguf.parallel import default_threads
+from ramgguf.planning import (
+    DEFAULT_MIN_SQNR_DB,
+    DEFAULT_OBJECTIVE,
+    PlanOptions,
+    budget_bytes,
+    curve,
+    diff,
+    explain,
+    follow,
+    plan,
+    plan_on,
+)
 from ramgguf.progress import Progress, Silent
 from ramgguf.schema import Encoder, Measurement, Plan
-from ramgguf.stages import allocate as _allocate
 from ramgguf.stages import evaluate as _evaluate
 from ramgguf.stages import measure as _measure
 from ramgguf.stages import quantize as _quantize
 from ramgguf.stages.evaluate import Evaluation
-from ramgguf.units import parse_budget
+
+__all__ = [
+    "DEFAULT_ENCODER",
+    "DEFAULT_MIN_SQNR_DB",
+    "DEFAULT_OBJECTIVE",
+    "PlanOptions",
+    "Quantized",
+    "curve",
+    "default_output",
+    "diff",
+    "evaluate",
+    "explain",
+    "follow",
+    "measure",
+    "plan",
+    "plan_on",
+    "quantize",
+]
 
 DEFAULT_ENCODER: Encoder = "rtn"
-DEFAULT_OBJECTIVE = "weighted"
-DEFAULT_MIN_SQNR_DB = 9.0
 
 
 @dataclass(frozen=True)
@@ -74,40 +100,6 @@ def measure(
         )
 
 
-def plan(
-    measurement: Measurement | str | Path,
-    budget: int | str,
-    *,
-    objective: str = DEFAULT_OBJECTIVE,
-    min_sqnr_db: float = DEFAULT_MIN_SQNR_DB,
-    formats: Sequence[str] | None = None,
-    pins: Sequence[str] = (),
-) -> Plan:
-    """Return the plan of least cost whose output has at most `budget` bytes.
-
-    measurement is one, or the file of one; budget is bytes or text such as 16GB, 16GiB, 4.5bpw or
-    30%; pins are 'regex=FORMAT'. Raises BudgetError with the smallest feasible size when nothing
-    fits, PlanError for options that do not suit the measurement.
-    """
-    if not isinstance(measurement, Measurement):
-        measurement = Measurement.load(Path(measurement))
-    n_bytes = _budget_bytes(budget, measurement.n_weights, measurement.source.n_bytes)
-    constraints = _constraints(min_sqnr_db, formats, pins)
-    return _allocate.allocate(
-        measurement, n_bytes, objective_name=objective, constraints=constraints
-    )
-
-
-def _constraints(
-    min_sqnr_db: float, formats: Sequence[str] | None, pins: Sequence[str]
-) -> _allocate.Constraints:
-    return _allocate.Constraints(
-        min_sqnr_db=min_sqnr_db,
-        formats=None if formats is None else frozenset(formats),
-        pins=tuple(_allocate.Pin.parse(pin) for pin in pins),
-    )
-
-
 def quantize(
     model: str | Path,
     budget: int | str | None = None,
@@ -115,47 +107,41 @@ def quantize(
     *,
     from_plan: Plan | None = None,
     measurement: Measurement | None = None,
-    formats: Sequence[str] | None = None,
     encoder: Encoder = DEFAULT_ENCODER,
     allow_requantize: bool = False,
-    objective: str = DEFAULT_OBJECTIVE,
-    min_sqnr_db: float = DEFAULT_MIN_SQNR_DB,
-    pins: Sequence[str] = (),
     split_max_bytes: int | None = None,
     force: bool = False,
     verify: bool = True,
     threads: int | None = None,
     progress: Progress | None = None,
+    **options: Unpack[PlanOptions],
 ) -> Quantized:
     """Write the best GGUF that fits the budget and return what was made.
 
-    Needs a budget or a ready plan; a ready measurement saves measuring again. output is by
-    default beside the model and named after the plan's bits per weight. Raises BudgetError,
-    GGUFError, FormatError or PlanError; an older output is then untouched.
+    Needs a budget or a ready plan; a ready measurement saves measuring again; options are those
+    of plan. output is by default beside the model and named after the plan's bits per weight.
+    Raises BudgetError, GGUFError, FormatError or PlanError; an older output is then untouched.
     """
     clock, n_threads, shown = _Clock(), threads or default_threads(), progress or Silent()
     with open_gguf(Path(model), kind_check=True) as file:
         if from_plan is not None and budget is None:
             made = from_plan
         elif from_plan is None and budget is not None:
-            n_bytes = _budget_bytes(budget, file.n_weights, file.n_bytes)
+            n_bytes = budget_bytes(budget, file.n_weights, file.n_bytes)
             _check_destination(Path(output or model), output is not None and not force, n_bytes)
             if measurement is None:
                 with clock.stage("measure"):
                     measurement = _measure.measure(
                         file,
                         n_overhead_bytes=_overhead_bytes(file),
-                        wanted=formats,
+                        wanted=options.get("formats"),
                         encoder=encoder,
                         allow_requantize=allow_requantize,
                         threads=n_threads,
                         progress=shown,
                     )
-            constraints = _constraints(min_sqnr_db, formats, pins)
             with clock.stage("plan"):
-                made = _plan_for_shards(
-                    file, measurement, n_bytes, objective, constraints, split_max_bytes
-                )
+                made = _plan_for_shards(file, measurement, n_bytes, options, split_max_bytes)
         else:
             raise PlanError("either a budget or a plan is needed, and not both")
         path = Path(output) if output is not None else default_output(Path(model), made)
@@ -182,7 +168,7 @@ def evaluate(
     text: str | Path | None = None,
     dataset: str | None = None,
     split: str = "test",
-    safe_kernels: bool = False,
+    safe_kernels: bool | None = None,
     jsonl: str | Path | None = None,
     resume: bool = False,
     threads: int | None = None,
@@ -193,7 +179,8 @@ def evaluate(
 
     The text is the WikiText-2 test split unless text (a file) or dataset (a name on the hub, with
     split) is given. With a reference, KLD and the like are measured against it. Raises EngineError
-    when nothing could be scored; a model that fails midway leaves its finished sequences.
+    when nothing could be scored; a model that fails midway leaves its finished sequences. Where
+    llama.cpp's repacked kernels crash (safe_kernels None), all models are scored without them.
     """
     if text is not None and dataset is not None:
         raise EngineError("either a text or a dataset can be scored, not both")
@@ -226,15 +213,12 @@ def _plan_for_shards(
     file: GGUFFile,
     measurement: Measurement,
     budget: int,
-    objective: str,
-    constraints: _allocate.Constraints,
+    options: PlanOptions,
     split_max_bytes: int | None,
 ) -> Plan:
     """Return a plan whose files together fit the budget: shards have headers of their own."""
     for _ in range(8):
-        made = _allocate.allocate(
-            measurement, budget, objective_name=objective, constraints=constraints
-        )
+        made = plan(measurement, budget, **options)
         if split_max_bytes is None:
             return made
         destination = _quantize.Destination(Path("x.gguf"), False, split_max_bytes)
@@ -256,14 +240,6 @@ def default_output(model: Path, plan: Plan) -> Path:
 
 def _overhead_bytes(file: GGUFFile) -> int:
     return planned_header_bytes(file, {}, _quantize.planned_metadata(None))
-
-
-def _budget_bytes(budget: int | str, n_weights: int, n_bytes_source: int) -> int:
-    if isinstance(budget, str):
-        return parse_budget(budget, n_weights=n_weights, n_bytes_source=n_bytes_source)
-    if budget <= 0:
-        raise BudgetError(f"budget is {budget} bytes; it must be positive")
-    return budget
 
 
 class _Clock:

@@ -182,35 +182,38 @@ class Evidence:
     def _culprits(self, x: str, y: str, pair: Pair) -> set[int]:
         """Return positions of the fewest sequences without which x and y agree about the pair.
 
-        Empty when a tenth of the sequences is not enough. Quantiles are not searched: removing a
-        sequence moves them wherever it lies.
+        Empty when a tenth of the sequences is not enough. Where each criterion has such sequences,
+        those that stand out more from the others are the cause. Quantiles are not searched:
+        removing a sequence moves them wherever it lies.
         """
         found = [
             self._pullers(c, x, y, pair)
             for c in (x, y)
             if c in DIVERGENCES or STATISTICS[c].quantile is None
         ]
-        return min((f for f in found if f), key=len, default=set())
+        return max(found, default=(0.0, set[int]()), key=lambda f: f[0])[1]
 
-    def _pullers(self, criterion: str, x: str, y: str, pair: Pair) -> set[int]:
+    def _pullers(self, criterion: str, x: str, y: str, pair: Pair) -> tuple[float, set[int]]:
+        """Return the sequences that pull the criterion its way, and how far they stand out."""
         n_most = max(1, int(_MAX_CULPRITS * self._n))
         if n_most >= self._n:
-            return set()
+            return 0.0, set()
         whole = float(self._difference(criterion, pair, np.ones((1, self._n)))[0])
         influence = whole - self._difference(criterion, pair, 1 - np.eye(self._n))
         influence = influence * np.sign(whole)
         order = np.argsort(-influence, kind="stable")
-        n_alike = int(np.count_nonzero(influence >= _LIKE_THE_WORST * influence[order[0]]))
         kept = np.ones((n_most, self._n))
         for k in range(n_most):
             kept[k, order[: k + 1]] = 0
         agree = self._difference(x, pair, kept) * self._difference(y, pair, kept) > 0
         if not agree.any():
-            return set()
+            return 0.0, set()
         fewest = int(np.argmax(agree)) + 1
+        n_alike = int(np.count_nonzero(influence >= _LIKE_THE_WORST * influence[order[0]]))
         if fewest < n_alike <= n_most and agree[n_alike - 1]:
             fewest = n_alike
-        return {int(i) for i in order[:fewest]}
+        typical = float(np.median(np.abs(influence))) or np.finfo(np.float64).tiny
+        return influence[order[0]] / typical, {int(i) for i in order[:fewest]}
 
     def _culprit(self, position: int) -> Culprit:
         index = sorted(self._shared)[position]

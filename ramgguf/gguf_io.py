@@ -7,11 +7,9 @@ the process with SIGBUS. `rows` is the map, for callers that own the file.
 
 import contextlib
 import hashlib
-import math
 import mmap
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -22,7 +20,9 @@ from numpy.typing import NDArray
 
 from ramgguf.errors import GGUFError
 from ramgguf.gguf_shard import Shard, require_whole, shard_paths
-from ramgguf.gguf_values import GGML_TYPES_BY_ID, ValueType
+from ramgguf.gguf_values import TensorInfo, ValueType
+
+__all__ = ["GGUFFile", "TensorInfo", "open_gguf", "require_language_model"]
 
 # What else comes as GGUF, by general.type or general.architecture.
 _OTHER_KINDS: Mapping[str, str] = {
@@ -34,50 +34,6 @@ _OTHER_KINDS: Mapping[str, str] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
-    """A tensor: shape is in ggml's order (row length first), offset is absolute in its shard."""
-
-    name: str
-    shape: tuple[int, ...]
-    type_name: str
-    type_id: int
-    n_bytes: int
-    shard: int
-    offset: int
-
-    @property
-    def n_weights(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def row_length(self) -> int:
-        return self.shape[0]
-
-    @property
-    def n_rows(self) -> int:
-        return math.prod(self.shape[1:])
-
-    @property
-    def row_bytes(self) -> int:
-        return self.n_bytes // self.n_rows
-
-
-def _tensors(number: int, shard: Shard) -> list[TensorInfo]:
-    return [
-        TensorInfo(
-            name=t.name,
-            shape=t.shape,
-            type_name=GGML_TYPES_BY_ID[t.type].name,
-            type_id=t.type,
-            n_bytes=t.n_bytes,
-            shard=number,
-            offset=t.offset,
-        )
-        for t in shard.header.tensors
-    ]
-
-
 class GGUFFile:
     """An open GGUF file, or all shards of one. Reads are safe from any number of threads."""
 
@@ -87,9 +43,9 @@ class GGUFFile:
         self.paths = tuple(s.path for s in shards)
         self.n_bytes = sum(s.n_bytes for s in shards)
         self.metadata = first.metadata
-        self.alignment = first.header.alignment
-        self.version = first.header.version
-        self.tensors = tuple(t for i, s in enumerate(shards) for t in _tensors(i, s))
+        self.alignment = first.alignment
+        self.version = first.version
+        self.tensors = tuple(t for s in shards for t in s.tensors)
         self._by_name: dict[str, TensorInfo] = {}
         for tensor in self.tensors:
             if self._by_name.setdefault(tensor.name, tensor) is not tensor:
@@ -142,7 +98,7 @@ class GGUFFile:
         """SHA-256 of the header bytes of all shards, hexadecimal."""
         digest = hashlib.sha256()
         for shard in self._shards:
-            digest.update(memoryview(shard.head)[: shard.header.info_end])
+            digest.update(memoryview(shard.head)[: shard.header_bytes])
         return digest.hexdigest()
 
     def tensor(self, name: str) -> TensorInfo:
@@ -234,7 +190,8 @@ def open_gguf(path: Path, *, kind_check: bool = False) -> GGUFFile:
     """
     with contextlib.ExitStack() as opened:
         shards = tuple(
-            opened.enter_context(contextlib.closing(Shard(p))) for p in shard_paths(path)
+            opened.enter_context(contextlib.closing(Shard(p, number)))
+            for number, p in enumerate(shard_paths(path))
         )
         require_whole(shards)
         file = GGUFFile(shards)

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from ramgguf._core import Header, HeaderError, scan_header
 from ramgguf.errors import GGUFError
-from ramgguf.gguf_values import GGML_TYPES, Metadata
+from ramgguf.gguf_values import GGML_TYPES, GGML_TYPES_BY_ID, KeySpan, Metadata, TensorInfo
 
 _FIRST_READ = 1 << 22
-_LONGEST_HEADER = 1 << 28  # ten times the header of any model known; bounds what a bad file costs
+_LONGEST_HEADER = 1 << 27  # many times any real model's; bounds what a damaged file costs
 _SHARD_NAME = re.compile(r"(?P<prefix>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
 _TYPE_ROWS = [(t.id, t.block_weights, t.block_bytes) for t in GGML_TYPES.values()]
 
@@ -22,7 +22,7 @@ class Shard:
     Raises GGUFError for whatever is wrong with the file.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, number: int) -> None:
         self.path = path
         self.map: mmap.mmap | None = None
         try:
@@ -35,34 +35,44 @@ class Shard:
             if not stat.S_ISREG(self.status.st_mode):
                 raise GGUFError(f"{path}: is not a regular file")
             self.n_bytes = self.status.st_size
-            self.head, self.header = self._read_header()
+            self.head, header = self._read_header()
         except BaseException:
             os.close(self.fd)
             raise
-        self.metadata = Metadata(self.head, self.header.keys)
+        self.header_bytes = header.info_end
+        self.alignment = header.alignment
+        self.version = header.version
+        self.metadata = Metadata(self.head, map(KeySpan._make, header.keys))
+        self.tensors = tuple(
+            TensorInfo(name, shape, GGML_TYPES_BY_ID[kind].name, kind, n_bytes, number, offset)
+            for name, shape, kind, offset, n_bytes in header.tensors
+        )
 
     def _read_header(self) -> tuple[bytes, Header]:
         """Return the file's first bytes, the whole header among them, and what they say."""
-        length = _FIRST_READ
-        while length <= _LONGEST_HEADER:
-            try:
-                data = os.pread(self.fd, min(length, self.n_bytes), 0)
-                header = scan_header(data, self.n_bytes, _TYPE_ROWS)
-            except OSError as e:
-                raise GGUFError(f"{self.path}: cannot be read: {e.strerror}") from None
-            except HeaderError as e:
-                raise GGUFError(f"{self.path}: {e}") from None
+        for length in (_FIRST_READ, 8 * _FIRST_READ, _LONGEST_HEADER):
+            data, header = self._scan(min(length, self.n_bytes))
             if header is not None:
                 return data, header
-            if len(data) < min(length, self.n_bytes):
-                break
-            length *= 4
+            del data  # before more is read
         raise GGUFError(
-            f"{self.path}: the header goes on beyond {length // 4 >> 20} MiB; is the file damaged?"
+            f"{self.path}: the header goes on beyond {_LONGEST_HEADER} bytes; is the file damaged?"
         )
 
+    def _scan(self, length: int) -> tuple[bytes, Header | None]:
+        try:
+            data = os.pread(self.fd, length, 0)
+            header = scan_header(data, self.n_bytes, _TYPE_ROWS)
+        except OSError as e:
+            raise GGUFError(f"{self.path}: cannot be read: {e.strerror}") from None
+        except HeaderError as e:
+            raise GGUFError(f"{self.path}: {e}") from None
+        if header is None and len(data) < length:
+            raise GGUFError(f"{self.path}: was cut short while it was being opened")
+        return data, header
+
     def changed(self) -> bool:
-        """Whether the file, or what its path leads to, is another than when it was opened."""
+        """Return whether the file was written to or cut short since it was opened."""
 
         def identity(s: os.stat_result) -> tuple[int, int, int, int]:
             return s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns
@@ -95,7 +105,7 @@ def shard_paths(path: Path) -> tuple[Path, ...]:
 
 def require_whole(shards: tuple[Shard, ...]) -> None:
     """Raise GGUFError unless the shards are all shards of one model, in their order."""
-    n_tensors = sum(len(s.header.tensors) for s in shards)
+    n_tensors = sum(len(s.tensors) for s in shards)
     expectations = [
         *((shard, "split.no", number) for number, shard in enumerate(shards)),
         *((shard, "split.count", len(shards)) for shard in shards),

@@ -1,17 +1,17 @@
 """What GGUF headers are made of: ggml's tensor types, and metadata values with their encoding."""
 
 import enum
+import math
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from gguf import GGML_QUANT_SIZES
 from numpy.typing import NDArray
 
-from ramgguf._core import KeySpan
 from ramgguf.errors import GGUFError
 
 
@@ -127,6 +127,47 @@ def string(value: str) -> Value:
     return Value(ValueType.STRING, value)
 
 
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """A tensor: shape is in ggml's order (row length first), offset is absolute in its shard."""
+
+    name: str
+    shape: tuple[int, ...]
+    type_name: str
+    type_id: int
+    n_bytes: int
+    shard: int
+    offset: int
+
+    @property
+    def n_weights(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def row_length(self) -> int:
+        return self.shape[0]
+
+    @property
+    def n_rows(self) -> int:
+        return math.prod(self.shape[1:])
+
+    @property
+    def row_bytes(self) -> int:
+        return self.n_bytes // self.n_rows
+
+
+class KeySpan(NamedTuple):
+    """Where a key/value record lies in the file: [begin, end), its value from value_begin."""
+
+    key: str
+    type: int
+    item_type: int
+    n_items: int
+    begin: int
+    value_begin: int
+    end: int
+
+
 def _text(raw: bytes) -> str:
     # Tokens may hold any bytes; \xNN keeps them readable and printable.
     return raw.decode("utf-8", errors="backslashreplace")
@@ -160,7 +201,7 @@ def decode(header: bytes, span: KeySpan) -> MetadataValue:
 class Metadata(Mapping[str, MetadataValue]):
     """The key/value pairs of a header, decoded when asked for."""
 
-    def __init__(self, header: bytes, spans: Sequence[KeySpan]) -> None:
+    def __init__(self, header: bytes, spans: Iterable[KeySpan]) -> None:
         self._header = header
         self._spans = {span.key: span for span in spans}
 

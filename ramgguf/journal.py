@@ -6,13 +6,15 @@ sequences. A line that a kill cut short is dropped when the file is read again.
 
 import hashlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
+import numpy as np
 from pydantic import Field, TypeAdapter, ValidationError
 
 from ramgguf.errors import EngineError
-from ramgguf.results import BrokenSequence, EvalResult, SequenceScore
+from ramgguf.results import BrokenSequence, EvalResult, Quantiles, SequenceScore, quantiles
 from ramgguf.schema import _Value
 
 
@@ -56,6 +58,19 @@ def run_id(result: EvalResult) -> str:
     return hashlib.sha256(result.model_dump_json().encode()).hexdigest()[:16]
 
 
+def _kld_quantiles(sequences: Sequence[SequenceScore]) -> Quantiles | None:
+    found = [kld for s in sequences if (kld := s.kld_per_token()) is not None]
+    return quantiles(np.concatenate(found)) if found else None
+
+
+def read_results(path: Path) -> tuple[EvalResult, ...]:
+    """Return the results in a file that an evaluation wrote. Raises EngineError if it is none."""
+    if not path.exists():
+        raise EngineError(f"{path}: does not exist; expected what `ramgguf eval -o` writes")
+    with Journal(path, resume=True) as journal:
+        return journal.results()
+
+
 class Journal:
     """Finished sequences by run; with a path, also on disk. Use as a context manager.
 
@@ -65,7 +80,8 @@ class Journal:
     def __init__(self, path: Path | None, *, resume: bool) -> None:
         self._path = path
         self._done: dict[str, dict[int, SequenceRecord]] = {}
-        self._announced: set[str] = set()
+        self._announced: dict[str, EvalResult] = {}
+        self._failures: dict[str, str] = {}
         self._file = None
         if path is None:
             return
@@ -92,7 +108,7 @@ class Journal:
     def announce(self, run: str, result: EvalResult) -> None:
         """Record that the run begins, once."""
         if run not in self._announced:
-            self._announced.add(run)
+            self._announced[run] = result
             self._write(RunRecord(run=run, result=result))
 
     def add(self, record: SequenceRecord) -> None:
@@ -102,7 +118,37 @@ class Journal:
 
     def fail(self, run: str, message: str) -> None:
         """Record why a run ended early."""
+        self._failures[run] = message
         self._write(FailureRecord(run=run, message=message))
+
+    def result(self, run: str) -> EvalResult:
+        """Return the run's result: what was announced, with its finished sequences."""
+        blank = self._announced[run]
+        records = [record for _, record in sorted(self.done(run).items())]
+        sequences = tuple(r.score for r in records if r.score is not None)
+        broken = tuple(r.broken for r in records if r.broken is not None)
+        missing = blank.protocol.n_seq - len(sequences) - len(broken)
+        return blank.model_copy(
+            update={
+                "sequences": sequences,
+                "broken": broken,
+                "kld_quantiles": _kld_quantiles(sequences),
+                "failure": self._failures.get(run) if missing else None,
+                "seconds": sum(r.seconds for r in records),
+                "decode_seconds": sum(r.decode_seconds for r in records),
+            }
+        )
+
+    def results(self) -> tuple[EvalResult, ...]:
+        """Return the results of all models, each from its last run that scored a sequence."""
+        last: dict[tuple[str, ...], EvalResult] = {}
+        for run in self._announced:
+            found = self.result(run)
+            if found.sequences:
+                model = found.model
+                protocol = found.protocol.model_dump_json()
+                last[model.path, model.header_sha256, found.text.sha256, protocol] = found
+        return tuple(last.values())
 
     def _write(self, record: RunRecord | SequenceRecord | FailureRecord) -> None:
         if self._file is None:
@@ -127,8 +173,10 @@ class Journal:
                 ) from None
             match record:
                 case RunRecord():
-                    self._announced.add(record.run)
+                    self._announced[record.run] = record.result
                 case SequenceRecord():
                     self.done(record.run)[record.index] = record
+                case FailureRecord():
+                    self._failures[record.run] = record.message
         if whole < len(data):
             os.truncate(path, whole)

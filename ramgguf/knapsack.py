@@ -64,6 +64,14 @@ def solve(
     return Solution(tuple(table.choice[best].tolist()), n_bytes, cost, gap if gap > 1e-12 else 0.0)
 
 
+def price(items: Sequence[Sequence[Choice]], capacity: int) -> float:
+    """Return the Lagrange multiplier of the capacity: what a byte more would lower the cost by.
+
+    It is the least price per byte at which every item's cheapest choice, bytes paid for, fits.
+    """
+    return _price(_Table.of(items), capacity)
+
+
 @dataclass(frozen=True)
 class _Table:
     """Choices of all items in one column each, grouped by item and by ascending bytes."""

@@ -94,10 +94,18 @@ OBJECTIVES: dict[str, Objective] = {
 }
 
 
-def objective(name: str) -> Objective:
-    """Return the objective of this name; raises PlanError that lists the known ones."""
+Cost = Callable[[TensorMeasurement, Point], float]
+
+
+def cost_function(name: str, measurement: Measurement) -> Cost:
+    """Return the cost of a tensor in a format under the objective of this name.
+
+    Raises PlanError that lists the known names.
+    """
     try:
-        return OBJECTIVES[name]
+        objective = OBJECTIVES[name]
     except KeyError:
         known = ", ".join(OBJECTIVES)
         raise PlanError(f"objective {name!r} is unknown; known are {known}") from None
+    shape = Shape.of(measurement)
+    return lambda tensor, point: objective(tensor, point, shape)

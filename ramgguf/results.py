@@ -197,6 +197,12 @@ class EvalResult(Document):
         return sum(s.n_scored for s in self.sequences)
 
     @property
+    def kld_mean(self) -> float:
+        """Mean KLD per token in nats; NaN where there was no reference."""
+        sums = [s.kld_sum for s in self.sequences if s.kld_sum is not None]
+        return sum(sums) / self.n_scored if len(sums) == len(self.sequences) > 0 else math.nan
+
+    @property
     def complete(self) -> bool:
         """Whether every sequence of the protocol was scored."""
         return len(self.sequences) == self.protocol.n_seq

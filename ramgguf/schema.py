@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import re
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self
 
@@ -143,6 +144,54 @@ class Measurement(Document):
         return sum(t.n_weights for t in self.tensors)
 
 
+class Pin(_Value):
+    """Tensors whose name the pattern matches (re.search) must take this format."""
+
+    pattern: str
+    format: str
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Return the pin that 'regex=FORMAT' stands for; raises PlanError otherwise."""
+        pattern, equals, name = text.rpartition("=")
+        if not (equals and pattern and name):
+            raise PlanError(f"pin {text!r} is not of the form 'regex=FORMAT'")
+        try:
+            re.compile(pattern)
+        except re.error as e:
+            raise PlanError(f"pin {text!r}: {pattern!r} is not a regular expression: {e}") from None
+        return cls(pattern=pattern, format=name.upper())
+
+
+class MinFormat(_Value):
+    """Tensors of the role must take no fewer bits per weight than this format has."""
+
+    role: str
+    format: str
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Return what 'role=FORMAT' stands for; raises PlanError otherwise."""
+        role, equals, name = text.partition("=")
+        if not (equals and role and name):
+            raise PlanError(f"minimum format {text!r} is not of the form 'role=FORMAT'")
+        return cls(role=role, format=name.upper())
+
+
+class Constraints(_Value):
+    """What a plan must respect.
+
+    formats None allows every measured one; each tie lists the roles whose tensors of one layer
+    take the same format.
+    """
+
+    min_sqnr_db: float = 9.0
+    formats: tuple[str, ...] | None = None
+    pins: tuple[Pin, ...] = ()
+    ties: tuple[tuple[str, ...], ...] = ()
+    min_formats: tuple[MinFormat, ...] = ()
+
+
 class Assignment(_Value):
     """What the plan gives one tensor; nmse is the measured one, cost its share of the objective."""
 
@@ -182,7 +231,7 @@ class Plan(Document):
     n_overhead_bytes: NonNegative
     total_cost: Annotated[float, Field(ge=0)]
     gap: Annotated[float, Field(ge=0)]
-    min_sqnr_db: float
+    constraints: Constraints = Constraints()
     assignments: tuple[Assignment, ...]
     next_percent: NextPercent | None = None
     notes: tuple[str, ...] = ()

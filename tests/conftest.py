@@ -10,6 +10,8 @@ from types import ModuleType
 
 import pytest
 
+os.environ.setdefault("GGML_NO_BACKTRACE", "1")  # an abort must not wait for a debugger
+
 _TOOL = Path(__file__).parent.parent / "tools" / "real_models.py"
 
 

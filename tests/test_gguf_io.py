@@ -160,7 +160,7 @@ def test_every_truncation_is_refused(tmp_path: Path) -> None:
 
 
 def test_overlong_headers_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gguf_shard, "_FIRST_READ", 64)
+    monkeypatch.setattr(gguf_shard, "_FIRST_READ", 8)
     monkeypatch.setattr(gguf_shard, "_LONGEST_HEADER", 256)
     with pytest.raises(GGUFError, match="header goes on beyond"):
         open_gguf(_write(tmp_path, SOUND.bytes()))

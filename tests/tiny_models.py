@@ -57,6 +57,7 @@ def write_tiny_model(
     extra_tokens: int = 0,
     noise: float = 0.0,
     nan_in_output: bool = False,
+    n_layers: int = N_LAYERS,
 ) -> Path:
     """Write a model and return its path; noise perturbs the weights that the seed gives."""
     rng, perturb = np.random.default_rng(seed), np.random.default_rng(seed + 1)
@@ -64,7 +65,7 @@ def write_tiny_model(
     writer.add_name(f"tiny {path.stem}")
     writer.add_context_length(4096)
     writer.add_embedding_length(WIDTH)
-    writer.add_block_count(N_LAYERS)
+    writer.add_block_count(n_layers)
     writer.add_feed_forward_length(FEED_FORWARD)
     writer.add_head_count(N_HEADS)
     writer.add_head_count_kv(N_HEADS)
@@ -87,7 +88,7 @@ def write_tiny_model(
         writer.add_tensor(name, np.ones(WIDTH, dtype=np.float32))
 
     matrix("token_embd.weight", n_vocab, WIDTH, 1.0)
-    for layer in range(N_LAYERS):
+    for layer in range(n_layers):
         block = f"blk.{layer}."
         norm(block + "attn_norm.weight")
         for part in ("q", "k", "v", "output"):

@@ -5,7 +5,7 @@ import sys
 
 import typer
 
-from ramgguf.cli import eval_commands, model_commands
+from ramgguf.cli import eval_commands, model_commands, plan_commands
 from ramgguf.errors import RamggufError
 from ramgguf.version import __version__
 
@@ -28,6 +28,7 @@ def _root(version: bool = typer.Option(False, "--version", help="Print the versi
 
 
 model_commands.register(app)
+plan_commands.register(app)
 eval_commands.register(app)
 
 

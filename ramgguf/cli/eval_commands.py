@@ -1,5 +1,7 @@
-"""The commands from file to numbers: eval."""
+"""The commands from file to numbers: eval, compare, report."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -7,7 +9,12 @@ import typer
 
 from ramgguf import api
 from ramgguf.cli import options as opt
-from ramgguf.report.results import eval_csv, eval_json, eval_markdown, print_eval
+from ramgguf.journal import read_results
+from ramgguf.report.page import write_html
+from ramgguf.report.results import eval_csv, eval_json, eval_markdown, print_eval, study_of
+from ramgguf.results import EvalResult
+from ramgguf.schema import Measurement, Plan
+from ramgguf.units import format_bytes
 
 
 def register(app: typer.Typer) -> None:
@@ -16,6 +23,8 @@ def register(app: typer.Typer) -> None:
         "eval",
         epilog="Example: ramgguf eval small.gguf --reference model-f16.gguf -o scores.jsonl",
     )(evaluate)
+    app.command("compare", epilog="Example: ramgguf compare scores.jsonl --markdown")(compare)
+    app.command("report", epilog="Example: ramgguf report scores.jsonl -o report.html")(report)
 
 
 Models = Annotated[list[Path], typer.Argument(metavar="MODEL...", help="GGUF files to score.")]
@@ -42,7 +51,11 @@ Dataset = Annotated[
 ]
 SplitOption = Annotated[str, typer.Option("--split", help="Split of --dataset.")]
 Safe = Annotated[
-    bool, typer.Option("--safe-kernels", help="Without llama.cpp's extra buffer types (AMX).")
+    bool | None,
+    typer.Option(
+        "--safe-kernels/--no-safe-kernels",
+        help="Without llama.cpp's extra buffer types (AMX); by default when it crashes with them.",
+    ),
 ]
 Results = Annotated[
     Path | None,
@@ -65,7 +78,7 @@ def evaluate(
     text: TextFile = None,
     dataset: Dataset = None,
     split: SplitOption = "test",
-    safe_kernels: Safe = False,
+    safe_kernels: Safe = None,
     output: Results = None,
     resume: Resume = False,
     outlier: Outlier = 100.0,
@@ -77,8 +90,8 @@ def evaluate(
     verbose: opt.Verbose = False,
 ) -> None:
     """Score models by llama.cpp on the CPU, sequence by sequence."""
-    printed = as_json or as_markdown or as_csv
-    terminal = opt.Terminal.make(quiet=quiet, as_json=printed)
+    style = _Style(as_json, as_markdown, as_csv)
+    terminal = opt.Terminal.make(quiet=quiet, as_json=style.for_programs)
     found = api.evaluate(
         models,
         reference,
@@ -97,21 +110,88 @@ def evaluate(
         verbose=verbose,
         progress=terminal.progress,
     )
-    if as_json:
-        print(eval_json(found.results))
-    elif as_markdown:
-        print(eval_markdown(found.results, outlier_ppl=outlier))
-    elif as_csv:
-        print(eval_csv(found.results, outlier_ppl=outlier), end="")
-    else:
-        print_eval(found.results, terminal.out, outlier_ppl=outlier)
+    _show(found.results, terminal, outlier, style)
     for failure in found.failures:
         terminal.err.print(f"error: {failure}", markup=False)
     if found.failures:
         raise typer.Exit(1)
 
 
+@dataclass(frozen=True)
+class _Style:
+    as_json: bool
+    as_markdown: bool
+    as_csv: bool
+
+    @property
+    def for_programs(self) -> bool:
+        return self.as_json or self.as_markdown or self.as_csv
+
+
+def _show(
+    results: Sequence[EvalResult], terminal: opt.Terminal, outlier: float, style: _Style
+) -> None:
+    if style.as_json:
+        print(eval_json(results, outlier_ppl=outlier))
+    elif style.as_markdown:
+        print(eval_markdown(results, outlier_ppl=outlier))
+    elif style.as_csv:
+        print(eval_csv(results, outlier_ppl=outlier), end="")
+    else:
+        print_eval(results, terminal.out, outlier_ppl=outlier)
+
+
+ResultFiles = Annotated[
+    list[Path], typer.Argument(metavar="RESULTS...", help="What `ramgguf eval -o` wrote.")
+]
+
+
+def compare(
+    files: ResultFiles,
+    outlier: Outlier = 100.0,
+    as_json: opt.AsJson = False,
+    as_markdown: AsMarkdown = False,
+    as_csv: AsCsv = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Rank results by corpus, mean and median PPL and by KLD, and say where rankings part."""
+    style = _Style(as_json, as_markdown, as_csv)
+    terminal = opt.Terminal.make(quiet=quiet, as_json=style.for_programs)
+    _show(_loaded(files), terminal, outlier, style)
+
+
+def _loaded(files: Sequence[Path]) -> list[EvalResult]:
+    return [result for path in files for result in read_results(path)]
+
+
+PlanFiles = Annotated[list[Path] | None, typer.Option("--plan", help="A plan to draw; repeatable.")]
+MeasurementFiles = Annotated[
+    list[Path] | None, typer.Option("--measurement", help="Curves to draw; repeatable.")
+]
+Page = Annotated[Path, typer.Option("--output", "-o", help="The HTML page.")]
+
+
+def report(
+    files: ResultFiles,
+    output: Page = Path("report.html"),
+    plan: PlanFiles = None,
+    measurement: MeasurementFiles = None,
+    outlier: Outlier = 100.0,
+    force: opt.Force = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Draw results, plans and curves on one HTML page that needs no network."""
+    terminal = opt.Terminal.make(quiet=quiet, as_json=False)
+    opt.refuse_existing(output, force)
+    plans = [(path.stem, Plan.load(path)) for path in plan or ()]
+    measurements = [(path.stem, Measurement.load(path)) for path in measurement or ()]
+    write_html(output, study_of(_loaded(files), outlier), plans, measurements)
+    terminal.out.print(f"wrote {output} ({format_bytes(output.stat().st_size)})", soft_wrap=True)
+
+
 def _protocol(name: str) -> Literal["ram", "llama"]:
-    if name == "ram" or name == "llama":
-        return name
+    if name == "ram":
+        return "ram"
+    if name == "llama":
+        return "llama"
     raise typer.BadParameter(f"{name!r} is none of ram, llama", param_hint="--protocol")

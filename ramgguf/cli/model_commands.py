@@ -51,6 +51,10 @@ OptionalBudget = Annotated[
     str | None,
     typer.Option("--budget", "-b", help="Bytes of the output file: 16GB, 16GiB, 4.5bpw, 30%."),
 ]
+RecipeFile = Annotated[
+    Path | None,
+    typer.Option("--recipe", help="Give each tensor the format it has in this recipe or GGUF."),
+]
 
 
 def quantize(
@@ -62,6 +66,8 @@ def quantize(
     objective: opt.Objective = api.DEFAULT_OBJECTIVE,
     min_sqnr: opt.MinSqnr = api.DEFAULT_MIN_SQNR_DB,
     pin: opt.Pins = None,
+    tie: opt.Ties = None,
+    min_format: opt.MinFormats = None,
     plan_file: PlanFile = None,
     measurement: MeasurementFile = None,
     allow_requantize: opt.Requantize = False,
@@ -91,6 +97,8 @@ def quantize(
         objective=objective,
         min_sqnr_db=min_sqnr,
         pins=pin or (),
+        ties=tie or (),
+        min_formats=min_format or (),
         split_max_bytes=parse_size(split_max_size) if split_max_size else None,
         force=force,
         verify=verify,
@@ -108,7 +116,9 @@ def quantize(
         if made.worst_departure is None
         else f"every tensor decoded again: errors as planned (±{made.worst_departure:.0e})"
     )
-    terminal.out.print(f"{', '.join(str(p) for p in made.paths)}: {checked}; {seconds}")
+    terminal.out.print(
+        f"{', '.join(str(p) for p in made.paths)}: {checked}; {seconds}", soft_wrap=True
+    )
 
 
 def _summary(made: api.Quantized) -> dict[str, object]:
@@ -165,12 +175,15 @@ def measure(
 
 def plan(
     measurement: Annotated[Path, typer.Argument(metavar="MEASUREMENT", help="From measure.")],
-    budget: opt.Budget,
+    budget: OptionalBudget = None,
     output: opt.Output = None,
+    recipe: RecipeFile = None,
     formats: opt.Formats = None,
     objective: opt.Objective = api.DEFAULT_OBJECTIVE,
     min_sqnr: opt.MinSqnr = api.DEFAULT_MIN_SQNR_DB,
     pin: opt.Pins = None,
+    tie: opt.Ties = None,
+    min_format: opt.MinFormats = None,
     export_tensor_types: ExportTypes = None,
     force: opt.Force = False,
     as_json: opt.AsJson = False,
@@ -179,14 +192,21 @@ def plan(
 ) -> None:
     """Choose a format for every tensor so that the output fits a budget."""
     terminal = opt.Terminal.make(quiet=quiet, as_json=as_json)
-    made = api.plan(
-        measurement,
-        budget,
-        objective=objective,
-        min_sqnr_db=min_sqnr,
-        formats=opt.split_formats(formats),
-        pins=pin or (),
-    )
+    if (budget is None) == (recipe is None):
+        raise typer.BadParameter("give either --budget or --recipe", param_hint="--budget")
+    if recipe is not None:
+        made = api.follow(measurement, recipe)
+    elif budget is not None:
+        made = api.plan(
+            measurement,
+            budget,
+            objective=objective,
+            min_sqnr_db=min_sqnr,
+            formats=opt.split_formats(formats),
+            pins=pin or (),
+            ties=tie or (),
+            min_formats=min_format or (),
+        )
     _export(made, output, export_tensor_types, force)
     if as_json:
         print(made.to_json())

@@ -43,6 +43,16 @@ Pins = Annotated[
     list[str] | None,
     typer.Option("--pin", help="'regex=FORMAT' for the tensors whose name it matches; repeatable."),
 ]
+Ties = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--tie", help="One format per layer for these roles: qkv, gate-up or role,role; repeatable."
+    ),
+]
+MinFormats = Annotated[
+    list[str] | None,
+    typer.Option("--min-format", help="'role=FORMAT': no fewer bits for the role; repeatable."),
+]
 Requantize = Annotated[
     bool, typer.Option("--allow-requantize", help="Take Q8_0 tensors as a source, too.")
 ]
@@ -85,8 +95,10 @@ def split_formats(text: str | None) -> list[str] | None:
 
 def encoder(name: str) -> Encoder:
     """Return the encoder of this name; anything else is a usage error."""
-    if name == "rtn" or name == "search":
-        return name
+    if name == "rtn":
+        return "rtn"
+    if name == "search":
+        return "search"
     raise typer.BadParameter(f"{name!r} is none of rtn, search", param_hint="--encoder")
 
 

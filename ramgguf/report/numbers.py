@@ -1,6 +1,7 @@
 """Numbers as people read them in tables and sentences."""
 
 import math
+from collections.abc import Callable
 
 from ramgguf.uncertainty import Estimate
 
@@ -16,9 +17,16 @@ def ppl(value: float) -> str:
     return f"{value:,.0f}" if abs(value) < 1e7 else f"{value:.1e}"
 
 
+def short_ppl(value: float) -> str:
+    """Return a perplexity where three digits are enough: 8.71, 25,000."""
+    return f"{value:.2f}" if abs(value) < 100 else ppl(value)
+
+
 def kld(value: float) -> str:
-    """Return a divergence in nats with three significant digits: 0.0123."""
-    if value == 0 or 1e-4 <= abs(value) < 1000:
+    """Return a divergence in nats with three significant digits: 0.0123, 4.56e-05."""
+    if value == 0:
+        return "0"
+    if 1e-4 <= abs(value) < 1000:
         return f"{value:#.3g}".rstrip(".")
     return f"{value:.2e}"
 
@@ -29,13 +37,15 @@ def percent(value: float) -> str:
 
 
 def p_value(p: float) -> str:
-    """Return a p-value: 0.03, 0.0004."""
+    """Return a p-value with two significant digits: 0.034, 0.0004."""
     return f"{p:.2g}"
 
 
-def interval(found: Estimate, number: str = "ppl") -> str:
-    """Return the 95 % interval as low–high; empty where none is claimed. number: ppl or kld."""
+def with_interval(found: Estimate, write: Callable[[float], str]) -> str:
+    """Return a value and its interval, if one is claimed: 8.706 (8.21–9.18)."""
     if found.low is None or found.high is None:
-        return ""
-    write = kld if number == "kld" else ppl
-    return f"{write(found.low)}–{write(found.high)}"
+        return write(found.value)
+    short = short_ppl if write is ppl else write
+    low, high = (short(bound).removesuffix(" %") for bound in (found.low, found.high))
+    dash = " to " if found.low < 0 else "–"
+    return f"{write(found.value)} ({low}{dash}{high})"

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from rich.console import Console
 from rich.table import Table
 
+from ramgguf.recipes import Recipe
 from ramgguf.schema import Assignment, Plan
 from ramgguf.units import format_bytes
 
@@ -46,23 +47,26 @@ def print_plan(plan: Plan, console: Console, *, verbose: bool = False) -> None:
     used = plan.n_bytes / plan.budget
     console.print(
         f"file {plan.n_bytes:,} bytes ({used:.2%} of the budget), weights {data:,} bytes, "
-        f"{plan.bpw:.3f} bpw"
+        f"{plan.bpw:.3f} bpw",
+        soft_wrap=True,
     )
     gap = "proven optimal" if plan.gap == 0 else f"within {plan.gap:.1g} of the optimum, proven"
-    console.print(f"objective {plan.objective}: {plan.total_cost:.6g}, {gap}")
+    console.print(f"objective {plan.objective}: {plan.total_cost:.6g}, {gap}", soft_wrap=True)
     if plan.next_percent is not None and plan.total_cost > 0:
         step = plan.next_percent
         saved = 1 - step.total_cost / plan.total_cost
         console.print(
             f"1 % more budget ({format_bytes(step.n_bytes)}) would lower the objective by "
-            f"{saved:.1%}, changing {step.n_changes} tensors"
+            f"{saved:.1%}, changing {step.n_changes} tensors",
+            soft_wrap=True,
         )
     for note in plan.notes:
-        console.print(f"note: {note}")
+        console.print(f"note: {note}", soft_wrap=True)
     if verbose:
         for a in plan.assignments:
             note = f"  ({a.note})" if a.note else ""
-            console.print(f"  {a.name:<40} {a.source_format:>5} → {a.format:<7} {a.nmse:.3e}{note}")
+            line = f"  {a.name:<40} {a.source_format:>5} → {a.format:<7} {a.nmse:.3e}{note}"
+            console.print(line, soft_wrap=True)
 
 
 def tensor_types(plan: Plan) -> str:
@@ -75,4 +79,13 @@ def tensor_types(plan: Plan) -> str:
         f"^{re.escape(a.name)}$={a.format.lower()}\n"
         for a in plan.assignments
         if a.note is None or a.note.startswith("pinned")
+    )
+
+
+def recipe_types(recipe: Recipe) -> str:
+    """Return a recipe's tensors, all but those of one dimension, as tensor_types does."""
+    return "".join(
+        f"^{re.escape(t.name)}$={t.format.lower()}\n"
+        for t in recipe.tensors
+        if t.shape is None or len(t.shape) > 1
     )

@@ -1,6 +1,6 @@
 """A leaderboard's findings in sentences."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from ramgguf.leaderboard import (
     LABELS,
@@ -15,15 +15,20 @@ from ramgguf.leaderboard import (
 )
 from ramgguf.report.numbers import p_value, ppl
 
+_MAX_RANKED = 4  # models in a ranking in a sentence; of more, only those it is about
 _MAX_NAMED = 5  # culprits or pairs named in a sentence; the rest are counted
 
 
 def findings(board: Leaderboard) -> tuple[str, ...]:
     """Return what the leaderboard says beyond its table, one statement per item."""
-    found = [
-        _disagreement(d, named_before=any(_same_culprits(d, e) for e in board.disagreements[:i]))
-        for i, d in enumerate(board.disagreements)
-    ]
+    groups: dict[object, list[Disagreement]] = {}
+    for d in board.disagreements:
+        groups.setdefault(_same_story(d), []).append(d)
+    found: list[str] = []
+    told: list[Disagreement] = []
+    for group in groups.values():
+        found.append(_disagreement(group, named_before=any(_alike(group[0], e) for e in told)))
+        told += group
     if not found and len(board.rows) > 1 and len(board.rankings) > 1:
         names = _list([LABELS[r.criterion] for r in board.rankings])
         found = [f"No inversion: {names} rank the models alike."]
@@ -32,21 +37,52 @@ def findings(board: Leaderboard) -> tuple[str, ...]:
     return (*found, *(f"{note}." for note in board.notes))
 
 
-def _disagreement(d: Disagreement, *, named_before: bool) -> str:
+def _same_story(d: Disagreement) -> object:
+    """Return a key that disagreements share when one sentence can tell them all.
+
+    They are about one pair of models, with the same sequences as their cause, and all significant
+    or all unknown. (What is noise is told criterion by criterion, with its p-values.)
+    """
+    pairs = frozenset(frozenset((r.better, r.worse)) for r in d.reversals)
+    verdicts = {r.verdict for r in d.reversals}
+    if len(pairs) > 1 or Verdict.NOISE in verdicts:
+        return d.first.criterion, d.second.criterion
+    return pairs, tuple(verdicts), tuple(c.sequence.index for c in d.culprits)
+
+
+def _disagreement(group: Sequence[Disagreement], *, named_before: bool) -> str:
+    d = group[0]
+    what = _what(d) if len(group) == 1 else _camps(group)
     if not named_before:
-        parts = (_what(d), _significance(d), _why(d.culprits), _without(d))
+        parts = (what, _significance(group), _why(d.culprits), _without(d))
     else:
-        what = "The same sequence causes" if len(d.culprits) == 1 else "The same sequences cause"
-        parts = (_what(d), _significance(d), f"{what} it.", _without(d))
+        cause = "The same sequence causes" if len(d.culprits) == 1 else "The same sequences cause"
+        parts = (what, _significance(group), f"{cause} it.", _without(d))
     return " ".join(filter(None, parts))
 
 
-def _same_culprits(a: Disagreement, b: Disagreement) -> bool:
+def _camps(group: Sequence[Disagreement]) -> str:
+    """Return which criteria prefer which of the only two models that the group is about."""
+    camps: dict[str, dict[str, None]] = {}
+    for d in group:
+        (pair,) = d.reversals
+        camps.setdefault(pair.better, {})[LABELS[d.first.criterion]] = None
+        camps.setdefault(pair.worse, {})[LABELS[d.second.criterion]] = None
+    (a, for_a), (b, for_b) = camps.items()
+    verbs = ["puts" if len(camp) == 1 else "put" for camp in (for_a, for_b)]
+    return (
+        f"{_capital(_list(list(for_a)))} {verbs[0]} {a} before {b}, {_list(list(for_b))} {verbs[1]}"
+        f" {b} before {a}."
+    )
+
+
+def _alike(a: Disagreement, b: Disagreement) -> bool:
     places = [[c.sequence.index for c in d.culprits] for d in (a, b)]
     return bool(places[0]) and places[0] == places[1]
 
 
 def _what(d: Disagreement) -> str:
+    only = _of_interest(d)
     first, second = LABELS[d.first.criterion], LABELS[d.second.criterion]
     if d.full_inversion and len(d.first.order) > 2:
         return (
@@ -64,20 +100,20 @@ def _what(d: Disagreement) -> str:
     pairs += f" and {more} more" if more > 0 else ""
     return (
         f"{_capital(first)} and {second} order {len(d.reversals)} pairs in opposite ways ({pairs}):"
-        f" {order(d.first)} against {order(d.second)}."
+        f" {order(d.first, only)} against {order(d.second, only)}."
     )
 
 
-def _significance(d: Disagreement) -> str:
+def _significance(group: Sequence[Disagreement]) -> str:
     """Return whether the reversals mean anything, p-values corrected over all pairs."""
-    reversals = d.reversals
+    reversals = [r for d in group for r in d.reversals]
     if all(r.difference_first is None for r in reversals):
         return "Whether that is significant is unknown: aggregates carry no per-sequence losses."
     if any(r.verdict is Verdict.UNKNOWN for r in reversals):
-        return f"Whether that is significant is unknown: {_untestable(d)}."
+        return f"Whether that is significant is unknown: {_untestable(group)}."
     real = [r for r in reversals if r.verdict is Verdict.SIGNIFICANT]
     if len(reversals) == 1 and not real:
-        return f"That is noise: {_blind(d)}."
+        return f"That is noise: {_blind(group[0])}."
     if not real:
         return (
             f"That is noise: for none of the {len(reversals)} pairs do both criteria tell the two"
@@ -93,17 +129,18 @@ def _significance(d: Disagreement) -> str:
     return f"That is significant for {pairs} (Holm-corrected p ≤ {p}) and noise for the others."
 
 
-def _untestable(d: Disagreement) -> str:
-    """Return which criterion has no interval, and why that is so."""
-    untested = [
-        LABELS[ranking.criterion]
+def _untestable(group: Sequence[Disagreement]) -> str:
+    """Return why a criterion has no interval."""
+    untested = {
+        ranking.criterion
+        for d in group
         for ranking, tests in (
             (d.first, [r.difference_first for r in d.reversals]),
             (d.second, [r.difference_second for r in d.reversals]),
         )
         if any(t is None or t.p is None for t in tests)
-    ]
-    if untested == [LABELS["mean_ppl"]]:
+    }
+    if untested == {"mean_ppl"}:
         return "a tail this heavy leaves mean PPL without a variance, and so without an interval"
     return "there are too few sequences to tell"
 
@@ -151,12 +188,13 @@ def _without(d: Disagreement) -> str:
     if d.without is None:
         return ""
     first, second = d.without
+    only = _of_interest(d)
     what = "it" if len(d.culprits) == 1 else "them"
-    if first.order == second.order:
-        return f"Without {what} both rank {order(first)}."
+    if order(first, only) == order(second, only):
+        return f"Without {what} both rank {order(first, only)}."
     return (
-        f"Without {what} {LABELS[first.criterion]} ranks {order(first)}, {LABELS[second.criterion]}"
-        f" {order(second)}."
+        f"Without {what} {LABELS[first.criterion]} ranks {order(first, only)},"
+        f" {LABELS[second.criterion]} {order(second, only)}."
     )
 
 
@@ -167,9 +205,16 @@ def _gap(gap: Gap) -> str:
     )
 
 
-def order(ranking: Ranking) -> str:
-    """Return the labels best first: A < B < C."""
-    return " < ".join(ranking.order)
+def order(ranking: Ranking, only: Collection[str] | None = None) -> str:
+    """Return the labels (or those in `only`) best first: A < B < C."""
+    return " < ".join(label for label in ranking.order if only is None or label in only)
+
+
+def _of_interest(d: Disagreement) -> Collection[str] | None:
+    """Return the models that a disagreement is about; None, for all, where they are few."""
+    if len(d.first.order) <= _MAX_RANKED:
+        return None
+    return {label for r in d.reversals for label in (r.better, r.worse)}
 
 
 def _list(items: Sequence[str], comma: str = ", ") -> str:

@@ -2,13 +2,13 @@
 
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from ramgguf.corpus import Recipe, Tokens, Window, Windows
-from ramgguf.engine.client import Engine, ModelError
+from ramgguf.engine.client import CrashError, Engine, ModelError
 from ramgguf.engine.wire import ModelInfo, Opened, Scored
 from ramgguf.errors import EngineError
 from ramgguf.gguf_io import open_gguf
@@ -19,9 +19,7 @@ from ramgguf.results import (
     EngineSettings,
     EvalResult,
     ModelFile,
-    Quantiles,
     SequenceScore,
-    quantiles,
     sha256_int32,
 )
 from ramgguf.version import __version__
@@ -48,7 +46,7 @@ def evaluate(
     reference: Path | None = None,
     recipe: Recipe | None = None,
     threads: int,
-    safe_kernels: bool = False,
+    safe_kernels: bool | None = None,
     verbose: bool = False,
     jsonl: Path | None = None,
     resume: bool = False,
@@ -57,27 +55,44 @@ def evaluate(
     """Return the models' results in their order, each compared with the reference if there is one.
 
     A model that crashes llama.cpp ends with what it had and a failure; the others go on. jsonl
-    takes every sequence as it finishes; with resume, what it has is not computed again. Raises
-    EngineError when nothing could be scored, GGUFError for files that are no models.
+    takes every sequence as it finishes; with resume, what it has is not computed again.
+    safe_kernels None means: when llama.cpp crashes with its repacked kernels, all models are scored
+    again without them, and the results say so. Raises EngineError when nothing could be scored,
+    GGUFError for files that are no models.
     """
     if not models:
         raise EngineError("there is no model to score")
-    runs = [_Run(path, identify(path)) for path in models]
     against = None if reference is None else identify(reference)
-    how = _How(recipe or Recipe(), against, threads, safe_kernels, verbose)
+    how = _How(recipe or Recipe(), against, threads, bool(safe_kernels), verbose)
     shown = progress or Silent()
     with Journal(jsonl, resume=resume) as journal:
-        stage = _Stage(how, journal, shown, len(runs))
-        try:
-            for group in _groups(runs, against):
-                stage.score_group(group)
-        finally:
-            shown.finish()
+        runs = _scored(models, how, journal, shown)
+        crashes = [run.failure for run in runs if run.crashed and run.failure is not None]
+        if crashes and safe_kernels is None:
+            note = f"scored without llama.cpp's repacked kernels, because: {crashes[0]}"
+            runs = _scored(models, replace(how, safe_kernels=True), journal, shown, note)
         results = [_result(run, journal) for run in runs]
     failures = tuple(dict.fromkeys(run.failure for run in runs if run.failure is not None))
     if not any(r is not None and (r.sequences or r.broken) for r in results):
         raise EngineError("\n".join(failures))
     return Evaluation(tuple(r for r in results if r is not None), failures)
+
+
+def _scored(
+    models: Sequence[Path],
+    how: "_How",
+    journal: Journal,
+    progress: Progress,
+    note: str | None = None,
+) -> "list[_Run]":
+    runs = [_Run(path, identify(path), note=note) for path in models]
+    stage = _Stage(how, journal, progress, len(runs))
+    try:
+        for group in _groups(runs, how.reference):
+            stage.score_group(group)
+    finally:
+        progress.finish()
+    return runs
 
 
 @dataclass(frozen=True)
@@ -97,6 +112,8 @@ class _Run:
     file: ModelFile
     blank: EvalResult | None = None
     failure: str | None = None
+    crashed: bool = False
+    note: str | None = None
     id: str = ""
 
 
@@ -164,6 +181,7 @@ class _Stage:
                 # Without its reference, no model of the group can be scored as was asked.
                 for run in left if number < 0 else [left[number]]:
                     run.failure = str(e)
+                    run.crashed = isinstance(e, CrashError)
                     if run.blank is not None:
                         self._journal.fail(run.id, str(e))
                 left = [run for run in left if run.failure is None]
@@ -290,26 +308,12 @@ class _Stage:
 
 
 def _result(run: _Run, journal: Journal) -> EvalResult | None:
-    """Return the run's result from its finished sequences; None for a model that never loaded."""
+    """Return the run's result; None for a model that never loaded."""
     if run.blank is None:
         return None
-    records = [record for _, record in sorted(journal.done(run.id).items())]
-    sequences = tuple(r.score for r in records if r.score is not None)
-    return run.blank.model_copy(
-        update={
-            "sequences": sequences,
-            "broken": tuple(r.broken for r in records if r.broken is not None),
-            "kld_quantiles": _kld_quantiles(sequences),
-            "failure": run.failure,
-            "seconds": sum(r.seconds for r in records),
-            "decode_seconds": sum(r.decode_seconds for r in records),
-        }
-    )
-
-
-def _kld_quantiles(sequences: Sequence[SequenceScore]) -> Quantiles | None:
-    found = [kld for s in sequences if (kld := s.kld_per_token()) is not None]
-    return quantiles(np.concatenate(found)) if found else None
+    notes = run.blank.notes + ((run.note,) if run.note else ())
+    update = {"failure": run.failure, "notes": notes}
+    return journal.result(run.id).model_copy(update=update)
 
 
 def cpu_name() -> str:

@@ -132,14 +132,14 @@ def _measure(file: GGUFFile, jobs: Sequence[_Job], chunk: Chunk, encoder: str) -
                 f"{file.paths[job.tensor.shard]}: {job.tensor.name}[{index}] is NaN or infinite; "
                 "the model is damaged or was converted wrongly"
             )
-    return _Part(chunk.index, rows.nbytes, hashlib.sha256(rows).digest(), stats)
+    return _Part(chunk.index, rows.nbytes, hashlib.sha256(rows.data).digest(), stats)
 
 
 def _tensor(
     file: GGUFFile, job: _Job, parts: list[_core.RowStats], tied: bool
 ) -> TensorMeasurement:
     tensor, excluded = job.tensor, dict(job.excluded)
-    total = _core.merged(parts) if parts else None
+    total = _core.RowStats.merged(parts) if parts else None
     points = [Point(format=tensor.type_name, n_bytes=tensor.n_bytes, nmse=0.0, max_error=0.0)]
     for error in total.errors if total else ():
         if error.scale_overflow:

@@ -1,0 +1,186 @@
+"""The commands about plans: curve, explain, diff, recipe."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ramgguf import api
+from ramgguf.cli import options as opt
+from ramgguf.curves import Frontier
+from ramgguf.errors import PlanError
+from ramgguf.explain import Explanation, PlanExplanation, Step
+from ramgguf.files import write_atomically
+from ramgguf.recipes import Change, Recipe
+from ramgguf.report.choices import print_difference, print_explanation, print_recipe
+from ramgguf.report.curves import curve_svg, print_curve
+from ramgguf.report.plans import recipe_types
+from ramgguf.schema import Measurement, Plan
+
+
+def register(app: typer.Typer) -> None:
+    """Add these commands to the application."""
+    app.command("curve", epilog="Example: ramgguf curve model.rd.json --budget 104MB --svg c.svg")(
+        curve
+    )
+    app.command("explain", epilog="Example: ramgguf explain plan.json --measurement model.rd.json")(
+        explain
+    )
+    app.command("diff", epilog="Example: ramgguf diff mine.gguf theirs-Q4_K_M.gguf")(diff)
+    app.command("recipe", epilog="Example: ramgguf recipe theirs.gguf -o theirs.recipe.json")(
+        recipe
+    )
+
+
+PlanOrModel = typer.Argument(help="A plan, a recipe or any GGUF file.")
+
+
+def curve(
+    source: Annotated[
+        Path, typer.Argument(metavar="MEASUREMENT", help="From measure; or a saved frontier.")
+    ],
+    budget: Annotated[
+        list[str] | None,
+        typer.Option("--budget", "-b", help="Also show the plan of this size; repeatable."),
+    ] = None,
+    output: opt.Output = None,
+    svg: Annotated[Path | None, typer.Option("--svg", help="Draw the curve here.")] = None,
+    formats: opt.Formats = None,
+    objective: opt.Objective = api.DEFAULT_OBJECTIVE,
+    min_sqnr: opt.MinSqnr = api.DEFAULT_MIN_SQNR_DB,
+    pin: opt.Pins = None,
+    tie: opt.Ties = None,
+    min_format: opt.MinFormats = None,
+    force: opt.Force = False,
+    as_json: opt.AsJson = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Show the best size–quality trade-offs from the smallest safe size to 8.5 bpw."""
+    terminal = opt.Terminal.make(quiet=quiet, as_json=as_json)
+    for path in (output, svg):
+        if path is not None:
+            opt.refuse_existing(path, force)
+    if _is_frontier(source):
+        made = Frontier.load(source)
+    else:
+        made = api.curve(
+            source,
+            objective=objective,
+            min_sqnr_db=min_sqnr,
+            formats=opt.split_formats(formats),
+            pins=pin or (),
+            ties=tie or (),
+            min_formats=min_format or (),
+        )
+    plans = [api.plan_on(made, b) for b in budget or ()]
+    if output is not None:
+        made.save(output)
+    if svg is not None:
+        write_atomically(svg, curve_svg(made, plans).encode(), error=PlanError)
+    if as_json:
+        print(made.to_json())
+        return
+    print_curve(made, plans, terminal.out)
+
+
+def _is_frontier(path: Path) -> bool:
+    try:
+        with path.open("rb") as f:
+            return b'"ramgguf.frontier/' in f.read(200)
+    except OSError as e:
+        raise PlanError(f"{path}: cannot be read: {e.strerror}") from None
+
+
+def explain(
+    plan: Annotated[Path, typer.Argument(help="From plan, or quantize --save-plan.")],
+    tensor: Annotated[str | None, typer.Argument(help="One tensor, in full.")] = None,
+    measurement: Annotated[
+        Path, typer.Option("--measurement", "-m", help="What the plan was made from.")
+    ] = ...,  # type: ignore[assignment]
+    as_json: opt.AsJson = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Say why each tensor has its format, and what one step up or down would cost and bring."""
+    terminal = opt.Terminal.make(quiet=quiet, as_json=as_json)
+    explained = api.explain(Plan.load(plan), Measurement.load(measurement))
+    if as_json:
+        print(json.dumps(_explanation(explained, tensor), indent=1))
+        return
+    print_explanation(explained, tensor, terminal.out)
+
+
+def _explanation(explained: PlanExplanation, tensor: str | None) -> dict[str, object]:
+    def step(s: Step | None) -> dict[str, object] | None:
+        return None if s is None else {"format": s.format, "n_bytes": s.n_bytes, "cost": s.cost}
+
+    def one(e: Explanation) -> dict[str, object]:
+        return {
+            "name": e.assignment.name,
+            "format": e.assignment.format,
+            "cost": e.assignment.cost,
+            "tied": e.tied,
+            "down": step(e.down),
+            "up": step(e.up),
+            "barred": {b.format: b.reason for b in e.barred},
+            "reason": explained.reason(e),
+        }
+
+    chosen = [e for e in explained.tensors if tensor in (None, e.assignment.name)]
+    return {"price": explained.price, "tensors": [one(e) for e in chosen]}
+
+
+def diff(
+    a: Annotated[Path, PlanOrModel],
+    b: Annotated[Path, PlanOrModel],
+    as_json: opt.AsJson = False,
+    quiet: opt.Quiet = False,
+    verbose: opt.Verbose = False,
+) -> None:
+    """Compare two plans or two GGUF files tensor by tensor, whoever made them."""
+    terminal = opt.Terminal.make(quiet=quiet, as_json=as_json)
+    difference = api.diff(a, b)
+    if as_json:
+        print(json.dumps({"same": difference.n_same, "changes": _changes(difference.changes)}))
+        return
+    print_difference(difference, terminal.out, verbose=verbose)
+
+
+def _changes(changes: tuple[Change, ...]) -> list[dict[str, object]]:
+    return [
+        {
+            "name": c.name,
+            "role": c.role,
+            "a": c.a.format if c.a else None,
+            "b": c.b.format if c.b else None,
+            "n_bytes": c.n_bytes,
+        }
+        for c in changes
+    ]
+
+
+def recipe(
+    model: Annotated[Path, PlanOrModel],
+    output: opt.Output = None,
+    export_tensor_types: Annotated[
+        Path | None,
+        typer.Option("--export-tensor-types", help="For llama-quantize --tensor-type-file."),
+    ] = None,
+    force: opt.Force = False,
+    as_json: opt.AsJson = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Extract which format each tensor of a GGUF file has, to be given to another model."""
+    terminal = opt.Terminal.make(quiet=quiet, as_json=as_json)
+    found = Recipe.read(model)
+    for path in (output, export_tensor_types):
+        if path is not None:
+            opt.refuse_existing(path, force)
+    if output is not None:
+        found.save(output)
+    if export_tensor_types is not None:
+        write_atomically(export_tensor_types, recipe_types(found).encode(), error=PlanError)
+    if as_json:
+        print(found.to_json())
+        return
+    print_recipe(found, terminal.out)

@@ -1,0 +1,51 @@
+"use strict";
+// Draws every figure of the page, in the colours of the reader's theme.
+const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+const config = { responsive: true, displaylogo: false, modeBarButtons: [["toImage"]] };
+const AXIS = /^[xy]axis\d*$/;
+
+function theme(layout) {
+  const themed = { ...layout, font: { ...layout.font, color: css("--ink") } };
+  themed.hoverlabel = { ...layout.hoverlabel, bgcolor: css("--card"), bordercolor: css("--rule"), font: { color: css("--ink"), size: 12 } };
+  for (const key of Object.keys(layout).filter((k) => AXIS.test(k)))
+    themed[key] = { ...layout[key], gridcolor: css("--grid"), linecolor: css("--rule"), tickcolor: css("--rule") };
+  return themed;
+}
+
+function draw(div, figure) {
+  div.figure = figure;
+  return Plotly.react(div, figure.data, theme(figure.layout), config);
+}
+
+const read = (id) => JSON.parse(document.getElementById(id).textContent);
+
+function curveFigure(curve, base) {
+  const [formats, bits, nmse] = [0, 1, 2].map((i) => curve.points.map((p) => p[i]));
+  const best = [];
+  curve.points.forEach((p) => { if (!best.length || p[2] < best[best.length - 1][2]) best.push(p); });
+  const escape = (text) => text.replace(/&/g, "&amp;").replace(/</g, "&lt;");
+  const data = [
+    { x: best.map((p) => p[1]), y: best.map((p) => p[2]), mode: "lines", line: { color: "#777", width: 1, dash: "dot" }, name: "best for the bits", hoverinfo: "skip" },
+    { x: bits, y: nmse, mode: "markers+text", text: formats, textposition: "top center", textfont: { size: 11 }, marker: { color: "#3b82c4", size: 8 }, name: "format",
+      hovertemplate: "%{text}<br>%{x:.3f} bits per weight<br>NMSE %{y:.3e}<extra></extra>" },
+  ];
+  const rings = ["#c8641e", "#1b8a6b", "#a8559c", "#94791a", "#7a6fd6", "#c94c5c"];
+  curve.chosen.forEach(([plan, format], i) => {
+    const at = curve.points.find((p) => p[0] === format);
+    if (at) data.push({ x: [at[1]], y: [at[2]], mode: "markers", name: "chosen by " + escape(plan), hoverinfo: "skip",
+      marker: { symbol: "circle-open", size: 17 + 6 * i, color: rings[i % rings.length], line: { width: 2 } } });
+  });
+  return { data, layout: base };
+}
+
+for (const div of document.querySelectorAll("[data-figure]")) draw(div, read(div.dataset.figure));
+for (const div of document.querySelectorAll("[data-curves]")) {
+  const curves = read(div.dataset.curves), base = read(div.dataset.layout).layout;
+  const select = document.getElementById(div.dataset.select);
+  curves.forEach((c, i) => select.add(new Option(`${c.name}  (${c.role}, ${c.shape})`, i)));
+  select.onchange = () => draw(div, curveFigure(curves[select.value], base));
+  select.onchange();
+}
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
+  for (const div of document.querySelectorAll(".plot")) draw(div, div.figure);
+});

@@ -1,0 +1,121 @@
+"""Why a plan chose what it chose, and how two plans or files differ, for the terminal."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from ramgguf.errors import PlanError
+from ramgguf.explain import Explanation, PlanExplanation, Step
+from ramgguf.recipes import Change, Difference, Recipe
+from ramgguf.units import format_bytes
+
+
+def print_explanation(explained: PlanExplanation, wanted: str | None, console: Console) -> None:
+    """Print the plan's price and a line per quantized tensor; with `wanted`, that tensor in full.
+
+    Raises PlanError when no tensor is called so.
+    """
+    plan = explained.plan
+    console.print(
+        f"{format_bytes(plan.n_bytes)}, {plan.bpw:.3f} bpw; the price is "
+        f"{explained.price * 1e6:.4g} of {plan.objective} per MB"
+    )
+    if wanted is not None:
+        found = [e for e in explained.tensors if e.assignment.name == wanted]
+        if not found:
+            raise PlanError(f"the plan has no tensor {wanted!r}")
+        _print_tensor(explained, found[0], console)
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("tensor", "format", "why"):
+        table.add_column(column, overflow="fold")
+    for e in explained.tensors:
+        if e.assignment.note is None or e.assignment.note.startswith("pinned"):
+            table.add_row(e.assignment.name, e.assignment.format, explained.reason(e))
+    console.print(table)
+
+
+def _print_tensor(explained: PlanExplanation, e: Explanation, console: Console) -> None:
+    a = e.assignment
+    console.print(
+        f"{a.name} ({a.role}, {a.n_weights:,} weights): {a.format}, {format_bytes(a.n_bytes)}, "
+        f"NMSE {a.nmse:.3e}, {a.cost:.4g} of {explained.plan.objective}"
+    )
+    if e.tied:
+        console.print(f"tied to {', '.join(e.tied)}: steps are of all together")
+    for step, verb in ((e.down, "down"), (e.up, "up")):
+        if step is not None:
+            console.print(_step(step, verb, explained.price))
+    for barred in e.barred:
+        console.print(f"not {barred.format}: {barred.reason}")
+    console.print(f"why: {explained.reason(e)}")
+
+
+def _step(step: Step, verb: str, price: float) -> str:
+    times = f", {step.rate / price:.3g} × the price" if price > 0 else ""
+    sign = "+" if step.n_bytes > 0 else "−"
+    return (
+        f"{verb:<4} to {step.format}: {sign}{format_bytes(abs(step.n_bytes))}, "
+        f"{step.cost:+.4g}, {step.rate * 1e6:.4g} per MB{times}"
+    )
+
+
+def print_difference(difference: Difference, console: Console, *, verbose: bool) -> None:
+    """Print both sides' sizes, what changed per role, and with verbose every changed tensor."""
+    for side, recipe in (("A", difference.a), ("B", difference.b)):
+        console.print(
+            f"{side}: {recipe.path}: {recipe.n_bytes:,} bytes, {recipe.bpw:.3f} bpw, "
+            f"{len(recipe.tensors)} tensors"
+        )
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("role")
+    table.add_column("A → B (tensors)", overflow="fold")
+    table.add_column("bytes", justify="right")
+    for role, changes in _by_role(difference.changes):
+        counts = Counter(_change(c) for c in changes)
+        n_bytes = sum(c.n_bytes for c in changes)
+        told = "  ".join(f"{text} ×{n}" for text, n in counts.most_common())
+        table.add_row(role, told, f"{n_bytes:+,}")
+    if difference.changes:
+        console.print(table)
+    console.print(f"{len(difference.changes)} tensors differ, {difference.n_same} do not")
+    if verbose:
+        for c in difference.changes:
+            console.print(f"  {c.name:<40} {_change(c)}  {c.n_bytes:+,}")
+
+
+def _by_role(changes: Sequence[Change]) -> list[tuple[str, list[Change]]]:
+    roles: dict[str, list[Change]] = {}
+    for change in changes:
+        roles.setdefault(change.role, []).append(change)
+    return sorted(roles.items(), key=lambda r: -sum(abs(c.n_bytes) for c in r[1]))
+
+
+def _change(change: Change) -> str:
+    a, b = (t.format if t else "absent" for t in (change.a, change.b))
+    if a == b and change.a and change.b:
+        return f"{a}, {change.a.n_weights:,} → {change.b.n_weights:,} weights"
+    return f"{a} → {b}"
+
+
+def print_recipe(recipe: Recipe, console: Console) -> None:
+    """Print how many tensors of each role have which format, and their bytes."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("role")
+    table.add_column("formats (tensors)", overflow="fold")
+    table.add_column("bytes", justify="right")
+    table.add_column("bpw", justify="right")
+    for role in dict.fromkeys(t.role for t in recipe.tensors):
+        members = [t for t in recipe.tensors if t.role == role]
+        counts = Counter(t.format for t in members)
+        n_bytes = sum(t.n_bytes for t in members)
+        table.add_row(
+            role,
+            "  ".join(f"{name} ×{n}" for name, n in counts.most_common()),
+            format_bytes(n_bytes),
+            f"{8 * n_bytes / sum(t.n_weights for t in members):.2f}",
+        )
+    console.print(table)
+    console.print(f"{recipe.path}: {recipe.n_bytes:,} bytes, {recipe.bpw:.3f} bpw")

@@ -1,0 +1,122 @@
+"""A table as a value, rendered for terminals (rich), markdown and HTML alike."""
+
+import html
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from rich.table import Table
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column's heading. Columns of the largest rank are the first to go when room is short."""
+
+    heading: str
+    rank: int = 0
+    number: bool = True
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Cells as text, row by row; every row has a cell per column."""
+
+    title: str
+    columns: tuple[Column, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+    def without_empty_columns(self) -> "Grid":
+        """Return the grid without columns that have nothing in any row."""
+        return self._only([i for i in range(len(self.columns)) if any(r[i] for r in self.rows)])
+
+    def without(self, heading: str) -> "Grid":
+        """Return the grid without the column of this heading."""
+        return self._only([i for i, c in enumerate(self.columns) if c.heading != heading])
+
+    def narrower(self) -> "Grid":
+        """Return the grid without its last column of the largest rank; itself at rank 0."""
+        most = max(c.rank for c in self.columns)
+        if most == 0:
+            return self
+        last = max(i for i, c in enumerate(self.columns) if c.rank == most)
+        return self._only([i for i in range(len(self.columns)) if i != last])
+
+    def _only(self, kept: list[int]) -> "Grid":
+        columns = tuple(self.columns[i] for i in kept)
+        return Grid(self.title, columns, tuple(tuple(row[i] for i in kept) for row in self.rows))
+
+
+def to_rich(grid: Grid) -> Table:
+    """Return the grid for a terminal: no borders, numbers to the right."""
+    table = Table(
+        title=grid.title,
+        title_justify="left",
+        title_style="bold",
+        box=None,
+        pad_edge=False,
+        header_style="dim",
+    )
+    for column in grid.columns:
+        table.add_column(
+            _rich(column.heading),
+            justify="right" if column.number else "left",
+            no_wrap=column.number,
+            overflow="fold",
+        )
+    for row in grid.rows:
+        table.add_row(*(_rich(cell) for cell in row))
+    return table
+
+
+def _rich(text: str) -> str:
+    return text.replace("[", r"\[")  # file names are not markup
+
+
+def to_markdown(grid: Grid) -> str:
+    """Return the grid as a GitHub-flavoured markdown table."""
+    lines = [
+        _markdown_row(c.heading for c in grid.columns),
+        "|" + "|".join("---:" if c.number else "---" for c in grid.columns) + "|",
+        *(_markdown_row(row) for row in grid.rows),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _markdown_row(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(markdown_text(cell) for cell in cells) + " |"
+
+
+def markdown_text(text: str) -> str:
+    """Return text that markdown shows as it is, on one line."""
+    return re.sub(r"([\\`*_{}\[\]<>|#~])", r"\\\1", " ".join(text.split()))
+
+
+def to_html(grid: Grid) -> str:
+    """Return the grid as an HTML table; all text is escaped."""
+    head = "".join(
+        f'<th scope="col"{_css(column)}>{html.escape(column.heading)}</th>'
+        for column in grid.columns
+    )
+    body = "".join(f"<tr>{_html_row(grid, row)}</tr>\n" for row in grid.rows)
+    caption = html.escape(grid.title)
+    return (
+        f'<div class="scroll"><table><caption>{caption}</caption>\n'
+        f"<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody></table></div>\n"
+    )
+
+
+def _html_row(grid: Grid, row: tuple[str, ...]) -> str:
+    return "".join(
+        f"<td{_css(column)}>{_html_cell(cell) if column.number else html.escape(cell)}</td>"
+        for column, cell in zip(grid.columns, row, strict=True)
+    )
+
+
+def _css(column: Column) -> str:
+    return ' class="number"' if column.number else ""
+
+
+def _html_cell(text: str) -> str:
+    """Return the cell with what stands in parentheses, the interval, small on a second line."""
+    value, parenthesis, rest = html.escape(text).partition(" (")
+    return f"{value}<br><small>{rest.removesuffix(')')}</small>" if parenthesis else value

@@ -1,0 +1,249 @@
+"""`ramgguf report`: one HTML page that holds all it shows and asks nothing of the network."""
+
+import hashlib
+import html
+import json
+from collections.abc import Iterator, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from ramgguf.errors import ResultError
+from ramgguf.files import write_atomically
+from ramgguf.report import figures, plan_figures
+from ramgguf.report.delta_figure import delta_nll
+from ramgguf.report.evaluation import (
+    perplexity_grid,
+    protocol_lines,
+    ranking_grid,
+    reference_grid,
+    statements,
+)
+from ramgguf.report.grid import to_html
+from ramgguf.report.numbers import ppl
+from ramgguf.results import SequenceScore
+from ramgguf.schema import Measurement, Plan
+from ramgguf.study import Study
+from ramgguf.units import format_bytes
+
+_MAX_CARDS = 12
+_HARDEST = 4  # sequences shown when no model has an outlier
+
+# Nothing may be loaded: what the page shows is in the page.
+_POLICY = (
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
+)
+
+
+def write_html(
+    path: Path,
+    study: Study,
+    plans: Sequence[tuple[str, Plan]] = (),
+    measurements: Sequence[tuple[str, Measurement]] = (),
+) -> None:
+    """Write the page, whole or not at all; plans and measurements come with their labels.
+
+    Raises RamggufError when plotly is missing, ResultError when path cannot be written.
+    """
+    text = page(study, plans, measurements)
+    write_atomically(path, text.encode(), error=ResultError)
+
+
+def page(
+    study: Study,
+    plans: Sequence[tuple[str, Plan]] = (),
+    measurements: Sequence[tuple[str, Measurement]] = (),
+) -> str:
+    """Return the page's HTML."""
+    figures.graph_objects()
+    from plotly.offline import get_plotlyjs
+
+    body = "".join(
+        (
+            *_evaluation(study),
+            *_plans(plans),
+            *_measurements(measurements, plans),
+        )
+    )
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>ramgguf report</title>\n<style>\n{_asset('page.css')}</style>\n"
+        f"<script>{get_plotlyjs()}</script>\n</head>\n<body>\n"
+        f"<h1>ramgguf report</h1>\n{body}<script>\n{_asset('page.js')}</script>\n</body>\n</html>\n"
+    )
+
+
+def _asset(name: str) -> str:
+    return resources.files("ramgguf.report").joinpath("assets", name).read_text(encoding="utf-8")
+
+
+# --- evaluations ---
+
+
+def _evaluation(study: Study) -> Iterator[str]:
+    if not study.summaries:
+        return
+    yield "".join(f'<p class="soft">{html.escape(line)}</p>\n' for line in protocol_lines(study))
+    yield _list(statements(study))
+    yield _section("Results", "Intervals are 95 %; none is claimed where the text is too short.")
+    grids = [perplexity_grid(study), reference_grid(study)]
+    if study.board and len(study.board.rows) > 1:
+        grids.append(ranking_grid(study.board))
+    yield from (to_html(grid.without_empty_columns()) for grid in grids if grid is not None)
+    yield _section(
+        "Quality against size",
+        "Filled marks are corpus PPL, open marks the median of sequence PPL. Where the two part,"
+        " a few sequences decide the first. Lower is better; smaller is to the left.",
+    )
+    yield _legend(study)
+    yield '<div class="pair">'
+    yield _figure(figures.ppl_by_size(study), "Perplexity against file size")
+    yield _figure(figures.kld_by_size(study), "Mean KLD against file size")
+    yield "</div>\n"
+    yield _section(
+        "Every sequence",
+        "One point per sequence, with the quartiles. The grey diamond is corpus PPL with its"
+        f" interval; crosses right of the dotted line are outliers, PPL > {study.outlier_ppl:g}.",
+    )
+    yield _figure(figures.ppl_distribution(study), "Distribution of sequence perplexity")
+    yield from _cards(study)
+    if (delta := delta_nll(study)) is not None:
+        yield _section(
+            "What quantization did to each sequence",
+            "ΔNLL of every sequence against the reference on the same tokens. The grey diamond is"
+            " the mean over tokens, the logarithm of PPL(Q)/PPL(base), with its interval; arrows at"
+            " the edge are sequences beyond it.",
+        )
+        yield _figure(delta, "Change of NLL per sequence")
+
+
+def _legend(study: Study) -> str:
+    """Return each model's sign and colour, which are the same in every figure."""
+    signs, colours = figures.SIGNS, figures.COLOURS
+    items = "".join(
+        f'<span><span style="color:{colours[i % len(colours)]}" aria-hidden="true">'
+        f"{signs[i % len(signs)]}</span> {html.escape(s.label)}</span>\n"
+        for i, s in enumerate(study.summaries)
+    )
+    return f'<p class="legend">{items}</p>\n'
+
+
+def _cards(study: Study) -> Iterator[str]:
+    """Yield the outliers with their text, or the hardest sequences where there are none."""
+    scores = [{x.index: x for x in s.result.sequences} for s in study.summaries]
+    worst: dict[int, SequenceScore] = {}
+    for s in study.summaries:
+        hardest = sorted(s.result.sequences, key=lambda x: -x.ppl)[:_HARDEST]
+        for x in s.outliers or (() if _any_outlier(study) else hardest):
+            if x.index not in worst or x.ppl > worst[x.index].ppl:
+                worst[x.index] = x
+    ranked = sorted(worst.values(), key=lambda x: -x.ppl)
+    what = "Outliers and their text" if _any_outlier(study) else "No outliers; the hardest text"
+    more = f" ({_MAX_CARDS} of {len(ranked)})" if len(ranked) > _MAX_CARDS else ""
+    yield f'<h3>{what}{more}</h3>\n<div class="cards">\n'
+    for x in ranked[:_MAX_CARDS]:
+        title = f"#{x.index}" + (f" · {x.title}" if x.title else "")
+        rows = "".join(
+            f'<tr><td>{html.escape(s.label)}</td><td class="number">{ppl(known[x.index].ppl)}</td>'
+            "</tr>"
+            for s, known in zip(study.summaries, scores, strict=True)
+            if x.index in known
+        )
+        yield (
+            f'<div class="card"><h4>{html.escape(title)}</h4><table>{rows}</table>'
+            f"<blockquote>{html.escape(x.excerpt)} …</blockquote></div>\n"
+        )
+    yield "</div>\n"
+
+
+def _any_outlier(study: Study) -> bool:
+    return any(s.outliers for s in study.summaries)
+
+
+# --- plans and measurements ---
+
+
+def _plans(plans: Sequence[tuple[str, Plan]]) -> Iterator[str]:
+    if not plans:
+        return
+    yield _section(
+        "Where the bits go",
+        "Bits per weight by role and layer; the first column holds what belongs to no layer."
+        " Tensors that are never quantized are left out.",
+    )
+    for label, plan in plans:
+        kept = [a for a in plan.assignments if plan_figures.is_kept(a)]
+        gap = "proven optimal" if plan.gap == 0 else f"within {plan.gap:.1g} of the optimum, proven"
+        yield f"<h3>{html.escape(label)}</h3>\n"
+        yield (
+            f'<p class="soft">{format_bytes(plan.n_bytes)} of a budget of'
+            f" {format_bytes(plan.budget)}; {plan.bpw:.3f} bits per weight; objective"
+            f" {html.escape(plan.objective)}, {gap}; kept as found:"
+            f" {len(kept)} of {len(plan.assignments)} tensors,"
+            f" {format_bytes(sum(a.n_bytes for a in kept))}.</p>\n"
+        )
+        yield _figure(plan_figures.bits_by_layer(plan), f"Bits per weight of {label}")
+
+
+def _measurements(
+    measurements: Sequence[tuple[str, Measurement]], plans: Sequence[tuple[str, Plan]]
+) -> Iterator[str]:
+    if not measurements:
+        return
+    yield _section(
+        "Rate–distortion curves",
+        "What a tensor loses in each format against what it costs. Rings mark what the plans"
+        " above chose. The dotted line passes through the formats that no other beats.",
+    )
+    base = figures.figure("bits per weight", "NMSE (logarithmic)", 440)
+    base.update_layout(showlegend=True, legend={"x": 0.99, "xanchor": "right", "y": 0.98})
+    nmse = [p.nmse for _, m in measurements for t in m.tensors for p in t.points if p.nmse > 0]
+    if nmse:
+        figures.logarithmic("y", base, nmse)
+    for i, (label, measurement) in enumerate(measurements):
+        same = [
+            (name, p)
+            for name, p in plans
+            if p.source.header_sha256 == measurement.source.header_sha256
+        ]
+        yield (
+            f"<h3>{html.escape(label)}</h3>\n"
+            f'<p><label for="tensor-{i}">Tensor</label> <select id="tensor-{i}"></select></p>\n'
+            f'<figure><div class="plot" data-curves="curves-{i}" data-layout="layout-{i}"'
+            f' data-select="tensor-{i}" role="img"'
+            ' aria-label="Rate–distortion curve of the chosen tensor"></div></figure>\n'
+        )
+        yield _data(f"curves-{i}", plan_figures.curves(measurement, same))
+        yield _data(f"layout-{i}", json.loads(base.to_json()))
+
+
+# --- pieces ---
+
+
+def _section(title: str, text: str) -> str:
+    return f'<h2>{html.escape(title)}</h2>\n<p class="soft">{html.escape(text)}</p>\n'
+
+
+def _list(items: Sequence[str]) -> str:
+    return "<ul>\n" + "".join(f"<li>{html.escape(i)}</li>\n" for i in items) + "</ul>\n"
+
+
+def _figure(made: figures.Figure | None, label: str) -> str:
+    """Return the figure's place and its data; nothing for no figure."""
+    if made is None:
+        return ""
+    data = json.loads(made.to_json())
+    name = "figure-" + hashlib.sha256(json.dumps([label, data]).encode()).hexdigest()[:12]
+    return (
+        f'<figure><div class="plot" data-figure="{name}" role="img"'
+        f' aria-label="{html.escape(label, quote=True)}"></div></figure>\n'
+        f"{_data(name, data)}"
+    )
+
+
+def _data(name: str, value: Any) -> str:
+    """Return a JSON block; no text in it can end the script element."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+    return f'<script type="application/json" id="{name}">{text}</script>\n'

@@ -1,0 +1,104 @@
+"""Figures of plans and measurements: bits by layer and role, rate–distortion curves."""
+
+import html
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from ramgguf.report.figures import Figure, figure, graph_objects
+from ramgguf.roles import layer_of
+from ramgguf.schema import Assignment, Measurement, Plan, TensorMeasurement
+
+_OUTSIDE = "–"  # the column of tensors that belong to no layer
+_MAX_LABELLED = 40  # columns that leave room for a number in each cell
+MAX_BPW = 8.5  # what is kept in 16 or 32 bits is shown as this
+
+
+def bits_by_layer(plan: Plan) -> Figure:
+    """Return bits per weight, a row per role and a column per layer; kept tensors are left out."""
+    chosen = [a for a in plan.assignments if not is_kept(a)]
+    layers = sorted({layer for a in chosen if (layer := layer_of(a.name)) is not None})
+    columns = [_OUTSIDE, *map(str, layers)]
+    roles = list(dict.fromkeys(a.role for a in chosen))
+    cells: dict[tuple[str, str], list[Assignment]] = {}
+    for a in chosen:
+        layer = layer_of(a.name)
+        cells.setdefault((a.role, _OUTSIDE if layer is None else str(layer)), []).append(a)
+    grid = [[cells.get((role, column), []) for column in columns] for role in roles]
+    fig = figure("layer", "", 110 + 26 * len(roles))
+    fig.add_trace(
+        graph_objects().Heatmap(
+            z=[[bpw(found) if found else None for found in row] for row in grid],
+            x=columns,
+            y=[html.escape(role) for role in roles],
+            text=[["<br>".join(_told(a) for a in found) for found in row] for row in grid],
+            hovertemplate="%{text}<extra></extra>",
+            texttemplate="%{z:.1f}" if len(columns) <= _MAX_LABELLED else None,
+            textfont={"size": 10},
+            hoverongaps=False,
+            colorscale="Cividis",
+            zmin=2,
+            zmax=MAX_BPW,
+            xgap=1,
+            ygap=1,
+            colorbar={"title": {"text": "bits per weight", "side": "right"}, "thickness": 12},
+        )
+    )
+    fig.update_xaxes(type="category", showgrid=False)
+    fig.update_yaxes(type="category", autorange="reversed", showgrid=False)
+    return fig
+
+
+def is_kept(a: Assignment) -> bool:
+    """Return whether the plan leaves the tensor as it is for another reason than a pin."""
+    return a.note is not None and not a.note.startswith("pinned")
+
+
+def bpw(assignments: Sequence[Assignment]) -> float:
+    """Return the bits per weight of the tensors together."""
+    return 8 * sum(a.n_bytes for a in assignments) / sum(a.n_weights for a in assignments)
+
+
+def _told(a: Assignment) -> str:
+    return (
+        f"{html.escape(a.name)}<br>{html.escape(a.format)}, {bpw([a]):.2f} bpw, NMSE {a.nmse:.2e}"
+    )
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A tensor's rate–distortion curve for the page: points as (format, bits per weight, NMSE).
+
+    chosen: which format each plan gives it, as (plan's label, format).
+    """
+
+    name: str
+    role: str
+    shape: str
+    points: tuple[tuple[str, float, float], ...]
+    chosen: tuple[tuple[str, str], ...]
+
+
+def curves(measurement: Measurement, plans: Sequence[tuple[str, Plan]]) -> list[dict[str, object]]:
+    """Return the curves of all tensors that have a choice, the largest first, as JSON values."""
+    given = [(label, {a.name: a.format for a in plan.assignments}) for label, plan in plans]
+    found = [
+        Curve(
+            name=t.name,
+            role=t.role,
+            shape=" × ".join(f"{n:,}" for n in t.shape),
+            points=_points(t),
+            chosen=tuple((label, formats[t.name]) for label, formats in given if t.name in formats),
+        )
+        for t in sorted(measurement.tensors, key=lambda t: -t.n_weights)
+        if t.kept is None and len(t.points) > 1
+    ]
+    return [asdict(curve) for curve in found]
+
+
+def _points(t: TensorMeasurement) -> tuple[tuple[str, float, float], ...]:
+    """Return the lossy points; a lossless one has no place on a logarithmic axis."""
+    return tuple(
+        (p.format, round(8 * p.n_bytes / t.n_weights, 4), float(f"{p.nmse:.4g}"))
+        for p in t.points
+        if p.nmse > 0
+    )

@@ -1,0 +1,53 @@
+"""Atheris target: whatever a file holds, opening it succeeds or raises an error of ours.
+
+usage: python_fuzzer.py gguf|documents [options of libFuzzer] [folder of seeds]
+"""
+
+import contextlib
+import os
+import sys
+from pathlib import Path
+
+import atheris
+
+from ramgguf.errors import GGUFError, PlanError
+from ramgguf.gguf_io import open_gguf, require_language_model
+from ramgguf.schema import Measurement, Plan
+
+_PATH = Path("/dev/shm" if Path("/dev/shm").is_dir() else "/tmp") / f"fuzz-{os.getpid()}.gguf"
+
+
+def open_and_use(data: bytes) -> None:
+    """Open the bytes as a GGUF file and touch all that it offers."""
+    _PATH.write_bytes(data)
+    try:
+        with open_gguf(_PATH) as file:
+            for key in file.metadata:
+                _ = file.metadata[key]
+            for tensor in file.tensors:
+                file.read_rows(tensor, 0, tensor.n_rows)
+            _ = file.header_sha256
+            require_language_model(file)
+            _ = file.n_layers, file.name, file.n_weights
+    except GGUFError as e:
+        message = str(e)
+        if not (message.startswith(f"{_PATH}: ") and message.isprintable()):
+            raise RuntimeError(f"an odd message: {message!r}") from e
+
+
+def load_documents(data: bytes) -> None:
+    """Read the bytes as the files that pass between stages."""
+    text = data.decode("utf-8", errors="replace")
+    for document in (Plan, Measurement):
+        with contextlib.suppress(PlanError):
+            document.from_json(text)
+
+
+if __name__ == "__main__":
+    target = {"gguf": open_and_use, "documents": load_documents}[sys.argv.pop(1)]
+    atheris.instrument_all()  # an editable install has import hooks that hide ramgguf from atheris
+    try:
+        atheris.Setup(sys.argv, target)
+        atheris.Fuzz()
+    finally:
+        _PATH.unlink(missing_ok=True)

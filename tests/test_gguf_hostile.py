@@ -1,0 +1,166 @@
+"""Whatever a GGUF file holds: it opens, or it is refused with an error, soon and at little cost."""
+
+import random
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import gguf_samples
+from gguf_samples import SOUND, File, Key, Tensor
+from ramgguf.errors import GGUFError
+from ramgguf.gguf_io import open_gguf, require_language_model
+
+_EXTREMES = [0, 1, 2**31 - 1, 2**31, 2**32 - 1, 2**62, 2**63 - 1, 2**63, 2**64 - 32, 2**64 - 1]
+_HEADER = len(SOUND.header())
+
+
+def _check(path: Path, message: str) -> None:
+    assert message.startswith(f"{path}: ")
+    assert message.isprintable()
+
+
+def _open_and_use(path: Path) -> bool:
+    """Open the file and touch all that it offers; return whether it was accepted."""
+    try:
+        file = open_gguf(path)
+    except GGUFError as e:
+        _check(path, str(e))
+        return False
+    with file:
+        for key in file.metadata:
+            _ = file.metadata[key]
+        for tensor in file.tensors:
+            assert tensor.n_bytes == file.read_rows(tensor, 0, tensor.n_rows).nbytes
+        try:
+            require_language_model(file)
+            assert file.n_weights > 0
+        except GGUFError as e:
+            _check(path, str(e))
+    return True
+
+
+_mutation = st.one_of(
+    st.tuples(st.just("byte"), st.integers(0, _HEADER - 1), st.integers(0, 255)),
+    st.tuples(st.just("u32"), st.integers(0, _HEADER - 4), st.sampled_from(_EXTREMES)),
+    st.tuples(st.just("u64"), st.integers(0, _HEADER - 8), st.sampled_from(_EXTREMES)),
+    st.tuples(st.just("cut"), st.integers(0, _HEADER), st.integers(1, 64)),
+    st.tuples(st.just("repeat"), st.integers(0, _HEADER), st.integers(1, 64)),
+)
+
+
+def _mutate(content: bytearray, kind: str, at: int, value: int) -> None:
+    if kind == "byte":
+        content[at : at + 1] = bytes([value])
+    elif kind == "u32":
+        content[at : at + 4] = struct.pack("<I", value & 0xFFFFFFFF)
+    elif kind == "u64":
+        content[at : at + 8] = struct.pack("<Q", value)
+    elif kind == "cut":
+        del content[at : at + value]
+    else:
+        content[at:at] = content[at : at + value]
+
+
+@settings(max_examples=400, deadline=1000)
+@given(mutations=st.lists(_mutation, min_size=1, max_size=6))
+def test_mutated_headers_are_refused_or_sound(
+    mutations: list[tuple[str, int, int]], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    content = bytearray(SOUND.bytes())
+    for kind, at, value in mutations:
+        _mutate(content, kind, at, value)
+    path = tmp_path_factory.getbasetemp() / "mutated.gguf"
+    path.write_bytes(content)
+    _open_and_use(path)
+
+
+def test_every_field_at_its_extremes_is_refused_or_sound(tmp_path: Path) -> None:
+    content = SOUND.bytes()
+    path = tmp_path / "extreme.gguf"
+    accepted = 0
+    for at in range(0, _HEADER - 8, 3):
+        for value in random.Random(at).sample(_EXTREMES, 2):
+            path.write_bytes(content[:at] + struct.pack("<Q", value) + content[at + 8 :])
+            accepted += _open_and_use(path)
+    assert 0 < accepted < _HEADER // 3
+
+
+# Run in a process of its own: address space is limited to what is in use plus 64 MB and the file.
+_LIMITED = """
+import resource, sys
+from pathlib import Path
+from ramgguf.errors import GGUFError
+from ramgguf.gguf_io import open_gguf
+
+def in_use():
+    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+
+for name in sys.argv[1:]:
+    limit = in_use() + 64_000_000 + Path(name).stat().st_size
+    resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
+    try:
+        with open_gguf(Path(name)) as file:
+            n_keys = len(file.metadata)
+            print("accepted", n_keys, len(file.tensors))
+    except GGUFError as e:
+        print("refused", e)
+    resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+"""
+
+
+def _open_within_64_mb(paths: list[Path]) -> list[str]:
+    command = [sys.executable, "-c", _LIMITED, *map(str, paths)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from /proc")
+def test_malformed_files_cost_no_memory(tmp_path: Path) -> None:
+    paths = []
+    for i, case in enumerate(gguf_samples.hostile_files()):
+        paths.append(tmp_path / f"{i}.gguf")
+        paths[-1].write_bytes(case.content)
+    lines = _open_within_64_mb(paths)
+    assert len(lines) == len(paths) > 90
+    assert all(line.startswith("refused") for line in lines)
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from /proc")
+def test_the_largest_header_that_is_accepted_costs_little(tmp_path: Path) -> None:
+    n_keys, n_tensors = 4_096, 65_536
+    keys = [Key(f"{i:05}{'k' * 1019}", gguf_samples.U8, b"\x00") for i in range(n_keys)]
+    tensors = [Tensor(f"{i:05}{'t' * 58}", (8, 1, 1, 1), 0, 32 * i) for i in range(n_tensors)]
+    path = tmp_path / "large.gguf"
+    path.write_bytes(File(keys=keys, tensors=tensors, data=bytes(32 * n_tensors)).bytes())
+    start = time.perf_counter()
+    assert _open_within_64_mb([path]) == [f"accepted {n_keys} {n_tensors}"]
+    assert time.perf_counter() - start < 5
+
+
+def test_strings_that_end_far_away_do_not_take_long(tmp_path: Path) -> None:
+    key = Key("k", gguf_samples.STRING, struct.pack("<Q", 2**40))
+    path = tmp_path / "sparse.gguf"
+    path.write_bytes(SOUND.with_key(key).header())
+    with path.open("r+b") as file:
+        file.truncate(2**41)  # sparse: takes no disk
+    start = time.perf_counter()
+    with pytest.raises(GGUFError, match="header goes on beyond 134217728 bytes"):
+        open_gguf(path)
+    assert time.perf_counter() - start < 1
+
+
+def test_names_in_metadata_never_become_paths(tmp_path: Path) -> None:
+    text = gguf_samples.text("../../elsewhere-00001-of-00002.gguf")
+    keys = [Key(k, gguf_samples.STRING, text) for k in ("general.name", "general.source.url")]
+    path = tmp_path / "inner" / "m-00001-of-00001.gguf"
+    path.parent.mkdir()
+    path.write_bytes(File(keys=(gguf_samples.ARCHITECTURE, *keys)).bytes())
+    with open_gguf(path) as file:
+        assert file.paths == (path,)

@@ -20,7 +20,7 @@ import numpy as np
 
 from ramgguf.corpus import default_corpus
 from ramgguf.engine.client import Engine
-from ramgguf.stages.evaluate import cpu_name
+from ramgguf.engine.system import cpu_name
 
 _DECODE_ONLY = """
 import sys

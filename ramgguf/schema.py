@@ -215,6 +215,8 @@ class Plan(Document):
     """A format for every tensor, with what it costs, what it loses and how near the optimum it is.
 
     n_bytes is the whole output file; gap is the proven relative optimality gap of the objective.
+    Under the objective sensitivity, total_cost is the predicted KLD in nats per token, with its
+    standard error; sensitivity_sha256 names the sensitivities.
     """
 
     KIND: ClassVar[str] = "plan"
@@ -227,6 +229,8 @@ class Plan(Document):
     n_bytes: Positive
     n_overhead_bytes: NonNegative
     total_cost: Annotated[float, Field(ge=0)]
+    total_cost_error: Annotated[float, Field(ge=0)] | None = None
+    sensitivity_sha256: str | None = None
     gap: Annotated[float, Field(ge=0)]
     constraints: Constraints = Constraints()
     assignments: tuple[Assignment, ...]

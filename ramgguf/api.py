@@ -14,6 +14,7 @@ from ramgguf.errors import BudgetError, EngineError, GGUFError, PlanError
 from ramgguf.files import refuse_existing, require_disk_space
 from ramgguf.gguf_io import GGUFFile, open_gguf
 from ramgguf.gguf_layout import planned_header_bytes
+from ramgguf.imatrix import Imatrix, load_imatrix
 from ramgguf.parallel import default_threads
 from ramgguf.planning import (
     DEFAULT_MIN_SQNR_DB,
@@ -76,24 +77,28 @@ def measure(
     *,
     formats: Sequence[str] | None = None,
     encoder: Encoder = DEFAULT_ENCODER,
+    imatrix: str | Path | None = None,
     allow_requantize: bool = False,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Measurement:
     """Return the rate–distortion curves of all tensors of a GGUF model.
 
-    formats are the names to try, by default all that need no calibration data. Raises GGUFError
-    for a file that is malformed or no language model, FormatError for weights that are not finite
-    or a format that does not exist.
+    formats are the names to try, by default all that need no calibration data. imatrix is a file
+    of llama-imatrix, GGUF or .dat: errors are then weighed by the importance of the columns.
+    Raises GGUFError for a file that is malformed or no language model, FormatError for weights that
+    are not finite or a format that does not exist, ImatrixError for an unfit imatrix.
     """
     for name in formats or ():
         _formats.get(name)
+    weighed = load_imatrix(Path(imatrix)) if imatrix is not None else None
     with open_gguf(Path(model), kind_check=True) as file:
         return _measure.measure(
             file,
-            n_overhead_bytes=_overhead_bytes(file),
+            n_overhead_bytes=_overhead_bytes(file, weighed),
             wanted=formats,
             encoder=encoder,
+            imatrix=weighed,
             allow_requantize=allow_requantize,
             threads=threads or default_threads(),
             progress=progress or Silent(),
@@ -108,6 +113,7 @@ def quantize(
     from_plan: Plan | None = None,
     measurement: Measurement | None = None,
     encoder: Encoder = DEFAULT_ENCODER,
+    imatrix: str | Path | None = None,
     allow_requantize: bool = False,
     split_max_bytes: int | None = None,
     force: bool = False,
@@ -119,8 +125,9 @@ def quantize(
     """Write the best GGUF that fits the budget and return what was made.
 
     Needs a budget or a ready plan; a ready measurement saves measuring again; options are those
-    of plan. output is by default beside the model and named after the plan's bits per weight.
-    Raises BudgetError, GGUFError, FormatError or PlanError; an older output is then untouched.
+    of plan, imatrix is as in measure. output is by default beside the model and named after the
+    plan's bits per weight. Raises BudgetError, GGUFError, FormatError, ImatrixError or PlanError;
+    an older output is then untouched.
     """
     clock, n_threads, shown = _Clock(), threads or default_threads(), progress or Silent()
     with open_gguf(Path(model), kind_check=True) as file:
@@ -130,12 +137,14 @@ def quantize(
             n_bytes = budget_bytes(budget, file.n_weights, file.n_bytes)
             _check_destination(Path(output or model), output is not None and not force, n_bytes)
             if measurement is None:
+                weighed = load_imatrix(Path(imatrix)) if imatrix is not None else None
                 with clock.stage("measure"):
                     measurement = _measure.measure(
                         file,
-                        n_overhead_bytes=_overhead_bytes(file),
+                        n_overhead_bytes=_overhead_bytes(file, weighed),
                         wanted=options.get("formats"),
                         encoder=encoder,
+                        imatrix=weighed,
                         allow_requantize=allow_requantize,
                         threads=n_threads,
                         progress=shown,
@@ -238,8 +247,9 @@ def default_output(model: Path, plan: Plan) -> Path:
     return model.with_name(f"{stem}-ram-{plan.bpw:.2f}bpw.gguf")
 
 
-def _overhead_bytes(file: GGUFFile) -> int:
-    return planned_header_bytes(file, {}, _quantize.planned_metadata(None))
+def _overhead_bytes(file: GGUFFile, imatrix: Imatrix | None) -> int:
+    source = imatrix.source if imatrix else None
+    return planned_header_bytes(file, {}, _quantize.planned_metadata(None, source))
 
 
 class _Clock:

@@ -4,7 +4,16 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from ramgguf.schema import Constraints, Document, Encoder, NonNegative, Positive, Source, _Value
+from ramgguf.schema import (
+    Constraints,
+    Document,
+    Encoder,
+    ImportanceSource,
+    NonNegative,
+    Positive,
+    Source,
+    _Value,
+)
 
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 
@@ -66,6 +75,7 @@ class Frontier(Document):
     ramgguf_version: str
     source: Source
     encoder: Encoder
+    imatrix: ImportanceSource | None = None
     objective: str
     sensitivity_sha256: str | None = None
     constraints: Constraints

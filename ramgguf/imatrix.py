@@ -5,11 +5,13 @@ Two formats are read: GGUF (for every weight `NAME.in_sum2` and `NAME.counts`, o
 and the older .dat (tools/imatrix/imatrix.cpp of llama.cpp, save_imatrix and save_imatrix_legacy).
 """
 
+import hashlib
 import math
 import os
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,7 @@ from numpy.typing import NDArray
 from ramgguf.errors import ImatrixError
 from ramgguf.gguf_io import GGUFFile, open_gguf
 from ramgguf.gguf_values import Value, string, u32
+from ramgguf.schema import ImportanceSource
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 _LARGEST_FILE = 1 << 32  # that of a 1000B model has under 1 GiB
@@ -47,6 +50,17 @@ class Imatrix:
     datasets: tuple[str, ...] = ()
     n_chunks: int | None = None
 
+    @cached_property
+    def source(self) -> ImportanceSource:
+        """What measurements and plans say of the matrix."""
+        return ImportanceSource(
+            path=str(self.path),
+            sha256=hashlib.sha256(self.path.read_bytes()).hexdigest(),
+            dataset=self.datasets[0] if self.datasets else None,
+            n_entries=len(self.entries),
+            n_chunks=self.n_chunks,
+        )
+
     def importance(self, name: str, shape: Sequence[int]) -> NDArray[np.float32] | None:
         """Return the importance of a tensor's columns, or None where there is no entry.
 
@@ -67,15 +81,28 @@ class Imatrix:
             f"{n_experts} x {n_columns} columns; was it made with another model?"
         )
 
-    def keys(self) -> Mapping[str, Value]:
-        """Return the metadata that records the matrix in a model, as llama-quantize writes them."""
-        keys = {"quantize.imatrix.file": string(str(self.path))}
-        if self.datasets:
-            keys["quantize.imatrix.dataset"] = string(self.datasets[0])
-        keys["quantize.imatrix.entries_count"] = u32(len(self.entries))
-        if self.n_chunks is not None:
-            keys["quantize.imatrix.chunks_count"] = u32(self.n_chunks)
-        return keys
+
+def imatrix_keys(source: ImportanceSource) -> Mapping[str, Value]:
+    """Return the metadata that records the matrix in a model, as llama-quantize writes them."""
+    keys = {"quantize.imatrix.file": string(source.path)}
+    if source.dataset is not None:
+        keys["quantize.imatrix.dataset"] = string(source.dataset)
+    keys["quantize.imatrix.entries_count"] = u32(source.n_entries)
+    if source.n_chunks is not None:
+        keys["quantize.imatrix.chunks_count"] = u32(source.n_chunks)
+    return keys
+
+
+def planned_imatrix(source: ImportanceSource | None) -> Imatrix | None:
+    """Return the matrix that a plan was made with; raises ImatrixError when it has changed."""
+    if source is None:
+        return None
+    imatrix = load_imatrix(Path(source.path))
+    if imatrix.source.sha256 != source.sha256:
+        raise ImatrixError(
+            f"{source.path}: is another file than the plan was made with; plan again"
+        )
+    return imatrix
 
 
 def load_imatrix(path: Path) -> Imatrix:

@@ -121,14 +121,28 @@ class TensorMeasurement(_Value):
         return self.shape[0]
 
 
+class ImportanceSource(_Value):
+    """Which importance matrix weighed the errors; n_entries and n_chunks are as the file says."""
+
+    path: str
+    sha256: str
+    dataset: str | None = None
+    n_entries: Positive
+    n_chunks: NonNegative | None = None
+
+
 class Measurement(Document):
-    """The rate–distortion curves of a whole model."""
+    """The rate–distortion curves of a whole model.
+
+    With an importance matrix, NMSE is Σ w(x−q)² / Σ w x² for the tensors that it has entries for.
+    """
 
     KIND: ClassVar[str] = "measurement"
 
     ramgguf_version: str
     source: Source
     encoder: Encoder
+    imatrix: ImportanceSource | None = None
     formats: tuple[str, ...]
     n_overhead_bytes: NonNegative
     alignment: Positive
@@ -224,6 +238,7 @@ class Plan(Document):
     ramgguf_version: str
     source: Source
     encoder: Encoder
+    imatrix: ImportanceSource | None = None
     objective: str
     budget: Positive
     n_bytes: Positive
@@ -248,5 +263,6 @@ class Plan(Document):
 
     def sha256(self) -> str:
         """Return the hash of what decides the output's bytes: encoder and tensor–format pairs."""
-        text = "\n".join([self.encoder, *(f"{a.name}={a.format}" for a in self.assignments)])
+        encoder = f"{self.encoder} {self.imatrix.sha256}" if self.imatrix else self.encoder
+        text = "\n".join([encoder, *(f"{a.name}={a.format}" for a in self.assignments)])
         return hashlib.sha256(text.encode()).hexdigest()

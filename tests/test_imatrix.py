@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ramgguf.errors import GGUFError, ImatrixError
 from ramgguf.gguf_io import open_gguf
 from ramgguf.gguf_values import string, u32
-from ramgguf.imatrix import load_imatrix
+from ramgguf.imatrix import imatrix_keys, load_imatrix
 
 Floats = NDArray[np.float32]
 DENSE, EXPERTS = "blk.0.attn_q.weight", "blk.0.ffn_up_exps.weight"
@@ -145,7 +145,7 @@ def test_an_entry_for_another_shape_is_refused_by_name(tmp_path: Path) -> None:
 
 def test_the_matrix_records_itself_as_llama_quantize_does(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "i.gguf", sound_tensors())
-    assert load_imatrix(path).keys() == {
+    assert imatrix_keys(load_imatrix(path).source) == {
         "quantize.imatrix.file": string(str(path)),
         "quantize.imatrix.dataset": string("wiki.txt"),
         "quantize.imatrix.entries_count": u32(2),

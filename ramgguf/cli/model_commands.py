@@ -71,6 +71,7 @@ def quantize(
     output: opt.Output = None,
     formats: opt.Formats = None,
     encoder: opt.EncoderOption = api.DEFAULT_ENCODER,
+    imatrix: opt.ImatrixFile = None,
     objective: opt.Objective = None,
     sensitivity: SensitivityOrMeasure = None,
     min_sqnr: opt.MinSqnr = api.DEFAULT_MIN_SQNR_DB,
@@ -94,6 +95,10 @@ def quantize(
     terminal = opt.Terminal.make(quiet=quiet, as_json=as_json)
     if (budget is None) == (plan_file is None):
         raise typer.BadParameter("give either --budget or --plan", param_hint="--budget")
+    if imatrix is not None and (plan_file or measurement):
+        raise typer.BadParameter(
+            "a plan or measurement says itself what it was made with", param_hint="--imatrix"
+        )
     sensed = _sensed(model, sensitivity, opt.encoder(encoder), threads, terminal)
     made = api.quantize(
         model,
@@ -103,6 +108,7 @@ def quantize(
         measurement=Measurement.load(measurement) if measurement else None,
         formats=opt.split_formats(formats),
         encoder=opt.encoder(encoder),
+        imatrix=imatrix,
         allow_requantize=allow_requantize,
         objective=objective,
         sensitivity=sensed,
@@ -180,6 +186,7 @@ def measure(
     output: opt.Output = None,
     formats: opt.Formats = None,
     encoder: opt.EncoderOption = api.DEFAULT_ENCODER,
+    imatrix: opt.ImatrixFile = None,
     allow_requantize: opt.Requantize = False,
     force: opt.Force = False,
     threads: opt.Threads = None,
@@ -194,6 +201,7 @@ def measure(
         model,
         formats=opt.split_formats(formats),
         encoder=opt.encoder(encoder),
+        imatrix=imatrix,
         allow_requantize=allow_requantize,
         threads=threads,
         progress=terminal.progress,

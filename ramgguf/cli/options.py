@@ -33,6 +33,10 @@ EncoderOption = Annotated[
     str,
     typer.Option("--encoder", help="How blocks are fitted: search (least squares) or rtn."),
 ]
+ImatrixFile = Annotated[
+    Path | None,
+    typer.Option("--imatrix", help="Importance matrix of llama-imatrix, GGUF or .dat."),
+]
 Objective = Annotated[
     str | None,
     typer.Option(

@@ -35,6 +35,7 @@ def allocate(
         ramgguf_version=measurement.ramgguf_version,
         source=measurement.source,
         encoder=measurement.encoder,
+        imatrix=measurement.imatrix,
         objective=costing.name,
         budget=budget,
         n_bytes=measurement.n_overhead_bytes + solution.n_bytes,

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from ramgguf import _core, formats
 from ramgguf.errors import FormatError, PlanError
 from ramgguf.gguf_io import GGUFFile, TensorInfo
+from ramgguf.imatrix import Imatrix
 from ramgguf.parallel import Chunk, ordered_map, row_chunks
 from ramgguf.progress import Progress
 from ramgguf.roles import layer_of, never_quantized, role_of
 from ramgguf.schema import Encoder, Measurement, Point, Source, TensorMeasurement
 from ramgguf.version import __version__
+from ramgguf.weighing import Scale
 
 # What weights may be stored in to be quantized; Q8_0 only when asked for.
 FLOAT_FORMATS = ("F32", "F16", "BF16")
@@ -20,9 +22,10 @@ FLOAT_FORMATS = ("F32", "F16", "BF16")
 
 @dataclass(frozen=True)
 class _Job:
-    """A tensor with its candidates; `kept` says why it has none."""
+    """A tensor with its candidates and importance; `kept` says why it has no candidates."""
 
     tensor: TensorInfo
+    scale: Scale
     candidates: tuple[str, ...]
     excluded: dict[str, str]
     kept: str | None
@@ -44,6 +47,7 @@ def measure(
     n_overhead_bytes: int,
     wanted: Sequence[str] | None = None,
     encoder: Encoder = "rtn",
+    imatrix: Imatrix | None = None,
     allow_requantize: bool = False,
     threads: int,
     progress: Progress,
@@ -51,12 +55,13 @@ def measure(
     """Return bytes and error of every tensor in every format that its shape allows.
 
     wanted names the formats to try (default: every RTN format). n_overhead_bytes is what the
-    output's header will take. Raises FormatError for NaN or infinity in the weights, naming tensor
-    and index, and PlanError when nothing in the model can be quantized.
+    output's header will take. Errors are weighed by the importance that imatrix has. Raises
+    FormatError for NaN or infinity in the weights, naming tensor and index, ImatrixError for an
+    entry of another shape, and PlanError when nothing in the model can be quantized.
     """
     start = time.perf_counter()
     names = tuple(wanted or formats.quantized())
-    jobs = [_job(file, t, names, allow_requantize) for t in file.tensors]
+    jobs = [_job(file, t, names, imatrix, allow_requantize) for t in file.tensors]
     if all(job.kept for job in jobs):
         raise PlanError(
             f"{file.paths[0]}: nothing to quantize ({jobs[0].kept or 'no tensors'}); "
@@ -78,6 +83,7 @@ def measure(
         ramgguf_version=__version__,
         source=_source(file, data.hexdigest()),
         encoder=encoder,
+        imatrix=imatrix.source if imatrix else None,
         formats=names,
         n_overhead_bytes=n_overhead_bytes,
         alignment=file.alignment,
@@ -89,10 +95,17 @@ def measure(
     )
 
 
-def _job(file: GGUFFile, tensor: TensorInfo, wanted: Sequence[str], allow_requantize: bool) -> _Job:
+def _job(
+    file: GGUFFile,
+    tensor: TensorInfo,
+    wanted: Sequence[str],
+    imatrix: Imatrix | None,
+    allow_requantize: bool,
+) -> _Job:
     kept = _reason_to_keep(file, tensor, allow_requantize)
     if kept is not None:
-        return _Job(tensor, (), {}, kept)
+        return _Job(tensor, Scale.of(tensor, None), (), {}, kept)
+    scale = Scale.of(tensor, imatrix)
     candidates, excluded = [], {}
     for name in wanted:
         if name == tensor.type_name:
@@ -103,8 +116,8 @@ def _job(file: GGUFFile, tensor: TensorInfo, wanted: Sequence[str], allow_requan
         elif formats.row_bytes(name, tensor.row_length) < tensor.row_bytes:
             candidates.append(name)
     if not candidates:
-        return _Job(tensor, (), excluded, "no smaller format suits its rows")
-    return _Job(tensor, tuple(candidates), excluded, None)
+        return _Job(tensor, scale, (), excluded, "no smaller format suits its rows")
+    return _Job(tensor, scale, tuple(candidates), excluded, None)
 
 
 def _reason_to_keep(file: GGUFFile, tensor: TensorInfo, allow_requantize: bool) -> str | None:
@@ -125,7 +138,7 @@ def _measure(file: GGUFFile, jobs: Sequence[_Job], chunk: Chunk, encoder: str) -
     rows = file.read_rows(job.tensor, chunk.start, chunk.stop)
     stats = None
     if job.tensor.type_name in (*FLOAT_FORMATS, "Q8_0"):
-        stats = _core.measure(list(job.candidates), job.tensor.type_name, rows, encoder=encoder)
+        stats = job.scale.measure(job.candidates, job.tensor.type_name, rows, chunk.start, encoder)
         if stats.first_nonfinite >= 0:
             index = chunk.start * job.tensor.row_length + stats.first_nonfinite
             raise FormatError(
@@ -146,7 +159,8 @@ def _tensor(
             excluded[error.format] = "a block's scale would overflow F16"
             continue
         n_bytes = formats.row_bytes(error.format, tensor.row_length) * tensor.n_rows
-        nmse = error.sum_squared_error / total.sum_squares if total and total.sum_squares else 0.0
+        squares = job.scale.squares(total) if total else 0.0
+        nmse = job.scale.error(error) / squares if squares else 0.0
         points.append(
             Point(format=error.format, n_bytes=n_bytes, nmse=nmse, max_error=error.max_error)
         )

@@ -7,16 +7,18 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ramgguf import _core, formats
+from ramgguf import formats
 from ramgguf.errors import FormatError, GGUFError, PlanError
 from ramgguf.gguf_io import GGUFFile, TensorInfo, open_gguf
 from ramgguf.gguf_layout import Layout, plan_layout
 from ramgguf.gguf_values import Value, string, u32, u64
 from ramgguf.gguf_write import GGUFOutput
+from ramgguf.imatrix import imatrix_keys, planned_imatrix
 from ramgguf.parallel import Chunk, ordered_map, row_chunks
 from ramgguf.progress import Progress
-from ramgguf.schema import Assignment, Plan
+from ramgguf.schema import Assignment, ImportanceSource, Plan
 from ramgguf.version import __version__
+from ramgguf.weighing import Scale
 
 # Errors are sums in the same order as those measured, so the two agree to the last bits.
 NMSE_TOLERANCE = 1e-9
@@ -31,17 +33,20 @@ class Destination:
     split_max_bytes: int | None = None
 
 
-def planned_metadata(plan: Plan | None) -> dict[str, Value]:
+def planned_metadata(
+    plan: Plan | None, imatrix: ImportanceSource | None = None
+) -> dict[str, Value]:
     """Return the metadata that the output has and the source has not, or has otherwise.
 
-    Every value has a fixed length: without a plan, values stand in for what it will say, so the
-    header's bytes are known before there is one.
+    imatrix is the one that a plan is to be made with. Every value has a fixed length: without a
+    plan, values stand in for what it will say, so the header's bytes are known before there is one.
     """
     by_format: dict[str, int] = {}
     for a in plan.assignments if plan else ():
         by_format[a.format] = by_format.get(a.format, 0) + a.n_bytes
     most = max(by_format, key=lambda name: by_format[name]) if by_format else "F32"
     unknown = "0" * 64
+    weighed_with = plan.imatrix if plan else imatrix
     return {
         "general.file_type": u32(formats.file_type(most)),
         "general.quantization_version": u32(formats.QUANTIZATION_VERSION),
@@ -49,6 +54,7 @@ def planned_metadata(plan: Plan | None) -> dict[str, Value]:
         "ramgguf.budget": u64(plan.budget if plan else 0),
         "ramgguf.plan_sha256": string(plan.sha256() if plan else unknown),
         "ramgguf.source_sha256": string((plan and plan.source.data_sha256) or unknown),
+        **(imatrix_keys(weighed_with) if weighed_with else {}),
     }
 
 
@@ -85,13 +91,14 @@ def quantize(
     """
     check_source(file, plan)
     layout = planned_layout(file, plan, destination)
+    scales = _scales(file, plan)
     output = GGUFOutput(layout, file, force=destination.force)
     progress.start("quantize", sum(t.n_bytes for t in file.tensors), "bytes")
 
     def write(chunk: Chunk) -> int:
         tensor, to = file.tensors[chunk.index], plan.assignments[chunk.index].format
         rows = file.read_rows(tensor, chunk.start, chunk.stop)
-        blocks = _encoded(rows, tensor, to, plan.encoder)
+        blocks = _encoded(rows, chunk.start, tensor, scales[chunk.index], to, plan.encoder)
         output.write_at(tensor.name, chunk.start * blocks.shape[1], blocks)
         return rows.nbytes
 
@@ -109,17 +116,24 @@ def _chunks(file: GGUFFile) -> Iterator[Chunk]:
         yield from row_chunks(index, tensor.n_rows, tensor.row_length)
 
 
+def _scales(file: GGUFFile, plan: Plan) -> list[Scale]:
+    """Return how every tensor's errors are weighed, as when the plan was made."""
+    imatrix = planned_imatrix(plan.imatrix)
+    return [
+        Scale.of(t, imatrix if a.format != a.source_format else None)
+        for t, a in zip(file.tensors, plan.assignments, strict=True)
+    ]
+
+
 def _encoded(
-    rows: NDArray[np.uint8], tensor: TensorInfo, to: str, encoder: str
+    rows: NDArray[np.uint8], start: int, tensor: TensorInfo, scale: Scale, to: str, encoder: str
 ) -> NDArray[np.uint8]:
     if to == tensor.type_name:
         return rows
-    blocks = np.empty((rows.shape[0], formats.row_bytes(to, tensor.row_length)), np.uint8)
     try:
-        _core.encode(to, tensor.type_name, rows, blocks, encoder=encoder)
+        return scale.encode(to, tensor.type_name, rows, start, tensor.row_length, encoder)
     except ValueError as e:
         raise FormatError(f"{tensor.name}: {e}") from None
-    return blocks
 
 
 def verify(
@@ -138,10 +152,12 @@ def verify(
             )
         progress.start("verify", sum(t.n_bytes for t in file.tensors), "bytes")
         squared = [0.0] * len(file.tensors)
+        scales = _scales(file, plan)
         total = [0.0] * len(file.tensors)
 
         def compare(chunk: Chunk) -> tuple[int, int, float, float]:
-            return _compare(file, written, plan.assignments[chunk.index], chunk)
+            planned = plan.assignments[chunk.index]
+            return _compare(file, written, planned, scales[chunk.index], chunk)
 
         try:
             for index, n_bytes, error, norm in ordered_map(compare, _chunks(file), threads):
@@ -160,9 +176,12 @@ def verify(
 
 
 def _compare(
-    file: GGUFFile, written: GGUFFile, planned: Assignment, chunk: Chunk
+    file: GGUFFile, written: GGUFFile, planned: Assignment, scale: Scale, chunk: Chunk
 ) -> tuple[int, int, float, float]:
-    """Return the tensor's index, the source bytes compared, Σ(x−q)² and Σx² of one chunk."""
+    """Return the tensor's index, the source bytes compared, Σ(x−q)² and Σx² of one chunk.
+
+    The sums are weighed by scale.
+    """
     source, target = file.tensors[chunk.index], written.tensor(planned.name)
     if target.type_name != planned.format or target.shape != source.shape:
         raise GGUFError(
@@ -175,6 +194,5 @@ def _compare(
         if not np.array_equal(before, after):
             raise GGUFError(f"{planned.name} was to be copied, and its bytes differ")
         return chunk.index, before.nbytes, 0.0, 1.0
-    stats = _core.compare(source.type_name, before, target.type_name, after)
-    error = stats.errors[0].sum_squared_error
-    return chunk.index, before.nbytes, error, stats.sum_squares
+    stats = scale.compare(source.type_name, before, target.type_name, after, chunk.start)
+    return chunk.index, before.nbytes, scale.error(stats.errors[0]), scale.squares(stats)

@@ -55,7 +55,7 @@ def compare(
     KLD is a criterion where all results have the same reference. Raises ResultError when the
     results were not measured alike (text, protocol, tokenizer, tokens, engine) or share nothing.
     """
-    _check_comparable(results)
+    check_comparable(results)
     ranked, shared, notes = _ranked_together(results)
     # enough resamples that the smallest possible p survives the correction over all pairs
     n_pairs = len(ranked) * (len(ranked) - 1) // 2
@@ -65,7 +65,8 @@ def compare(
     return _leaderboard(rows, found, n_sequences=len(shared), notes=(*notes, *evidence.notes))
 
 
-def _check_comparable(results: Sequence[EvalResult]) -> None:
+def check_comparable(results: Sequence[EvalResult]) -> None:
+    """Raise ResultError when there are no results, or two that were not measured alike."""
     if not results:
         raise ResultError("nothing to compare: expected at least one result")
     for a, b in itertools.combinations(results, 2):

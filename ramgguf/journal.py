@@ -51,11 +51,12 @@ _ADAPTER: TypeAdapter[RunRecord | SequenceRecord | FailureRecord] = TypeAdapter(
 
 
 def run_id(result: EvalResult) -> str:
-    """Return what tells runs apart: a hash over all that a result says but its sequences.
+    """Return what tells runs apart: a hash over what a result without sequences says, but notes.
 
     Runs with the same one (same files, tokens, llama.cpp, CPU, settings) give the same numbers.
     """
-    return hashlib.sha256(result.model_dump_json().encode()).hexdigest()[:16]
+    said = result.model_copy(update={"notes": ()}).model_dump_json()
+    return hashlib.sha256(said.encode()).hexdigest()[:16]
 
 
 def _kld_quantiles(sequences: Sequence[SequenceScore]) -> Quantiles | None:
@@ -64,11 +65,17 @@ def _kld_quantiles(sequences: Sequence[SequenceScore]) -> Quantiles | None:
 
 
 def read_results(path: Path) -> tuple[EvalResult, ...]:
-    """Return the results in a file that an evaluation wrote. Raises EngineError if it is none."""
-    if not path.exists():
-        raise EngineError(f"{path}: does not exist; expected what `ramgguf eval -o` writes")
-    with Journal(path, resume=True) as journal:
-        return journal.results()
+    """Return the results in a file that an evaluation wrote. Raises EngineError if it is none.
+
+    The file is not touched: the evaluation may still be writing it.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as e:
+        raise EngineError(f"{path}: {e.strerror}; expected what `ramgguf eval -o` writes") from None
+    journal = Journal(None, resume=False)
+    journal.load(path, data)
+    return journal.results()
 
 
 class Journal:
@@ -161,6 +168,12 @@ class Journal:
 
     def _read(self, path: Path) -> None:
         data = path.read_bytes()
+        whole = self.load(path, data)
+        if whole < len(data):
+            os.truncate(path, whole)
+
+    def load(self, path: Path, data: bytes) -> int:
+        """Take over the records in data, which path holds; return the bytes of its whole lines."""
         whole = data.rfind(b"\n") + 1
         for number, line in enumerate(data[:whole].splitlines(), start=1):
             try:
@@ -178,5 +191,4 @@ class Journal:
                     self.done(record.run)[record.index] = record
                 case FailureRecord():
                     self._failures[record.run] = record.message
-        if whole < len(data):
-            os.truncate(path, whole)
+        return whole

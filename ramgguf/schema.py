@@ -9,6 +9,7 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ramgguf.errors import PlanError
+from ramgguf.files import write_atomically
 
 
 class _Value(BaseModel):
@@ -52,12 +53,8 @@ class Document(_Value):
             raise PlanError(f"{name}: {where}: {first['msg']}") from None
 
     def save(self, path: Path) -> None:
-        """Write the JSON to path, whole or not at all."""
-        import os
-
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        temporary.write_text(self.to_json())
-        temporary.replace(path)
+        """Write the JSON to path, whole or not at all. Raises PlanError if it cannot be written."""
+        write_atomically(path, self.to_json().encode(), error=PlanError)
 
     @classmethod
     def load(cls, path: Path) -> Self:

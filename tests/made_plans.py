@@ -4,6 +4,7 @@ import numpy as np
 
 from ramgguf.schema import (
     Assignment,
+    Constraints,
     Measurement,
     Plan,
     Point,
@@ -120,5 +121,6 @@ def made_plan(measurement: Measurement, seed: int = 0) -> Plan:
         n_overhead_bytes=1000,
         total_cost=sum(a.cost for a in assignments),
         gap=0.0,
+        constraints=Constraints(),
         assignments=tuple(assignments),
     )

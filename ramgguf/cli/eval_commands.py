@@ -9,11 +9,14 @@ import typer
 
 from ramgguf import api
 from ramgguf.cli import options as opt
-from ramgguf.journal import read_results
+from ramgguf.comparison import check_comparable, compare_published
+from ramgguf.errors import ResultError
+from ramgguf.leaderboard import Leaderboard
+from ramgguf.report.boards import board_csv, board_json, board_markdown, print_board
 from ramgguf.report.page import write_html
 from ramgguf.report.results import eval_csv, eval_json, eval_markdown, print_eval, study_of
+from ramgguf.result_files import read_material
 from ramgguf.results import EvalResult
-from ramgguf.schema import Measurement, Plan
 from ramgguf.units import format_bytes
 
 
@@ -142,7 +145,11 @@ def _show(
 
 
 ResultFiles = Annotated[
-    list[Path], typer.Argument(metavar="RESULTS...", help="What `ramgguf eval -o` wrote.")
+    list[Path],
+    typer.Argument(
+        metavar="RESULTS...",
+        help="What `ramgguf eval` wrote (-o or --json), or published figures (.csv).",
+    ),
 ]
 
 
@@ -157,11 +164,28 @@ def compare(
     """Rank results by corpus, mean and median PPL and by KLD, and say where rankings part."""
     style = _Style(as_json, as_markdown, as_csv)
     terminal = opt.Terminal.make(quiet=quiet, as_json=style.for_programs)
-    _show(_loaded(files), terminal, outlier, style)
+    material = read_material(files)
+    if material.aggregates and material.results:
+        raise ResultError(
+            "published figures have no sequences and are not ranked together with results;"
+            " compare the CSV files on their own"
+        )
+    if material.aggregates:
+        _show_published(compare_published(material.aggregates), terminal, style)
+        return
+    check_comparable(material.results)
+    _show(material.results, terminal, outlier, style)
 
 
-def _loaded(files: Sequence[Path]) -> list[EvalResult]:
-    return [result for path in files for result in read_results(path)]
+def _show_published(board: Leaderboard, terminal: opt.Terminal, style: _Style) -> None:
+    if style.as_json:
+        print(board_json(board), end="")
+    elif style.as_markdown:
+        print(board_markdown(board), end="")
+    elif style.as_csv:
+        print(board_csv(board), end="")
+    else:
+        print_board(board, terminal.out)
 
 
 PlanFiles = Annotated[list[Path] | None, typer.Option("--plan", help="A plan to draw; repeatable.")]
@@ -169,10 +193,14 @@ MeasurementFiles = Annotated[
     list[Path] | None, typer.Option("--measurement", help="Curves to draw; repeatable.")
 ]
 Page = Annotated[Path, typer.Option("--output", "-o", help="The HTML page.")]
+AnyFiles = Annotated[
+    list[Path],
+    typer.Argument(metavar="FILES...", help="Results of eval, plans and measurements."),
+]
 
 
 def report(
-    files: ResultFiles,
+    files: AnyFiles,
     output: Page = Path("report.html"),
     plan: PlanFiles = None,
     measurement: MeasurementFiles = None,
@@ -183,9 +211,9 @@ def report(
     """Draw results, plans and curves on one HTML page that needs no network."""
     terminal = opt.Terminal.make(quiet=quiet, as_json=False)
     opt.refuse_existing(output, force)
-    plans = [(path.stem, Plan.load(path)) for path in plan or ()]
-    measurements = [(path.stem, Measurement.load(path)) for path in measurement or ()]
-    write_html(output, study_of(_loaded(files), outlier), plans, measurements)
+    material = read_material([*files, *(plan or ()), *(measurement or ())])
+    made = study_of(material.results, outlier)
+    write_html(output, made, material.plans, material.measurements)
     terminal.out.print(f"wrote {output} ({format_bytes(output.stat().st_size)})", soft_wrap=True)
 
 

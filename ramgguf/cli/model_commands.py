@@ -9,6 +9,7 @@ import typer
 from ramgguf import api
 from ramgguf.cli import options as opt
 from ramgguf.errors import PlanError
+from ramgguf.files import write_atomically
 from ramgguf.report.plans import print_plan, tensor_types
 from ramgguf.schema import Encoder, Measurement, Plan
 from ramgguf.sensitivities import Sensitivity
@@ -263,7 +264,4 @@ def _export(plan: Plan, plan_path: Path | None, types_path: Path | None, force: 
     if plan_path is not None:
         plan.save(plan_path)
     if types_path is not None:
-        try:
-            types_path.write_text(tensor_types(plan))
-        except OSError as e:
-            raise PlanError(f"{types_path} cannot be written: {e}") from None
+        write_atomically(types_path, tensor_types(plan).encode(), error=PlanError)

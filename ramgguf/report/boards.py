@@ -1,0 +1,88 @@
+"""A leaderboard of published figures, which have no sequences to summarize."""
+
+import csv
+import io
+import json
+
+from rich.console import Console
+
+from ramgguf.leaderboard import CRITERIA, LABELS, Leaderboard
+from ramgguf.report.evaluation import ranking_grid
+from ramgguf.report.grid import Column, Grid, markdown_text, to_markdown
+from ramgguf.report.numbers import kld, ppl, with_interval
+from ramgguf.report.sentences import findings
+from ramgguf.report.terminal import print_grid, print_statements
+from ramgguf.units import format_bytes
+
+
+def board_grid(board: Leaderboard) -> Grid:
+    """Return a row per model: size and what is known of each criterion."""
+    columns = (
+        Column("model", number=False),
+        Column("size"),
+        *(Column(LABELS[c]) for c in CRITERIA),
+        Column("outliers"),
+    )
+    rows = tuple(
+        (
+            row.label,
+            "" if row.n_bytes is None else format_bytes(row.n_bytes),
+            *(
+                with_interval(row.estimates[c], kld if c == "mean_kld" else ppl)
+                if c in row.estimates
+                else ""
+                for c in CRITERIA
+            ),
+            "" if row.n_outliers is None else str(row.n_outliers),
+        )
+        for row in board.rows
+    )
+    return Grid("Published figures", columns, rows)
+
+
+def print_board(board: Leaderboard, console: Console) -> None:
+    """Print the table, the rankings and the findings."""
+    print_grid(console, board_grid(board))
+    console.print()
+    print_grid(console, ranking_grid(board))
+    console.print()
+    print_statements(console, findings(board))
+
+
+def board_markdown(board: Leaderboard) -> str:
+    """Return the table, the rankings and the findings as markdown."""
+    tables = [
+        f"**{grid.title}**\n\n{to_markdown(grid.without_empty_columns())}"
+        for grid in (board_grid(board), ranking_grid(board))
+    ]
+    return "\n".join((*tables, "".join(f"- {markdown_text(s)}\n" for s in findings(board))))
+
+
+def board_csv(board: Leaderboard) -> str:
+    """Return a row per model, in the form that `compare` reads."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(("model", "n_bytes", *CRITERIA, "n_outliers"))
+    for row in board.rows:
+        values = [row.estimates[c].value if c in row.estimates else None for c in CRITERIA]
+        writer.writerow((row.label, row.n_bytes, *values, row.n_outliers))
+    return out.getvalue()
+
+
+def board_json(board: Leaderboard) -> str:
+    """Return the figures, rankings and findings as one JSON document."""
+    document = {
+        "schema": "ramgguf.comparison/1",
+        "models": [
+            {
+                "model": row.label,
+                "n_bytes": row.n_bytes,
+                **{c: e.value for c, e in row.estimates.items()},
+                "n_outliers": row.n_outliers,
+            }
+            for row in board.rows
+        ],
+        "rankings": {r.criterion: list(r.order) for r in board.rankings},
+        "statements": list(findings(board)),
+    }
+    return json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n"

@@ -62,5 +62,5 @@ def test_times_are_understood_and_other_texts_refused() -> None:
     told = {"90": 90, "90s": 90, "20m": 1200, "20 min": 1200, "1.5h": 5400}
     assert {text: parse_seconds(text) for text in told} == told
     for text in ("", "0", "-5m", "soon", "3d"):
-        with pytest.raises(BudgetError, match="write 90s, 20m or 1.5h"):
+        with pytest.raises(BudgetError, match=r"write 90s, 20m or 1\.5h"):
             parse_seconds(text)

@@ -163,6 +163,8 @@ struct ErrorLanes {
 
 struct WeightLanes {
     DoubleLanes sum = {}, squares = {}, cubes = {}, fourths = {}, weighted = {};
+    float max_square = 0;  // over the units that are not wide
+    int32_t max_abs = 0;   // over those that are, as the bits of a float
 };
 
 // A chunk of weights as floats. In a unit that is `wide` some power of a weight up to the fourth
@@ -263,10 +265,22 @@ void compare_chunk(const Chunk& chunk, const float* q, ErrorLanes& errors) {
 
 constexpr int32_t kLargestFinite = 0x7f7fffff;
 
-// Whether the unit with this largest magnitude (bits of a float) has powers that leave the range of
-// a float, or is not finite. From 2^-30 to 2^30 fourth powers stay within 2^-120 .. 2^120.
-RAMGGUF_INLINE bool is_wide(int32_t magnitude) {
-    return (magnitude != 0) & ((magnitude < 0x30800000) | (magnitude > 0x4e800000));
+// The largest lane.
+RAMGGUF_INLINE int32_t max_of(IntLanes a) {
+    a = max(a, bits(exchange<8>(from_bits(a))));
+    a = max(a, bits(exchange<4>(from_bits(a))));
+    a = max(a, bits(exchange<2>(from_bits(a))));
+    return max(a, bits(exchange<1>(from_bits(a)))).p[0][0];
+}
+
+// The largest magnitude of a unit as the bits of a float: NaN and infinity compare as largest.
+RAMGGUF_INLINE int32_t max_magnitude(const float* x) {
+    IntLanes largest = broadcast(0);
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; ++j) {
+        largest = max(largest, bits(load(x + kLanes * j)) & broadcast(INT32_MAX));
+    }
+    return max_of(largest);
 }
 
 void add_wide_weights(const float* x, const float* w, WeightLanes& sums) {
@@ -281,60 +295,56 @@ void add_wide_weights(const float* x, const float* w, WeightLanes& sums) {
     }
 }
 
-// The largest lane.
-RAMGGUF_INLINE int32_t max_of(IntLanes a) {
-    a = max(a, bits(exchange<8>(from_bits(a))));
-    a = max(a, bits(exchange<4>(from_bits(a))));
-    a = max(a, bits(exchange<2>(from_bits(a))));
-    return max(a, bits(exchange<1>(from_bits(a)))).p[0][0];
-}
-
-// Adds the power sums of a unit, unless it is wide. Returns the largest magnitude as the bits of a
-// float: NaN and infinity compare as largest.
+// Fills chunk.wide and the sums; returns whether all weights are finite. The sums of a unit that
+// turns out to be wide are thrown away and made in double.
 template <bool kWeighted>
-RAMGGUF_INLINE int32_t add_weights(const float* x, const float* w, WeightLanes& sums) {
-    Lanes sum = broadcast(0.0f), squares = sum, cubes = sum, fourths = sum, weighted = sum;
-    IntLanes largest = broadcast(0);
-#pragma GCC unroll 8
-    for (int j = 0; j < kVectors; ++j) {
-        const Lanes value = load(x + kLanes * j), square = value * value;
-        largest = max(largest, bits(value) & broadcast(INT32_MAX));
-        sum = sum + value;
-        squares = squares + square;
-        cubes = cubes + square * value;
-        fourths = fourths + square * square;
-        if (kWeighted) weighted = weighted + load(w + kLanes * j) * square;
-    }
-    const int32_t magnitude = max_of(largest);
-    if (is_wide(magnitude)) return magnitude;
-    add_to(sums.sum, sum);
-    add_to(sums.squares, squares);
-    add_to(sums.cubes, cubes);
-    add_to(sums.fourths, fourths);
-    if (kWeighted) add_to(sums.weighted, weighted);
-    return magnitude;
-}
-
-// Fills chunk.wide and the sums; returns whether all weights are finite.
-template <bool kWeighted>
-bool add_units(Chunk& chunk, WeightLanes& sums, int32_t& max_abs) {
+bool add_units(Chunk& chunk, WeightLanes& sums) {
     chunk.wide = 0;
+    // Of these two, which only the kurtosis needs, a float holds enough for a chunk.
+    Lanes cubes = broadcast(0.0f), fourths = broadcast(0.0f);
     for (int u = 0; u < chunk.n_units; ++u) {
         const float* x = chunk.x + kUnit * u;
         const float* w = kWeighted ? chunk.w + kUnit * u : nullptr;
-        const int32_t magnitude = add_weights<kWeighted>(x, w, sums);
-        max_abs = magnitude > max_abs ? magnitude : max_abs;
-        if (__builtin_expect(is_wide(magnitude), 0)) {
-            if (magnitude > kLargestFinite) return false;
-            chunk.wide |= 1u << u;
-            add_wide_weights(x, w, sums);
+        const Lanes zero = broadcast(0.0f);
+        Lanes sum = zero, squares = zero, weighted = zero, largest_square = zero;
+        Lanes unit_cubes = zero, unit_fourths = zero;
+#pragma GCC unroll 16
+        for (int j = 0; j < kVectors; ++j) {
+            const Lanes value = load(x + kLanes * j), square = value * value;
+            largest_square = max(largest_square, square);
+            sum = sum + value;
+            squares = squares + square;
+            unit_cubes = unit_cubes + square * value;
+            unit_fourths = unit_fourths + square * square;
+            if (kWeighted) weighted = weighted + load(w + kLanes * j) * square;
         }
+        const float largest = max_of(largest_square);
+        // From 2^-30 to 2^30 fourth powers stay within 2^-120 .. 2^120. A NaN may hide from max,
+        // not from the sum.
+        const bool narrow =
+            (largest >= 0x1p-60f) & (largest <= 0x1p60f) & (to_bits(sum == sum) == 0xffff);
+        if (__builtin_expect(!narrow, 0)) {
+            const int32_t magnitude = max_magnitude(x);
+            if (magnitude > kLargestFinite) return false;
+            sums.max_abs = magnitude > sums.max_abs ? magnitude : sums.max_abs;
+            chunk.wide |= magnitude != 0 ? 1u << u : 0;
+            add_wide_weights(x, w, sums);
+            continue;
+        }
+        sums.max_square = largest > sums.max_square ? largest : sums.max_square;
+        add_to(sums.sum, sum);
+        add_to(sums.squares, squares);
+        cubes = cubes + unit_cubes;
+        fourths = fourths + unit_fourths;
+        if (kWeighted) add_to(sums.weighted, weighted);
     }
+    add_to(sums.cubes, cubes);
+    add_to(sums.fourths, fourths);
     return true;
 }
 
-bool add_chunk(Chunk& chunk, WeightLanes& sums, int32_t& max_abs) {
-    return chunk.w ? add_units<true>(chunk, sums, max_abs) : add_units<false>(chunk, sums, max_abs);
+bool add_chunk(Chunk& chunk, WeightLanes& sums) {
+    return chunk.w ? add_units<true>(chunk, sums) : add_units<false>(chunk, sums);
 }
 
 // --- tables ---
@@ -456,22 +466,26 @@ ErrorSums to_sums(const ErrorLanes& lanes) {
     return sums;
 }
 
-void finish(const WeightLanes& lanes, int32_t max_abs, WeightSums& sums) {
+void finish(const WeightLanes& lanes, WeightSums& sums) {
     sums.sum = sum_of(lanes.sum);
     sums.squares = sum_of(lanes.squares);
     sums.cubes = sum_of(lanes.cubes);
     sums.fourths = sum_of(lanes.fourths);
     sums.weighted_squares = sum_of(lanes.weighted);
-    std::memcpy(&sums.max_abs, &max_abs, sizeof max_abs);
+    // The root of a rounded square is the number itself, exactly, where nothing over- or underflows
+    // (Boldo 2015, Stupid is as stupid does: taking the square root of the square of a float).
+    std::memcpy(&sums.max_abs, &lanes.max_abs, sizeof lanes.max_abs);
+    const float narrow = __builtin_sqrtf(lanes.max_square);
+    sums.max_abs = narrow > sums.max_abs ? narrow : sums.max_abs;
 }
 
 bool all_finite(const Chunk& chunk) {
-    IntLanes largest = broadcast(0);
-#pragma GCC unroll 4
-    for (int i = 0; i < chunk.n_units * kUnit; i += kLanes) {
-        largest = max(largest, bits(load(chunk.x + i)) & broadcast(INT32_MAX));
+    int32_t largest = 0;
+    for (int u = 0; u < chunk.n_units; ++u) {
+        const int32_t magnitude = max_magnitude(chunk.x + kUnit * u);
+        largest = magnitude > largest ? magnitude : largest;
     }
-    return max_of(largest) <= kLargestFinite;
+    return largest <= kLargestFinite;
 }
 
 // The index in the unit of its weight of largest magnitude.
@@ -525,18 +539,17 @@ __attribute__((noinline)) void measure_all(const Weights& in, EncoderId encoder,
                                            int n_formats, WeightSums& sums, ErrorSums* errors) {
     ErrorLanes lanes[kFormatCount];
     WeightLanes weights;
-    int32_t max_abs = 0;
     Reader reader(in);
     Chunk chunk;
     int64_t n;
     while (reader.next(chunk, n)) {
-        if (!add_chunk(chunk, weights, max_abs)) {
+        if (!add_chunk(chunk, weights)) {
             sums.first_nonfinite = reader.first_nonfinite();
             break;
         }
         for (int i = 0; i < n_formats; ++i) kMeasure[encoder][formats[i]](chunk, lanes[i]);
     }
-    finish(weights, max_abs, sums);
+    finish(weights, sums);
     for (int i = 0; i < n_formats; ++i) errors[i] = to_sums(lanes[i]);
 }
 
@@ -544,19 +557,18 @@ __attribute__((noinline)) void compare_all(const Weights& a, const Weights& b, W
                                            ErrorSums& error) {
     ErrorLanes lanes;
     WeightLanes weights;
-    int32_t max_abs = 0;
     Reader reader_a(a), reader_b(b);
     Chunk chunk, other;
     int64_t n;
     while (reader_a.next(chunk, n) && reader_b.next(other, n)) {
-        if (!add_chunk(chunk, weights, max_abs)) {
+        if (!add_chunk(chunk, weights)) {
             sums.first_nonfinite = reader_a.first_nonfinite();
             break;
         }
         lanes.overflow |= !all_finite(other);
         compare_chunk(chunk, other.x, lanes);
     }
-    finish(weights, max_abs, sums);
+    finish(weights, sums);
     error = to_sums(lanes);
 }
 

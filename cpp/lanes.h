@@ -561,6 +561,27 @@ RAMGGUF_INLINE Lanes exchange(Lanes a) {
     }
 }
 
+// Lane j of the result is the lane of v[j] of largest magnitude; of a and -a, the negative one
+// (zeros: of either sign, which depends on the level).
+RAMGGUF_INLINE Lanes extreme_of_each(const Lanes (&v)[kLanes]) {
+#if defined(RAMGGUF_AVX512)
+    // As unsigned integers with the sign as their last bit: one tree instead of two.
+    Lanes keys[kLanes];
+#pragma GCC unroll 16
+    for (int j = 0; j < kLanes; ++j) {
+        keys[j].p[0] = (FloatPart)_mm512_rol_epi32((__m512i)v[j].p[0], 1);
+    }
+    const auto larger = [](Lanes a, Lanes b) __attribute__((always_inline)) {
+        return Lanes{{(FloatPart)_mm512_max_epu32((__m512i)a.p[0], (__m512i)b.p[0])}};
+    };
+    const Lanes found = reduce_each(larger, keys);
+    return {{(FloatPart)_mm512_ror_epi32((__m512i)found.p[0], 1)}};
+#else
+    const Lanes low = reduce_each(Min{}, v), high = reduce_each(Max{}, v);
+    return select(high > -low, high, low);
+#endif
+}
+
 // Lanes 0..7 of a, then lanes 0..7 of b.
 RAMGGUF_INLINE Lanes lower_halves(Lanes a, Lanes b) {
 #if RAMGGUF_PART_BYTES == 64
@@ -651,6 +672,18 @@ struct DoubleLanes {
 
 // sums[i] += a[i]
 RAMGGUF_INLINE void add_to(DoubleLanes& sums, Lanes a) {
+#if defined(RAMGGUF_AVX512)
+    const __m512 v = (__m512)a.p[0];
+    sums.p[0] += (DoublePart)_mm512_cvtps_pd(_mm512_castps512_ps256(v));
+    sums.p[1] += (DoublePart)_mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1));
+#elif defined(RAMGGUF_AVX2)
+#pragma GCC unroll 2
+    for (int k = 0; k < kParts; ++k) {
+        const __m256 v = (__m256)a.p[k];
+        sums.p[2 * k] += (DoublePart)_mm256_cvtps_pd(_mm256_castps256_ps128(v));
+        sums.p[2 * k + 1] += (DoublePart)_mm256_cvtps_pd(_mm256_extractf128_ps(v, 1));
+    }
+#else
 #pragma GCC unroll 4
     for (int k = 0; k < kParts; ++k) {
         HalfPart half[2];
@@ -658,6 +691,7 @@ RAMGGUF_INLINE void add_to(DoubleLanes& sums, Lanes a) {
         sums.p[2 * k] += __builtin_convertvector(half[0], DoublePart);
         sums.p[2 * k + 1] += __builtin_convertvector(half[1], DoublePart);
     }
+#endif
 }
 
 RAMGGUF_INLINE void add_to(DoubleLanes& sums, int lane, double a) {

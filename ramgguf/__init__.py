@@ -16,6 +16,7 @@ from ramgguf.api import (
     plan,
     plan_on,
     quantize,
+    sensitivity,
 )
 from ramgguf.version import __version__
 
@@ -32,4 +33,5 @@ __all__ = [
     "plan",
     "plan_on",
     "quantize",
+    "sensitivity",
 ]

@@ -17,7 +17,6 @@ from ramgguf.gguf_layout import planned_header_bytes
 from ramgguf.parallel import default_threads
 from ramgguf.planning import (
     DEFAULT_MIN_SQNR_DB,
-    DEFAULT_OBJECTIVE,
     PlanOptions,
     budget_bytes,
     curve,
@@ -29,6 +28,7 @@ from ramgguf.planning import (
 )
 from ramgguf.progress import Progress, Silent
 from ramgguf.schema import Encoder, Measurement, Plan
+from ramgguf.sensing import sensitivity
 from ramgguf.stages import evaluate as _evaluate
 from ramgguf.stages import measure as _measure
 from ramgguf.stages import quantize as _quantize
@@ -37,7 +37,6 @@ from ramgguf.stages.evaluate import Evaluation
 __all__ = [
     "DEFAULT_ENCODER",
     "DEFAULT_MIN_SQNR_DB",
-    "DEFAULT_OBJECTIVE",
     "PlanOptions",
     "Quantized",
     "curve",
@@ -50,6 +49,7 @@ __all__ = [
     "plan",
     "plan_on",
     "quantize",
+    "sensitivity",
 ]
 
 DEFAULT_ENCODER: Encoder = "rtn"

@@ -10,13 +10,17 @@ NonNegativeFloat = Annotated[float, Field(ge=0)]
 
 
 class FrontierTensor(_Value):
-    """What a plan repeats of a tensor; note says why there is no choice."""
+    """What a plan repeats of a tensor; note says why there is no choice.
+
+    relative_error is that of its sensitivity, if that is the objective.
+    """
 
     name: str
     role: str
     source_format: str
     n_weights: Positive
     note: str | None = None
+    relative_error: NonNegativeFloat | None = None
 
 
 class FrontierChoice(_Value):
@@ -63,6 +67,7 @@ class Frontier(Document):
     source: Source
     encoder: Encoder
     objective: str
+    sensitivity_sha256: str | None = None
     constraints: Constraints
     n_overhead_bytes: NonNegative
     tensors: tuple[FrontierTensor, ...]

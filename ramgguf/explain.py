@@ -10,9 +10,10 @@ from dataclasses import dataclass
 
 from ramgguf.errors import PlanError
 from ramgguf.knapsack import Choice, price
-from ramgguf.objectives import cost_function
+from ramgguf.objectives import costing
 from ramgguf.problem import Barred, Group, Problem
 from ramgguf.schema import Assignment, Measurement, Plan
+from ramgguf.sensitivities import Sensitivity
 
 
 @dataclass(frozen=True)
@@ -71,13 +72,18 @@ class PlanExplanation:
         return "; ".join(said) or "the budget allows everything its best"
 
 
-def explain(plan: Plan, measurement: Measurement) -> PlanExplanation:
+def explain(
+    plan: Plan, measurement: Measurement, sensitivity: Sensitivity | None = None
+) -> PlanExplanation:
     """Return why every tensor of the plan has its format.
 
-    Raises PlanError when the plan was not made from this measurement.
+    Raises PlanError when the plan was not made from this measurement and sensitivity.
     """
     _check(plan, measurement)
-    problem = Problem.of(measurement, plan.constraints, cost_function(plan.objective, measurement))
+    used = costing(plan.objective, measurement, sensitivity)
+    if used.sensitivity_sha256 != plan.sensitivity_sha256:
+        raise PlanError("the plan was made with another sensitivity file; plan again")
+    problem = Problem.of(measurement, plan.constraints, used.cost)
     explained: dict[int, Explanation] = {}
     for group in problem.groups:
         names = tuple(plan.assignments[i].name for i in group.members)

@@ -210,6 +210,7 @@ def require_disk_space(folder: Path, n_bytes: int, *, error: type[RamggufError])
 
 def write_atomically(path: Path, data: bytes, *, error: type[RamggufError]) -> None:
     """Write a small file, whole or not at all, replacing what was there."""
+    remove_orphans(path.parent)
     file = AtomicFile(path, len(data), force=True, error=error)
     try:
         file.write_at(0, data)

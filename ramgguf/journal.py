@@ -51,11 +51,12 @@ _ADAPTER: TypeAdapter[RunRecord | SequenceRecord | FailureRecord] = TypeAdapter(
 
 
 def run_id(result: EvalResult) -> str:
-    """Return what tells runs apart: a hash over all that a result says but its sequences.
+    """Return what tells runs apart: a hash over what a result without sequences says, but notes.
 
     Runs with the same one (same files, tokens, llama.cpp, CPU, settings) give the same numbers.
     """
-    return hashlib.sha256(result.model_dump_json().encode()).hexdigest()[:16]
+    said = result.model_copy(update={"notes": ()}).model_dump_json()
+    return hashlib.sha256(said.encode()).hexdigest()[:16]
 
 
 def _kld_quantiles(sequences: Sequence[SequenceScore]) -> Quantiles | None:

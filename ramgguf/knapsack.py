@@ -37,7 +37,7 @@ def solve(
     capacity: int,
     *,
     rel_gap: float = 1e-6,
-    seconds: float = 30.0,
+    seconds: float = 5.0,
 ) -> Solution:
     """Return the cheapest selection of at most `capacity` bytes, with its proven gap.
 

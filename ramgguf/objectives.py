@@ -4,63 +4,18 @@ The priors are soft: they scale a cost, they never forbid a format.
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 
 from ramgguf.errors import PlanError
-from ramgguf.schema import Measurement, Point, TensorMeasurement
+from ramgguf.priors import Shape, prior
+from ramgguf.schema import Assignment, Measurement, Point, TensorMeasurement
+from ramgguf.sensitivities import Sensitivity
 
-# Priors per weight and unit of NMSE, relative to an average matrix: rounded medians of measured
-# sensitivities of one network (SmolLM2-135M); docs/allocation.md has the table and its limits.
-ROLE_PRIORS = {
-    "attn_v": 5.0,
-    "attn_k": 0.75,
-    "attn_qkv": 1.5,
-    "attn_output": 1.4,
-    "ffn_up": 1.3,
-    "ffn_down": 2.0,
-    "embedding": 1.0,
-    "tied_embedding": 1.3,
-    "head": 1.3,
-}
-# Every weight of K and V serves all query heads of its group.
-SHARED_BY_HEADS = frozenset({"attn_k", "attn_v"})
-FIRST_LAYER_PRIOR = 2.5
-LAST_LAYER_PRIOR = 1.5
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What priors need to know of the whole model; heads_per_kv is query heads per KV head."""
-
-    n_layers: int | None
-    heads_per_kv: float = 1.0
-
-    @classmethod
-    def of(cls, measurement: Measurement) -> "Shape":
-        """Return the shape, with heads_per_kv from the sizes of the Q and K matrices."""
-        n_q = sum(t.n_weights for t in measurement.tensors if t.role == "attn_q")
-        n_k = sum(t.n_weights for t in measurement.tensors if t.role == "attn_k")
-        return cls(measurement.n_layers, max(1.0, n_q / n_k) if n_k else 1.0)
-
-    def is_first(self, tensor: TensorMeasurement) -> bool:
-        return tensor.layer == 0
-
-    def is_last(self, tensor: TensorMeasurement) -> bool:
-        return tensor.layer is not None and tensor.layer == (self.n_layers or 0) - 1
-
+DEFAULT_OBJECTIVE = "weighted"
+SENSITIVITY = "sensitivity"
 
 Objective = Callable[[TensorMeasurement, Point, Shape], float]
-
-
-def prior(tensor: TensorMeasurement, shape: Shape) -> float:
-    """Return π, the soft prior of a weight of this tensor."""
-    value = ROLE_PRIORS.get(tensor.role, 1.0)
-    if tensor.role in SHARED_BY_HEADS:
-        value *= shape.heads_per_kv
-    if shape.is_first(tensor):
-        return value * FIRST_LAYER_PRIOR
-    return value * LAST_LAYER_PRIOR if shape.is_last(tensor) else value
 
 
 def weighted_nmse(tensor: TensorMeasurement, point: Point, shape: Shape) -> float:
@@ -97,15 +52,64 @@ OBJECTIVES: dict[str, Objective] = {
 Cost = Callable[[TensorMeasurement, Point], float]
 
 
-def cost_function(name: str, measurement: Measurement) -> Cost:
-    """Return the cost of a tensor in a format under the objective of this name.
+@dataclass(frozen=True)
+class Costing:
+    """An objective made ready for one model.
 
-    Raises PlanError that lists the known names.
+    errors are the relative standard errors of the tensors' costs, known for sensitivities only;
+    sensitivity_sha256 tells which were used.
     """
+
+    name: str
+    cost: Cost
+    errors: Mapping[str, float] = field(default_factory=dict)
+    sensitivity_sha256: str | None = None
+
+    def total_error(self, assignments: Iterable[Assignment]) -> float | None:
+        """Return the standard error of the total cost; None where it is not known.
+
+        All tensors were read with the same tokens, so their errors are taken to add up.
+        """
+        if not self.errors:
+            return None
+        return math.fsum(a.cost * self.errors.get(a.name, 0.0) for a in assignments)
+
+
+def costing(
+    name: str | None, measurement: Measurement, sensitivity: Sensitivity | None = None
+) -> Costing:
+    """Return the objective of this name for the model; None takes the best that is known.
+
+    That is `sensitivity` where there is one, else DEFAULT_OBJECTIVE. Raises PlanError for names
+    that are not known, and for a sensitivity that is missing or of another model.
+    """
+    if name is None:
+        name = DEFAULT_OBJECTIVE if sensitivity is None else SENSITIVITY
+    if name == SENSITIVITY:
+        return _by_sensitivity(measurement, sensitivity)
     try:
         objective = OBJECTIVES[name]
     except KeyError:
-        known = ", ".join(OBJECTIVES)
+        known = ", ".join([*OBJECTIVES, SENSITIVITY])
         raise PlanError(f"objective {name!r} is unknown; known are {known}") from None
     shape = Shape.of(measurement)
-    return lambda tensor, point: objective(tensor, point, shape)
+    return Costing(name, lambda tensor, point: objective(tensor, point, shape))
+
+
+def _by_sensitivity(measurement: Measurement, sensitivity: Sensitivity | None) -> Costing:
+    """Return α · NMSE: the KLD, in nats per token, that a tensor's quantization alone causes."""
+    if sensitivity is None:
+        raise PlanError("the objective sensitivity needs a file; give it with --sensitivity")
+    ours, theirs = measurement.source, sensitivity.source
+    if (ours.header_sha256, ours.n_bytes) != (theirs.header_sha256, theirs.n_bytes):
+        raise PlanError(f"the sensitivity is of {theirs.path}, another model than {ours.path}")
+    alpha = {t.name: t.alpha for t in sensitivity.tensors}
+    for tensor in measurement.tensors:
+        if tensor.kept is None and tensor.name not in alpha:
+            raise PlanError(f"{theirs.path}: {tensor.name} has no sensitivity; measure it again")
+    return Costing(
+        SENSITIVITY,
+        lambda tensor, point: alpha[tensor.name] * point.nmse,
+        {t.name: t.relative_error for t in sensitivity.tensors},
+        sensitivity.sha256(),
+    )

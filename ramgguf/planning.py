@@ -8,26 +8,29 @@ from ramgguf.curves import Frontier
 from ramgguf.errors import BudgetError
 from ramgguf.explain import PlanExplanation
 from ramgguf.explain import explain as _explain
+from ramgguf.objectives import Costing, costing
 from ramgguf.problem import parse_tie
 from ramgguf.recipes import Difference, Recipe, pins_for
 from ramgguf.recipes import diff as _diff
 from ramgguf.schema import Constraints, Measurement, MinFormat, Pin, Plan
+from ramgguf.sensitivities import Sensitivity
 from ramgguf.stages import allocate as _allocate
 from ramgguf.stages import frontier as _frontier
 from ramgguf.units import parse_budget
 
-DEFAULT_OBJECTIVE = "weighted"
 DEFAULT_MIN_SQNR_DB = 9.0
 
 
 class PlanOptions(TypedDict, total=False):
     """What is minimised, and what a plan must respect.
 
-    formats are those to choose from (None: all that were measured); pins are 'regex=FORMAT',
+    objective None is the best known: sensitivity where one is given (a value or its file), else
+    weighted. formats are those to choose from (None: all measured); pins are 'regex=FORMAT',
     min_formats 'role=FORMAT'; a tie is 'qkv', 'gate-up' or roles in a list 'role,role'.
     """
 
-    objective: str
+    objective: str | None
+    sensitivity: Sensitivity | str | Path | None
     min_sqnr_db: float
     formats: Sequence[str] | None
     pins: Sequence[str]
@@ -48,7 +51,7 @@ def plan(
     return _allocate.allocate(
         measurement,
         budget_bytes(budget, measurement.n_weights, measurement.source.n_bytes),
-        objective_name=options.get("objective", DEFAULT_OBJECTIVE),
+        costing=_costing(measurement, options),
         constraints=_constraints(options),
     )
 
@@ -67,9 +70,10 @@ def follow(measurement: Measurement | str | Path, recipe: Recipe | str | Path) -
 
 def curve(measurement: Measurement | str | Path, **options: Unpack[PlanOptions]) -> Frontier:
     """Return the best plans of all sizes, up to 8.5 bits per weight; options are those of plan."""
+    measurement = _loaded(measurement)
     return _frontier.frontier(
-        _loaded(measurement),
-        objective_name=options.get("objective", DEFAULT_OBJECTIVE),
+        measurement,
+        costing=_costing(measurement, options),
         constraints=_constraints(options),
     )
 
@@ -80,9 +84,13 @@ def plan_on(frontier: Frontier, budget: int | str) -> Plan:
     return _frontier.plan_at(frontier, n_bytes)
 
 
-def explain(plan: Plan, measurement: Measurement | str | Path) -> PlanExplanation:
+def explain(
+    plan: Plan,
+    measurement: Measurement | str | Path,
+    sensitivity: Sensitivity | str | Path | None = None,
+) -> PlanExplanation:
     """Return why every tensor of a plan has its format, and what its next steps would bring."""
-    return _explain(plan, _loaded(measurement))
+    return _explain(plan, _loaded(measurement), _loaded_sensitivity(sensitivity))
 
 
 def diff(a: str | Path, b: str | Path) -> Difference:
@@ -94,6 +102,17 @@ def _loaded(measurement: Measurement | str | Path) -> Measurement:
     if isinstance(measurement, Measurement):
         return measurement
     return Measurement.load(Path(measurement))
+
+
+def _loaded_sensitivity(sensitivity: Sensitivity | str | Path | None) -> Sensitivity | None:
+    if sensitivity is None or isinstance(sensitivity, Sensitivity):
+        return sensitivity
+    return Sensitivity.load(Path(sensitivity))
+
+
+def _costing(measurement: Measurement, options: PlanOptions) -> Costing:
+    sensitivity = _loaded_sensitivity(options.get("sensitivity"))
+    return costing(options.get("objective"), measurement, sensitivity)
 
 
 def _constraints(options: PlanOptions) -> Constraints:

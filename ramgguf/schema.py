@@ -9,6 +9,7 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ramgguf.errors import PlanError
+from ramgguf.files import write_atomically
 
 
 class _Value(BaseModel):
@@ -52,12 +53,8 @@ class Document(_Value):
             raise PlanError(f"{name}: {where}: {first['msg']}") from None
 
     def save(self, path: Path) -> None:
-        """Write the JSON to path, whole or not at all."""
-        import os
-
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        temporary.write_text(self.to_json())
-        temporary.replace(path)
+        """Write the JSON to path, whole or not at all. Raises PlanError if it cannot be written."""
+        write_atomically(path, self.to_json().encode(), error=PlanError)
 
     @classmethod
     def load(cls, path: Path) -> Self:
@@ -218,6 +215,8 @@ class Plan(Document):
     """A format for every tensor, with what it costs, what it loses and how near the optimum it is.
 
     n_bytes is the whole output file; gap is the proven relative optimality gap of the objective.
+    Under the objective sensitivity, total_cost is the predicted KLD in nats per token, with its
+    standard error; sensitivity_sha256 names the sensitivities.
     """
 
     KIND: ClassVar[str] = "plan"
@@ -230,6 +229,8 @@ class Plan(Document):
     n_bytes: Positive
     n_overhead_bytes: NonNegative
     total_cost: Annotated[float, Field(ge=0)]
+    total_cost_error: Annotated[float, Field(ge=0)] | None = None
+    sensitivity_sha256: str | None = None
     gap: Annotated[float, Field(ge=0)]
     constraints: Constraints = Constraints()
     assignments: tuple[Assignment, ...]

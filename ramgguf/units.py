@@ -43,6 +43,19 @@ def parse_size(text: str) -> int:
     return parse_budget(text, n_weights=0, n_bytes_source=0)
 
 
+_TIME = re.compile(r"(?P<number>\d+(?:\.\d*)?|\.\d+)\s*(?P<unit>s|m|min|h)?")
+_SECONDS = {None: 1, "s": 1, "m": 60, "min": 60, "h": 3600}
+
+
+def parse_seconds(text: str) -> float:
+    """Return the seconds of a time such as 90, 90s, 20m or 1.5h; raises BudgetError otherwise."""
+    match = _TIME.fullmatch(text.strip().lower())
+    seconds = float(match["number"]) * _SECONDS[match["unit"]] if match else 0.0
+    if seconds <= 0:
+        raise BudgetError(f"time {text!r} is none; write 90s, 20m or 1.5h")
+    return seconds
+
+
 def format_bytes(n_bytes: float) -> str:
     """Return bytes in powers of 1000, three significant digits: 104 MB, 15.8 GB."""
     for unit, size in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):

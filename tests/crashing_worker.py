@@ -1,4 +1,8 @@
-"""A worker whose llama.cpp dies by a signal: on a model called crash-N, in its N-th sequence."""
+"""A worker whose llama.cpp dies by a signal.
+
+It does so on a model called crash-N, in its N-th sequence, and on one called fragile unless that is
+loaded with safe kernels.
+"""
 
 import os
 import signal
@@ -7,8 +11,14 @@ from typing import Any
 from ramgguf.engine import worker
 from ramgguf.engine.llama import LlamaModel, Logits
 
-_clear, _decode = LlamaModel.clear, LlamaModel.decode
+_init, _clear, _decode = LlamaModel.__init__, LlamaModel.clear, LlamaModel.decode
 _n_sequences: dict[str, int] = {}
+_is_safe: dict[str, bool] = {}
+
+
+def _noting_init(self: LlamaModel, *arguments: Any, **options: Any) -> None:
+    _init(self, *arguments, **options)
+    _is_safe[self.path.stem] = options["safe_kernels"]
 
 
 def _counting_clear(self: LlamaModel) -> None:
@@ -17,12 +27,14 @@ def _counting_clear(self: LlamaModel) -> None:
 
 
 def _crashing_decode(self: LlamaModel, *arguments: Any, **options: Any) -> Logits:
-    if self.path.stem == f"crash-{_n_sequences[self.path.stem]}":
+    name = self.path.stem
+    if name == f"crash-{_n_sequences[name]}" or (name == "fragile" and not _is_safe[name]):
         os.kill(os.getpid(), signal.SIGSEGV)
     return _decode(self, *arguments, **options)
 
 
 if __name__ == "__main__":
+    LlamaModel.__init__ = _noting_init  # type: ignore[method-assign]
     LlamaModel.clear = _counting_clear  # type: ignore[method-assign]
     LlamaModel.decode = _crashing_decode  # type: ignore[method-assign]
     worker.main()

@@ -60,8 +60,10 @@ def _n_row_bytes(type_name: str, row_length: int) -> int:
     return int(row_length // traits.blck_size * traits.type_size)
 
 
-def quantize(type_name: str, rows: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """Return the blocks that ggml_quantize_chunk makes of rows, without importance."""
+def quantize(
+    type_name: str, rows: NDArray[np.float32], importance: NDArray[np.float32] | None = None
+) -> NDArray[np.uint8]:
+    """Return the blocks that ggml_quantize_chunk makes of rows; importance is one per column."""
     rows = np.ascontiguousarray(rows)
     out = np.zeros((rows.shape[0], _n_row_bytes(type_name, rows.shape[1])), np.uint8)
     n_bytes = library().ggml_quantize_chunk(
@@ -71,7 +73,7 @@ def quantize(type_name: str, rows: NDArray[np.float32]) -> NDArray[np.uint8]:
         ctypes.c_int64(0),
         ctypes.c_int64(rows.shape[0]),
         ctypes.c_int64(rows.shape[1]),
-        None,
+        None if importance is None else ctypes.c_void_p(importance.ctypes.data),
     )
     assert n_bytes == out.nbytes
     return out

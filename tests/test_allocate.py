@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 import ramgguf
 from ramgguf.errors import BudgetError, PlanError
 from ramgguf.gguf_layout import padded
-from ramgguf.objectives import OBJECTIVES, Shape, ram
+from ramgguf.objectives import OBJECTIVES, ram
+from ramgguf.priors import Shape, prior
 from ramgguf.report.plans import tensor_types
 from ramgguf.schema import Plan
 from synthetic import BPW, measurement
@@ -70,7 +71,7 @@ def test_a_budget_too_small_is_told_the_smallest_sizes_and_what_blocks() -> None
 
 
 def test_pins_bind_the_tensors_they_match_and_no_others() -> None:
-    plan = ramgguf.plan(MODEL, 3 * SMALLEST, pins=[r"blk\.0\.=Q8_0", "attn_v=q6_k"], min_sqnr_db=0)
+    plan = ramgguf.plan(MODEL, 2 * SMALLEST, pins=[r"blk\.0\.=Q8_0", "attn_v=q6_k"], min_sqnr_db=0)
     formats = {a.name: a.format for a in plan.assignments}
     assert formats["blk.0.attn_v.weight"] == "Q8_0"  # the first pin that matches counts
     assert formats["blk.1.attn_v.weight"] == "Q6_K"
@@ -111,9 +112,23 @@ def test_the_published_objective_has_the_published_priors() -> None:
         "blk.1.ffn_up.weight": 1,
         "blk.3.ffn_up.weight": 2,
     }
-    for name, prior in priors.items():
+    for name, published in priors.items():
         point = by_name[name].points[0]
-        assert ram(by_name[name], point, shape) == pytest.approx(prior * point.nmse**0.5)
+        assert ram(by_name[name], point, shape) == pytest.approx(published * point.nmse**0.5)
+
+
+def test_priors_know_roles_heads_depth_and_experts() -> None:
+    shape = Shape(n_layers=8, heads_per_kv=4)
+    down = next(t for t in MODEL.tensors if t.role == "ffn_down")
+
+    def of(role: str, layer: int | None) -> float:
+        return prior(down.model_copy(update={"role": role, "layer": layer}), shape)
+
+    assert of("attn_v", 4) == 4 * 5.0
+    assert of("attn_q", 4) == of("never seen", 4) == 1
+    assert of("ffn_down", 7) > of("ffn_down", 0) > of("ffn_down", 1) > of("ffn_down", 4)
+    assert of("ffn_down_exps", 0) == of("ffn_down_shexp", 0) == of("ffn_down", 0)
+    assert of("tied_embedding", None) == 1.3
 
 
 def test_an_unknown_objective_names_the_known_ones() -> None:

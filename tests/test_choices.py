@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -204,3 +206,15 @@ def test_a_saved_frontier_answers_budgets_and_draws(files: Path) -> None:
     text = _run("curve", saved, "-b", str(BUDGET), "--svg", picture)
     assert "asked for" in text
     assert picture.read_text().startswith("<svg")
+
+
+def test_what_native_libraries_print_does_not_reach_standard_output() -> None:
+    script = (
+        "import os, sys, ramgguf.cli.app as app\n"
+        "app.app = lambda: (os.write(1, b'noise'), print('result'))\n"
+        "app.main()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "result\n"

@@ -10,8 +10,9 @@ import pytest
 from scipy.special import log_softmax
 
 from ramgguf.engine.client import CrashError, Engine, ModelError
-from ramgguf.engine.llama import LlamaModel, chunk_size, draw, system_info
+from ramgguf.engine.llama import LlamaModel, chunk_size, draw
 from ramgguf.engine.scoring import RowPass, score_sequence
+from ramgguf.engine.system import system_info
 from ramgguf.errors import EngineError
 from tiny_models import BOS, write_tiny_model
 

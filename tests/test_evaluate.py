@@ -149,39 +149,81 @@ def test_the_llama_protocol_equals_llama_perplexity(tmp_path: Path, add_bos: boo
     assert np.exp(found) == pytest.approx(np.exp(nll / n), rel=1e-5)
 
 
-def test_a_crash_leaves_the_other_models_whole(
-    folder: Path, plain: Evaluation, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+@pytest.fixture
+def crashes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models called crash-N or fragile crash the engine's process, see crashing_worker.py."""
     worker = Path(__file__).with_name("crashing_worker.py")
     monkeypatch.setattr(client, "_WORKER", (sys.executable, str(worker)))
+
+
+@pytest.mark.usefixtures("crashes")
+def test_a_crash_leaves_the_other_models_whole(
+    folder: Path, plain: Evaluation, tmp_path: Path
+) -> None:
     crashing = write_tiny_model(tmp_path / "crash-3.gguf", noise=0.1)
     journal = tmp_path / "run.jsonl"
-    models = [folder / "base.gguf", crashing, folder / "near.gguf"]
-    reference = folder / "base.gguf"
-    got = evaluate(models, reference=reference, recipe=RECIPE, threads=1, jsonl=journal)
+    got = evaluate(
+        [folder / "base.gguf", crashing, folder / "near.gguf"],
+        reference=folder / "base.gguf",
+        recipe=RECIPE,
+        threads=1,
+        safe_kernels=False,
+        jsonl=journal,
+    )
     base, crashed, near = got.results
     (message,) = got.failures
-    third = crashed.protocol.n_seq and plain.results[0].sequences[2].index
+    third = base.sequences[2].index
     assert f"{crashing}: llama.cpp crashed in sequence {third}: signal 11 (SIGSEGV" in message
+    assert "--safe-kernels" in message
     assert crashed.failure == message
     assert not crashed.complete
     assert [s.index for s in crashed.sequences] == [s.index for s in base.sequences[:2]]
     for found, expected in zip((base, near), plain.results, strict=True):
         assert found.sequences == expected.sequences
     assert '"record":"failure"' in journal.read_text()
-    with pytest.raises(EngineError, match="crashed in sequence"):  # nothing at all was scored
-        evaluate([write_tiny_model(tmp_path / "crash-1.gguf")], recipe=RECIPE, threads=1)
 
 
-def test_a_crashing_reference_fails_all_that_need_it(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    worker = Path(__file__).with_name("crashing_worker.py")
-    monkeypatch.setattr(client, "_WORKER", (sys.executable, str(worker)))
+@pytest.mark.usefixtures("crashes")
+def test_nothing_scored_at_all_is_an_error(tmp_path: Path) -> None:
+    crashing = write_tiny_model(tmp_path / "crash-1.gguf")
+    with pytest.raises(EngineError, match="crashed in sequence"):
+        evaluate([crashing], recipe=RECIPE, threads=1)
+
+
+@pytest.mark.usefixtures("crashes")
+def test_a_crashing_reference_fails_all_that_need_it(folder: Path, tmp_path: Path) -> None:
     crashing = write_tiny_model(tmp_path / "crash-2.gguf")
     got = evaluate([folder / "near.gguf"], reference=crashing, recipe=RECIPE, threads=1)
     assert [len(r.sequences) for r in got.results] == [1]
     assert "crash-2.gguf" in got.failures[0]
+
+
+@pytest.mark.usefixtures("crashes")
+def test_one_crash_takes_all_models_to_safe_kernels(folder: Path, tmp_path: Path) -> None:
+    fragile = write_tiny_model(tmp_path / "fragile.gguf", noise=0.1)
+    journal = tmp_path / "run.jsonl"
+
+    def go_on() -> Evaluation:
+        return evaluate(
+            [folder / "base.gguf", fragile],
+            reference=folder / "base.gguf",
+            recipe=RECIPE,
+            threads=1,
+            jsonl=journal,
+            resume=True,
+        )
+
+    got = go_on()
+    assert got.failures == ()
+    for result in got.results:
+        assert result.complete
+        assert result.engine.safe_kernels
+        assert "because" in result.notes[-1]
+        assert "SIGSEGV" in result.notes[-1]
+    assert incomparable(*got.results) == ()
+    data = journal.read_bytes()
+    assert untimed(go_on()) == untimed(got)
+    assert journal.read_bytes().count(b'"sequence"') == data.count(b'"sequence"')
 
 
 @pytest.mark.parametrize("weight_type", ["Q4_1", "Q8_0"])

@@ -9,8 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import typer
+from numpy.typing import NDArray
+from typer.testing import CliRunner
 
+import ramgguf
 from ramgguf import _core
+from ramgguf.cli import sensitivity_commands
 from ramgguf.corpus import Corpus
 from ramgguf.engine.llama import LlamaModel
 from ramgguf.errors import PlanError
@@ -83,7 +88,7 @@ def test_a_reading_is_the_kld_of_the_file_with_that_tensor_quantized(
     assert reading.kld == pytest.approx(float(np.mean(kld)), rel=1e-4)
 
 
-def _round_trip(rows: np.ndarray, length: int, name: str) -> np.ndarray:  # type: ignore[type-arg]
+def _round_trip(rows: NDArray[np.uint8], length: int, name: str) -> NDArray[np.float16]:
     block = {f.name: f for f in _core.formats()}[name]
     blocks = np.empty((len(rows), length // block.block_size * block.block_bytes), np.uint8)
     _core.encode(name, "F16", rows, blocks)
@@ -195,3 +200,52 @@ def test_the_standard_error_is_that_of_independent_values() -> None:
     assert standard_error(values) == pytest.approx(1 / np.sqrt(len(values)), rel=0.2)
     # Neighbours that are alike tell less.
     assert standard_error(np.repeat(values[::16], 16)) > 3 * standard_error(values)
+
+
+def test_plans_by_sensitivity_predict_the_kld_that_the_readings_add_up_to(
+    model: Path, measured: Sensitivity
+) -> None:
+    measurement = ramgguf.measure(model, formats=["Q4_0", "Q5_0", "Q8_0"])
+    plan = ramgguf.plan(measurement, "35%", sensitivity=measured)
+    alpha = {t.name: t.alpha for t in measured.tensors}
+    expected = [alpha.get(a.name, 0.0) * a.nmse for a in plan.assignments]
+    assert plan.objective == "sensitivity"
+    assert plan.total_cost == pytest.approx(sum(expected))
+    assert plan.total_cost_error is not None
+    assert 0 < plan.total_cost_error < plan.total_cost
+    explained = ramgguf.explain(plan, measurement, measured)
+    assert len(explained.tensors) == len(plan.assignments)
+    on_curve = ramgguf.plan_on(ramgguf.curve(measurement, sensitivity=measured), plan.n_bytes)
+    assert on_curve.sensitivity_sha256 == plan.sensitivity_sha256 == measured.sha256()
+    assert on_curve.total_cost >= plan.total_cost * (1 - 1e-9)
+
+
+def test_a_sensitivity_that_does_not_belong_to_the_model_is_refused(
+    model: Path, tmp_path: Path, measured: Sensitivity
+) -> None:
+    other = write_tiny_model(tmp_path / "other.gguf", weight_type="F16", extra_tokens=8)
+    measurement = ramgguf.measure(other, formats=["Q8_0"])
+    with pytest.raises(PlanError, match="another model"):
+        ramgguf.plan(measurement, "80%", sensitivity=measured)
+    with pytest.raises(PlanError, match="give it with --sensitivity"):
+        ramgguf.plan(measurement, "80%", objective="sensitivity")
+    own = ramgguf.measure(model, formats=["Q8_0"])
+    plan = ramgguf.plan(own, "80%", sensitivity=measured)
+    first = measured.tensors[0].model_copy(update={"alpha": 1.0})
+    changed = measured.model_copy(update={"tensors": (first, *measured.tensors[1:])})
+    with pytest.raises(PlanError, match="another sensitivity file"):
+        ramgguf.explain(plan, own, changed)
+
+
+def test_the_command_writes_the_file_and_clears_up(model: Path, tmp_path: Path) -> None:
+    application = typer.Typer()
+    sensitivity_commands.register(application)
+    output = tmp_path / "s.json"
+    arguments = [str(model), "-o", str(output), "--sequences", "1", "--tokens", "random"]
+    done = CliRunner().invoke(application, arguments)
+    assert done.exit_code == 0, done.output
+    assert "ffn_down" in done.stdout
+    assert [p.name for p in tmp_path.iterdir()] == ["s.json"]
+    assert Sensitivity.load(output).tokens.n_tokens == 512
+    again = CliRunner().invoke(application, arguments)
+    assert isinstance(again.exception, PlanError)

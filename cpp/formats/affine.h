@@ -44,22 +44,47 @@ struct AffineFit {
     }
 
     RAMGGUF_INLINE void rtn(const float* x) {
-        const Lanes low = min(reduce_blocks<kBlock>(Min{}, x), broadcast(0.0f));
-        const Lanes high = reduce_blocks<kBlock>(Max{}, x);
-        const Lanes scale_wanted = (high - low) * broadcast(1.0f / (float)kCodeMax);
-        const Lanes min_wanted = -low;
-        const Lanes d_wanted = reduce_all(Max{}, scale_wanted) * broadcast(1.0f / (float)kFieldMax);
-        const Lanes dmin_wanted =
-            reduce_all(Max{}, min_wanted) * broadcast(1.0f / (float)kFieldMax);
-        const uint16_t d_bits = f32_to_f16(first(d_wanted));
-        const uint16_t dmin_bits = f32_to_f16(first(dmin_wanted));
-        set(d_bits, dmin_bits, nearest_field(scale_wanted, d_bits),
-            nearest_field(min_wanted, dmin_bits));
+        if constexpr (kBlock == 32) {
+            rtn_of_eight(x);
+        } else {
+            const Lanes minimum = -min(reduce_blocks<16>(Min{}, x), broadcast(0.0f));
+            const Lanes range = reduce_blocks<16>(Max{}, x) + minimum;
+            const Lanes scale_wanted = range * broadcast(1.0f / (float)kCodeMax);
+            const Lanes per_field = broadcast(1.0f / (float)kFieldMax);
+            const uint16_t d_ = f32_to_f16(first(reduce_all(Max{}, scale_wanted) * per_field));
+            const uint16_t dmin_ = f32_to_f16(first(reduce_all(Max{}, minimum) * per_field));
+            set(d_, dmin_, nearest_field(scale_wanted, broadcast(f16_to_f32(d_))),
+                nearest_field(minimum, broadcast(f16_to_f32(dmin_))));
+        }
     }
 
-    static RAMGGUF_INLINE Lanes nearest_field(Lanes wanted, uint16_t unit) {
-        const Lanes per_unit = inverse_or_zero(broadcast(f16_to_f32(unit)));
-        return round_even(clamp(wanted * per_unit, 0.0f, (float)kFieldMax));
+    // The same with the eight scales in lanes 0..7 and the eight mins in lanes 8..15.
+    RAMGGUF_INLINE void rtn_of_eight(const float* x) {
+        const Lanes ranges = ranges_of_blocks32(x);
+        const Lanes minimum = max(exchange<8>(ranges), broadcast(0.0f));
+        const Lanes scale_wanted = (ranges + minimum) * broadcast(1.0f / (float)kCodeMax);
+        const Lanes wanted = lower_halves(scale_wanted, minimum);
+        Lanes largest = max(wanted, exchange<4>(wanted));
+        largest = max(largest, exchange<2>(largest));
+        largest = max(largest, exchange<1>(largest));
+        const IntLanes h = f32_to_f16(largest * broadcast(1.0f / (float)kFieldMax));
+        const Lanes step = f16_to_f32(h);
+        const Lanes fields = nearest_field(wanted, step);
+        const Lanes values = step * fields;
+        int32_t halves[kLanes];
+        store(halves, h);
+        d = (uint16_t)halves[0];
+        dmin = (uint16_t)halves[8];
+        overflow = is_infinite(d) | is_infinite(dmin);
+        scale_fields.set(fields);
+        min_fields.set(exchange<8>(fields));
+        scale.set(values);
+        offset.set(exchange<8>(values));
+        inverse.set(inverse_or_zero(values));
+    }
+
+    static RAMGGUF_INLINE Lanes nearest_field(Lanes wanted, Lanes step) {
+        return round_even(clamp(wanted * inverse_or_zero(step), 0.0f, (float)kFieldMax));
     }
 
     RAMGGUF_INLINE Lanes quantize(Lanes x, int vector) const {

@@ -45,7 +45,8 @@ RAMGGUF_INLINE void unpack_scales32(const uint8_t* in, Blocks32Fit& fit) {
 // The weight of largest magnitude of every block of 32; of a and -a the one that comes first, as
 // in ggml's reference; +0 for a block of zeros.
 inline Lanes first_extreme_of_blocks(const float* x) {
-    const Lanes low = reduce_blocks<32>(Min{}, x), high = reduce_blocks<32>(Max{}, x);
+    const Lanes ranges = ranges_of_blocks32(x), other = exchange<8>(ranges);
+    const Lanes high = lower_halves(ranges, ranges), low = -lower_halves(other, other);
     const Lanes extreme = select(high > -low, high, low) + broadcast(0.0f);
     uint32_t ties = to_bits((high == -low) & (high > low)) & 0xff;
     if (ties == 0) return extreme;
@@ -61,10 +62,9 @@ inline Lanes first_extreme_of_blocks(const float* x) {
     return load(found);
 }
 
-// The smallest weight of every block of 32; of zeros of both signs the one that comes first, as in
-// ggml's reference.
-inline Lanes first_lowest_of_blocks(const float* x) {
-    const Lanes low = reduce_blocks<32>(Min{}, x);
+// The smallest weight of every block of 32 as ggml's reference has it: of zeros of both signs the
+// one that comes first.
+inline Lanes first_zeros_of_blocks(const float* x, Lanes low) {
     uint32_t zeros = to_bits(low == broadcast(0.0f)) & 0xff;
     if (zeros == 0) return low;
     float found[kLanes];

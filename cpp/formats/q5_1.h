@@ -28,7 +28,9 @@ struct Q5_1 {
     using Fit = Blocks32Fit;
 
     static RAMGGUF_INLINE void rtn(const float* x, Fit& fit) {
-        const Lanes low = first_lowest_of_blocks(x), high = reduce_blocks<32>(Max{}, x);
+        const Lanes ranges = ranges_of_blocks32(x), other = exchange<8>(ranges);
+        const Lanes high = lower_halves(ranges, ranges);
+        const Lanes low = first_zeros_of_blocks(x, -lower_halves(other, other));
         // + 0: zeros of both signs may differ by -0, which ggml never has.
         const Lanes d = (high - low + broadcast(0.0f)) / broadcast(31.0f);
         fit.set_scale(d);

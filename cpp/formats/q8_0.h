@@ -27,8 +27,8 @@ struct Q8_0 {
     using Fit = Blocks32Fit;
 
     static RAMGGUF_INLINE void rtn(const float* x, Fit& fit) {
-        const Lanes low = reduce_blocks<32>(Min{}, x), high = reduce_blocks<32>(Max{}, x);
-        const Lanes d = abs(max(high, -low)) / broadcast(127.0f);
+        const auto larger = [](Lanes a, Lanes b) { return max(abs(a), abs(b)); };
+        const Lanes d = reduce_blocks<32>(larger, x) / broadcast(127.0f);
         fit.set_scale(d);
         fit.inverse.set(inverse_or_zero(d));
     }

@@ -13,11 +13,18 @@
 
 namespace ramgguf::RAMGGUF_ISA {
 
-// The weight of largest magnitude of every block; of a and -a, the negative one.
+// The weight of largest magnitude of every block; of a and -a, the negative one; never -0.
 template <int kBlock>
 RAMGGUF_INLINE Lanes extreme_of_blocks(const float* x) {
-    const Lanes low = reduce_blocks<kBlock>(Min{}, x), high = reduce_blocks<kBlock>(Max{}, x);
-    return select(high > -low, high, low);
+    if constexpr (kBlock == 16) {
+        Lanes v[kLanes];
+        fold_blocks<kBlock>(Max{}, x, v);
+        return extreme_of_each(v) + broadcast(0.0f);
+    } else {
+        const Lanes ranges = ranges_of_blocks32(x), other = exchange<8>(ranges);
+        const Lanes high = lower_halves(ranges, ranges), low = -lower_halves(other, other);
+        return select(high > -low, high, low) + broadcast(0.0f);
+    }
 }
 
 template <int kBlock, int kLowestField, int kLowestValue>

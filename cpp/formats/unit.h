@@ -31,23 +31,39 @@ struct alignas(64) PerBlock {
     RAMGGUF_INLINE Lanes at(int block) const { return broadcast(v[block]); }
 };
 
+// v[b] reduces to block b of kBlock weights; with eight blocks of 32, v[8..15] repeats v[0..7].
+template <int kBlock, class Op>
+RAMGGUF_INLINE void fold_blocks(Op op, const float* x, Lanes (&v)[kLanes]) {
+    static_assert(kBlock == 16 || kBlock == 32, "blocks of one or two vectors");
+    if constexpr (kBlock == 16) {
+#pragma GCC unroll 16
+        for (int b = 0; b < 16; ++b) v[b] = load(x + 16 * b);
+    } else {
+#pragma GCC unroll 8
+        for (int b = 0; b < 8; ++b) v[b] = v[b + 8] = op(load(x + 32 * b), load(x + 32 * b + 16));
+    }
+}
+
 // Lane b of the result is the reduction of block b of kBlock weights; with eight blocks of 32,
 // lanes 8..15 repeat lanes 0..7.
 template <int kBlock, class Op>
 RAMGGUF_INLINE Lanes reduce_blocks(Op op, const float* x) {
-    static_assert(kBlock == 16 || kBlock == 32, "blocks of one or two vectors");
     Lanes v[kLanes];
-    if constexpr (kBlock == 16) {
-#pragma GCC unroll 16
-        for (int j = 0; j < 16; ++j) v[j] = load(x + 16 * j);
-    } else {
-#pragma GCC unroll 8
-        for (int b = 0; b < 8; ++b) {
-            v[b] = op(load(x + 32 * b), load(x + 32 * b + 16));
-            v[b + 8] = v[b];
-        }
-    }
+    fold_blocks<kBlock>(op, x, v);
     return reduce_each(op, v);
+}
+
+// Lanes 0..7: the maxima of eight blocks of 32; lanes 8..15: their minima, negated. (The larger of
+// two negated minima is the negated smaller one, so both share a tree.)
+RAMGGUF_INLINE Lanes ranges_of_blocks32(const float* x) {
+    Lanes v[kLanes];
+#pragma GCC unroll 8
+    for (int b = 0; b < 8; ++b) {
+        const Lanes first_half = load(x + 32 * b), second_half = load(x + 32 * b + 16);
+        v[b] = max(first_half, second_half);
+        v[b + 8] = -min(first_half, second_half);
+    }
+    return reduce_each(Max{}, v);
 }
 
 // 1 / a, and 0 for 0.

@@ -2,10 +2,11 @@
 
 import os
 import sys
+from pathlib import Path
 
 import typer
 
-from ramgguf.cli import eval_commands, model_commands, plan_commands
+from ramgguf.cli import eval_commands, model_commands, plan_commands, sensitivity_commands
 from ramgguf.errors import RamggufError
 from ramgguf.version import __version__
 
@@ -29,19 +30,30 @@ def _root(version: bool = typer.Option(False, "--version", help="Print the versi
 
 model_commands.register(app)
 plan_commands.register(app)
+sensitivity_commands.register(app)
 eval_commands.register(app)
 
 
 def main() -> None:
     """Run the command line; RamggufError ends it with one line on stderr and exit status 1."""
+    _keep_stdout()
     try:
         app()
     except RamggufError as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
-        print("interrupted; nothing was changed", file=sys.stderr)
+        print("interrupted; no file was left half-written", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+
+
+def _keep_stdout() -> None:
+    """Keep native libraries from printing among our results: HiGHS does so to file descriptor 1."""
+    sys.stdout.flush()
+    ours = os.dup(1)
+    with Path(os.devnull).open("wb") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+    sys.stdout = os.fdopen(ours, "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)

@@ -9,8 +9,10 @@ import typer
 from ramgguf import api
 from ramgguf.cli import options as opt
 from ramgguf.errors import PlanError
+from ramgguf.files import write_atomically
 from ramgguf.report.plans import print_plan, tensor_types
-from ramgguf.schema import Measurement, Plan
+from ramgguf.schema import Encoder, Measurement, Plan
+from ramgguf.sensitivities import Sensitivity
 from ramgguf.units import format_bytes, format_seconds, parse_size
 
 
@@ -55,6 +57,12 @@ RecipeFile = Annotated[
     Path | None,
     typer.Option("--recipe", help="Give each tensor the format it has in this recipe or GGUF."),
 ]
+SensitivityOrMeasure = Annotated[
+    str | None,
+    typer.Option(
+        "--sensitivity", help="Plan by predicted KLD: a file, or `measure` (about 20 minutes)."
+    ),
+]
 
 
 def quantize(
@@ -63,7 +71,8 @@ def quantize(
     output: opt.Output = None,
     formats: opt.Formats = None,
     encoder: opt.EncoderOption = api.DEFAULT_ENCODER,
-    objective: opt.Objective = api.DEFAULT_OBJECTIVE,
+    objective: opt.Objective = None,
+    sensitivity: SensitivityOrMeasure = None,
     min_sqnr: opt.MinSqnr = api.DEFAULT_MIN_SQNR_DB,
     pin: opt.Pins = None,
     tie: opt.Ties = None,
@@ -85,6 +94,7 @@ def quantize(
     terminal = opt.Terminal.make(quiet=quiet, as_json=as_json)
     if (budget is None) == (plan_file is None):
         raise typer.BadParameter("give either --budget or --plan", param_hint="--budget")
+    sensed = _sensed(model, sensitivity, opt.encoder(encoder), threads, terminal)
     made = api.quantize(
         model,
         budget,
@@ -95,6 +105,7 @@ def quantize(
         encoder=opt.encoder(encoder),
         allow_requantize=allow_requantize,
         objective=objective,
+        sensitivity=sensed,
         min_sqnr_db=min_sqnr,
         pins=pin or (),
         ties=tie or (),
@@ -119,6 +130,33 @@ def quantize(
     terminal.out.print(
         f"{', '.join(str(p) for p in made.paths)}: {checked}; {seconds}", soft_wrap=True
     )
+
+
+def _sensed(
+    model: Path,
+    asked: str | None,
+    encoder: Encoder,
+    threads: int | None,
+    terminal: opt.Terminal,
+) -> Sensitivity | None:
+    """Return what --sensitivity asks for; what is measured is kept beside the model."""
+    if asked is None:
+        return None
+    path = model.with_suffix(".sens.json") if asked == "measure" else Path(asked)
+    if asked != "measure" or path.exists():
+        return Sensitivity.load(path)
+    journal = path.with_name(f"{path.name}.partial")
+    found = api.sensitivity(
+        model,
+        encoder=encoder,
+        journal=journal,
+        threads=threads,
+        progress=terminal.progress,
+        announce=terminal.err.print,
+    )
+    found.save(path)
+    journal.unlink(missing_ok=True)
+    return found
 
 
 def _summary(made: api.Quantized) -> dict[str, object]:
@@ -179,7 +217,8 @@ def plan(
     output: opt.Output = None,
     recipe: RecipeFile = None,
     formats: opt.Formats = None,
-    objective: opt.Objective = api.DEFAULT_OBJECTIVE,
+    objective: opt.Objective = None,
+    sensitivity: opt.SensitivityFile = None,
     min_sqnr: opt.MinSqnr = api.DEFAULT_MIN_SQNR_DB,
     pin: opt.Pins = None,
     tie: opt.Ties = None,
@@ -201,6 +240,7 @@ def plan(
             measurement,
             budget,
             objective=objective,
+            sensitivity=sensitivity,
             min_sqnr_db=min_sqnr,
             formats=opt.split_formats(formats),
             pins=pin or (),
@@ -224,7 +264,4 @@ def _export(plan: Plan, plan_path: Path | None, types_path: Path | None, force: 
     if plan_path is not None:
         plan.save(plan_path)
     if types_path is not None:
-        try:
-            types_path.write_text(tensor_types(plan))
-        except OSError as e:
-            raise PlanError(f"{types_path} cannot be written: {e}") from None
+        write_atomically(types_path, tensor_types(plan).encode(), error=PlanError)

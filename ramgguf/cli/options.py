@@ -34,7 +34,14 @@ EncoderOption = Annotated[
     typer.Option("--encoder", help="How blocks are fitted: search (least squares) or rtn."),
 ]
 Objective = Annotated[
-    str, typer.Option("--objective", help="What is minimised: weighted, nmse or ram.")
+    str | None,
+    typer.Option(
+        "--objective", help="What is minimised: sensitivity (if given), weighted, nmse or ram."
+    ),
+]
+SensitivityFile = Annotated[
+    Path | None,
+    typer.Option("--sensitivity", help="From the command sensitivity: plan by predicted KLD."),
 ]
 MinSqnr = Annotated[
     float, typer.Option("--min-sqnr", help="Floor for every tensor's SQNR, in dB; 0 for none.")

@@ -16,7 +16,7 @@ from ramgguf.recipes import Change, Recipe
 from ramgguf.report.choices import print_difference, print_explanation, print_recipe
 from ramgguf.report.curves import curve_svg, print_curve
 from ramgguf.report.plans import recipe_types
-from ramgguf.schema import Measurement, Plan
+from ramgguf.schema import Plan
 
 
 def register(app: typer.Typer) -> None:
@@ -47,7 +47,8 @@ def curve(
     output: opt.Output = None,
     svg: Annotated[Path | None, typer.Option("--svg", help="Draw the curve here.")] = None,
     formats: opt.Formats = None,
-    objective: opt.Objective = api.DEFAULT_OBJECTIVE,
+    objective: opt.Objective = None,
+    sensitivity: opt.SensitivityFile = None,
     min_sqnr: opt.MinSqnr = api.DEFAULT_MIN_SQNR_DB,
     pin: opt.Pins = None,
     tie: opt.Ties = None,
@@ -67,6 +68,7 @@ def curve(
         made = api.curve(
             source,
             objective=objective,
+            sensitivity=sensitivity,
             min_sqnr_db=min_sqnr,
             formats=opt.split_formats(formats),
             pins=pin or (),
@@ -98,12 +100,13 @@ def explain(
     measurement: Annotated[
         Path, typer.Option("--measurement", "-m", help="What the plan was made from.")
     ] = ...,  # type: ignore[assignment]
+    sensitivity: opt.SensitivityFile = None,
     as_json: opt.AsJson = False,
     quiet: opt.Quiet = False,
 ) -> None:
     """Say why each tensor has its format, and what one step up or down would cost and bring."""
     terminal = opt.Terminal.make(quiet=quiet, as_json=as_json)
-    explained = api.explain(Plan.load(plan), Measurement.load(measurement))
+    explained = api.explain(Plan.load(plan), measurement, sensitivity)
     if as_json:
         print(json.dumps(_explanation(explained, tensor), indent=1))
         return

@@ -2,7 +2,6 @@
 
 import ctypes
 import hashlib
-import sys
 import time
 from collections.abc import Iterator
 from functools import cached_property
@@ -13,60 +12,14 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from ramgguf.engine.wire import ModelInfo, SystemInfo, TokenIds, VocabInfo
+from ramgguf.engine.system import llama_module
+from ramgguf.engine.wire import ModelInfo, TokenIds, VocabInfo
 from ramgguf.errors import EngineError
 
 Logits = npt.NDArray[np.float32]
 
 _MAX_CHUNK = 512
 _CHUNK_BYTES = 128 << 20  # of logits: 512 tokens up to a vocabulary of 65,536, then fewer
-_WARNING, _ERROR = 3, 4  # ggml's log levels from 4 on
-_log_callback: Any = None  # llama.cpp keeps a pointer to it
-
-
-def llama_module(*, verbose: bool = False) -> ModuleType:
-    """Return the module llama_cpp, its backend initialized and its log silenced unless verbose.
-
-    Raises EngineError when it is not installed.
-    """
-    global _log_callback
-    try:
-        import llama_cpp
-    except ImportError as e:
-        raise EngineError(
-            f"llama-cpp-python cannot be imported ({e}); pip install 'ramgguf[eval]'"
-        ) from None
-
-    def log(level: int, text: bytes, _user_data: object) -> None:
-        if verbose or level == _ERROR:
-            sys.stderr.write(text.decode("utf-8", "replace"))
-            sys.stderr.flush()
-
-    first_call = _log_callback is None
-    _log_callback = llama_cpp.llama_log_callback(log)
-    llama_cpp.llama_log_set(_log_callback, None)
-    if first_call:
-        llama_cpp.llama_backend_init()
-    module: ModuleType = llama_cpp
-    return module
-
-
-def system_info() -> SystemInfo:
-    """Return versions and CPU features of the llama.cpp that runs."""
-    llama = llama_module()
-    build = llama.llama_version().decode()
-    base = Path(str(llama.__file__)).parent / "lib"
-    for library in sorted(base.glob("*ggml-base.*")):
-        commit = getattr(ctypes.CDLL(str(library)), "ggml_commit", None)
-        if commit is not None:
-            commit.restype = ctypes.c_char_p
-            build += f" (ggml {commit().decode()})"
-            break
-    return SystemInfo(
-        llama_cpp_python=llama.__version__,
-        build=build,
-        system_info=llama.llama_print_system_info().decode().strip(),
-    )
 
 
 def chunk_size(n_ctx: int, n_vocab: int) -> int:
@@ -257,6 +210,8 @@ class LlamaModel:
             return np.empty((0, self.vocab.n_tokens), dtype=np.float32)
         pointer = self._llama.llama_get_logits(self._context)  # waits for the computation's end
         self.decode_seconds += time.perf_counter() - start
+        if not pointer:
+            raise EngineError(f"{self.path}: it gives no logits; is it a language model?")
         return np.ctypeslib.as_array(pointer, shape=(n_rows, self.vocab.n_tokens))
 
     def chunks(self, n_tokens: int) -> Iterator[tuple[int, int]]:

@@ -68,6 +68,7 @@ class SystemInfo(_Value):
     llama_cpp_python: str
     build: str
     system_info: str
+    cpu: str
 
 
 class Opened(_Value):

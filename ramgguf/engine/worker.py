@@ -16,8 +16,9 @@ from typing import TextIO
 
 import numpy as np
 
-from ramgguf.engine.llama import LlamaModel, system_info
+from ramgguf.engine.llama import LlamaModel
 from ramgguf.engine.scoring import RowPass, SequenceRecords, score_sequence
+from ramgguf.engine.system import system_info
 from ramgguf.engine.wire import (
     Divergences,
     Failed,
@@ -153,9 +154,6 @@ def serve(lines: TextIO, out: TextIO) -> None:
 
 def main() -> None:
     """Keep stdout for responses, and send what llama.cpp prints there to stderr."""
-    # libgomp reads this when llama.cpp is loaded. Its threads would spin for milliseconds at each
-    # barrier, and a decode on a busy machine take three times as long.
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     out = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     serve(sys.stdin, out)

@@ -52,6 +52,11 @@ def print_plan(plan: Plan, console: Console, *, verbose: bool = False) -> None:
     )
     gap = "proven optimal" if plan.gap == 0 else f"within {plan.gap:.1g} of the optimum, proven"
     console.print(f"objective {plan.objective}: {plan.total_cost:.6g}, {gap}", soft_wrap=True)
+    if plan.total_cost_error is not None:
+        console.print(
+            f"predicted KLD {plan.total_cost:.4f} ± {plan.total_cost_error:.4f} nats per token, "
+            "without what the formats' kernels add"
+        )
     if plan.next_percent is not None and plan.total_cost > 0:
         step = plan.next_percent
         saved = 1 - step.total_cost / plan.total_cost

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from ramgguf.errors import BudgetError
 from ramgguf.gguf_layout import padded
 from ramgguf.knapsack import Choice, Solution, smallest, solve
-from ramgguf.objectives import cost_function
+from ramgguf.objectives import Costing
 from ramgguf.problem import Candidates, Problem, notes
 from ramgguf.schema import Constraints, Measurement, NextPercent, Plan
 from ramgguf.units import format_bytes
@@ -16,7 +16,7 @@ def allocate(
     measurement: Measurement,
     budget: int,
     *,
-    objective_name: str = "weighted",
+    costing: Costing,
     constraints: Constraints,
 ) -> Plan:
     """Return the plan of least cost whose output file has at most `budget` bytes.
@@ -24,25 +24,27 @@ def allocate(
     Raises BudgetError with the smallest feasible size when there is none, PlanError when a pin,
     a tie or a format suits nothing.
     """
-    cost = cost_function(objective_name, measurement)
-    problem = Problem.of(measurement, constraints, cost)
+    problem = Problem.of(measurement, constraints, costing.cost)
     items = problem.items
     capacity = budget - measurement.n_overhead_bytes
     if smallest(items) > capacity:
         raise _too_small(problem, budget)
     solution = solve(items, capacity)
+    assignments = problem.assignments(solution.chosen)
     return Plan(
         ramgguf_version=measurement.ramgguf_version,
         source=measurement.source,
         encoder=measurement.encoder,
-        objective=objective_name,
+        objective=costing.name,
         budget=budget,
         n_bytes=measurement.n_overhead_bytes + solution.n_bytes,
         n_overhead_bytes=measurement.n_overhead_bytes,
         total_cost=solution.cost,
+        total_cost_error=costing.total_error(assignments),
+        sensitivity_sha256=costing.sensitivity_sha256,
         gap=solution.gap,
         constraints=constraints,
-        assignments=problem.assignments(solution.chosen),
+        assignments=assignments,
         next_percent=_next_percent(items, solution, capacity, budget),
         notes=tuple(notes(problem)),
     )
@@ -51,7 +53,7 @@ def allocate(
 def _next_percent(
     items: Sequence[Sequence[Choice]], solution: Solution, capacity: int, budget: int
 ) -> NextPercent:
-    larger = solve(items, capacity + budget // 100, seconds=5.0)
+    larger = solve(items, capacity + budget // 100, seconds=1.0)
     changes = sum(a != b for a, b in zip(solution.chosen, larger.chosen, strict=True))
     return NextPercent(n_bytes=budget + budget // 100, total_cost=larger.cost, n_changes=changes)
 

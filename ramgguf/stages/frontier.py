@@ -6,6 +6,7 @@ optimum of its own size. Sizes between two of them are filled up, with a proven 
 (Sinha and Zoltners, The multiple-choice knapsack problem, Operations Research 27, 1979).
 """
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -20,7 +21,7 @@ from ramgguf.curves import (
 )
 from ramgguf.errors import BudgetError
 from ramgguf.knapsack import Choice
-from ramgguf.objectives import cost_function
+from ramgguf.objectives import Costing
 from ramgguf.problem import Group, Problem, notes
 from ramgguf.schema import Assignment, Constraints, Measurement, Plan
 from ramgguf.units import format_bytes
@@ -35,12 +36,12 @@ KNEE_RATIO = 1.25
 def frontier(
     measurement: Measurement,
     *,
-    objective_name: str = "weighted",
+    costing: Costing,
     constraints: Constraints,
     max_bpw: float = MAX_BPW,
 ) -> Frontier:
     """Return the best plans of all sizes, from the smallest the constraints allow to max_bpw."""
-    problem = Problem.of(measurement, constraints, cost_function(objective_name, measurement))
+    problem = Problem.of(measurement, constraints, costing.cost)
     groups = tuple(_group(g) for g in problem.groups)
     start_bytes = measurement.n_overhead_bytes + sum(g.choices[0].n_bytes for g in groups)
     start_cost = float(sum(g.choices[0].cost for g in groups))
@@ -50,7 +51,8 @@ def frontier(
         ramgguf_version=measurement.ramgguf_version,
         source=measurement.source,
         encoder=measurement.encoder,
-        objective=objective_name,
+        objective=costing.name,
+        sensitivity_sha256=costing.sensitivity_sha256,
         constraints=constraints,
         n_overhead_bytes=measurement.n_overhead_bytes,
         tensors=tuple(
@@ -60,6 +62,7 @@ def frontier(
                 source_format=c.tensor.source_format,
                 n_weights=c.tensor.n_weights,
                 note=c.note,
+                relative_error=costing.errors.get(c.tensor.name),
             )
             for c in problem.candidates
         ),
@@ -179,6 +182,7 @@ def plan_at(frontier: Frontier, budget: int) -> Plan:
     cost = _cost(frontier, chosen)
     if bound is None:
         bound = cost - frontier.end_price * (budget - n_bytes)
+    assignments = _assignments(frontier, chosen)
     gap = max(0.0, 1 - max(0.0, bound) / cost) if cost > 0 else 0.0
     return Plan(
         ramgguf_version=frontier.ramgguf_version,
@@ -189,15 +193,24 @@ def plan_at(frontier: Frontier, budget: int) -> Plan:
         n_bytes=n_bytes,
         n_overhead_bytes=frontier.n_overhead_bytes,
         total_cost=cost,
+        total_cost_error=_error(frontier, assignments),
+        sensitivity_sha256=frontier.sensitivity_sha256,
         gap=gap,
         constraints=frontier.constraints,
-        assignments=_assignments(frontier, chosen),
+        assignments=assignments,
         notes=frontier.notes,
     )
 
 
 def _cost(frontier: Frontier, chosen: Sequence[int]) -> float:
     return float(sum(g.choices[j].cost for g, j in zip(frontier.groups, chosen, strict=True)))
+
+
+def _error(frontier: Frontier, assignments: Sequence[Assignment]) -> float | None:
+    if frontier.sensitivity_sha256 is None:
+        return None
+    pairs = zip(frontier.tensors, assignments, strict=True)
+    return math.fsum(a.cost * (t.relative_error or 0.0) for t, a in pairs)
 
 
 def _assignments(frontier: Frontier, chosen: Sequence[int]) -> tuple[Assignment, ...]:

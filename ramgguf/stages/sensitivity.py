@@ -16,8 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ramgguf import _core, formats
-from ramgguf.engine.llama import Logits, system_info
+from ramgguf.engine.llama import Logits
 from ramgguf.engine.probe import Probe
+from ramgguf.engine.system import system_info
 from ramgguf.engine.wire import TokenIds
 from ramgguf.errors import EngineError, PlanError
 from ramgguf.fill_in import Member, fill_in

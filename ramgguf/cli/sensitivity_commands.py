@@ -1,0 +1,78 @@
+"""The command that measures how much each tensor's error matters: sensitivity."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ramgguf import api
+from ramgguf.cli import options as opt
+from ramgguf.errors import PlanError
+from ramgguf.report.sensing import print_sensitivity
+from ramgguf.units import parse_seconds
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the application."""
+    app.command(
+        "sensitivity",
+        epilog="Example: ramgguf sensitivity model-f16.gguf --time 20m -o model.sens.json",
+    )(sensitivity)
+
+
+def sensitivity(
+    model: opt.Model,
+    output: opt.Output = None,
+    tokens: Annotated[
+        str,
+        typer.Option("--tokens", help="self (drawn from the model), random, wikitext, or a file."),
+    ] = "self",
+    limit: Annotated[
+        str, typer.Option("--time", help="Fit this time by fewer tokens or layers: 90s, 20m, 1h.")
+    ] = "20m",
+    sequences: Annotated[
+        int | None,
+        typer.Option("--sequences", min=1, help="So many of 512 tokens, whatever the time."),
+    ] = None,
+    encoder: opt.EncoderOption = api.DEFAULT_ENCODER,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the tokens.")] = 0,
+    scratch: Annotated[
+        Path | None, typer.Option("--scratch", help="Folder for a copy of the model meanwhile.")
+    ] = None,
+    force: opt.Force = False,
+    threads: opt.Threads = None,
+    as_json: opt.AsJson = False,
+    quiet: opt.Quiet = False,
+    verbose: opt.Verbose = False,
+) -> None:
+    """Measure how much each tensor's error matters, by forward passes of llama.cpp.
+
+    What was measured is kept beside the output: run the command again after a kill.
+    """
+    terminal = opt.Terminal.make(quiet=quiet, as_json=as_json)
+    path = output or model.with_suffix(".sens.json")
+    opt.refuse_existing(path, force)
+    journal = path.with_name(f"{path.name}.partial")
+    found = api.sensitivity(
+        model,
+        tokens=tokens,
+        encoder=opt.encoder(encoder),
+        n_sequences=sequences,
+        seed=seed,
+        seconds=parse_seconds(limit),
+        journal=journal,
+        folder=scratch,
+        threads=threads,
+        progress=terminal.progress,
+        announce=terminal.err.print if not (quiet or as_json) else lambda _: None,
+    )
+    found.save(path)
+    try:
+        journal.unlink(missing_ok=True)
+    except OSError as e:
+        raise PlanError(f"{journal} cannot be removed: {e.strerror}") from None
+    if as_json:
+        print(found.to_json())
+        return
+    print_sensitivity(found, terminal.out, verbose=verbose)
+    terminal.out.print(f"wrote {path}; give it to plan, curve or quantize with --sensitivity")

@@ -1,0 +1,79 @@
+"""The Python interface to sensitivities: one function, from a model's file to a Sensitivity."""
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from ramgguf.corpus import Corpus, default_corpus, text_file
+from ramgguf.errors import EngineError
+from ramgguf.gguf_io import open_gguf
+from ramgguf.parallel import default_threads
+from ramgguf.probe_tokens import Request
+from ramgguf.progress import Progress, Silent
+from ramgguf.schema import Encoder
+from ramgguf.sensitivities import Sensitivity, TokenKind
+from ramgguf.stages import sensitivity as _sensitivity
+
+DEFAULT_SECONDS = 1200.0
+
+
+def sensitivity(
+    model: str | Path,
+    *,
+    tokens: str = "self",
+    encoder: Encoder = "rtn",
+    n_sequences: int | None = None,
+    seed: int = 0,
+    seconds: float = DEFAULT_SECONDS,
+    journal: str | Path | None = None,
+    folder: str | Path | None = None,
+    threads: int | None = None,
+    progress: Progress | None = None,
+    announce: Callable[[str], None] = lambda _: None,
+) -> Sensitivity:
+    """Return how much the error of each of the model's tensors changes its output.
+
+    tokens is self (drawn from the model), random, wikitext, or a text file. n_sequences None takes
+    as many, up to four, as fit the seconds; with a number, all tensors are measured and two runs
+    agree exactly. journal keeps every reading, and a run that was killed goes on from it; folder
+    takes a copy of the model meanwhile, by default the system's temporary folder. announce is told
+    what is going to be done, and for how long.
+
+    Raises GGUFError, PlanError for a model or journal that does not suit, EngineError when
+    llama.cpp is missing or fails.
+    """
+    kind, corpus = _tokens(tokens)
+    request = Request(
+        encoder=encoder,
+        tokens=kind,
+        corpus=corpus,
+        n_sequences=n_sequences,
+        seed=seed,
+        seconds=seconds,
+    )
+    with (
+        open_gguf(Path(model), kind_check=True) as file,
+        tempfile.TemporaryDirectory(prefix="ramgguf-", dir=folder) as scratch,
+    ):
+        return _sensitivity.sensitivity(
+            file,
+            request,
+            folder=Path(scratch),
+            journal_path=Path(journal) if journal is not None else Path(scratch) / "journal",
+            threads=threads or default_threads(),
+            progress=progress or Silent(),
+            announce=announce,
+        )
+
+
+def _tokens(text: str) -> tuple[TokenKind, Corpus | None]:
+    if text == "self":
+        return "self", None
+    if text == "random":
+        return "random", None
+    if text == "wikitext":
+        return "text", default_corpus()
+    path = Path(text)
+    if not path.exists():
+        raise EngineError(f"tokens {text!r} are none of self, random, wikitext, and no file")
+    return "text", text_file(path)

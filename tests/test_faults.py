@@ -1,0 +1,262 @@
+"""Faults while working: kills, full disks, unwritable folders, sources that change, two writers.
+
+After each the source is as it was, an older output is intact or fully replaced, nothing is left
+behind once the next run is over, and that run writes the bytes that an undisturbed one writes.
+`make soak` sets RAMGGUF_KILLS to 50 and more.
+"""
+
+import errno
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import ramgguf
+from gguf_samples import write_model
+from ramgguf.errors import GGUFError, PlanError
+from ramgguf.gguf_io import GGUFFile, TensorInfo, open_gguf
+from ramgguf.schema import Measurement
+
+KILLS = int(os.environ.get("RAMGGUF_KILLS", "4"))
+BUDGET = "6bpw"
+
+# The commands, without the start of the interpreter, which is longer than they are.
+_WORK = """
+import sys
+import ramgguf
+command, source, target = sys.argv[1:]
+print("ready", flush=True)
+sys.stdin.readline()
+if command == "quantize":
+    ramgguf.quantize(source, "6bpw", target, min_sqnr_db=0, threads=2, force=True)
+else:
+    from pathlib import Path
+    ramgguf.measure(source, threads=2).save(Path(target))
+print("done", flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("source") / "source.gguf"
+    return write_model(path, rng=np.random.default_rng(1), n_layers=8)
+
+
+def _quantize(source: Path, target: Path) -> None:
+    ramgguf.quantize(source, BUDGET, target, min_sqnr_db=0, threads=2, force=True)
+
+
+def _measure(source: Path, target: Path) -> None:
+    ramgguf.measure(source, threads=2).save(target)
+
+
+def _start(command: str, source: Path, target: Path) -> subprocess.Popen[bytes]:
+    """Start the command and let it work as soon as everything is imported."""
+    arguments = [sys.executable, "-c", _WORK, command, str(source), str(target)]
+    process = subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"ready\n"
+    process.stdin.write(b"go\n")
+    process.stdin.flush()
+    return process
+
+
+@dataclass(frozen=True)
+class Command:
+    name: str
+    run: Callable[[Path, Path], None]
+    same: Callable[[bytes, bytes], bool]
+
+
+def _same_measurement(a: bytes, b: bytes) -> bool:
+    one, two = (Measurement.from_json(x.decode()).model_copy(update={"seconds": 0}) for x in (a, b))
+    return one == two
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        Command("quantize", _quantize, lambda a, b: a == b),
+        Command("measure", _measure, _same_measurement),
+    ],
+    ids=lambda c: c.name,
+)
+def test_kills_leave_the_source_and_an_older_or_complete_output(
+    command: Command, source: Path, tmp_path: Path
+) -> None:
+    rng = np.random.default_rng(2)
+    before = source.read_bytes()
+    undisturbed, target = tmp_path / "undisturbed", tmp_path / "target"
+    start = time.perf_counter()
+    command.run(source, undisturbed)
+    seconds = 1.2 * (time.perf_counter() - start)
+    expected = undisturbed.read_bytes()
+    for fraction in (0, *rng.uniform(0, 1, KILLS - 1)):
+        target.write_bytes(b"older")
+        with _start(command.name, source, target) as process:
+            time.sleep(fraction * seconds)
+            process.send_signal(signal.SIGKILL)
+        found = target.read_bytes()
+        assert found == b"older" or command.same(found, expected)
+        assert source.read_bytes() == before
+        command.run(source, target)
+        assert command.same(target.read_bytes(), expected)
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["target", "undisturbed"]
+
+
+def test_ctrl_c_leaves_nothing_and_says_so_in_one_line(source: Path, tmp_path: Path) -> None:
+    undisturbed, target = tmp_path / "undisturbed.gguf", tmp_path / "target.gguf"
+    _quantize(source, undisturbed)
+    cli = "from ramgguf.cli import main; main()"
+    arguments = ["quantize", str(source), "-b", BUDGET, "-o", str(target), "--force", "-q"]
+    seen = False
+    for delay in (0, 0.02):
+        target.write_bytes(b"older")
+        with subprocess.Popen(
+            [sys.executable, "-c", cli, *arguments, "--min-sqnr", "0"], stderr=subprocess.PIPE
+        ) as process:
+            assert process.stderr is not None
+            deadline = time.monotonic() + 60
+            while process.poll() is None and time.monotonic() < deadline:
+                if any(tmp_path.glob(".*")):  # it is writing
+                    time.sleep(delay)
+                    process.send_signal(signal.SIGINT)
+                    seen = True
+                    break
+                time.sleep(0.001)
+            stderr = process.stderr.read().decode()
+            process.wait()
+        assert "Traceback" not in stderr
+        assert process.returncode in (0, 1, 130)
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["target.gguf", "undisturbed.gguf"]
+        assert target.read_bytes() in (b"older", undisturbed.read_bytes())
+    assert seen
+
+
+def test_two_writers_of_one_output_leave_one_whole_output(source: Path, tmp_path: Path) -> None:
+    undisturbed, target = tmp_path / "undisturbed", tmp_path / "target"
+    _quantize(source, undisturbed)
+    writers = [_start("quantize", source, target) for _ in range(3)]
+    codes = []
+    for writer in writers:
+        with writer:
+            codes.append(writer.wait())
+    assert 0 in codes
+    assert target.read_bytes() == undisturbed.read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["target", "undisturbed"]
+
+
+@pytest.fixture
+def unprivileged() -> Iterator[None]:
+    """Root may write anywhere: be nobody for the test."""
+    is_root = os.geteuid() == 0
+    if is_root:
+        os.seteuid(65534)
+    yield
+    if is_root:
+        os.seteuid(0)
+
+
+def test_an_unwritable_folder_is_an_error(
+    source: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    content = source.read_bytes()
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "target").write_bytes(b"older")
+    for path in (tmp_path, *tmp_path.parents[:2]):  # to be reached by nobody
+        path.chmod(0o755)
+    copy = tmp_path / "source.gguf"
+    copy.write_bytes(content)
+    folder.chmod(0o555)
+    request.getfixturevalue("unprivileged")
+    with pytest.raises(GGUFError, match="target: cannot be written: Permission denied"):
+        _quantize(copy, folder / "target")
+    with pytest.raises(PlanError, match="target: cannot be written: Permission denied"):
+        _measure(copy, folder / "target")
+    assert (folder / "target").read_bytes() == b"older"
+    assert [p.name for p in folder.iterdir()] == ["target"]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 2 MB, where the system lets us mount one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a small file system takes root")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("noticed", ["before", "when reserving", "when writing"])
+def test_a_full_disk_is_an_error_and_leaves_the_older_output(
+    source: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch, noticed: str
+) -> None:
+    target = small_disk / "target"
+    target.write_bytes(b"older")
+
+    def unsupported(*_: object) -> None:
+        raise OSError(errno.EOPNOTSUPP, "not supported")
+
+    if noticed != "before":
+        monkeypatch.setattr("ramgguf.gguf_write.require_disk_space", lambda *_, **__: None)
+        monkeypatch.setattr("ramgguf.api.require_disk_space", lambda *_, **__: None)
+    if noticed == "when writing":
+        monkeypatch.setattr(os, "posix_fallocate", unsupported)
+    message = "needs" if noticed == "before" else "the disk is full"
+    with pytest.raises(GGUFError, match=message):
+        _quantize(source, target)
+    assert target.read_bytes() == b"older"
+    assert [p.name for p in small_disk.iterdir()] == ["target"]
+
+
+def test_a_limit_on_the_size_of_files_is_an_error(source: Path, tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(GGUFError, match="cannot be written: File too large"):
+            _quantize(source, tmp_path / "target")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("change", ["cut short", "written to"])
+def test_a_source_that_changes_while_it_is_read_is_an_error(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    copy, target = tmp_path / "copy.gguf", tmp_path / "target.gguf"
+    copy.write_bytes(source.read_bytes())
+    with open_gguf(source) as file:
+        plan = ramgguf.quantize(source, BUDGET, tmp_path / "x.gguf", min_sqnr_db=0).plan
+        last = file.tensors[-1]
+    (tmp_path / "x.gguf").unlink()
+    read_rows, n_reads = GGUFFile.read_rows, 0
+
+    def disturbed(
+        file: GGUFFile, tensor: TensorInfo, start: int, stop: int, *args: object
+    ) -> object:
+        nonlocal n_reads
+        n_reads += 1
+        if n_reads == 5:
+            if change == "cut short":
+                os.truncate(copy, last.offset + 1)
+            else:
+                os.utime(copy, ns=(1, 1))
+        return read_rows(file, tensor, start, stop, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(GGUFFile, "read_rows", disturbed)
+    with pytest.raises(GGUFError, match=r"cut short|changed while"):
+        ramgguf.quantize(copy, None, target, from_plan=plan)
+    assert [p.name for p in tmp_path.iterdir()] == ["copy.gguf"]

@@ -7,7 +7,7 @@ MODELS ?= models
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: all demo test lint bench clean
+.PHONY: all demo test test-neon lint bench clean
 
 all: $(STAMP)
 
@@ -25,6 +25,10 @@ lint: $(STAMP)
 test: $(STAMP) lint
 	$(BIN)/python -m pytest
 	RAMGGUF_ISA=baseline $(BIN)/python -m pytest
+
+# The NEON kernels in an emulator: needs g++-aarch64-linux-gnu and qemu-user.
+test-neon: $(STAMP)
+	RAMGGUF_TEST_NEON=1 $(BIN)/python -m pytest tests/test_neon.py
 
 demo: $(STAMP)
 	$(BIN)/python tools/demo.py --models $(MODELS)

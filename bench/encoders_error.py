@@ -2,10 +2,11 @@
 
 For every format: the squared error of `rtn` and `search` as a share of ggml's, without an
 importance matrix (plain) and with one (weighted), on Gaussian and Student-t weights and, given a
-model, on a sample of its tensors; and weights/s of search next to ggml_quantize_chunk, one thread,
-alternating in one process, median of --runs.
+model, on a sample of its tensors; and weights/s of search next to ggml_quantize_chunk, in CPU time
+of one thread (other processes on the machine count less), alternating, median of --runs.
+Lines are added to bench/results/encoders.jsonl.
 
-    python bench/encoders_error.py [MODEL.gguf] [--formats Q4_K,Q6_K] [--json results.jsonl]
+    python bench/encoders_error.py [MODEL.gguf] [--formats Q4_K,Q6_K] [--isa v3]
 """
 
 import argparse
@@ -22,9 +23,13 @@ from numpy.typing import NDArray
 
 from ramgguf import _core, formats
 from ramgguf.gguf_io import open_gguf
+from ramgguf.engine.system import cpu_name
+from ramgguf.version import __version__
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import ggml_oracle
+
+RESULTS = Path(__file__).parent / "results" / "encoders.jsonl"
 
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
@@ -44,6 +49,9 @@ class Row:
     search_mweights_per_s: float
     ggml_mweights_per_s: float
     speed_ratio: float
+    speed_ratio_quartiles: tuple[float, float]
+    cpu: str = cpu_name()
+    ramgguf_version: str = __version__
 
 
 def encode(name: str, x: Floats, encoder: str, importance: Floats | None = None) -> Bytes:
@@ -60,10 +68,10 @@ def squared_error(name: str, x: Floats, blocks: Bytes, importance: Floats | None
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """Return how long the work takes."""
-    start = time.perf_counter()
+    """Return the CPU time of the work."""
+    start = time.thread_time()
     work()
-    return time.perf_counter() - start
+    return time.thread_time() - start
 
 
 def samples(model: Path | None, n_rows: int) -> dict[str, Floats]:
@@ -104,6 +112,7 @@ def measure(name: str, kind: str, x: Floats, runs: int) -> Row:
         for _ in range(runs)
     ]
     ours, theirs = (statistics.median(column) for column in zip(*times, strict=True))
+    low, ratio, high = statistics.quantiles((b / a for a, b in times), n=4)
     return Row(
         format=name,
         weights=kind,
@@ -115,7 +124,8 @@ def measure(name: str, kind: str, x: Floats, runs: int) -> Row:
         ggml_nmse=ggml / float((x.astype(np.float64) ** 2).sum()),
         search_mweights_per_s=x.size / ours / 1e6,
         ggml_mweights_per_s=x.size / theirs / 1e6,
-        speed_ratio=statistics.median(b / a for a, b in times),
+        speed_ratio=ratio,
+        speed_ratio_quartiles=(low, high),
     )
 
 
@@ -127,7 +137,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=256)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--isa", default="")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     _core.set_isa(arguments.isa)
     print("squared error as a share of ggml's; M weights/s on one thread")
@@ -146,9 +156,8 @@ def main() -> None:
                 f"{row.ggml_mweights_per_s:8.1f}{row.speed_ratio:7.1f}x",
                 flush=True,
             )
-    if arguments.json:
-        lines = "".join(json.dumps(asdict(row)) + "\n" for row in rows)
-        arguments.json.write_text(lines)
+    with arguments.json.open("a") as file:
+        file.writelines(json.dumps(asdict(row)) + "\n" for row in rows)
 
 
 if __name__ == "__main__":

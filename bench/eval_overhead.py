@@ -9,7 +9,6 @@ chunks were decoded without any scoring (models, contexts, buffers, interpreter)
 
 import argparse
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -18,9 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
+from provenance import provenance
 from ramgguf.corpus import default_corpus
 from ramgguf.engine.client import Engine
-from ramgguf.engine.system import cpu_name
 
 _DECODE_ONLY = """
 import sys
@@ -85,8 +84,7 @@ def main() -> None:
         json.dumps(
             {
                 "bench": "eval_overhead",
-                "cpu": cpu_name(),
-                "python": platform.python_version(),
+                **provenance(),
                 "llama_cpp": build,
                 "models": [m.name for m in models],
                 "n_vocab": n_vocab,

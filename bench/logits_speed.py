@@ -15,8 +15,8 @@ from functools import partial
 import numpy as np
 from scipy.special import logsumexp
 
+from provenance import provenance
 from ramgguf import _core
-from ramgguf.engine.system import cpu_name
 
 N_LOGITS = 16_000_000
 N_RUNS = 7
@@ -49,7 +49,7 @@ def main() -> None:
             compare = billions_per_second(pairs, base.size)
             row = {
                 "bench": "logits_speed",
-                "cpu": cpu_name(),
+                **provenance(),
                 "isa": isa,
                 "n_vocab": n_vocab,
                 "score_glogits_per_s": round(statistics.median(score), 3),

@@ -21,7 +21,7 @@ import numpy as np
 import ramgguf
 from best_flags import near
 from llama_quantize import quantize
-from ramgguf.engine.llama import system_info
+from ramgguf.engine.system import system_info
 from ramgguf.results import EvalResult
 from ramgguf.schema import Measurement, Plan
 from ramgguf.sensitivities import Sensitivity

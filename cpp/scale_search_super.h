@@ -77,26 +77,32 @@ RAMGGUF_INLINE Lanes affine_error(const Tile<n, weighted>& tile, Lanes scale, La
     return error;
 }
 
-// The best of the nine pairs of integers around the given ones, tried on the weights; its error
-// goes to `error`.
-template <int n_max, int s_max, int n, bool weighted>
+// The best of the first `count` of the nine pairs of integers around the given ones, tried on the
+// weights; its error goes to `error`. Pairs that keep the middle of the range come first: a larger
+// scale goes with a larger minimum.
+template <int count, int n_max, int s_max, int n, bool weighted>
 RAMGGUF_INLINE AffineScales try_neighbours(const Tile<n, weighted>& tile, AffineScales around,
                                            Lanes& error) {
-    constexpr float moves[] = {0.0f, 1.0f, -1.0f};
+    constexpr int moves[9][2] = {{0, 0}, {1, 1},  {-1, -1}, {0, 1}, {0, -1},
+                                 {1, 0}, {-1, 0}, {1, -1},  {-1, 1}};
+    Lanes subs[3], scales[3], per_scale[3];
+    for (int k = 0; k < 3; ++k) {
+        subs[k] = clamp(around.sub + broadcast((float)(k - 1)), 0.0f, (float)s_max);
+        scales[k] = around.step * subs[k];
+        per_scale[k] = inverse(scales[k]);
+    }
     AffineScales best = around;
     error = broadcast(0x1p100f);
-    for (const float sub_move : moves) {
-        const Lanes sub = clamp(around.sub + broadcast(sub_move), 0.0f, (float)s_max);
-        const Lanes scale = around.step * sub, per_scale = inverse(scale);
-        for (const float min_move : moves) {
-            const Lanes sub_min = clamp(around.sub_min + broadcast(min_move), 0.0f, (float)s_max);
-            const Lanes found =
-                affine_error<n_max>(tile, scale, per_scale, around.min_step * sub_min);
-            const Mask better = found < error;
-            error = select(better, found, error);
-            best.sub = select(better, sub, best.sub);
-            best.sub_min = select(better, sub_min, best.sub_min);
-        }
+    for (int i = 0; i < count; ++i) {
+        const int k = moves[i][0] + 1;
+        const Lanes sub_min =
+            clamp(around.sub_min + broadcast((float)moves[i][1]), 0.0f, (float)s_max);
+        const Lanes found =
+            affine_error<n_max>(tile, scales[k], per_scale[k], around.min_step * sub_min);
+        const Mask better = found < error;
+        error = select(better, found, error);
+        best.sub = select(better, subs[k], best.sub);
+        best.sub_min = select(better, sub_min, best.sub_min);
     }
     return best;
 }
@@ -149,9 +155,9 @@ RAMGGUF_INLINE AffineScales fit_affine_scales(const Tile<n, weighted>& tile, Gri
     first.sub_min = to_integer(minimum, inverse(first.min_step), 0, s_max);
 
     Lanes first_error, second_error;
-    first = try_neighbours<n_max, s_max>(tile, first, first_error);
+    first = try_neighbours<9, n_max, s_max>(tile, first, first_error);
     AffineScales second = refit_steps<n_max, group>(tile, first);
-    second = try_neighbours<n_max, s_max>(tile, second, second_error);
+    second = try_neighbours<5, n_max, s_max>(tile, second, second_error);
     const Mask better =
         reduce_groups<group>(Add{}, second_error) < reduce_groups<group>(Add{}, first_error);
     return {select(better, second.step, first.step), select(better, second.sub, first.sub),

@@ -94,7 +94,7 @@ class Tokens:
 def default_corpus() -> Corpus:
     """Return the test split of WikiText-2, which comes with the package."""
     data = importlib.resources.files("ramgguf") / "data" / "wikitext2-test.txt"
-    return Corpus(DEFAULT_NAME, data.read_text(encoding="utf-8"))
+    return Corpus(DEFAULT_NAME, data.read_bytes().decode("utf-8"))
 
 
 def text_file(path: Path) -> Corpus:

@@ -293,7 +293,7 @@ def _values(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> np.n
     if name.endswith("ssm_a"):
         return -np.abs(x)  # a state that decays
     if "norm" in name or "time_mix_ln" in name:
-        return np.float32(1 + 0.1 * x) if name.endswith("weight") else np.float32(0.1) * x
+        return (float(name.endswith("weight")) + 0.1 * x).astype(np.float32)
     return x * np.float32(shape[-1] ** -0.5)
 
 

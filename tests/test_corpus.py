@@ -29,6 +29,7 @@ def tokens(n: int, *, bos: int = 1, adds_bos: bool = False) -> Tokens:
 def test_the_default_corpus_is_wikitext() -> None:
     corpus = default_corpus()
     assert corpus.bytes.startswith(b" = Robert Boulter = \n")
+    assert b"\r" not in corpus.bytes
     assert corpus.identity.n_bytes == len(corpus.bytes) > 1_280_000
     assert corpus.title_at(0) == "Robert Boulter"
     titles = {corpus.title_at(i) for i in range(0, len(corpus.bytes), 500)}

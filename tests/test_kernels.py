@@ -1,5 +1,7 @@
 """Encoding, decoding and measuring block formats: against ggml, across ISA levels, at the edges."""
 
+import ctypes
+import platform
 from collections.abc import Iterator
 
 import numpy as np
@@ -388,3 +390,37 @@ def test_arrays_that_do_not_suit_are_refused_by_name() -> None:
     out.setflags(write=False)
     with pytest.raises(ValueError, match=r"out is read-only"):
         _core.encode("Q4_K", "F32", raw, out)
+
+
+# --- the caller's floating-point mode ---
+
+_MXCSR_OFFSET = 28  # in glibc's fenv_t on x86-64
+_ROUND_UP, _FLUSH, _DENORMALS_ARE_ZERO = 0x4000, 0x8000, 0x0040
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="reads fenv_t as x86-64 lays it out")
+@pytest.mark.parametrize("isa", _core.supported_isas())
+def test_the_callers_rounding_and_flush_modes_neither_matter_nor_change(isa: str) -> None:
+    _core.set_isa(isa)
+    libm = ctypes.CDLL("libm.so.6")
+    usual, changed, after = (ctypes.create_string_buffer(32) for _ in range(3))
+    x = corpus()
+    expected = [(encode(n, x).tobytes(), _measured(n, x)) for n in QUANTIZED]
+    libm.fegetenv(usual)
+    mxcsr = int.from_bytes(usual.raw[_MXCSR_OFFSET:], "little")
+    mxcsr |= _ROUND_UP | _FLUSH | _DENORMALS_ARE_ZERO
+    changed.raw = usual.raw[:_MXCSR_OFFSET] + mxcsr.to_bytes(4, "little")
+    libm.fesetenv(changed)
+    try:
+        found = [(encode(n, x).tobytes(), _measured(n, x)) for n in QUANTIZED]
+        libm.fegetenv(after)
+    finally:
+        libm.fesetenv(usual)
+    assert found == expected
+    modes = int.from_bytes(after.raw[_MXCSR_OFFSET:], "little") & 0xFFC0
+    assert modes == mxcsr & 0xFFC0
+
+
+def _measured(name: str, x: Floats) -> tuple[float, float, float]:
+    stats = _core.measure([name], "F32", x.view(np.uint8))
+    return stats.sum_squares, stats.sum_fourths, stats.errors[0].sum_squared_error

@@ -18,21 +18,6 @@ def run(*command: str) -> None:
         sys.exit(f"demo: {command[0]} ended with status {status}")
 
 
-def generate(model: Path) -> None:
-    """Let llama.cpp load the file and go on with a sentence."""
-    from llama_cpp import Llama
-
-    print(f"\nllama.cpp loads {model} and goes on with a prompt:", flush=True)
-    llama = Llama(str(model), n_ctx=256, verbose=False, seed=1)
-    prompt = "The three primary colours are"
-    answer = llama.create_completion(prompt, max_tokens=32, temperature=0.0)
-    assert isinstance(answer, dict)
-    text = answer["choices"][0]["text"]
-    if not text.strip():
-        sys.exit("demo: llama.cpp generated nothing")
-    print(f"  {prompt}{text!s}".replace("\n", "\n  "))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", type=Path, default=Path("models"))
@@ -43,7 +28,7 @@ def main() -> None:
 
     run("python", str(TOOLS / "real_models.py"), "--out", str(models), "--only", "smol768-f16")
     run("ramgguf", "quantize", str(source), "--budget", BUDGET, "-o", str(output), "--force")
-    generate(output)
+    run("python", str(TOOLS / "generate.py"), str(output), "The three primary colours are")
     run(
         "ramgguf", "eval", str(output), "--reference", str(source),
         "--n-seq", str(arguments.n_seq),

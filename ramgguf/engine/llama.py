@@ -210,6 +210,8 @@ class LlamaModel:
             return np.empty((0, self.vocab.n_tokens), dtype=np.float32)
         pointer = self._llama.llama_get_logits(self._context)  # waits for the computation's end
         self.decode_seconds += time.perf_counter() - start
+        if not pointer:
+            raise EngineError(f"{self.path}: it gives no logits; is it a language model?")
         return np.ctypeslib.as_array(pointer, shape=(n_rows, self.vocab.n_tokens))
 
     def chunks(self, n_tokens: int) -> Iterator[tuple[int, int]]:

@@ -4,16 +4,16 @@ import json
 from typing import Any
 
 import pytest
-import synthetic
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import ramgguf
+import synthetic
 from ramgguf.errors import PlanError
 from ramgguf.schema import Document, Measurement, Plan
-from ramgguf.stages.allocate import allocate
 
 _MEASUREMENT = synthetic.measurement(n_layers=1)
-_PLAN = allocate(_MEASUREMENT, 700_000)
+_PLAN = ramgguf.plan(_MEASUREMENT, 1_000_000, min_sqnr_db=0)
 _DOCUMENTS: tuple[Document, ...] = (_MEASUREMENT, _PLAN)
 _ODD: list[Any] = [None, True, -1, 0, 2**63, 1e308, "", "Q9_Z", "../../x", [], {}, [[]], "NaN"]
 

@@ -106,7 +106,7 @@ def measure(name: str, kind: str, x: Floats, runs: int) -> Row:
     part = x[: max(1, len(x) // 8)]
     times = [
         (
-            seconds(lambda: encode(name, x, "search")),
+            seconds(lambda: _core.encode(name, "F32", x.view(np.uint8), search, encoder="search")),
             seconds(lambda: ggml_oracle.quantize(name, part)) * len(x) / len(part),
         )
         for _ in range(runs)

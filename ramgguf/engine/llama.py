@@ -90,7 +90,7 @@ class LlamaModel:
     """A model with one context, for one sequence at a time. Use as a context manager.
 
     safe_kernels keeps llama.cpp from its extra buffer types (repacked weights, AMX), which crash
-    on some formats; memory_map then serves all weights straight from the file's pages.
+    on some CPUs; all weights are then read straight from the file's mapped pages.
     """
 
     def __init__(

@@ -50,7 +50,8 @@ def instrument() -> None:
     for module in (gguf_io, gguf_shard, gguf_values, schema):
         for thing in vars(module).values():
             inner = vars(thing).values() if inspect.isclass(thing) else (thing,)
-            for function in inner:
+            for member in inner:
+                function = getattr(member, "__func__", member)  # what a class method wraps
                 if inspect.isfunction(function) and function.__module__.startswith("ramgguf"):
                     atheris.instrument_func(function)
 

@@ -22,8 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ramgguf import _core, formats
-from ramgguf.gguf_io import open_gguf
 from ramgguf.engine.system import cpu_name
+from ramgguf.gguf_io import open_gguf
 from ramgguf.version import __version__
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ramgguf import _core, formats
-from ramgguf.stages.evaluate import cpu_name
+from ramgguf.engine.system import cpu_name
 from ramgguf.version import __version__
 
 RESULTS = Path(__file__).parent / "results" / "kernels.jsonl"

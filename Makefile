@@ -20,7 +20,7 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/clang-format --dry-run --Werror tools/install.sh $(wildcard cpp/*.cpp cpp/*.h cpp/formats/*.h)
+	$(BIN)/clang-format --dry-run --Werror $(wildcard cpp/*.cpp cpp/*.h cpp/formats/*.h)
 
 test: $(STAMP) lint
 	$(BIN)/python -m pytest

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -62,7 +63,8 @@ def compare(
     evidence = Evidence(ranked, shared, rng, max(n_resamples, min(400 * n_pairs, 100_000)))
     rows = evidence.rows(outlier_ppl)
     found = tuple(evidence.disagreement(*parted) for parted in _disagreeing(rows))
-    return _leaderboard(rows, found, n_sequences=len(shared), notes=(*notes, *evidence.notes))
+    board = _leaderboard(rows, found, n_sequences=len(shared), notes=(*notes, *evidence.notes))
+    return replace(board, ties=evidence.ties(board.rankings))
 
 
 def check_comparable(results: Sequence[EvalResult]) -> None:

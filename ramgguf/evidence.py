@@ -6,7 +6,16 @@ from functools import cached_property
 
 import numpy as np
 
-from ramgguf.leaderboard import CRITERIA, Culprit, Disagreement, Ranking, Reversal, Row
+from ramgguf.leaderboard import (
+    CRITERIA,
+    SIGNIFICANCE,
+    Culprit,
+    Disagreement,
+    Ranking,
+    Reversal,
+    Row,
+    Tie,
+)
 from ramgguf.results import EvalResult
 from ramgguf.robust import (
     DIVERGENCES,
@@ -112,6 +121,16 @@ class Evidence:
         without = (self._rerank(first, kept), self._rerank(second, kept))
         culprits = tuple(self._culprit(i) for i in removed)
         return Disagreement(first, second, reversals, culprits, without)
+
+    def ties(self, rankings: Sequence[Ranking]) -> tuple[Tie, ...]:
+        """Return the neighbours in a ranking that its criterion does not tell apart."""
+        return tuple(
+            Tie(ranking.criterion, a, b, found)
+            for ranking in rankings
+            for a, b in itertools.pairwise(ranking.order)
+            if (found := self._test(ranking.criterion)[a, b]).p is not None
+            and found.p >= SIGNIFICANCE
+        )
 
     # --- values ---
 

@@ -106,6 +106,19 @@ class Disagreement:
 
 
 @dataclass(frozen=True)
+class Tie:
+    """Two models that follow each other in a ranking whose criterion does not tell them apart.
+
+    difference is better − worse, its p Holm-corrected over all pairs of models.
+    """
+
+    criterion: str
+    better: str
+    worse: str
+    difference: Difference
+
+
+@dataclass(frozen=True)
 class Gap:
     """How far corpus and median PPL part, for the model where they part most (corpus − median)."""
 
@@ -120,11 +133,15 @@ class Gap:
 
 @dataclass(frozen=True, eq=False)
 class Leaderboard:
-    """Rows in the order of the first ranking, a ranking per criterion, and where they disagree."""
+    """Rows in the order of the first ranking, a ranking per criterion, and where they disagree.
+
+    ties: neighbours in a ranking that may as well stand the other way round.
+    """
 
     rows: tuple[Row, ...]
     rankings: tuple[Ranking, ...]
     disagreements: tuple[Disagreement, ...]
     gap: Gap | None
     n_sequences: int | None
+    ties: tuple[Tie, ...] = ()
     notes: tuple[str, ...] = ()

@@ -39,7 +39,7 @@ class Document(_Value):
 
         try:
             data = json.loads(text)
-        except ValueError as e:
+        except (ValueError, RecursionError) as e:
             raise PlanError(f"{name} is not JSON ({e}); was it cut short?") from None
         found = data.pop("schema", None) if isinstance(data, dict) else None
         expected = f"ramgguf.{cls.KIND}/{cls.VERSION}"

@@ -212,6 +212,21 @@ def _p(reversal: Reversal) -> float:
     return reversal.difference_first.p
 
 
+def test_neighbours_that_a_criterion_does_not_tell_apart_are_named() -> None:
+    base = ordinary_ppl(21)
+    noise = np.random.default_rng(22).normal(0, 0.02, (2, 128))
+    near, twin = (base * np.exp(e) for e in noise)
+    board = board_of(
+        eval_result("near", near), eval_result("twin", twin), eval_result("far", base * 1.2)
+    )
+    tied = {(t.criterion, frozenset((t.better, t.worse))) for t in board.ties}
+    assert ("corpus_ppl", frozenset(("near", "twin"))) in tied
+    assert not any("far" in pair for _, pair in tied)
+    said = [f for f in findings(board) if f.startswith("Corpus PPL does not tell apart")]
+    assert len(said) == 1
+    assert "(Holm-corrected p = " in said[0]
+
+
 def test_kld_is_a_criterion_where_the_reference_is_shared() -> None:
     base = ordinary_ppl(11)
     near, far = np.full(128, 0.01), np.full(128, 0.05)

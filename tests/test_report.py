@@ -20,6 +20,7 @@ from rich.console import Console
 from made_plans import made_measurement, made_plan
 from made_results import eval_result, ordinary_ppl, wild_ppl
 from ramgguf.report import evaluation, results
+from ramgguf.report.figures import log_ticks
 from ramgguf.report.grid import Column, Grid, markdown_text, to_html, to_markdown
 from ramgguf.report.numbers import kld, ppl, with_interval
 from ramgguf.report.page import page, write_html
@@ -199,6 +200,16 @@ def test_intervals_stand_behind_their_value() -> None:
     assert with_interval(Estimate(8.7064), ppl) == "8.706"
     assert with_interval(Estimate(-0.01, -0.02, 0.001), kld) == "-0.0100 (-0.0200 to 0.00100)"
     assert (kld(0.0), kld(1.5), kld(0.000012)) == ("0", "1.50", "1.20e-05")
+
+
+@given(st.floats(1e-6, 1e5), st.floats(0.01, 7))
+def test_logarithmic_axes_have_a_readable_number_of_ticks(low: float, decades: float) -> None:
+    high = low * 10**decades
+    ticks = log_ticks(low, high)
+    assert 2 <= len(ticks) <= 9
+    assert len(set(ticks)) == len(ticks)
+    assert low * (1 - 1e-5) <= min(ticks)
+    assert max(ticks) <= high * (1 + 1e-5)
 
 
 # --- the page ---

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ramgguf.errors import BudgetError
-from ramgguf.units import format_bytes, format_seconds, parse_budget, parse_size
+from ramgguf.units import format_bytes, format_seconds, parse_budget, parse_seconds, parse_size
 
 
 @pytest.mark.parametrize(
@@ -56,3 +56,11 @@ def test_what_is_shown_is_within_a_percent_of_what_is_meant(n_bytes: int) -> Non
 )
 def test_durations_read_as_people_say_them(seconds: float, text: str) -> None:
     assert format_seconds(seconds) == text
+
+
+def test_times_are_understood_and_other_texts_refused() -> None:
+    told = {"90": 90, "90s": 90, "20m": 1200, "20 min": 1200, "1.5h": 5400}
+    assert {text: parse_seconds(text) for text in told} == told
+    for text in ("", "0", "-5m", "soon", "3d"):
+        with pytest.raises(BudgetError, match=r"write 90s, 20m or 1\.5h"):
+            parse_seconds(text)

@@ -54,19 +54,31 @@ def figure(x_title: str, y_title: str, height: int) -> Figure:
 
 
 def logarithmic(axis: str, fig: Figure, values: Sequence[float]) -> None:
-    """Make the axis ("x" or "y") logarithmic, with ticks at 1, 2 and 5 of each decade."""
+    """Make the axis ("x" or "y") logarithmic, with a readable number of labelled ticks."""
     low, high = math.log10(min(values)), math.log10(max(values))
-    decades = range(math.floor(low) - 1, math.ceil(high) + 2)
-    steps = (1, 2, 5) if high - low < 3 else (1,)
-    ticks = [m * 10.0**d for d in decades for m in steps]
-    margin = 0.05 * (high - low) + 0.03
+    margin = 0.05 * (high - low) + 0.02
+    low, high = low - margin, high + margin
+    ticks = log_ticks(10**low, 10**high)
     update = {"x": fig.update_xaxes, "y": fig.update_yaxes}[axis]
     update(
         type="log",
         tickvals=ticks,
-        ticktext=[f"{t:,.0f}" if t >= 1 else f"{t:.6f}".rstrip("0") for t in ticks],
-        range=[low - margin, high + margin],
+        ticktext=[f"{t:,.10g}" if t >= 1e-6 else f"{t:.0e}" for t in ticks],
+        range=[low, high],
     )
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """Return round numbers from low to high: powers of ten, then finer steps for short ranges."""
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for steps in ((1,), (1, 2, 5)):
+        ticks = [m * 10.0**d for d in decades for m in steps if low <= m * 10.0**d <= high]
+        if len(ticks) >= 3:
+            return [float(f"{t:.6g}") for t in ticks]
+    step = 10.0 ** math.floor(math.log10((high - low) / 3))
+    step *= max(m for m in (1, 2, 5) if m * step <= (high - low) / 3 or m == 1)
+    first = math.ceil(low / step)
+    return [float(f"{k * step:.6g}") for k in range(first, math.floor(high / step) + 1)]
 
 
 def style(i: int) -> dict[str, Any]:
@@ -136,8 +148,10 @@ def kld_by_size(study: Study) -> Figure | None:
                 f"{size / _GB:.3f} GB<extra></extra>",
             )
         )
-    shown = [v for trace in fig.data for v in trace.y]
-    if not shown:
+    klds = [s.against.divergences["mean_kld"] for s in study.summaries if s.against is not None]
+    bounds = [x for e in klds for x in (e.value, e.low, e.high)]
+    shown = [x for x in bounds if x is not None and x > 0]
+    if not fig.data:
         return None
     logarithmic("y", fig, shown)
     return fig

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from rich.console import Console
 from rich.table import Table
 
+from ramgguf.objectives import DEFAULT_OBJECTIVE
 from ramgguf.recipes import Recipe
 from ramgguf.schema import Assignment, Plan
 from ramgguf.units import format_bytes
@@ -63,6 +64,12 @@ def print_plan(plan: Plan, console: Console, *, verbose: bool = False) -> None:
         console.print(
             f"1 % more budget ({format_bytes(step.n_bytes)}) would lower the objective by "
             f"{saved:.1%}, changing {step.n_changes} tensors",
+            soft_wrap=True,
+        )
+    if plan.objective == DEFAULT_OBJECTIVE:
+        console.print(
+            "note: what matters was guessed from the tensors' roles; `ramgguf sensitivity` "
+            "measures it, for --sensitivity",
             soft_wrap=True,
         )
     for note in plan.notes:

@@ -11,6 +11,7 @@ from ramgguf.leaderboard import (
     Leaderboard,
     Ranking,
     Reversal,
+    Tie,
     Verdict,
 )
 from ramgguf.report.numbers import p_value, ppl
@@ -32,6 +33,7 @@ def findings(board: Leaderboard) -> tuple[str, ...]:
     if not found and len(board.rows) > 1 and len(board.rankings) > 1:
         names = _list([LABELS[r.criterion] for r in board.rankings])
         found = [f"No inversion: {names} rank the models alike."]
+    found += _ties(board.ties)
     if board.gap is not None and board.gap.value:
         found.append(_gap(board.gap))
     return (*found, *(f"{note}." for note in board.notes))
@@ -196,6 +198,25 @@ def _without(d: Disagreement) -> str:
         f"Without {what} {LABELS[first.criterion]} ranks {order(first, only)},"
         f" {LABELS[second.criterion]} {order(second, only)}."
     )
+
+
+def _ties(ties: Sequence[Tie]) -> list[str]:
+    """Return a statement per criterion that does not tell neighbours in its ranking apart."""
+    by_criterion: dict[str, list[Tie]] = {}
+    for tie in ties:
+        by_criterion.setdefault(tie.criterion, []).append(tie)
+    return [
+        f"{_capital(LABELS[criterion])} does not tell apart "
+        + _list(
+            [
+                f"{t.better} and {t.worse} (Holm-corrected p = {p_value(t.difference.p or 0)})"
+                for t in found
+            ],
+            "; ",
+        )
+        + "."
+        for criterion, found in by_criterion.items()
+    ]
 
 
 def _gap(gap: Gap) -> str:

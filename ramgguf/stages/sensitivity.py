@@ -177,11 +177,13 @@ def _settle(
     most = request.n_sequences or MAX_SEQUENCES
     bytes_each = 4 * request.n_ctx * probe.model.vocab.n_tokens
     most = max(1, min(most, MAX_REFERENCE_BYTES // bytes_each))
+    start = time.perf_counter()
     sequences = draw_sequences(probe.model, request, range(1))
+    seconds_drawing = time.perf_counter() - start
     seconds_each = _seconds_per_pass(probe, sequences[0])
     n_sequences, stride = most, 1
     if request.n_sequences is None:
-        affordable = request.seconds / (seconds_each * (len(tensors) + 2))
+        affordable = request.seconds / (seconds_each * (len(tensors) + 2) + seconds_drawing)
         n_sequences = max(1, min(most, int(affordable)))
         stride = max(1, math.ceil(n_sequences / affordable))
     names = tuple(t.name for t in _strided(file, tensors, stride))
@@ -192,7 +194,7 @@ def _settle(
             f"to keep to {format_seconds(request.seconds)}, {len(names)} of {len(tensors)} tensors "
             "were measured; those between are interpolated within their role"
         )
-    seconds = seconds_each * n_sequences * len(names)
+    seconds = n_sequences * (seconds_each * len(names) + seconds_drawing)
     digest = hashlib.sha256(b"".join(ids.tobytes() for ids in sequences)).hexdigest()
     return Settings(
         source=Source(

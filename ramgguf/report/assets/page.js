@@ -19,6 +19,16 @@ function draw(div, figure) {
 
 const read = (id) => JSON.parse(document.getElementById(id).textContent);
 
+// Labels of formats that lie close together go above, below and to the right of their points.
+function placements(points) {
+  const near = (p, q) => Math.abs(p[1] - q[1]) < 0.4 && Math.abs(Math.log10(p[2] / q[2])) < 0.4;
+  return points.map((p) => {
+    const others = points.filter((q) => q !== p && near(p, q));
+    const above = others.filter((q) => q[2] > p[2]).length, below = others.filter((q) => q[2] < p[2]).length;
+    return above === 0 ? "top center" : below === 0 ? "bottom center" : p[1] < others[0][1] ? "middle left" : "middle right";
+  });
+}
+
 function curveFigure(curve, base) {
   const [formats, bits, nmse] = [0, 1, 2].map((i) => curve.points.map((p) => p[i]));
   const best = [];
@@ -26,7 +36,7 @@ function curveFigure(curve, base) {
   const escape = (text) => text.replace(/&/g, "&amp;").replace(/</g, "&lt;");
   const data = [
     { x: best.map((p) => p[1]), y: best.map((p) => p[2]), mode: "lines", line: { color: "#777", width: 1, dash: "dot" }, name: "best for the bits", hoverinfo: "skip" },
-    { x: bits, y: nmse, mode: "markers+text", text: formats, textposition: "top center", textfont: { size: 11 }, marker: { color: "#3b82c4", size: 8 }, name: "format",
+    { x: bits, y: nmse, mode: "markers+text", text: formats, textposition: placements(curve.points), textfont: { size: 11 }, marker: { color: "#3b82c4", size: 8 }, name: "format",
       hovertemplate: "%{text}<br>%{x:.3f} bits per weight<br>NMSE %{y:.3e}<extra></extra>" },
   ];
   const rings = ["#c8641e", "#1b8a6b", "#a8559c", "#94791a", "#7a6fd6", "#c94c5c"];

@@ -7,7 +7,7 @@ MODELS ?= models
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: all demo test test-neon lint bench clean
+.PHONY: all demo test test-neon lint soak bench clean
 
 all: $(STAMP)
 
@@ -29,6 +29,11 @@ test: $(STAMP) lint
 # The NEON kernels in an emulator: needs g++-aarch64-linux-gnu and qemu-user.
 test-neon: $(STAMP)
 	RAMGGUF_TEST_NEON=1 $(BIN)/python -m pytest tests/test_neon.py
+
+# Hours of work for the machine, not for CI: fuzzing, kills, and whatever else takes long.
+soak: $(STAMP)
+	VENV=$(VENV) sh tools/fuzz.sh 600
+	RAMGGUF_KILLS=60 $(BIN)/python -m pytest tests/test_faults.py
 
 demo: $(STAMP)
 	$(BIN)/python tools/demo.py --models $(MODELS)

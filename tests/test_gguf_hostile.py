@@ -150,10 +150,10 @@ def test_strings_that_end_far_away_do_not_take_long(tmp_path: Path) -> None:
     path.write_bytes(SOUND.with_key(key).header())
     with path.open("r+b") as file:
         file.truncate(2**41)  # sparse: takes no disk
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(GGUFError, match="header goes on beyond 134217728 bytes"):
         open_gguf(path)
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 def test_names_in_metadata_never_become_paths(tmp_path: Path) -> None:

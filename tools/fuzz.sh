@@ -18,13 +18,13 @@ mkdir -p "$work/header" "$work/gguf" "$work/documents" "$work/findings"
     tests/fuzz/header_fuzzer.cpp cpp/gguf_header.cpp -o "$work/header_fuzzer"
 # Time on a busy machine is not the unit's own: the slowest one is printed, and only 5 s are a finding.
 limits="-timeout=5 -max_total_time=$seconds -print_final_stats=1 -artifact_prefix=$work/findings/"
-"$work/header_fuzzer" $limits -malloc_limit_mb=64 -dict=tests/fuzz/gguf.dict "$work/header" "$work/seeds" \
+"$work/header_fuzzer" $limits -malloc_limit_mb=64 -dict=tests/fuzz/gguf.dict "$work/header" "$work/seeds/gguf" \
     2>"$work/header.log" || { tail -n 40 "$work/header.log"; exit 1; }
 tail -n 7 "$work/header.log"
 
 "$python" -m pip install --disable-pip-version-check -q 'atheris>=3'
 for target in gguf documents; do
-    "$python" tests/fuzz/python_fuzzer.py "$target" $limits -dict=tests/fuzz/gguf.dict "$work/$target" "$work/seeds" \
+    "$python" tests/fuzz/python_fuzzer.py "$target" $limits -dict=tests/fuzz/gguf.dict "$work/$target" "$work/seeds/$target" \
         2>"$work/$target.log" || { tail -n 40 "$work/$target.log"; exit 1; }
     tail -n 7 "$work/$target.log"
 done

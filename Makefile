@@ -1,5 +1,6 @@
 # make demo   the main job on a real model, end to end
 # make test   build, linters and all tests
+# make bench  kernels and encoders, into bench/results
 # Everything is installed into .venv; the wheel of llama-cpp-python is kept in the user's cache.
 PYTHON ?= python3
 VENV   ?= .venv
@@ -34,6 +35,12 @@ test-neon: $(STAMP)
 soak: $(STAMP)
 	VENV=$(VENV) sh tools/fuzz.sh 600
 	RAMGGUF_KILLS=60 $(BIN)/python -m pytest tests/test_faults.py
+
+bench: $(STAMP)
+	$(BIN)/python tools/real_models.py --out $(MODELS) --only smol768-f16
+	$(BIN)/python bench/kernels.py
+	$(BIN)/python bench/encoders_error.py $(MODELS)/smol768-f16.gguf
+	$(BIN)/python bench/encoder_quality.py $(MODELS)/smol768-f16.gguf
 
 demo: $(STAMP)
 	$(BIN)/python tools/demo.py --models $(MODELS)

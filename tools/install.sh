@@ -22,7 +22,7 @@ if ! ls "$wheels"/*.whl >/dev/null 2>&1; then
     mkdir -p "$wheels"
     build=$(mktemp -d "$wheels/build.XXXXXX")
     CFLAGS="${CFLAGS:-} $no_amx" CXXFLAGS="${CXXFLAGS:-} $no_amx" \
-        $pip wheel --no-deps --no-binary llama-cpp-python -w "$build" "llama-cpp-python==$LLAMA_CPP_PYTHON"
+        $pip wheel --no-cache-dir --no-deps --no-binary llama-cpp-python -w "$build" "llama-cpp-python==$LLAMA_CPP_PYTHON"
     mv "$build"/*.whl "$wheels/"
     rmdir "$build"
 fi

@@ -2,15 +2,18 @@
 
     python bench/best_flags.py models/smol768-f16.gguf --bytes 104000000 --out bench/results
 
-Candidates come from llama.cpp's dry run; those of 95 to 100 % of the bytes are made and scored.
+Candidates come from llama.cpp's dry run; those near the bytes are made and scored.
 """
 
 import argparse
 import json
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import ramgguf
 from llama_quantize import planned_mib, quantize
+from provenance import provenance
 
 # The ftypes and embedding types that need no importance matrix.
 FILE_TYPES = (
@@ -23,14 +26,18 @@ EMBEDDINGS = (
 )
 
 
-def near(source: Path, n_bytes: int) -> list[tuple[str, str | None, float]]:
-    """Return (ftype, embedding type, MiB of data) of 95 to 100.5 % of the bytes, larger first."""
-    found = []
-    for file_type in FILE_TYPES:
-        for embedding in (None, *EMBEDDINGS):
-            mib = planned_mib(source, file_type, embedding)
-            if mib is not None and 0.93 * n_bytes < mib * 2**20 <= n_bytes:
-                found.append((file_type, embedding, mib))
+def near(
+    source: Path, n_bytes: int, least: float, file_types: Sequence[str]
+) -> list[tuple[str, str | None, float]]:
+    """Return (ftype, embedding type, MiB of data) whose data take `least` to 1 of the bytes."""
+    pairs = [(f, e) for f in file_types for e in (None, *EMBEDDINGS)]
+    with ThreadPoolExecutor(2) as pool:
+        sizes = list(pool.map(lambda pair: planned_mib(source, *pair), pairs))
+    found = [
+        (*pair, mib)
+        for pair, mib in zip(pairs, sizes, strict=True)
+        if mib is not None and least * n_bytes < mib * 2**20 <= n_bytes
+    ]
     return sorted(found, key=lambda f: -f[2])
 
 
@@ -40,16 +47,20 @@ def main() -> None:
     parser.add_argument("--bytes", type=int, required=True)
     parser.add_argument("--models", type=Path, default=Path("models/llama"))
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
+    parser.add_argument("--least", type=float, default=0.93)
+    parser.add_argument("--file-types", default=",".join(FILE_TYPES))
+    parser.add_argument("--ours", type=Path, nargs="*", default=[], help="files to score beside")
     parser.add_argument("--n-seq", type=int, default=16)
     parser.add_argument("--list", action="store_true", help="only list the candidates")
     arguments = parser.parse_args()
     arguments.models.mkdir(parents=True, exist_ok=True)
-    candidates = near(arguments.source, arguments.bytes)
+    file_types = arguments.file_types.split(",")
+    candidates = near(arguments.source, arguments.bytes, arguments.least, file_types)
     for file_type, embedding, mib in candidates:
         print(f"{file_type:8} embedding {embedding or 'default':8} {mib:8.2f} MiB", flush=True)
     if arguments.list:
         return
-    files = []
+    files = [*arguments.ours]
     for file_type, embedding, _ in candidates:
         name = f"{arguments.source.stem}-{file_type}-{embedding or 'default'}.gguf"
         path = quantize(
@@ -65,6 +76,7 @@ def main() -> None:
                 "n_bytes": result.model.n_bytes,
                 "kld_mean": result.kld_mean,
                 "n_seq": arguments.n_seq,
+                **provenance(),
             }
             print(row)
             out.write(json.dumps(row) + "\n")

@@ -27,7 +27,7 @@ EMBEDDINGS = (
 
 
 def near(
-    source: Path, n_bytes: int, least: float, file_types: Sequence[str]
+    source: Path, n_bytes: int, least: float = 0.93, file_types: Sequence[str] = FILE_TYPES
 ) -> list[tuple[str, str | None, float]]:
     """Return (ftype, embedding type, MiB of data) whose data take `least` to 1 of the bytes."""
     pairs = [(f, e) for f in file_types for e in (None, *EMBEDDINGS)]

@@ -210,7 +210,7 @@ def report(
 ) -> None:
     """Draw results, plans and curves on one HTML page that needs no network."""
     terminal = opt.Terminal.make(quiet=quiet, as_json=False)
-    opt.refuse_existing(output, force)
+    opt.refuse_existing(output, force=force)
     material = read_material([*files, *(plan or ()), *(measurement or ())])
     made = study_of(material.results, outlier)
     write_html(output, made, material.plans, material.measurements)

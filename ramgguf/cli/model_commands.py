@@ -196,7 +196,7 @@ def measure(
     """Measure every tensor's rate–distortion curve and write it as JSON."""
     terminal = opt.Terminal.make(quiet=quiet, as_json=as_json)
     path = output or model.with_suffix(".rd.json")
-    opt.refuse_existing(path, force)
+    opt.refuse_existing(path, force=force)
     measured = api.measure(
         model,
         formats=opt.split_formats(formats),
@@ -266,9 +266,7 @@ def plan(
 
 
 def _export(plan: Plan, plan_path: Path | None, types_path: Path | None, force: bool) -> None:
-    for path in (plan_path, types_path):
-        if path is not None:
-            opt.refuse_existing(path, force)
+    opt.refuse_existing(plan_path, types_path, force=force)
     if plan_path is not None:
         plan.save(plan_path)
     if types_path is not None:

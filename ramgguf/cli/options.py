@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from ramgguf import files
 from ramgguf.errors import PlanError
-from ramgguf.parallel import default_threads
 from ramgguf.progress import Progress, Silent
 from ramgguf.report.progress import Bars
 from ramgguf.schema import Encoder
@@ -92,11 +92,6 @@ class Terminal:
         return cls(out, err, Silent() if silent else Bars(err))
 
 
-def threads_or_default(threads: int | None) -> int:
-    """Return the number asked for, or one per CPU this process may use."""
-    return threads or default_threads()
-
-
 def split_formats(text: str | None) -> list[str] | None:
     """Return the names in a comma-separated list, in upper case, or None for no list."""
     if text is None:
@@ -113,7 +108,8 @@ def encoder(name: str) -> Encoder:
     raise typer.BadParameter(f"{name!r} is none of rtn, search", param_hint="--encoder")
 
 
-def refuse_existing(path: Path, force: bool) -> None:
-    """Raise PlanError when path exists and may not be overwritten."""
-    if path.exists() and not force:
-        raise PlanError(f"{path} exists; --force overwrites it")
+def refuse_existing(*paths: Path | None, force: bool) -> None:
+    """Raise PlanError when one of the paths, None aside, exists and may not be overwritten."""
+    for path in paths:
+        if path is not None:
+            files.refuse_existing(path, force=force, error=PlanError)

@@ -59,9 +59,7 @@ def curve(
 ) -> None:
     """Show the best size–quality trade-offs from the smallest safe size to 8.5 bpw."""
     terminal = opt.Terminal.make(quiet=quiet, as_json=as_json)
-    for path in (output, svg):
-        if path is not None:
-            opt.refuse_existing(path, force)
+    opt.refuse_existing(output, svg, force=force)
     if _is_frontier(source):
         made = Frontier.load(source)
     else:
@@ -176,9 +174,7 @@ def recipe(
     """Extract which format each tensor of a GGUF file has, to be given to another model."""
     terminal = opt.Terminal.make(quiet=quiet, as_json=as_json)
     found = Recipe.read(model)
-    for path in (output, export_tensor_types):
-        if path is not None:
-            opt.refuse_existing(path, force)
+    opt.refuse_existing(output, export_tensor_types, force=force)
     if output is not None:
         found.save(output)
     if export_tensor_types is not None:

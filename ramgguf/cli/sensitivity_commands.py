@@ -51,7 +51,7 @@ def sensitivity(
     """
     terminal = opt.Terminal.make(quiet=quiet, as_json=as_json)
     path = output or model.with_suffix(".sens.json")
-    opt.refuse_existing(path, force)
+    opt.refuse_existing(path, force=force)
     journal = path.with_name(f"{path.name}.partial")
     found = api.sensitivity(
         model,

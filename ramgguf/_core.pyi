@@ -19,7 +19,7 @@ class BlockFormat:
     @property
     def encodable(self) -> bool: ...
 
-class FormatError_:  # noqa: N801
+class FormatError_:  # noqa: N801 (errors.FormatError is the exception)
     @property
     def format(self) -> str: ...
     @property

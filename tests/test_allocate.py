@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given, settings
@@ -162,7 +163,9 @@ def test_a_plan_survives_its_file(tmp_path: pytest.TempPathFactory) -> None:
         (lambda text: re.sub(r'"n_bytes": ?\d+', '"n_bytes":-3', text, count=1), "n_bytes"),
     ],
 )
-def test_a_plan_file_that_was_damaged_is_refused_by_name(change, message: str) -> None:  # type: ignore[no-untyped-def]
+def test_a_plan_file_that_was_damaged_is_refused_by_name(
+    change: Callable[[str], str], message: str
+) -> None:
     with pytest.raises(PlanError, match=message):
         Plan.from_json(change(ramgguf.plan(MODEL, 2 * SMALLEST).to_json()), name="plan.json")
 

@@ -94,6 +94,19 @@ def test_errors_are_one_line_and_a_status(
         assert len(done.stderr.splitlines()) == 1
 
 
+def test_an_existing_plan_is_refused_before_the_model_is_written(
+    model: Path, tmp_path: Path
+) -> None:
+    plan, output = tmp_path / "p.json", tmp_path / "b.gguf"
+    plan.write_text("older")
+    command = ("quantize", model, "-b", "5bpw", "-o", output, "--save-plan", plan)
+    assert "--force" in run(*command, status=1).stderr
+    assert not output.exists()
+    assert plan.read_text() == "older"
+    run(*command, "--force")
+    assert Plan.load(plan).n_bytes == output.stat().st_size
+
+
 def test_every_command_explains_itself_with_an_example() -> None:
     commands = ("quantize", "measure", "plan", "eval", "compare", "report", "curve", "explain")
     for command in (*commands, "diff", "recipe"):

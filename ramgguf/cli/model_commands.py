@@ -93,6 +93,7 @@ def quantize(
 ) -> None:
     """Write the best mixed-precision GGUF that fits a budget."""
     terminal = opt.Terminal.make(quiet=quiet, as_json=as_json)
+    opt.refuse_existing(save_plan, export_tensor_types, force=force)
     if (budget is None) == (plan_file is None):
         raise typer.BadParameter("give either --budget or --plan", param_hint="--budget")
     if imatrix is not None and (plan_file or measurement):
@@ -122,7 +123,7 @@ def quantize(
         threads=threads,
         progress=terminal.progress,
     )
-    _export(made.plan, save_plan, export_tensor_types, force)
+    _export(made.plan, save_plan, export_tensor_types)
     if as_json:
         print(json.dumps(_summary(made)))
         return
@@ -239,6 +240,7 @@ def plan(
 ) -> None:
     """Choose a format for every tensor so that the output fits a budget."""
     terminal = opt.Terminal.make(quiet=quiet, as_json=as_json)
+    opt.refuse_existing(output, export_tensor_types, force=force)
     if (budget is None) == (recipe is None):
         raise typer.BadParameter("give either --budget or --recipe", param_hint="--budget")
     if recipe is not None:
@@ -255,7 +257,7 @@ def plan(
             ties=tie or (),
             min_formats=min_format or (),
         )
-    _export(made, output, export_tensor_types, force)
+    _export(made, output, export_tensor_types)
     if as_json:
         print(made.to_json())
         return
@@ -265,8 +267,7 @@ def plan(
             terminal.out.print(f"wrote {path} ({format_bytes(path.stat().st_size)})")
 
 
-def _export(plan: Plan, plan_path: Path | None, types_path: Path | None, force: bool) -> None:
-    opt.refuse_existing(plan_path, types_path, force=force)
+def _export(plan: Plan, plan_path: Path | None, types_path: Path | None) -> None:
     if plan_path is not None:
         plan.save(plan_path)
     if types_path is not None:

@@ -1,7 +1,7 @@
 """The Python interface: each function is one command, from files to values and files."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,8 @@ from ramgguf.planning import (
     plan_on,
 )
 from ramgguf.progress import Progress, Silent
+from ramgguf.refining import refine as refine_plan
+from ramgguf.refining import refinement_journal
 from ramgguf.schema import Encoder, Measurement, Plan
 from ramgguf.sensing import sensitivity
 from ramgguf.stages import evaluate as _evaluate
@@ -50,6 +52,7 @@ __all__ = [
     "plan",
     "plan_on",
     "quantize",
+    "refine_plan",
     "sensitivity",
 ]
 
@@ -115,21 +118,26 @@ def quantize(
     encoder: Encoder = DEFAULT_ENCODER,
     imatrix: str | Path | None = None,
     allow_requantize: bool = False,
+    refine: int = 0,
     split_max_bytes: int | None = None,
     force: bool = False,
     verify: bool = True,
     threads: int | None = None,
     progress: Progress | None = None,
+    announce: Callable[[str], None] = lambda _: None,
     **options: Unpack[PlanOptions],
 ) -> Quantized:
     """Write the best GGUF that fits the budget and return what was made.
 
     Needs a budget or a ready plan; a ready measurement saves measuring again; options are those
-    of plan, imatrix is as in measure. output is by default beside the model and named after the
+    of plan, imatrix is as in measure. With a budget, refine is how many swaps of formats are tried
+    by forward passes, whose cost announce is told; they are kept beside the output until it is
+    written. output is by default beside the model and named after the
     plan's bits per weight. Raises BudgetError, GGUFError, FormatError, ImatrixError or PlanError;
     an older output is then untouched.
     """
     clock, n_threads, shown = _Clock(), threads or default_threads(), progress or Silent()
+    journal: Path | None = None
     with open_gguf(Path(model), kind_check=True) as file:
         if from_plan is not None and budget is None:
             made = from_plan
@@ -151,6 +159,21 @@ def quantize(
                     )
             with clock.stage("plan"):
                 made = _plan_for_shards(file, measurement, n_bytes, options, split_max_bytes)
+            if refine:
+                journal = refinement_journal(Path(output or model), made)
+                with clock.stage("refine"):
+                    made = refine_plan(
+                        model,
+                        made,
+                        measurement,
+                        n_trials=refine,
+                        sensitivity=options.get("sensitivity"),
+                        imatrix=imatrix,
+                        journal=journal,
+                        threads=n_threads,
+                        progress=shown,
+                        announce=announce,
+                    )
         else:
             raise PlanError("either a budget or a plan is needed, and not both")
         path = Path(output) if output is not None else default_output(Path(model), made)
@@ -161,6 +184,8 @@ def quantize(
         if verify:
             with clock.stage("verify"):
                 worst = _quantize.verify(file, made, paths, threads=n_threads, progress=shown)
+    if journal is not None:
+        journal.unlink(missing_ok=True)
     n_written = sum(p.stat().st_size for p in paths)
     return Quantized(paths, n_written, made, measurement, worst, clock.seconds)
 

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from ramgguf.objectives import DEFAULT_OBJECTIVE
 from ramgguf.recipes import Recipe
+from ramgguf.refinements import Refinement
 from ramgguf.schema import Assignment, Plan
 from ramgguf.units import format_bytes
 
@@ -58,6 +59,8 @@ def print_plan(plan: Plan, console: Console, *, verbose: bool = False) -> None:
             f"predicted KLD {plan.total_cost:.4f} ± {plan.total_cost_error:.4f} nats per token, "
             "without what the formats' kernels add"
         )
+    if plan.refinement is not None:
+        console.print(_refinement(plan.refinement), soft_wrap=True)
     if plan.next_percent is not None and plan.total_cost > 0:
         step = plan.next_percent
         saved = 1 - step.total_cost / plan.total_cost
@@ -79,6 +82,17 @@ def print_plan(plan: Plan, console: Console, *, verbose: bool = False) -> None:
             note = f"  ({a.note})" if a.note else ""
             line = f"  {a.name:<40} {a.source_format:>5} → {a.format:<7} {a.nmse:.3e}{note}"
             console.print(line, soft_wrap=True)
+
+
+def _refinement(found: Refinement) -> str:
+    """Return the sentence that says what trials did to the plan."""
+    kld = found.report
+    change = kld.after - kld.before
+    return (
+        f"refinement: {len(found.swaps)} of {found.n_tried} swaps tried were taken; KLD over "
+        f"{kld.n_tokens} tokens that decided nothing ({found.tokens}) {kld.before:.4f} → "
+        f"{kld.after:.4f}, a change of {change:+.4f} ± {kld.error:.4f} nats per token"
+    )
 
 
 def tensor_types(plan: Plan) -> str:

@@ -20,7 +20,7 @@ def sensitivity(
     model: str | Path,
     *,
     tokens: str = "self",
-    encoder: Encoder = "rtn",
+    encoder: Encoder = "search",
     imatrix: str | Path | None = None,
     n_sequences: int | None = None,
     seed: int = 0,

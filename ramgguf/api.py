@@ -2,8 +2,9 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, Unpack
 
@@ -15,6 +16,7 @@ from ramgguf.files import refuse_existing, require_disk_space
 from ramgguf.gguf_io import GGUFFile, open_gguf
 from ramgguf.gguf_layout import planned_header_bytes
 from ramgguf.imatrix import Imatrix, load_imatrix
+from ramgguf.memory import MemoryRequest, Room
 from ramgguf.parallel import default_threads
 from ramgguf.planning import (
     DEFAULT_MIN_SQNR_DB,
@@ -26,6 +28,8 @@ from ramgguf.planning import (
     follow,
     plan,
     plan_on,
+    plan_on_within,
+    plan_within,
 )
 from ramgguf.progress import Progress, Silent
 from ramgguf.refining import refine as refine_plan
@@ -40,6 +44,7 @@ from ramgguf.stages.evaluate import Evaluation
 __all__ = [
     "DEFAULT_ENCODER",
     "DEFAULT_MIN_SQNR_DB",
+    "MemoryRequest",
     "PlanOptions",
     "Quantized",
     "curve",
@@ -51,6 +56,8 @@ __all__ = [
     "measure",
     "plan",
     "plan_on",
+    "plan_on_within",
+    "plan_within",
     "quantize",
     "refine_plan",
     "sensitivity",
@@ -119,6 +126,7 @@ def quantize(
     imatrix: str | Path | None = None,
     allow_requantize: bool = False,
     refine: int = 0,
+    memory: MemoryRequest | None = None,
     split_max_bytes: int | None = None,
     force: bool = False,
     verify: bool = True,
@@ -129,20 +137,21 @@ def quantize(
 ) -> Quantized:
     """Write the best GGUF that fits the budget and return what was made.
 
-    Needs a budget or a ready plan; a ready measurement saves measuring again; options are those
-    of plan, imatrix is as in measure. With a budget, refine is how many swaps of formats are tried
-    by forward passes, whose cost announce is told; they are kept beside the output until it is
-    written. output is by default beside the model and named after the
-    plan's bits per weight. Raises BudgetError, GGUFError, FormatError, ImatrixError or PlanError;
-    an older output is then untouched.
+    Needs a budget, memory (with or without a budget) or a ready plan; a ready measurement saves
+    measuring again; options are those of plan, imatrix is as in measure. Without a ready plan,
+    refine is how many swaps of formats are tried by forward passes, whose cost announce is told.
+    output is by default beside the model and named after the plan's bits per weight. Raises
+    RamggufError; an older output is then untouched.
     """
     clock, n_threads, shown = _Clock(), threads or default_threads(), progress or Silent()
     journal: Path | None = None
-    with open_gguf(Path(model), kind_check=True) as file:
-        if from_plan is not None and budget is None:
+    with open_gguf(Path(model), kind_check=True) as file, ExitStack() as stack:
+        if from_plan is not None and budget is None and memory is None:
             made = from_plan
-        elif from_plan is None and budget is not None:
-            n_bytes = budget_bytes(budget, file.n_weights, file.n_bytes)
+        elif from_plan is None and (budget is not None or memory is not None):
+            most = None if budget is None else budget_bytes(budget, file.n_weights, file.n_bytes)
+            room = Room.of(file, most, memory, stack)
+            n_bytes = room.n_bytes
             _check_destination(Path(output or model), output is not None and not force, n_bytes)
             if measurement is None:
                 weighed = load_imatrix(Path(imatrix)) if imatrix is not None else None
@@ -158,7 +167,9 @@ def quantize(
                         progress=shown,
                     )
             with clock.stage("plan"):
-                made = _plan_for_shards(file, measurement, n_bytes, options, split_max_bytes)
+                made = room.plan(
+                    partial(_plan_for_shards, file, measurement, options, split_max_bytes)
+                )
             if refine:
                 journal = refinement_journal(Path(output or model), made)
                 with clock.stage("refine"):
@@ -175,7 +186,7 @@ def quantize(
                         announce=announce,
                     )
         else:
-            raise PlanError("either a budget or a plan is needed, and not both")
+            raise PlanError("either a budget, memory or a plan is needed, and not both")
         path = Path(output) if output is not None else default_output(Path(model), made)
         destination = _quantize.Destination(path, force, split_max_bytes)
         with clock.stage("write"):
@@ -246,9 +257,9 @@ def _check_destination(output: Path, must_be_new: bool, n_bytes: int) -> None:
 def _plan_for_shards(
     file: GGUFFile,
     measurement: Measurement,
-    budget: int,
     options: PlanOptions,
     split_max_bytes: int | None,
+    budget: int,
 ) -> Plan:
     """Return a plan whose files together fit the budget: shards have headers of their own."""
     for _ in range(8):

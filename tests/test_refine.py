@@ -27,7 +27,7 @@ from tiny_models import write_tiny_model
 
 pytest.importorskip("llama_cpp")
 FORMATS = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"]
-WANTED = Refining(12, Request(encoder="rtn", n_ctx=48), sizes=(1, 1, 1))
+WANTED = Refining(12, Request(encoder="search", n_ctx=48), sizes=(1, 1, 1))
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +121,7 @@ def _as_planned(model: Path, plan: Plan, path: Path) -> Path:
         for a in plan.assignments:
             tensor = file.tensor(a.name)
             if a.format != a.source_format:
-                rows, nmse = simulated(file, tensor, a.format, encoder="rtn")
+                rows, nmse = simulated(file, tensor, a.format, encoder=plan.encoder)
                 assert nmse == pytest.approx(a.nmse, rel=1e-2)  # but for the rounding to F16
                 data[tensor.offset : tensor.offset + tensor.n_bytes] = rows.tobytes()
     path.write_bytes(data)
@@ -245,7 +245,7 @@ def test_windows_of_a_text_do_not_overlap(model: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("".join(f"{i:05d} " for i in range(500)))
     kind, corpus = parse_tokens(str(text))
-    request = Request(encoder="rtn", tokens=kind, corpus=corpus, n_ctx=49)
+    request = Request(encoder="search", tokens=kind, corpus=corpus, n_ctx=49)
     with LlamaModel(model, n_ctx=49, n_threads=1, safe_kernels=True) as loaded:
         sets = draw_sets(loaded, request, (2, 3, 4), 1000)
         ids = [s for part in sets for s in part]

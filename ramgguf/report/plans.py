@@ -8,8 +8,10 @@ from rich.console import Console
 from rich.table import Table
 
 from ramgguf.objectives import DEFAULT_OBJECTIVE
+from ramgguf.predictions import predict, source
 from ramgguf.recipes import Recipe
 from ramgguf.refinements import Refinement
+from ramgguf.report.memory import print_memory
 from ramgguf.schema import Assignment, Plan
 from ramgguf.units import format_bytes
 
@@ -52,12 +54,18 @@ def print_plan(plan: Plan, console: Console, *, verbose: bool = False) -> None:
         f"{plan.bpw:.3f} bpw",
         soft_wrap=True,
     )
+    if plan.memory is not None:
+        print_memory(plan.memory, console)
     gap = "proven optimal" if plan.gap == 0 else f"within {plan.gap:.1g} of the optimum, proven"
     console.print(f"objective {plan.objective}: {plan.total_cost:.6g}, {gap}", soft_wrap=True)
-    if plan.total_cost_error is not None:
+    expected = predict(plan.objective, plan.total_cost, plan.total_cost_error)
+    if expected is not None:
         console.print(
-            f"predicted KLD {plan.total_cost:.4f} ± {plan.total_cost_error:.4f} nats per token, "
-            "without what the formats' kernels add"
+            f"predicted KLD {expected.kld:.3g} nats per token "
+            f"({expected.kld_low:.2g}–{expected.kld_high:.2g}), PPL × {expected.ppl_ratio:.3f} "
+            f"({expected.ppl_ratio_low:.3f}–{expected.ppl_ratio_high:.3f}), 95 %, from "
+            f"{source(plan.objective)}",
+            soft_wrap=True,
         )
     if plan.refinement is not None:
         console.print(_refinement(plan.refinement), soft_wrap=True)

@@ -169,7 +169,7 @@ def test_measured_sensitivities_predict_more_closely_than_priors_and_less_so_whe
     assert predict("nmse", 1.0, None) is None
     nothing = predict("sensitivity", 0.0, 0.0)
     assert nothing is not None
-    assert nothing.kld_low == 0
+    assert 0 <= nothing.kld_low < nothing.kld
     assert nothing.kld > 0  # kernels round activations, however good the weights
 
 

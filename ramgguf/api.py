@@ -155,12 +155,15 @@ def quantize(
             raise PlanError("either a budget or a plan is needed, and not both")
         path = Path(output) if output is not None else default_output(Path(model), made)
         destination = _quantize.Destination(path, force, split_max_bytes)
-        with clock.stage("write"):
-            paths = _quantize.quantize(file, made, destination, threads=n_threads, progress=shown)
         worst = None
-        if verify:
-            with clock.stage("verify"):
-                worst = _quantize.verify(file, made, paths, threads=n_threads, progress=shown)
+        with _quantize.begin(file, made, destination) as out:
+            with clock.stage("write"):
+                _quantize.write(file, made, out, threads=n_threads, progress=shown)
+            if verify:
+                with clock.stage("verify"), out.written() as written:
+                    worst = _quantize.verify(file, made, written, threads=n_threads, progress=shown)
+            with clock.stage("flush"):
+                paths = out.commit()
     n_written = sum(p.stat().st_size for p in paths)
     return Quantized(paths, n_written, made, measurement, worst, clock.seconds)
 

@@ -218,8 +218,12 @@ def test_verification_notices_a_byte_that_is_not_as_planned(tmp_path: Path) -> N
         data[offset] ^= 0x40
         made.paths[0].write_bytes(data)
         data[offset] ^= 0x40
-        with open_gguf(source) as file, pytest.raises(GGUFError, match=r"NMSE|bytes differ"):
-            verify(file, made.plan, made.paths, threads=1, progress=Silent())
+        with (
+            open_gguf(source) as file,
+            open_gguf(made.paths[0]) as written,
+            pytest.raises(GGUFError, match=r"NMSE|bytes differ"),
+        ):
+            verify(file, made.plan, written, threads=1, progress=Silent())
 
 
 def test_nothing_is_overwritten_without_force_and_before_any_work(tmp_path: Path) -> None:

@@ -138,7 +138,7 @@ def commit_and_die(output):
 GGUFOutput.commit = commit_and_die
 from ramgguf.schema import Plan
 plan = Plan.load(Path(sys.argv[4]))
-ramgguf.quantize(source, None, target, from_plan=plan, force=True, split_max_bytes=150_000)
+ramgguf.quantize(source, None, target, from_plan=plan, force=True, split_max_bytes=700_000)
 """
 
 
@@ -149,7 +149,7 @@ def test_shards_of_two_outputs_never_pass_for_one(source: Path, tmp_path: Path) 
     def write(plan: Plan, name: str) -> list[bytes]:
         made = ramgguf.quantize(
             source, None, tmp_path / name, from_plan=plan, verify=False, force=True,
-            split_max_bytes=150_000,
+            split_max_bytes=700_000,
         )  # fmt: skip
         return [p.read_bytes() for p in made.paths]
 
@@ -190,7 +190,7 @@ def test_what_fails_verification_never_gets_the_name(
 
     monkeypatch.setattr(AtomicFile, "write_at", damaging)
     plan = ramgguf.plan(ramgguf.measure(source), "5bpw", min_sqnr_db=0)
-    for split in (None, 150_000):
+    for split in (None, 700_000):
         target.write_bytes(b"older")
         with pytest.raises(GGUFError, match=r"NMSE|bytes differ"):
             ramgguf.quantize(

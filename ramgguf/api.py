@@ -53,7 +53,7 @@ __all__ = [
     "sensitivity",
 ]
 
-DEFAULT_ENCODER: Encoder = "rtn"
+DEFAULT_ENCODER: Encoder = "search"
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from pathlib import Path
 import child
 import ramgguf
 from provenance import provenance
+from ramgguf import formats
 from ramgguf.gguf_io import open_gguf
 from ramgguf.schema import Encoder
 
@@ -78,7 +79,11 @@ def runs(source: Path, folder: Path, encoders: Sequence[Encoder], threads: int) 
     for encoder in encoders:
         plan = folder / f"{encoder}.plan.json"
         if not plan.exists():
-            measured = ramgguf.measure(source, encoder=encoder, threads=threads)
+            with open_gguf(theirs) as file:
+                used = {t.type_name for t in file.tensors} & set(formats.quantized())
+            measured = ramgguf.measure(
+                source, formats=sorted(used), encoder=encoder, threads=threads
+            )
             ramgguf.follow(measured, theirs).save(plan)
         yield Run("ramgguf", encoder, f"as {MIX}", (*common, "--plan", str(plan)))
 

@@ -1,9 +1,10 @@
 """The Python interface: each function is one command, from files to values and files."""
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, Unpack
 
@@ -26,6 +27,7 @@ from ramgguf.planning import (
     follow,
     plan,
     plan_on,
+    worth_measuring,
 )
 from ramgguf.progress import Progress, Silent
 from ramgguf.schema import Encoder, Measurement, Plan
@@ -54,13 +56,15 @@ __all__ = [
 ]
 
 DEFAULT_ENCODER: Encoder = "search"
+_SAMPLED = "a sample of each tensor told which formats to measure; the gap is among these"
 
 
 @dataclass(frozen=True)
 class Quantized:
     """What `quantize` made: the files, the plan they follow and the seconds of each stage.
 
-    measurement is None when the plan was given; worst_departure is the largest relative
+    measurement is None when the plan was given, and may lack formats that a sample of a tensor
+    showed not to be worth their bytes at the budget. worst_departure is the largest relative
     difference between planned and written NMSE, None when the output was not verified.
     """
 
@@ -136,21 +140,24 @@ def quantize(
         elif from_plan is None and budget is not None:
             n_bytes = budget_bytes(budget, file.n_weights, file.n_bytes)
             _check_destination(Path(output or model), output is not None and not force, n_bytes)
-            if measurement is None:
+            sought = _Sought(file, n_bytes, options, split_max_bytes)
+            if measurement is not None:
+                with clock.stage("plan"):
+                    made = sought.plan(measurement)
+            else:
                 weighed = load_imatrix(Path(imatrix)) if imatrix is not None else None
-                with clock.stage("measure"):
-                    measurement = _measure.measure(
-                        file,
-                        n_overhead_bytes=_overhead_bytes(file, weighed),
-                        wanted=options.get("formats"),
-                        encoder=encoder,
-                        imatrix=weighed,
-                        allow_requantize=allow_requantize,
-                        threads=n_threads,
-                        progress=shown,
-                    )
-            with clock.stage("plan"):
-                made = _plan_for_shards(file, measurement, n_bytes, options, split_max_bytes)
+                measure = partial(
+                    _measure.measure,
+                    file,
+                    n_overhead_bytes=_overhead_bytes(file, weighed),
+                    wanted=options.get("formats"),
+                    encoder=encoder,
+                    imatrix=weighed,
+                    allow_requantize=allow_requantize,
+                    threads=n_threads,
+                    progress=shown,
+                )
+                measurement, made = sought.measured(measure, encoder, clock)
         else:
             raise PlanError("either a budget or a plan is needed, and not both")
         path = Path(output) if output is not None else default_output(Path(model), made)
@@ -221,25 +228,64 @@ def _check_destination(output: Path, must_be_new: bool, n_bytes: int) -> None:
     require_disk_space(output.parent, n_bytes, error=GGUFError)
 
 
-def _plan_for_shards(
-    file: GGUFFile,
-    measurement: Measurement,
-    budget: int,
-    options: PlanOptions,
-    split_max_bytes: int | None,
-) -> Plan:
-    """Return a plan whose files together fit the budget: shards have headers of their own."""
-    for _ in range(8):
-        made = plan(measurement, budget, **options)
-        if split_max_bytes is None:
-            return made
-        destination = _quantize.Destination(Path("x.gguf"), False, split_max_bytes)
-        missed = _quantize.planned_layout(file, made, destination).n_bytes - made.n_bytes
-        if missed == 0:
-            return made
-        overhead = measurement.n_overhead_bytes + missed
-        measurement = measurement.model_copy(update={"n_overhead_bytes": overhead})
-    raise BudgetError("shards do not settle; raise --split-max-size")
+class _Clock:
+    """Collects the seconds of named stages."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+@dataclass(frozen=True)
+class _Sought:
+    """A plan that is to be made: of which file, for which budget, with which options."""
+
+    file: GGUFFile
+    budget: int
+    options: PlanOptions
+    split_max_bytes: int | None
+
+    def measured(
+        self, measure: Callable[..., Measurement], encoder: Encoder, clock: _Clock
+    ) -> tuple[Measurement, Plan]:
+        """Return the plan and what was measured for it.
+
+        Searching takes time: a sample of each tensor tells first which formats can be worth their
+        bytes at this budget. Should no plan of these fit, all formats are measured.
+        """
+        if encoder == "search":
+            with clock.stage("sample"):
+                only = worth_measuring(measure(sampled=True), self.budget, **self.options)
+            if only is not None:
+                with clock.stage("measure"):
+                    found = measure(only=only)
+                with clock.stage("plan"), suppress(BudgetError):
+                    made = self.plan(found)
+                    return found, made.model_copy(update={"notes": (*made.notes, _SAMPLED)})
+        with clock.stage("measure"):
+            found = measure()
+        with clock.stage("plan"):
+            return found, self.plan(found)
+
+    def plan(self, measurement: Measurement) -> Plan:
+        """Return a plan whose files together fit the budget: shards have headers of their own."""
+        for _ in range(8):
+            made = plan(measurement, self.budget, **self.options)
+            if self.split_max_bytes is None:
+                return made
+            destination = _quantize.Destination(Path("x.gguf"), False, self.split_max_bytes)
+            layout = _quantize.planned_layout(self.file, made, destination)
+            missed = layout.n_bytes - made.n_bytes
+            if missed == 0:
+                return made
+            overhead = measurement.n_overhead_bytes + missed
+            measurement = measurement.model_copy(update={"n_overhead_bytes": overhead})
+        raise BudgetError("shards do not settle; raise --split-max-size")
 
 
 def default_output(model: Path, plan: Plan) -> Path:
@@ -253,16 +299,3 @@ def default_output(model: Path, plan: Plan) -> Path:
 def _overhead_bytes(file: GGUFFile, imatrix: Imatrix | None) -> int:
     source = imatrix.source if imatrix else None
     return planned_header_bytes(file, {}, _quantize.planned_metadata(None, source))
-
-
-class _Clock:
-    """Collects the seconds of named stages."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.seconds[name] = time.perf_counter() - start

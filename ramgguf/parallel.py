@@ -19,6 +19,8 @@ R = TypeVar("R")
 CHUNK_WEIGHTS = 1 << 20
 # What a thread takes at once: chunks of large tensors, or many small tensors.
 BATCH_WEIGHTS = 1 << 22
+# What is looked at of a tensor to tell which formats are worth measuring.
+SAMPLE_SHARE, SAMPLE_WEIGHTS, SAMPLE_CHUNKS = 1 / 64, 1 << 16, 16
 
 
 class Rows(Protocol):
@@ -60,15 +62,30 @@ def batches(tensors: Iterable[Rows]) -> Iterator[list[Chunk]]:
         yield batch
 
 
+def sample(tensors: Iterable[Rows]) -> Iterator[list[Chunk]]:
+    """Yield chunks of SAMPLE_CHUNKS ranges of rows spread over each tensor, of few weights in all.
+
+    They hold SAMPLE_SHARE of the weights, SAMPLE_WEIGHTS at least: small tensors are taken whole.
+    """
+    for index, tensor in enumerate(tensors):
+        n_rows, row_length = tensor.n_rows, tensor.row_length
+        wanted = max(SAMPLE_WEIGHTS, int(SAMPLE_SHARE * n_rows * row_length))
+        step = max(1, -(-wanted // (SAMPLE_CHUNKS * row_length)))
+        n_chunks = min(SAMPLE_CHUNKS, -(-n_rows // step))
+        starts = [i * n_rows // n_chunks for i in range(n_chunks)]
+        ends = [*starts[1:], n_rows]
+        yield [Chunk(index, a, min(a + step, b)) for a, b in zip(starts, ends, strict=True)]
+
+
 def map_chunks(
-    function: Callable[[Chunk], R], tensors: Iterable[Rows], threads: int
+    function: Callable[[Chunk], R], batches: Iterable[list[Chunk]], threads: int
 ) -> Iterator[R]:
-    """Yield function(chunk) for all chunks of the tensors, in order, computed by threads."""
+    """Yield function(chunk) for the chunks of all batches, in order, computed by threads."""
 
     def of_batch(batch: list[Chunk]) -> list[R]:
         return [function(chunk) for chunk in batch]
 
-    for results in ordered_map(of_batch, batches(tensors), threads):
+    for results in ordered_map(of_batch, batches, threads):
         yield from results
 
 

@@ -4,12 +4,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypedDict, Unpack
 
+import numpy as np
+
 from ramgguf.curves import Frontier
 from ramgguf.errors import BudgetError
 from ramgguf.explain import PlanExplanation
 from ramgguf.explain import explain as _explain
+from ramgguf.knapsack import price, smallest
 from ramgguf.objectives import Costing, costing
-from ramgguf.problem import parse_tie
+from ramgguf.problem import Problem, parse_tie
 from ramgguf.recipes import Difference, Recipe, pins_for
 from ramgguf.recipes import diff as _diff
 from ramgguf.schema import Constraints, Measurement, MinFormat, Pin, Plan
@@ -54,6 +57,42 @@ def plan(
         costing=_costing(measurement, options),
         constraints=_constraints(options),
     )
+
+
+# A bit more or less changes what a byte buys by a factor of 4.
+_PRICE_RANGE = np.geomspace(1 / 3, 3, 9)
+_FLOOR_MARGIN_DB = 0.5
+
+
+def worth_measuring(
+    sampled: Measurement, budget: int, **options: Unpack[PlanOptions]
+) -> dict[str, frozenset[str]] | None:
+    """Return, by tensor, the formats that a plan for the budget may take, told from a sample.
+
+    These are the best ones at a third to three times the price per byte that the sample comes to,
+    with an SQNR floor a little lower and a little higher. None when the budget is too small for the
+    sample: then all have to be measured.
+    """
+    found: dict[str, set[str]] = {}
+    constraints = _constraints(options)
+    capacity = budget - sampled.n_overhead_bytes
+    for margin in (-_FLOOR_MARGIN_DB, _FLOOR_MARGIN_DB):
+        floor = constraints.min_sqnr_db + margin
+        problem = Problem.of(
+            sampled,
+            constraints.model_copy(update={"min_sqnr_db": floor}),
+            _costing(sampled, options).cost,
+        )
+        if smallest(problem.items) > capacity:
+            return None
+        prices = price(problem.items, capacity) * _PRICE_RANGE
+        for group in problem.groups:
+            costs = np.array([c.cost for c in group.choices])
+            n_bytes = np.array([c.n_bytes for c in group.choices])
+            for best in set(np.argmin(costs + prices[:, None] * n_bytes, axis=1).tolist()):
+                for member, point in zip(group.members, group.points[best], strict=True):
+                    found.setdefault(sampled.tensors[member].name, set()).add(point.format)
+    return {name: frozenset(names) for name, names in found.items()}
 
 
 def follow(measurement: Measurement | str | Path, recipe: Recipe | str | Path) -> Plan:

@@ -2,14 +2,14 @@
 
 import hashlib
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from ramgguf import _core, formats
 from ramgguf.errors import FormatError, PlanError
 from ramgguf.gguf_io import GGUFFile, TensorInfo
 from ramgguf.imatrix import Imatrix
-from ramgguf.parallel import Buffers, Chunk, map_chunks
+from ramgguf.parallel import Buffers, Chunk, batches, map_chunks, sample
 from ramgguf.progress import Progress
 from ramgguf.roles import layer_of, never_quantized, role_of
 from ramgguf.schema import Encoder, Measurement, Point, Source, TensorMeasurement
@@ -49,19 +49,25 @@ def measure(
     encoder: Encoder = "rtn",
     imatrix: Imatrix | None = None,
     allow_requantize: bool = False,
+    sampled: bool = False,
+    only: Mapping[str, frozenset[str]] | None = None,
     threads: int,
     progress: Progress,
 ) -> Measurement:
     """Return bytes and error of every tensor in every format that its shape allows.
 
-    wanted names the formats to try (default: every RTN format). n_overhead_bytes is what the
-    output's header will take. Errors are weighed by the importance that imatrix has. Raises
-    FormatError for NaN or infinity in the weights, naming tensor and index, ImatrixError for an
-    entry of another shape, and PlanError when nothing in the model can be quantized.
+    wanted names the formats to try (default: all). With `sampled`, statistics are those of some
+    rows of each tensor; with `only`, a tensor named there is measured in those formats, no others.
+    n_overhead_bytes is what the output's header will take. Errors are weighed by the importance
+    that imatrix has. Raises FormatError for NaN or infinity in the weights, naming tensor and
+    index, ImatrixError for an entry of another shape, and PlanError when nothing in the model can
+    be quantized.
     """
     start = time.perf_counter()
     names = tuple(wanted or formats.quantized())
     jobs = _jobs(file, names, imatrix, allow_requantize)
+    if only is not None:
+        jobs = [_restricted(job, only.get(job.tensor.name)) for job in jobs]
     if all(job.kept for job in jobs):
         raise PlanError(
             f"{file.paths[0]}: nothing to quantize ({jobs[0].kept or 'no tensors'}); "
@@ -69,10 +75,12 @@ def measure(
         )
     parts: list[list[_core.RowStats]] = [[] for _ in jobs]
     data, buffers = hashlib.sha256(), Buffers()
-    progress.start("measure", sum(job.tensor.n_bytes for job in jobs), "bytes")
+    work = list((sample if sampled else batches)(file.tensors))
+    total = sum((c.stop - c.start) * jobs[c.index].tensor.row_bytes for b in work for c in b)
+    progress.start("sample" if sampled else "measure", total, "bytes")
     try:
         for part in map_chunks(
-            lambda c: _measure(file, jobs[c.index], c, encoder, buffers), file.tensors, threads
+            lambda c: _measure(file, jobs[c.index], c, encoder, buffers), work, threads
         ):
             data.update(part.digest)
             if part.stats is not None:
@@ -83,7 +91,7 @@ def measure(
     tied = not any(role_of(t.name, file.architecture) == "head" for t in file.tensors)
     return Measurement(
         ramgguf_version=__version__,
-        source=_source(file, data.hexdigest()),
+        source=_source(file, None if sampled else data.hexdigest()),
         encoder=encoder,
         imatrix=imatrix.source if imatrix else None,
         formats=names,
@@ -138,6 +146,12 @@ def _jobs(
         scale = Scale.of(tensor, imatrix if names else None)
         jobs.append(_Job(tensor, scale, names, excluded, kept))
     return jobs
+
+
+def _restricted(job: _Job, only: frozenset[str] | None) -> _Job:
+    if only is None:
+        return job
+    return replace(job, candidates=tuple(name for name in job.candidates if name in only))
 
 
 def _reason_to_keep(file: GGUFFile, tensor: TensorInfo, allow_requantize: bool) -> str | None:
@@ -208,7 +222,7 @@ def _excess_kurtosis(stats: _core.RowStats) -> float:
     return central / variance**2 - 3
 
 
-def _source(file: GGUFFile, data_sha256: str) -> Source:
+def _source(file: GGUFFile, data_sha256: str | None) -> Source:
     return Source(
         path=str(file.paths[0]),
         n_bytes=file.n_bytes,

@@ -14,7 +14,7 @@ from ramgguf.gguf_layout import Layout, plan_layout
 from ramgguf.gguf_values import Value, string, u32, u64
 from ramgguf.gguf_write import GGUFOutput
 from ramgguf.imatrix import imatrix_keys, planned_imatrix
-from ramgguf.parallel import Buffers, Chunk, map_chunks
+from ramgguf.parallel import Buffers, Chunk, batches, map_chunks
 from ramgguf.progress import Progress
 from ramgguf.schema import Assignment, ImportanceSource, Plan
 from ramgguf.version import __version__
@@ -117,7 +117,7 @@ def write(
 
     progress.start("quantize", sum(t.n_bytes for t in file.tensors), "bytes")
     try:
-        for n_bytes in map_chunks(encode, file.tensors, threads):
+        for n_bytes in map_chunks(encode, batches(file.tensors), threads):
             progress.advance(n_bytes)
     finally:
         progress.finish()
@@ -157,7 +157,7 @@ def verify(
     compare = _Comparison(file, plan, written, _scales(file, plan), Buffers())
     progress.start("verify", sum(t.n_bytes for t in file.tensors), "bytes")
     try:
-        for part in map_chunks(compare, file.tensors, threads):
+        for part in map_chunks(compare, batches(file.tensors), threads):
             squared[part.index] += part.squared_error
             total[part.index] += part.squares
             progress.advance(part.n_bytes)

@@ -56,6 +56,7 @@ __all__ = [
 ]
 
 DEFAULT_ENCODER: Encoder = "search"
+_MANY_WEIGHTS = 1 << 26  # below, measuring everything takes no time to speak of
 _SAMPLED = "a sample of each tensor told which formats to measure; the gap is among these"
 
 
@@ -255,10 +256,10 @@ class _Sought:
     ) -> tuple[Measurement, Plan]:
         """Return the plan and what was measured for it.
 
-        Searching takes time: a sample of each tensor tells first which formats can be worth their
-        bytes at this budget. Should no plan of these fit, all formats are measured.
+        Searching takes time: of a large model, a sample of each tensor tells first which formats
+        can be worth their bytes. Should no plan of these fit, all formats are measured.
         """
-        if encoder == "search":
+        if encoder == "search" and self.file.n_weights >= _MANY_WEIGHTS:
             with clock.stage("sample"):
                 only = worth_measuring(measure(sampled=True), self.budget, **self.options)
             if only is not None:
@@ -279,8 +280,7 @@ class _Sought:
             if self.split_max_bytes is None:
                 return made
             destination = _quantize.Destination(Path("x.gguf"), False, self.split_max_bytes)
-            layout = _quantize.planned_layout(self.file, made, destination)
-            missed = layout.n_bytes - made.n_bytes
+            missed = _quantize.planned_layout(self.file, made, destination).n_bytes - made.n_bytes
             if missed == 0:
                 return made
             overhead = measurement.n_overhead_bytes + missed

@@ -1,8 +1,8 @@
 """The Python interface: each function is one command, from files to values and files."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ from ramgguf.files import refuse_existing, require_disk_space
 from ramgguf.gguf_io import GGUFFile, open_gguf
 from ramgguf.gguf_layout import planned_header_bytes
 from ramgguf.imatrix import Imatrix, load_imatrix
+from ramgguf.memory import MemoryRequest, Room
 from ramgguf.parallel import default_threads
 from ramgguf.planning import (
     DEFAULT_MIN_SQNR_DB,
@@ -27,10 +28,12 @@ from ramgguf.planning import (
     follow,
     plan,
     plan_on,
-    worth_measuring,
+    plan_on_within,
+    plan_within,
 )
 from ramgguf.progress import Progress, Silent
 from ramgguf.schema import Encoder, Measurement, Plan
+from ramgguf.screening import MANY_WEIGHTS, measure_and_plan
 from ramgguf.sensing import sensitivity
 from ramgguf.stages import evaluate as _evaluate
 from ramgguf.stages import measure as _measure
@@ -40,6 +43,7 @@ from ramgguf.stages.evaluate import Evaluation
 __all__ = [
     "DEFAULT_ENCODER",
     "DEFAULT_MIN_SQNR_DB",
+    "MemoryRequest",
     "PlanOptions",
     "Quantized",
     "curve",
@@ -51,13 +55,13 @@ __all__ = [
     "measure",
     "plan",
     "plan_on",
+    "plan_on_within",
+    "plan_within",
     "quantize",
     "sensitivity",
 ]
 
 DEFAULT_ENCODER: Encoder = "search"
-_MANY_WEIGHTS = 1 << 26  # below, measuring everything takes no time to speak of
-_SAMPLED = "a sample of each tensor told which formats to measure; the gap is among these"
 
 
 @dataclass(frozen=True)
@@ -65,8 +69,8 @@ class Quantized:
     """What `quantize` made: the files, the plan they follow and the seconds of each stage.
 
     measurement is None when the plan was given, and may lack formats that a sample of a tensor
-    showed not to be worth their bytes at the budget. worst_departure is the largest relative
-    difference between planned and written NMSE, None when the output was not verified.
+    showed not to be worth their bytes. worst_departure is the largest relative difference between
+    planned and written NMSE, None when the output was not verified.
     """
 
     paths: tuple[Path, ...]
@@ -120,6 +124,7 @@ def quantize(
     encoder: Encoder = DEFAULT_ENCODER,
     imatrix: str | Path | None = None,
     allow_requantize: bool = False,
+    memory: MemoryRequest | None = None,
     split_max_bytes: int | None = None,
     force: bool = False,
     verify: bool = True,
@@ -129,25 +134,31 @@ def quantize(
 ) -> Quantized:
     """Write the best GGUF that fits the budget and return what was made.
 
-    Needs a budget or a ready plan; a ready measurement saves measuring again; options are those
-    of plan, imatrix is as in measure. output is by default beside the model and named after the
-    plan's bits per weight. Raises BudgetError, GGUFError, FormatError, ImatrixError or PlanError;
-    an older output is then untouched.
+    Needs a budget, memory (with or without a budget) or a ready plan; a ready measurement saves
+    measuring again; options are those of plan, imatrix is as in measure. output is by default
+    beside the model and named after the plan's bits per weight. Raises BudgetError, GGUFError,
+    FormatError, ImatrixError or PlanError; an older output is then untouched.
     """
     clock, n_threads, shown = _Clock(), threads or default_threads(), progress or Silent()
-    with open_gguf(Path(model), kind_check=True) as file:
-        if from_plan is not None and budget is None:
+    with open_gguf(Path(model), kind_check=True) as file, ExitStack() as stack:
+        if from_plan is not None and budget is None and memory is None:
             made = from_plan
-        elif from_plan is None and budget is not None:
-            n_bytes = budget_bytes(budget, file.n_weights, file.n_bytes)
+        elif from_plan is None and (budget is not None or memory is not None):
+            most = None if budget is None else budget_bytes(budget, file.n_weights, file.n_bytes)
+            room = Room.of(file, most, memory, stack)
+            n_bytes = room.n_bytes
             _check_destination(Path(output or model), output is not None and not force, n_bytes)
-            sought = _Sought(file, n_bytes, options, split_max_bytes)
+            shards = partial(_plan_for_shards, file, options, split_max_bytes)
+
+            def plan_it(measured: Measurement) -> Plan:
+                return room.plan(partial(shards, measured))
+
             if measurement is not None:
                 with clock.stage("plan"):
-                    made = sought.plan(measurement)
+                    made = plan_it(measurement)
             else:
                 weighed = load_imatrix(Path(imatrix)) if imatrix is not None else None
-                measure = partial(
+                measure_it = partial(
                     _measure.measure,
                     file,
                     n_overhead_bytes=_overhead_bytes(file, weighed),
@@ -158,9 +169,12 @@ def quantize(
                     threads=n_threads,
                     progress=shown,
                 )
-                measurement, made = sought.measured(measure, encoder, clock)
+                screens = encoder == "search" and file.n_weights >= MANY_WEIGHTS
+                measurement, made = measure_and_plan(
+                    measure_it, plan_it, options, clock.stage, screens=screens
+                )
         else:
-            raise PlanError("either a budget or a plan is needed, and not both")
+            raise PlanError("either a budget, memory or a plan is needed, and not both")
         path = Path(output) if output is not None else default_output(Path(model), made)
         destination = _quantize.Destination(path, force, split_max_bytes)
         worst = None
@@ -229,63 +243,25 @@ def _check_destination(output: Path, must_be_new: bool, n_bytes: int) -> None:
     require_disk_space(output.parent, n_bytes, error=GGUFError)
 
 
-class _Clock:
-    """Collects the seconds of named stages."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
-
-
-@dataclass(frozen=True)
-class _Sought:
-    """A plan that is to be made: of which file, for which budget, with which options."""
-
-    file: GGUFFile
-    budget: int
-    options: PlanOptions
-    split_max_bytes: int | None
-
-    def measured(
-        self, measure: Callable[..., Measurement], encoder: Encoder, clock: _Clock
-    ) -> tuple[Measurement, Plan]:
-        """Return the plan and what was measured for it.
-
-        Searching takes time: of a large model, a sample of each tensor tells first which formats
-        can be worth their bytes. Should no plan of these fit, all formats are measured.
-        """
-        if encoder == "search" and self.file.n_weights >= _MANY_WEIGHTS:
-            with clock.stage("sample"):
-                only = worth_measuring(measure(sampled=True), self.budget, **self.options)
-            if only is not None:
-                with clock.stage("measure"):
-                    found = measure(only=only)
-                with clock.stage("plan"), suppress(BudgetError):
-                    made = self.plan(found)
-                    return found, made.model_copy(update={"notes": (*made.notes, _SAMPLED)})
-        with clock.stage("measure"):
-            found = measure()
-        with clock.stage("plan"):
-            return found, self.plan(found)
-
-    def plan(self, measurement: Measurement) -> Plan:
-        """Return a plan whose files together fit the budget: shards have headers of their own."""
-        for _ in range(8):
-            made = plan(measurement, self.budget, **self.options)
-            if self.split_max_bytes is None:
-                return made
-            destination = _quantize.Destination(Path("x.gguf"), False, self.split_max_bytes)
-            missed = _quantize.planned_layout(self.file, made, destination).n_bytes - made.n_bytes
-            if missed == 0:
-                return made
-            overhead = measurement.n_overhead_bytes + missed
-            measurement = measurement.model_copy(update={"n_overhead_bytes": overhead})
-        raise BudgetError("shards do not settle; raise --split-max-size")
+def _plan_for_shards(
+    file: GGUFFile,
+    options: PlanOptions,
+    split_max_bytes: int | None,
+    measurement: Measurement,
+    budget: int,
+) -> Plan:
+    """Return a plan whose files together fit the budget: shards have headers of their own."""
+    for _ in range(8):
+        made = plan(measurement, budget, **options)
+        if split_max_bytes is None:
+            return made
+        destination = _quantize.Destination(Path("x.gguf"), False, split_max_bytes)
+        missed = _quantize.planned_layout(file, made, destination).n_bytes - made.n_bytes
+        if missed == 0:
+            return made
+        overhead = measurement.n_overhead_bytes + missed
+        measurement = measurement.model_copy(update={"n_overhead_bytes": overhead})
+    raise BudgetError("shards do not settle; raise --split-max-size")
 
 
 def default_output(model: Path, plan: Plan) -> Path:
@@ -299,3 +275,16 @@ def default_output(model: Path, plan: Plan) -> Path:
 def _overhead_bytes(file: GGUFFile, imatrix: Imatrix | None) -> int:
     source = imatrix.source if imatrix else None
     return planned_header_bytes(file, {}, _quantize.planned_metadata(None, source))
+
+
+class _Clock:
+    """Collects the seconds of named stages."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start

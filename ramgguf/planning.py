@@ -4,18 +4,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypedDict, Unpack
 
-import numpy as np
-
 from ramgguf.curves import Frontier
-from ramgguf.errors import BudgetError
+from ramgguf.errors import BudgetError, PlanError
 from ramgguf.explain import PlanExplanation
 from ramgguf.explain import explain as _explain
-from ramgguf.knapsack import price, smallest
+from ramgguf.gguf_io import GGUFFile, open_gguf
+from ramgguf.memory import MemoryPlanner, MemoryRequest
 from ramgguf.objectives import Costing, costing
 from ramgguf.problem import Problem, parse_tie
 from ramgguf.recipes import Difference, Recipe, pins_for
 from ramgguf.recipes import diff as _diff
-from ramgguf.schema import Constraints, Measurement, MinFormat, Pin, Plan
+from ramgguf.schema import Constraints, Measurement, MinFormat, Pin, Plan, Source
 from ramgguf.sensitivities import Sensitivity
 from ramgguf.stages import allocate as _allocate
 from ramgguf.stages import frontier as _frontier
@@ -59,40 +58,40 @@ def plan(
     )
 
 
-# A bit more or less changes what a byte buys by a factor of 4.
-_PRICE_RANGE = np.geomspace(1 / 3, 3, 9)
-_FLOOR_MARGIN_DB = 0.5
+def plan_within(
+    measurement: Measurement | str | Path,
+    memory: MemoryRequest,
+    budget: int | str | None = None,
+    *,
+    model: str | Path | None = None,
+    **options: Unpack[PlanOptions],
+) -> Plan:
+    """Return the plan of least cost that fits the memory, and the budget if one is given.
 
-
-def worth_measuring(
-    sampled: Measurement, budget: int, **options: Unpack[PlanOptions]
-) -> dict[str, frozenset[str]] | None:
-    """Return, by tensor, the formats that a plan for the budget may take, told from a sample.
-
-    These are the best ones at a third to three times the price per byte that the sample comes to,
-    with an SQNR floor a little lower and a little higher. None when the budget is too small for the
-    sample: then all have to be measured.
+    The header of the model (by default where it was measured) tells its cache. Raises BudgetError
+    with the longest context that fits when nothing does, else as plan does.
     """
-    found: dict[str, set[str]] = {}
-    constraints = _constraints(options)
-    capacity = budget - sampled.n_overhead_bytes
-    for margin in (-_FLOOR_MARGIN_DB, _FLOOR_MARGIN_DB):
-        floor = constraints.min_sqnr_db + margin
-        problem = Problem.of(
-            sampled,
-            constraints.model_copy(update={"min_sqnr_db": floor}),
-            _costing(sampled, options).cost,
+    measurement = _loaded(measurement)
+    with source_model(measurement.source, model) as file, MemoryPlanner(file, memory) as planner:
+        most = None
+        if budget is not None:
+            most = budget_bytes(budget, measurement.n_weights, measurement.source.n_bytes)
+        return planner.fit(lambda n_bytes: plan(measurement, n_bytes, **options), most)
+
+
+def source_model(source: Source, model: str | Path | None) -> GGUFFile:
+    """Return the open model that a value was made from; raises PlanError if it is another."""
+    path = Path(model or source.path)
+    if model is None and not path.exists():
+        raise PlanError(
+            f"{path}: the model that was measured is not there, and only its header tells how much "
+            "memory a context takes; name it with --model"
         )
-        if smallest(problem.items) > capacity:
-            return None
-        prices = price(problem.items, capacity) * _PRICE_RANGE
-        for group in problem.groups:
-            costs = np.array([c.cost for c in group.choices])
-            n_bytes = np.array([c.n_bytes for c in group.choices])
-            for best in set(np.argmin(costs + prices[:, None] * n_bytes, axis=1).tolist()):
-                for member, point in zip(group.members, group.points[best], strict=True):
-                    found.setdefault(sampled.tensors[member].name, set()).add(point.format)
-    return {name: frozenset(names) for name, names in found.items()}
+    file = open_gguf(path)
+    if file.header_sha256 != source.header_sha256:
+        file.close()
+        raise PlanError(f"{path}: is not the model that was measured ({source.path})")
+    return file
 
 
 def follow(measurement: Measurement | str | Path, recipe: Recipe | str | Path) -> Plan:
@@ -123,6 +122,21 @@ def plan_on(frontier: Frontier, budget: int | str) -> Plan:
     return _frontier.plan_at(frontier, n_bytes)
 
 
+def plan_on_within(
+    frontier: Frontier,
+    memory: MemoryRequest,
+    budget: int | str | None = None,
+    *,
+    model: str | Path | None = None,
+) -> Plan:
+    """Return the frontier's plan that fits the memory, and the budget if one is given."""
+    with source_model(frontier.source, model) as file, MemoryPlanner(file, memory) as planner:
+        most = None
+        if budget is not None:
+            most = budget_bytes(budget, frontier.n_weights, frontier.source.n_bytes)
+        return planner.fit(lambda n_bytes: plan_on(frontier, n_bytes), most)
+
+
 def explain(
     plan: Plan,
     measurement: Measurement | str | Path,
@@ -147,6 +161,12 @@ def _loaded_sensitivity(sensitivity: Sensitivity | str | Path | None) -> Sensiti
     if sensitivity is None or isinstance(sensitivity, Sensitivity):
         return sensitivity
     return Sensitivity.load(Path(sensitivity))
+
+
+def problem(measurement: Measurement, options: PlanOptions) -> Problem:
+    """Return the knapsack that plans with these options solve."""
+    cost = _costing(measurement, options).cost
+    return Problem.of(measurement, _constraints(options), cost)
 
 
 def _costing(measurement: Measurement, options: PlanOptions) -> Costing:

@@ -292,7 +292,7 @@ def _large(path: Path) -> Path:
 def test_what_a_sample_leaves_out_is_in_no_better_plan(
     budget: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ramgguf.api._MANY_WEIGHTS", 0)
+    monkeypatch.setattr("ramgguf.api.MANY_WEIGHTS", 0)
     source = _large(tmp_path / "a.gguf")
     everything = ramgguf.measure(source, encoder="search")
     best = ramgguf.plan(everything, budget, min_sqnr_db=0)
@@ -311,15 +311,13 @@ def test_what_a_sample_leaves_out_is_in_no_better_plan(
 def test_everything_is_measured_when_what_the_sample_chose_does_not_fit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ramgguf.api._MANY_WEIGHTS", 0)
+    monkeypatch.setattr("ramgguf.api.MANY_WEIGHTS", 0)
     source = _large(tmp_path / "a.gguf")
     names = [t.name for t in ramgguf.measure(source, formats=["Q8_0"]).tensors]
-    for chosen in (None, dict.fromkeys(names, frozenset({"Q8_0"}))):
-        monkeypatch.setattr("ramgguf.api.worth_measuring", lambda *_, c=chosen, **__: c)
-        made = ramgguf.quantize(
-            source, "5bpw", tmp_path / "b.gguf", encoder="search", min_sqnr_db=0, force=True
-        )
-        assert made.plan.n_bytes <= made.plan.budget
-        assert "F16" not in {a.format for a in made.plan.assignments}
+    chosen = dict.fromkeys(names, frozenset({"Q8_0"}))
+    monkeypatch.setattr("ramgguf.screening.worth_measuring", lambda *_: chosen)
+    made = ramgguf.quantize(source, "5bpw", tmp_path / "b.gguf", encoder="search", min_sqnr_db=0)
+    assert made.plan.n_bytes <= made.plan.budget
+    assert "F16" not in {a.format for a in made.plan.assignments}
     with pytest.raises(BudgetError, match="below the smallest plan"):
         ramgguf.quantize(source, "1bpw", tmp_path / "c.gguf", encoder="search")

@@ -2,8 +2,9 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, Unpack
 
@@ -15,6 +16,7 @@ from ramgguf.files import refuse_existing, require_disk_space
 from ramgguf.gguf_io import GGUFFile, open_gguf
 from ramgguf.gguf_layout import planned_header_bytes
 from ramgguf.imatrix import Imatrix, load_imatrix
+from ramgguf.memory import MemoryRequest, Room
 from ramgguf.parallel import default_threads
 from ramgguf.planning import (
     DEFAULT_MIN_SQNR_DB,
@@ -26,6 +28,8 @@ from ramgguf.planning import (
     follow,
     plan,
     plan_on,
+    plan_on_within,
+    plan_within,
 )
 from ramgguf.progress import Progress, Silent
 from ramgguf.schema import Encoder, Measurement, Plan
@@ -38,6 +42,7 @@ from ramgguf.stages.evaluate import Evaluation
 __all__ = [
     "DEFAULT_ENCODER",
     "DEFAULT_MIN_SQNR_DB",
+    "MemoryRequest",
     "PlanOptions",
     "Quantized",
     "curve",
@@ -49,11 +54,13 @@ __all__ = [
     "measure",
     "plan",
     "plan_on",
+    "plan_on_within",
+    "plan_within",
     "quantize",
     "sensitivity",
 ]
 
-DEFAULT_ENCODER: Encoder = "rtn"
+DEFAULT_ENCODER: Encoder = "search"
 
 
 @dataclass(frozen=True)
@@ -115,6 +122,7 @@ def quantize(
     encoder: Encoder = DEFAULT_ENCODER,
     imatrix: str | Path | None = None,
     allow_requantize: bool = False,
+    memory: MemoryRequest | None = None,
     split_max_bytes: int | None = None,
     force: bool = False,
     verify: bool = True,
@@ -124,17 +132,19 @@ def quantize(
 ) -> Quantized:
     """Write the best GGUF that fits the budget and return what was made.
 
-    Needs a budget or a ready plan; a ready measurement saves measuring again; options are those
-    of plan, imatrix is as in measure. output is by default beside the model and named after the
-    plan's bits per weight. Raises BudgetError, GGUFError, FormatError, ImatrixError or PlanError;
-    an older output is then untouched.
+    Needs a budget, memory (with or without a budget) or a ready plan; a ready measurement saves
+    measuring again; options are those of plan, imatrix is as in measure. output is by default
+    beside the model and named after the plan's bits per weight. Raises BudgetError, GGUFError,
+    FormatError, ImatrixError or PlanError; an older output is then untouched.
     """
     clock, n_threads, shown = _Clock(), threads or default_threads(), progress or Silent()
-    with open_gguf(Path(model), kind_check=True) as file:
-        if from_plan is not None and budget is None:
+    with open_gguf(Path(model), kind_check=True) as file, ExitStack() as stack:
+        if from_plan is not None and budget is None and memory is None:
             made = from_plan
-        elif from_plan is None and budget is not None:
-            n_bytes = budget_bytes(budget, file.n_weights, file.n_bytes)
+        elif from_plan is None and (budget is not None or memory is not None):
+            most = None if budget is None else budget_bytes(budget, file.n_weights, file.n_bytes)
+            room = Room.of(file, most, memory, stack)
+            n_bytes = room.n_bytes
             _check_destination(Path(output or model), output is not None and not force, n_bytes)
             if measurement is None:
                 weighed = load_imatrix(Path(imatrix)) if imatrix is not None else None
@@ -150,9 +160,11 @@ def quantize(
                         progress=shown,
                     )
             with clock.stage("plan"):
-                made = _plan_for_shards(file, measurement, n_bytes, options, split_max_bytes)
+                made = room.plan(
+                    partial(_plan_for_shards, file, measurement, options, split_max_bytes)
+                )
         else:
-            raise PlanError("either a budget or a plan is needed, and not both")
+            raise PlanError("either a budget, memory or a plan is needed, and not both")
         path = Path(output) if output is not None else default_output(Path(model), made)
         destination = _quantize.Destination(path, force, split_max_bytes)
         with clock.stage("write"):
@@ -221,9 +233,9 @@ def _check_destination(output: Path, must_be_new: bool, n_bytes: int) -> None:
 def _plan_for_shards(
     file: GGUFFile,
     measurement: Measurement,
-    budget: int,
     options: PlanOptions,
     split_max_bytes: int | None,
+    budget: int,
 ) -> Plan:
     """Return a plan whose files together fit the budget: shards have headers of their own."""
     for _ in range(8):

@@ -21,7 +21,7 @@ def sensitivity(
     model: str | Path,
     *,
     tokens: str = "self",
-    encoder: Encoder = "rtn",
+    encoder: Encoder = "search",
     n_sequences: int | None = None,
     seed: int = 0,
     seconds: float = DEFAULT_SECONDS,

@@ -4,7 +4,6 @@ One JSON object per line: the settings first, then the steps. A line that a kill
 dropped.
 """
 
-import os
 from pathlib import Path
 from typing import Generic, Self, TypeVar
 
@@ -12,6 +11,7 @@ from pydantic import ValidationError
 
 from ramgguf.documents import _Value
 from ramgguf.errors import PlanError
+from ramgguf.line_file import LineFile
 
 S = TypeVar("S", bound=_Value)
 T = TypeVar("T", bound=_Value)
@@ -20,19 +20,19 @@ T = TypeVar("T", bound=_Value)
 class LineJournal(Generic[S, T]):
     """Settings and steps of a run of this kind. Use as a context manager.
 
-    Raises PlanError when the file is something else, or cannot be read or written.
+    Raises PlanError when the file is something else, or another process is writing it.
     """
 
     def __init__(self, path: Path, settings: type[S], step: type[T], kind: str) -> None:
         self.settings: S | None = None
         self.steps: list[T] = []
         self._path, self._types, self._kind = path, (settings, step), kind
+        self._file = LineFile(path, error=PlanError)
         try:
-            if path.exists():
-                self._read()
-            self._file = path.open("ab")
-        except OSError as e:
-            raise PlanError(f"{path}: {e.strerror}") from None
+            self._read(self._file.data)
+        except BaseException:
+            self._file.close()
+            raise
 
     def __enter__(self) -> Self:
         return self
@@ -51,14 +51,9 @@ class LineJournal(Generic[S, T]):
         self._write(step)
 
     def _write(self, value: _Value) -> None:
-        try:
-            self._file.write(value.model_dump_json().encode() + b"\n")
-            self._file.flush()
-        except OSError as e:
-            raise PlanError(f"{self._path}: cannot be written: {e.strerror}") from None
+        self._file.append(value.model_dump_json().encode())
 
-    def _read(self) -> None:
-        data = self._path.read_bytes()
+    def _read(self, data: bytes) -> None:
         whole = data.rfind(b"\n") + 1
         settings, step = self._types
         try:
@@ -73,4 +68,4 @@ class LineJournal(Generic[S, T]):
                 f"({e.errors()[0]['msg']}); remove it or name another output"
             ) from None
         if whole < len(data):
-            os.truncate(self._path, whole)
+            self._file.keep(whole)

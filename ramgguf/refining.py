@@ -1,10 +1,9 @@
 """The Python interface to refinement: one function, from a plan to one that trials made better."""
 
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from ramgguf.errors import PlanError
+from ramgguf.errors import EngineError, PlanError
 from ramgguf.gguf_io import open_gguf
 from ramgguf.imatrix import load_imatrix
 from ramgguf.objectives import costing
@@ -12,6 +11,7 @@ from ramgguf.parallel import default_threads
 from ramgguf.probe_tokens import Request, parse_tokens
 from ramgguf.progress import Progress, Silent
 from ramgguf.schema import Measurement, Plan
+from ramgguf.scratch import scratch_folder
 from ramgguf.sensitivities import Sensitivity
 from ramgguf.stages import refine as _refine
 
@@ -57,7 +57,7 @@ def refine(
     request = Request(encoder=plan.encoder, tokens=kind, corpus=corpus, seed=seed, imatrix=weighed)
     with (
         open_gguf(Path(model), kind_check=True) as file,
-        tempfile.TemporaryDirectory(prefix="ramgguf-", dir=folder) as scratch,
+        scratch_folder(Path(folder) if folder is not None else None, error=EngineError) as scratch,
     ):
         return _refine.refine(
             file,
@@ -65,8 +65,8 @@ def refine(
             measurement,
             used,
             _refine.Refining(n_trials, request),
-            folder=Path(scratch),
-            journal_path=Path(journal) if journal is not None else Path(scratch) / "journal",
+            folder=scratch,
+            journal_path=Path(journal) if journal is not None else scratch / "journal",
             threads=threads or default_threads(),
             progress=progress or Silent(),
             announce=announce,

@@ -1,15 +1,16 @@
 """The Python interface to sensitivities: one function, from a model's file to a Sensitivity."""
 
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from ramgguf.errors import EngineError
 from ramgguf.gguf_io import open_gguf
 from ramgguf.imatrix import load_imatrix
 from ramgguf.parallel import default_threads
 from ramgguf.probe_tokens import Request, parse_tokens
 from ramgguf.progress import Progress, Silent
 from ramgguf.schema import Encoder
+from ramgguf.scratch import scratch_folder
 from ramgguf.sensitivities import Sensitivity
 from ramgguf.stages import sensitivity as _sensitivity
 
@@ -55,13 +56,13 @@ def sensitivity(
     )
     with (
         open_gguf(Path(model), kind_check=True) as file,
-        tempfile.TemporaryDirectory(prefix="ramgguf-", dir=folder) as scratch,
+        scratch_folder(Path(folder) if folder is not None else None, error=EngineError) as scratch,
     ):
         return _sensitivity.sensitivity(
             file,
             request,
-            folder=Path(scratch),
-            journal_path=Path(journal) if journal is not None else Path(scratch) / "journal",
+            folder=scratch,
+            journal_path=Path(journal) if journal is not None else scratch / "journal",
             threads=threads or default_threads(),
             progress=progress or Silent(),
             announce=announce,

@@ -170,6 +170,7 @@ class _Run:
                 trial = next(done, None)
                 if trial is None:
                     trial = self._trial(move, swap)
+                    self._weights.file.require_unchanged()
                     journal.add(trial)
                 elif trial.swap != swap:
                     raise PlanError("the journal's trials are not those of this run; remove it")

@@ -5,7 +5,8 @@
 
 The first line makes the files, the second times them: all models are loaded at once, and every
 round times each of them, so that what else the machine does meets all alike. Rows with medians and
-ranges over the rounds are added to bench/results/format_speed.jsonl. Run it on an idle machine.
+ranges over the rounds are added to bench/results/format_speed.jsonl. Seconds are the process's CPU
+time on one thread, which a busy machine disturbs less than the clock.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from ramgguf import formats
 from ramgguf.engine.llama import LlamaModel
 from ramgguf.engine.system import system_info
 
-N_PROMPT, N_GENERATED = 512, 24
+N_PROMPT, N_GENERATED = 128, 8
 
 
 def prepare(source: Path, folder: Path) -> None:
@@ -41,20 +42,18 @@ def prepare(source: Path, folder: Path) -> None:
 def prompt_seconds(model: LlamaModel, ids: NDArray[np.int32]) -> float:
     """Return how long a prompt takes, to the logits of its last token."""
     model.clear()
-    start = time.perf_counter()
+    start = time.process_time()
     for a, b in model.chunks(len(ids)):
         model.decode(ids[a:b], first_output=b - a - 1)
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 def generation_seconds(model: LlamaModel, ids: NDArray[np.int32]) -> float:
-    """Return how long each of N_GENERATED tokens after a prompt of 32 takes."""
-    model.clear()
-    model.decode(ids[:32], first_output=31)
-    start = time.perf_counter()
+    """Return how long each of N_GENERATED tokens after the prompt takes."""
+    start = time.process_time()
     for i in range(N_GENERATED):
-        model.decode(ids[32 + i : 33 + i])
-    return (time.perf_counter() - start) / N_GENERATED
+        model.decode(ids[i : i + 1])
+    return (time.process_time() - start) / N_GENERATED
 
 
 def main() -> None:
@@ -63,8 +62,7 @@ def main() -> None:
     parser.add_argument("--files", type=Path, default=Path("models/uniform"))
     parser.add_argument("--prepare", action="store_true")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seconds", type=float, default=200, help="no new round after these")
+    parser.add_argument("--seconds", type=float, default=400, help="no new round after these")
     parser.add_argument("--out", type=Path, default=Path("bench/results/format_speed.jsonl"))
     arguments = parser.parse_args()
     if arguments.prepare:
@@ -80,21 +78,19 @@ def main() -> None:
     generation: dict[str, list[float]] = {name: [] for name in paths}
     with ExitStack() as stack:
         models = {
-            name: stack.enter_context(
-                LlamaModel(path, n_ctx=N_PROMPT, n_threads=arguments.threads)
-            )
+            name: stack.enter_context(LlamaModel(path, n_ctx=N_PROMPT + N_GENERATED, n_threads=1))
             for name, path in paths.items()
         }
         n_vocab = next(iter(models.values())).vocab.n_tokens
         ids = np.random.default_rng(0).integers(n_vocab, size=N_PROMPT, dtype=np.int32)
-        for k in range(arguments.rounds + 1):
-            if time.perf_counter() - began > arguments.seconds:
+        for model in models.values():
+            prompt_seconds(model, ids[:16])  # to warm up
+        for k in range(arguments.rounds):
+            if k and time.perf_counter() - began > arguments.seconds:
                 break
             for name, model in models.items():
-                took = prompt_seconds(model, ids), generation_seconds(model, ids)
-                if k > 0:  # the first round warms up
-                    prompt[name].append(N_PROMPT / took[0])
-                    generation[name].append(1 / took[1])
+                prompt[name].append(N_PROMPT / prompt_seconds(model, ids))
+                generation[name].append(1 / generation_seconds(model, ids))
     with arguments.out.open("a") as out:
         for name, path in paths.items():
             row = {
@@ -102,7 +98,8 @@ def main() -> None:
                 "model": arguments.source.stem,
                 "format": name,
                 "n_bytes": path.stat().st_size,
-                "threads": arguments.threads,
+                "threads": 1,
+                "n_prompt": N_PROMPT,
                 "rounds": len(prompt[name]),
                 "prompt_tokens_per_s": round(statistics.median(prompt[name]), 1),
                 "prompt_range": [round(min(prompt[name]), 1), round(max(prompt[name]), 1)],

@@ -33,6 +33,7 @@ from ramgguf.planning import (
 )
 from ramgguf.progress import Progress, Silent
 from ramgguf.schema import Encoder, Measurement, Plan
+from ramgguf.screening import MANY_WEIGHTS, measure_and_plan
 from ramgguf.sensing import sensitivity
 from ramgguf.stages import evaluate as _evaluate
 from ramgguf.stages import measure as _measure
@@ -67,8 +68,9 @@ DEFAULT_ENCODER: Encoder = "search"
 class Quantized:
     """What `quantize` made: the files, the plan they follow and the seconds of each stage.
 
-    measurement is None when the plan was given; worst_departure is the largest relative
-    difference between planned and written NMSE, None when the output was not verified.
+    measurement is None when the plan was given, and may lack formats that a sample of a tensor
+    showed not to be worth their bytes. worst_departure is the largest relative difference between
+    planned and written NMSE, None when the output was not verified.
     """
 
     paths: tuple[Path, ...]
@@ -146,33 +148,44 @@ def quantize(
             room = Room.of(file, most, memory, stack)
             n_bytes = room.n_bytes
             _check_destination(Path(output or model), output is not None and not force, n_bytes)
-            if measurement is None:
+            shards = partial(_plan_for_shards, file, options, split_max_bytes)
+
+            def plan_it(measured: Measurement) -> Plan:
+                return room.plan(partial(shards, measured))
+
+            if measurement is not None:
+                with clock.stage("plan"):
+                    made = plan_it(measurement)
+            else:
                 weighed = load_imatrix(Path(imatrix)) if imatrix is not None else None
-                with clock.stage("measure"):
-                    measurement = _measure.measure(
-                        file,
-                        n_overhead_bytes=_overhead_bytes(file, weighed),
-                        wanted=options.get("formats"),
-                        encoder=encoder,
-                        imatrix=weighed,
-                        allow_requantize=allow_requantize,
-                        threads=n_threads,
-                        progress=shown,
-                    )
-            with clock.stage("plan"):
-                made = room.plan(
-                    partial(_plan_for_shards, file, measurement, options, split_max_bytes)
+                measure_it = partial(
+                    _measure.measure,
+                    file,
+                    n_overhead_bytes=_overhead_bytes(file, weighed),
+                    wanted=options.get("formats"),
+                    encoder=encoder,
+                    imatrix=weighed,
+                    allow_requantize=allow_requantize,
+                    threads=n_threads,
+                    progress=shown,
+                )
+                screens = encoder == "search" and file.n_weights >= MANY_WEIGHTS
+                measurement, made = measure_and_plan(
+                    measure_it, plan_it, options, clock.stage, screens=screens
                 )
         else:
             raise PlanError("either a budget, memory or a plan is needed, and not both")
         path = Path(output) if output is not None else default_output(Path(model), made)
         destination = _quantize.Destination(path, force, split_max_bytes)
-        with clock.stage("write"):
-            paths = _quantize.quantize(file, made, destination, threads=n_threads, progress=shown)
         worst = None
-        if verify:
-            with clock.stage("verify"):
-                worst = _quantize.verify(file, made, paths, threads=n_threads, progress=shown)
+        with _quantize.begin(file, made, destination) as out:
+            with clock.stage("write"):
+                _quantize.write(file, made, out, threads=n_threads, progress=shown)
+            if verify:
+                with clock.stage("verify"), out.written() as written:
+                    worst = _quantize.verify(file, made, written, threads=n_threads, progress=shown)
+            with clock.stage("flush"):
+                paths = out.commit()
     n_written = sum(p.stat().st_size for p in paths)
     return Quantized(paths, n_written, made, measurement, worst, clock.seconds)
 
@@ -232,9 +245,9 @@ def _check_destination(output: Path, must_be_new: bool, n_bytes: int) -> None:
 
 def _plan_for_shards(
     file: GGUFFile,
-    measurement: Measurement,
     options: PlanOptions,
     split_max_bytes: int | None,
+    measurement: Measurement,
     budget: int,
 ) -> Plan:
     """Return a plan whose files together fit the budget: shards have headers of their own."""
@@ -274,4 +287,4 @@ class _Clock:
     def stage(self, name: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
-        self.seconds[name] = time.perf_counter() - start
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start

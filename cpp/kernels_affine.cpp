@@ -1,5 +1,8 @@
 // The kernels of superblocks of affine sub-blocks.
 #include "format_kernels.h"
+#include "formats/q2_k.h"
+#include "formats/q4_k.h"
+#include "formats/q5_k.h"
 
 namespace ramgguf::RAMGGUF_ISA {
 

@@ -1,5 +1,10 @@
 // The kernels of blocks of 32 with an F16 scale.
 #include "format_kernels.h"
+#include "formats/q4_0.h"
+#include "formats/q4_1.h"
+#include "formats/q5_0.h"
+#include "formats/q5_1.h"
+#include "formats/q8_0.h"
 
 namespace ramgguf::RAMGGUF_ISA {
 

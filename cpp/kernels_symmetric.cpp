@@ -1,5 +1,7 @@
 // The kernels of superblocks of symmetric sub-blocks.
 #include "format_kernels.h"
+#include "formats/q3_k.h"
+#include "formats/q6_k.h"
 
 namespace ramgguf::RAMGGUF_ISA {
 

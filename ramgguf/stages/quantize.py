@@ -16,6 +16,7 @@ from ramgguf.gguf_write import GGUFOutput
 from ramgguf.imatrix import imatrix_keys, planned_imatrix
 from ramgguf.parallel import Buffers, Chunk, batches, map_chunks
 from ramgguf.progress import Progress
+from ramgguf.sampling import written_sample
 from ramgguf.schema import Assignment, ImportanceSource, Plan
 from ramgguf.version import __version__
 from ramgguf.weighing import Scale
@@ -154,7 +155,8 @@ def verify(
             "please report it"
         )
     squared, total = [0.0] * len(file.tensors), [0.0] * len(file.tensors)
-    compare = _Comparison(file, plan, written, _scales(file, plan), Buffers())
+    scales = _scales(file, plan)
+    compare = _Comparison(file, plan, written, scales, Buffers())
     progress.start("verify", sum(t.n_bytes for t in file.tensors), "bytes")
     try:
         for part in map_chunks(compare, batches(file.tensors), threads):
@@ -163,11 +165,29 @@ def verify(
             progress.advance(part.n_bytes)
     finally:
         progress.finish()
-    return max(map(_departure, plan.assignments, squared, total), default=0.0)
+    worst = 0.0
+    for a, scale, error, norm in zip(plan.assignments, scales, squared, total, strict=True):
+        nmse = error / norm if norm else 0.0
+        if not formats.get(a.format).encodable and a.format != a.source_format:
+            nmse = _sampled_nmse(file, a, scale, written, nmse)
+        worst = max(worst, _departure(a, nmse))
+    return worst
 
 
-def _departure(planned: Assignment, squared_error: float, squares: float) -> float:
-    nmse = squared_error / squares if squares else 0.0
+def _sampled_nmse(
+    file: GGUFFile, planned: Assignment, scale: Scale, written: GGUFFile, whole_nmse: float
+) -> float:
+    """Return the NMSE of the rows that were measured; that of all rows must be of its kind."""
+    found = written_sample(file, file.tensor(planned.name), scale, written)
+    if not whole_nmse <= 2 * found.nmse + 10 * found.standard_error:
+        raise GGUFError(
+            f"{planned.name}: NMSE {whole_nmse:.3e} was written, {found.nmse:.3e} ± "
+            f"{found.standard_error:.1e} was expected from a sample; please report it"
+        )
+    return found.nmse
+
+
+def _departure(planned: Assignment, nmse: float) -> float:
     departure = abs(nmse - planned.nmse) / planned.nmse if planned.nmse else nmse
     if departure > NMSE_TOLERANCE:
         raise GGUFError(

@@ -1,7 +1,7 @@
 """Which formats are tried for a tensor, and why others are not."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from ramgguf import _core, formats, libggml
 from ramgguf.errors import FormatError
@@ -17,9 +17,9 @@ TERNARY_NMSE = 2.0**-22
 class Candidates:
     """The formats of a tensor: measured on all rows, or sampled; excluded says why others not."""
 
-    measured: tuple[str, ...] = ()
-    sampled: tuple[str, ...] = ()
-    excluded: Mapping[str, str] = field(default_factory=dict)
+    measured: tuple[str, ...]
+    sampled: tuple[str, ...]
+    excluded: dict[str, str]
 
 
 def tried(wanted: Sequence[str] | None, imatrix: Imatrix | None) -> tuple[str, ...]:
@@ -28,7 +28,7 @@ def tried(wanted: Sequence[str] | None, imatrix: Imatrix | None) -> tuple[str, .
     Raises FormatError when one is wanted that needs an importance matrix and there is none, or
     that needs libggml and it is not installed.
     """
-    if wanted is None:
+    if not wanted:
         extra = formats.with_importance() if imatrix and libggml.is_installed() else ()
         return (*formats.offered(), *extra)
     needing = [name for name in wanted if name in formats.with_importance()]
@@ -42,23 +42,16 @@ def tried(wanted: Sequence[str] | None, imatrix: Imatrix | None) -> tuple[str, .
     return tuple(wanted)
 
 
-def candidates(
+def suited(
     file: GGUFFile, tensor: TensorInfo, scale: Scale, names: Sequence[str], *, tell_ternary: bool
 ) -> Candidates:
-    """Return those of the named formats that suit the tensor and make it smaller.
+    """Return those of the named formats that suit what the tensor holds and how it is weighed.
 
     tell_ternary: the formats for ternary weights were asked for, so it is told why they are none.
     """
     measured, sampled, excluded = [], [], {}
     for name in names:
-        if name == tensor.type_name:
-            continue
-        if not formats.suits(name, tensor.row_length):
-            block = formats.get(name).block_size
-            excluded[name] = f"rows of {tensor.row_length} are no multiple of {block}"
-        elif formats.row_bytes(name, tensor.row_length) >= tensor.row_bytes:
-            continue
-        elif name in formats.TERNARY and not _may_be_ternary(file, tensor):
+        if name in formats.TERNARY and not _may_be_ternary(file, tensor):
             if tell_ternary:
                 excluded[name] = "its weights are not ternary"
         elif formats.get(name).encodable:

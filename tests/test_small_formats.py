@@ -242,6 +242,10 @@ def test_a_sampled_tensor_that_was_written_otherwise_is_found_out(tmp_path: Path
     for i in range(tensor.offset, tensor.offset + tensor.n_bytes, 74):
         data[i + 1] ^= 4  # the exponent of every scale
     target.write_bytes(data)
-    with open_gguf(source) as file, pytest.raises(GGUFError, match=r"blk\.0\.ffn_up\.weight"):
-        stage.verify(file, made.plan, [target], threads=1, progress=Silent())
+    with (
+        open_gguf(source) as file,
+        open_gguf(target) as written,
+        pytest.raises(GGUFError, match=r"blk\.0\.ffn_up\.weight"),
+    ):
+        stage.verify(file, made.plan, written, threads=1, progress=Silent())
     assert load_imatrix(imatrix).source.sha256 == made.plan.imatrix.sha256  # type: ignore[union-attr]

@@ -103,12 +103,12 @@ def table(rows: Sequence[Row]) -> str:
         "| source | layers, experts | encoder | time | M weights/s | RssAnon | disk |",
         "|---|---|---|---|---|---|---|",
     ]
-    for r in rows:
-        lines.append(
-            f"| {r.source_bytes / 1e9:.1f} GB | {r.n_layers}, {r.n_experts} | {r.encoder} "
-            f"| {r.seconds:.1f} s | {r.n_weights / r.seconds / 1e6:.0f} "
-            f"| {r.rss_anon_bytes / 1e6:.0f} MB | {r.disk_bytes / 1e9:.1f} GB |"
-        )
+    lines.extend(
+        f"| {r.source_bytes / 1e9:.1f} GB | {r.n_layers}, {r.n_experts} | {r.encoder} "
+        f"| {r.seconds:.1f} s | {r.n_weights / r.seconds / 1e6:.0f} "
+        f"| {r.rss_anon_bytes / 1e6:.0f} MB | {r.disk_bytes / 1e9:.1f} GB |"
+        for r in rows
+    )
     for encoder in dict.fromkeys(r.encoder for r in rows):
         own = [r for r in rows if r.encoder == encoder]
         if len(own) < 2:

@@ -38,7 +38,7 @@ pytest.importorskip("llama_cpp")
 KILLS = int(os.environ.get("RAMGGUF_KILLS", "4"))
 EXCERPT = Corpus("excerpt", default_corpus().text[:3000])
 TINY = Recipe(EXCERPT, n_ctx=64, n_seq=12)
-REAL = Recipe(default_corpus(), n_ctx=256, n_seq=6)
+REAL = Recipe(Corpus("longer excerpt", default_corpus().text[:40_000]), n_ctx=256, n_seq=6)
 
 # One command, started when everything is imported: its arguments are paths, the last is the output.
 _WORK = """

@@ -5,7 +5,13 @@ import sys
 
 import typer
 
-from ramgguf.cli import eval_commands, model_commands, plan_commands, sensitivity_commands
+from ramgguf.cli import (
+    check_commands,
+    eval_commands,
+    model_commands,
+    plan_commands,
+    sensitivity_commands,
+)
 from ramgguf.errors import RamggufError
 from ramgguf.version import __version__
 
@@ -31,6 +37,7 @@ model_commands.register(app)
 plan_commands.register(app)
 sensitivity_commands.register(app)
 eval_commands.register(app)
+check_commands.register(app)
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ from ramgguf.cli import (
     check_commands,
     eval_commands,
     model_commands,
+    pick_commands,
     plan_commands,
     sensitivity_commands,
 )
@@ -38,6 +39,7 @@ plan_commands.register(app)
 sensitivity_commands.register(app)
 eval_commands.register(app)
 check_commands.register(app)
+pick_commands.register(app)
 
 
 def main() -> None:

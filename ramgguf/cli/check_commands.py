@@ -62,7 +62,7 @@ def check(
     terminal = opt.Terminal.make(quiet=quiet, as_json=as_json or markdown)
     request = CheckRequest(
         Shape(context, 1, *parse_cache_types(cache_type)),
-        _limit(memory),
+        limit(memory),
         n_threads=threads or default_threads(),
         n_repeats=repeats,
     )
@@ -82,7 +82,8 @@ def check(
         raise typer.Exit(FAILED)
 
 
-def _limit(memory: str | None) -> Available:
+def limit(memory: str | None) -> Available:
+    """Return what --memory names, or what the cgroup leaves of it; by default what is left here."""
     if memory is None:
         return available_memory()
     return within_cgroup(Available(parse_size(memory), "--memory"))

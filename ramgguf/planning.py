@@ -11,7 +11,7 @@ from ramgguf.explain import explain as _explain
 from ramgguf.gguf_io import GGUFFile, open_gguf
 from ramgguf.memory import MemoryPlanner, MemoryRequest
 from ramgguf.objectives import Costing, costing
-from ramgguf.problem import parse_tie
+from ramgguf.problem import Problem, parse_tie
 from ramgguf.recipes import Difference, Recipe, pins_for
 from ramgguf.recipes import diff as _diff
 from ramgguf.schema import Constraints, Measurement, MinFormat, Pin, Plan, Source
@@ -161,6 +161,12 @@ def _loaded_sensitivity(sensitivity: Sensitivity | str | Path | None) -> Sensiti
     if sensitivity is None or isinstance(sensitivity, Sensitivity):
         return sensitivity
     return Sensitivity.load(Path(sensitivity))
+
+
+def problem(measurement: Measurement, options: PlanOptions) -> Problem:
+    """Return the knapsack that plans with these options solve."""
+    cost = _costing(measurement, options).cost
+    return Problem.of(measurement, _constraints(options), cost)
 
 
 def _costing(measurement: Measurement, options: PlanOptions) -> Costing:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ramgguf import _core, formats
+from ramgguf import _core, formats, libggml
 from ramgguf.gguf_io import TensorInfo
 from ramgguf.imatrix import Imatrix
 
@@ -53,14 +53,32 @@ class Scale:
             )
             for part, importance in self.parts(start, start + len(rows))
         ]
-        return _core.RowStats.merged(found)
+        return found[0] if len(found) == 1 else _core.RowStats.merged(found)
 
     def encode(
-        self, to: str, type_name: str, rows: Rows, start: int, row_length: int, encoder: str
+        self,
+        to: str,
+        type_name: str,
+        rows: Rows,
+        start: int,
+        row_length: int,
+        encoder: str,
+        out: Rows | None = None,
     ) -> Rows:
-        """Return the rows, the tensor's from row `start` on, in the format `to`."""
-        blocks = np.empty((len(rows), formats.row_bytes(to, row_length)), np.uint8)
+        """Return the rows, the tensor's from row `start` on, in the format `to`.
+
+        out, if given, is a buffer of at least as many bytes, whose head is filled and returned.
+        """
+        row_bytes = formats.row_bytes(to, row_length)
+        if out is None:
+            out = np.empty(len(rows) * row_bytes, np.uint8)
+        blocks = out.reshape(-1)[: len(rows) * row_bytes].reshape(len(rows), row_bytes)
         for part, importance in self.parts(start, start + len(rows)):
+            if importance is not None and not formats.get(to).encodable:
+                blocks[part] = libggml.encode(
+                    to, _floats(type_name, rows[part], row_length), importance
+                )
+                continue
             _core.encode(
                 to, type_name, rows[part], blocks[part], encoder=encoder, importance=importance
             )
@@ -70,11 +88,15 @@ class Scale:
         self, type_name: str, before: Rows, to: str, after: Rows, start: int
     ) -> _core.RowStats:
         """Return the error of rows `after` against `before`, added up as measure does."""
+        if not formats.get(to).encodable:
+            f = formats.get(to)
+            length = after.shape[1] // f.block_bytes * f.block_size
+            to, after = "F32", libggml.decode(to, after, length).view(np.uint8)
         found = [
             _core.compare(type_name, before[part], to, after[part], importance=importance)
             for part, importance in self.parts(start, start + len(before))
         ]
-        return _core.RowStats.merged(found)
+        return found[0] if len(found) == 1 else _core.RowStats.merged(found)
 
     def squares(self, stats: _core.RowStats) -> float:
         """Return the sum of squares that errors are a share of: weighed, if there is importance."""
@@ -85,3 +107,9 @@ class Scale:
         if self.importance is None:
             return error.sum_squared_error
         return error.weighted_squared_error
+
+
+def _floats(type_name: str, rows: Rows, row_length: int) -> NDArray[np.float32]:
+    out = np.empty((len(rows), row_length), np.float32)
+    _core.decode(type_name, rows, out)
+    return out

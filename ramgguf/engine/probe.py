@@ -36,8 +36,7 @@ class Probe:
         self._paths = tuple(folder / path.name for path in file.paths)
         self._rows = RowPass(n_threads)
         try:
-            for original, copy in zip(file.paths, self._paths, strict=True):
-                shutil.copyfile(original, copy)
+            self._copy()
             self._maps = tuple(np.memmap(path, np.uint8, mode="r+") for path in self._paths)
             self.model = LlamaModel(
                 self._paths[0],
@@ -49,6 +48,14 @@ class Probe:
         except BaseException:
             self._remove()
             raise
+
+    def _copy(self) -> None:
+        for original, copy in zip(self._file.paths, self._paths, strict=True):
+            try:
+                shutil.copyfile(original, copy)
+            except OSError as e:
+                raise EngineError(f"{copy}: cannot be copied there: {e.strerror}") from None
+        self._file.require_unchanged()
 
     def __enter__(self) -> Self:
         return self
@@ -66,12 +73,18 @@ class Probe:
     @contextmanager
     def replaced(self, tensor: TensorInfo, data: NDArray[np.uint8]) -> Iterator[None]:
         """While this lasts, the tensor's bytes are `data`; then they are the original's again."""
-        place = self._maps[tensor.shard][tensor.offset : tensor.offset + tensor.n_bytes]
-        place[:] = data.reshape(-1)
+        self.put(tensor, data)
         try:
             yield
         finally:
-            place[:] = self._file.read_rows(tensor, 0, tensor.n_rows).reshape(-1)
+            self.put(tensor, None)
+
+    def put(self, tensor: TensorInfo, data: NDArray[np.uint8] | None) -> None:
+        """Make `data` the tensor's bytes from now on; None gives it back the original's."""
+        if data is None:
+            data = self._file.read_rows(tensor, 0, tensor.n_rows)
+        place = self._maps[tensor.shard][tensor.offset : tensor.offset + tensor.n_bytes]
+        place[:] = data.reshape(-1)
 
     def logits(self, ids: TokenIds) -> Logits:
         """Return a copy of the logits (tokens, vocabulary) of a sequence."""

@@ -53,6 +53,10 @@ class Session:
         """Load the models and answer what they are."""
         for number, path in enumerate(request.models):
             self._send(Started(model=number, index=None))
+            first = request.models.index(path)
+            if first < number:
+                self._models.append(self._models[first])
+                continue
             model = LlamaModel(
                 Path(path),
                 n_ctx=request.n_ctx,

@@ -2,16 +2,18 @@
 
 import hashlib
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from ramgguf import _core, formats
+from ramgguf.candidates import TERNARY_NMSE, Candidates, candidates, tried
 from ramgguf.errors import FormatError, PlanError
 from ramgguf.gguf_io import GGUFFile, TensorInfo
 from ramgguf.imatrix import Imatrix
-from ramgguf.parallel import Chunk, ordered_map, row_chunks
+from ramgguf.parallel import Buffers, Chunk, batches, map_chunks, ordered_map, sample
 from ramgguf.progress import Progress
 from ramgguf.roles import layer_of, never_quantized, role_of
+from ramgguf.sampling import SampledError, measure_sample
 from ramgguf.schema import Encoder, Measurement, Point, Source, TensorMeasurement
 from ramgguf.version import __version__
 from ramgguf.weighing import Scale
@@ -22,12 +24,11 @@ FLOAT_FORMATS = ("F32", "F16", "BF16")
 
 @dataclass(frozen=True)
 class _Job:
-    """A tensor with its candidates and importance; `kept` says why it has no candidates."""
+    """A tensor with its candidates and importance; `kept` says why it has none."""
 
     tensor: TensorInfo
     scale: Scale
-    candidates: tuple[str, ...]
-    excluded: dict[str, str]
+    candidates: Candidates
     kept: str | None
 
 
@@ -49,48 +50,57 @@ def measure(
     encoder: Encoder = "rtn",
     imatrix: Imatrix | None = None,
     allow_requantize: bool = False,
+    sampled: bool = False,
+    only: Mapping[str, frozenset[str]] | None = None,
     threads: int,
     progress: Progress,
 ) -> Measurement:
     """Return bytes and error of every tensor in every format that its shape allows.
 
-    wanted names the formats to try (default: every RTN format). n_overhead_bytes is what the
-    output's header will take. Errors are weighed by the importance that imatrix has. Raises
-    FormatError for NaN or infinity in the weights, naming tensor and index, ImatrixError for an
-    entry of another shape, and PlanError when nothing in the model can be quantized.
+    wanted names the formats to try (default: those that candidates.tried offers). With `sampled`,
+    statistics are those of some rows of each tensor; with `only`, a tensor named there is measured
+    in those formats, no others. n_overhead_bytes is what the output's header will take. Errors are
+    weighed by the importance that imatrix has. Raises FormatError for NaN or infinity in the
+    weights, naming tensor and index, and for a format that needs what is not there, ImatrixError
+    for an entry of another shape, and PlanError when nothing in the model can be quantized.
     """
     start = time.perf_counter()
-    names = tuple(wanted or formats.quantized())
-    jobs = [_job(file, t, names, imatrix, allow_requantize) for t in file.tensors]
+    names = tried(wanted, imatrix)
+    jobs = [_job(file, t, names, wanted, imatrix, allow_requantize) for t in file.tensors]
+    if only is not None:
+        jobs = [_restricted(job, only.get(job.tensor.name)) for job in jobs]
     if all(job.kept for job in jobs):
         raise PlanError(
             f"{file.paths[0]}: nothing to quantize ({jobs[0].kept or 'no tensors'}); "
             "a source in F32, F16 or BF16 is needed, or Q8_0 with --allow-requantize"
         )
     parts: list[list[_core.RowStats]] = [[] for _ in jobs]
-    data = hashlib.sha256()
-    progress.start("measure", sum(job.tensor.n_bytes for job in jobs), "bytes")
+    data, buffers = hashlib.sha256(), Buffers()
+    work = list((sample if sampled else batches)(file.tensors))
+    total = sum((c.stop - c.start) * jobs[c.index].tensor.row_bytes for b in work for c in b)
+    progress.start("sample" if sampled else "measure", total, "bytes")
     try:
-        for part in ordered_map(lambda c: _measure(file, jobs, c, encoder), _chunks(jobs), threads):
+        for part in map_chunks(
+            lambda c: _measure(file, jobs[c.index], c, encoder, buffers), work, threads
+        ):
             data.update(part.digest)
             if part.stats is not None:
                 parts[part.index].append(part.stats)
             progress.advance(part.n_bytes)
     finally:
         progress.finish()
+    slow = _measure_samples(file, jobs, threads, progress)
     tied = not any(role_of(t.name, file.architecture) == "head" for t in file.tensors)
     return Measurement(
         ramgguf_version=__version__,
-        source=_source(file, data.hexdigest()),
+        source=_source(file, None if sampled else data.hexdigest()),
         encoder=encoder,
         imatrix=imatrix.source if imatrix else None,
         formats=names,
         n_overhead_bytes=n_overhead_bytes,
         alignment=file.alignment,
         n_layers=file.n_layers,
-        tensors=tuple(
-            _tensor(file, job, stats, tied) for job, stats in zip(jobs, parts, strict=True)
-        ),
+        tensors=tuple(_tensor(file, *one, tied) for one in zip(jobs, parts, slow, strict=True)),
         seconds=time.perf_counter() - start,
     )
 
@@ -98,26 +108,22 @@ def measure(
 def _job(
     file: GGUFFile,
     tensor: TensorInfo,
-    wanted: Sequence[str],
+    names: Sequence[str],
+    wanted: Sequence[str] | None,
     imatrix: Imatrix | None,
     allow_requantize: bool,
 ) -> _Job:
     kept = _reason_to_keep(file, tensor, allow_requantize)
     if kept is not None:
-        return _Job(tensor, Scale.of(tensor, None), (), {}, kept)
+        return _Job(tensor, Scale.of(tensor, None), Candidates(), kept)
     scale = Scale.of(tensor, imatrix)
-    candidates, excluded = [], {}
-    for name in wanted:
-        if name == tensor.type_name:
-            continue
-        if not formats.suits(name, tensor.row_length):
-            block = formats.get(name).block_size
-            excluded[name] = f"rows of {tensor.row_length} are no multiple of {block}"
-        elif formats.row_bytes(name, tensor.row_length) < tensor.row_bytes:
-            candidates.append(name)
-    if not candidates:
-        return _Job(tensor, scale, (), excluded, "no smaller format suits its rows")
-    return _Job(tensor, scale, tuple(candidates), excluded, None)
+    found = candidates(file, tensor, scale, names, tell_ternary=wanted is not None)
+    kept = None if found.measured or found.sampled else "no smaller format suits its rows"
+    return _Job(tensor, scale, found, kept)
+
+
+def _restricted(job: _Job, only: frozenset[str] | None) -> _Job:
+    return job if only is None else replace(job, candidates=job.candidates.restricted(only))
 
 
 def _reason_to_keep(file: GGUFFile, tensor: TensorInfo, allow_requantize: bool) -> str | None:
@@ -128,17 +134,14 @@ def _reason_to_keep(file: GGUFFile, tensor: TensorInfo, allow_requantize: bool) 
     return never_quantized(tensor.name, tensor.shape, file.architecture)
 
 
-def _chunks(jobs: Sequence[_Job]) -> Iterator[Chunk]:
-    for index, job in enumerate(jobs):
-        yield from row_chunks(index, job.tensor.n_rows, job.tensor.row_length)
-
-
-def _measure(file: GGUFFile, jobs: Sequence[_Job], chunk: Chunk, encoder: str) -> _Part:
-    job = jobs[chunk.index]
-    rows = file.read_rows(job.tensor, chunk.start, chunk.stop)
+def _measure(file: GGUFFile, job: _Job, chunk: Chunk, encoder: str, buffers: Buffers) -> _Part:
+    n_bytes = (chunk.stop - chunk.start) * job.tensor.row_bytes
+    rows = file.read_rows(job.tensor, chunk.start, chunk.stop, buffers.take("rows", n_bytes))
     stats = None
     if job.tensor.type_name in (*FLOAT_FORMATS, "Q8_0"):
-        stats = job.scale.measure(job.candidates, job.tensor.type_name, rows, chunk.start, encoder)
+        stats = job.scale.measure(
+            job.candidates.measured, job.tensor.type_name, rows, chunk.start, encoder
+        )
         if stats.first_nonfinite >= 0:
             index = chunk.start * job.tensor.row_length + stats.first_nonfinite
             raise FormatError(
@@ -148,22 +151,71 @@ def _measure(file: GGUFFile, jobs: Sequence[_Job], chunk: Chunk, encoder: str) -
     return _Part(chunk.index, rows.nbytes, hashlib.sha256(rows.data).digest(), stats)
 
 
-def _tensor(
-    file: GGUFFile, job: _Job, parts: list[_core.RowStats], tied: bool
-) -> TensorMeasurement:
-    tensor, excluded = job.tensor, dict(job.excluded)
-    total = _core.RowStats.merged(parts) if parts else None
+def _measure_samples(
+    file: GGUFFile, jobs: Sequence[_Job], threads: int, progress: Progress
+) -> list[dict[str, SampledError | str]]:
+    """Return per tensor what the formats of libggml lose, or why they are no candidates."""
+    found: list[dict[str, SampledError | str]] = [{} for _ in jobs]
+    work = [(i, name) for i, job in enumerate(jobs) for name in job.candidates.sampled]
+
+    def measured(item: tuple[int, str]) -> SampledError | str:
+        job = jobs[item[0]]
+        try:
+            return measure_sample(file, job.tensor, job.scale, item[1])
+        except ValueError as e:
+            return str(e)
+
+    if not work:
+        return found
+    progress.start("measure samples", len(work), "points")
+    try:
+        for (i, name), error in zip(work, ordered_map(measured, work, threads), strict=True):
+            found[i][name] = error
+            progress.advance(1)
+    finally:
+        progress.finish()
+    return found
+
+
+def _points(
+    job: _Job, total: _core.RowStats | None, sampled: dict[str, SampledError | str]
+) -> tuple[tuple[Point, ...], dict[str, str]]:
+    """Return the tensor's points by ascending bytes, and why other formats are none."""
+    tensor, excluded = job.tensor, dict(job.candidates.excluded)
     points = [Point(format=tensor.type_name, n_bytes=tensor.n_bytes, nmse=0.0, max_error=0.0)]
+    squares = job.scale.squares(total) if total else 0.0
+
+    def add(name: str, nmse: float, max_error: float, nmse_error: float = 0.0) -> None:
+        n_bytes = formats.row_bytes(name, tensor.row_length) * tensor.n_rows
+        point = Point(
+            format=name, n_bytes=n_bytes, nmse=nmse, max_error=max_error, nmse_error=nmse_error
+        )
+        points.append(point)
+
     for error in total.errors if total else ():
+        nmse = job.scale.error(error) / squares if squares else 0.0
         if error.scale_overflow:
             excluded[error.format] = "a block's scale would overflow F16"
-            continue
-        n_bytes = formats.row_bytes(error.format, tensor.row_length) * tensor.n_rows
-        squares = job.scale.squares(total) if total else 0.0
-        nmse = job.scale.error(error) / squares if squares else 0.0
-        points.append(
-            Point(format=error.format, n_bytes=n_bytes, nmse=nmse, max_error=error.max_error)
-        )
+        elif error.format not in formats.TERNARY or nmse <= TERNARY_NMSE:
+            add(error.format, nmse, error.max_error)
+    for name, found in sampled.items():
+        if isinstance(found, str):
+            excluded[name] = found
+        else:
+            add(name, found.nmse, found.max_error, found.standard_error)
+    return tuple(sorted(points, key=lambda p: (p.n_bytes, p.nmse))), excluded
+
+
+def _tensor(
+    file: GGUFFile,
+    job: _Job,
+    parts: list[_core.RowStats],
+    sampled: dict[str, SampledError | str],
+    tied: bool,
+) -> TensorMeasurement:
+    tensor = job.tensor
+    total = _core.RowStats.merged(parts) if parts else None
+    points, excluded = _points(job, total, sampled)
     role = role_of(tensor.name, file.architecture)
     return TensorMeasurement(
         name=tensor.name,
@@ -175,7 +227,7 @@ def _tensor(
         sum_squares=total.sum_squares if total else 0.0,
         max_abs=total.max_abs if total else 0.0,
         excess_kurtosis=_excess_kurtosis(total) if total else 0.0,
-        points=tuple(sorted(points, key=lambda p: (p.n_bytes, p.nmse))),
+        points=points,
         excluded=excluded,
         kept=job.kept,
     )
@@ -193,7 +245,7 @@ def _excess_kurtosis(stats: _core.RowStats) -> float:
     return central / variance**2 - 3
 
 
-def _source(file: GGUFFile, data_sha256: str) -> Source:
+def _source(file: GGUFFile, data_sha256: str | None) -> Source:
     return Source(
         path=str(file.paths[0]),
         n_bytes=file.n_bytes,

@@ -4,7 +4,7 @@
                             [--sources F16,BF16,F32]
 
 Time is the CPU time of one thread, so that other processes on the machine count less. For `rtn` the
-weights are 2^26, many times the second cache; `search` and ggml are slower by so much that fewer
+weights are 2^24, many times the second cache; `search` and ggml are slower by so much that fewer
 do. A line is the median of the runs, with quartiles and the best. `read` is an OR of the same bytes
 by numpy in the same run. Lines are added to bench/results/kernels.jsonl.
 """
@@ -33,7 +33,7 @@ from ramgguf.version import __version__
 RESULTS = Path(__file__).parent / "results" / "kernels.jsonl"
 ROW = 2048
 LINEAR = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
-N_WEIGHTS = {"rtn": 1 << 26, "search": 1 << 19, "ggml": 1 << 15}
+N_WEIGHTS = {"rtn": 1 << 24, "search": 1 << 19, "ggml": 1 << 15}
 
 
 @dataclass(frozen=True)

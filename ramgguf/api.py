@@ -1,7 +1,7 @@
 """The Python interface: each function is one command, from files to values and files."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -32,6 +32,8 @@ from ramgguf.planning import (
     plan_within,
 )
 from ramgguf.progress import Progress, Silent
+from ramgguf.refining import refine as refine_plan
+from ramgguf.refining import refinement_journal
 from ramgguf.schema import Encoder, Measurement, Plan
 from ramgguf.screening import MANY_WEIGHTS, measure_and_plan
 from ramgguf.sensing import sensitivity
@@ -58,6 +60,7 @@ __all__ = [
     "plan_on_within",
     "plan_within",
     "quantize",
+    "refine_plan",
     "sensitivity",
 ]
 
@@ -124,22 +127,26 @@ def quantize(
     encoder: Encoder = DEFAULT_ENCODER,
     imatrix: str | Path | None = None,
     allow_requantize: bool = False,
+    refine: int = 0,
     memory: MemoryRequest | None = None,
     split_max_bytes: int | None = None,
     force: bool = False,
     verify: bool = True,
     threads: int | None = None,
     progress: Progress | None = None,
+    announce: Callable[[str], None] = lambda _: None,
     **options: Unpack[PlanOptions],
 ) -> Quantized:
     """Write the best GGUF that fits the budget and return what was made.
 
     Needs a budget, memory (with or without a budget) or a ready plan; a ready measurement saves
-    measuring again; options are those of plan, imatrix is as in measure. output is by default
-    beside the model and named after the plan's bits per weight. Raises BudgetError, GGUFError,
-    FormatError, ImatrixError or PlanError; an older output is then untouched.
+    measuring again; options are those of plan, imatrix is as in measure. Without a ready plan,
+    refine is how many swaps of formats are tried by forward passes, whose cost announce is told.
+    output is by default beside the model and named after the plan's bits per weight. Raises
+    RamggufError; an older output is then untouched.
     """
     clock, n_threads, shown = _Clock(), threads or default_threads(), progress or Silent()
+    journal: Path | None = None
     with open_gguf(Path(model), kind_check=True) as file, ExitStack() as stack:
         if from_plan is not None and budget is None and memory is None:
             made = from_plan
@@ -173,6 +180,21 @@ def quantize(
                 measurement, made = measure_and_plan(
                     measure_it, plan_it, options, clock.stage, screens=screens
                 )
+            if refine:
+                journal = refinement_journal(Path(output or model), made)
+                with clock.stage("refine"):
+                    made = refine_plan(
+                        model,
+                        made,
+                        measurement,
+                        n_trials=refine,
+                        sensitivity=options.get("sensitivity"),
+                        imatrix=imatrix,
+                        journal=journal,
+                        threads=n_threads,
+                        progress=shown,
+                        announce=announce,
+                    )
         else:
             raise PlanError("either a budget, memory or a plan is needed, and not both")
         path = Path(output) if output is not None else default_output(Path(model), made)
@@ -186,6 +208,8 @@ def quantize(
                     worst = _quantize.verify(file, made, written, threads=n_threads, progress=shown)
             with clock.stage("flush"):
                 paths = out.commit()
+    if journal is not None:
+        journal.unlink(missing_ok=True)
     n_written = sum(p.stat().st_size for p in paths)
     return Quantized(paths, n_written, made, measurement, worst, clock.seconds)
 

@@ -82,6 +82,7 @@ class Terminal:
     out: Console
     err: Console
     progress: Progress
+    announces: bool
 
     @classmethod
     def make(cls, *, quiet: bool, as_json: bool) -> "Terminal":
@@ -89,7 +90,12 @@ class Terminal:
         out = Console(quiet=quiet or as_json, highlight=False, width=None)
         err = Console(stderr=True, highlight=False)
         silent = quiet or not sys.stderr.isatty()
-        return cls(out, err, Silent() if silent else Bars(err))
+        return cls(out, err, Silent() if silent else Bars(err), not (quiet or as_json))
+
+    def announce(self, text: str) -> None:
+        """Say what is going to be done, and for how long, unless nothing but results is wanted."""
+        if self.announces:
+            self.err.print(text, soft_wrap=True)
 
 
 def split_formats(text: str | None) -> list[str] | None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ramgguf import _core, formats
+from ramgguf import formats
 from ramgguf.engine.llama import Logits
 from ramgguf.engine.probe import Probe
 from ramgguf.engine.system import system_info
@@ -23,20 +23,21 @@ from ramgguf.engine.wire import TokenIds
 from ramgguf.errors import EngineError, PlanError
 from ramgguf.fill_in import Member, fill_in
 from ramgguf.gguf_io import GGUFFile, TensorInfo
+from ramgguf.imatrix import Imatrix
 from ramgguf.probe_tokens import Request, draw_sequences
 from ramgguf.progress import Progress
 from ramgguf.roles import layer_of, never_quantized, role_of
-from ramgguf.schema import Source
+from ramgguf.schema import ImportanceSource, Source
 from ramgguf.sensitivities import ProbeTokens, Reading, Sensitivity
 from ramgguf.sensitivity_journal import Journal, Settings
+from ramgguf.simulation import SOURCES, simulated
+from ramgguf.token_statistics import standard_error
 from ramgguf.units import format_seconds
 from ramgguf.version import __version__
 
 # The first that suits a tensor's rows is its probe: 4-bit errors are where plans are made.
 PROBE_FORMATS = ("Q4_K", "Q4_0")
-SOURCES = ("F32", "F16", "BF16")
 MAX_SEQUENCES = 4
-BLOCK = 64  # tokens; neighbours are not independent, blocks nearly are
 MAX_REFERENCE_BYTES = 4 << 30
 
 
@@ -71,7 +72,7 @@ def sensitivity(
         _check_resumed(settings, file, request, journal_path)
         announce(settings.promise)
         reference = [probe.logits(ids) for ids in settings.sequences]
-        run = _Run(file, probe, settings, reference)
+        run = _Run(file, probe, settings, reference, request.imatrix, threads)
         wanted = [t for t in tensors if t.name in set(settings.names)]
         progress.start("sensitivity", len(wanted), "tensors")
         try:
@@ -91,6 +92,7 @@ def sensitivity(
             ramgguf_version=__version__,
             source=settings.source,
             encoder=request.encoder,
+            imatrix=settings.imatrix,
             engine=system_info().build,
             tokens=settings.tokens,
             tensors=fill_in(members, readings),
@@ -107,6 +109,8 @@ class _Run:
     probe: Probe
     settings: Settings
     reference: Sequence[Logits]
+    imatrix: Imatrix | None
+    threads: int
 
     def divergence(self) -> NDArray[np.float64]:
         """Return the KLD of every token of all sequences, in nats."""
@@ -115,17 +119,21 @@ class _Run:
 
     def read(self, tensor: TensorInfo) -> Reading:
         """Return what the tensor's quantization alone does to the output."""
-        rows = self.file.read_rows(tensor, 0, tensor.n_rows)
         format_name = probe_format(tensor)
-        data = _quantized(rows, tensor, format_name, self.settings.encoder)
-        stats = _core.compare(tensor.type_name, rows, tensor.type_name, data)
-        error = stats.errors[0].sum_squared_error
+        data, nmse = simulated(
+            self.file,
+            tensor,
+            format_name,
+            encoder=self.settings.encoder,
+            imatrix=self.imatrix,
+            threads=self.threads,
+        )
         with self.probe.replaced(tensor, data):
             kld = self.divergence()
         return Reading(
             name=tensor.name,
             format=format_name,
-            nmse=error / stats.sum_squares if stats.sum_squares else 0.0,
+            nmse=nmse,
             kld=max(0.0, float(kld.mean())),
             standard_error=standard_error(kld),
         )
@@ -134,13 +142,6 @@ class _Run:
 def probe_format(tensor: TensorInfo) -> str:
     """Return the format in which the tensor's sensitivity is read."""
     return next(f for f in PROBE_FORMATS if formats.suits(f, tensor.row_length))
-
-
-def standard_error(values: NDArray[np.float64]) -> float:
-    """Return the standard error of the mean, from means of blocks of BLOCK neighbours."""
-    n_blocks = max(2, len(values) // BLOCK)
-    means = np.array([part.mean() for part in np.array_split(values, n_blocks)])
-    return float(means.std(ddof=1) / math.sqrt(n_blocks))
 
 
 def _is_probed(file: GGUFFile, tensor: TensorInfo) -> bool:
@@ -154,22 +155,6 @@ def _is_probed(file: GGUFFile, tensor: TensorInfo) -> bool:
 def _member(file: GGUFFile, tensor: TensorInfo) -> Member:
     role = role_of(tensor.name, file.architecture)
     return Member(tensor.name, role, layer_of(tensor.name), tensor.n_weights)
-
-
-def _quantized(
-    rows: NDArray[np.uint8], tensor: TensorInfo, format_name: str, encoder: str
-) -> NDArray[np.uint8]:
-    """Return the tensor's quantization, decoded and rounded to the source's own type."""
-    n_rows, length = tensor.n_rows, tensor.row_length
-    blocks = np.empty((n_rows, formats.row_bytes(format_name, length)), np.uint8)
-    _core.encode(format_name, tensor.type_name, rows, blocks, encoder=encoder)
-    values = np.empty((n_rows, length), np.float32)
-    _core.decode(format_name, blocks, values)
-    if tensor.type_name == "F32":
-        return values.view(np.uint8)
-    out = np.empty_like(rows)
-    _core.encode(tensor.type_name, "F32", values.view(np.uint8), out)
-    return out
 
 
 def _settle(
@@ -207,6 +192,7 @@ def _settle(
             name=file.name,
         ),
         encoder=request.encoder,
+        imatrix=request.imatrix.source if request.imatrix else None,
         tokens=ProbeTokens(
             kind=request.tokens,
             n_sequences=n_sequences,
@@ -251,10 +237,16 @@ def _check_resumed(settings: Settings, file: GGUFFile, request: Request, path: P
         settings.source.header_sha256 == file.header_sha256
         and settings.source.n_bytes == file.n_bytes
         and settings.encoder == request.encoder
+        and _sha(settings.imatrix) == _sha(request.imatrix.source if request.imatrix else None)
         and (settings.tokens.kind, settings.tokens.seed) == (request.tokens, request.seed)
         and request.n_sequences in (None, settings.tokens.n_sequences)
     )
     if not same:
         raise PlanError(
-            f"{path} is of another model, encoder or choice of tokens; remove it to start anew"
+            f"{path} is of another model, encoder, imatrix or choice of tokens; "
+            "remove it to start anew"
         )
+
+
+def _sha(imatrix: ImportanceSource | None) -> str | None:
+    return None if imatrix is None else imatrix.sha256

@@ -1,9 +1,10 @@
-"""How a child process is held to a memory limit: by a cgroup of systemd's, or by its own rlimit."""
+"""How a child process is held to a memory limit (a cgroup of systemd's, or an rlimit), its peak."""
 
 import shutil
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -36,3 +37,13 @@ def _runs(command: Sequence[str]) -> bool:
     except (OSError, subprocess.TimeoutExpired):
         return False
     return done.returncode == 0
+
+
+def peak_bytes() -> int:
+    """Return the most memory that this process has held, what was swapped out included."""
+    found = {"VmHWM": 0, "VmSwap": 0}
+    for line in Path("/proc/self/status").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name in found:
+            found[name] = 1024 * int(value.split()[0])
+    return sum(found.values())

@@ -7,7 +7,6 @@ sends one step after the other, and knows at which of them llama.cpp or a limit 
 import os
 import resource
 import time
-from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any
 
@@ -17,6 +16,7 @@ from pydantic import Field, TypeAdapter
 
 from ramgguf.engine.breakdown import memory_breakdown
 from ramgguf.engine.child import answer_requests
+from ramgguf.engine.limits import peak_bytes
 from ramgguf.engine.llama import Vocab, draw
 from ramgguf.engine.sizes import N_BATCH, SizesOf, context_parameters
 from ramgguf.engine.system import llama_module, system_info
@@ -201,16 +201,6 @@ def generate_rate(model: Deployed, logits: Row, n_tokens: int) -> float:
     for _ in range(n_tokens):
         logits = model.decode(np.array([np.argmax(logits)], np.int32))
     return n_tokens / (time.perf_counter() - started)
-
-
-def peak_bytes() -> int:
-    """Return the most memory that this process has held, what was swapped out included."""
-    found = {"VmHWM": 0, "VmSwap": 0}
-    for line in Path("/proc/self/status").read_text().splitlines():
-        name, _, value = line.partition(":")
-        if name in found:
-            found[name] = 1024 * int(value.split()[0])
-    return sum(found.values())
 
 
 def rates(model: Deployed, request: Time) -> Rates:

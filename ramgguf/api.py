@@ -13,6 +13,7 @@ from ramgguf.corpus import Recipe, default_corpus, text_file
 from ramgguf.corpus import dataset as dataset_corpus
 from ramgguf.errors import BudgetError, EngineError, GGUFError, PlanError
 from ramgguf.files import refuse_existing, require_disk_space
+from ramgguf.format_sets import expand
 from ramgguf.gguf_io import GGUFFile, open_gguf
 from ramgguf.gguf_layout import planned_header_bytes
 from ramgguf.imatrix import Imatrix, load_imatrix
@@ -101,14 +102,15 @@ def measure(
     Raises GGUFError for a file that is malformed or no language model, FormatError for weights that
     are not finite or a format that does not exist, ImatrixError for an unfit imatrix.
     """
-    for name in formats or ():
+    wanted = None if formats is None else expand(formats)
+    for name in wanted or ():
         _formats.get(name)
     weighed = load_imatrix(Path(imatrix)) if imatrix is not None else None
     with open_gguf(Path(model), kind_check=True) as file:
         return _measure.measure(
             file,
             n_overhead_bytes=_overhead_bytes(file, weighed),
-            wanted=formats,
+            wanted=wanted,
             encoder=encoder,
             imatrix=weighed,
             allow_requantize=allow_requantize,
@@ -169,7 +171,7 @@ def quantize(
                     _measure.measure,
                     file,
                     n_overhead_bytes=_overhead_bytes(file, weighed),
-                    wanted=options.get("formats"),
+                    wanted=expand(options["formats"]) if options.get("formats") else None,
                     encoder=encoder,
                     imatrix=weighed,
                     allow_requantize=allow_requantize,

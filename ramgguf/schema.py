@@ -29,12 +29,16 @@ class Source(_Value):
 
 
 class Point(_Value):
-    """One point of a tensor's rate–distortion curve: its bytes and loss in a format."""
+    """One point of a tensor's rate–distortion curve: its bytes and loss in a format.
+
+    nmse_error is the standard error of an NMSE that was measured on a sample of the rows.
+    """
 
     format: str
     n_bytes: Positive
     nmse: Annotated[float, Field(ge=0)]
     max_error: Annotated[float, Field(ge=0)]
+    nmse_error: Annotated[float, Field(ge=0)] = 0.0
 
     @property
     def sqnr_db(self) -> float:

@@ -27,7 +27,8 @@ _MEASUREMENT = synthetic.measurement(n_layers=1)
 _PLAN = ramgguf.plan(_MEASUREMENT, 1_000_000, min_sqnr_db=0)
 
 
-def _sensitivity() -> Sensitivity:
+def sensitivity() -> Sensitivity:
+    """Return a small one."""
     reading = Reading(name="blk.0.q", format="Q4_K", nmse=1e-3, kld=1e-4, standard_error=1e-5)
     tensor = TensorSensitivity(
         name="blk.0.q", role="attn_q", layer=0, n_weights=1024, alpha=0.1, relative_error=0.1,
@@ -43,7 +44,8 @@ def _sensitivity() -> Sensitivity:
     )
 
 
-def _result() -> EvalResult:
+def result() -> EvalResult:
+    """Return a small one, compared with a reference."""
     found = made_results.eval_result(
         "m", [8.0, 9.0, 400.0], reference=("base", [7.0, 8.0, 9.0]), kld=[0.1, 0.2, 0.3]
     )
@@ -53,8 +55,8 @@ def _result() -> EvalResult:
     return found.model_copy(update=update)
 
 
-_RESULT = _result()
-_DOCUMENTS: tuple[Document, ...] = (_MEASUREMENT, _PLAN, _sensitivity(), _RESULT)
+_RESULT = result()
+_DOCUMENTS: tuple[Document, ...] = (_MEASUREMENT, _PLAN, sensitivity(), _RESULT)
 _ODD: list[Any] = [None, True, -1, 0, 2**63, 1e308, "", "Q9_Z", "../../x", [], {}, [[]], "NaN"]
 
 

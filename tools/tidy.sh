@@ -11,7 +11,6 @@ cmake -G Ninja -S . -B build/tidy -DCMAKE_BUILD_TYPE=Release -DRAMGGUF_ISAS=$lev
 newest=$(ls -t .clang-tidy cpp/*.h cpp/*.def cpp/formats/*.h | head -n 1)
 for source in cpp/*.cpp; do
     passed=build/tidy/$(basename "$source").passed
-    [ "$passed" -nt "$source" ] && [ "$passed" -nt "$newest" ] && continue
-    clang-tidy --quiet -p build/tidy "$source"
-    touch "$passed"
-done
+    [ "$passed" -nt "$source" ] && [ "$passed" -nt "$newest" ] || echo "$source"
+done | xargs -P "$(getconf _NPROCESSORS_ONLN)" -I FILE sh -c \
+    'clang-tidy --quiet -p build/tidy FILE && touch build/tidy/$(basename FILE).passed'

@@ -1,0 +1,117 @@
+"""What a second thread brings, and what many small tensors cost, stage by stage.
+
+    python bench/threads.py [--folder /tmp] [--runs 5]
+
+Models of the same number of random weights, in a few large tensors and in ever more, smaller ones,
+are measured, encoded and verified with one thread and with two, the two taking turns, after a run
+that is dropped. Seconds are medians; nanoseconds per weight are CPU time. Appends to
+bench/results/threads.jsonl.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import ramgguf
+import random_models
+from provenance import provenance
+from ramgguf.schema import Encoder, Plan
+
+RESULTS = Path(__file__).parent / "results" / "threads.jsonl"
+# 294 matrices of 0.5 to 2 M weights in the layers; cut into slices, up to 18,816 tensors.
+SHAPE = random_models.Shape(42, 1024, 2048, 16, 8, 64, 4096)
+SLICES = (1, 4, 16, 64)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A stage of one model: seconds with one and two threads, CPU nanoseconds per weight with one.
+
+    write and verify are one figure of CPU time, in the row of write.
+    """
+
+    stage: str
+    encoder: str
+    n_tensors: int
+    n_weights: int
+    seconds_1: float
+    seconds_2: float
+    speedup: float
+    ns_per_weight: float
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of the clock and of the CPU."""
+
+    wall: float
+    cpu: float
+
+
+def timed(source: Path, plan: Plan, encoder: Encoder, threads: int) -> dict[str, Times]:
+    """Return the times of each stage of one run."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    ramgguf.measure(source, encoder=encoder, threads=threads)
+    measured = Times(time.perf_counter() - wall, time.process_time() - cpu)
+    output, cpu = source.with_suffix(".out"), time.process_time()
+    made = ramgguf.quantize(source, None, output, from_plan=plan, threads=threads, force=True)
+    cpu = time.process_time() - cpu
+    return {
+        "measure": measured,
+        "write": Times(made.seconds["write"], cpu),
+        "verify": Times(made.seconds["verify"], 0.0),
+    }
+
+
+def rows(source: Path, encoder: Encoder, runs: int) -> list[Row]:
+    measured = ramgguf.measure(source, encoder=encoder)
+    n = measured.n_weights
+    cpu = time.process_time()
+    plan = ramgguf.plan(measured, "5bpw")
+    planning = time.process_time() - cpu
+    times: dict[tuple[str, int], list[Times]] = defaultdict(list)
+    for _ in range(runs + 1):
+        for threads in (1, 2):
+            for name, took in timed(source, plan, encoder, threads).items():
+                times[name, threads].append(took)
+    found = [
+        Row("plan", encoder, len(measured.tensors), n, planning, planning, 1.0, 1e9 * planning / n)
+    ]
+    for stage in ("measure", "write", "verify"):
+        one, two = (statistics.median(t.wall for t in times[stage, k][1:]) for k in (1, 2))
+        spent = statistics.median(t.cpu for t in times[stage, 1][1:])
+        found.append(
+            Row(stage, encoder, len(measured.tensors), n, one, two, one / two, 1e9 * spent / n)
+        )
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--folder", type=Path)
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--note", default="", help="what else the machine was doing")
+    parser.add_argument("--encoders", default="rtn")
+    parser.add_argument("--slices", default=",".join(map(str, SLICES)))
+    arguments = parser.parse_args()
+    encoders: list[Encoder] = [e for e in ("rtn", "search") if e in arguments.encoders]
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder, RESULTS.open("a") as out:
+        for n_slices in map(int, arguments.slices.split(",")):
+            shape = replace(SHAPE, n_slices=n_slices)
+            source = random_models.write(Path(folder) / "random.gguf", shape)
+            for encoder in encoders:
+                for row in rows(source, encoder, arguments.runs):
+                    print(row)
+                    out.write(
+                        json.dumps(asdict(row) | provenance() | {"note": arguments.note}) + "\n"
+                    )
+            source.unlink()
+
+
+if __name__ == "__main__":
+    main()

@@ -18,6 +18,7 @@ from ramgguf.api import (
     quantize,
     sensitivity,
 )
+from ramgguf.api import refine_plan as refine
 from ramgguf.version import __version__
 
 __all__ = [
@@ -33,5 +34,6 @@ __all__ = [
     "plan",
     "plan_on",
     "quantize",
+    "refine",
     "sensitivity",
 ]

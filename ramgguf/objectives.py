@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from ramgguf.errors import PlanError
 from ramgguf.priors import Shape, prior
-from ramgguf.schema import Assignment, Measurement, Point, TensorMeasurement
+from ramgguf.schema import Assignment, ImportanceSource, Measurement, Point, TensorMeasurement
 from ramgguf.sensitivities import Sensitivity
 
 DEFAULT_OBJECTIVE = "weighted"
@@ -103,6 +103,11 @@ def _by_sensitivity(measurement: Measurement, sensitivity: Sensitivity | None) -
     ours, theirs = measurement.source, sensitivity.source
     if (ours.header_sha256, ours.n_bytes) != (theirs.header_sha256, theirs.n_bytes):
         raise PlanError(f"the sensitivity is of {theirs.path}, another model than {ours.path}")
+    if _matrix(measurement.imatrix) != _matrix(sensitivity.imatrix):
+        raise PlanError(
+            f"the sensitivity was measured with {_told(sensitivity.imatrix)}, the curves with "
+            f"{_told(measurement.imatrix)}; errors weighed differently do not go together"
+        )
     alpha = {t.name: t.alpha for t in sensitivity.tensors}
     for tensor in measurement.tensors:
         if tensor.kept is None and tensor.name not in alpha:
@@ -113,3 +118,11 @@ def _by_sensitivity(measurement: Measurement, sensitivity: Sensitivity | None) -
         {t.name: t.relative_error for t in sensitivity.tensors},
         sensitivity.sha256(),
     )
+
+
+def _matrix(imatrix: ImportanceSource | None) -> str | None:
+    return None if imatrix is None else imatrix.sha256
+
+
+def _told(imatrix: ImportanceSource | None) -> str:
+    return "no imatrix" if imatrix is None else f"the imatrix {imatrix.path}"

@@ -3,15 +3,15 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from ramgguf.corpus import Corpus, default_corpus, text_file
 from ramgguf.errors import EngineError
 from ramgguf.gguf_io import open_gguf
+from ramgguf.imatrix import load_imatrix
 from ramgguf.parallel import default_threads
-from ramgguf.probe_tokens import Request
+from ramgguf.probe_tokens import Request, parse_tokens
 from ramgguf.progress import Progress, Silent
 from ramgguf.schema import Encoder
 from ramgguf.scratch import scratch_folder
-from ramgguf.sensitivities import Sensitivity, TokenKind
+from ramgguf.sensitivities import Sensitivity
 from ramgguf.stages import sensitivity as _sensitivity
 
 DEFAULT_SECONDS = 1200.0
@@ -22,6 +22,7 @@ def sensitivity(
     *,
     tokens: str = "self",
     encoder: Encoder = "search",
+    imatrix: str | Path | None = None,
     n_sequences: int | None = None,
     seed: int = 0,
     seconds: float = DEFAULT_SECONDS,
@@ -33,16 +34,17 @@ def sensitivity(
 ) -> Sensitivity:
     """Return how much the error of each of the model's tensors changes its output.
 
+    encoder and imatrix are those that the model will be quantized with, as in quantize.
     tokens is self (drawn from the model), random, wikitext, or a text file. n_sequences None takes
     as many, up to four, as fit the seconds; with a number, all tensors are measured and two runs
     agree exactly. journal keeps every reading, and a run that was killed goes on from it; folder
     takes a copy of the model meanwhile, by default the system's temporary folder. announce is told
     what is going to be done, and for how long.
 
-    Raises GGUFError, PlanError for a model or journal that does not suit, EngineError when
-    llama.cpp is missing or fails.
+    Raises GGUFError, ImatrixError, PlanError for a model or journal that does not suit,
+    EngineError when llama.cpp is missing or fails.
     """
-    kind, corpus = _tokens(tokens)
+    kind, corpus = parse_tokens(tokens)
     request = Request(
         encoder=encoder,
         tokens=kind,
@@ -50,6 +52,7 @@ def sensitivity(
         n_sequences=n_sequences,
         seed=seed,
         seconds=seconds,
+        imatrix=load_imatrix(Path(imatrix)) if imatrix is not None else None,
     )
     with (
         open_gguf(Path(model), kind_check=True) as file,
@@ -64,16 +67,3 @@ def sensitivity(
             progress=progress or Silent(),
             announce=announce,
         )
-
-
-def _tokens(text: str) -> tuple[TokenKind, Corpus | None]:
-    if text == "self":
-        return "self", None
-    if text == "random":
-        return "random", None
-    if text == "wikitext":
-        return "text", default_corpus()
-    path = Path(text)
-    if not path.exists():
-        raise EngineError(f"tokens {text!r} are none of self, random, wikitext, and no file")
-    return "text", text_file(path)

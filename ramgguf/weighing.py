@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ramgguf import _core, formats
+from ramgguf import _core, formats, libggml
 from ramgguf.gguf_io import TensorInfo
 from ramgguf.imatrix import Imatrix
 
@@ -74,6 +74,11 @@ class Scale:
             out = np.empty(len(rows) * row_bytes, np.uint8)
         blocks = out.reshape(-1)[: len(rows) * row_bytes].reshape(len(rows), row_bytes)
         for part, importance in self.parts(start, start + len(rows)):
+            if importance is not None and not formats.get(to).encodable:
+                blocks[part] = libggml.encode(
+                    to, _floats(type_name, rows[part], row_length), importance
+                )
+                continue
             _core.encode(
                 to, type_name, rows[part], blocks[part], encoder=encoder, importance=importance
             )
@@ -83,6 +88,10 @@ class Scale:
         self, type_name: str, before: Rows, to: str, after: Rows, start: int
     ) -> _core.RowStats:
         """Return the error of rows `after` against `before`, added up as measure does."""
+        if not formats.get(to).encodable:
+            f = formats.get(to)
+            length = after.shape[1] // f.block_bytes * f.block_size
+            to, after = "F32", libggml.decode(to, after, length).view(np.uint8)
         found = [
             _core.compare(type_name, before[part], to, after[part], importance=importance)
             for part, importance in self.parts(start, start + len(before))
@@ -98,3 +107,9 @@ class Scale:
         if self.importance is None:
             return error.sum_squared_error
         return error.weighted_squared_error
+
+
+def _floats(type_name: str, rows: Rows, row_length: int) -> NDArray[np.float32]:
+    out = np.empty((len(rows), row_length), np.float32)
+    _core.decode(type_name, rows, out)
+    return out

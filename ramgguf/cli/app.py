@@ -6,7 +6,14 @@ import sys
 
 import typer
 
-from ramgguf.cli import eval_commands, model_commands, plan_commands, sensitivity_commands
+from ramgguf.cli import (
+    check_commands,
+    eval_commands,
+    model_commands,
+    pick_commands,
+    plan_commands,
+    sensitivity_commands,
+)
 from ramgguf.errors import RamggufError
 from ramgguf.version import __version__
 
@@ -32,6 +39,8 @@ model_commands.register(app)
 plan_commands.register(app)
 sensitivity_commands.register(app)
 eval_commands.register(app)
+check_commands.register(app)
+pick_commands.register(app)
 
 
 def main() -> None:

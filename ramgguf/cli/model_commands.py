@@ -9,12 +9,12 @@ import typer
 from ramgguf import api
 from ramgguf.cli import memory_options as mem
 from ramgguf.cli import options as opt
+from ramgguf.cli.sensitivity_commands import load_or_measure
 from ramgguf.errors import PlanError
 from ramgguf.files import write_atomically
 from ramgguf.planning import PlanOptions
 from ramgguf.report.plans import print_plan, tensor_types
-from ramgguf.schema import Encoder, Measurement, Plan
-from ramgguf.sensitivities import Sensitivity
+from ramgguf.schema import Measurement, Plan
 from ramgguf.units import format_bytes, format_seconds, parse_size
 
 
@@ -62,7 +62,17 @@ RecipeFile = Annotated[
 SensitivityOrMeasure = Annotated[
     str | None,
     typer.Option(
-        "--sensitivity", help="Plan by predicted KLD: a file, or `measure` (about 20 minutes)."
+        "--sensitivity", help="Plan by predicted KLD: a file, or `measure` to make it now."
+    ),
+]
+SensitivityTime = Annotated[
+    str, typer.Option("--sensitivity-time", help="How long `measure` may take: 90s, 20m, 1h.")
+]
+
+Refine = Annotated[
+    int,
+    typer.Option(
+        "--refine", min=0, help="Try so many swaps of formats by forward passes; keep what helps."
     ),
 ]
 
@@ -83,6 +93,7 @@ def quantize(
     imatrix: opt.ImatrixFile = None,
     objective: opt.Objective = None,
     sensitivity: SensitivityOrMeasure = None,
+    sensitivity_time: SensitivityTime = "20m",
     min_sqnr: opt.MinSqnr = api.DEFAULT_MIN_SQNR_DB,
     pin: opt.Pins = None,
     tie: opt.Ties = None,
@@ -90,6 +101,7 @@ def quantize(
     plan_file: PlanFile = None,
     measurement: MeasurementFile = None,
     allow_requantize: opt.Requantize = False,
+    refine: Refine = 0,
     split_max_size: Split = None,
     verify: Verify = True,
     save_plan: SavePlan = None,
@@ -106,11 +118,21 @@ def quantize(
     request = mem.memory_request(memory, fit, context, cache_type, parallel, vram, ngl)
     if (budget is None and request is None) == (plan_file is None):
         raise typer.BadParameter("give either --budget, --memory or --plan", param_hint="--budget")
+    if refine and plan_file:
+        raise typer.BadParameter("a ready plan is followed as it is", param_hint="--refine")
     if imatrix is not None and (plan_file or measurement):
         raise typer.BadParameter(
             "a plan or measurement says itself what it was made with", param_hint="--imatrix"
         )
-    sensed = _sensed(model, sensitivity, opt.encoder(encoder), threads, terminal)
+    sensed = load_or_measure(
+        model,
+        sensitivity,
+        encoder=opt.encoder(encoder),
+        imatrix=imatrix,
+        limit=sensitivity_time,
+        threads=threads,
+        terminal=terminal,
+    )
     made = api.quantize(
         model,
         budget,
@@ -128,11 +150,13 @@ def quantize(
         pins=pin or (),
         ties=tie or (),
         min_formats=min_format or (),
+        refine=refine,
         split_max_bytes=parse_size(split_max_size) if split_max_size else None,
         force=force,
         verify=verify,
         threads=threads,
         progress=terminal.progress,
+        announce=terminal.announce,
     )
     _export(made.plan, save_plan, export_tensor_types)
     if as_json:
@@ -148,33 +172,6 @@ def quantize(
     terminal.out.print(
         f"{', '.join(str(p) for p in made.paths)}: {checked}; {seconds}", soft_wrap=True
     )
-
-
-def _sensed(
-    model: Path,
-    asked: str | None,
-    encoder: Encoder,
-    threads: int | None,
-    terminal: opt.Terminal,
-) -> Sensitivity | None:
-    """Return what --sensitivity asks for; what is measured is kept beside the model."""
-    if asked is None:
-        return None
-    path = model.with_suffix(".sens.json") if asked == "measure" else Path(asked)
-    if asked != "measure" or path.exists():
-        return Sensitivity.load(path)
-    journal = path.with_name(f"{path.name}.partial")
-    found = api.sensitivity(
-        model,
-        encoder=encoder,
-        journal=journal,
-        threads=threads,
-        progress=terminal.progress,
-        announce=terminal.err.print,
-    )
-    found.save(path)
-    journal.unlink(missing_ok=True)
-    return found
 
 
 def _summary(made: api.Quantized) -> dict[str, object]:

@@ -9,6 +9,8 @@ from ramgguf import api
 from ramgguf.cli import options as opt
 from ramgguf.errors import PlanError
 from ramgguf.report.sensing import print_sensitivity
+from ramgguf.schema import Encoder
+from ramgguf.sensitivities import Sensitivity
 from ramgguf.units import parse_seconds
 
 
@@ -35,6 +37,7 @@ def sensitivity(
         typer.Option("--sequences", min=1, help="So many of 512 tokens, whatever the time."),
     ] = None,
     encoder: opt.EncoderOption = api.DEFAULT_ENCODER,
+    imatrix: opt.ImatrixFile = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the tokens.")] = 0,
     scratch: Annotated[
         Path | None, typer.Option("--scratch", help="Folder for a copy of the model meanwhile.")
@@ -57,6 +60,7 @@ def sensitivity(
         model,
         tokens=tokens,
         encoder=opt.encoder(encoder),
+        imatrix=imatrix,
         n_sequences=sequences,
         seed=seed,
         seconds=parse_seconds(limit),
@@ -64,7 +68,7 @@ def sensitivity(
         folder=scratch,
         threads=threads,
         progress=terminal.progress,
-        announce=terminal.err.print if not (quiet or as_json) else lambda _: None,
+        announce=terminal.announce,
     )
     found.save(path)
     try:
@@ -76,3 +80,42 @@ def sensitivity(
         return
     print_sensitivity(found, terminal.out, verbose=verbose)
     terminal.out.print(f"wrote {path}; give it to plan, curve or quantize with --sensitivity")
+
+
+def load_or_measure(
+    model: Path,
+    asked: str | None,
+    *,
+    encoder: Encoder,
+    imatrix: Path | None,
+    limit: str,
+    threads: int | None,
+    terminal: opt.Terminal,
+) -> Sensitivity | None:
+    """Return what `--sensitivity` asks for; what is measured is kept beside the model.
+
+    A run that was killed goes on from the file beside it, and one that was finished is used again.
+    """
+    if asked is None:
+        return None
+    path = model.with_suffix(".sens.json") if asked == "measure" else Path(asked)
+    if asked != "measure":
+        return Sensitivity.load(path)
+    if path.exists():
+        terminal.announce(f"using {path}, measured before; remove it to measure again")
+        return Sensitivity.load(path)
+    journal = path.with_name(f"{path.name}.partial")
+    found = api.sensitivity(
+        model,
+        encoder=encoder,
+        imatrix=imatrix,
+        seconds=parse_seconds(limit),
+        journal=journal,
+        threads=threads,
+        progress=terminal.progress,
+        announce=terminal.announce,
+    )
+    found.save(path)
+    journal.unlink(missing_ok=True)
+    terminal.announce(f"wrote {path}")
+    return found

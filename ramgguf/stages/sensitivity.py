@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ramgguf import _core, formats
+from ramgguf import formats
 from ramgguf.engine.llama import Logits
 from ramgguf.engine.probe import Probe
 from ramgguf.engine.system import system_info
@@ -23,20 +23,21 @@ from ramgguf.engine.wire import TokenIds
 from ramgguf.errors import EngineError, PlanError
 from ramgguf.fill_in import Member, fill_in
 from ramgguf.gguf_io import GGUFFile, TensorInfo
+from ramgguf.imatrix import Imatrix
 from ramgguf.probe_tokens import Request, draw_sequences
 from ramgguf.progress import Progress
 from ramgguf.roles import layer_of, never_quantized, role_of
-from ramgguf.schema import Source
+from ramgguf.schema import ImportanceSource, Source
 from ramgguf.sensitivities import ProbeTokens, Reading, Sensitivity
 from ramgguf.sensitivity_journal import Journal, Settings
+from ramgguf.simulation import SOURCES, simulated
+from ramgguf.token_statistics import standard_error
 from ramgguf.units import format_seconds
 from ramgguf.version import __version__
 
 # The first that suits a tensor's rows is its probe: 4-bit errors are where plans are made.
 PROBE_FORMATS = ("Q4_K", "Q4_0")
-SOURCES = ("F32", "F16", "BF16")
 MAX_SEQUENCES = 4
-BLOCK = 64  # tokens; neighbours are not independent, blocks nearly are
 MAX_REFERENCE_BYTES = 4 << 30
 
 
@@ -66,12 +67,13 @@ def sensitivity(
     ):
         settings = journal.settings
         if settings is None:
-            settings = _settle(file, request, probe, tensors)
+            settings = _settle(file, request, probe, tensors, announce)
             journal.begin(settings)
+        else:
+            announce(f"{settings.promise}; {len(journal.readings)} tensors are done")
         _check_resumed(settings, file, request, journal_path)
-        announce(settings.promise)
         reference = [probe.logits(ids) for ids in settings.sequences]
-        run = _Run(file, probe, settings, reference)
+        run = _Run(file, probe, settings, reference, request.imatrix, threads)
         wanted = [t for t in tensors if t.name in set(settings.names)]
         progress.start("sensitivity", len(wanted), "tensors")
         try:
@@ -91,6 +93,7 @@ def sensitivity(
             ramgguf_version=__version__,
             source=settings.source,
             encoder=request.encoder,
+            imatrix=settings.imatrix,
             engine=system_info().build,
             tokens=settings.tokens,
             tensors=fill_in(members, readings),
@@ -107,6 +110,8 @@ class _Run:
     probe: Probe
     settings: Settings
     reference: Sequence[Logits]
+    imatrix: Imatrix | None
+    threads: int
 
     def divergence(self) -> NDArray[np.float64]:
         """Return the KLD of every token of all sequences, in nats."""
@@ -115,17 +120,21 @@ class _Run:
 
     def read(self, tensor: TensorInfo) -> Reading:
         """Return what the tensor's quantization alone does to the output."""
-        rows = self.file.read_rows(tensor, 0, tensor.n_rows)
         format_name = probe_format(tensor)
-        data = _quantized(rows, tensor, format_name, self.settings.encoder)
-        stats = _core.compare(tensor.type_name, rows, tensor.type_name, data)
-        error = stats.errors[0].sum_squared_error
+        data, nmse = simulated(
+            self.file,
+            tensor,
+            format_name,
+            encoder=self.settings.encoder,
+            imatrix=self.imatrix,
+            threads=self.threads,
+        )
         with self.probe.replaced(tensor, data):
             kld = self.divergence()
         return Reading(
             name=tensor.name,
             format=format_name,
-            nmse=error / stats.sum_squares if stats.sum_squares else 0.0,
+            nmse=nmse,
             kld=max(0.0, float(kld.mean())),
             standard_error=standard_error(kld),
         )
@@ -134,13 +143,6 @@ class _Run:
 def probe_format(tensor: TensorInfo) -> str:
     """Return the format in which the tensor's sensitivity is read."""
     return next(f for f in PROBE_FORMATS if formats.suits(f, tensor.row_length))
-
-
-def standard_error(values: NDArray[np.float64]) -> float:
-    """Return the standard error of the mean, from means of blocks of BLOCK neighbours."""
-    n_blocks = max(2, len(values) // BLOCK)
-    means = np.array([part.mean() for part in np.array_split(values, n_blocks)])
-    return float(means.std(ddof=1) / math.sqrt(n_blocks))
 
 
 def _is_probed(file: GGUFFile, tensor: TensorInfo) -> bool:
@@ -156,26 +158,17 @@ def _member(file: GGUFFile, tensor: TensorInfo) -> Member:
     return Member(tensor.name, role, layer_of(tensor.name), tensor.n_weights)
 
 
-def _quantized(
-    rows: NDArray[np.uint8], tensor: TensorInfo, format_name: str, encoder: str
-) -> NDArray[np.uint8]:
-    """Return the tensor's quantization, decoded and rounded to the source's own type."""
-    n_rows, length = tensor.n_rows, tensor.row_length
-    blocks = np.empty((n_rows, formats.row_bytes(format_name, length)), np.uint8)
-    _core.encode(format_name, tensor.type_name, rows, blocks, encoder=encoder)
-    values = np.empty((n_rows, length), np.float32)
-    _core.decode(format_name, blocks, values)
-    if tensor.type_name == "F32":
-        return values.view(np.uint8)
-    out = np.empty_like(rows)
-    _core.encode(tensor.type_name, "F32", values.view(np.uint8), out)
-    return out
-
-
 def _settle(
-    file: GGUFFile, request: Request, probe: Probe, tensors: Sequence[TensorInfo]
+    file: GGUFFile,
+    request: Request,
+    probe: Probe,
+    tensors: Sequence[TensorInfo],
+    announce: Callable[[str], None],
 ) -> Settings:
-    """Return the tokens and tensors that fit the time, and a sentence about what is left out."""
+    """Return the tokens and tensors that fit the time, and a sentence about what is left out.
+
+    announce is told the cost before most of the tokens are drawn.
+    """
     most = request.n_sequences or MAX_SEQUENCES
     bytes_each = 4 * request.n_ctx * probe.model.vocab.n_tokens
     most = max(1, min(most, MAX_REFERENCE_BYTES // bytes_each))
@@ -189,6 +182,12 @@ def _settle(
         n_sequences = max(1, min(most, int(affordable)))
         stride = max(1, math.ceil(n_sequences / affordable))
     names = tuple(t.name for t in _strided(file, tensors, stride))
+    seconds = n_sequences * (seconds_each * len(names) + seconds_drawing)
+    promise = (
+        f"{len(names)} of {len(tensors)} tensors × {n_sequences} sequences of {request.n_ctx} "
+        f"tokens ({request.tokens}), about {format_seconds(seconds)}"
+    )
+    announce(promise)
     sequences += draw_sequences(probe.model, request, range(1, n_sequences))
     notes = []
     if stride > 1:
@@ -196,7 +195,6 @@ def _settle(
             f"to keep to {format_seconds(request.seconds)}, {len(names)} of {len(tensors)} tensors "
             "were measured; those between are interpolated within their role"
         )
-    seconds = n_sequences * (seconds_each * len(names) + seconds_drawing)
     digest = hashlib.sha256(b"".join(ids.tobytes() for ids in sequences)).hexdigest()
     return Settings(
         source=Source(
@@ -207,6 +205,7 @@ def _settle(
             name=file.name,
         ),
         encoder=request.encoder,
+        imatrix=request.imatrix.source if request.imatrix else None,
         tokens=ProbeTokens(
             kind=request.tokens,
             n_sequences=n_sequences,
@@ -217,10 +216,7 @@ def _settle(
         ),
         ids=tuple(tuple(int(i) for i in ids) for ids in sequences),
         names=names,
-        promise=(
-            f"{len(names)} of {len(tensors)} tensors × {n_sequences} sequences of {request.n_ctx} "
-            f"tokens ({request.tokens}), about {format_seconds(seconds)}"
-        ),
+        promise=promise,
         notes=tuple(notes),
     )
 
@@ -251,10 +247,16 @@ def _check_resumed(settings: Settings, file: GGUFFile, request: Request, path: P
         settings.source.header_sha256 == file.header_sha256
         and settings.source.n_bytes == file.n_bytes
         and settings.encoder == request.encoder
+        and _sha(settings.imatrix) == _sha(request.imatrix.source if request.imatrix else None)
         and (settings.tokens.kind, settings.tokens.seed) == (request.tokens, request.seed)
         and request.n_sequences in (None, settings.tokens.n_sequences)
     )
     if not same:
         raise PlanError(
-            f"{path} is of another model, encoder or choice of tokens; remove it to start anew"
+            f"{path} is of another model, encoder, imatrix or choice of tokens; "
+            "remove it to start anew"
         )
+
+
+def _sha(imatrix: ImportanceSource | None) -> str | None:
+    return None if imatrix is None else imatrix.sha256

@@ -171,7 +171,7 @@ def quantize(
                     _measure.measure,
                     file,
                     n_overhead_bytes=_overhead_bytes(file, weighed),
-                    wanted=expand(options["formats"]) if options.get("formats") else None,
+                    wanted=expand(wanted) if (wanted := options.get("formats")) else None,
                     encoder=encoder,
                     imatrix=weighed,
                     allow_requantize=allow_requantize,

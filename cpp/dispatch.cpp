@@ -13,6 +13,7 @@ namespace ramgguf {
     namespace level {             \
     extern const Kernels kernels; \
     extern const Logits logits;   \
+    extern const Gram gram;       \
     }
 RAMGGUF_LEVELS(X)
 #undef X
@@ -39,7 +40,7 @@ bool cpu_runs(const std::string& level) {
 
 std::vector<Level> find_levels() {
     std::vector<Level> all;
-#define X(level) all.push_back({#level, &level::kernels, &level::logits});
+#define X(level) all.push_back({#level, &level::kernels, &level::logits, &level::gram});
     RAMGGUF_LEVELS(X)
 #undef X
     std::vector<Level> found;

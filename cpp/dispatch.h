@@ -3,6 +3,7 @@
 #include <string>
 #include <vector>
 
+#include "gram.h"
 #include "kernels.h"
 #include "logits.h"
 
@@ -12,6 +13,7 @@ struct Level {
     const char* name;
     const Kernels* kernels;
     const Logits* logits;
+    const Gram* gram;
 };
 
 // Levels that were compiled and that this CPU runs, best first; never empty.

@@ -132,3 +132,11 @@ def compare_logits(
     """
 
 def exp_nonpositive(x: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]: ...
+
+# --- gram ---
+def add_gram(x: npt.NDArray[np.float32], gram: npt.NDArray[np.float32]) -> None:
+    """Add xᵀx to gram: x is (rows, columns), gram (columns, columns) and symmetric.
+
+    Raises ValueError for shapes that do not fit, TypeError for other dtypes or arrays that are not
+    contiguous.
+    """

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal, Unpack
 
 from ramgguf import formats as _formats
+from ramgguf.calibrating import calibrate
 from ramgguf.corpus import Recipe, default_corpus, text_file
 from ramgguf.corpus import dataset as dataset_corpus
 from ramgguf.errors import BudgetError, EngineError, GGUFError, PlanError
@@ -40,6 +41,7 @@ __all__ = [
     "DEFAULT_MIN_SQNR_DB",
     "PlanOptions",
     "Quantized",
+    "calibrate",
     "curve",
     "default_output",
     "diff",

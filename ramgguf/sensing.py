@@ -42,7 +42,7 @@ def sensitivity(
     Raises GGUFError, PlanError for a model or journal that does not suit, EngineError when
     llama.cpp is missing or fails.
     """
-    kind, corpus = _tokens(tokens)
+    kind, corpus = token_source(tokens)
     request = Request(
         encoder=encoder,
         tokens=kind,
@@ -66,7 +66,8 @@ def sensitivity(
         )
 
 
-def _tokens(text: str) -> tuple[TokenKind, Corpus | None]:
+def token_source(text: str) -> tuple[TokenKind, Corpus | None]:
+    """Return what kind of tokens the text asks for, and the corpus if they are those of one."""
     if text == "self":
         return "self", None
     if text == "random":

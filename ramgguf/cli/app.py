@@ -6,7 +6,13 @@ from pathlib import Path
 
 import typer
 
-from ramgguf.cli import eval_commands, model_commands, plan_commands, sensitivity_commands
+from ramgguf.cli import (
+    calibration_commands,
+    eval_commands,
+    model_commands,
+    plan_commands,
+    sensitivity_commands,
+)
 from ramgguf.errors import RamggufError
 from ramgguf.version import __version__
 
@@ -31,6 +37,7 @@ def _root(version: bool = typer.Option(False, "--version", help="Print the versi
 model_commands.register(app)
 plan_commands.register(app)
 sensitivity_commands.register(app)
+calibration_commands.register(app)
 eval_commands.register(app)
 
 

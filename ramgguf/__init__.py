@@ -6,6 +6,7 @@
 
 from ramgguf.api import (
     Quantized,
+    calibrate,
     curve,
     default_output,
     diff,
@@ -23,6 +24,7 @@ from ramgguf.version import __version__
 __all__ = [
     "Quantized",
     "__version__",
+    "calibrate",
     "curve",
     "default_output",
     "diff",

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ramgguf.errors import ImatrixError
-from ramgguf.gguf_arrays import ArrayFile
+from ramgguf.gguf_arrays import ArrayFile, Keys
 from ramgguf.gguf_io import GGUFFile, open_gguf
 from ramgguf.gguf_values import string, u32
 
@@ -78,7 +78,7 @@ def new_hessians(
     path: Path, owners: Mapping[str, str], sizes: Mapping[str, int], n_tokens: int, *, force: bool
 ) -> ArrayFile:
     """Return a new file with room for the gram of every owner; sizes are the owners' columns."""
-    keys = {
+    keys: Keys = {
         "general.type": string("hessian"),
         _WEIGHTS: tuple(owners),
         _OWNERS: tuple(owners.values()),

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ramgguf.errors import ImatrixError
-from ramgguf.gguf_arrays import ArrayFile
+from ramgguf.gguf_arrays import ArrayFile, Keys
 from ramgguf.gguf_values import string, u32
 
 
@@ -52,7 +52,7 @@ def write_imatrix(
             arrays[f"{name}.counts"] = entry.counts.astype(np.float32)[:, None]
     if not arrays:
         raise ImatrixError(f"{path}: no weight met any input; is it a language model?")
-    keys = {
+    keys: Keys = {
         "general.type": string("imatrix"),
         "imatrix.datasets": (dataset,),
         "imatrix.chunk_count": u32(n_chunks),

@@ -103,6 +103,12 @@ def _by_sensitivity(measurement: Measurement, sensitivity: Sensitivity | None) -
     ours, theirs = measurement.source, sensitivity.source
     if (ours.header_sha256, ours.n_bytes) != (theirs.header_sha256, theirs.n_bytes):
         raise PlanError(f"the sensitivity is of {theirs.path}, another model than {ours.path}")
+    weighed = measurement.imatrix.sha256 if measurement.imatrix else None
+    if weighed != (sensitivity.imatrix.sha256 if sensitivity.imatrix else None):
+        raise PlanError(
+            "the errors and their sensitivities were not measured with the same importance matrix; "
+            "measure one of them again, with the other's --imatrix or without"
+        )
     alpha = {t.name: t.alpha for t in sensitivity.tensors}
     for tensor in measurement.tensors:
         if tensor.kept is None and tensor.name not in alpha:

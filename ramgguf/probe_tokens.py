@@ -9,6 +9,7 @@ from ramgguf.corpus import Corpus
 from ramgguf.engine.llama import LlamaModel
 from ramgguf.engine.wire import TokenIds
 from ramgguf.errors import EngineError
+from ramgguf.imatrix import Imatrix
 from ramgguf.schema import Encoder
 from ramgguf.sensitivities import TokenKind
 
@@ -17,7 +18,10 @@ N_CTX = 512
 
 @dataclass(frozen=True)
 class Request:
-    """What is wanted. n_sequences None lets the time decide; corpus is for tokens of kind text."""
+    """What is wanted. n_sequences None lets the time decide; corpus is for tokens of kind text.
+
+    imatrix weighs the encoder and its errors.
+    """
 
     encoder: Encoder
     tokens: TokenKind = "self"
@@ -26,6 +30,7 @@ class Request:
     n_ctx: int = N_CTX
     seed: int = 0
     seconds: float = 1200.0
+    imatrix: Imatrix | None = None
 
 
 def draw_sequences(

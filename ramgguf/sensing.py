@@ -7,6 +7,7 @@ from pathlib import Path
 from ramgguf.corpus import Corpus, default_corpus, text_file
 from ramgguf.errors import EngineError
 from ramgguf.gguf_io import open_gguf
+from ramgguf.imatrix import load_imatrix
 from ramgguf.parallel import default_threads
 from ramgguf.probe_tokens import Request
 from ramgguf.progress import Progress, Silent
@@ -22,6 +23,7 @@ def sensitivity(
     *,
     tokens: str = "self",
     encoder: Encoder = "rtn",
+    imatrix: str | Path | None = None,
     n_sequences: int | None = None,
     seed: int = 0,
     seconds: float = DEFAULT_SECONDS,
@@ -33,7 +35,8 @@ def sensitivity(
 ) -> Sensitivity:
     """Return how much the error of each of the model's tensors changes its output.
 
-    tokens is self (drawn from the model), random, wikitext, or a text file. n_sequences None takes
+    tokens is self (drawn from the model), random, wikitext, or a text file. imatrix weighs the
+    encoder and the errors, as in measure. n_sequences None takes
     as many, up to four, as fit the seconds; with a number, all tensors are measured and two runs
     agree exactly. journal keeps every reading, and a run that was killed goes on from it; folder
     takes a copy of the model meanwhile, by default the system's temporary folder. announce is told
@@ -50,6 +53,7 @@ def sensitivity(
         n_sequences=n_sequences,
         seed=seed,
         seconds=seconds,
+        imatrix=load_imatrix(Path(imatrix)) if imatrix is not None else None,
     )
     with (
         open_gguf(Path(model), kind_check=True) as file,

@@ -5,7 +5,15 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from ramgguf.schema import Document, Encoder, NonNegative, Positive, Source, _Value
+from ramgguf.schema import (
+    Document,
+    Encoder,
+    ImportanceSource,
+    NonNegative,
+    Positive,
+    Source,
+    _Value,
+)
 
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 TokenKind = Literal["self", "random", "text"]
@@ -60,13 +68,17 @@ class TensorSensitivity(_Value):
 
 
 class Sensitivity(Document):
-    """The sensitivities of all tensors that can be quantized, in the order of the file."""
+    """The sensitivities of all tensors that can be quantized, in the order of the file.
+
+    With an importance matrix, α is per unit of the NMSE that it weighs.
+    """
 
     KIND: ClassVar[str] = "sensitivity"
 
     ramgguf_version: str
     source: Source
     encoder: Encoder
+    imatrix: ImportanceSource | None = None
     engine: str
     tokens: ProbeTokens
     tensors: tuple[TensorSensitivity, ...]

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from ramgguf.engine.wire import TokenIds
 from ramgguf.errors import PlanError
-from ramgguf.schema import Encoder, Source, _Value
+from ramgguf.schema import Encoder, ImportanceSource, Source, _Value
 from ramgguf.sensitivities import ProbeTokens, Reading
 
 
@@ -19,6 +19,7 @@ class Settings(_Value):
 
     source: Source
     encoder: Encoder
+    imatrix: ImportanceSource | None = None
     tokens: ProbeTokens
     ids: tuple[tuple[int, ...], ...]
     names: tuple[str, ...]

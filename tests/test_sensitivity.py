@@ -187,7 +187,7 @@ def test_a_killed_run_goes_on_where_it_was(
 
 def test_a_journal_of_something_else_is_refused(model: Path, tmp_path: Path) -> None:
     _measured(model, tmp_path)
-    with pytest.raises(PlanError, match="another model, encoder or choice of tokens"):
+    with pytest.raises(PlanError, match="another model, encoder, importance"):
         _measured(model, tmp_path, Request(encoder="rtn", n_sequences=2, n_ctx=64, seed=5))
     (tmp_path / "journal").write_text('{"record": "run"}\n')
     with pytest.raises(PlanError, match="line 1 is not of a sensitivity run"):

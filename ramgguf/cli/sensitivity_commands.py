@@ -35,6 +35,7 @@ def sensitivity(
         typer.Option("--sequences", min=1, help="So many of 512 tokens, whatever the time."),
     ] = None,
     encoder: opt.EncoderOption = api.DEFAULT_ENCODER,
+    imatrix: opt.ImatrixFile = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the tokens.")] = 0,
     scratch: Annotated[
         Path | None, typer.Option("--scratch", help="Folder for a copy of the model meanwhile.")
@@ -57,6 +58,7 @@ def sensitivity(
         model,
         tokens=tokens,
         encoder=opt.encoder(encoder),
+        imatrix=imatrix,
         n_sequences=sequences,
         seed=seed,
         seconds=parse_seconds(limit),

@@ -257,6 +257,8 @@ def draw(logits: Logits, rng: np.random.Generator, temperature: float) -> int:
         return int(np.argmax(logits))
     scaled = logits.astype(np.float64) / temperature
     cumulative = np.cumsum(np.exp(scaled - scaled.max()))
+    if not np.isfinite(cumulative[-1]):
+        raise EngineError("nothing can be drawn: logits are NaN or infinite")
     found = np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right")
     return min(int(found), len(logits) - 1)
 

@@ -23,6 +23,7 @@ from ramgguf.engine.wire import TokenIds
 from ramgguf.errors import EngineError, PlanError
 from ramgguf.fill_in import Member, fill_in
 from ramgguf.gguf_io import GGUFFile, TensorInfo
+from ramgguf.imatrix import Imatrix
 from ramgguf.probe_tokens import Request, draw_sequences
 from ramgguf.progress import Progress
 from ramgguf.roles import layer_of, never_quantized, role_of
@@ -31,6 +32,7 @@ from ramgguf.sensitivities import ProbeTokens, Reading, Sensitivity
 from ramgguf.sensitivity_journal import Journal, Settings
 from ramgguf.units import format_seconds
 from ramgguf.version import __version__
+from ramgguf.weighing import Scale
 
 # The first that suits a tensor's rows is its probe: 4-bit errors are where plans are made.
 PROBE_FORMATS = ("Q4_K", "Q4_0")
@@ -71,7 +73,7 @@ def sensitivity(
         _check_resumed(settings, file, request, journal_path)
         announce(settings.promise)
         reference = [probe.logits(ids) for ids in settings.sequences]
-        run = _Run(file, probe, settings, reference)
+        run = _Run(file, probe, settings, reference, request.imatrix)
         wanted = [t for t in tensors if t.name in set(settings.names)]
         progress.start("sensitivity", len(wanted), "tensors")
         try:
@@ -89,6 +91,7 @@ def sensitivity(
             ramgguf_version=__version__,
             source=settings.source,
             encoder=request.encoder,
+            imatrix=settings.imatrix,
             engine=system_info().build,
             tokens=settings.tokens,
             tensors=fill_in(members, readings),
@@ -105,6 +108,7 @@ class _Run:
     probe: Probe
     settings: Settings
     reference: Sequence[Logits]
+    imatrix: Imatrix | None
 
     def divergence(self) -> NDArray[np.float64]:
         """Return the KLD of every token of all sequences, in nats."""
@@ -115,15 +119,16 @@ class _Run:
         """Return what the tensor's quantization alone does to the output."""
         rows = self.file.read_rows(tensor, 0, tensor.n_rows)
         format_name = probe_format(tensor)
-        data = _quantized(rows, tensor, format_name, self.settings.encoder)
-        stats = _core.compare(tensor.type_name, rows, tensor.type_name, data)
-        error = stats.errors[0].sum_squared_error
+        scale = Scale.of(tensor, self.imatrix)
+        data = _quantized(rows, tensor, format_name, self.settings.encoder, scale)
+        stats = scale.compare(tensor.type_name, rows, tensor.type_name, data, 0)
+        error, squares = scale.error(stats.errors[0]), scale.squares(stats)
         with self.probe.replaced(tensor, data):
             kld = self.divergence()
         return Reading(
             name=tensor.name,
             format=format_name,
-            nmse=error / stats.sum_squares if stats.sum_squares else 0.0,
+            nmse=error / squares if squares else 0.0,
             kld=max(0.0, float(kld.mean())),
             standard_error=standard_error(kld),
         )
@@ -155,12 +160,11 @@ def _member(file: GGUFFile, tensor: TensorInfo) -> Member:
 
 
 def _quantized(
-    rows: NDArray[np.uint8], tensor: TensorInfo, format_name: str, encoder: str
+    rows: NDArray[np.uint8], tensor: TensorInfo, format_name: str, encoder: str, scale: Scale
 ) -> NDArray[np.uint8]:
     """Return the tensor's quantization, decoded and rounded to the source's own type."""
     n_rows, length = tensor.n_rows, tensor.row_length
-    blocks = np.empty((n_rows, formats.row_bytes(format_name, length)), np.uint8)
-    _core.encode(format_name, tensor.type_name, rows, blocks, encoder=encoder)
+    blocks = scale.encode(format_name, tensor.type_name, rows, 0, length, encoder)
     values = np.empty((n_rows, length), np.float32)
     _core.decode(format_name, blocks, values)
     if tensor.type_name == "F32":
@@ -205,6 +209,7 @@ def _settle(
             name=file.name,
         ),
         encoder=request.encoder,
+        imatrix=request.imatrix.source if request.imatrix else None,
         tokens=ProbeTokens(
             kind=request.tokens,
             n_sequences=n_sequences,
@@ -244,15 +249,18 @@ def _strided(file: GGUFFile, tensors: Sequence[TensorInfo], stride: int) -> Iter
 
 
 def _check_resumed(settings: Settings, file: GGUFFile, request: Request, path: Path) -> None:
-    """Raise PlanError when the journal is of another model, encoder or choice of tokens."""
+    """Raise PlanError when the journal is of another model, encoder, imatrix or tokens."""
+    ours = request.imatrix.source.sha256 if request.imatrix else None
+    theirs = settings.imatrix.sha256 if settings.imatrix else None
     same = (
         settings.source.header_sha256 == file.header_sha256
         and settings.source.n_bytes == file.n_bytes
-        and settings.encoder == request.encoder
+        and (settings.encoder, theirs) == (request.encoder, ours)
         and (settings.tokens.kind, settings.tokens.seed) == (request.tokens, request.seed)
         and request.n_sequences in (None, settings.tokens.n_sequences)
     )
     if not same:
         raise PlanError(
-            f"{path} is of another model, encoder or choice of tokens; remove it to start anew"
+            f"{path} is of another model, encoder, importance matrix or choice of tokens; "
+            "remove it to start anew"
         )

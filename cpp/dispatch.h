@@ -3,6 +3,7 @@
 #include <string>
 #include <vector>
 
+#include "gptq.h"
 #include "gram.h"
 #include "kernels.h"
 #include "logits.h"
@@ -14,6 +15,7 @@ struct Level {
     const Kernels* kernels;
     const Logits* logits;
     const Gram* gram;
+    const Gptq* gptq;
 };
 
 // Levels that were compiled and that this CPU runs, best first; never empty.

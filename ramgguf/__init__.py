@@ -17,6 +17,7 @@ from ramgguf.api import (
     plan,
     plan_on,
     quantize,
+    reweigh,
     sensitivity,
 )
 from ramgguf.version import __version__
@@ -35,5 +36,6 @@ __all__ = [
     "plan",
     "plan_on",
     "quantize",
+    "reweigh",
     "sensitivity",
 ]

@@ -15,7 +15,7 @@ from ramgguf.errors import BudgetError, EngineError, GGUFError, PlanError
 from ramgguf.files import refuse_existing, require_disk_space
 from ramgguf.gguf_io import GGUFFile, open_gguf
 from ramgguf.gguf_layout import planned_header_bytes
-from ramgguf.imatrix import Imatrix, load_imatrix
+from ramgguf.imatrix import Imatrix
 from ramgguf.parallel import default_threads
 from ramgguf.planning import (
     DEFAULT_MIN_SQNR_DB,
@@ -30,7 +30,7 @@ from ramgguf.planning import (
 )
 from ramgguf.progress import Progress, Silent
 from ramgguf.schema import Encoder, Measurement, Plan
-from ramgguf.sensing import sensitivity
+from ramgguf.sensing import reweigh, sensitivity, weighed_by
 from ramgguf.stages import evaluate as _evaluate
 from ramgguf.stages import measure as _measure
 from ramgguf.stages import quantize as _quantize
@@ -52,6 +52,7 @@ __all__ = [
     "plan",
     "plan_on",
     "quantize",
+    "reweigh",
     "sensitivity",
 ]
 
@@ -80,6 +81,7 @@ def measure(
     formats: Sequence[str] | None = None,
     encoder: Encoder = DEFAULT_ENCODER,
     imatrix: str | Path | None = None,
+    hessian: str | Path | None = None,
     allow_requantize: bool = False,
     threads: int | None = None,
     progress: Progress | None = None,
@@ -87,13 +89,14 @@ def measure(
     """Return the rate–distortion curves of all tensors of a GGUF model.
 
     formats are the names to try, by default all that need no calibration data. imatrix is a file
-    of llama-imatrix, GGUF or .dat: errors are then weighed by the importance of the columns.
+    of llama-imatrix, GGUF or .dat: errors are then weighed by the importance of the columns; with
+    a file of Hessians they are those of the outputs, and the encoder can be gptq.
     Raises GGUFError for a file that is malformed or no language model, FormatError for weights that
     are not finite or a format that does not exist, ImatrixError for an unfit imatrix.
     """
     for name in formats or ():
         _formats.get(name)
-    weighed = load_imatrix(Path(imatrix)) if imatrix is not None else None
+    weighed = _weighed(encoder, imatrix, hessian)
     with open_gguf(Path(model), kind_check=True) as file:
         return _measure.measure(
             file,
@@ -116,6 +119,7 @@ def quantize(
     measurement: Measurement | None = None,
     encoder: Encoder = DEFAULT_ENCODER,
     imatrix: str | Path | None = None,
+    hessian: str | Path | None = None,
     allow_requantize: bool = False,
     split_max_bytes: int | None = None,
     force: bool = False,
@@ -127,9 +131,9 @@ def quantize(
     """Write the best GGUF that fits the budget and return what was made.
 
     Needs a budget or a ready plan; a ready measurement saves measuring again; options are those
-    of plan, imatrix is as in measure. output is by default beside the model and named after the
-    plan's bits per weight. Raises BudgetError, GGUFError, FormatError, ImatrixError or PlanError;
-    an older output is then untouched.
+    of plan, imatrix and hessian are as in measure. output is by default beside the model and
+    named after the plan's bits per weight. Raises BudgetError, GGUFError, FormatError, ImatrixError
+    or PlanError; an older output is then untouched.
     """
     clock, n_threads, shown = _Clock(), threads or default_threads(), progress or Silent()
     with open_gguf(Path(model), kind_check=True) as file:
@@ -139,7 +143,7 @@ def quantize(
             n_bytes = budget_bytes(budget, file.n_weights, file.n_bytes)
             _check_destination(Path(output or model), output is not None and not force, n_bytes)
             if measurement is None:
-                weighed = load_imatrix(Path(imatrix)) if imatrix is not None else None
+                weighed = _weighed(encoder, imatrix, hessian)
                 with clock.stage("measure"):
                     measurement = _measure.measure(
                         file,
@@ -247,6 +251,14 @@ def default_output(model: Path, plan: Plan) -> Path:
     for suffix in ("f32", "f16", "bf16", "F32", "F16", "BF16"):
         stem = stem.removesuffix(f"-{suffix}").removesuffix(f".{suffix}")
     return model.with_name(f"{stem}-ram-{plan.bpw:.2f}bpw.gguf")
+
+
+def _weighed(
+    encoder: Encoder, imatrix: str | Path | None, hessian: str | Path | None
+) -> Imatrix | None:
+    if encoder == "gptq" and hessian is None:
+        raise PlanError("the encoder gptq needs Hessians; make them with calibrate --hessian")
+    return weighed_by(imatrix, hessian)
 
 
 def _overhead_bytes(file: GGUFFile, imatrix: Imatrix | None) -> int:

@@ -4,6 +4,9 @@ GGUF with general.type `hessian`: OWNER.gram, F32, for every input; which weight
 the metadata, since q, k and v, or gate and up, share theirs.
 """
 
+import hashlib
+import threading
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,8 +19,10 @@ from ramgguf.errors import ImatrixError
 from ramgguf.gguf_arrays import ArrayFile, Keys
 from ramgguf.gguf_io import GGUFFile, open_gguf
 from ramgguf.gguf_values import string, u32
+from ramgguf.gptq import Hessian
 
 _GRAM = ".gram"
+_KEPT = 4  # Hessians in memory: threads work on neighbouring tensors
 _WEIGHTS, _OWNERS, _N_TOKENS = "hessian.weights", "hessian.owners", "hessian.token_count"
 
 
@@ -32,6 +37,34 @@ class Hessians:
     @cached_property
     def _file(self) -> GGUFFile:
         return open_gguf(self.path)
+
+    @cached_property
+    def sha256(self) -> str:
+        """The hash of the file."""
+        with self.path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    @cached_property
+    def _lock(self) -> threading.Lock:
+        return threading.Lock()
+
+    @cached_property
+    def _recent(self) -> OrderedDict[str, Hessian]:
+        return OrderedDict()
+
+    def factored(self, name: str, n_columns: int) -> Hessian:
+        """Return what error feedback needs of the weight's inputs; the last few are kept."""
+        owner = self.owners[name]
+        with self._lock:
+            found = self._recent.pop(owner, None)
+            if found is None:
+                gram = self.get(name, n_columns)
+                assert gram is not None  # owners has its name
+                found = Hessian.of(gram, self.n_tokens)
+            self._recent[owner] = found
+            while len(self._recent) > _KEPT:
+                self._recent.popitem(last=False)
+            return found
 
     def get(self, name: str, n_columns: int) -> NDArray[np.float32] | None:
         """Return XᵀX (n_columns, n_columns) of the weight's input; None where there is none.

@@ -42,10 +42,23 @@ def ram(tensor: TensorMeasurement, point: Point, shape: Shape) -> float:
     return published * math.sqrt(point.nmse)
 
 
+def output_error(tensor: TensorMeasurement, point: Point, shape: Shape) -> float:
+    """Squared error of the tensor's output per token, were its inputs uncorrelated.
+
+    Needs an importance matrix. A tensor without an entry is looked up, a row for each token: its
+    output's error is a row's.
+    """
+    squares = tensor.output_squares
+    if squares is None:
+        squares = tensor.sum_squares * tensor.row_length / tensor.n_weights
+    return squares * point.nmse
+
+
 OBJECTIVES: dict[str, Objective] = {
     "weighted": weighted_nmse,
     "nmse": plain_nmse,
     "ram": ram,
+    "output": output_error,
 }
 
 
@@ -92,6 +105,8 @@ def costing(
     except KeyError:
         known = ", ".join([*OBJECTIVES, SENSITIVITY])
         raise PlanError(f"objective {name!r} is unknown; known are {known}") from None
+    if name == "output" and measurement.imatrix is None:
+        raise PlanError("the objective output needs errors that an importance matrix weighs")
     shape = Shape.of(measurement)
     return Costing(name, lambda tensor, point: objective(tensor, point, shape))
 
@@ -103,8 +118,8 @@ def _by_sensitivity(measurement: Measurement, sensitivity: Sensitivity | None) -
     ours, theirs = measurement.source, sensitivity.source
     if (ours.header_sha256, ours.n_bytes) != (theirs.header_sha256, theirs.n_bytes):
         raise PlanError(f"the sensitivity is of {theirs.path}, another model than {ours.path}")
-    weighed = measurement.imatrix.sha256 if measurement.imatrix else None
-    if weighed != (sensitivity.imatrix.sha256 if sensitivity.imatrix else None):
+    weighed = measurement.imatrix.identity if measurement.imatrix else None
+    if weighed != (sensitivity.imatrix.identity if sensitivity.imatrix else None):
         raise PlanError(
             "the errors and their sensitivities were not measured with the same importance matrix; "
             "measure one of them again, with the other's --imatrix or without"

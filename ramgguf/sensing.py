@@ -5,15 +5,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ramgguf.corpus import Corpus, default_corpus, text_file
-from ramgguf.errors import EngineError
+from ramgguf.errors import EngineError, ImatrixError
 from ramgguf.gguf_io import open_gguf
-from ramgguf.imatrix import load_imatrix
+from ramgguf.imatrix import Imatrix, load_imatrix
 from ramgguf.parallel import default_threads
 from ramgguf.probe_tokens import Request
 from ramgguf.progress import Progress, Silent
 from ramgguf.schema import Encoder
 from ramgguf.sensitivities import Sensitivity, TokenKind
 from ramgguf.stages import sensitivity as _sensitivity
+from ramgguf.stages.reweigh import reweighed
 
 DEFAULT_SECONDS = 1200.0
 
@@ -24,6 +25,7 @@ def sensitivity(
     tokens: str = "self",
     encoder: Encoder = "rtn",
     imatrix: str | Path | None = None,
+    hessian: str | Path | None = None,
     n_sequences: int | None = None,
     seed: int = 0,
     seconds: float = DEFAULT_SECONDS,
@@ -35,8 +37,8 @@ def sensitivity(
 ) -> Sensitivity:
     """Return how much the error of each of the model's tensors changes its output.
 
-    tokens is self (drawn from the model), random, wikitext, or a text file. imatrix weighs the
-    encoder and the errors, as in measure. n_sequences None takes
+    tokens is self (drawn from the model), random, wikitext, or a text file. imatrix (and
+    hessian) weighs the encoder and the errors, as in measure. n_sequences None takes
     as many, up to four, as fit the seconds; with a number, all tensors are measured and two runs
     agree exactly. journal keeps every reading, and a run that was killed goes on from it; folder
     takes a copy of the model meanwhile, by default the system's temporary folder. announce is told
@@ -53,7 +55,7 @@ def sensitivity(
         n_sequences=n_sequences,
         seed=seed,
         seconds=seconds,
-        imatrix=load_imatrix(Path(imatrix)) if imatrix is not None else None,
+        imatrix=weighed_by(imatrix, hessian),
     )
     with (
         open_gguf(Path(model), kind_check=True) as file,
@@ -68,6 +70,34 @@ def sensitivity(
             progress=progress or Silent(),
             announce=announce,
         )
+
+
+def reweigh(
+    sensitivity: Sensitivity | str | Path,
+    model: str | Path,
+    imatrix: str | Path | None,
+    *,
+    hessian: str | Path | None = None,
+    progress: Progress | None = None,
+) -> Sensitivity:
+    """Return sensitivities per unit of the error that the importance matrix weighs, unmeasured.
+
+    The readings' quantizations are made again and their errors weighed anew; no model is run.
+    Raises PlanError when the sensitivity is of another model.
+    """
+    if not isinstance(sensitivity, Sensitivity):
+        sensitivity = Sensitivity.load(Path(sensitivity))
+    with open_gguf(Path(model), kind_check=True) as file:
+        return reweighed(file, sensitivity, weighed_by(imatrix, hessian), progress or Silent())
+
+
+def weighed_by(imatrix: str | Path | None, hessian: str | Path | None = None) -> Imatrix | None:
+    """Return the importance matrix of the file with the Hessians of the other, None without."""
+    if imatrix is None:
+        if hessian is not None:
+            raise ImatrixError("Hessians need the importance matrix that was made with them")
+        return None
+    return load_imatrix(Path(imatrix), Path(hessian) if hessian is not None else None)
 
 
 def token_source(text: str) -> tuple[TokenKind, Corpus | None]:

@@ -8,11 +8,11 @@ import typer
 
 from ramgguf import api
 from ramgguf.cli import options as opt
+from ramgguf.cli.prepared import calibrated, sensed
 from ramgguf.errors import PlanError
 from ramgguf.files import write_atomically
 from ramgguf.report.plans import print_plan, tensor_types
-from ramgguf.schema import Encoder, Measurement, Plan
-from ramgguf.sensitivities import Sensitivity
+from ramgguf.schema import Measurement, Plan
 from ramgguf.units import format_bytes, format_seconds, parse_size
 
 
@@ -70,8 +70,9 @@ def quantize(
     budget: OptionalBudget = None,
     output: opt.Output = None,
     formats: opt.Formats = None,
-    encoder: opt.EncoderOption = api.DEFAULT_ENCODER,
+    encoder: opt.OptionalEncoder = None,
     imatrix: opt.ImatrixFile = None,
+    calibrate: opt.Calibrate = None,
     objective: opt.Objective = None,
     sensitivity: SensitivityOrMeasure = None,
     min_sqnr: opt.MinSqnr = api.DEFAULT_MIN_SQNR_DB,
@@ -96,11 +97,16 @@ def quantize(
     opt.refuse_existing(save_plan, export_tensor_types, force=force)
     if (budget is None) == (plan_file is None):
         raise typer.BadParameter("give either --budget or --plan", param_hint="--budget")
-    if imatrix is not None and (plan_file or measurement):
+    if (imatrix or calibrate) and (plan_file or measurement):
         raise typer.BadParameter(
             "a plan or measurement says itself what it was made with", param_hint="--imatrix"
         )
-    sensed = _sensed(model, sensitivity, opt.encoder(encoder), threads, terminal)
+    if imatrix and calibrate:
+        raise typer.BadParameter("give one importance matrix", param_hint="--imatrix")
+    # rtn does not look at importance, so it is not what calibration is asked for.
+    chosen = opt.encoder(encoder or ("search" if calibrate else api.DEFAULT_ENCODER))
+    imatrix = imatrix or calibrated(model, calibrate, threads, terminal)
+    found = sensed(model, sensitivity, chosen, imatrix, threads, terminal)
     made = api.quantize(
         model,
         budget,
@@ -108,11 +114,11 @@ def quantize(
         from_plan=Plan.load(plan_file) if plan_file else None,
         measurement=Measurement.load(measurement) if measurement else None,
         formats=opt.split_formats(formats),
-        encoder=opt.encoder(encoder),
+        encoder=chosen,
         imatrix=imatrix,
         allow_requantize=allow_requantize,
         objective=objective,
-        sensitivity=sensed,
+        sensitivity=found,
         min_sqnr_db=min_sqnr,
         pins=pin or (),
         ties=tie or (),
@@ -137,33 +143,6 @@ def quantize(
     terminal.out.print(
         f"{', '.join(str(p) for p in made.paths)}: {checked}; {seconds}", soft_wrap=True
     )
-
-
-def _sensed(
-    model: Path,
-    asked: str | None,
-    encoder: Encoder,
-    threads: int | None,
-    terminal: opt.Terminal,
-) -> Sensitivity | None:
-    """Return what --sensitivity asks for; what is measured is kept beside the model."""
-    if asked is None:
-        return None
-    path = model.with_suffix(".sens.json") if asked == "measure" else Path(asked)
-    if asked != "measure" or path.exists():
-        return Sensitivity.load(path)
-    journal = path.with_name(f"{path.name}.partial")
-    found = api.sensitivity(
-        model,
-        encoder=encoder,
-        journal=journal,
-        threads=threads,
-        progress=terminal.progress,
-        announce=terminal.err.print,
-    )
-    found.save(path)
-    journal.unlink(missing_ok=True)
-    return found
 
 
 def _summary(made: api.Quantized) -> dict[str, object]:

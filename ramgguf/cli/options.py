@@ -37,10 +37,27 @@ ImatrixFile = Annotated[
     Path | None,
     typer.Option("--imatrix", help="Importance matrix of llama-imatrix, GGUF or .dat."),
 ]
+OptionalEncoder = Annotated[
+    str | None,
+    typer.Option(
+        "--encoder",
+        help="How blocks are fitted: search (least squares) or rtn; default rtn, with --calibrate "
+        "search.",
+    ),
+]
+Calibrate = Annotated[
+    str | None,
+    typer.Option(
+        "--calibrate",
+        help="Weigh errors by what the weights meet: on tokens the model draws (self), random "
+        "ones, wikitext, or a text file.",
+    ),
+]
 Objective = Annotated[
     str | None,
     typer.Option(
-        "--objective", help="What is minimised: sensitivity (if given), weighted, nmse or ram."
+        "--objective",
+        help="What is minimised: sensitivity (if given), weighted, nmse, output or ram.",
     ),
 ]
 SensitivityFile = Annotated[

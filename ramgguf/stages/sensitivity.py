@@ -15,18 +15,18 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ramgguf import _core, formats
 from ramgguf.engine.llama import Logits
 from ramgguf.engine.probe import Probe
 from ramgguf.engine.system import system_info
 from ramgguf.engine.wire import TokenIds
 from ramgguf.errors import EngineError, PlanError
-from ramgguf.fill_in import Member, fill_in
+from ramgguf.fill_in import fill_in
 from ramgguf.gguf_io import GGUFFile, TensorInfo
 from ramgguf.imatrix import Imatrix
 from ramgguf.probe_tokens import Request, draw_sequences
+from ramgguf.probed import is_probed, member, nmse, probe_format, quantized
 from ramgguf.progress import Progress
-from ramgguf.roles import layer_of, never_quantized, role_of
+from ramgguf.roles import layer_of
 from ramgguf.schema import Source
 from ramgguf.sensitivities import ProbeTokens, Reading, Sensitivity
 from ramgguf.sensitivity_journal import Journal, Settings
@@ -34,9 +34,6 @@ from ramgguf.units import format_seconds
 from ramgguf.version import __version__
 from ramgguf.weighing import Scale
 
-# The first that suits a tensor's rows is its probe: 4-bit errors are where plans are made.
-PROBE_FORMATS = ("Q4_K", "Q4_0")
-SOURCES = ("F32", "F16", "BF16")
 MAX_SEQUENCES = 4
 BLOCK = 64  # tokens; neighbours are not independent, blocks nearly are
 MAX_REFERENCE_BYTES = 4 << 30
@@ -59,7 +56,7 @@ def sensitivity(
     EngineError when llama.cpp fails or the model does not come back unchanged.
     """
     start = time.perf_counter()
-    tensors = [t for t in file.tensors if _is_probed(file, t)]
+    tensors = [t for t in file.tensors if is_probed(file, t)]
     if not tensors:
         raise PlanError(f"{file.paths[0]}: no tensor can be probed; a source in F32, F16 or BF16")
     with (
@@ -86,7 +83,7 @@ def sensitivity(
         if run.divergence().any():
             raise EngineError(f"{file.paths[0]}: the copy did not come back to the original")
         readings = dict(journal.readings)
-        members = [_member(file, t) for t in tensors]
+        members = [member(file, t) for t in tensors]
         return Sensitivity(
             ramgguf_version=__version__,
             source=settings.source,
@@ -120,23 +117,16 @@ class _Run:
         rows = self.file.read_rows(tensor, 0, tensor.n_rows)
         format_name = probe_format(tensor)
         scale = Scale.of(tensor, self.imatrix)
-        data = _quantized(rows, tensor, format_name, self.settings.encoder, scale)
-        stats = scale.compare(tensor.type_name, rows, tensor.type_name, data, 0)
-        error, squares = scale.error(stats.errors[0]), scale.squares(stats)
+        data = quantized(rows, tensor, format_name, self.settings.encoder, scale)
         with self.probe.replaced(tensor, data):
             kld = self.divergence()
         return Reading(
             name=tensor.name,
             format=format_name,
-            nmse=error / squares if squares else 0.0,
+            nmse=nmse(rows, data, tensor, scale),
             kld=max(0.0, float(kld.mean())),
             standard_error=standard_error(kld),
         )
-
-
-def probe_format(tensor: TensorInfo) -> str:
-    """Return the format in which the tensor's sensitivity is read."""
-    return next(f for f in PROBE_FORMATS if formats.suits(f, tensor.row_length))
 
 
 def standard_error(values: NDArray[np.float64]) -> float:
@@ -144,34 +134,6 @@ def standard_error(values: NDArray[np.float64]) -> float:
     n_blocks = max(2, len(values) // BLOCK)
     means = np.array([part.mean() for part in np.array_split(values, n_blocks)])
     return float(means.std(ddof=1) / math.sqrt(n_blocks))
-
-
-def _is_probed(file: GGUFFile, tensor: TensorInfo) -> bool:
-    return (
-        tensor.type_name in SOURCES
-        and never_quantized(tensor.name, tensor.shape, file.architecture) is None
-        and any(formats.suits(f, tensor.row_length) for f in PROBE_FORMATS)
-    )
-
-
-def _member(file: GGUFFile, tensor: TensorInfo) -> Member:
-    role = role_of(tensor.name, file.architecture)
-    return Member(tensor.name, role, layer_of(tensor.name), tensor.n_weights)
-
-
-def _quantized(
-    rows: NDArray[np.uint8], tensor: TensorInfo, format_name: str, encoder: str, scale: Scale
-) -> NDArray[np.uint8]:
-    """Return the tensor's quantization, decoded and rounded to the source's own type."""
-    n_rows, length = tensor.n_rows, tensor.row_length
-    blocks = scale.encode(format_name, tensor.type_name, rows, 0, length, encoder)
-    values = np.empty((n_rows, length), np.float32)
-    _core.decode(format_name, blocks, values)
-    if tensor.type_name == "F32":
-        return values.view(np.uint8)
-    out = np.empty_like(rows)
-    _core.encode(tensor.type_name, "F32", values.view(np.uint8), out)
-    return out
 
 
 def _settle(
@@ -250,8 +212,8 @@ def _strided(file: GGUFFile, tensors: Sequence[TensorInfo], stride: int) -> Iter
 
 def _check_resumed(settings: Settings, file: GGUFFile, request: Request, path: Path) -> None:
     """Raise PlanError when the journal is of another model, encoder, imatrix or tokens."""
-    ours = request.imatrix.source.sha256 if request.imatrix else None
-    theirs = settings.imatrix.sha256 if settings.imatrix else None
+    ours = request.imatrix.source.identity if request.imatrix else None
+    theirs = settings.imatrix.identity if settings.imatrix else None
     same = (
         settings.source.header_sha256 == file.header_sha256
         and settings.source.n_bytes == file.n_bytes

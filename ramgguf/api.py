@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal, Unpack
 
 from ramgguf import formats as _formats
-from ramgguf.calibrating import calibrate
+from ramgguf.calibrating import calibrate, perturb
 from ramgguf.corpus import Recipe, default_corpus, text_file
 from ramgguf.corpus import dataset as dataset_corpus
 from ramgguf.errors import BudgetError, EngineError, GGUFError, PlanError
@@ -49,11 +49,13 @@ __all__ = [
     "explain",
     "follow",
     "measure",
+    "perturb",
     "plan",
     "plan_on",
     "quantize",
     "reweigh",
     "sensitivity",
+    "weighed_by",
 ]
 
 DEFAULT_ENCODER: Encoder = "rtn"

@@ -1,4 +1,4 @@
-"""The Python interface to calibration: from a model to its importance matrix."""
+"""The Python interface to what surrounds quantization: importance matrices, and controls."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,9 +7,12 @@ from ramgguf.gguf_io import open_gguf
 from ramgguf.parallel import default_threads
 from ramgguf.probe_tokens import N_CTX, Request
 from ramgguf.progress import Progress, Silent
+from ramgguf.schema import Plan
 from ramgguf.sensing import token_source
 from ramgguf.stages import calibrate as _calibrate
+from ramgguf.stages import perturb as _perturb
 from ramgguf.stages.calibrate import Calibration, Outputs
+from ramgguf.stages.quantize import check_source
 
 
 def calibrate(
@@ -61,4 +64,33 @@ def calibrate(
             threads=threads or default_threads(),
             progress=progress or Silent(),
             announce=announce,
+        )
+
+
+def perturb(
+    model: str | Path,
+    like: Plan | str | Path,
+    output: str | Path,
+    *,
+    seed: int = 0,
+    force: bool = False,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Write the model with Gaussian noise as large as a plan's quantization errors, row by row.
+
+    Tensors with noise are in F32. Raises PlanError when the plan is another model's, GGUFError when
+    the output cannot be written.
+    """
+    plan = like if isinstance(like, Plan) else Plan.load(Path(like))
+    with open_gguf(Path(model), kind_check=True) as file:
+        check_source(file, plan)
+        return _perturb.perturb(
+            file,
+            plan,
+            Path(output),
+            seed=seed,
+            force=force,
+            threads=threads or default_threads(),
+            progress=progress or Silent(),
         )

@@ -1,4 +1,4 @@
-"""The command that looks at what weights are multiplied with: calibrate."""
+"""The commands around quantization: calibrate, and the control perturb."""
 
 import json
 from pathlib import Path
@@ -9,15 +9,19 @@ import typer
 from ramgguf import api
 from ramgguf.cli import options as opt
 from ramgguf.report.calibration import print_calibration, summary
-from ramgguf.units import parse_size
+from ramgguf.units import format_bytes, parse_size
 
 
 def register(app: typer.Typer) -> None:
-    """Add the command to the application."""
+    """Add these commands to the application."""
     app.command(
         "calibrate",
         epilog="Example: ramgguf calibrate model-f16.gguf -o model.imatrix.gguf",
     )(calibrate)
+    app.command(
+        "perturb",
+        epilog="Example: ramgguf perturb model-f16.gguf --like plan.json -o noisy.gguf --seed 1",
+    )(perturb)
 
 
 def calibrate(
@@ -73,3 +77,31 @@ def calibrate(
         print(json.dumps(summary(found)))
     else:
         print_calibration(found, terminal.out)
+
+
+def perturb(
+    model: opt.Model,
+    like: Annotated[
+        Path, typer.Option("--like", metavar="PLAN", help="The plan whose errors are imitated.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where to write.")],
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the noise.")] = 0,
+    force: opt.Force = False,
+    threads: opt.Threads = None,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Write the model with Gaussian noise as large as a plan's quantization errors.
+
+    A control: what a quantized model does better or worse than this is not the errors' size.
+    """
+    terminal = opt.Terminal.make(quiet=quiet, as_json=False)
+    path = api.perturb(
+        model,
+        like,
+        output,
+        seed=seed,
+        force=force,
+        threads=threads,
+        progress=terminal.progress,
+    )
+    terminal.out.print(f"{path}: {format_bytes(path.stat().st_size)}", soft_wrap=True)

@@ -8,7 +8,7 @@ import typer
 
 from ramgguf import api
 from ramgguf.cli import options as opt
-from ramgguf.cli.prepared import calibrated, sensed
+from ramgguf.cli.prepared import Weighed, calibrated, sensed
 from ramgguf.errors import PlanError
 from ramgguf.files import write_atomically
 from ramgguf.report.plans import print_plan, tensor_types
@@ -72,6 +72,7 @@ def quantize(
     formats: opt.Formats = None,
     encoder: opt.OptionalEncoder = None,
     imatrix: opt.ImatrixFile = None,
+    hessian: opt.HessianFile = None,
     calibrate: opt.Calibrate = None,
     objective: opt.Objective = None,
     sensitivity: SensitivityOrMeasure = None,
@@ -105,8 +106,10 @@ def quantize(
         raise typer.BadParameter("give one importance matrix", param_hint="--imatrix")
     # rtn does not look at importance, so it is not what calibration is asked for.
     chosen = opt.encoder(encoder or ("search" if calibrate else api.DEFAULT_ENCODER))
-    imatrix = imatrix or calibrated(model, calibrate, threads, terminal)
-    found = sensed(model, sensitivity, chosen, imatrix, threads, terminal)
+    weighed = Weighed(imatrix, hessian)
+    if calibrate:
+        weighed = calibrated(model, calibrate, threads, terminal, hessians=chosen == "gptq")
+    found = sensed(model, sensitivity, chosen, weighed, threads, terminal)
     made = api.quantize(
         model,
         budget,
@@ -115,7 +118,8 @@ def quantize(
         measurement=Measurement.load(measurement) if measurement else None,
         formats=opt.split_formats(formats),
         encoder=chosen,
-        imatrix=imatrix,
+        imatrix=weighed.imatrix,
+        hessian=weighed.hessian,
         allow_requantize=allow_requantize,
         objective=objective,
         sensitivity=found,
@@ -167,6 +171,7 @@ def measure(
     formats: opt.Formats = None,
     encoder: opt.EncoderOption = api.DEFAULT_ENCODER,
     imatrix: opt.ImatrixFile = None,
+    hessian: opt.HessianFile = None,
     allow_requantize: opt.Requantize = False,
     force: opt.Force = False,
     threads: opt.Threads = None,
@@ -182,6 +187,7 @@ def measure(
         formats=opt.split_formats(formats),
         encoder=opt.encoder(encoder),
         imatrix=imatrix,
+        hessian=hessian,
         allow_requantize=allow_requantize,
         threads=threads,
         progress=terminal.progress,

@@ -31,7 +31,7 @@ Formats = Annotated[
 ]
 EncoderOption = Annotated[
     str,
-    typer.Option("--encoder", help="How blocks are fitted: search (least squares) or rtn."),
+    typer.Option("--encoder", help="How blocks are fitted: search (least squares), rtn, or gptq."),
 ]
 ImatrixFile = Annotated[
     Path | None,
@@ -41,8 +41,8 @@ OptionalEncoder = Annotated[
     str | None,
     typer.Option(
         "--encoder",
-        help="How blocks are fitted: search (least squares) or rtn; default rtn, with --calibrate "
-        "search.",
+        help="How blocks are fitted: search (least squares), rtn, or gptq (error feedback); "
+        "default rtn, with --calibrate search.",
     ),
 ]
 Calibrate = Annotated[
@@ -52,6 +52,10 @@ Calibrate = Annotated[
         help="Weigh errors by what the weights meet: on tokens the model draws (self), random "
         "ones, wikitext, or a text file.",
     ),
+]
+HessianFile = Annotated[
+    Path | None,
+    typer.Option("--hessian", help="Hessians of calibrate --hessian: weigh errors of outputs."),
 ]
 Objective = Annotated[
     str | None,
@@ -122,7 +126,9 @@ def encoder(name: str) -> Encoder:
         return "rtn"
     if name == "search":
         return "search"
-    raise typer.BadParameter(f"{name!r} is none of rtn, search", param_hint="--encoder")
+    if name == "gptq":
+        return "gptq"
+    raise typer.BadParameter(f"{name!r} is none of rtn, search, gptq", param_hint="--encoder")
 
 
 def refuse_existing(*paths: Path | None, force: bool) -> None:

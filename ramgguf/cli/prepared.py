@@ -1,6 +1,7 @@
 """What quantize measures before it plans, and keeps beside the model: importance, sensitivity."""
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 from ramgguf import api
@@ -9,51 +10,63 @@ from ramgguf.schema import Encoder
 from ramgguf.sensitivities import Sensitivity
 
 
+@dataclass(frozen=True)
+class Weighed:
+    """The files by which errors are weighed."""
+
+    imatrix: Path | None = None
+    hessian: Path | None = None
+
+
 def calibrated(
-    model: Path, tokens: str | None, threads: int | None, terminal: opt.Terminal
-) -> Path | None:
+    model: Path, tokens: str, threads: int | None, terminal: opt.Terminal, *, hessians: bool
+) -> Weighed:
     """Return the importance matrix that --calibrate asks for; what is there is taken as it is.
 
-    Its name says its tokens: model.self.imatrix.gguf.
+    Its name says its tokens: model.self.imatrix.gguf, and with hessians model.self.hessian.gguf.
     """
-    if tokens is None:
-        return None
     tag = re.sub(r"[^\w.-]", "_", Path(tokens).stem)
-    path = model.with_suffix(f".{tag}.imatrix.gguf")
-    if path.exists():
-        terminal.err.print(f"taking {path}; remove it to calibrate anew", soft_wrap=True)
-        return path
+    imatrix = model.with_suffix(f".{tag}.imatrix.gguf")
+    hessian = model.with_suffix(f".{tag}.hessian.gguf") if hessians else None
+    if imatrix.exists() and (hessian is None or hessian.exists()):
+        terminal.err.print(f"taking {imatrix}; remove it to calibrate anew", soft_wrap=True)
+        return Weighed(imatrix, hessian)
     api.calibrate(
         model,
-        path,
+        imatrix,
         tokens=tokens,
+        hessian=hessian,
+        force=True,  # of the two, one may be there
         threads=threads,
         progress=terminal.progress,
         announce=terminal.err.print,
     )
-    return path
+    return Weighed(imatrix, hessian)
 
 
 def sensed(
     model: Path,
     asked: str | None,
     encoder: Encoder,
-    imatrix: Path | None,
+    weighed: Weighed,
     threads: int | None,
     terminal: opt.Terminal,
 ) -> Sensitivity | None:
-    """Return what --sensitivity asks for; what is measured is kept beside the model."""
+    """Return what --sensitivity asks for; what is measured is kept beside the model.
+
+    One whose errors were weighed otherwise is reweighed.
+    """
     if asked is None:
         return None
-    weighed = "" if imatrix is None else f".{imatrix.name.removesuffix('.gguf')}"
-    path = model.with_suffix(f"{weighed}.sens.json") if asked == "measure" else Path(asked)
+    path = model.with_suffix(".sens.json") if asked == "measure" else Path(asked)
     if asked != "measure" or path.exists():
-        return Sensitivity.load(path)
+        return _reweighed(Sensitivity.load(path), model, weighed, terminal)
     journal = path.with_name(f"{path.name}.partial")
     found = api.sensitivity(
         model,
         encoder=encoder,
-        imatrix=imatrix,
+        imatrix=weighed.imatrix,
+        hessian=weighed.hessian,
         journal=journal,
         threads=threads,
         progress=terminal.progress,
@@ -62,3 +75,19 @@ def sensed(
     found.save(path)
     journal.unlink(missing_ok=True)
     return found
+
+
+def _reweighed(
+    found: Sensitivity, model: Path, weighed: Weighed, terminal: opt.Terminal
+) -> Sensitivity:
+    imatrix = api.weighed_by(weighed.imatrix, weighed.hessian)
+    wanted = imatrix.source.identity if imatrix else None
+    if wanted == (found.imatrix.identity if found.imatrix else None):
+        return found
+    return api.reweigh(
+        found,
+        model,
+        weighed.imatrix,
+        hessian=weighed.hessian,
+        progress=terminal.progress,
+    )

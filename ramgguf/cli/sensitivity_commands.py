@@ -36,6 +36,7 @@ def sensitivity(
     ] = None,
     encoder: opt.EncoderOption = api.DEFAULT_ENCODER,
     imatrix: opt.ImatrixFile = None,
+    hessian: opt.HessianFile = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the tokens.")] = 0,
     scratch: Annotated[
         Path | None, typer.Option("--scratch", help="Folder for a copy of the model meanwhile.")
@@ -59,6 +60,7 @@ def sensitivity(
         tokens=tokens,
         encoder=opt.encoder(encoder),
         imatrix=imatrix,
+        hessian=hessian,
         n_sequences=sequences,
         seed=seed,
         seconds=parse_seconds(limit),

@@ -2,7 +2,6 @@
 
 import argparse
 import ctypes
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -49,14 +48,13 @@ def quantize(
     return output
 
 
-def planned_mib(source: Path, file_type: str, token_embedding: str | None) -> float | None:
-    """Return the MiB of data that llama.cpp would write, by its dry run; None if it fails."""
+def dry_run(source: Path, file_type: str, token_embedding: str | None) -> str | None:
+    """Return what llama.cpp says it would write, tensor by tensor; None if it fails."""
     command = [sys.executable, __file__, str(source), "/dev/null", file_type, "2", "--dry-run"]
     if token_embedding:
         command += ["--token-embedding", token_embedding]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    found = re.search(r"quant size\s*=\s*([\d.]+) MiB", done.stderr + done.stdout)
-    return float(found[1]) if done.returncode == 0 and found else None
+    return done.stderr + done.stdout if done.returncode == 0 else None
 
 
 def _imatrix(llama_cpp: Any, path: Path) -> Any:

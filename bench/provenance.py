@@ -17,7 +17,14 @@ def provenance() -> dict[str, str]:
     return {
         "cpu": cpu_name(),
         "commit": commit or "unknown",
-        "command": " ".join(["python", f"bench/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "command": " ".join(
+            ["python", f"bench/{Path(sys.argv[0]).name}", *map(_bare, sys.argv[1:])]
+        ),
         "python": platform.python_version(),
         "numpy": importlib.metadata.version("numpy"),
     }
+
+
+def _bare(argument: str) -> str:
+    """Return the argument, of a path only the last part: folders are nobody's business."""
+    return Path(argument).name if "/" in argument else argument

@@ -70,7 +70,6 @@ def main() -> None:
         options.source,
         n_ctx=options.seq_len,
         n_seq=options.n_seq,
-        safe_kernels=True,
         threads=options.threads,
         jsonl=folder / f"{options.name}.jsonl",
         resume=True,

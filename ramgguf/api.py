@@ -58,7 +58,7 @@ __all__ = [
     "weighed_by",
 ]
 
-DEFAULT_ENCODER: Encoder = "rtn"
+DEFAULT_ENCODER: Encoder = "search"
 
 
 @dataclass(frozen=True)

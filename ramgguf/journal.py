@@ -147,14 +147,18 @@ class Journal:
         )
 
     def results(self) -> tuple[EvalResult, ...]:
-        """Return the results of all models, each from its last run that scored a sequence."""
+        """Return the results of all models, each from its last run that scored a sequence.
+
+        A model of which no run scored one has a result without sequences.
+        """
         last: dict[tuple[str, ...], EvalResult] = {}
         for run in self._announced:
             found = self.result(run)
-            if found.sequences:
-                model = found.model
-                protocol = found.protocol.model_dump_json()
-                last[model.path, model.header_sha256, found.text.sha256, protocol] = found
+            model = found.model
+            protocol = found.protocol.model_dump_json()
+            key = (model.path, model.header_sha256, found.text.sha256, protocol)
+            if found.sequences or key not in last:
+                last[key] = found
         return tuple(last.values())
 
     def _write(self, record: RunRecord | SequenceRecord | FailureRecord) -> None:

@@ -8,6 +8,9 @@ from numpy.typing import NDArray
 
 from ramgguf.errors import BudgetError
 
+MAX_STATES = 50_000
+ROUNDING = 1e-12  # relative: costs are sums of some thousand doubles
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -33,17 +36,17 @@ def smallest(items: Sequence[Sequence[Choice]]) -> int:
 
 
 def solve(
-    items: Sequence[Sequence[Choice]],
-    capacity: int,
-    *,
-    rel_gap: float = 1e-6,
-    seconds: float = 5.0,
+    items: Sequence[Sequence[Choice]], capacity: int, *, max_states: int = MAX_STATES
 ) -> Solution:
     """Return the cheapest selection of at most `capacity` bytes, with its proven gap.
 
-    The Lagrangian relaxation bounds the cost from below and a greedy repair from above; choices
-    whose reduced cost exceeds the difference are in no better selection and are dropped; HiGHS
-    solves the rest (Sinha and Zoltners, The multiple-choice knapsack problem, 1979).
+    The Lagrangian relaxation bounds the cost from below and a greedy repair from above; between
+    the two, partial selections are enumerated item by item, those nearest to the break of the
+    relaxation first, and dropped when another is no larger and no dearer or when their bound is no
+    better than what was found (Pisinger, A minimal algorithm for the multiple-choice knapsack
+    problem, European Journal of Operational Research 83, 1995). Of more than max_states the least
+    promising are dropped, and the best bound among them limits what is proven. Takes no clock and
+    no random numbers: the same problem has the same solution everywhere.
     Raises BudgetError when even the smallest selection is too large.
     """
     if smallest(items) > capacity:
@@ -53,15 +56,15 @@ def solve(
     lower = _dual(table, price, capacity)
     best = _greedy(table, price, capacity)
     upper = float(table.cost[best].sum())
-    if upper - lower > rel_gap * upper:
-        core = _core(table, best, price, lower, upper)
-        found, lower = _branch_and_bound(core, capacity, lower, upper, seconds)
-        if found is not None and core.cost[found].sum() < upper:
-            best, table = found, core
+    if upper > lower:
+        found, proven = _Search(table, price, capacity, upper - lower, max_states).run()
+        lower += proven
+        if found is not None and table.cost[found].sum() < upper:
+            best = found
     cost = float(table.cost[best].sum())
     gap = max(0.0, 1 - lower / cost) if cost > 0 else 0.0
     n_bytes = int(table.n_bytes[best].sum())
-    return Solution(tuple(table.choice[best].tolist()), n_bytes, cost, gap if gap > 1e-12 else 0.0)
+    return Solution(tuple(table.choice[best].tolist()), n_bytes, cost, gap if gap > ROUNDING else 0)
 
 
 def price(items: Sequence[Sequence[Choice]], capacity: int) -> float:
@@ -155,59 +158,129 @@ def _greedy(table: _Table, price: float, capacity: int) -> NDArray[np.intp]:
         rows[table.item[row]] = row
 
 
-def _core(
-    table: _Table, best: NDArray[np.intp], price: float, lower: float, upper: float
-) -> _Table:
-    value = table.cost + price * table.n_bytes
-    reduced = value - np.minimum.reduceat(value, table.starts)[table.item]
-    keep = reduced <= (upper - lower) * (1 + 1e-9)
-    keep[best] = True
-    return _Table(table.item[keep], table.choice[keep], table.n_bytes[keep], table.cost[keep])
+@dataclass(frozen=True)
+class _States:
+    """Partial selections: room left (may be negative so far) and cost above the relaxation's bound.
 
-
-def _branch_and_bound(
-    core: _Table, capacity: int, lower: float, upper: float, seconds: float
-) -> tuple[NDArray[np.intp] | None, float]:
-    """Return HiGHS's selection, if it found one that fits, and the proven lower bound.
-
-    A bound proven for a limit tightened below the capacity would not hold: only the first counts.
+    parent and row tell how each was made from those of the stage before.
     """
-    from scipy.optimize import Bounds, LinearConstraint, milp
-    from scipy.sparse import csr_array, vstack
 
-    # Differences to each item's first choice, in units of the gap to close: well-scaled numbers.
-    extra = core.n_bytes - core.n_bytes[core.starts][core.item]
-    saving = (core.cost - core.cost[core.starts][core.item]) / (upper - lower)
-    base = float(core.cost[core.starts].sum())
-    room = capacity - int(core.n_bytes[core.starts].sum())
-    unit = float(np.gcd.reduce(np.append(extra, 0))) or 1.0
-    n = len(extra)
-    n = len(extra)
-    one_each = csr_array((np.ones(n), (core.item, np.arange(n))))
-    limit = float(room // unit)
-    last = np.append(core.starts[1:], n)
-    for attempt in range(3):
-        found = milp(
-            saving,
-            constraints=LinearConstraint(
-                vstack([one_each, csr_array(extra[None, :] / unit)]),
-                np.append(np.ones(len(core.starts)), -np.inf),
-                np.append(np.ones(len(core.starts)), limit),
-            ),
-            integrality=np.ones(n),
-            bounds=Bounds(0, 1),
-            options={"mip_rel_gap": 0.0, "time_limit": seconds},
+    room: NDArray[np.int64]
+    cost: NDArray[np.float64]
+    parent: NDArray[np.int32]
+    row: NDArray[np.int32]
+
+    def taken(self, index: NDArray[np.intp]) -> "_States":
+        return _States(self.room[index], self.cost[index], self.parent[index], self.row[index])
+
+
+class _Search:
+    """The enumeration of what may beat the greedy selection.
+
+    It starts from the relaxation's selection at the price. A state's cost is the cheapest that it
+    may be completed to if the rest of the items change nothing; what they change costs at least
+    `up` (or saves at most `down`) per byte, the best rates among the items still to come.
+    """
+
+    def __init__(
+        self, table: _Table, price: float, capacity: int, gap: float, max_states: int
+    ) -> None:
+        self._table, self._price, self._gap, self._max_states = table, price, gap, max_states
+        self._base = table.cheapest_at(price)
+        base = self._base[table.item]
+        self._extra = table.n_bytes - table.n_bytes[base]
+        self._rise = table.cost - table.cost[base]
+        self._room = capacity - int(table.n_bytes[self._base].sum())
+        self._incumbent: tuple[int, int] | None = None  # stage and state
+        self._starts = table.starts
+        self._ends = np.append(self._starts[1:], len(table.item))
+        self._trail: list[tuple[NDArray[np.int32], NDArray[np.int32]]] = []
+        # What was dropped for want of space may be as good as this, and no better.
+        self._dropped = gap
+
+    def run(self) -> tuple[NDArray[np.intp] | None, float]:
+        """Return the best selection found, if any beats the gap, and the proven share of the gap.
+
+        The share is in units of cost: no selection costs less than the relaxation plus it.
+        """
+        one = np.zeros(1, np.int32)
+        start = np.array([self._room], np.int64), np.array([self._price * self._room])
+        states = _States(*start, one, one - 1)
+        order, up, down = self._order()
+        self._look(states)
+        for k, item in enumerate(order):
+            rows = self._alternatives(item)
+            states = self._pruned(self._branched(states, rows), up[k], down[k])
+            if not len(states.room):
+                break
+            self._look(states)
+        return self._selection(), min(self._gap, self._dropped)
+
+    def _order(self) -> tuple[list[int], NDArray[np.float64], NDArray[np.float64]]:
+        """Return the items by how near a choice of theirs is to the price, and the rates to come.
+
+        up[k] and down[k] are the least that a byte more, or less, costs above the price in the
+        items after the k-th.
+        """
+        reduced = self._rise + self._price * self._extra
+        distance = np.full(len(reduced), np.inf)
+        other = self._extra != 0
+        distance[other] = np.maximum(reduced[other], 0) / np.abs(self._extra[other])
+        ups = np.minimum.reduceat(np.where(self._extra > 0, distance, np.inf), self._starts)
+        downs = np.minimum.reduceat(np.where(self._extra < 0, distance, np.inf), self._starts)
+        order = np.argsort(np.minimum(ups, downs), kind="stable")
+
+        def to_come(rates: NDArray[np.float64]) -> NDArray[np.float64]:
+            later = np.append(rates[order][1:], np.inf)
+            return np.minimum.accumulate(later[::-1])[::-1]
+
+        return order.tolist(), to_come(ups), to_come(downs)
+
+    def _alternatives(self, item: int) -> NDArray[np.intp]:
+        """Return the item's rows, the base first, that could still be part of something better."""
+        rows = np.arange(self._starts[item], self._ends[item])
+        rows = rows[self._rise[rows] + self._price * self._extra[rows] < self._gap]
+        return np.append(self._base[item], rows[rows != self._base[item]])
+
+    def _branched(self, states: _States, rows: NDArray[np.intp]) -> _States:
+        n = len(states.room)
+        return _States(
+            (states.room - self._extra[rows][:, None]).ravel(),
+            (states.cost + self._rise[rows][:, None]).ravel(),
+            np.tile(np.arange(n, dtype=np.int32), len(rows)),
+            np.repeat(rows.astype(np.int32), n),
         )
-        proven = found.mip_dual_bound
-        if attempt == 0 and proven is not None and np.isfinite(proven):
-            lower = max(lower, base + proven * (upper - lower))
-        if found.x is None:
-            break
-        rows = np.array(
-            [a + int(np.argmax(found.x[a:b])) for a, b in zip(core.starts, last, strict=True)]
-        )
-        excess = int(core.n_bytes[rows].sum()) - capacity
-        if excess <= 0:
-            return rows, lower
-        limit -= np.ceil(excess / unit)  # the solver's tolerance let it over by a little
-    return None, lower
+
+    def _pruned(self, states: _States, up: float, down: float) -> _States:
+        """Return the states that nothing dominates and whose bound beats the gap."""
+        rate = np.where(states.room >= 0, min(self._price, up) - self._price, -self._price - down)
+        bound = states.cost + states.room * rate
+        kept = np.flatnonzero(bound < self._gap * (1 - ROUNDING))
+        by_room = kept[np.lexsort((states.cost[kept], -states.room[kept]))]
+        cost = states.cost[by_room]
+        cheaper = cost < np.minimum.accumulate(np.append(np.inf, cost[:-1]))
+        kept = by_room[cheaper]
+        if len(kept) > self._max_states:
+            by_bound = np.argsort(bound[kept], kind="stable")
+            self._dropped = min(self._dropped, float(bound[kept[by_bound[self._max_states]]]))
+            kept = kept[np.sort(by_bound[: self._max_states])]
+        return states.taken(kept)
+
+    def _look(self, states: _States) -> None:
+        """Keep the stage, and its best state that fits if it is the best so far."""
+        self._trail.append((states.parent, states.row))
+        cost = np.where(states.room >= 0, states.cost, np.inf)
+        best = int(np.argmin(cost))
+        if cost[best] < self._gap:
+            self._gap, self._incumbent = float(cost[best]), (len(self._trail) - 1, best)
+
+    def _selection(self) -> NDArray[np.intp] | None:
+        if self._incumbent is None:
+            return None
+        stage, state = self._incumbent
+        rows = self._base.copy()
+        for parents, changed in self._trail[stage:0:-1]:
+            row = int(changed[state])
+            rows[self._table.item[row]] = row
+            state = int(parents[state])
+        return rows

@@ -44,7 +44,7 @@ def read_material(paths: Sequence[Path]) -> Material:
 def _read(path: Path) -> Material:
     if path.suffix.lower() == ".jsonl":
         results = read_results(path)
-        if not results:
+        if not any(r.sequences for r in results):
             raise ResultError(f"{path} has no evaluation with a finished sequence in it")
         return Material(results=results)
     text = _text(path)

@@ -226,6 +226,7 @@ def incomparable(a: EvalResult, b: EvalResult) -> tuple[str, ...]:
         ("tokenizer", a.tokenizer_sha256, b.tokenizer_sha256),
         ("token ids", a.token_ids_sha256, b.token_ids_sha256),
         ("llama.cpp build", a.engine.llama_cpp_build, b.engine.llama_cpp_build),
+        ("tokens per batch", str(a.engine.n_batch), str(b.engine.n_batch)),
         ("safe kernels", str(a.engine.safe_kernels), str(b.engine.safe_kernels)),
     )
     return tuple(

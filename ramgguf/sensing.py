@@ -23,7 +23,7 @@ def sensitivity(
     model: str | Path,
     *,
     tokens: str = "self",
-    encoder: Encoder = "rtn",
+    encoder: Encoder = "search",
     imatrix: str | Path | None = None,
     hessian: str | Path | None = None,
     n_sequences: int | None = None,

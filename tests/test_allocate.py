@@ -71,6 +71,32 @@ def test_a_budget_too_small_is_told_the_smallest_sizes_and_what_blocks() -> None
             ramgguf.plan(MODEL, budget, min_sqnr_db=floor)
 
 
+def test_a_budget_is_met_or_the_reason_is_given() -> None:
+    """A thousandth is left at most, where no step fits; a model this small has few steps."""
+    for percent in range(100, 340, 20):
+        plan = ramgguf.plan(MODEL, SMALLEST * percent // 100, min_sqnr_db=0)
+        left = plan.budget - plan.n_bytes
+        told = [note for note in plan.notes if "of the budget are left" in note]
+        assert len(told) == (left > 0.001 * plan.budget)
+        for note in told:
+            step = re.search(r"(\S+) to (\S+), takes", note)
+            if step is None:
+                assert "best format that it may have" in note
+                continue
+            now = next(a for a in plan.assignments if a.name == step[1])
+            point = next(
+                p
+                for t in MODEL.tensors
+                if t.name == step[1]
+                for p in t.points
+                if p.format == step[2]
+            )
+            assert point.n_bytes - now.n_bytes > left
+            assert point.nmse < now.nmse
+    everything = ramgguf.plan(MODEL, "200%")
+    assert any("best format that it may have" in note for note in everything.notes)
+
+
 def test_pins_bind_the_tensors_they_match_and_no_others() -> None:
     plan = ramgguf.plan(MODEL, 2 * SMALLEST, pins=[r"blk\.0\.=Q8_0", "attn_v=q6_k"], min_sqnr_db=0)
     formats = {a.name: a.format for a in plan.assignments}

@@ -43,7 +43,7 @@ def test_between_steps_the_gap_covers_what_the_solver_still_finds(share: float) 
     assert on_curve.n_bytes <= budget
     assert on_curve.total_cost >= solved.total_cost * (1 - 1e-9)
     assert on_curve.total_cost * (1 - on_curve.gap) <= solved.total_cost * (1 + 1e-9)
-    assert on_curve.gap < 0.15  # few tensors, and the embedding a large part of the file
+    assert on_curve.gap < 0.2  # few tensors, and the embedding a large part of the file
 
 
 def test_prices_fall_and_costs_with_them() -> None:

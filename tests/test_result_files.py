@@ -11,7 +11,7 @@ import published
 from made_plans import made_measurement, made_plan
 from made_results import eval_result, ordinary_ppl, wild_ppl
 from ramgguf.cli.app import app
-from ramgguf.comparison import compare_published
+from ramgguf.comparison import check_comparable, compare_published
 from ramgguf.errors import RamggufError, ResultError
 from ramgguf.journal import Journal, SequenceRecord, run_id
 from ramgguf.report.boards import board_csv
@@ -207,3 +207,21 @@ def test_report_draws_a_page_and_overwrites_only_when_told(tmp_path: Path, score
     assert "Rate–distortion" in page.read_text()
     run("report", scores, "-o", page, "--force")
     assert "Rate–distortion" not in page.read_text()
+
+
+@pytest.mark.parametrize("style", [[], ["--markdown"], ["--json"]])
+def test_compare_names_a_model_that_finished_no_sequence(tmp_path: Path, style: list[str]) -> None:
+    path = tmp_path / "scores.jsonl"
+    journal(path, eval_result("a", ordinary_ppl(1)))
+    journal(path, eval_result("b", ordinary_ppl(2)), n=0, fails="died of SIGSEGV while loading")
+    found = CliRunner().invoke(app, ["compare", str(path), *style])
+    assert found.exit_code == 0, found.output
+    assert "died of SIGSEGV while loading" in found.output.replace("\n", " ")
+
+
+def test_results_of_different_batch_sizes_are_not_ranked_together() -> None:
+    a = eval_result("a", ordinary_ppl(1))
+    b = eval_result("b", ordinary_ppl(2))
+    doubled = b.engine.model_copy(update={"n_batch": b.engine.n_batch * 2})
+    with pytest.raises(ResultError, match="tokens per batch: 2048 for a, 4096 for b"):
+        check_comparable([a, b.model_copy(update={"engine": doubled})])

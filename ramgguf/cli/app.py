@@ -2,7 +2,6 @@
 
 import os
 import sys
-from pathlib import Path
 
 import typer
 
@@ -43,7 +42,6 @@ eval_commands.register(app)
 
 def main() -> None:
     """Run the command line; RamggufError ends it with one line on stderr and exit status 1."""
-    _keep_stdout()
     try:
         app()
     except RamggufError as e:
@@ -55,12 +53,3 @@ def main() -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
-
-
-def _keep_stdout() -> None:
-    """Keep native libraries from printing among our results: HiGHS does so to file descriptor 1."""
-    sys.stdout.flush()
-    ours = os.dup(1)
-    with Path(os.devnull).open("wb") as nowhere:
-        os.dup2(nowhere.fileno(), 1)
-    sys.stdout = os.fdopen(ours, "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)

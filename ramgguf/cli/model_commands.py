@@ -70,7 +70,7 @@ def quantize(
     budget: OptionalBudget = None,
     output: opt.Output = None,
     formats: opt.Formats = None,
-    encoder: opt.OptionalEncoder = None,
+    encoder: opt.EncoderOption = api.DEFAULT_ENCODER,
     imatrix: opt.ImatrixFile = None,
     hessian: opt.HessianFile = None,
     calibrate: opt.Calibrate = None,
@@ -104,8 +104,7 @@ def quantize(
         )
     if imatrix and calibrate:
         raise typer.BadParameter("give one importance matrix", param_hint="--imatrix")
-    # rtn does not look at importance, so it is not what calibration is asked for.
-    chosen = opt.encoder(encoder or ("search" if calibrate else api.DEFAULT_ENCODER))
+    chosen = opt.encoder(encoder)
     weighed = Weighed(imatrix, hessian)
     if calibrate:
         weighed = calibrated(model, calibrate, threads, terminal, hessians=chosen == "gptq")

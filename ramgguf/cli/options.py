@@ -37,14 +37,6 @@ ImatrixFile = Annotated[
     Path | None,
     typer.Option("--imatrix", help="Importance matrix of llama-imatrix, GGUF or .dat."),
 ]
-OptionalEncoder = Annotated[
-    str | None,
-    typer.Option(
-        "--encoder",
-        help="How blocks are fitted: search (least squares), rtn, or gptq (error feedback); "
-        "default rtn, with --calibrate search.",
-    ),
-]
 Calibrate = Annotated[
     str | None,
     typer.Option(

@@ -36,7 +36,8 @@ from ramgguf.schema import _Value
 A = TypeVar("A", bound=Answer)
 
 _STDERR_LINES = 12
-_WORKER = (sys.executable, "-m", "ramgguf.engine.worker")
+# -P: a folder named ramgguf in the working directory must not be imported instead of this package.
+_WORKER = (sys.executable, "-P", "-m", "ramgguf.engine.worker")
 
 
 class ModelError(EngineError):

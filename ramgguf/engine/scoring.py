@@ -74,7 +74,8 @@ def score_sequence(
 
     With has_reference, models[0] is the reference of the others: each chunk is decoded by all in
     turn, so its logits are compared where llama.cpp left them and none are stored. on_model is
-    told which model is about to decode. Models must share the tokenizer and n_batch.
+    told which model is about to decode. A model that is listed twice, as its own reference, decodes
+    once. Models must share the tokenizer and n_batch.
     """
     collected = [_Collected() for _ in models]
     for model in models:
@@ -85,11 +86,14 @@ def score_sequence(
         last_row = min(end, len(ids) - 1)
         targets = ids[first_row + 1 : last_row + 1]
         reference: Logits | None = None
+        found_before: dict[int, Logits] = {}
         for number, (model, out) in enumerate(zip(models, collected, strict=True)):
             on_model(number)
             began, decoded = time.perf_counter(), model.decode_seconds
-            logits = model.decode(ids[start:end], first_output=first_row - start)
-            logits = logits[: len(targets)]
+            logits = found_before.get(id(model))
+            if logits is None:
+                logits = model.decode(ids[start:end], first_output=first_row - start)
+                found_before[id(model)] = logits = logits[: len(targets)]
             if len(targets) and has_reference and reference is not None:
                 found = row_pass.compare(reference, logits, targets)
                 out.divergences.append(found)

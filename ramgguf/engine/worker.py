@@ -59,8 +59,12 @@ class Session:
     def open(self, request: Open) -> None:
         """Load the models and answer what they are."""
         self._request = request
-        for number in range(len(request.models)):
+        for number, path in enumerate(request.models):
             self._send(Started(model=number, index=None))
+first = request.models.index(path)
+            if first < number:
+                self._models.append(self._models[first])
+                continue
             self._models.append(self._stack.enter_context(self._load(number)))
         self._row_pass = RowPass(request.n_threads)
         self._send(

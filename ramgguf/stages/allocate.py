@@ -1,7 +1,7 @@
 """From a Measurement and a budget to a Plan."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from ramgguf.errors import BudgetError
 from ramgguf.gguf_layout import padded
@@ -10,6 +10,8 @@ from ramgguf.objectives import Costing
 from ramgguf.problem import Candidates, Problem, notes
 from ramgguf.schema import Constraints, Measurement, NextPercent, Plan
 from ramgguf.units import format_bytes
+
+MAX_UNUSED = 0.001  # of the budget; what a plan leaves beyond it is explained
 
 
 def allocate(
@@ -47,14 +49,37 @@ def allocate(
         constraints=constraints,
         assignments=assignments,
         next_percent=_next_percent(items, solution, capacity, budget),
-        notes=tuple(notes(problem)),
+        notes=(*_unused(problem, solution, capacity, budget), *notes(problem)),
+    )
+
+
+def _unused(problem: Problem, solution: Solution, room: int, budget: int) -> Iterator[str]:
+    """Yield why more than MAX_UNUSED of the budget is left, if it is."""
+    left = room - solution.n_bytes
+    if left <= MAX_UNUSED * budget:
+        return
+    said = f"{format_bytes(left)} of the budget are left: "
+    better = [
+        (choice.n_bytes - now.n_bytes, group, j)
+        for group, k in zip(problem.groups, solution.chosen, strict=True)
+        for now in (group.choices[k],)
+        for j, choice in enumerate(group.choices)
+        if choice.cost < now.cost
+    ]
+    if not better:
+        yield said + "every tensor has the best format that it may have"
+        return
+    extra, group, j = min(better, key=lambda b: b[0])
+    tensor, name = problem.candidates[group.members[0]].tensor, group.points[j][0].format
+    yield said + (
+        f"the smallest step that would help, {tensor.name} to {name}, takes {format_bytes(extra)}"
     )
 
 
 def _next_percent(
     items: Sequence[Sequence[Choice]], solution: Solution, capacity: int, budget: int
 ) -> NextPercent:
-    larger = solve(items, capacity + budget // 100, seconds=1.0)
+    larger = solve(items, capacity + budget // 100)
     changes = sum(a != b for a, b in zip(solution.chosen, larger.chosen, strict=True))
     return NextPercent(n_bytes=budget + budget // 100, total_cost=larger.cost, n_changes=changes)
 

@@ -1,0 +1,156 @@
+"""The contenders of bench/quality.py: files of at most a mix's bytes, and how each is made."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+import ramgguf
+from baselines import Flags, all_flags
+from llama_quantize import quantize
+from ramgguf.schema import Measurement, Plan, TensorMeasurement
+from ramgguf.sensitivities import Sensitivity
+
+UNIFORM = ("Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
+LEAST = 0.93  # of the mix's bytes: less is not worth a try as best flags
+N_FLAGS = 6  # of them are made and scored, the best by predicted KLD
+N_CTX = 512
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A file to be made and scored; predicted is the KLD that its plan was expected to have.
+
+    Files with a path of their own stay there: llama.cpp's, which take minutes to make.
+    """
+
+    name: str
+    n_seq: int
+    make: Callable[[Path], Path]
+    predicted: float
+
+
+@dataclass(frozen=True)
+class Field:
+    """What all contenders of a model share."""
+
+    source: Path
+    folder: Path
+    measurement: Measurement
+    sensitivity: Sensitivity
+    n_seq: int
+    n_random: int
+    n_seq_random: int
+    threads: int
+
+    def mix_file(self, mix: str) -> Path:
+        """Return llama.cpp's file of the mix."""
+        return self._llama(mix, None)
+
+    def contenders(self, mix: str, budget: int) -> Iterator[Contender]:
+        """Yield all contenders of at most the budget, which is the mix's bytes."""
+        files = {f.label: f for f in self._flags()}
+        of_mix = files[f"{mix}-default"]
+        yield self._of_flags("mix", of_mix)
+        yield Contender("best flags", self.n_seq, lambda _: self._best_flags(mix), math.nan)
+        yield self._planned(*self._uniform(budget))
+        for objective in ("ram", "nmse", "weighted"):
+            plan = ramgguf.plan(self.measurement, budget, objective=objective, min_sqnr_db=0)
+            yield self._planned(objective, plan)
+        plan = ramgguf.plan(self.measurement, budget, sensitivity=self.sensitivity, min_sqnr_db=0)
+        yield self._planned("sensitivity", plan)
+        for seed in range(self.n_random):
+            yield self._planned(f"random {seed}", self._random(budget, seed), self.n_seq_random)
+
+    def _planned(self, name: str, plan: Plan, n_seq: int | None = None) -> Contender:
+        def make(output: Path) -> Path:
+            ramgguf.quantize(
+                self.source,
+                from_plan=plan,
+                output=output,
+                force=True,
+                verify=False,
+                threads=self.threads,
+            )
+            return output
+
+        formats = {a.name: a.format for a in plan.assignments}
+        return Contender(name, n_seq or self.n_seq, make, self._predicted(formats))
+
+    def _of_flags(self, name: str, flags: Flags) -> Contender:
+        return Contender(
+            name,
+            self.n_seq,
+            lambda _: self._llama(flags.file_type, flags.embedding),
+            self._predicted(flags.types),
+        )
+
+    def _predicted(self, formats: Mapping[str, str]) -> float:
+        """Return Σ α·NMSE, with our encoder's NMSE also for files of llama.cpp's."""
+        alpha = {t.name: t.alpha for t in self.sensitivity.tensors}
+        return math.fsum(
+            alpha.get(t.name, 0.0) * _nmse(t, formats[t.name]) for t in self.measurement.tensors
+        )
+
+    def _uniform(self, budget: int) -> tuple[str, Plan]:
+        """Return the largest format that all tensors can have within the bytes."""
+        found = None
+        for name in UNIFORM:
+            plan = ramgguf.plan(self.measurement, "1000%", pins=[f".={name}"])
+            if plan.n_bytes <= budget:
+                found = f"uniform {name}", plan
+        if found is None:
+            raise SystemExit(f"no uniform plan has {budget} bytes or fewer")
+        return found
+
+    def _random(self, budget: int, seed: int) -> Plan:
+        """Return the plan of sensitivities drawn at random: of full size, and otherwise blind."""
+        rng = np.random.default_rng(seed)
+        drawn = tuple(
+            t.model_copy(update={"alpha": t.n_weights * math.exp(rng.normal(0, 1.5))})
+            for t in self.sensitivity.tensors
+        )
+        blind = self.sensitivity.model_copy(update={"tensors": drawn})
+        return ramgguf.plan(self.measurement, budget, sensitivity=blind, min_sqnr_db=0)
+
+    def _llama(self, file_type: str, embedding: str | None) -> Path:
+        name = f"{self.source.stem}-{file_type}-{embedding or 'default'}"
+        return quantize(
+            self.source,
+            self.folder / f"{name}.gguf",
+            file_type,
+            token_embedding=embedding,
+            threads=self.threads,
+        )
+
+    def _flags(self) -> tuple[Flags, ...]:
+        return all_flags(self.source, self.folder / f"{self.source.stem}-flags.json")
+
+    def _best_flags(self, mix: str) -> Path:
+        """Return the best by KLD of the likeliest files of at most the mix's bytes."""
+        files = self._flags()
+        budget = next(f.n_bytes for f in files if f.label == f"{mix}-default")
+        near = [f for f in files if LEAST * budget < f.n_bytes <= budget]
+        near.sort(key=lambda f: self._predicted(f.types))
+        made = [self._llama(f.file_type, f.embedding) for f in near[:N_FLAGS]]
+        # Chosen on other sequences than those of the table: no luck in the draw.
+        scored = ramgguf.evaluate(
+            made, self.source, n_ctx=N_CTX, n_seq=8, seed=1, threads=self.threads
+        ).results
+        best = min(scored, key=lambda r: r.kld_mean)
+        return self.folder / Path(best.model.path).name
+
+
+def _nmse(tensor: TensorMeasurement, name: str) -> float:
+    """Return the tensor's NMSE in the format, or in the next smaller one that was measured."""
+    if name == tensor.source_format:
+        return 0.0
+    known = {p.format: p for p in tensor.points}
+    if name in known:
+        return known[name].nmse
+    block, size = GGML_QUANT_SIZES[GGMLQuantizationType[name]]
+    smaller = [p for p in tensor.points if p.n_bytes * block <= size * tensor.n_weights]
+    return smaller[-1].nmse if smaller else tensor.points[0].nmse

@@ -61,7 +61,7 @@ class Session:
         self._request = request
         for number, path in enumerate(request.models):
             self._send(Started(model=number, index=None))
-first = request.models.index(path)
+            first = request.models.index(path)
             if first < number:
                 self._models.append(self._models[first])
                 continue

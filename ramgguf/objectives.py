@@ -58,8 +58,10 @@ OBJECTIVES: dict[str, Objective] = {
     "weighted": weighted_nmse,
     "nmse": plain_nmse,
     "ram": ram,
-    "output": output_error,
 }
+
+# Those that need errors weighed by an importance matrix.
+WEIGHED: dict[str, Objective] = {"output": output_error}
 
 
 Cost = Callable[[TensorMeasurement, Point], float]
@@ -101,12 +103,12 @@ def costing(
     if name == SENSITIVITY:
         return _by_sensitivity(measurement, sensitivity)
     try:
-        objective = OBJECTIVES[name]
+        objective = (OBJECTIVES | WEIGHED)[name]
     except KeyError:
-        known = ", ".join([*OBJECTIVES, SENSITIVITY])
+        known = ", ".join([*OBJECTIVES, *WEIGHED, SENSITIVITY])
         raise PlanError(f"objective {name!r} is unknown; known are {known}") from None
-    if name == "output" and measurement.imatrix is None:
-        raise PlanError("the objective output needs errors that an importance matrix weighs")
+    if name in WEIGHED and measurement.imatrix is None:
+        raise PlanError(f"the objective {name} needs errors that an importance matrix weighs")
     shape = Shape.of(measurement)
     return Costing(name, lambda tensor, point: objective(tensor, point, shape))
 

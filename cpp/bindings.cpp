@@ -5,7 +5,9 @@
 #include "bindings.h"
 
 PYBIND11_MODULE(_core, m) {
-    m.doc() = "ramgguf's native core: block formats, GGUF header scanner, statistics of logits, sums of activations";
+    m.doc() =
+        "ramgguf's native core: block formats, GGUF header scanner, statistics of logits, sums of "
+        "activations";
     ramgguf::bind_kernels(m);
     ramgguf::bind_gguf(m);
     ramgguf::bind_logits(m);

@@ -2,8 +2,9 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, Unpack
 
@@ -16,6 +17,7 @@ from ramgguf.files import refuse_existing, require_disk_space
 from ramgguf.gguf_io import GGUFFile, open_gguf
 from ramgguf.gguf_layout import planned_header_bytes
 from ramgguf.imatrix import Imatrix
+from ramgguf.memory import MemoryRequest, Room
 from ramgguf.parallel import default_threads
 from ramgguf.planning import (
     DEFAULT_MIN_SQNR_DB,
@@ -27,9 +29,12 @@ from ramgguf.planning import (
     follow,
     plan,
     plan_on,
+    plan_on_within,
+    plan_within,
 )
 from ramgguf.progress import Progress, Silent
 from ramgguf.schema import Encoder, Measurement, Plan
+from ramgguf.screening import MANY_WEIGHTS, measure_and_plan
 from ramgguf.sensing import reweigh, sensitivity, weighed_by
 from ramgguf.stages import evaluate as _evaluate
 from ramgguf.stages import measure as _measure
@@ -39,6 +44,7 @@ from ramgguf.stages.evaluate import Evaluation
 __all__ = [
     "DEFAULT_ENCODER",
     "DEFAULT_MIN_SQNR_DB",
+    "MemoryRequest",
     "PlanOptions",
     "Quantized",
     "calibrate",
@@ -52,6 +58,8 @@ __all__ = [
     "perturb",
     "plan",
     "plan_on",
+    "plan_on_within",
+    "plan_within",
     "quantize",
     "reweigh",
     "sensitivity",
@@ -65,8 +73,9 @@ DEFAULT_ENCODER: Encoder = "search"
 class Quantized:
     """What `quantize` made: the files, the plan they follow and the seconds of each stage.
 
-    measurement is None when the plan was given; worst_departure is the largest relative
-    difference between planned and written NMSE, None when the output was not verified.
+    measurement is None when the plan was given, and may lack formats that a sample of a tensor
+    showed not to be worth their bytes. worst_departure is the largest relative difference between
+    planned and written NMSE, None when the output was not verified.
     """
 
     paths: tuple[Path, ...]
@@ -123,6 +132,7 @@ def quantize(
     imatrix: str | Path | None = None,
     hessian: str | Path | None = None,
     allow_requantize: bool = False,
+    memory: MemoryRequest | None = None,
     split_max_bytes: int | None = None,
     force: bool = False,
     verify: bool = True,
@@ -132,43 +142,58 @@ def quantize(
 ) -> Quantized:
     """Write the best GGUF that fits the budget and return what was made.
 
-    Needs a budget or a ready plan; a ready measurement saves measuring again; options are those
-    of plan, imatrix and hessian are as in measure. output is by default beside the model and
-    named after the plan's bits per weight. Raises BudgetError, GGUFError, FormatError, ImatrixError
-    or PlanError; an older output is then untouched.
+    Needs a budget, memory (with or without a budget) or a ready plan; a ready measurement saves
+    measuring again; options are those of plan, imatrix and hessian are as in measure. output is by
+    default beside the model and named after the plan's bits per weight. Raises BudgetError,
+    GGUFError, FormatError, ImatrixError or PlanError; an older output is then untouched.
     """
     clock, n_threads, shown = _Clock(), threads or default_threads(), progress or Silent()
-    with open_gguf(Path(model), kind_check=True) as file:
-        if from_plan is not None and budget is None:
+    with open_gguf(Path(model), kind_check=True) as file, ExitStack() as stack:
+        if from_plan is not None and budget is None and memory is None:
             made = from_plan
-        elif from_plan is None and budget is not None:
-            n_bytes = budget_bytes(budget, file.n_weights, file.n_bytes)
+        elif from_plan is None and (budget is not None or memory is not None):
+            most = None if budget is None else budget_bytes(budget, file.n_weights, file.n_bytes)
+            room = Room.of(file, most, memory, stack)
+            n_bytes = room.n_bytes
             _check_destination(Path(output or model), output is not None and not force, n_bytes)
-            if measurement is None:
+            shards = partial(_plan_for_shards, file, options, split_max_bytes)
+
+            def plan_it(measured: Measurement) -> Plan:
+                return room.plan(partial(shards, measured))
+
+            if measurement is not None:
+                with clock.stage("plan"):
+                    made = plan_it(measurement)
+            else:
                 weighed = _weighed(encoder, imatrix, hessian)
-                with clock.stage("measure"):
-                    measurement = _measure.measure(
-                        file,
-                        n_overhead_bytes=_overhead_bytes(file, weighed),
-                        wanted=options.get("formats"),
-                        encoder=encoder,
-                        imatrix=weighed,
-                        allow_requantize=allow_requantize,
-                        threads=n_threads,
-                        progress=shown,
-                    )
-            with clock.stage("plan"):
-                made = _plan_for_shards(file, measurement, n_bytes, options, split_max_bytes)
+                measure_it = partial(
+                    _measure.measure,
+                    file,
+                    n_overhead_bytes=_overhead_bytes(file, weighed),
+                    wanted=options.get("formats"),
+                    encoder=encoder,
+                    imatrix=weighed,
+                    allow_requantize=allow_requantize,
+                    threads=n_threads,
+                    progress=shown,
+                )
+                screens = encoder == "search" and file.n_weights >= MANY_WEIGHTS
+                measurement, made = measure_and_plan(
+                    measure_it, plan_it, options, clock.stage, screens=screens
+                )
         else:
-            raise PlanError("either a budget or a plan is needed, and not both")
+            raise PlanError("either a budget, memory or a plan is needed, and not both")
         path = Path(output) if output is not None else default_output(Path(model), made)
         destination = _quantize.Destination(path, force, split_max_bytes)
-        with clock.stage("write"):
-            paths = _quantize.quantize(file, made, destination, threads=n_threads, progress=shown)
         worst = None
-        if verify:
-            with clock.stage("verify"):
-                worst = _quantize.verify(file, made, paths, threads=n_threads, progress=shown)
+        with _quantize.begin(file, made, destination) as out:
+            with clock.stage("write"):
+                _quantize.write(file, made, out, threads=n_threads, progress=shown)
+            if verify:
+                with clock.stage("verify"), out.written() as written:
+                    worst = _quantize.verify(file, made, written, threads=n_threads, progress=shown)
+            with clock.stage("flush"):
+                paths = out.commit()
     n_written = sum(p.stat().st_size for p in paths)
     return Quantized(paths, n_written, made, measurement, worst, clock.seconds)
 
@@ -228,10 +253,10 @@ def _check_destination(output: Path, must_be_new: bool, n_bytes: int) -> None:
 
 def _plan_for_shards(
     file: GGUFFile,
-    measurement: Measurement,
-    budget: int,
     options: PlanOptions,
     split_max_bytes: int | None,
+    measurement: Measurement,
+    budget: int,
 ) -> Plan:
     """Return a plan whose files together fit the budget: shards have headers of their own."""
     for _ in range(8):
@@ -278,4 +303,4 @@ class _Clock:
     def stage(self, name: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
-        self.seconds[name] = time.perf_counter() - start
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start

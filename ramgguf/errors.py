@@ -18,7 +18,14 @@ class ImatrixError(RamggufError):
 
 
 class BudgetError(RamggufError):
-    """No plan fits the budget, or the budget cannot be understood."""
+    """No plan fits the budget, or the budget cannot be understood.
+
+    smallest is the bytes of the smallest plan, where that is what the budget is below.
+    """
+
+    def __init__(self, message: str, smallest: int | None = None) -> None:
+        super().__init__(message)
+        self.smallest = smallest
 
 
 class PlanError(RamggufError):

@@ -141,6 +141,13 @@ class AtomicFile:
         with _named(self.path, self._error):
             os.fsync(self._fd)
 
+    def remove_older(self) -> None:
+        """Remove what has the file's name, if it may be replaced."""
+        if self._force:
+            with _named(self.path, self._error):
+                self.path.unlink(missing_ok=True)
+            sync_folder(self.path.parent)
+
     def commit(self) -> None:
         """Flush the file and give it its name; raises `error` if that exists and may not."""
         self.flush()

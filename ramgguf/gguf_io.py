@@ -1,15 +1,14 @@
 """GGUF files read: header, metadata, and tensor data by ranges of rows; shards open as one file.
 
 Headers are read into memory once and never looked at again in the file. Tensor data are read with
-`read_rows` (pread): a file that is cut short while in use is an error, where a memory map would end
-the process with SIGBUS. `rows` is the map, for callers that own the file.
+pread: a file that is cut short while in use is an error, where a memory map would end the process
+with SIGBUS, and what was read does not count as this process's memory.
 """
 
 import contextlib
 import hashlib
-import mmap
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -22,7 +21,7 @@ from ramgguf.errors import GGUFError
 from ramgguf.gguf_shard import Shard, require_whole, shard_paths
 from ramgguf.gguf_values import TensorInfo, ValueType
 
-__all__ = ["GGUFFile", "TensorInfo", "open_gguf", "require_language_model"]
+__all__ = ["GGUFFile", "TensorInfo", "open_gguf", "open_shards", "require_language_model"]
 
 # What else comes as GGUF, by general.type or general.architecture.
 _OTHER_KINDS: Mapping[str, str] = {
@@ -65,7 +64,7 @@ class GGUFFile:
         for shard in self._shards:
             shard.close()
 
-    @property
+    @cached_property
     def architecture(self) -> str:
         """general.architecture; raises GGUFError if it is missing."""
         name = self.metadata.string("general.architecture")
@@ -136,29 +135,6 @@ class GGUFFile:
             done += n
         return buffer.reshape(stop - start, tensor.row_bytes)
 
-    def rows(self, tensor: TensorInfo, start: int, stop: int) -> NDArray[np.uint8]:
-        """Return rows start to stop as a read-only view of the mapped file.
-
-        The shape is (stop - start, row_bytes). Once the file is cut short, touching the
-        view ends the process with SIGBUS; read_rows raises an error instead.
-        """
-        shard = self._shards[tensor.shard]
-        if shard.map is None:
-            shard.map = mmap.mmap(shard.fd, shard.n_bytes, access=mmap.ACCESS_READ)
-        first = tensor.offset + start * tensor.row_bytes
-        flat = np.frombuffer(shard.map, np.uint8, (stop - start) * tensor.row_bytes, first)
-        return flat.reshape(stop - start, tensor.row_bytes)
-
-    def advise_done(self, tensor: TensorInfo) -> None:
-        """Let the kernel drop the tensor's mapped pages from this process; harmless if unmapped."""
-        shard = self._shards[tensor.shard]
-        if shard.map is not None and hasattr(shard.map, "madvise"):
-            page = mmap.PAGESIZE
-            first = -(-tensor.offset // page) * page
-            last = (tensor.offset + tensor.n_bytes) // page * page
-            if last > first:
-                shard.map.madvise(mmap.MADV_DONTNEED, first, last - first)
-
     def require_unchanged(self) -> None:
         """Raise GGUFError if a file was written to or cut short since it was opened."""
         for shard in self._shards:
@@ -188,10 +164,15 @@ def open_gguf(path: Path, *, kind_check: bool = False) -> GGUFFile:
     With kind_check, files that are no language models are refused. Raises GGUFError for whatever
     is wrong with the file.
     """
+    return open_shards(shard_paths(path), kind_check=kind_check)
+
+
+def open_shards(paths: Sequence[Path], *, kind_check: bool = False) -> GGUFFile:
+    """Return the files, whatever their names, as one: all shards of a model in their order."""
     with contextlib.ExitStack() as opened:
         shards = tuple(
             opened.enter_context(contextlib.closing(Shard(p, number)))
-            for number, p in enumerate(shard_paths(path))
+            for number, p in enumerate(paths)
         )
         require_whole(shards)
         file = GGUFFile(shards)

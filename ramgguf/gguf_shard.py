@@ -1,6 +1,5 @@
 """One file of a GGUF model: its descriptor, its header, and which other files belong to it."""
 
-import mmap
 import os
 import re
 import stat
@@ -24,7 +23,6 @@ class Shard:
 
     def __init__(self, path: Path, number: int) -> None:
         self.path = path
-        self.map: mmap.mmap | None = None
         try:
             # Without O_NONBLOCK, opening a FIFO would wait for ever.
             self.fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -80,12 +78,7 @@ class Shard:
         return identity(os.fstat(self.fd)) != identity(self.status)
 
     def close(self) -> None:
-        """Close the file; views of its map stay valid."""
-        if self.map is not None:
-            try:
-                self.map.close()
-            except BufferError:  # somebody still holds rows; the map goes when they do
-                self.map = None
+        """Close the file."""
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1

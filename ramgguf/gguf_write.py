@@ -1,7 +1,6 @@
 """GGUF files written: an output that takes bytes in any order and appears whole or not at all."""
 
 import threading
-from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -10,11 +9,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ramgguf.errors import GGUFError
-from ramgguf.files import AtomicFile, refuse_existing, remove_orphans, require_disk_space
-from ramgguf.gguf_io import GGUFFile, TensorInfo
-from ramgguf.gguf_layout import Layout, Overrides, plan_layout
-
-_CHUNK_BYTES = 1 << 24
+from ramgguf.files import (
+    AtomicFile,
+    refuse_existing,
+    remove_orphans,
+    require_disk_space,
+    temporary_path,
+)
+from ramgguf.gguf_io import GGUFFile, open_shards
+from ramgguf.gguf_layout import Layout
 
 Bytes = bytes | bytearray | memoryview | NDArray[Any]
 
@@ -75,28 +78,29 @@ class GGUFOutput:
         with self._lock:
             self._missing[name] -= len(view)
 
-    def copy(self, name: str) -> None:
-        """Write the tensor's bytes as they stand in the source."""
-        tensor = self._source.tensor(name)
-        if self.layout.tensors[name].type_name != tensor.type_name:
-            raise GGUFError(f"tensor {name!r}: is {tensor.type_name}; it cannot just be copied")
-        step = max(1, _CHUNK_BYTES // tensor.row_bytes)
-        for start in range(0, tensor.n_rows, step):
-            rows = self._source.read_rows(tensor, start, min(start + step, tensor.n_rows))
-            self.write_at(name, start * tensor.row_bytes, rows)
+    def written(self) -> GGUFFile:
+        """Return what was written so far, open, as the file that it will be."""
+        return open_shards([temporary_path(s.path) for s in self.layout.shards])
+
+    def flush(self) -> None:
+        """Wait until everything that was written is on disk."""
+        for file in self._files:
+            file.flush()
 
     def commit(self) -> tuple[Path, ...]:
         """Flush the files, give them their names and return these.
 
-        The first shard, which loaders open, is named last. Raises GGUFError if a tensor was not
-        written in full or the source has changed since it was opened.
+        The first shard, which loaders open, is named last, and an older one goes first: whenever
+        this ends midway, there is no first shard that old and new ones could follow. Raises
+        GGUFError if a tensor was not written in full or the source has changed since it was opened.
         """
         for name, missing in self._missing.items():
             if missing:
                 raise GGUFError(f"tensor {name!r}: {missing} bytes were not written")
         self._source.require_unchanged()
-        for file in self._files:
-            file.flush()
+        self.flush()
+        if len(self._files) > 1:
+            self._files[0].remove_older()
         for file in reversed(self._files):
             file.commit()
         return tuple(s.path for s in self.layout.shards)
@@ -105,32 +109,3 @@ class GGUFOutput:
         """Remove what was written; does nothing to files that have their names."""
         for file in self._files:
             file.abort()
-
-
-def write_gguf(
-    path: Path,
-    source: GGUFFile,
-    tensor_types: Mapping[str, str],
-    overrides: Overrides,
-    blocks: Callable[[TensorInfo, str], Iterable[Bytes]],
-    *,
-    force: bool = False,
-    split_max_bytes: int | None = None,
-) -> tuple[Path, ...]:
-    """Write the source with other types and return the paths of what was written.
-
-    blocks yields the encoded bytes of a tensor in a type, front to back; it is asked only for the
-    tensors whose type changes, the others are copied. Raises GGUFError; then nothing is left.
-    """
-    layout = plan_layout(path, source, tensor_types, overrides, split_max_bytes=split_max_bytes)
-    with GGUFOutput(layout, source, force=force) as output:
-        for tensor in source.tensors:
-            type_name = layout.tensors[tensor.name].type_name
-            if type_name == tensor.type_name:
-                output.copy(tensor.name)
-                continue
-            offset = 0
-            for data in blocks(tensor, type_name):
-                output.write_at(tensor.name, offset, data)
-                offset += _view(data).nbytes
-        return output.commit()

@@ -1,20 +1,38 @@
 """Row chunks of tensors, and an ordered map over them on threads."""
 
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 T = TypeVar("T")
 R = TypeVar("R")
 
-# Fixed, so that sums are taken over the same chunks for any number of threads.
-CHUNK_WEIGHTS = 1 << 19
+# Fixed, so that sums are taken over the same chunks for any number of threads. The bytes of a
+# chunk, and what is made of them, stay in the second cache.
+CHUNK_WEIGHTS = 1 << 20
+# What a thread takes at once: chunks of large tensors, or many small tensors.
+BATCH_WEIGHTS = 1 << 22
+# What is looked at of a tensor to tell which formats are worth measuring.
+SAMPLE_SHARE, SAMPLE_WEIGHTS, SAMPLE_CHUNKS = 1 / 64, 1 << 16, 16
 
 
-@dataclass(frozen=True)
+class Rows(Protocol):
+    """What chunks are made of: a tensor of n_rows rows."""
+
+    @property
+    def n_rows(self) -> int: ...
+    @property
+    def row_length(self) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
 class Chunk:
     """Rows start to stop (exclusive) of the tensor with this index."""
 
@@ -23,11 +41,66 @@ class Chunk:
     stop: int
 
 
-def row_chunks(index: int, n_rows: int, row_length: int) -> Iterator[Chunk]:
-    """Yield the chunks of a tensor: whole rows, about CHUNK_WEIGHTS weights each."""
-    step = max(1, CHUNK_WEIGHTS // row_length)
-    for start in range(0, n_rows, step):
-        yield Chunk(index, start, min(start + step, n_rows))
+def batches(tensors: Iterable[Rows]) -> Iterator[list[Chunk]]:
+    """Yield all chunks in order: whole rows, about CHUNK_WEIGHTS weights each.
+
+    Chunks of small tensors come together, so that handing them out costs little.
+    """
+    batch: list[Chunk] = []
+    n_weights = 0
+    for index, tensor in enumerate(tensors):
+        n_rows, row_length = tensor.n_rows, tensor.row_length
+        step = max(1, CHUNK_WEIGHTS // row_length)
+        for start in range(0, n_rows, step):
+            stop = min(start + step, n_rows)
+            n_weights += (stop - start) * row_length
+            if batch and n_weights > BATCH_WEIGHTS:
+                yield batch
+                batch, n_weights = [], (stop - start) * row_length
+            batch.append(Chunk(index, start, stop))
+    if batch:
+        yield batch
+
+
+def sample(tensors: Iterable[Rows]) -> Iterator[list[Chunk]]:
+    """Yield chunks of SAMPLE_CHUNKS ranges of rows spread over each tensor, of few weights in all.
+
+    They hold SAMPLE_SHARE of the weights, SAMPLE_WEIGHTS at least: small tensors are taken whole.
+    """
+    for index, tensor in enumerate(tensors):
+        n_rows, row_length = tensor.n_rows, tensor.row_length
+        wanted = max(SAMPLE_WEIGHTS, int(SAMPLE_SHARE * n_rows * row_length))
+        step = max(1, -(-wanted // (SAMPLE_CHUNKS * row_length)))
+        n_chunks = min(SAMPLE_CHUNKS, -(-n_rows // step))
+        starts = [i * n_rows // n_chunks for i in range(n_chunks)]
+        ends = [*starts[1:], n_rows]
+        yield [Chunk(index, a, min(a + step, b)) for a, b in zip(starts, ends, strict=True)]
+
+
+def map_chunks(
+    function: Callable[[Chunk], R], batches: Iterable[list[Chunk]], threads: int
+) -> Iterator[R]:
+    """Yield function(chunk) for the chunks of all batches, in order, computed by threads."""
+
+    def of_batch(batch: list[Chunk]) -> list[R]:
+        return [function(chunk) for chunk in batch]
+
+    for results in ordered_map(of_batch, batches, threads):
+        yield from results
+
+
+class Buffers(threading.local):
+    """Memory that each thread uses for one chunk after the other: fresh pages are not free."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, NDArray[np.uint8]] = {}
+
+    def take(self, purpose: str, n_bytes: int) -> NDArray[np.uint8]:
+        """Return n_bytes that are this thread's until it takes memory for that purpose again."""
+        buffer = self._buffers.get(purpose)
+        if buffer is None or len(buffer) < n_bytes:
+            buffer = self._buffers[purpose] = np.empty(n_bytes, np.uint8)
+        return buffer[:n_bytes]
 
 
 def default_threads() -> int:

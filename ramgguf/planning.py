@@ -5,14 +5,16 @@ from pathlib import Path
 from typing import TypedDict, Unpack
 
 from ramgguf.curves import Frontier
-from ramgguf.errors import BudgetError
+from ramgguf.errors import BudgetError, PlanError
 from ramgguf.explain import PlanExplanation
 from ramgguf.explain import explain as _explain
+from ramgguf.gguf_io import GGUFFile, open_gguf
+from ramgguf.memory import MemoryPlanner, MemoryRequest
 from ramgguf.objectives import Costing, costing
-from ramgguf.problem import parse_tie
+from ramgguf.problem import Problem, parse_tie
 from ramgguf.recipes import Difference, Recipe, pins_for
 from ramgguf.recipes import diff as _diff
-from ramgguf.schema import Constraints, Measurement, MinFormat, Pin, Plan
+from ramgguf.schema import Constraints, Measurement, MinFormat, Pin, Plan, Source
 from ramgguf.sensitivities import Sensitivity
 from ramgguf.stages import allocate as _allocate
 from ramgguf.stages import frontier as _frontier
@@ -56,6 +58,42 @@ def plan(
     )
 
 
+def plan_within(
+    measurement: Measurement | str | Path,
+    memory: MemoryRequest,
+    budget: int | str | None = None,
+    *,
+    model: str | Path | None = None,
+    **options: Unpack[PlanOptions],
+) -> Plan:
+    """Return the plan of least cost that fits the memory, and the budget if one is given.
+
+    The header of the model (by default where it was measured) tells its cache. Raises BudgetError
+    with the longest context that fits when nothing does, else as plan does.
+    """
+    measurement = _loaded(measurement)
+    with source_model(measurement.source, model) as file, MemoryPlanner(file, memory) as planner:
+        most = None
+        if budget is not None:
+            most = budget_bytes(budget, measurement.n_weights, measurement.source.n_bytes)
+        return planner.fit(lambda n_bytes: plan(measurement, n_bytes, **options), most)
+
+
+def source_model(source: Source, model: str | Path | None) -> GGUFFile:
+    """Return the open model that a value was made from; raises PlanError if it is another."""
+    path = Path(model or source.path)
+    if model is None and not path.exists():
+        raise PlanError(
+            f"{path}: the model that was measured is not there, and only its header tells how much "
+            "memory a context takes; name it with --model"
+        )
+    file = open_gguf(path)
+    if file.header_sha256 != source.header_sha256:
+        file.close()
+        raise PlanError(f"{path}: is not the model that was measured ({source.path})")
+    return file
+
+
 def follow(measurement: Measurement | str | Path, recipe: Recipe | str | Path) -> Plan:
     """Return the plan that gives every tensor the format it has in a recipe, plan or GGUF file.
 
@@ -84,6 +122,21 @@ def plan_on(frontier: Frontier, budget: int | str) -> Plan:
     return _frontier.plan_at(frontier, n_bytes)
 
 
+def plan_on_within(
+    frontier: Frontier,
+    memory: MemoryRequest,
+    budget: int | str | None = None,
+    *,
+    model: str | Path | None = None,
+) -> Plan:
+    """Return the frontier's plan that fits the memory, and the budget if one is given."""
+    with source_model(frontier.source, model) as file, MemoryPlanner(file, memory) as planner:
+        most = None
+        if budget is not None:
+            most = budget_bytes(budget, frontier.n_weights, frontier.source.n_bytes)
+        return planner.fit(lambda n_bytes: plan_on(frontier, n_bytes), most)
+
+
 def explain(
     plan: Plan,
     measurement: Measurement | str | Path,
@@ -108,6 +161,12 @@ def _loaded_sensitivity(sensitivity: Sensitivity | str | Path | None) -> Sensiti
     if sensitivity is None or isinstance(sensitivity, Sensitivity):
         return sensitivity
     return Sensitivity.load(Path(sensitivity))
+
+
+def problem(measurement: Measurement, options: PlanOptions) -> Problem:
+    """Return the knapsack that plans with these options solve."""
+    cost = _costing(measurement, options).cost
+    return Problem.of(measurement, _constraints(options), cost)
 
 
 def _costing(measurement: Measurement, options: PlanOptions) -> Costing:

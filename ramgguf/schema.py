@@ -238,6 +238,36 @@ class NextPercent(_Value):
     n_changes: NonNegative
 
 
+class MemoryUse(_Value):
+    """Bytes by purpose; cache is keys, values and recurrent state."""
+
+    weights: NonNegative = 0
+    cache: NonNegative = 0
+    compute: NonNegative = 0
+    overhead: NonNegative = 0
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.cache + self.compute + self.overhead
+
+
+class MemoryBudget(_Value):
+    """How a plan's budget follows from memory, for n_seq sequences of n_ctx tokens each."""
+
+    limit: Positive | None
+    limit_source: str
+    n_ctx: Positive
+    n_seq: Positive
+    type_k: str
+    type_v: str
+    method: Literal["llama.cpp", "estimate"]
+    why_estimate: str | None = None
+    ram: MemoryUse
+    n_gpu_layers: NonNegative | None = None
+    vram_limit: Positive | None = None
+    vram: MemoryUse | None = None
+
+
 class Plan(Document):
     """A format for every tensor, with what it costs, what it loses and how near the optimum it is.
 
@@ -263,6 +293,7 @@ class Plan(Document):
     constraints: Constraints = Constraints()
     assignments: tuple[Assignment, ...]
     next_percent: NextPercent | None = None
+    memory: MemoryBudget | None = None
     notes: tuple[str, ...] = ()
 
     @property

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
-from scipy import stats
 
 from ramgguf.errors import ResultError
 from ramgguf.robust import FloatArray, IntArray, Sample, SequenceLosses, Statistic, n_units
@@ -94,6 +93,8 @@ def wilcoxon_p(a: SequenceLosses, b: SequenceLosses) -> float:
 
     Takes sequences as independent; with articles that span several it is a little too sure.
     """
+    from scipy import stats  # takes half a second, which other commands need not wait
+
     delta = delta_nll(a, b)
     return float(stats.wilcoxon(delta).pvalue) if delta.any() else 1.0
 

@@ -69,17 +69,31 @@ class Scale:
             )
             for part, importance in self.parts(start, start + len(rows))
         ]
-        return _core.RowStats.merged(found)
+        return found[0] if len(found) == 1 else _core.RowStats.merged(found)
 
     def encode(
-        self, to: str, type_name: str, rows: Rows, start: int, row_length: int, encoder: str
+        self,
+        to: str,
+        type_name: str,
+        rows: Rows,
+        start: int,
+        row_length: int,
+        encoder: str,
+        out: Rows | None = None,
     ) -> Rows:
-        """Return the rows, the tensor's from row `start` on, in the format `to`."""
+        """Return the rows, the tensor's from row `start` on, in the format `to`.
+
+        out, if given, is a buffer of at least as many bytes, whose head is filled and returned.
+        """
+        row_bytes = formats.row_bytes(to, row_length)
+        if out is None:
+            out = np.empty(len(rows) * row_bytes, np.uint8)
+        blocks = out.reshape(-1)[: len(rows) * row_bytes].reshape(len(rows), row_bytes)
         if self.hessian is not None and encoder == "gptq" and to in gptq.FORMATS:
             weights = _decoded(type_name, rows, row_length)
             assert self.importance is not None  # wherever there is a Hessian
-            return gptq.encode(to, weights, self.hessian(), self.importance[0])
-        blocks = np.empty((len(rows), formats.row_bytes(to, row_length)), np.uint8)
+            blocks[:] = gptq.encode(to, weights, self.hessian(), self.importance[0])
+            return blocks
         for part, importance in self.parts(start, start + len(rows)):
             _core.encode(
                 to,
@@ -103,7 +117,7 @@ class Scale:
             _core.compare(type_name, before[part], to, after[part], importance=importance)
             for part, importance in self.parts(start, start + len(before))
         ]
-        return _core.RowStats.merged(found)
+        return found[0] if len(found) == 1 else _core.RowStats.merged(found)
 
     def squares(self, stats: _core.RowStats) -> float:
         """Return the sum of squares that errors are a share of: weighed, if there is importance."""

@@ -5,6 +5,7 @@ behind once the next run is over, and that run writes the bytes that an undistur
 `make soak` sets RAMGGUF_KILLS to 50 and more.
 """
 
+import contextlib
 import errno
 import os
 import resource
@@ -22,8 +23,9 @@ import pytest
 import ramgguf
 from gguf_samples import write_model
 from ramgguf.errors import GGUFError, PlanError
+from ramgguf.files import AtomicFile
 from ramgguf.gguf_io import GGUFFile, TensorInfo, open_gguf
-from ramgguf.schema import Measurement
+from ramgguf.schema import Measurement, Plan
 
 KILLS = int(os.environ.get("RAMGGUF_KILLS", "4"))
 BUDGET = "6bpw"
@@ -111,6 +113,92 @@ def test_kills_leave_the_source_and_an_older_or_complete_output(
         command.run(source, target)
         assert command.same(target.read_bytes(), expected)
         assert sorted(p.name for p in tmp_path.iterdir()) == ["target", "undisturbed"]
+
+
+# Ends itself before the n-th change of a folder entry that giving outputs their names takes.
+_COMMIT = """
+import os, signal, sys
+from pathlib import Path
+import ramgguf
+source, target, n = sys.argv[1], sys.argv[2], int(sys.argv[3])
+seen = 0
+def counted(function):
+    def call(*arguments, **options):
+        global seen
+        seen += 1
+        if seen == n:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*arguments, **options)
+    return call
+from ramgguf.gguf_write import GGUFOutput
+commit = GGUFOutput.commit
+def commit_and_die(output):
+    Path.replace, Path.unlink = counted(Path.replace), counted(Path.unlink)
+    return commit(output)
+GGUFOutput.commit = commit_and_die
+from ramgguf.schema import Plan
+plan = Plan.load(Path(sys.argv[4]))
+ramgguf.quantize(source, None, target, from_plan=plan, force=True, split_max_bytes=700_000)
+"""
+
+
+def test_shards_of_two_outputs_never_pass_for_one(source: Path, tmp_path: Path) -> None:
+    plan = ramgguf.plan(ramgguf.measure(source), "5bpw", min_sqnr_db=0)
+    plan.save(tmp_path / "plan")
+
+    def write(plan: Plan, name: str) -> list[bytes]:
+        made = ramgguf.quantize(
+            source, None, tmp_path / name, from_plan=plan, verify=False, force=True,
+            split_max_bytes=700_000,
+        )  # fmt: skip
+        return [p.read_bytes() for p in made.paths]
+
+    newer = write(plan, "newer.gguf")
+    # In as many shards, of the same sizes.
+    older = write(plan.model_copy(update={"encoder": "search"}), "target.gguf")
+    assert len(older) == len(newer) >= 3
+    assert sum(a != b for a, b in zip(older, newer, strict=True)) >= 2
+    paths = sorted(tmp_path.glob("target-*"))
+    found = []
+    for n in range(1, len(newer) + 3):
+        for path, content in zip(paths, older, strict=True):
+            path.write_bytes(content)
+        arguments = [str(source), str(tmp_path / "target.gguf"), str(n), str(tmp_path / "plan")]
+        done = subprocess.run([sys.executable, "-c", _COMMIT, *arguments], check=False)
+        assert done.returncode == (-signal.SIGKILL if n <= len(newer) + 1 else 0)
+        with contextlib.suppress(GGUFError), open_gguf(paths[-1]):
+            found.append([p.read_bytes() for p in paths])
+    assert found == [older, newer]  # in between, there is no first shard
+    assert write(plan, "target.gguf") == newer
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_what_fails_verification_never_gets_the_name(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "target.gguf"
+    write_at = AtomicFile.write_at
+    damaged = 0
+
+    def damaging(file: AtomicFile, offset: int, data: bytes | memoryview) -> None:
+        nonlocal damaged
+        content = bytearray(data)
+        if len(content) > 50_000:
+            content[len(content) // 2] ^= 0x40
+            damaged += 1
+        write_at(file, offset, bytes(content))
+
+    monkeypatch.setattr(AtomicFile, "write_at", damaging)
+    plan = ramgguf.plan(ramgguf.measure(source), "5bpw", min_sqnr_db=0)
+    for split in (None, 700_000):
+        target.write_bytes(b"older")
+        with pytest.raises(GGUFError, match=r"NMSE|bytes differ"):
+            ramgguf.quantize(
+                source, None, target, from_plan=plan, force=True, split_max_bytes=split
+            )
+        assert target.read_bytes() == b"older"
+        assert [p.name for p in tmp_path.iterdir()] == ["target.gguf"]
+    assert damaged
 
 
 def test_ctrl_c_leaves_nothing_and_says_so_in_one_line(source: Path, tmp_path: Path) -> None:

@@ -55,7 +55,6 @@ def _assert_same_as_reader(path: Path) -> None:
             assert (mine.n_weights, mine.n_bytes) == (theirs.n_elements, theirs.n_bytes)
             assert mine.offset == theirs.data_offset
             data = theirs.data.view(np.uint8).reshape(mine.n_rows, mine.row_bytes)
-            assert np.array_equal(file.rows(mine, 0, mine.n_rows), data), mine.name
             assert np.array_equal(file.read_rows(mine, 0, mine.n_rows), data), mine.name
 
 
@@ -216,19 +215,8 @@ def test_rows_are_ranges_of_the_tensor_and_buffers_are_reused(small: Path) -> No
         part = file.read_rows(tensor, 5, 11, buffer)
         assert np.shares_memory(part, buffer)
         np.testing.assert_array_equal(part, everything[5:11])
-        np.testing.assert_array_equal(file.rows(tensor, 5, 11), everything[5:11])
-        assert not file.rows(tensor, 0, 1).flags.writeable
-        file.advise_done(tensor)
-        np.testing.assert_array_equal(file.rows(tensor, 5, 11), everything[5:11])
         with pytest.raises(ValueError, match="cannot hold"):
             file.read_rows(tensor, 0, 9, buffer)
-
-
-def test_rows_outlive_the_file(small: Path) -> None:
-    with open_gguf(small) as file:
-        tensor = file.tensor("output_norm.weight")
-        rows, copy = file.rows(tensor, 0, 1), file.read_rows(tensor, 0, 1)
-    np.testing.assert_array_equal(rows, copy)
 
 
 def test_threads_may_read_at_once(small: Path) -> None:
@@ -292,7 +280,8 @@ def test_shards_open_as_one_given_any_of_them(shards: list[Path], tmp_path: Path
                 assert [t.name for t in file.tensors] == [t.name for t in one.tensors]
                 for mine, theirs in zip(file.tensors, one.tensors, strict=True):
                     np.testing.assert_array_equal(
-                        file.read_rows(mine, 0, mine.n_rows), one.rows(theirs, 0, theirs.n_rows)
+                        file.read_rows(mine, 0, mine.n_rows),
+                        one.read_rows(theirs, 0, theirs.n_rows),
                     )
 
 

@@ -79,7 +79,7 @@ def test_experts_are_one_item_measured_over_all_slices(tmp_path: Path) -> None:
     weights[2] *= 100  # one expert dominates
     name = "blk.0.ffn_down_exps.weight"
     source = write(tmp_path / "a.gguf", {name: (weights, Kind.F16)})
-    (tensor,) = ramgguf.measure(source, formats=["Q4_0"]).tensors
+    (tensor,) = ramgguf.measure(source, formats=["Q4_0"], encoder="rtn").tensors
     point = next(p for p in tensor.points if p.format == "Q4_0")
     before = decoded(source)[name].astype(np.float64)
     after = dequantize(quantize(before.astype(np.float32), Kind.Q4_0), Kind.Q4_0)
@@ -218,8 +218,12 @@ def test_verification_notices_a_byte_that_is_not_as_planned(tmp_path: Path) -> N
         data[offset] ^= 0x40
         made.paths[0].write_bytes(data)
         data[offset] ^= 0x40
-        with open_gguf(source) as file, pytest.raises(GGUFError, match=r"NMSE|bytes differ"):
-            verify(file, made.plan, made.paths, threads=1, progress=Silent())
+        with (
+            open_gguf(source) as file,
+            open_gguf(made.paths[0]) as written,
+            pytest.raises(GGUFError, match=r"NMSE|bytes differ"),
+        ):
+            verify(file, made.plan, written, threads=1, progress=Silent())
 
 
 def test_nothing_is_overwritten_without_force_and_before_any_work(tmp_path: Path) -> None:
@@ -266,3 +270,54 @@ def test_the_default_name_says_the_bits(tmp_path: Path) -> None:
     source = write_model(tmp_path / "tiny-F16.gguf", rng=np.random.default_rng(10))
     made = ramgguf.quantize(source, "6bpw")
     assert made.paths[0].name == f"tiny-ram-{made.plan.bpw:.2f}bpw.gguf"
+
+
+def _large(path: Path) -> Path:
+    """Write a model whose tensors are not taken whole by a sample."""
+    rng = np.random.default_rng(11)
+    names = [
+        f"blk.{i}.{part}.weight" for i in range(3) for part in ("ffn_up", "ffn_down", "attn_v")
+    ]
+    tensors = {
+        name: (
+            rng.standard_t(4, (512, 512)).astype(np.float32) * float(rng.uniform(0.5, 2)),
+            Kind.F16,
+        )
+        for name in names
+    }
+    return write(path, tensors, n_layers=3)
+
+
+@pytest.mark.parametrize("budget", ["2.7bpw", "4.4bpw", "5.6bpw", "8bpw"])
+def test_what_a_sample_leaves_out_is_in_no_better_plan(
+    budget: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ramgguf.api.MANY_WEIGHTS", 0)
+    source = _large(tmp_path / "a.gguf")
+    everything = ramgguf.measure(source, encoder="search")
+    best = ramgguf.plan(everything, budget, min_sqnr_db=0)
+    made = ramgguf.quantize(source, budget, tmp_path / "b.gguf", encoder="search", min_sqnr_db=0)
+    assert made.measurement is not None
+    assert made.plan.n_bytes <= best.budget
+    # Of so few tensors, formats far from the others fill the last bytes of the best plan.
+    assert best.total_cost * (1 - 1e-9) <= made.plan.total_cost <= best.total_cost * 1.05
+    points = {t.name: {p.format: p for p in t.points} for t in everything.tensors}
+    for tensor in made.measurement.tensors:
+        assert 1 < len(tensor.points) < len(points[tensor.name])
+        assert all(p == points[tensor.name][p.format] for p in tensor.points)
+    assert any("sample" in note for note in made.plan.notes)
+
+
+def test_everything_is_measured_when_what_the_sample_chose_does_not_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ramgguf.api.MANY_WEIGHTS", 0)
+    source = _large(tmp_path / "a.gguf")
+    names = [t.name for t in ramgguf.measure(source, formats=["Q8_0"]).tensors]
+    chosen = dict.fromkeys(names, frozenset({"Q8_0"}))
+    monkeypatch.setattr("ramgguf.screening.worth_measuring", lambda *_: chosen)
+    made = ramgguf.quantize(source, "5bpw", tmp_path / "b.gguf", encoder="search", min_sqnr_db=0)
+    assert made.plan.n_bytes <= made.plan.budget
+    assert "F16" not in {a.format for a in made.plan.assignments}
+    with pytest.raises(BudgetError, match="below the smallest plan"):
+        ramgguf.quantize(source, "1bpw", tmp_path / "c.gguf", encoder="search")

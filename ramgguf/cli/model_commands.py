@@ -7,10 +7,12 @@ from typing import Annotated
 import typer
 
 from ramgguf import api
+from ramgguf.cli import memory_options as mem
 from ramgguf.cli import options as opt
 from ramgguf.cli.prepared import Weighed, calibrated, sensed
 from ramgguf.errors import PlanError
 from ramgguf.files import write_atomically
+from ramgguf.planning import PlanOptions
 from ramgguf.report.plans import print_plan, tensor_types
 from ramgguf.schema import Measurement, Plan
 from ramgguf.units import format_bytes, format_seconds, parse_size
@@ -69,6 +71,13 @@ def quantize(
     model: opt.Model,
     budget: OptionalBudget = None,
     output: opt.Output = None,
+    memory: mem.Memory = None,
+    fit: mem.Fit = False,
+    context: mem.Context = None,
+    cache_type: mem.CacheType = "f16",
+    parallel: mem.Parallel = 1,
+    vram: mem.Vram = None,
+    ngl: mem.Ngl = None,
     formats: opt.Formats = None,
     encoder: opt.EncoderOption = api.DEFAULT_ENCODER,
     imatrix: opt.ImatrixFile = None,
@@ -96,8 +105,9 @@ def quantize(
     """Write the best mixed-precision GGUF that fits a budget."""
     terminal = opt.Terminal.make(quiet=quiet, as_json=as_json)
     opt.refuse_existing(save_plan, export_tensor_types, force=force)
-    if (budget is None) == (plan_file is None):
-        raise typer.BadParameter("give either --budget or --plan", param_hint="--budget")
+    request = mem.memory_request(memory, fit, context, cache_type, parallel, vram, ngl)
+    if (budget is None and request is None) == (plan_file is None):
+        raise typer.BadParameter("give either --budget, --memory or --plan", param_hint="--budget")
     if (imatrix or calibrate) and (plan_file or measurement):
         raise typer.BadParameter(
             "a plan or measurement says itself what it was made with", param_hint="--imatrix"
@@ -113,6 +123,7 @@ def quantize(
         model,
         budget,
         output,
+        memory=request,
         from_plan=Plan.load(plan_file) if plan_file else None,
         measurement=Measurement.load(measurement) if measurement else None,
         formats=opt.split_formats(formats),
@@ -153,6 +164,7 @@ def _summary(made: api.Quantized) -> dict[str, object]:
         "paths": [str(p) for p in made.paths],
         "n_bytes": made.n_bytes,
         "budget": made.plan.budget,
+        "memory": made.plan.memory.model_dump() if made.plan.memory else None,
         "bpw": made.plan.bpw,
         "objective": made.plan.objective,
         "total_cost": made.plan.total_cost,
@@ -208,6 +220,14 @@ def plan(
     measurement: Annotated[Path, typer.Argument(metavar="MEASUREMENT", help="From measure.")],
     budget: OptionalBudget = None,
     output: opt.Output = None,
+    memory: mem.Memory = None,
+    fit: mem.Fit = False,
+    context: mem.Context = None,
+    cache_type: mem.CacheType = "f16",
+    parallel: mem.Parallel = 1,
+    vram: mem.Vram = None,
+    ngl: mem.Ngl = None,
+    model: mem.SourceModel = None,
     recipe: RecipeFile = None,
     formats: opt.Formats = None,
     objective: opt.Objective = None,
@@ -225,14 +245,15 @@ def plan(
     """Choose a format for every tensor so that the output fits a budget."""
     terminal = opt.Terminal.make(quiet=quiet, as_json=as_json)
     opt.refuse_existing(output, export_tensor_types, force=force)
-    if (budget is None) == (recipe is None):
-        raise typer.BadParameter("give either --budget or --recipe", param_hint="--budget")
+    request = mem.memory_request(memory, fit, context, cache_type, parallel, vram, ngl)
+    if (budget is None and request is None) == (recipe is None):
+        raise typer.BadParameter(
+            "give either --budget, --memory or --recipe", param_hint="--budget"
+        )
     if recipe is not None:
         made = api.follow(measurement, recipe)
-    elif budget is not None:
-        made = api.plan(
-            measurement,
-            budget,
+    else:
+        options = PlanOptions(
             objective=objective,
             sensitivity=sensitivity,
             min_sqnr_db=min_sqnr,
@@ -241,6 +262,10 @@ def plan(
             ties=tie or (),
             min_formats=min_format or (),
         )
+        if request is not None:
+            made = api.plan_within(measurement, request, budget, model=model, **options)
+        elif budget is not None:
+            made = api.plan(measurement, budget, **options)
     _export(made, output, export_tensor_types)
     if as_json:
         print(made.to_json())

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from ramgguf import api
+from ramgguf.cli import memory_options as mem
 from ramgguf.cli import options as opt
 from ramgguf.curves import Frontier
 from ramgguf.errors import PlanError
@@ -15,6 +16,7 @@ from ramgguf.files import write_atomically
 from ramgguf.recipes import Change, Recipe
 from ramgguf.report.choices import print_difference, print_explanation, print_recipe
 from ramgguf.report.curves import curve_svg, print_curve
+from ramgguf.report.memory import print_memory
 from ramgguf.report.plans import recipe_types
 from ramgguf.schema import Plan
 
@@ -45,6 +47,14 @@ def curve(
         typer.Option("--budget", "-b", help="Also show the plan of this size; repeatable."),
     ] = None,
     output: opt.Output = None,
+    memory: mem.Memory = None,
+    fit: mem.Fit = False,
+    context: mem.Context = None,
+    cache_type: mem.CacheType = "f16",
+    parallel: mem.Parallel = 1,
+    vram: mem.Vram = None,
+    ngl: mem.Ngl = None,
+    model: mem.SourceModel = None,
     svg: Annotated[Path | None, typer.Option("--svg", help="Draw the curve here.")] = None,
     formats: opt.Formats = None,
     objective: opt.Objective = None,
@@ -74,6 +84,9 @@ def curve(
             min_formats=min_format or (),
         )
     plans = [api.plan_on(made, b) for b in budget or ()]
+    request = mem.memory_request(memory, fit, context, cache_type, parallel, vram, ngl)
+    if request is not None:
+        plans.append(api.plan_on_within(made, request, model=model))
     if output is not None:
         made.save(output)
     if svg is not None:
@@ -82,6 +95,9 @@ def curve(
         print(made.to_json())
         return
     print_curve(made, plans, terminal.out)
+    for found in plans:
+        if found.memory is not None:
+            print_memory(found.memory, terminal.out)
 
 
 def _is_frontier(path: Path) -> bool:

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from ramgguf.objectives import DEFAULT_OBJECTIVE
 from ramgguf.recipes import Recipe
+from ramgguf.report.memory import print_memory
 from ramgguf.schema import Assignment, Plan
 from ramgguf.units import format_bytes
 
@@ -51,6 +52,8 @@ def print_plan(plan: Plan, console: Console, *, verbose: bool = False) -> None:
         f"{plan.bpw:.3f} bpw",
         soft_wrap=True,
     )
+    if plan.memory is not None:
+        print_memory(plan.memory, console)
     gap = "proven optimal" if plan.gap == 0 else f"within {plan.gap:.1g} of the optimum, proven"
     console.print(f"objective {plan.objective}: {plan.total_cost:.6g}, {gap}", soft_wrap=True)
     if plan.total_cost_error is not None:

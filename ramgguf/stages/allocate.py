@@ -116,7 +116,7 @@ def _too_small(problem: Problem, budget: int) -> BudgetError:
         f"{format_bytes(measurement.n_overhead_bytes)}. Raise --budget, lower --min-sqnr, "
         "drop pins or allow more formats with --formats"
     )
-    return BudgetError(message)
+    return BudgetError(message, smallest=safe)
 
 
 def _least(candidates: Candidates) -> int:

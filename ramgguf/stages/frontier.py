@@ -167,7 +167,8 @@ def plan_at(frontier: Frontier, budget: int) -> Plan:
     if budget < frontier.start_bytes:
         raise BudgetError(
             f"budget {format_bytes(budget)} is below the frontier's start, "
-            f"{format_bytes(frontier.start_bytes)} ({frontier.start_bytes} bytes)"
+            f"{format_bytes(frontier.start_bytes)} ({frontier.start_bytes} bytes)",
+            smallest=frontier.start_bytes,
         )
     chosen, n_bytes = [0] * len(frontier.groups), frontier.start_bytes
     bound: float | None = None

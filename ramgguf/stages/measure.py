@@ -2,14 +2,14 @@
 
 import hashlib
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from ramgguf import _core, formats
 from ramgguf.errors import FormatError, PlanError
 from ramgguf.gguf_io import GGUFFile, TensorInfo
 from ramgguf.imatrix import Imatrix
-from ramgguf.parallel import Chunk, ordered_map, row_chunks
+from ramgguf.parallel import Buffers, Chunk, batches, map_chunks, sample
 from ramgguf.progress import Progress
 from ramgguf.roles import layer_of, never_quantized, role_of
 from ramgguf.schema import Encoder, Measurement, Point, Source, TensorMeasurement
@@ -49,29 +49,39 @@ def measure(
     encoder: Encoder = "rtn",
     imatrix: Imatrix | None = None,
     allow_requantize: bool = False,
+    sampled: bool = False,
+    only: Mapping[str, frozenset[str]] | None = None,
     threads: int,
     progress: Progress,
 ) -> Measurement:
     """Return bytes and error of every tensor in every format that its shape allows.
 
-    wanted names the formats to try (default: every RTN format). n_overhead_bytes is what the
-    output's header will take. Errors are weighed by the importance that imatrix has. Raises
-    FormatError for NaN or infinity in the weights, naming tensor and index, ImatrixError for an
-    entry of another shape, and PlanError when nothing in the model can be quantized.
+    wanted names the formats to try (default: all). With `sampled`, statistics are those of some
+    rows of each tensor; with `only`, a tensor named there is measured in those formats, no others.
+    n_overhead_bytes is what the output's header will take. Errors are weighed by the importance
+    that imatrix has. Raises FormatError for NaN or infinity in the weights, naming tensor and
+    index, ImatrixError for an entry of another shape, and PlanError when nothing in the model can
+    be quantized.
     """
     start = time.perf_counter()
     names = tuple(wanted or formats.quantized())
-    jobs = [_job(file, t, names, imatrix, allow_requantize) for t in file.tensors]
+    jobs = _jobs(file, names, imatrix, allow_requantize)
+    if only is not None:
+        jobs = [_restricted(job, only.get(job.tensor.name)) for job in jobs]
     if all(job.kept for job in jobs):
         raise PlanError(
             f"{file.paths[0]}: nothing to quantize ({jobs[0].kept or 'no tensors'}); "
             "a source in F32, F16 or BF16 is needed, or Q8_0 with --allow-requantize"
         )
     parts: list[list[_core.RowStats]] = [[] for _ in jobs]
-    data = hashlib.sha256()
-    progress.start("measure", sum(job.tensor.n_bytes for job in jobs), "bytes")
+    data, buffers = hashlib.sha256(), Buffers()
+    work = list((sample if sampled else batches)(file.tensors))
+    total = sum((c.stop - c.start) * jobs[c.index].tensor.row_bytes for b in work for c in b)
+    progress.start("sample" if sampled else "measure", total, "bytes")
     try:
-        for part in ordered_map(lambda c: _measure(file, jobs, c, encoder), _chunks(jobs), threads):
+        for part in map_chunks(
+            lambda c: _measure(file, jobs[c.index], c, encoder, buffers), work, threads
+        ):
             data.update(part.digest)
             if part.stats is not None:
                 parts[part.index].append(part.stats)
@@ -81,7 +91,7 @@ def measure(
     tied = not any(role_of(t.name, file.architecture) == "head" for t in file.tensors)
     return Measurement(
         ramgguf_version=__version__,
-        source=_source(file, data.hexdigest()),
+        source=_source(file, None if sampled else data.hexdigest()),
         encoder=encoder,
         imatrix=imatrix.source if imatrix else None,
         formats=names,
@@ -95,29 +105,53 @@ def measure(
     )
 
 
-def _job(
-    file: GGUFFile,
-    tensor: TensorInfo,
-    wanted: Sequence[str],
-    imatrix: Imatrix | None,
-    allow_requantize: bool,
-) -> _Job:
-    kept = _reason_to_keep(file, tensor, allow_requantize)
-    if kept is not None:
-        return _Job(tensor, Scale.of(tensor, None), (), {}, kept)
-    scale = Scale.of(tensor, imatrix)
-    candidates, excluded = [], {}
+@dataclass(frozen=True)
+class _Candidates:
+    """The smaller formats that rows of a kind suit, and why others do not."""
+
+    names: tuple[str, ...]
+    excluded: dict[str, str]
+
+
+def _candidates(
+    type_name: str, row_length: int, row_bytes: int, wanted: Sequence[str]
+) -> _Candidates:
+    names, excluded = [], {}
     for name in wanted:
-        if name == tensor.type_name:
+        if name == type_name:
             continue
-        if not formats.suits(name, tensor.row_length):
+        if not formats.suits(name, row_length):
             block = formats.get(name).block_size
-            excluded[name] = f"rows of {tensor.row_length} are no multiple of {block}"
-        elif formats.row_bytes(name, tensor.row_length) < tensor.row_bytes:
-            candidates.append(name)
-    if not candidates:
-        return _Job(tensor, scale, (), excluded, "no smaller format suits its rows")
-    return _Job(tensor, scale, tuple(candidates), excluded, None)
+            excluded[name] = f"rows of {row_length} are no multiple of {block}"
+        elif formats.row_bytes(name, row_length) < row_bytes:
+            names.append(name)
+    return _Candidates(tuple(names), excluded)
+
+
+def _jobs(
+    file: GGUFFile, wanted: Sequence[str], imatrix: Imatrix | None, allow_requantize: bool
+) -> list[_Job]:
+    found: dict[tuple[str, int], _Candidates] = {}  # a model has few kinds of rows
+    jobs = []
+    for tensor in file.tensors:
+        kept = _reason_to_keep(file, tensor, allow_requantize)
+        if kept is not None:
+            jobs.append(_Job(tensor, Scale.of(tensor, None), (), {}, kept))
+            continue
+        kind = (tensor.type_name, tensor.row_length)
+        if kind not in found:
+            found[kind] = _candidates(*kind, tensor.row_bytes, wanted)
+        names, excluded = found[kind].names, found[kind].excluded
+        kept = None if names else "no smaller format suits its rows"
+        scale = Scale.of(tensor, imatrix if names else None)
+        jobs.append(_Job(tensor, scale, names, excluded, kept))
+    return jobs
+
+
+def _restricted(job: _Job, only: frozenset[str] | None) -> _Job:
+    if only is None:
+        return job
+    return replace(job, candidates=tuple(name for name in job.candidates if name in only))
 
 
 def _reason_to_keep(file: GGUFFile, tensor: TensorInfo, allow_requantize: bool) -> str | None:
@@ -128,14 +162,9 @@ def _reason_to_keep(file: GGUFFile, tensor: TensorInfo, allow_requantize: bool) 
     return never_quantized(tensor.name, tensor.shape, file.architecture)
 
 
-def _chunks(jobs: Sequence[_Job]) -> Iterator[Chunk]:
-    for index, job in enumerate(jobs):
-        yield from row_chunks(index, job.tensor.n_rows, job.tensor.row_length)
-
-
-def _measure(file: GGUFFile, jobs: Sequence[_Job], chunk: Chunk, encoder: str) -> _Part:
-    job = jobs[chunk.index]
-    rows = file.read_rows(job.tensor, chunk.start, chunk.stop)
+def _measure(file: GGUFFile, job: _Job, chunk: Chunk, encoder: str, buffers: Buffers) -> _Part:
+    n_bytes = (chunk.stop - chunk.start) * job.tensor.row_bytes
+    rows = file.read_rows(job.tensor, chunk.start, chunk.stop, buffers.take("rows", n_bytes))
     stats = None
     if job.tensor.type_name in (*FLOAT_FORMATS, "Q8_0"):
         stats = job.scale.measure(job.candidates, job.tensor.type_name, rows, chunk.start, encoder)
@@ -152,18 +181,18 @@ def _tensor(
     file: GGUFFile, job: _Job, parts: list[_core.RowStats], tied: bool
 ) -> TensorMeasurement:
     tensor, excluded = job.tensor, dict(job.excluded)
+    n_rows, row_length = tensor.n_rows, tensor.row_length
     total = _core.RowStats.merged(parts) if parts else None
+    squares = job.scale.squares(total) if total else 0.0
     points = [Point(format=tensor.type_name, n_bytes=tensor.n_bytes, nmse=0.0, max_error=0.0)]
     for error in total.errors if total else ():
+        name = error.format
         if error.scale_overflow:
-            excluded[error.format] = "a block's scale would overflow F16"
+            excluded[name] = "a block's scale would overflow F16"
             continue
-        n_bytes = formats.row_bytes(error.format, tensor.row_length) * tensor.n_rows
-        squares = job.scale.squares(total) if total else 0.0
+        n_bytes = formats.row_bytes(name, row_length) * n_rows
         nmse = job.scale.error(error) / squares if squares else 0.0
-        points.append(
-            Point(format=error.format, n_bytes=n_bytes, nmse=nmse, max_error=error.max_error)
-        )
+        points.append(Point(format=name, n_bytes=n_bytes, nmse=nmse, max_error=error.max_error))
     role = role_of(tensor.name, file.architecture)
     return TensorMeasurement(
         name=tensor.name,
@@ -196,7 +225,7 @@ def _excess_kurtosis(stats: _core.RowStats) -> float:
     return central / variance**2 - 3
 
 
-def _source(file: GGUFFile, data_sha256: str) -> Source:
+def _source(file: GGUFFile, data_sha256: str | None) -> Source:
     return Source(
         path=str(file.paths[0]),
         n_bytes=file.n_bytes,

@@ -1,6 +1,6 @@
 """From a Plan to a file, and back: writing what was planned and checking what was written."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,12 +9,12 @@ from numpy.typing import NDArray
 
 from ramgguf import formats
 from ramgguf.errors import FormatError, GGUFError, PlanError
-from ramgguf.gguf_io import GGUFFile, TensorInfo, open_gguf
+from ramgguf.gguf_io import GGUFFile, TensorInfo
 from ramgguf.gguf_layout import Layout, plan_layout
 from ramgguf.gguf_values import Value, string, u32, u64
 from ramgguf.gguf_write import GGUFOutput
 from ramgguf.imatrix import imatrix_keys, planned_imatrix
-from ramgguf.parallel import Chunk, ordered_map, row_chunks
+from ramgguf.parallel import Buffers, Chunk, batches, map_chunks
 from ramgguf.progress import Progress
 from ramgguf.schema import Assignment, ImportanceSource, Plan
 from ramgguf.version import __version__
@@ -81,39 +81,53 @@ def check_source(file: GGUFFile, plan: Plan) -> None:
         raise PlanError(f"the plan's tensors are not those of {file.paths[0]}; plan again")
 
 
-def quantize(
-    file: GGUFFile, plan: Plan, destination: Destination, *, threads: int, progress: Progress
-) -> tuple[Path, ...]:
-    """Write the planned file and return its paths (several when split).
+def begin(file: GGUFFile, plan: Plan, destination: Destination) -> GGUFOutput:
+    """Return the planned output, which is to be written, verified and committed.
 
-    The output appears under its name only when it is complete and flushed. Raises PlanError when
-    the plan is another model's, GGUFError when the output cannot be written.
+    It appears under its name only with commit. Raises PlanError when the plan is another model's,
+    GGUFError when the output cannot be written.
     """
     check_source(file, plan)
     layout = planned_layout(file, plan, destination)
-    scales = _scales(file, plan)
-    output = GGUFOutput(layout, file, force=destination.force)
-    progress.start("quantize", sum(t.n_bytes for t in file.tensors), "bytes")
+    return GGUFOutput(layout, file, force=destination.force)
 
-    def write(chunk: Chunk) -> int:
+
+def write(
+    file: GGUFFile, plan: Plan, output: GGUFOutput, *, threads: int, progress: Progress
+) -> None:
+    """Encode every tensor into the output. Raises FormatError for weights that do not fit."""
+    scales = _scales(file, plan)
+    buffers = Buffers()
+
+    def encode(chunk: Chunk) -> int:
         tensor, to = file.tensors[chunk.index], plan.assignments[chunk.index].format
-        rows = file.read_rows(tensor, chunk.start, chunk.stop)
-        blocks = _encoded(rows, chunk.start, tensor, scales[chunk.index], to, plan.encoder)
+        rows = _read(file, tensor, chunk, buffers, "source")
+        blocks = rows
+        if to != tensor.type_name:
+            scale, length = scales[chunk.index], tensor.row_length
+            out = buffers.take("blocks", len(rows) * formats.row_bytes(to, length))
+            try:
+                blocks = scale.encode(
+                    to, tensor.type_name, rows, chunk.start, length, plan.encoder, out
+                )
+            except ValueError as e:
+                raise FormatError(f"{tensor.name}: {e}") from None
         output.write_at(tensor.name, chunk.start * blocks.shape[1], blocks)
         return rows.nbytes
 
-    with output:
-        try:
-            for n_bytes in ordered_map(write, _chunks(file), threads):
-                progress.advance(n_bytes)
-        finally:
-            progress.finish()
-        return output.commit()
+    progress.start("quantize", sum(t.n_bytes for t in file.tensors), "bytes")
+    try:
+        for n_bytes in map_chunks(encode, batches(file.tensors), threads):
+            progress.advance(n_bytes)
+    finally:
+        progress.finish()
 
 
-def _chunks(file: GGUFFile) -> Iterator[Chunk]:
-    for index, tensor in enumerate(file.tensors):
-        yield from row_chunks(index, tensor.n_rows, tensor.row_length)
+def _read(
+    file: GGUFFile, tensor: TensorInfo, chunk: Chunk, buffers: Buffers, purpose: str
+) -> NDArray[np.uint8]:
+    n_bytes = (chunk.stop - chunk.start) * tensor.row_bytes
+    return file.read_rows(tensor, chunk.start, chunk.stop, buffers.take(purpose, n_bytes))
 
 
 def _scales(file: GGUFFile, plan: Plan) -> list[Scale]:
@@ -125,74 +139,78 @@ def _scales(file: GGUFFile, plan: Plan) -> list[Scale]:
     ]
 
 
-def _encoded(
-    rows: NDArray[np.uint8], start: int, tensor: TensorInfo, scale: Scale, to: str, encoder: str
-) -> NDArray[np.uint8]:
-    if to == tensor.type_name:
-        return rows
-    try:
-        return scale.encode(to, tensor.type_name, rows, start, tensor.row_length, encoder)
-    except ValueError as e:
-        raise FormatError(f"{tensor.name}: {e}") from None
-
-
 def verify(
-    file: GGUFFile, plan: Plan, paths: Sequence[Path], *, threads: int, progress: Progress
+    file: GGUFFile, plan: Plan, written: GGUFFile, *, threads: int, progress: Progress
 ) -> float:
-    """Open the output, decode every tensor and return the largest relative departure of its NMSE.
+    """Decode every tensor that was written and return the largest relative departure of its NMSE.
 
     Raises GGUFError naming the tensor when a format, a copied byte or an error differs from the
-    plan's, or when the file's size is not the planned one.
+    plan's, or when the size is not the planned one.
     """
-    worst = 0.0
-    with open_gguf(paths[0]) as written:
-        if written.n_bytes != plan.n_bytes:
-            raise GGUFError(
-                f"{paths[0]} has {written.n_bytes} bytes, the plan {plan.n_bytes}; please report it"
-            )
-        progress.start("verify", sum(t.n_bytes for t in file.tensors), "bytes")
-        squared = [0.0] * len(file.tensors)
-        scales = _scales(file, plan)
-        total = [0.0] * len(file.tensors)
-
-        def compare(chunk: Chunk) -> tuple[int, int, float, float]:
-            planned = plan.assignments[chunk.index]
-            return _compare(file, written, planned, scales[chunk.index], chunk)
-
-        try:
-            for index, n_bytes, error, norm in ordered_map(compare, _chunks(file), threads):
-                squared[index] += error
-                total[index] += norm
-                progress.advance(n_bytes)
-        finally:
-            progress.finish()
-    for a, error, norm in zip(plan.assignments, squared, total, strict=True):
-        nmse = error / norm if norm else 0.0
-        departure = abs(nmse - a.nmse) / a.nmse if a.nmse else nmse
-        if departure > NMSE_TOLERANCE:
-            raise GGUFError(f"{a.name}: NMSE {nmse:.6e} was written, {a.nmse:.6e} was planned")
-        worst = max(worst, departure)
-    return worst
-
-
-def _compare(
-    file: GGUFFile, written: GGUFFile, planned: Assignment, scale: Scale, chunk: Chunk
-) -> tuple[int, int, float, float]:
-    """Return the tensor's index, the source bytes compared, Σ(x−q)² and Σx² of one chunk.
-
-    The sums are weighed by scale.
-    """
-    source, target = file.tensors[chunk.index], written.tensor(planned.name)
-    if target.type_name != planned.format or target.shape != source.shape:
+    # A plan of one file may be written as shards, which have headers of their own.
+    if len(written.paths) == 1 and written.n_bytes != plan.n_bytes:
         raise GGUFError(
-            f"{planned.name} was written as {target.type_name} {target.shape}, "
-            f"planned as {planned.format} {source.shape}"
+            f"{written.paths[0]} has {written.n_bytes} bytes, the plan {plan.n_bytes}; "
+            "please report it"
         )
-    before = file.read_rows(source, chunk.start, chunk.stop)
-    after = written.read_rows(target, chunk.start, chunk.stop)
-    if source.type_name == target.type_name:
-        if not np.array_equal(before, after):
-            raise GGUFError(f"{planned.name} was to be copied, and its bytes differ")
-        return chunk.index, before.nbytes, 0.0, 1.0
-    stats = scale.compare(source.type_name, before, target.type_name, after, chunk.start)
-    return chunk.index, before.nbytes, scale.error(stats.errors[0]), scale.squares(stats)
+    squared, total = [0.0] * len(file.tensors), [0.0] * len(file.tensors)
+    compare = _Comparison(file, plan, written, _scales(file, plan), Buffers())
+    progress.start("verify", sum(t.n_bytes for t in file.tensors), "bytes")
+    try:
+        for part in map_chunks(compare, batches(file.tensors), threads):
+            squared[part.index] += part.squared_error
+            total[part.index] += part.squares
+            progress.advance(part.n_bytes)
+    finally:
+        progress.finish()
+    return max(map(_departure, plan.assignments, squared, total), default=0.0)
+
+
+def _departure(planned: Assignment, squared_error: float, squares: float) -> float:
+    nmse = squared_error / squares if squares else 0.0
+    departure = abs(nmse - planned.nmse) / planned.nmse if planned.nmse else nmse
+    if departure > NMSE_TOLERANCE:
+        raise GGUFError(
+            f"{planned.name}: NMSE {nmse:.6e} was written, {planned.nmse:.6e} was planned"
+        )
+    return departure
+
+
+@dataclass(frozen=True, slots=True)
+class _Compared:
+    """What was compared of one chunk: source bytes, Σ(x−q)² and Σx², weighed by the scale."""
+
+    index: int
+    n_bytes: int
+    squared_error: float
+    squares: float
+
+
+@dataclass(frozen=True)
+class _Comparison:
+    """The source and what was written of it, to be compared chunk by chunk."""
+
+    file: GGUFFile
+    plan: Plan
+    written: GGUFFile
+    scales: Sequence[Scale]
+    buffers: Buffers
+
+    def __call__(self, chunk: Chunk) -> _Compared:
+        planned, source = self.plan.assignments[chunk.index], self.file.tensors[chunk.index]
+        target, scale = self.written.tensor(planned.name), self.scales[chunk.index]
+        if target.type_name != planned.format or target.shape != source.shape:
+            raise GGUFError(
+                f"{planned.name} was written as {target.type_name} {target.shape}, "
+                f"planned as {planned.format} {source.shape}"
+            )
+        before = _read(self.file, source, chunk, self.buffers, "before")
+        after = _read(self.written, target, chunk, self.buffers, "after")
+        if source.type_name == target.type_name:
+            if not np.array_equal(before, after):
+                raise GGUFError(f"{planned.name} was to be copied, and its bytes differ")
+            return _Compared(chunk.index, before.nbytes, 0.0, 1.0)
+        stats = scale.compare(source.type_name, before, target.type_name, after, chunk.start)
+        return _Compared(
+            chunk.index, before.nbytes, scale.error(stats.errors[0]), scale.squares(stats)
+        )

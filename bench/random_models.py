@@ -1,0 +1,177 @@
+"""Models of well-known shapes with random weights, as large as the disk: input for timings.
+
+    python bench/random_models.py llama-1B out.gguf
+
+The weights are BF16: Gaussian, in every eighth row Student-t with four degrees of freedom, rows
+scaled log-normally; no two tensors are alike. A file is written front to back, in constant memory.
+"""
+
+import argparse
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from gguf import GGMLQuantizationType, GGUFWriter
+from numpy.typing import NDArray
+
+N_CONTEXT = 4096
+_BLOCK = 1 << 22  # weights that are drawn; tensors are stretches of them, shifted and scaled
+_LONGEST_ROW = 1 << 15
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a model's size depends on; n_experts 0 makes a llama, else a qwen3moe.
+
+    n_slices cuts every matrix of a layer into that many tensors of its own, as checkpoints have it
+    in which each expert is a tensor; llama.cpp does not load those.
+    """
+
+    n_layers: int
+    width: int
+    ffn: int
+    n_heads: int
+    n_kv_heads: int
+    head: int
+    n_vocab: int
+    n_experts: int = 0
+    n_slices: int = 1
+
+
+SHAPES: Mapping[str, Shape] = {
+    "llama-1B": Shape(16, 2048, 8192, 32, 8, 64, 128256),
+    "llama-8B": Shape(32, 4096, 14336, 32, 8, 128, 128256),
+    "qwen3moe-30B": Shape(48, 2048, 768, 32, 4, 128, 151936, n_experts=128),
+}
+
+
+def tensors(shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield names and shapes, in numpy's order: row length last."""
+    width, head = shape.width, shape.head
+    yield "token_embd.weight", (shape.n_vocab, width)
+    for i in range(shape.n_layers):
+        parts: dict[str, tuple[int, ...]] = {
+            "attn_norm": (width,),
+            "attn_q": (shape.n_heads * head, width),
+            "attn_k": (shape.n_kv_heads * head, width),
+            "attn_v": (shape.n_kv_heads * head, width),
+            "attn_output": (width, shape.n_heads * head),
+            "ffn_norm": (width,),
+        }
+        if shape.n_experts:
+            parts["attn_q_norm"] = parts["attn_k_norm"] = (head,)
+            parts["ffn_gate_inp"] = (shape.n_experts, width)
+        experts, suffix = ((shape.n_experts,), "_exps") if shape.n_experts else ((), "")
+        parts[f"ffn_gate{suffix}"] = parts[f"ffn_up{suffix}"] = (*experts, shape.ffn, width)
+        parts[f"ffn_down{suffix}"] = (*experts, width, shape.ffn)
+        for name, dims in parts.items():
+            if len(dims) == 1 or shape.n_slices == 1:
+                yield f"blk.{i}.{name}.weight", dims
+                continue
+            for k in range(shape.n_slices):
+                yield f"blk.{i}.{name}.{k}.weight", (dims[0] // shape.n_slices, *dims[1:])
+    yield "output_norm.weight", (width,)
+    yield "output.weight", (shape.n_vocab, width)
+
+
+def n_weights(shape: Shape) -> int:
+    """Return the weights of all tensors."""
+    return sum(math.prod(dims) for _, dims in tensors(shape))
+
+
+def cut(shape: Shape, n_bytes: int) -> Shape:
+    """Return the shape with as many layers as a BF16 file of n_bytes holds, at least one."""
+    outside = n_weights(replace(shape, n_layers=0))
+    layer = n_weights(replace(shape, n_layers=1)) - outside
+    return replace(shape, n_layers=max(1, (n_bytes // 2 - outside) // layer))
+
+
+def write(path: Path, shape: Shape, seed: int = 0) -> Path:
+    """Write the model and return its path."""
+    out = GGUFWriter(path, "qwen3moe" if shape.n_experts else "llama")
+    _describe(out, shape)
+    for name, dims in tensors(shape):
+        is_matrix = len(dims) > 1
+        kind = GGMLQuantizationType.BF16 if is_matrix else GGMLQuantizationType.F32
+        n_bytes = math.prod(dims) * (2 if is_matrix else 4)
+        out.add_tensor_info(name, dims, np.dtype(np.float32), n_bytes, kind)
+    out.write_header_to_file()
+    out.write_kv_data_to_file()
+    out.write_ti_data_to_file()
+    assert out.fout is not None
+    rng = np.random.default_rng(seed)
+    weights = _Weights(rng)
+    for file in out.fout:
+        out.write_padding(file, file.tell())
+        for _, dims in tensors(shape):
+            if len(dims) == 1:
+                file.write(1 + 0.1 * rng.standard_normal(dims, np.float32))
+            else:
+                for rows in weights.matrix(math.prod(dims[:-1]), dims[-1]):
+                    file.write(rows)
+            out.write_padding(file, file.tell())
+    out.close()
+    return path
+
+
+def _describe(out: GGUFWriter, shape: Shape) -> None:
+    out.add_name("random weights")
+    out.add_context_length(N_CONTEXT)
+    out.add_embedding_length(shape.width)
+    out.add_feed_forward_length(shape.ffn)
+    out.add_block_count(shape.n_layers)
+    out.add_head_count(shape.n_heads)
+    out.add_head_count_kv(shape.n_kv_heads)
+    out.add_rope_dimension_count(shape.head)
+    out.add_key_length(shape.head)
+    out.add_value_length(shape.head)
+    out.add_layer_norm_rms_eps(1e-5)
+    if shape.n_experts:
+        out.add_expert_count(shape.n_experts)
+        out.add_expert_used_count(8)
+        out.add_expert_feed_forward_length(shape.ffn)
+    out.add_vocab_size(shape.n_vocab)
+    out.add_tokenizer_model("none")
+
+
+class _Weights:
+    """Draws matrices: stretches of one large block of random numbers, from anywhere in it."""
+
+    def __init__(self, rng: np.random.Generator) -> None:
+        self._rng = rng
+        block = rng.standard_normal(_BLOCK + _LONGEST_ROW, np.float32).reshape(-1, 4096)
+        block[::8] = rng.standard_t(4, block[::8].shape) / math.sqrt(2)
+        self._block = block.reshape(-1)
+
+    def matrix(self, n_rows: int, row_length: int) -> Iterator[NDArray[np.uint16]]:
+        """Yield the rows of a matrix in BF16, some at a time."""
+        step = max(1, _BLOCK // 4 // row_length)
+        deviation = row_length**-0.5 * math.exp(self._rng.normal(0, 0.2))
+        for start in range(0, n_rows, step):
+            n = min(step, n_rows - start)
+            at = int(self._rng.integers(0, _BLOCK - n * row_length))
+            scale = self._rng.lognormal(0, 0.3, (n, 1)).astype(np.float32) * np.float32(deviation)
+            rows = self._block[at : at + n * row_length].reshape(n, row_length) * scale
+            # Adding half of the last place and cutting rounds to the nearest BF16.
+            bits = rows.view(np.uint32)
+            bits += 0x8000
+            yield np.ascontiguousarray(bits.view(np.uint16)[:, 1::2])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("shape", choices=sorted(SHAPES))
+    parser.add_argument("path", type=Path)
+    parser.add_argument("--gb", type=float, help="cut the layers to a file of this size")
+    arguments = parser.parse_args()
+    shape = SHAPES[arguments.shape]
+    if arguments.gb:
+        shape = cut(shape, int(arguments.gb * 1e9))
+    write(arguments.path, shape)
+    print(f"{arguments.path}: {shape}, {arguments.path.stat().st_size / 1e9:.2f} GB")
+
+
+if __name__ == "__main__":
+    main()

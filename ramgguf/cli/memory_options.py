@@ -1,0 +1,83 @@
+"""Options that say in how much memory a model shall run, and with what context."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ramgguf.errors import BudgetError
+from ramgguf.footprint import parse_cache_types
+from ramgguf.footprint_formula import Shape
+from ramgguf.machine import available_memory
+from ramgguf.memory import MemoryRequest
+from ramgguf.units import parse_size
+
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        "--memory",
+        help="RAM that weights, cache, compute buffers and overhead must fit: 16GB, 16GiB.",
+    ),
+]
+Fit = Annotated[
+    bool,
+    typer.Option("--fit", help="As --memory, with what this machine or its cgroup has left."),
+]
+Context = Annotated[
+    int | None,
+    typer.Option("--context", min=1, help="Tokens of context of each sequence, with --memory."),
+]
+CacheType = Annotated[
+    str, typer.Option("--cache-type", help="Of keys and values: f16, q8_0, or two: q8_0,f16.")
+]
+Parallel = Annotated[
+    int, typer.Option("--parallel", min=1, help="Sequences at a time, each with its context.")
+]
+Vram = Annotated[
+    str | None,
+    typer.Option(
+        "--vram", help="Memory of a GPU: as many layers go there as fit (not measured on a GPU)."
+    ),
+]
+Ngl = Annotated[
+    int | None,
+    typer.Option("--ngl", min=0, help="Layers on the GPU, as llama.cpp's --n-gpu-layers."),
+]
+
+SourceModel = Annotated[
+    Path | None,
+    typer.Option("--model", help="The model measured, with --memory; default: where it was."),
+]
+
+
+def memory_request(
+    memory: str | None,
+    fit: bool,
+    context: int | None,
+    cache_type: str,
+    parallel: int,
+    vram: str | None,
+    ngl: int | None,
+) -> MemoryRequest | None:
+    """Return what the options ask for, None if they do not; wrong combinations are usage errors."""
+    if memory is not None and fit:
+        raise typer.BadParameter("give either --memory or --fit", param_hint="--fit")
+    if memory is None and not fit and vram is None:
+        if context is not None or ngl is not None or parallel != 1:
+            raise typer.BadParameter("only with --memory, --fit or --vram", param_hint="--context")
+        return None
+    if context is None:
+        raise typer.BadParameter("say how long a context shall fit", param_hint="--context")
+    ram, source = (None, "not limited") if memory is None else (parse_size(memory), "--memory")
+    if fit:
+        available = available_memory()
+        ram, source = available.n_bytes, available.source
+        if ram == 0:
+            raise BudgetError(f"{source} leaves no memory")
+    return MemoryRequest(
+        Shape(context, parallel, *parse_cache_types(cache_type)),
+        ram=ram,
+        source=source,
+        vram=None if vram is None else parse_size(vram),
+        n_gpu_layers=ngl,
+    )

@@ -1,0 +1,156 @@
+"""A child process with llama.cpp in it that answers requests: one JSON object per line each way.
+
+llama.cpp can end its process, and a memory limit can, too: the parent lives on and says how.
+"""
+
+import collections
+import contextlib
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any, Generic, Literal, Self, TypeVar
+
+from pydantic import ValidationError
+
+from ramgguf.errors import EngineError, RamggufError
+from ramgguf.schema import _Value
+
+_STDERR_LINES = 12
+
+Request = TypeVar("Request", bound=_Value)
+Response = TypeVar("Response", bound=_Value)
+
+
+class Failure(_Value):
+    """An error that has a message and no crash."""
+
+    kind: Literal["failure"] = "failure"
+    message: str
+
+
+class ChildDiedError(EngineError):
+    """The child process ended by itself; code is its exit status, negative for a signal."""
+
+    def __init__(self, code: int, said: Sequence[str]) -> None:
+        self.code = code
+        self.said = tuple(said)
+        lines = "".join(f"\n  {line}" for line in said)
+        super().__init__(
+            f"llama.cpp ended with {describe_exit(code)}" + (f"; it said:{lines}" if said else "")
+        )
+
+
+def describe_exit(code: int) -> str:
+    """Return how a process ended, in words: exit status 1, signal SIGKILL."""
+    if code >= 0:
+        return f"exit status {code}"
+    try:
+        return f"signal {signal.Signals(-code).name}"
+    except ValueError:
+        return f"signal {-code}"
+
+
+class Child(Generic[Request, Response]):
+    """A running child. Use as a context manager; leaving it ends the child.
+
+    module is run with `python -m`; prepare runs in the child before Python starts (limits).
+    """
+
+    def __init__(
+        self,
+        module: str,
+        response: type[Response],
+        *,
+        prepare: Callable[[], None] | None = None,
+        arguments: Sequence[str] = (),
+    ) -> None:
+        self._response = response
+        self._said: collections.deque[str] = collections.deque(maxlen=_STDERR_LINES)
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", module, *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            encoding="utf-8",
+            errors="replace",
+            start_new_session=True,  # Ctrl-C is the parent's to handle
+            preexec_fn=prepare,
+        )
+        self._drain = threading.Thread(target=self._read_stderr, daemon=True)
+        self._drain.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, e: BaseException | None, at: TracebackType | None
+    ) -> None:
+        self._process.kill()
+        self._process.wait()
+        self._drain.join()
+        for pipe in (self._process.stdin, self._process.stdout, self._process.stderr):
+            if pipe is not None:
+                with contextlib.suppress(OSError):
+                    pipe.close()
+
+    @property
+    def pid(self) -> int:
+        """The child's process id."""
+        return self._process.pid
+
+    def ask(self, request: Request) -> Response:
+        """Return the answer. Raises EngineError if it is a failure, ChildDiedError if none comes"""
+        assert self._process.stdin is not None  # asked for above
+        assert self._process.stdout is not None
+        try:
+            self._process.stdin.write(request.model_dump_json() + "\n")
+            self._process.stdin.flush()
+            line = self._process.stdout.readline()
+        except OSError:
+            raise self._died() from None
+        with contextlib.suppress(ValidationError):
+            raise EngineError(Failure.model_validate_json(line).message)
+        try:
+            return self._response.model_validate_json(line)
+        except ValidationError:  # nothing, or a line cut short
+            raise self._died() from None
+
+    def _died(self) -> ChildDiedError:
+        self._process.kill()  # when only its pipe broke
+        code = self._process.wait()
+        self._drain.join()
+        return ChildDiedError(code, self._said)
+
+    def _read_stderr(self) -> None:
+        assert self._process.stderr is not None  # asked for above
+        for line in self._process.stderr:
+            self._said.append(line.rstrip())
+
+
+def answer_requests(kind: type[Request], answer: Callable[[Request], _Value]) -> None:
+    """Answer requests on stdin until it ends; what llama.cpp prints to stdout goes to stderr."""
+    out = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+    threading.Thread(target=_read_lines, args=(lines,), daemon=True).start()
+    while True:
+        request = kind.model_validate_json(lines.get())
+        try:
+            found: Any = answer(request)
+        except RamggufError as e:
+            found = Failure(message=str(e))
+        except MemoryError:
+            found = Failure(message="out of memory")
+        out.write(found.model_dump_json() + "\n")
+        out.flush()
+
+
+def _read_lines(lines: "queue.SimpleQueue[str]") -> None:
+    for line in sys.stdin:
+        lines.put(line)
+    os._exit(0)  # the parent is gone, and llama.cpp may be in the middle of a computation

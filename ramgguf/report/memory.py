@@ -1,0 +1,50 @@
+"""Where the memory goes, for the terminal."""
+
+from rich.console import Console
+from rich.table import Table
+
+from ramgguf.schema import MemoryBudget, MemoryUse
+from ramgguf.units import format_bytes
+
+
+def print_memory(memory: MemoryBudget, console: Console) -> None:
+    """Print the breakdown: weights, cache, compute, overhead and margin of RAM and the GPU."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("memory", "weights", "cache", "compute", "overhead", "sum", "limit", "margin"):
+        table.add_column(column, justify="left" if column == "memory" else "right")
+    table.add_row("RAM", *_cells(memory.ram, memory.limit))
+    if memory.vram is not None:
+        table.add_row("GPU", *_cells(memory.vram, memory.vram_limit))
+    console.print(table)
+    sequences = f" for each of {memory.n_seq} sequences" if memory.n_seq > 1 else ""
+    console.print(
+        f"context {memory.n_ctx} tokens{sequences}, cache in {memory.type_k}/{memory.type_v}; "
+        f"limit: {memory.limit_source}",
+        soft_wrap=True,
+    )
+    for line in remarks(memory):
+        console.print(f"note: {line}", soft_wrap=True)
+
+
+def remarks(memory: MemoryBudget) -> list[str]:
+    """Return how the sizes are known, and how llama.cpp is told to use them."""
+    flags = f"-c {memory.n_ctx * memory.n_seq}"
+    flags += f" -np {memory.n_seq}" if memory.n_seq > 1 else ""
+    for option, name in (("-ctk", memory.type_k), ("-ctv", memory.type_v)):
+        flags += f" {option} {name.lower()}" if name != "F16" else ""
+    if memory.n_gpu_layers is not None:
+        flags += f" -ngl {memory.n_gpu_layers}"
+    told = [f"run it with llama.cpp's options {flags}"]
+    if memory.method == "llama.cpp":
+        told.append("weights, cache and compute are llama.cpp's own figures, overhead an estimate")
+    else:
+        told.append(f"an estimate from the header, not llama.cpp's figures: {memory.why_estimate}")
+    if memory.vram is not None:
+        told.append("the GPU's part is an estimate, not measured on a GPU")
+    return told
+
+
+def _cells(use: MemoryUse, limit: int | None) -> list[str]:
+    parts = (use.weights, use.cache, use.compute, use.overhead, use.total)
+    ends = ["–", "–"] if limit is None else [format_bytes(limit), format_bytes(limit - use.total)]
+    return [*(format_bytes(n) for n in parts), *ends]

@@ -107,7 +107,7 @@ def measure(
     """
     for name in formats or ():
         _formats.get(name)
-    weighed = _weighed(encoder, imatrix, hessian)
+    weighed = weighed_by(imatrix, hessian, encoder)
     with open_gguf(Path(model), kind_check=True) as file:
         return _measure.measure(
             file,
@@ -165,7 +165,7 @@ def quantize(
                 with clock.stage("plan"):
                     made = plan_it(measurement)
             else:
-                weighed = _weighed(encoder, imatrix, hessian)
+                weighed = weighed_by(imatrix, hessian, encoder)
                 measure_it = partial(
                     _measure.measure,
                     file,
@@ -278,14 +278,6 @@ def default_output(model: Path, plan: Plan) -> Path:
     for suffix in ("f32", "f16", "bf16", "F32", "F16", "BF16"):
         stem = stem.removesuffix(f"-{suffix}").removesuffix(f".{suffix}")
     return model.with_name(f"{stem}-ram-{plan.bpw:.2f}bpw.gguf")
-
-
-def _weighed(
-    encoder: Encoder, imatrix: str | Path | None, hessian: str | Path | None
-) -> Imatrix | None:
-    if encoder == "gptq" and hessian is None:
-        raise PlanError("the encoder gptq needs Hessians; make them with calibrate --hessian")
-    return weighed_by(imatrix, hessian)
 
 
 def _overhead_bytes(file: GGUFFile, imatrix: Imatrix | None) -> int:

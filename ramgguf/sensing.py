@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ramgguf.corpus import Corpus, default_corpus, text_file
-from ramgguf.errors import EngineError, ImatrixError
+from ramgguf.errors import EngineError, ImatrixError, PlanError
 from ramgguf.gguf_io import open_gguf
 from ramgguf.imatrix import Imatrix, load_imatrix
 from ramgguf.parallel import default_threads
@@ -55,7 +55,7 @@ def sensitivity(
         n_sequences=n_sequences,
         seed=seed,
         seconds=seconds,
-        imatrix=weighed_by(imatrix, hessian),
+        imatrix=weighed_by(imatrix, hessian, encoder),
     )
     with (
         open_gguf(Path(model), kind_check=True) as file,
@@ -91,8 +91,15 @@ def reweigh(
         return reweighed(file, sensitivity, weighed_by(imatrix, hessian), progress or Silent())
 
 
-def weighed_by(imatrix: str | Path | None, hessian: str | Path | None = None) -> Imatrix | None:
-    """Return the importance matrix of the file with the Hessians of the other, None without."""
+def weighed_by(
+    imatrix: str | Path | None, hessian: str | Path | None = None, encoder: Encoder = "search"
+) -> Imatrix | None:
+    """Return the importance matrix of the file with the Hessians of the other, None without.
+
+    Raises PlanError when the encoder needs Hessians, ImatrixError when they stand alone.
+    """
+    if encoder == "gptq" and hessian is None:
+        raise PlanError("the encoder gptq needs Hessians; make them with calibrate --hessian")
     if imatrix is None:
         if hessian is not None:
             raise ImatrixError("Hessians need the importance matrix that was made with them")

@@ -5,7 +5,6 @@ square of that row's own quantization error. Noisy tensors are written in F32, s
 comes on top.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,7 @@ from ramgguf.gguf_layout import plan_layout
 from ramgguf.gguf_values import string, u32
 from ramgguf.gguf_write import GGUFOutput
 from ramgguf.imatrix import planned_imatrix
-from ramgguf.parallel import Chunk, ordered_map, row_chunks
+from ramgguf.parallel import Chunk, batches, map_chunks
 from ramgguf.progress import Progress
 from ramgguf.schema import Assignment, Plan
 from ramgguf.version import __version__
@@ -67,16 +66,11 @@ def perturb(
 
     with sink:
         try:
-            for n_bytes in ordered_map(write, _chunks(file), threads):
+            for n_bytes in map_chunks(write, batches(file.tensors), threads):
                 progress.advance(n_bytes)
         finally:
             progress.finish()
         return sink.commit()[0]
-
-
-def _chunks(file: GGUFFile) -> Iterator[Chunk]:
-    for index, tensor in enumerate(file.tensors):
-        yield from row_chunks(index, tensor.n_rows, tensor.row_length)
 
 
 def _noisy(

@@ -8,7 +8,7 @@ MODELS ?= models
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: all demo test test-neon lint soak bench clean
+.PHONY: all demo test test-neon test-oldest sanitize lint tidy soak bench clean
 
 all: $(STAMP)
 
@@ -23,9 +23,21 @@ lint: $(STAMP)
 	$(BIN)/lint-imports
 	$(BIN)/clang-format --dry-run --Werror $(wildcard cpp/*.cpp cpp/*.h cpp/formats/*.h)
 
-test: $(STAMP) lint
-	$(BIN)/python -m pytest
+tidy: $(STAMP)
+	VENV=$(VENV) sh tools/tidy.sh
+
+test: $(STAMP) lint tidy
+	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered
 	RAMGGUF_ISA=baseline $(BIN)/python -m pytest
+	VENV=$(VENV) sh tools/sanitize.sh
+
+# The extension with ASan and UBSan, under the tests that call it most.
+sanitize: $(STAMP)
+	VENV=$(VENV) sh tools/sanitize.sh
+
+# The source distribution by itself, with the lowest versions of everything.
+test-oldest: $(STAMP)
+	VENV=$(VENV) sh tools/oldest.sh
 
 # The NEON kernels in an emulator: needs g++-aarch64-linux-gnu and qemu-user.
 test-neon: $(STAMP)
@@ -34,7 +46,7 @@ test-neon: $(STAMP)
 # Hours of work for the machine, not for CI: fuzzing, kills, and whatever else takes long.
 soak: $(STAMP)
 	VENV=$(VENV) sh tools/fuzz.sh 600
-	RAMGGUF_KILLS=60 $(BIN)/python -m pytest tests/test_faults.py
+	RAMGGUF_KILLS=60 $(BIN)/python -m pytest tests/test_faults.py tests/test_faults_engine.py
 
 bench: $(STAMP)
 	$(BIN)/python tools/real_models.py --out $(MODELS) --only smol768-f16

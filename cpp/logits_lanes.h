@@ -22,6 +22,7 @@ constexpr size_t kParts = kLanes / kWidth;
 
 typedef float NativeF __attribute__((vector_size(kWidth * sizeof(float))));
 typedef int32_t NativeI __attribute__((vector_size(kWidth * sizeof(float))));
+typedef uint32_t NativeU __attribute__((vector_size(kWidth * sizeof(float))));
 typedef float HalfF __attribute__((vector_size(kWidth * sizeof(float) / 2)));
 typedef double HalfD __attribute__((vector_size(kWidth * sizeof(float))));
 
@@ -77,7 +78,7 @@ RAMGGUF_INLINE NativeF exp_nonpositive(NativeF x) {
     q = q * r + 1.6666521e-1f;
     q = q * r + 4.9999994e-1f;
     const NativeF e = (q * (r * r) + r) + 1.0f;
-    NativeI bits, exponent;
+    NativeU bits, exponent;  // unsigned: far below -87 they wrap, and are not used
     memcpy(&bits, &e, sizeof e);
     memcpy(&exponent, &shifted, sizeof shifted);
     bits += exponent << 23;

@@ -171,7 +171,7 @@ def _floats(path: Path, file: GGUFFile, name: str) -> NDArray[np.float64]:
         raise ImatrixError(f"{path}: tensor {name!r} is missing; was the file cut short?")
     if tensor.type_name != "F32":
         raise ImatrixError(f"{path}: tensor {name!r} is {tensor.type_name}, expected F32")
-    rows = file.read_rows(tensor, 0, tensor.n_rows).view("<f4").astype(np.float64)
+    rows = _doubles(file.read_rows(tensor, 0, tensor.n_rows).view("<f4"))
     _check(path, name, rows)
     return rows
 
@@ -235,7 +235,7 @@ def _read_legacy(path: Path, data: bytes) -> Imatrix:
         raw = source.take(4 * n_values, f"entry {name!r}")
         if n_values == 0:
             raise ImatrixError(f"{path}: entry {name!r} is empty")
-        values = np.frombuffer(raw, "<f4").astype(np.float64) / max(n_calls, 1)
+        values = _doubles(np.frombuffer(raw, "<f4")) / max(n_calls, 1)
         _check(path, name, values)
         # One row: which values belong to which expert is known from the tensor's shape only.
         entries[name] = Importance(name, values.astype(np.float32)[None])
@@ -247,6 +247,11 @@ def _read_legacy(path: Path, data: bytes) -> Imatrix:
 
 
 # --- both ---
+
+
+def _doubles(values: NDArray[np.float32]) -> NDArray[np.float64]:
+    with np.errstate(invalid="ignore"):  # a signalling NaN; it is refused by _check
+        return values.astype(np.float64)
 
 
 def _check(path: Path, name: str, values: NDArray[np.float64]) -> None:

@@ -5,7 +5,6 @@ sequences. A line that a kill cut short is dropped when the file is read again.
 """
 
 import hashlib
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -14,6 +13,7 @@ import numpy as np
 from pydantic import Field, TypeAdapter, ValidationError
 
 from ramgguf.errors import EngineError
+from ramgguf.line_file import LineFile
 from ramgguf.results import BrokenSequence, EvalResult, Quantiles, SequenceScore, quantiles
 from ramgguf.schema import _Value
 
@@ -81,25 +81,28 @@ def read_results(path: Path) -> tuple[EvalResult, ...]:
 class Journal:
     """Finished sequences by run; with a path, also on disk. Use as a context manager.
 
-    Raises EngineError when the file exists and resume is False, or is no such file.
+    Raises EngineError when the file exists and resume is False, is no such file, or another process
+    is writing it.
     """
 
     def __init__(self, path: Path | None, *, resume: bool) -> None:
-        self._path = path
         self._done: dict[str, dict[int, SequenceRecord]] = {}
         self._announced: dict[str, EvalResult] = {}
         self._failures: dict[str, str] = {}
-        self._file = None
+        self._file: LineFile | None = None
         if path is None:
             return
+        if path.exists() and not resume:
+            raise EngineError(f"{path} exists; add --resume to go on with it, or remove it")
+        self._file = LineFile(path, error=EngineError)
         try:
-            if path.exists():
-                if not resume:
-                    raise EngineError(f"{path} exists; add --resume to go on with it, or remove it")
-                self._read(path)
-            self._file = path.open("ab")
-        except OSError as e:
-            raise EngineError(f"{path}: {e.strerror}") from None
+            data = self._file.data
+            whole = self.load(path, data)
+            if whole < len(data):
+                self._file.keep(whole)
+        except BaseException:
+            self._file.close()
+            raise
 
     def __enter__(self) -> Self:
         return self
@@ -162,19 +165,8 @@ class Journal:
         return tuple(last.values())
 
     def _write(self, record: RunRecord | SequenceRecord | FailureRecord) -> None:
-        if self._file is None:
-            return
-        try:
-            self._file.write(record.model_dump_json().encode() + b"\n")
-            self._file.flush()
-        except OSError as e:
-            raise EngineError(f"{self._path}: cannot be written: {e.strerror}") from None
-
-    def _read(self, path: Path) -> None:
-        data = path.read_bytes()
-        whole = self.load(path, data)
-        if whole < len(data):
-            os.truncate(path, whole)
+        if self._file is not None:
+            self._file.append(record.model_dump_json().encode())
 
     def load(self, path: Path, data: bytes) -> int:
         """Take over the records in data, which path holds; return the bytes of its whole lines."""

@@ -52,7 +52,7 @@ def _read(path: Path) -> Material:
         return Material(aggregates=_aggregates(path, text))
     try:
         data = json.loads(text)
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise ResultError(f"{path} is not JSON ({e}); was it cut short?") from None
     kind = str(data.get("schema", "")) if isinstance(data, dict) else ""
     match kind.partition("/")[0]:
@@ -81,13 +81,16 @@ def _text(path: Path) -> str:
 
 def _aggregates(path: Path, text: str) -> tuple[Aggregate, ...]:
     """Return the figures of a CSV file with the columns model, n_bytes, corpus_ppl, ..."""
-    rows = list(csv.DictReader(text.splitlines()))
+    try:
+        rows = list(csv.DictReader(text.splitlines()))
+    except csv.Error as e:
+        raise ResultError(f"{path} is not CSV ({e})") from None
     if not rows or not rows[0].get("model"):
         columns = ", ".join(("model", "n_bytes", *_NUMBERS, "n_outliers"))
         raise ResultError(f"{path} has no column 'model'; expected a header with {columns}")
     return tuple(
         Aggregate(
-            label=row["model"],
+            label=row["model"] or "",
             n_bytes=None if (size := _number(path, row, "n_bytes")) is None else int(size),
             corpus_ppl=_number(path, row, "corpus_ppl"),
             mean_ppl=_number(path, row, "mean_ppl"),

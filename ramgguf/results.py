@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from ramgguf.schema import Document, NonNegative, Positive, _Value
 
@@ -111,6 +111,13 @@ class SequenceScore(_Value):
     delta_p_squared_sum: NonNegativeFloat | None = None
     token_kld: str | None = None
 
+    @field_validator("token_nll", "token_kld")
+    @classmethod
+    def _check_tokens(cls, text: str | None) -> str | None:
+        if text is not None and not np.isfinite(decode_float32(text)).all():
+            raise ValueError("NaN or infinity among the values")
+        return text
+
     @property
     def mean_nll(self) -> float:
         """Mean NLL of the scored tokens, nats."""
@@ -152,6 +159,8 @@ class Quantiles(_Value):
     def _check_lengths(self) -> Self:
         if len(self.p) != len(self.value):
             raise ValueError(f"{len(self.p)} probabilities but {len(self.value)} values")
+        if missing := set(QUANTILES) - set(self.p):
+            raise ValueError(f"the quantiles at {sorted(missing)} are missing")
         return self
 
     def at(self, p: float) -> float:
@@ -250,8 +259,8 @@ def encode_float32(values: npt.ArrayLike) -> str:
 
 
 def decode_float32(text: str) -> Float32Array:
-    """Return the values that encode_float32 wrote."""
-    return np.frombuffer(base64.b64decode(text), dtype="<f4").astype(np.float32)
+    """Return the values that encode_float32 wrote. Raises ValueError for anything else."""
+    return np.frombuffer(base64.b64decode(text, validate=True), dtype="<f4").astype(np.float32)
 
 
 def sha256_int32(ids: npt.ArrayLike) -> str:

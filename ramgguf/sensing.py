@@ -1,6 +1,5 @@
 """The Python interface to sensitivities: one function, from a model's file to a Sensitivity."""
 
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from ramgguf.parallel import default_threads
 from ramgguf.probe_tokens import Request
 from ramgguf.progress import Progress, Silent
 from ramgguf.schema import Encoder
+from ramgguf.scratch import scratch_folder
 from ramgguf.sensitivities import Sensitivity, TokenKind
 from ramgguf.stages import sensitivity as _sensitivity
 from ramgguf.stages.reweigh import reweighed
@@ -59,13 +59,13 @@ def sensitivity(
     )
     with (
         open_gguf(Path(model), kind_check=True) as file,
-        tempfile.TemporaryDirectory(prefix="ramgguf-", dir=folder) as scratch,
+        scratch_folder(Path(folder) if folder is not None else None, error=EngineError) as scratch,
     ):
         return _sensitivity.sensitivity(
             file,
             request,
-            folder=Path(scratch),
-            journal_path=Path(journal) if journal is not None else Path(scratch) / "journal",
+            folder=scratch,
+            journal_path=Path(journal) if journal is not None else scratch / "journal",
             threads=threads or default_threads(),
             progress=progress or Silent(),
             announce=announce,

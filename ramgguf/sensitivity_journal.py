@@ -1,6 +1,5 @@
 """The file to which a sensitivity run writes each reading, and from which it goes on."""
 
-import os
 from functools import cached_property
 from pathlib import Path
 from typing import Self
@@ -10,6 +9,7 @@ from pydantic import ValidationError
 
 from ramgguf.engine.wire import TokenIds
 from ramgguf.errors import PlanError
+from ramgguf.line_file import LineFile
 from ramgguf.schema import Encoder, ImportanceSource, Source, _Value
 from ramgguf.sensitivities import ProbeTokens, Reading
 
@@ -35,19 +35,20 @@ class Settings(_Value):
 class Journal:
     """Settings and readings, one JSON object per line. Use as a context manager.
 
-    A line that a kill cut short is dropped. Raises PlanError when the file is something else.
+    A line that a kill cut short is dropped. Raises PlanError when the file is something else, or
+    another process is writing it.
     """
 
     def __init__(self, path: Path) -> None:
         self.settings: Settings | None = None
         self.readings: dict[str, Reading] = {}
         self._path = path
+        self._file = LineFile(path, error=PlanError)
         try:
-            if path.exists():
-                self._read()
-            self._file = path.open("ab")
-        except OSError as e:
-            raise PlanError(f"{path}: {e.strerror}") from None
+            self._read(self._file.data)
+        except BaseException:
+            self._file.close()
+            raise
 
     def __enter__(self) -> Self:
         return self
@@ -66,11 +67,9 @@ class Journal:
         self._write(reading)
 
     def _write(self, value: _Value) -> None:
-        self._file.write(value.model_dump_json().encode() + b"\n")
-        self._file.flush()
+        self._file.append(value.model_dump_json().encode())
 
-    def _read(self) -> None:
-        data = self._path.read_bytes()
+    def _read(self, data: bytes) -> None:
         whole = data.rfind(b"\n") + 1
         try:
             for number, line in enumerate(data[:whole].splitlines()):
@@ -85,4 +84,4 @@ class Journal:
                 f"({e.errors()[0]['msg']}); remove it or name another output"
             ) from None
         if whole < len(data):
-            os.truncate(self._path, whole)
+            self._file.keep(whole)

@@ -2,9 +2,10 @@
 
 import importlib
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -68,3 +69,36 @@ def llama_cpp() -> Iterator[ModuleType]:
     module.llama_log_set(silence, None)
     yield module
     module.llama_log_set(module.llama_log_callback(0), None)
+
+
+def _mount(folder: Path, arguments: Sequence[str]) -> Iterator[Path]:
+    """Mount what the arguments say for the time of a test, where the system lets us."""
+    folder.mkdir()
+    mount = ["mount", *arguments, str(folder)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a small file system takes root")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.fixture(params=["tmpfs", "ext4"])
+def small_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
+    """An empty file system of a few MB: in memory, and ext4 in a file (loop)."""
+    if request.param == "tmpfs":
+        yield from _mount(tmp_path / "disk", ["-t", "tmpfs", "-o", "size=2m", "tmpfs"])
+        return
+    image = tmp_path / "image"
+    with image.open("wb") as file:
+        file.truncate(4 << 20)
+    make = ["mkfs.ext4", "-q", "-m", "0", "-O", "^has_journal", "-b", "1024", str(image)]
+    if not shutil.which("mkfs.ext4") or subprocess.run(make, check=False).returncode:
+        pytest.skip("there is no mkfs.ext4")
+    for folder in _mount(tmp_path / "disk", ["-o", "loop", str(image)]):
+        (folder / "lost+found").rmdir()
+        yield folder
+
+
+@pytest.fixture
+def read_only(tmp_path: Path) -> Iterator[Path]:
+    """A file system that not even root may write."""
+    yield from _mount(tmp_path / "read-only", ["-t", "tmpfs", "-o", "ro,size=1m", "tmpfs"])

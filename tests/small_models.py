@@ -26,6 +26,7 @@ class Architecture:
     layer: Callable[[int], Shapes]
     outside: Shapes
     embeds: bool = False
+    has_encoder: bool = False  # beside a decoder
 
 
 def _weights(**shapes: tuple[int, ...]) -> Shapes:
@@ -239,6 +240,38 @@ MAMBA2_LAYER = (
     | {"ssm_a": (DT_RANK, 1), "ssm_d": (DT_RANK, 1)}
 )
 
+_T5_OUTSIDE = _weights(
+    **{"token_embd": (N_VOCAB, WIDTH), "enc.output_norm": (WIDTH,), "dec.output_norm": (WIDTH,)},
+    output=(N_VOCAB, WIDTH),
+)
+N_BUCKETS = 32  # of distances between tokens, in T5
+
+
+def _t5(out: GGUFWriter) -> None:
+    _common(out, n_kv_heads=N_HEADS)
+    out.add_key_length(HEAD)
+    out.add_value_length(HEAD)
+    out.add_relative_attn_buckets_count(N_BUCKETS)
+    out.add_decoder_start_token_id(0)
+
+
+def _t5_tensors() -> Shapes:
+    """Encoder and decoder; the decoder's layers attend to what the encoder made, too."""
+    square = (WIDTH, WIDTH)
+    attention = {"norm": (WIDTH,)} | dict.fromkeys(("q", "k", "v", "o"), square)
+    feed_forward = {"norm": (WIDTH,), "gate": (FFN, WIDTH), "up": (FFN, WIDTH)}
+    shapes = dict(_T5_OUTSIDE)
+    for i in range(N_LAYERS):
+        for stack, blocks in {"enc": ("attn",), "dec": ("attn", "cross_attn")}.items():
+            start = f"{stack}.blk.{i}."
+            parts = {f"{block}_{k}": shape for block in blocks for k, shape in attention.items()}
+            parts |= {f"ffn_{k}": shape for k, shape in feed_forward.items()}
+            parts["ffn_down"] = (WIDTH, FFN)
+            parts["attn_rel_b"] = (N_BUCKETS, N_HEADS)
+            shapes |= _weights(**{start + k: shape for k, shape in parts.items()})
+    return shapes
+
+
 ARCHITECTURES = (
     Architecture("llama", _common, lambda _: ATTENTION | DENSE, UNTIED),
     Architecture(
@@ -278,6 +311,7 @@ ARCHITECTURES = (
         "rwkv7", _rwkv7, _rwkv7_layer,
         UNTIED | _both(token_embd_norm=(WIDTH,)) | _biases(output_norm=(WIDTH,)),
     ),
+    Architecture("t5", _t5, lambda _: {}, _t5_tensors(), has_encoder=True),
 )  # fmt: skip
 
 
@@ -294,11 +328,13 @@ def _values(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> np.n
         return -np.abs(x)  # a state that decays
     if "norm" in name or "time_mix_ln" in name:
         return (float(name.endswith("weight")) + 0.1 * x).astype(np.float32)
+    if name.startswith(("enc.", "dec.")) and name.endswith("attn_q.weight"):
+        x *= np.float32(HEAD**-0.5)  # T5's attention does not scale
     return x * np.float32(shape[-1] ** -0.5)
 
 
 # What llama.cpp's graphs add to or multiply with activations, as converters know, too.
-_IN_F32 = ("norm", "conv1d", "lerp", "token_types", "position_embd")
+_IN_F32 = ("norm", "conv1d", "lerp", "token_types", "position_embd", "attn_rel_b")
 
 
 def write_small_model(path: Path, architecture: Architecture, seed: int = 0) -> Path:

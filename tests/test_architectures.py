@@ -33,8 +33,12 @@ def _outputs(llama_cpp: ModuleType, path: Path, architecture: Architecture) -> N
     try:
         tokens = (llama_cpp.llama_token * len(_TOKENS))(*_TOKENS)
         batch = llama_cpp.llama_batch_get_one(tokens, len(_TOKENS))
-        run = llama_cpp.llama_encode if architecture.embeds else llama_cpp.llama_decode
-        assert run(context, batch) == 0
+        if architecture.embeds or architecture.has_encoder:
+            assert llama_cpp.llama_encode(context, batch) == 0
+        if architecture.has_encoder:  # then the decoder's first token
+            batch = llama_cpp.llama_batch_get_one(tokens, 1)
+        if not architecture.embeds:
+            assert llama_cpp.llama_decode(context, batch) == 0
         if architecture.embeds:
             pointer, n = llama_cpp.llama_get_embeddings_seq(context, 0), WIDTH
         else:

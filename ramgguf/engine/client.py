@@ -185,7 +185,9 @@ class Engine:
         path, index = self._paths[self._at.model], self._at.index
         doing = "while loading" if index is None else f"in sequence {index}"
         said = "".join(f"\n  {line}" for line in self._stderr)
-        hint = "" if self._safe_kernels else "; --safe-kernels avoids llama.cpp's repacked kernels"
+        hint = "; --safe-kernels avoids llama.cpp's repacked kernels"
+        if self._safe_kernels or code == -signal.SIGBUS:
+            hint = ""
         return CrashError(
             self._at.model,
             index,
@@ -212,7 +214,11 @@ def _cause(code: int) -> str:
         name = signal.Signals(-code).name
     except ValueError:
         name = "an unknown signal"
-    what = {"SIGSEGV": "a bad memory access", "SIGABRT": "a failed assertion"}.get(name)
+    what = {
+        "SIGSEGV": "a bad memory access",
+        "SIGABRT": "a failed assertion",
+        "SIGBUS": "was the file cut short, or did its disk fail, while it was in use?",
+    }.get(name)
     return f"signal {-code} ({name}{', ' + what if what else ''})"
 
 

@@ -36,8 +36,7 @@ class Probe:
         self._paths = tuple(folder / path.name for path in file.paths)
         self._rows = RowPass(n_threads)
         try:
-            for original, copy in zip(file.paths, self._paths, strict=True):
-                shutil.copyfile(original, copy)
+            self._copy()
             self._maps = tuple(np.memmap(path, np.uint8, mode="r+") for path in self._paths)
             self.model = LlamaModel(
                 self._paths[0],
@@ -49,6 +48,14 @@ class Probe:
         except BaseException:
             self._remove()
             raise
+
+    def _copy(self) -> None:
+        for original, copy in zip(self._file.paths, self._paths, strict=True):
+            try:
+                shutil.copyfile(original, copy)
+            except OSError as e:
+                raise EngineError(f"{copy}: cannot be copied there: {e.strerror}") from None
+        self._file.require_unchanged()
 
     def __enter__(self) -> Self:
         return self

@@ -76,7 +76,9 @@ def sensitivity(
         try:
             for tensor in wanted:
                 if tensor.name not in journal.readings:
-                    journal.add(run.read(tensor))
+                    reading = run.read(tensor)
+                    file.require_unchanged()
+                    journal.add(reading)
                 progress.advance(1)
         finally:
             progress.finish()

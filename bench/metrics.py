@@ -21,8 +21,8 @@ from provenance import provenance
 from ramgguf import _core
 from ramgguf.gguf_io import GGUFFile, TensorInfo, open_gguf
 from ramgguf.imatrix import Imatrix, load_imatrix
-from ramgguf.probed import quantized
 from ramgguf.sensitivities import Reading, Sensitivity
+from ramgguf.simulation import simulated
 from ramgguf.weighing import Scale
 
 Floats = NDArray[np.float64]
@@ -53,7 +53,7 @@ def measured(
     rows = file.read_rows(tensor, 0, tensor.n_rows)
     plain, output = Scale.of(tensor, None), Scale.of(tensor, imatrix)
     weighed = Scale(output.importance, output.rows_per_expert)
-    data = quantized(rows, tensor, reading.format, encoder, plain)
+    data, _ = simulated(file, tensor, reading.format, encoder=encoder)
     kind = tensor.type_name
     stats = plain.compare(kind, rows, kind, data, 0)
     error, squares = stats.errors[0].sum_squared_error, stats.sum_squares

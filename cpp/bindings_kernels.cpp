@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdlib>
 #include <limits>
@@ -277,12 +278,21 @@ RowStats merged(const std::vector<RowStats>& parts) {
 
 struct BlockFormat {
     FormatInfo info;
+    bool encodable;  // by the kernels
 };
 
 std::vector<BlockFormat> formats() {
     const Kernels& k = kernels();
     std::vector<BlockFormat> all;
-    for (int i = 0; i < k.n_formats; ++i) all.push_back({k.formats[i]});
+    for (int i = 0; i < k.n_formats; ++i) all.push_back({k.formats[i], true});
+#define X(name, id)
+#define Y(name, id, block_size, block_bytes) \
+    all.push_back({{#name, id, block_size, block_bytes}, false});
+#include "formats.def"
+#undef X
+    std::sort(all.begin(), all.end(), [](const BlockFormat& a, const BlockFormat& b) {
+        return a.info.type_id < b.info.type_id;
+    });
     return all;
 }
 
@@ -296,7 +306,7 @@ void bind_formats(py::module_& m) {
         .def_property_readonly(
             "bpw",
             [](const BlockFormat& f) { return 8.0 * f.info.block_bytes / f.info.block_size; })
-        .def_property_readonly("encodable", [](const BlockFormat&) { return true; })
+        .def_readonly("encodable", &BlockFormat::encodable)
         .def("__repr__",
              [](const BlockFormat& f) { return "<BlockFormat " + std::string(f.info.name) + ">"; });
     m.def("formats", &formats, "All block formats, in the order of ggml's type ids.");

@@ -264,6 +264,19 @@ RAMGGUF_INLINE Lanes select(Mask m, Lanes a, Lanes b) {
 
 #endif
 
+// The lanes i for which bit i is set.
+RAMGGUF_INLINE Mask lanes_with_bit(uint32_t word) {
+#if defined(RAMGGUF_AVX512)
+    return {(__mmask16)word};
+#else
+    alignas(64) static const int32_t lane_bits[kLanes] = {
+        1 << 0, 1 << 1, 1 << 2,  1 << 3,  1 << 4,  1 << 5,  1 << 6,  1 << 7,
+        1 << 8, 1 << 9, 1 << 10, 1 << 11, 1 << 12, 1 << 13, 1 << 14, 1 << 15};
+    const IntLanes mine = load(lane_bits);
+    return (broadcast((int32_t)word) & mine) == mine;
+#endif
+}
+
 RAMGGUF_INLINE bool any(Mask a) {
     return to_bits(a) != 0;
 }
@@ -657,6 +670,22 @@ RAMGGUF_INLINE Lanes look_up(const float (&table)[32], IntLanes index) {
     float found[kLanes];
     for (int k = 0; k < kLanes; ++k) found[k] = table[i[k]];
     return load(found);
+#endif
+}
+
+// table[index[i]] in lane i.
+RAMGGUF_INLINE IntLanes gather(const uint32_t* table, IntLanes index) {
+#if defined(RAMGGUF_AVX512)
+    return {{(IntPart)_mm512_i32gather_epi32((__m512i)index.p[0], table, 4)}};
+#elif defined(RAMGGUF_AVX2)
+    return each_part<IntLanes>([&](int k) {
+        return (IntPart)_mm256_i32gather_epi32((const int*)table, (__m256i)index.p[k], 4);
+    });
+#else
+    int32_t i[kLanes];
+    store(i, index);
+    for (int k = 0; k < kLanes; ++k) i[k] = (int32_t)table[i[k]];
+    return load(i);
 #endif
 }
 

@@ -17,15 +17,16 @@ struct AffineScales {
     Lanes step, sub, min_step, sub_min;
 };
 
-RAMGGUF_INLINE Lanes to_integer(Lanes value, Lanes per_step, int low, int high) {
-    return round_even(clamp(value * per_step, (float)low, (float)high));
+template <int low, int high>
+RAMGGUF_INLINE Lanes nearest_integer(Lanes v) {
+    return round_even(clamp(v, (float)low, (float)high));
 }
 
 // For each group of lanes the step, of 16 tried, for which sum(curvature * (value - step *
-// integer)^2) with integers in low..high is least. They put the value of greatest magnitude at
-// `end` and, in steps of 1/64 of that, up to 15/64 nearer to zero.
-template <int group>
-RAMGGUF_INLINE Lanes best_step(Lanes value, Lanes curvature, int low, int high, int end) {
+// nearest(value / step))^2) is least. They put the value of greatest magnitude at `end` and, in
+// steps of 1/64 of that, up to 15/64 nearer to zero.
+template <int group, class Nearest>
+RAMGGUF_INLINE Lanes best_step(Lanes value, Lanes curvature, int end, Nearest nearest) {
     float values[kLanes], curvatures[kLanes], extremes[kLanes], steps[kLanes];
     float share[kLanes];
     const Lanes greatest = reduce_groups<group>(Max{}, value);
@@ -40,7 +41,7 @@ RAMGGUF_INLINE Lanes best_step(Lanes value, Lanes curvature, int low, int high, 
         Lanes cost = broadcast(0.0f);
         for (int j = first_lane; j < first_lane + group; ++j) {
             const Lanes v = broadcast(values[j]);
-            const Lanes off = v - step * to_integer(v, per_step, low, high);
+            const Lanes off = v - step * nearest(v * per_step);
             cost = cost + broadcast(curvatures[j]) * off * off;
         }
         const Mask cheapest = cost == reduce_all(Min{}, cost);
@@ -59,8 +60,9 @@ RAMGGUF_INLINE Lanes best_step(Lanes value, Lanes curvature, int low, int high, 
 template <class Levels, int low, int high, int group, int n, bool weighted>
 RAMGGUF_INLINE LinearScales fit_linear_scales(const Tile<n, weighted>& tile, Grid grid) {
     const LinearSolution fit = fit_linear<Levels>(tile, grid);
-    const Lanes step = best_step<group>(fit.scale, fit.curvature, low, high, low);
-    return {step, to_integer(fit.scale, inverse(step), low, high)};
+    const auto nearest = [](Lanes v) { return nearest_integer<low, high>(v); };
+    const Lanes step = best_step<group>(fit.scale, fit.curvature, low, nearest);
+    return {step, nearest(fit.scale * inverse(step))};
 }
 
 // --- x ~ step * sub * level - min_step * sub_min ---
@@ -147,12 +149,13 @@ RAMGGUF_INLINE AffineScales fit_affine_scales(const Tile<n, weighted>& tile, Gri
     const Lanes zero = broadcast(0.0f);
     const Lanes mean = fit.l * inverse(fit.w);
     AffineScales first;
-    first.step = best_step<group>(fit.scale, max(fit.ll - fit.l * mean, zero), 0, s_max, s_max);
-    first.sub = to_integer(fit.scale, inverse(first.step), 0, s_max);
+    const auto nearest = [](Lanes v) { return nearest_integer<0, s_max>(v); };
+    first.step = best_step<group>(fit.scale, max(fit.ll - fit.l * mean, zero), s_max, nearest);
+    first.sub = nearest(fit.scale * inverse(first.step));
     // The minimum that suits the rounded scale.
     const Lanes minimum = max((first.step * first.sub - fit.scale) * mean - fit.offset, zero);
-    first.min_step = best_step<group>(minimum, fit.w, 0, s_max, s_max);
-    first.sub_min = to_integer(minimum, inverse(first.min_step), 0, s_max);
+    first.min_step = best_step<group>(minimum, fit.w, s_max, nearest);
+    first.sub_min = nearest(minimum * inverse(first.min_step));
 
     Lanes first_error, second_error;
     first = try_neighbours<9, n_max, s_max>(tile, first, first_error);

@@ -7,10 +7,17 @@
 #pragma once
 #include <type_traits>
 
-#include "formats/all.h"
+#include "formats/affine.h"
+#include "formats/blocks32.h"
+#include "formats/symmetric.h"
 #include "scale_search_super.h"
 
 namespace ramgguf::RAMGGUF_ISA {
+
+// What is said of formats below needs only their names.
+#define X(name, id) struct name;
+#include "formats.def"
+#undef X
 
 // The steps that are tried, without importance and with it. With importance more are worth their
 // time: what matters may lie far from the extreme value that a step is counted from. Chosen with

@@ -21,6 +21,7 @@ from ramgguf.api import (
     reweigh,
     sensitivity,
 )
+from ramgguf.api import refine_plan as refine
 from ramgguf.version import __version__
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "plan",
     "plan_on",
     "quantize",
+    "refine",
     "reweigh",
     "sensitivity",
 ]

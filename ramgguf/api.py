@@ -1,7 +1,7 @@
 """The Python interface: each function is one command, from files to values and files."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +14,7 @@ from ramgguf.corpus import Recipe, default_corpus, text_file
 from ramgguf.corpus import dataset as dataset_corpus
 from ramgguf.errors import BudgetError, EngineError, GGUFError, PlanError
 from ramgguf.files import refuse_existing, require_disk_space
+from ramgguf.format_sets import expand
 from ramgguf.gguf_io import GGUFFile, open_gguf
 from ramgguf.gguf_layout import planned_header_bytes
 from ramgguf.imatrix import Imatrix
@@ -33,6 +34,8 @@ from ramgguf.planning import (
     plan_within,
 )
 from ramgguf.progress import Progress, Silent
+from ramgguf.refining import refine as refine_plan
+from ramgguf.refining import refinement_journal
 from ramgguf.schema import Encoder, Measurement, Plan
 from ramgguf.screening import MANY_WEIGHTS, measure_and_plan
 from ramgguf.sensing import reweigh, sensitivity, weighed_by
@@ -61,6 +64,7 @@ __all__ = [
     "plan_on_within",
     "plan_within",
     "quantize",
+    "refine_plan",
     "reweigh",
     "sensitivity",
     "weighed_by",
@@ -105,14 +109,15 @@ def measure(
     Raises GGUFError for a file that is malformed or no language model, FormatError for weights that
     are not finite or a format that does not exist, ImatrixError for an unfit imatrix.
     """
-    for name in formats or ():
+    wanted = None if formats is None else expand(formats)
+    for name in wanted or ():
         _formats.get(name)
     weighed = weighed_by(imatrix, hessian, encoder)
     with open_gguf(Path(model), kind_check=True) as file:
         return _measure.measure(
             file,
             n_overhead_bytes=_overhead_bytes(file, weighed),
-            wanted=formats,
+            wanted=wanted,
             encoder=encoder,
             imatrix=weighed,
             allow_requantize=allow_requantize,
@@ -132,22 +137,26 @@ def quantize(
     imatrix: str | Path | None = None,
     hessian: str | Path | None = None,
     allow_requantize: bool = False,
+    refine: int = 0,
     memory: MemoryRequest | None = None,
     split_max_bytes: int | None = None,
     force: bool = False,
     verify: bool = True,
     threads: int | None = None,
     progress: Progress | None = None,
+    announce: Callable[[str], None] = lambda _: None,
     **options: Unpack[PlanOptions],
 ) -> Quantized:
     """Write the best GGUF that fits the budget and return what was made.
 
     Needs a budget, memory (with or without a budget) or a ready plan; a ready measurement saves
-    measuring again; options are those of plan, imatrix and hessian are as in measure. output is by
-    default beside the model and named after the plan's bits per weight. Raises BudgetError,
-    GGUFError, FormatError, ImatrixError or PlanError; an older output is then untouched.
+    measuring again; options are those of plan, imatrix and hessian are as in measure. Without a
+    ready plan, refine is how many swaps of formats are tried by forward passes, whose cost announce
+    is told. output is by default beside the model and named after the plan's bits per weight.
+    Raises RamggufError; an older output is then untouched.
     """
     clock, n_threads, shown = _Clock(), threads or default_threads(), progress or Silent()
+    journal: Path | None = None
     with open_gguf(Path(model), kind_check=True) as file, ExitStack() as stack:
         if from_plan is not None and budget is None and memory is None:
             made = from_plan
@@ -170,7 +179,7 @@ def quantize(
                     _measure.measure,
                     file,
                     n_overhead_bytes=_overhead_bytes(file, weighed),
-                    wanted=options.get("formats"),
+                    wanted=expand(wanted) if (wanted := options.get("formats")) else None,
                     encoder=encoder,
                     imatrix=weighed,
                     allow_requantize=allow_requantize,
@@ -181,6 +190,21 @@ def quantize(
                 measurement, made = measure_and_plan(
                     measure_it, plan_it, options, clock.stage, screens=screens
                 )
+            if refine:
+                journal = refinement_journal(Path(output or model), made)
+                with clock.stage("refine"):
+                    made = refine_plan(
+                        model,
+                        made,
+                        measurement,
+                        n_trials=refine,
+                        sensitivity=options.get("sensitivity"),
+                        imatrix=imatrix,
+                        journal=journal,
+                        threads=n_threads,
+                        progress=shown,
+                        announce=announce,
+                    )
         else:
             raise PlanError("either a budget, memory or a plan is needed, and not both")
         path = Path(output) if output is not None else default_output(Path(model), made)
@@ -194,6 +218,8 @@ def quantize(
                     worst = _quantize.verify(file, made, written, threads=n_threads, progress=shown)
             with clock.stage("flush"):
                 paths = out.commit()
+    if journal is not None:
+        journal.unlink(missing_ok=True)
     n_written = sum(p.stat().st_size for p in paths)
     return Quantized(paths, n_written, made, measurement, worst, clock.seconds)
 

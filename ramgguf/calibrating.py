@@ -5,10 +5,9 @@ from pathlib import Path
 
 from ramgguf.gguf_io import open_gguf
 from ramgguf.parallel import default_threads
-from ramgguf.probe_tokens import N_CTX, Request
+from ramgguf.probe_tokens import N_CTX, Request, parse_tokens
 from ramgguf.progress import Progress, Silent
 from ramgguf.schema import Plan
-from ramgguf.sensing import token_source
 from ramgguf.stages import calibrate as _calibrate
 from ramgguf.stages import perturb as _perturb
 from ramgguf.stages.calibrate import Calibration, Outputs
@@ -40,7 +39,7 @@ def calibrate(
     Raises GGUFError, ImatrixError for outputs that cannot be written, EngineError when llama.cpp is
     missing or fails.
     """
-    kind, corpus = token_source(tokens)
+    kind, corpus = parse_tokens(tokens)
     request = Request(
         encoder="rtn",
         tokens=kind,

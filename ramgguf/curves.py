@@ -4,6 +4,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
+from ramgguf.predictions import Prediction
 from ramgguf.schema import (
     Constraints,
     Document,
@@ -67,7 +68,8 @@ class Frontier(Document):
     """The plans of least cost for all sizes, start to end; each step's plan is optimal.
 
     end_price is what a byte of the first step beyond the end would buy, 0 if there is none.
-    knees are indices of steps after which a byte buys clearly less than before.
+    knees are indices of steps after which a byte buys clearly less than before. predictions are
+    of the start and of each step; none are made for objectives that were never calibrated.
     """
 
     KIND: ClassVar[str] = "frontier"
@@ -87,6 +89,8 @@ class Frontier(Document):
     steps: tuple[FrontierStep, ...]
     end_price: NonNegativeFloat
     knees: tuple[NonNegative, ...]
+    predictions: tuple[Prediction, ...] = ()
+    predicted_from: str | None = None
     notes: tuple[str, ...] = ()
 
     @property

@@ -88,9 +88,7 @@ class Scale:
     def __init__(self, file: GGUFFile) -> None:
         self._file = file
         self._stack = contextlib.ExitStack()
-        self._child = self._stack.enter_context(
-            Child[SizesOf, Sizes]("ramgguf.engine.sizes", Sizes)
-        )
+        self._child = self._stack.enter_context(Child("ramgguf.engine.sizes"))
         self._hollow = contextlib.ExitStack()
         self._hollow_of: tuple[Mapping[str, str], str] | None = None
         self._why: str | None = None
@@ -143,7 +141,8 @@ class Scale:
                 n_seq=shape.n_seq,
                 type_k=shape.type_k,
                 type_v=shape.type_v,
-            )
+            ),
+            Sizes,
         )
 
 

@@ -26,11 +26,28 @@ _FILE_TYPES = MappingProxyType(
         "Q4_K": 15,
         "Q5_K": 17,
         "Q6_K": 18,
+        "IQ2_XXS": 19,
+        "IQ2_XS": 20,
+        "IQ3_XXS": 23,
+        "IQ1_S": 24,
         "IQ4_NL": 25,
+        "IQ3_S": 26,
+        "IQ2_S": 28,
         "IQ4_XS": 30,
+        "IQ1_M": 31,
         "BF16": 32,
+        "TQ1_0": 36,
+        "TQ2_0": 37,
+        "MXFP4": 38,
+        "Q2_0": 41,
     }
 )
+
+# Exact for models that were trained with weights of -d, 0 and d; of others they lose most.
+TERNARY = ("TQ1_0", "TQ2_0")
+# Only when asked for by name. MXFP4 has twice the error of IQ4_XS at the same size; Q2_0 is so
+# young that most installed copies of llama.cpp and of the gguf package refuse it.
+_ON_REQUEST = ("MXFP4", "Q2_0")
 
 
 @cache
@@ -39,13 +56,23 @@ def _by_name() -> MappingProxyType[str, BlockFormat]:
 
 
 def names() -> tuple[str, ...]:
-    """Return the names of all formats, in the order of ggml's type ids."""
-    return tuple(_by_name())
+    """Return the names of the formats that the core has kernels for, in the order of ggml's ids."""
+    return tuple(f.name for f in _by_name().values() if f.encodable)
 
 
 def quantized() -> tuple[str, ...]:
-    """Return the names of the formats that quantize: blocks of more than one weight."""
-    return tuple(f.name for f in _by_name().values() if f.encodable and f.block_size > 1)
+    """Return the names of those that quantize: blocks of more than one weight."""
+    return tuple(n for n in names() if _by_name()[n].block_size > 1)
+
+
+def offered() -> tuple[str, ...]:
+    """Return the names of those that are tried unless others are asked for."""
+    return tuple(n for n in quantized() if n not in _ON_REQUEST)
+
+
+def with_importance() -> tuple[str, ...]:
+    """Return the names of the formats that need an importance matrix and libggml."""
+    return tuple(f.name for f in _by_name().values() if not f.encodable)
 
 
 def get(name: str) -> BlockFormat:
@@ -53,7 +80,9 @@ def get(name: str) -> BlockFormat:
     try:
         return _by_name()[name]
     except KeyError:
-        raise FormatError(f"format {name!r} is unknown; known are {', '.join(names())}") from None
+        raise FormatError(
+            f"format {name!r} is unknown; known are {', '.join(_by_name())}"
+        ) from None
 
 
 def suits(name: str, row_length: int) -> bool:

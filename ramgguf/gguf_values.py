@@ -12,6 +12,7 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES
 from numpy.typing import NDArray
 
+from ramgguf import _core
 from ramgguf.errors import GGUFError
 
 
@@ -29,9 +30,10 @@ class GGMLType:
         return n_weights // self.block_weights * self.block_bytes
 
 
+# The gguf package's, and formats of ours that it does not know yet.
 GGML_TYPES: Mapping[str, GGMLType] = {
-    t.name: GGMLType(t.name, int(t), *sizes) for t, sizes in GGML_QUANT_SIZES.items()
-}
+    f.name: GGMLType(f.name, f.type_id, f.block_size, f.block_bytes) for f in _core.formats()
+} | {t.name: GGMLType(t.name, int(t), *sizes) for t, sizes in GGML_QUANT_SIZES.items()}
 GGML_TYPES_BY_ID: Mapping[int, GGMLType] = {t.id: t for t in GGML_TYPES.values()}
 
 

@@ -28,6 +28,11 @@ def available_memory(root: Path = _ROOT) -> Available:
     return min(found, key=lambda a: a.n_bytes)
 
 
+def within_cgroup(asked: Available, root: Path = _ROOT) -> Available:
+    """Return what was asked for, or what the cgroups leave if that is less."""
+    return min([asked, *_cgroups(root)], key=lambda a: a.n_bytes)
+
+
 def _system(root: Path) -> Available | None:
     for line in _lines(root / "proc/meminfo"):
         name, _, value = line.partition(":")

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from ramgguf.errors import PlanError
 from ramgguf.priors import Shape, prior
-from ramgguf.schema import Assignment, Measurement, Point, TensorMeasurement
+from ramgguf.schema import Assignment, ImportanceSource, Measurement, Point, TensorMeasurement
 from ramgguf.sensitivities import Sensitivity
 
 DEFAULT_OBJECTIVE = "weighted"
@@ -120,11 +120,10 @@ def _by_sensitivity(measurement: Measurement, sensitivity: Sensitivity | None) -
     ours, theirs = measurement.source, sensitivity.source
     if (ours.header_sha256, ours.n_bytes) != (theirs.header_sha256, theirs.n_bytes):
         raise PlanError(f"the sensitivity is of {theirs.path}, another model than {ours.path}")
-    weighed = measurement.imatrix.identity if measurement.imatrix else None
-    if weighed != (sensitivity.imatrix.identity if sensitivity.imatrix else None):
+    if _matrix(measurement.imatrix) != _matrix(sensitivity.imatrix):
         raise PlanError(
-            "the errors and their sensitivities were not measured with the same importance matrix; "
-            "measure one of them again, with the other's --imatrix or without"
+            f"the sensitivity was measured with {_told(sensitivity.imatrix)}, the curves with "
+            f"{_told(measurement.imatrix)}; errors weighed differently do not go together"
         )
     alpha = {t.name: t.alpha for t in sensitivity.tensors}
     for tensor in measurement.tensors:
@@ -136,3 +135,11 @@ def _by_sensitivity(measurement: Measurement, sensitivity: Sensitivity | None) -
         {t.name: t.relative_error for t in sensitivity.tensors},
         sensitivity.sha256(),
     )
+
+
+def _matrix(imatrix: ImportanceSource | None) -> str | None:
+    return None if imatrix is None else imatrix.identity
+
+
+def _told(imatrix: ImportanceSource | None) -> str:
+    return "no imatrix" if imatrix is None else f"the imatrix {imatrix.path}"

@@ -1,11 +1,12 @@
 """The tokens with which a model's sensitivity is measured: its own, random ones, or a text's."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
-from ramgguf.corpus import Corpus
+from ramgguf.corpus import Corpus, default_corpus, text_file
 from ramgguf.engine.llama import LlamaModel
 from ramgguf.engine.wire import TokenIds
 from ramgguf.errors import EngineError
@@ -20,7 +21,7 @@ N_CTX = 512
 class Request:
     """What is wanted. n_sequences None lets the time decide; corpus is for tokens of kind text.
 
-    imatrix weighs the encoder and its errors.
+    imatrix weighs the encoder's errors, as it will those of the quantized model.
     """
 
     encoder: Encoder
@@ -31,6 +32,23 @@ class Request:
     seed: int = 0
     seconds: float = 1200.0
     imatrix: Imatrix | None = None
+
+
+def parse_tokens(text: str) -> tuple[TokenKind, Corpus | None]:
+    """Return what self, random, wikitext or a text file's name stands for.
+
+    Raises EngineError when it is none of these.
+    """
+    if text == "self":
+        return "self", None
+    if text == "random":
+        return "random", None
+    if text == "wikitext":
+        return "text", default_corpus()
+    path = Path(text)
+    if not path.exists():
+        raise EngineError(f"tokens {text!r} are none of self, random, wikitext, and no file")
+    return "text", text_file(path)
 
 
 def draw_sequences(
@@ -56,15 +74,49 @@ def draw_sequences(
     return tuple(drawn)
 
 
+def draw_sets(
+    model: LlamaModel, request: Request, sizes: Sequence[int], first: int
+) -> tuple[tuple[TokenIds, ...], ...]:
+    """Return sets of sequences, sizes[k] in the k-th; no token of a text is in two of them.
+
+    first is the number of the first sequence: sequences of other numbers are drawn independently.
+    Raises EngineError when a text is too short.
+    """
+    n = sum(sizes)
+    if request.tokens == "text":
+        drawn = _windows(model, request, n, first)
+    else:
+        drawn = draw_sequences(model, request, range(first, first + n))
+    ends = np.cumsum(sizes)
+    return tuple(drawn[end - size : end] for end, size in zip(ends, sizes, strict=True))
+
+
+def _windows(model: LlamaModel, request: Request, n: int, first: int) -> tuple[TokenIds, ...]:
+    """Return n windows of the text that do not overlap, each after BOS where there is one."""
+    rng = np.random.default_rng([request.seed, first])
+    bos, length = model.vocab.info.bos, request.n_ctx - 1
+    ids = _text_ids(model, request, n * length)
+    places = np.sort(rng.choice(len(ids) // length, n, replace=False))
+    rng.shuffle(places)
+    head = np.array([max(bos, 0)], np.int32)
+    return tuple(np.concatenate([head, ids[p * length : (p + 1) * length]]) for p in places)
+
+
 def _text_tokens(model: LlamaModel, request: Request, rng: np.random.Generator) -> TokenIds:
     """Return a window of the text, from a place that rng draws."""
+    length = request.n_ctx - 1
+    ids = _text_ids(model, request, length)
+    start = int(rng.integers(len(ids) - length + 1))
+    return ids[start : start + length]
+
+
+def _text_ids(model: LlamaModel, request: Request, n_least: int) -> TokenIds:
+    """Return the text's tokens; raises EngineError when there are fewer than n_least."""
     if request.corpus is None:
         raise EngineError("tokens of kind text need a text")
     ids = model.vocab.tokenize(request.corpus.bytes, add_special=False)
-    length = request.n_ctx - 1
-    if len(ids) < length:
+    if len(ids) < n_least:
         raise EngineError(
-            f"{request.corpus.name} has {len(ids)} tokens, {length} are needed; give a longer text"
+            f"{request.corpus.name} has {len(ids)} tokens, {n_least} are needed; give a longer text"
         )
-    start = int(rng.integers(len(ids) - length + 1))
-    return ids[start : start + length]
+    return ids

@@ -3,67 +3,18 @@
 import hashlib
 import math
 import re
-from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
+from ramgguf.documents import Document as Document
+from ramgguf.documents import NonNegative as NonNegative
+from ramgguf.documents import Positive as Positive
+from ramgguf.documents import _Value as _Value
 from ramgguf.errors import PlanError
-from ramgguf.files import write_atomically
+from ramgguf.refinements import Refinement
 
-
-class _Value(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-NonNegative = Annotated[int, Field(ge=0)]
 Encoder = Literal["rtn", "search", "gptq"]
-Positive = Annotated[int, Field(gt=0)]
-
-
-class Document(_Value):
-    """A value that is a file: `save` and `load` go through JSON and check name and version."""
-
-    KIND: ClassVar[str]
-    VERSION: ClassVar[int] = 1
-
-    def to_json(self) -> str:
-        """Return the JSON text, headed by its schema: {"schema": "ramgguf.plan/1", ...}."""
-        body = self.model_dump_json(indent=1, exclude_none=False)
-        return f'{{\n "schema": "ramgguf.{self.KIND}/{self.VERSION}",{body[1:]}\n'
-
-    @classmethod
-    def from_json(cls, text: str, *, name: str = "the text") -> Self:
-        """Return the value that to_json wrote. Raises PlanError that names what is wrong."""
-        import json
-
-        try:
-            data = json.loads(text)
-        except (ValueError, RecursionError) as e:
-            raise PlanError(f"{name} is not JSON ({e}); was it cut short?") from None
-        found = data.pop("schema", None) if isinstance(data, dict) else None
-        expected = f"ramgguf.{cls.KIND}/{cls.VERSION}"
-        if found != expected:
-            raise PlanError(f"{name}: schema is {found!r}, expected {expected!r}")
-        try:
-            return cls.model_validate_json(json.dumps(data))
-        except ValidationError as e:
-            first = e.errors()[0]
-            where = ".".join(str(p) for p in first["loc"])
-            raise PlanError(f"{name}: {where}: {first['msg']}") from None
-
-    def save(self, path: Path) -> None:
-        """Write the JSON to path, whole or not at all. Raises PlanError if it cannot be written."""
-        write_atomically(path, self.to_json().encode(), error=PlanError)
-
-    @classmethod
-    def load(cls, path: Path) -> Self:
-        """Return the value in the file. Raises PlanError when it is unreadable or malformed."""
-        try:
-            text = path.read_text()
-        except (OSError, UnicodeDecodeError) as e:
-            raise PlanError(f"{path}: cannot be read: {e}") from None
-        return cls.from_json(text, name=str(path))
 
 
 class Source(_Value):
@@ -78,12 +29,16 @@ class Source(_Value):
 
 
 class Point(_Value):
-    """One point of a tensor's rate–distortion curve: its bytes and loss in a format."""
+    """One point of a tensor's rate–distortion curve: its bytes and loss in a format.
+
+    nmse_error is the standard error of an NMSE that was measured on a sample of the rows.
+    """
 
     format: str
     n_bytes: Positive
     nmse: Annotated[float, Field(ge=0)]
     max_error: Annotated[float, Field(ge=0)]
+    nmse_error: Annotated[float, Field(ge=0)] = 0.0
 
     @property
     def sqnr_db(self) -> float:
@@ -112,7 +67,7 @@ class TensorMeasurement(_Value):
     max_abs: Annotated[float, Field(ge=0)]
     excess_kurtosis: float
     points: tuple[Point, ...]
-    excluded: dict[str, str] = {}
+    excluded: dict[str, str] = Field(default_factory=dict)
     kept: str | None = None
 
     @property
@@ -293,6 +248,7 @@ class Plan(Document):
     constraints: Constraints = Constraints()
     assignments: tuple[Assignment, ...]
     next_percent: NextPercent | None = None
+    refinement: Refinement | None = None
     memory: MemoryBudget | None = None
     notes: tuple[str, ...] = ()
 

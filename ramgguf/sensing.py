@@ -3,16 +3,15 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from ramgguf.corpus import Corpus, default_corpus, text_file
 from ramgguf.errors import EngineError, ImatrixError, PlanError
 from ramgguf.gguf_io import open_gguf
 from ramgguf.imatrix import Imatrix, load_imatrix
 from ramgguf.parallel import default_threads
-from ramgguf.probe_tokens import Request
+from ramgguf.probe_tokens import Request, parse_tokens
 from ramgguf.progress import Progress, Silent
 from ramgguf.schema import Encoder
 from ramgguf.scratch import scratch_folder
-from ramgguf.sensitivities import Sensitivity, TokenKind
+from ramgguf.sensitivities import Sensitivity
 from ramgguf.stages import sensitivity as _sensitivity
 from ramgguf.stages.reweigh import reweighed
 
@@ -37,17 +36,17 @@ def sensitivity(
 ) -> Sensitivity:
     """Return how much the error of each of the model's tensors changes its output.
 
-    tokens is self (drawn from the model), random, wikitext, or a text file. imatrix (and
-    hessian) weighs the encoder and the errors, as in measure. n_sequences None takes
+    encoder, imatrix and hessian are those that the model will be quantized with, as in quantize.
+    tokens is self (drawn from the model), random, wikitext, or a text file. n_sequences None takes
     as many, up to four, as fit the seconds; with a number, all tensors are measured and two runs
     agree exactly. journal keeps every reading, and a run that was killed goes on from it; folder
     takes a copy of the model meanwhile, by default the system's temporary folder. announce is told
     what is going to be done, and for how long.
 
-    Raises GGUFError, PlanError for a model or journal that does not suit, EngineError when
-    llama.cpp is missing or fails.
+    Raises GGUFError, ImatrixError, PlanError for a model or journal that does not suit,
+    EngineError when llama.cpp is missing or fails.
     """
-    kind, corpus = token_source(tokens)
+    kind, corpus = parse_tokens(tokens)
     request = Request(
         encoder=encoder,
         tokens=kind,
@@ -105,17 +104,3 @@ def weighed_by(
             raise ImatrixError("Hessians need the importance matrix that was made with them")
         return None
     return load_imatrix(Path(imatrix), Path(hessian) if hessian is not None else None)
-
-
-def token_source(text: str) -> tuple[TokenKind, Corpus | None]:
-    """Return what kind of tokens the text asks for, and the corpus if they are those of one."""
-    if text == "self":
-        return "self", None
-    if text == "random":
-        return "random", None
-    if text == "wikitext":
-        return "text", default_corpus()
-    path = Path(text)
-    if not path.exists():
-        raise EngineError(f"tokens {text!r} are none of self, random, wikitext, and no file")
-    return "text", text_file(path)

@@ -11,7 +11,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from ramgguf import _core, formats, gptq
+from ramgguf import _core, formats, gptq, libggml
 from ramgguf.gguf_io import TensorInfo
 from ramgguf.gptq import Hessian
 from ramgguf.imatrix import Imatrix
@@ -95,6 +95,11 @@ class Scale:
             blocks[:] = gptq.encode(to, weights, self.hessian(), self.importance[0])
             return blocks
         for part, importance in self.parts(start, start + len(rows)):
+            if importance is not None and not formats.get(to).encodable:
+                blocks[part] = libggml.encode(
+                    to, _decoded(type_name, rows[part], row_length), importance
+                )
+                continue
             _core.encode(
                 to,
                 type_name,
@@ -113,6 +118,10 @@ class Scale:
             length = formats.row_weights(type_name, before.shape[1])
             weights = _decoded(type_name, before, length)
             return self._compare_outputs(type_name, before, weights, to, after)
+        if not formats.get(to).encodable:
+            f = formats.get(to)
+            length = after.shape[1] // f.block_bytes * f.block_size
+            to, after = "F32", libggml.decode(to, after, length).view(np.uint8)
         found = [
             _core.compare(type_name, before[part], to, after[part], importance=importance)
             for part, importance in self.parts(start, start + len(before))

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from gguf import GGMLQuantizationType
 from numpy.typing import NDArray
+
+from ramgguf import formats
 
 
 class _TypeTraits(ctypes.Structure):
@@ -35,7 +36,7 @@ def library() -> ctypes.CDLL:
 
 
 def _traits(type_name: str) -> _TypeTraits:
-    type_id = int(GGMLQuantizationType[type_name])
+    type_id = formats.get(type_name).type_id
     traits = library().ggml_get_type_traits(type_id).contents
     assert isinstance(traits, _TypeTraits)
     found = traits.type_name.decode().upper()
@@ -67,7 +68,7 @@ def quantize(
     rows = np.ascontiguousarray(rows)
     out = np.zeros((rows.shape[0], _n_row_bytes(type_name, rows.shape[1])), np.uint8)
     n_bytes = library().ggml_quantize_chunk(
-        ctypes.c_int(int(GGMLQuantizationType[type_name])),
+        ctypes.c_int(formats.get(type_name).type_id),
         ctypes.c_void_p(rows.ctypes.data),
         ctypes.c_void_p(out.ctypes.data),
         ctypes.c_int64(0),

@@ -258,8 +258,8 @@ def _t5(out: GGUFWriter) -> None:
 def _t5_tensors() -> Shapes:
     """Encoder and decoder; the decoder's layers attend to what the encoder made, too."""
     square = (WIDTH, WIDTH)
-    attention = {"norm": (WIDTH,)} | dict.fromkeys(("q", "k", "v", "o"), square)
-    feed_forward = {"norm": (WIDTH,), "gate": (FFN, WIDTH), "up": (FFN, WIDTH)}
+    attention: Shapes = {"norm": (WIDTH,)} | dict.fromkeys(("q", "k", "v", "o"), square)
+    feed_forward: Shapes = {"norm": (WIDTH,), "gate": (FFN, WIDTH), "up": (FFN, WIDTH)}
     shapes = dict(_T5_OUTSIDE)
     for i in range(N_LAYERS):
         for stack, blocks in {"enc": ("attn",), "dec": ("attn", "cross_attn")}.items():

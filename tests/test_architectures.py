@@ -19,7 +19,7 @@ from small_models import ARCHITECTURES, N_CONTEXT, N_VOCAB, WIDTH, Architecture,
 _TOKENS = [3, 1, 4, 1, 5, 9, 2, 6, 53, 58, 97, 93]
 
 
-def _outputs(llama_cpp: ModuleType, path: Path, architecture: Architecture) -> NDArray[np.float32]:
+def outputs(llama_cpp: ModuleType, path: Path, architecture: Architecture) -> NDArray[np.float32]:
     """Return what llama.cpp computes for some tokens: logits, or the pooled embedding."""
     model_params = llama_cpp.llama_model_default_params()
     model_params.use_extra_bufts = False  # AMX kernels of some builds crash on Q4_1
@@ -66,8 +66,8 @@ def test_llama_cpp_runs_what_was_quantized(
             if never_quantized(old.name, old.shape):
                 assert new.type_name == old.type_name
     assert n_quantized > 5
-    expected = _outputs(llama_cpp, source, architecture)
-    found = _outputs(llama_cpp, target, architecture)
+    expected = outputs(llama_cpp, source, architecture)
+    found = outputs(llama_cpp, target, architecture)
     assert np.isfinite(found).all()
     similarity = float(found @ expected / np.linalg.norm(found) / np.linalg.norm(expected))
     assert similarity > (0.99 if budget == "9bpw" else 0.9)

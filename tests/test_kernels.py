@@ -15,6 +15,7 @@ from ramgguf import _core, formats
 
 FORMATS = formats.names()
 QUANTIZED = formats.quantized()
+TERNARY_LIKE = ("TQ1_0", "TQ2_0", "Q2_0")
 RTN_IN_GGML = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
 ROW = 768
 
@@ -95,6 +96,37 @@ def test_bytes_are_those_of_ggmls_reference(name: str, isa: str) -> None:
         ours = encode(name, x)
         assert np.array_equal(ours, ggml_oracle.quantize_reference(name, x))
         assert np.array_equal(ours, ggml_oracle.quantize(name, x))
+
+
+@pytest.mark.parametrize("isa", _core.supported_isas())
+@pytest.mark.parametrize("name", TERNARY_LIKE)
+def test_ternary_bytes_are_those_of_ggmls_reference(name: str, isa: str) -> None:
+    _core.set_isa(isa)
+    rng = np.random.default_rng(3)
+    ternary = rng.integers(-1, 2, (8, ROW)) * rng.uniform(0.1, 2, (8, 1)).astype("f4")
+    for x in (rng.standard_t(4, (64, ROW)), rng.standard_normal((64, ROW)).round(1), ternary):
+        rows = x.astype(np.float32)
+        assert np.array_equal(encode(name, rows), ggml_oracle.quantize_reference(name, rows))
+
+
+@pytest.mark.parametrize("name", TERNARY_LIKE)
+@pytest.mark.parametrize("encoder", ["rtn", "search"])
+def test_ternary_weights_are_held_exactly(name: str, encoder: str) -> None:
+    rng = np.random.default_rng(4)
+    d = rng.uniform(0.01, 2, (ROW // 256, 1)).astype(np.float16).astype(np.float32)
+    x = np.ascontiguousarray((rng.integers(-1, 2, (ROW // 256, 256)) * d).reshape(1, ROW), "f4")
+    assert _core.measure([name], "F32", x.view("u1"), encoder=encoder).errors[0].max_error == 0
+
+
+@pytest.mark.parametrize("isa", _core.supported_isas())
+@pytest.mark.parametrize("name", ["MXFP4", "IQ3_S"])
+def test_the_error_is_at_most_that_of_ggmls_encoder(name: str, isa: str) -> None:
+    _core.set_isa(isa)
+    rng = np.random.default_rng(5)
+    for x in (rng.standard_normal((64, ROW)), rng.standard_t(4, (64, ROW))):
+        rows = x.astype(np.float32)
+        ggml = ggml_oracle.dequantize(name, ggml_oracle.quantize(name, rows), ROW)
+        assert 0.6 < nmse(rows, decode(name, encode(name, rows))) / nmse(rows, ggml) <= 1
 
 
 @pytest.mark.parametrize("isa", _core.supported_isas())
@@ -214,6 +246,11 @@ GAUSSIAN_NMSE = {
     "Q6_K": 3.551e-04,
     "IQ4_NL": 6.396e-03,
     "IQ4_XS": 6.423e-03,
+    "IQ3_S": 1.954e-02,
+    "MXFP4": 1.336e-02,
+    "TQ1_0": 6.55e-01,
+    "TQ2_0": 6.55e-01,
+    "Q2_0": 5.18e-01,
 }
 
 
@@ -343,7 +380,7 @@ def test_a_weight_that_is_not_finite_is_named(source: str, bad: float) -> None:
         _core.encode("Q4_K", source, raw, out)
 
 
-@pytest.mark.parametrize("name", [n for n in FORMATS if n not in ("F32", "BF16")])
+@pytest.mark.parametrize("name", [n for n in FORMATS if n not in ("F32", "BF16", "MXFP4")])
 def test_weights_too_large_for_the_scales_are_flagged_and_refused(name: str) -> None:
     x = np.zeros((5, ROW), np.float32)
     x[3, 99] = 3e38

@@ -59,8 +59,8 @@ SHAPES = (
 
 
 @pytest.fixture(scope="module")
-def sizer() -> Iterator[Child[SizesOf, Sizes]]:
-    with Child[SizesOf, Sizes]("ramgguf.engine.sizes", Sizes) as child:
+def sizer() -> Iterator[Child]:
+    with Child("ramgguf.engine.sizes") as child:
         yield child
 
 
@@ -79,7 +79,7 @@ def measurement(llama: Path) -> Measurement:
     return ramgguf.measure(llama, threads=1)
 
 
-def _really(sizer: Child[SizesOf, Sizes], path: Path, shape: Shape) -> Sizes:
+def _really(sizer: Child, path: Path, shape: Shape) -> Sizes:
     """Return what llama.cpp takes when it loads the weights and allocates all buffers."""
     return sizer.ask(
         SizesOf(
@@ -89,13 +89,14 @@ def _really(sizer: Child[SizesOf, Sizes], path: Path, shape: Shape) -> Sizes:
             type_k=shape.type_k,
             type_v=shape.type_v,
             real=True,
-        )
+        ),
+        Sizes,
     )
 
 
 @pytest.mark.parametrize("architecture", [*ARCHITECTURES, WINDOWED], ids=lambda a: a.name)
 def test_planned_sizes_are_what_llama_cpp_allocates(
-    architecture: Architecture, sizer: Child[SizesOf, Sizes], tmp_path: Path
+    architecture: Architecture, sizer: Child, tmp_path: Path
 ) -> None:
     source = write_small_model(tmp_path / "source.gguf", architecture)
     target = tmp_path / "target.gguf"
@@ -112,7 +113,7 @@ def test_planned_sizes_are_what_llama_cpp_allocates(
 
 @pytest.mark.parametrize("architecture", [*ARCHITECTURES, WINDOWED], ids=lambda a: a.name)
 def test_the_formula_knows_the_cache_and_roughly_the_graph(
-    architecture: Architecture, sizer: Child[SizesOf, Sizes], tmp_path: Path
+    architecture: Architecture, sizer: Child, tmp_path: Path
 ) -> None:
     path = write_small_model(tmp_path / "model.gguf", architecture)
     with open_gguf(path) as file:
@@ -310,7 +311,7 @@ def test_a_model_that_was_moved_is_asked_for_and_another_one_refused(
 
 
 def test_a_child_that_is_killed_is_an_error_that_names_the_signal(llama: Path) -> None:
-    with Child[SizesOf, Sizes]("ramgguf.engine.sizes", Sizes) as child:
+    with Child("ramgguf.engine.sizes") as child:
         os.kill(child.pid, signal.SIGKILL)
         with pytest.raises(ChildDiedError, match="signal SIGKILL") as caught:
             _really(child, llama, Shape(256))
@@ -318,7 +319,7 @@ def test_a_child_that_is_killed_is_an_error_that_names_the_signal(llama: Path) -
 
 
 def test_a_failure_in_the_child_is_an_error_and_the_child_lives_on(llama: Path) -> None:
-    with Child[SizesOf, Sizes]("ramgguf.engine.sizes", Sizes) as child:
+    with Child("ramgguf.engine.sizes") as child:
         with pytest.raises(EngineError, match=r"nowhere\.gguf: llama\.cpp cannot load it"):
             _really(child, Path("/nowhere.gguf"), Shape(256))
         assert _really(child, llama, Shape(256)).n_vocab == 320

@@ -17,10 +17,19 @@ from ramgguf.gguf_io import open_gguf
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
 
-SEARCHED = [n for n in formats.quantized() if n != "Q8_0"]
-# A share of ggml's squared error that no sound change of the encoder goes below. ggml's Q4_1, Q5_1
-# and Q2_K are far from the least squared error: they round the range, or weigh by magnitude.
-LEAST_RATIO = dict.fromkeys(SEARCHED, 0.85) | {"Q2_K": 0.62, "Q4_1": 0.65, "Q5_1": 0.70}
+SEARCHED = [n for n in formats.quantized() if n not in ("Q8_0", *formats.TERNARY)]
+# A share of ggml's squared error that no sound change of the encoder goes below. ggml's Q4_1, Q5_1,
+# Q2_K and IQ3_S are far from the least squared error: they round the range, or weigh by magnitude;
+# its Q2_0 makes every block ternary.
+LEAST_RATIO = dict.fromkeys(SEARCHED, 0.85) | {
+    "Q2_K": 0.62,
+    "Q4_1": 0.65,
+    "Q5_1": 0.70,
+    "IQ3_S": 0.52,
+    "Q2_0": 0.20,
+}
+# The same with an importance matrix.
+LEAST_WEIGHTED = dict.fromkeys(SEARCHED, 0.75) | {"Q2_0": 0.10}
 DISTRIBUTIONS = ("gaussian", "student_t")
 
 
@@ -116,7 +125,7 @@ def test_the_weighted_error_is_at_most_that_of_ggmls_encoder(name: str, distribu
     w = importance_of(x.shape[1])
     ours = error(name, x, encode(name, x, importance=w), w)
     ggml = error(name, x, ggml_oracle.quantize(name, x, w), w)
-    assert 0.75 < ours / ggml <= 1
+    assert LEAST_WEIGHTED[name] < ours / ggml <= 1
 
 
 @pytest.mark.real
@@ -124,6 +133,7 @@ def test_the_weighted_error_is_at_most_that_of_ggmls_encoder(name: str, distribu
 def test_the_error_on_a_real_model_is_at_most_that_of_ggmls_encoder(
     name: str, smol768: Path
 ) -> None:
+    least = min(0.6, LEAST_WEIGHTED[name], 0.9 * LEAST_RATIO[name])
     with open_gguf(smol768) as file:
         for tensor in ("blk.0.attn_q.weight", "blk.12.ffn_down.weight", "blk.29.ffn_up.weight"):
             rows = file.read_rows(file.tensor(tensor), 0, 32)
@@ -132,7 +142,7 @@ def test_the_error_on_a_real_model_is_at_most_that_of_ggmls_encoder(
             for importance in (None, w):
                 ours = error(name, x, encode(name, x, importance=importance), importance)
                 blocks = ggml_oracle.quantize(name, x, importance)
-                assert 0.6 < ours / error(name, x, blocks, importance) <= 1, tensor
+                assert least < ours / error(name, x, blocks, importance) <= 1, tensor
 
 
 @pytest.mark.parametrize("name", SEARCHED)
@@ -140,7 +150,7 @@ def test_search_is_no_worse_than_rounding(name: str) -> None:
     for distribution in DISTRIBUTIONS:
         x = weights(distribution)
         rtn = error(name, x, encode(name, x, encoder="rtn"))
-        assert 0.5 < error(name, x, encode(name, x)) / rtn <= 1
+        assert min(0.5, LEAST_RATIO[name]) < error(name, x, encode(name, x)) / rtn <= 1
 
 
 @pytest.mark.parametrize("name", SEARCHED)
@@ -191,7 +201,8 @@ def test_columns_that_count_more_have_less_error(name: str) -> None:
     plain, weighted = (decode(name, encode(name, x, importance=i), x.shape[1]) for i in (None, w))
     before = ((x - plain)[:, ::16] ** 2).sum()
     after = ((x - weighted)[:, ::16] ** 2).sum()
-    assert 0 < after < 0.7 * before
+    # A power of two can be moved less than a scale.
+    assert 0 < after < (0.95 if name == "MXFP4" else 0.7) * before
 
 
 @pytest.mark.parametrize("name", SEARCHED)

@@ -23,7 +23,8 @@ from ramgguf.gguf_io import open_gguf
 from ramgguf.probe_tokens import Request
 from ramgguf.progress import Silent
 from ramgguf.sensitivities import Sensitivity, TokenKind
-from ramgguf.stages.sensitivity import sensitivity, standard_error
+from ramgguf.stages.sensitivity import sensitivity
+from ramgguf.token_statistics import standard_error
 from tiny_models import write_tiny_model
 
 pytest.importorskip("llama_cpp")
@@ -187,7 +188,7 @@ def test_a_killed_run_goes_on_where_it_was(
 
 def test_a_journal_of_something_else_is_refused(model: Path, tmp_path: Path) -> None:
     _measured(model, tmp_path)
-    with pytest.raises(PlanError, match="another model, encoder, importance"):
+    with pytest.raises(PlanError, match="another model, encoder, imatrix or choice of tokens"):
         _measured(model, tmp_path, Request(encoder="rtn", n_sequences=2, n_ctx=64, seed=5))
     (tmp_path / "journal").write_text('{"record": "run"}\n')
     with pytest.raises(PlanError, match="line 1 is not of a sensitivity run"):

@@ -85,12 +85,7 @@ RAMGGUF_INLINE uint32_t fifth_bits(IntLanes q0, IntLanes q1) {
 }
 
 RAMGGUF_INLINE IntLanes from_fifth_bits(uint32_t qh, int half) {
-    alignas(64) static const int32_t lane_bits[kLanes] = {
-        1 << 0, 1 << 1, 1 << 2,  1 << 3,  1 << 4,  1 << 5,  1 << 6,  1 << 7,
-        1 << 8, 1 << 9, 1 << 10, 1 << 11, 1 << 12, 1 << 13, 1 << 14, 1 << 15};
-    const IntLanes mine = load(lane_bits);
-    const IntLanes word = broadcast((int32_t)(qh >> (16 * half) & 0xffff));
-    return select((word & mine) == mine, broadcast(16), broadcast(0));
+    return select(lanes_with_bit(qh >> (16 * half)), broadcast(16), broadcast(0));
 }
 
 }  // namespace ramgguf::RAMGGUF_ISA

@@ -8,8 +8,10 @@ import typer
 
 from ramgguf.cli import (
     calibration_commands,
+    check_commands,
     eval_commands,
     model_commands,
+    pick_commands,
     plan_commands,
     sensitivity_commands,
 )
@@ -39,6 +41,8 @@ plan_commands.register(app)
 sensitivity_commands.register(app)
 calibration_commands.register(app)
 eval_commands.register(app)
+check_commands.register(app)
+pick_commands.register(app)
 
 
 def main() -> None:

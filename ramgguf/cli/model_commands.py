@@ -9,7 +9,8 @@ import typer
 from ramgguf import api
 from ramgguf.cli import memory_options as mem
 from ramgguf.cli import options as opt
-from ramgguf.cli.prepared import Weighed, calibrated, sensed
+from ramgguf.cli.prepared import Weighed, calibrated
+from ramgguf.cli.sensitivity_commands import load_or_measure
 from ramgguf.errors import PlanError
 from ramgguf.files import write_atomically
 from ramgguf.planning import PlanOptions
@@ -62,7 +63,17 @@ RecipeFile = Annotated[
 SensitivityOrMeasure = Annotated[
     str | None,
     typer.Option(
-        "--sensitivity", help="Plan by predicted KLD: a file, or `measure` (about 20 minutes)."
+        "--sensitivity", help="Plan by predicted KLD: a file, or `measure` to make it now."
+    ),
+]
+SensitivityTime = Annotated[
+    str, typer.Option("--sensitivity-time", help="How long `measure` may take: 90s, 20m, 1h.")
+]
+
+Refine = Annotated[
+    int,
+    typer.Option(
+        "--refine", min=0, help="Try so many swaps of formats by forward passes; keep what helps."
     ),
 ]
 
@@ -85,6 +96,7 @@ def quantize(
     calibrate: opt.Calibrate = None,
     objective: opt.Objective = None,
     sensitivity: SensitivityOrMeasure = None,
+    sensitivity_time: SensitivityTime = "20m",
     min_sqnr: opt.MinSqnr = api.DEFAULT_MIN_SQNR_DB,
     pin: opt.Pins = None,
     tie: opt.Ties = None,
@@ -92,6 +104,7 @@ def quantize(
     plan_file: PlanFile = None,
     measurement: MeasurementFile = None,
     allow_requantize: opt.Requantize = False,
+    refine: Refine = 0,
     split_max_size: Split = None,
     verify: Verify = True,
     save_plan: SavePlan = None,
@@ -108,6 +121,8 @@ def quantize(
     request = mem.memory_request(memory, fit, context, cache_type, parallel, vram, ngl)
     if (budget is None and request is None) == (plan_file is None):
         raise typer.BadParameter("give either --budget, --memory or --plan", param_hint="--budget")
+    if refine and plan_file:
+        raise typer.BadParameter("a ready plan is followed as it is", param_hint="--refine")
     if (imatrix or calibrate) and (plan_file or measurement):
         raise typer.BadParameter(
             "a plan or measurement says itself what it was made with", param_hint="--imatrix"
@@ -118,7 +133,15 @@ def quantize(
     weighed = Weighed(imatrix, hessian)
     if calibrate:
         weighed = calibrated(model, calibrate, threads, terminal, hessians=chosen == "gptq")
-    found = sensed(model, sensitivity, chosen, weighed, threads, terminal)
+    sensed = load_or_measure(
+        model,
+        sensitivity,
+        encoder=chosen,
+        weighed=weighed,
+        limit=sensitivity_time,
+        threads=threads,
+        terminal=terminal,
+    )
     made = api.quantize(
         model,
         budget,
@@ -132,16 +155,18 @@ def quantize(
         hessian=weighed.hessian,
         allow_requantize=allow_requantize,
         objective=objective,
-        sensitivity=found,
+        sensitivity=sensed,
         min_sqnr_db=min_sqnr,
         pins=pin or (),
         ties=tie or (),
         min_formats=min_format or (),
+        refine=refine,
         split_max_bytes=parse_size(split_max_size) if split_max_size else None,
         force=force,
         verify=verify,
         threads=threads,
         progress=terminal.progress,
+        announce=terminal.announce,
     )
     _export(made.plan, save_plan, export_tensor_types)
     if as_json:

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from ramgguf import files
 from ramgguf.errors import PlanError
+from ramgguf.format_sets import expand
 from ramgguf.progress import Progress, Silent
 from ramgguf.report.progress import Bars
 from ramgguf.schema import Encoder
@@ -27,7 +28,9 @@ Output = Annotated[Path | None, typer.Option("--output", "-o", help="Where to wr
 Force = Annotated[bool, typer.Option("--force", help="Overwrite an existing output.")]
 Formats = Annotated[
     str | None,
-    typer.Option("--formats", help="Formats to choose from, for example Q3_K,Q4_K,Q6_K."),
+    typer.Option(
+        "--formats", help="Formats to choose from: Q3_K,Q6_K or the sets cpu-fast, k, linear."
+    ),
 ]
 EncoderOption = Annotated[
     str,
@@ -95,6 +98,7 @@ class Terminal:
     out: Console
     err: Console
     progress: Progress
+    announces: bool
 
     @classmethod
     def make(cls, *, quiet: bool, as_json: bool) -> "Terminal":
@@ -102,14 +106,19 @@ class Terminal:
         out = Console(quiet=quiet or as_json, highlight=False, width=None)
         err = Console(stderr=True, highlight=False)
         silent = quiet or not sys.stderr.isatty()
-        return cls(out, err, Silent() if silent else Bars(err))
+        return cls(out, err, Silent() if silent else Bars(err), not (quiet or as_json))
+
+    def announce(self, text: str) -> None:
+        """Say what is going to be done, and for how long, unless nothing but results is wanted."""
+        if self.announces:
+            self.err.print(text, soft_wrap=True)
 
 
 def split_formats(text: str | None) -> list[str] | None:
-    """Return the names in a comma-separated list, in upper case, or None for no list."""
+    """Return the formats in a comma-separated list of them and of sets, or None for no list."""
     if text is None:
         return None
-    return [name.strip().upper() for name in text.split(",") if name.strip()]
+    return list(expand(name.strip() for name in text.split(",") if name.strip()))
 
 
 def encoder(name: str) -> Encoder:

@@ -1,4 +1,4 @@
-"""What quantize measures before it plans, and keeps beside the model: importance, sensitivity."""
+"""What quantize prepares before it plans: importance, kept beside the model, and sensitivities."""
 
 import re
 from dataclasses import dataclass
@@ -6,7 +6,6 @@ from pathlib import Path
 
 from ramgguf import api
 from ramgguf.cli import options as opt
-from ramgguf.schema import Encoder
 from ramgguf.sensitivities import Sensitivity
 
 
@@ -44,42 +43,10 @@ def calibrated(
     return Weighed(imatrix, hessian)
 
 
-def sensed(
-    model: Path,
-    asked: str | None,
-    encoder: Encoder,
-    weighed: Weighed,
-    threads: int | None,
-    terminal: opt.Terminal,
-) -> Sensitivity | None:
-    """Return what --sensitivity asks for; what is measured is kept beside the model.
-
-    One whose errors were weighed otherwise is reweighed.
-    """
-    if asked is None:
-        return None
-    path = model.with_suffix(".sens.json") if asked == "measure" else Path(asked)
-    if asked != "measure" or path.exists():
-        return _reweighed(Sensitivity.load(path), model, weighed, terminal)
-    journal = path.with_name(f"{path.name}.partial")
-    found = api.sensitivity(
-        model,
-        encoder=encoder,
-        imatrix=weighed.imatrix,
-        hessian=weighed.hessian,
-        journal=journal,
-        threads=threads,
-        progress=terminal.progress,
-        announce=terminal.err.print,
-    )
-    found.save(path)
-    journal.unlink(missing_ok=True)
-    return found
-
-
-def _reweighed(
+def reweighed(
     found: Sensitivity, model: Path, weighed: Weighed, terminal: opt.Terminal
 ) -> Sensitivity:
+    """Return the sensitivity per unit of the errors that the files weigh."""
     imatrix = api.weighed_by(weighed.imatrix, weighed.hessian)
     wanted = imatrix.source.identity if imatrix else None
     if wanted == (found.imatrix.identity if found.imatrix else None):

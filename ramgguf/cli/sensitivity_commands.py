@@ -7,8 +7,11 @@ import typer
 
 from ramgguf import api
 from ramgguf.cli import options as opt
+from ramgguf.cli.prepared import Weighed, reweighed
 from ramgguf.errors import PlanError
 from ramgguf.report.sensing import print_sensitivity
+from ramgguf.schema import Encoder
+from ramgguf.sensitivities import Sensitivity
 from ramgguf.units import parse_seconds
 
 
@@ -68,7 +71,7 @@ def sensitivity(
         folder=scratch,
         threads=threads,
         progress=terminal.progress,
-        announce=terminal.err.print if not (quiet or as_json) else lambda _: None,
+        announce=terminal.announce,
     )
     found.save(path)
     try:
@@ -80,3 +83,44 @@ def sensitivity(
         return
     print_sensitivity(found, terminal.out, verbose=verbose)
     terminal.out.print(f"wrote {path}; give it to plan, curve or quantize with --sensitivity")
+
+
+def load_or_measure(
+    model: Path,
+    asked: str | None,
+    *,
+    encoder: Encoder,
+    weighed: Weighed,
+    limit: str,
+    threads: int | None,
+    terminal: opt.Terminal,
+) -> Sensitivity | None:
+    """Return what `--sensitivity` asks for; what is measured is kept beside the model.
+
+    One whose errors were weighed otherwise is reweighed. A run that was killed goes on from the
+    file beside it, and one that was finished is used again.
+    """
+    if asked is None:
+        return None
+    path = model.with_suffix(".sens.json") if asked == "measure" else Path(asked)
+    if asked != "measure":
+        return reweighed(Sensitivity.load(path), model, weighed, terminal)
+    if path.exists():
+        terminal.announce(f"using {path}, measured before; remove it to measure again")
+        return reweighed(Sensitivity.load(path), model, weighed, terminal)
+    journal = path.with_name(f"{path.name}.partial")
+    found = api.sensitivity(
+        model,
+        encoder=encoder,
+        imatrix=weighed.imatrix,
+        hessian=weighed.hessian,
+        seconds=parse_seconds(limit),
+        journal=journal,
+        threads=threads,
+        progress=terminal.progress,
+        announce=terminal.announce,
+    )
+    found.save(path)
+    journal.unlink(missing_ok=True)
+    terminal.announce(f"wrote {path}")
+    return found

@@ -13,9 +13,9 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Any, Generic, Literal, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from ramgguf.errors import EngineError, RamggufError
 from ramgguf.schema import _Value
@@ -55,31 +55,24 @@ def describe_exit(code: int) -> str:
         return f"signal {-code}"
 
 
-class Child(Generic[Request, Response]):
+class Child:
     """A running child. Use as a context manager; leaving it ends the child.
 
-    module is run with `python -m`; prepare runs in the child before Python starts (limits).
+    module is run with `python -m`, by a command before it if one is given (to limit it).
     """
 
-    def __init__(
-        self,
-        module: str,
-        response: type[Response],
-        *,
-        prepare: Callable[[], None] | None = None,
-        arguments: Sequence[str] = (),
-    ) -> None:
-        self._response = response
+    def __init__(self, module: str, *, runner: Sequence[str] = ()) -> None:
         self._said: collections.deque[str] = collections.deque(maxlen=_STDERR_LINES)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", module, *arguments],
+            [*runner, sys.executable, "-m", module],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             encoding="utf-8",
             errors="replace",
             start_new_session=True,  # Ctrl-C is the parent's to handle
-            preexec_fn=prepare,
+            # One thread: the default reserves memory for one on every CPU, and all of it counts.
+            env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},
         )
         self._drain = threading.Thread(target=self._read_stderr, daemon=True)
         self._drain.start()
@@ -103,7 +96,7 @@ class Child(Generic[Request, Response]):
         """The child's process id."""
         return self._process.pid
 
-    def ask(self, request: Request) -> Response:
+    def ask(self, request: _Value, expected: type[Response]) -> Response:
         """Return the answer. Raises EngineError if it is a failure, ChildDiedError if none comes"""
         assert self._process.stdin is not None  # asked for above
         assert self._process.stdout is not None
@@ -116,7 +109,7 @@ class Child(Generic[Request, Response]):
         with contextlib.suppress(ValidationError):
             raise EngineError(Failure.model_validate_json(line).message)
         try:
-            return self._response.model_validate_json(line)
+            return expected.model_validate_json(line)
         except ValidationError:  # nothing, or a line cut short
             raise self._died() from None
 
@@ -132,14 +125,14 @@ class Child(Generic[Request, Response]):
             self._said.append(line.rstrip())
 
 
-def answer_requests(kind: type[Request], answer: Callable[[Request], _Value]) -> None:
+def answer_requests(kind: TypeAdapter[Request], answer: Callable[[Request], _Value]) -> None:
     """Answer requests on stdin until it ends; what llama.cpp prints to stdout goes to stderr."""
     out = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     lines: queue.SimpleQueue[str] = queue.SimpleQueue()
     threading.Thread(target=_read_lines, args=(lines,), daemon=True).start()
     while True:
-        request = kind.model_validate_json(lines.get())
+        request = kind.validate_json(lines.get())
         try:
             found: Any = answer(request)
         except RamggufError as e:

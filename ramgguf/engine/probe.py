@@ -73,12 +73,18 @@ class Probe:
     @contextmanager
     def replaced(self, tensor: TensorInfo, data: NDArray[np.uint8]) -> Iterator[None]:
         """While this lasts, the tensor's bytes are `data`; then they are the original's again."""
-        place = self._maps[tensor.shard][tensor.offset : tensor.offset + tensor.n_bytes]
-        place[:] = data.reshape(-1)
+        self.put(tensor, data)
         try:
             yield
         finally:
-            place[:] = self._file.read_rows(tensor, 0, tensor.n_rows).reshape(-1)
+            self.put(tensor, None)
+
+    def put(self, tensor: TensorInfo, data: NDArray[np.uint8] | None) -> None:
+        """Make `data` the tensor's bytes from now on; None gives it back the original's."""
+        if data is None:
+            data = self._file.read_rows(tensor, 0, tensor.n_rows)
+        place = self._maps[tensor.shard][tensor.offset : tensor.offset + tensor.n_bytes]
+        place[:] = data.reshape(-1)
 
     def logits(self, ids: TokenIds) -> Logits:
         """Return a copy of the logits (tokens, vocabulary) of a sequence."""

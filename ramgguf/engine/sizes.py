@@ -8,6 +8,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
+from pydantic import TypeAdapter
+
 from ramgguf.engine.breakdown import memory_breakdown
 from ramgguf.engine.child import answer_requests
 from ramgguf.engine.system import llama_module
@@ -119,7 +121,7 @@ def main() -> None:
             sizer.append(Sizer())  # here, for its errors are answers
         return sizer[0].sizes(request)
 
-    answer_requests(SizesOf, answer)
+    answer_requests(TypeAdapter(SizesOf), answer)
 
 
 if __name__ == "__main__":

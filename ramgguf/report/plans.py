@@ -8,10 +8,14 @@ from rich.console import Console
 from rich.table import Table
 
 from ramgguf.objectives import DEFAULT_OBJECTIVE
+from ramgguf.parallel import default_threads
+from ramgguf.predictions import predict, source
 from ramgguf.recipes import Recipe
+from ramgguf.refinements import Refinement
 from ramgguf.report.memory import print_memory
 from ramgguf.schema import Assignment, Plan
-from ramgguf.units import format_bytes
+from ramgguf.sensing_cost import N_TOKENS, sensing_seconds
+from ramgguf.units import format_bytes, format_seconds
 
 
 def role_table(plan: Plan) -> Table:
@@ -56,11 +60,17 @@ def print_plan(plan: Plan, console: Console, *, verbose: bool = False) -> None:
         print_memory(plan.memory, console)
     gap = "proven optimal" if plan.gap == 0 else f"within {plan.gap:.1g} of the optimum, proven"
     console.print(f"objective {plan.objective}: {plan.total_cost:.6g}, {gap}", soft_wrap=True)
-    if plan.total_cost_error is not None:
+    expected = predict(plan.objective, plan.total_cost, plan.total_cost_error)
+    if expected is not None:
         console.print(
-            f"predicted KLD {plan.total_cost:.4f} ± {plan.total_cost_error:.4f} nats per token, "
-            "without what the formats' kernels add"
+            f"predicted KLD {expected.kld:.3g} nats per token "
+            f"({expected.kld_low:.2g}–{expected.kld_high:.2g}), PPL × {expected.ppl_ratio:.3f} "
+            f"({expected.ppl_ratio_low:.3f}–{expected.ppl_ratio_high:.3f}), 95 %, from "
+            f"{source(plan.objective)}",
+            soft_wrap=True,
         )
+    if plan.refinement is not None:
+        console.print(_refinement(plan.refinement), soft_wrap=True)
     if plan.next_percent is not None and plan.total_cost > 0:
         step = plan.next_percent
         saved = 1 - step.total_cost / plan.total_cost
@@ -70,9 +80,13 @@ def print_plan(plan: Plan, console: Console, *, verbose: bool = False) -> None:
             soft_wrap=True,
         )
     if plan.objective == DEFAULT_OBJECTIVE:
+        threads = default_threads()
+        seconds = format_seconds(sensing_seconds(plan, threads))
         console.print(
-            "note: what matters was guessed from the tensors' roles; `ramgguf sensitivity` "
-            "measures it, for --sensitivity",
+            "note: what matters was guessed from the tensors' roles; `--sensitivity measure` or "
+            f"`ramgguf sensitivity` measures it, from {N_TOKENS} tokens in about {seconds} on "
+            f"{threads} threads (an estimate, by a rate recorded on another machine), or within "
+            "the time given",
             soft_wrap=True,
         )
     for note in plan.notes:
@@ -82,6 +96,17 @@ def print_plan(plan: Plan, console: Console, *, verbose: bool = False) -> None:
             note = f"  ({a.note})" if a.note else ""
             line = f"  {a.name:<40} {a.source_format:>5} → {a.format:<7} {a.nmse:.3e}{note}"
             console.print(line, soft_wrap=True)
+
+
+def _refinement(found: Refinement) -> str:
+    """Return the sentence that says what trials did to the plan."""
+    kld = found.report
+    change = kld.after - kld.before
+    return (
+        f"refinement: {len(found.swaps)} of {found.n_tried} swaps tried were taken; KLD over "
+        f"{kld.n_tokens} tokens that decided nothing ({found.tokens}) {kld.before:.4f} → "
+        f"{kld.after:.4f}, a change of {change:+.4f} ± {kld.error:.4f} nats per token"
+    )
 
 
 def tensor_types(plan: Plan) -> str:

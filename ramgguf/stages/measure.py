@@ -6,12 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ramgguf import _core, formats
+from ramgguf.candidates import TERNARY_NMSE, suited, tried
 from ramgguf.errors import FormatError, PlanError
 from ramgguf.gguf_io import GGUFFile, TensorInfo
 from ramgguf.imatrix import Imatrix
 from ramgguf.parallel import Buffers, Chunk, batches, map_chunks, sample
 from ramgguf.progress import Progress
 from ramgguf.roles import layer_of, never_quantized, role_of
+from ramgguf.sampling import SampledError, measure_samples
 from ramgguf.schema import Encoder, Measurement, Point, Source, TensorMeasurement
 from ramgguf.version import __version__
 from ramgguf.weighing import Scale
@@ -22,11 +24,15 @@ FLOAT_FORMATS = ("F32", "F16", "BF16")
 
 @dataclass(frozen=True)
 class _Job:
-    """A tensor with its candidates and importance; `kept` says why it has no candidates."""
+    """A tensor with its candidates and importance; `kept` says why it has no candidates.
+
+    sampled are candidates that are measured on a sample of the rows only.
+    """
 
     tensor: TensorInfo
     scale: Scale
     candidates: tuple[str, ...]
+    sampled: tuple[str, ...]
     excluded: dict[str, str]
     kept: str | None
 
@@ -56,16 +62,16 @@ def measure(
 ) -> Measurement:
     """Return bytes and error of every tensor in every format that its shape allows.
 
-    wanted names the formats to try (default: all). With `sampled`, statistics are those of some
-    rows of each tensor; with `only`, a tensor named there is measured in those formats, no others.
-    n_overhead_bytes is what the output's header will take. Errors are weighed by the importance
-    that imatrix has. Raises FormatError for NaN or infinity in the weights, naming tensor and
-    index, ImatrixError for an entry of another shape, and PlanError when nothing in the model can
-    be quantized.
+    wanted names the formats to try (default: those that candidates.tried offers). With `sampled`,
+    statistics are those of some rows of each tensor; with `only`, a tensor named there is measured
+    in those formats, no others. n_overhead_bytes is what the output's header will take. Errors are
+    weighed by the importance that imatrix has. Raises FormatError for NaN or infinity in the
+    weights, naming tensor and index, and for a format that needs what is not there, ImatrixError
+    for an entry of another shape, and PlanError when nothing in the model can be quantized.
     """
     start = time.perf_counter()
-    names = tuple(wanted or formats.quantized())
-    jobs = _jobs(file, names, imatrix, allow_requantize)
+    names = tried(wanted, imatrix)
+    jobs = _jobs(file, names, imatrix, allow_requantize, tell_ternary=bool(wanted))
     if only is not None:
         jobs = [_restricted(job, only.get(job.tensor.name)) for job in jobs]
     if all(job.kept for job in jobs):
@@ -88,6 +94,8 @@ def measure(
             progress.advance(part.n_bytes)
     finally:
         progress.finish()
+    slow = [(job.tensor, job.scale, job.sampled) for job in jobs]
+    of_samples = measure_samples(file, slow, threads=threads, progress=progress)
     tied = not any(role_of(t.name, file.architecture) == "head" for t in file.tensors)
     return Measurement(
         ramgguf_version=__version__,
@@ -99,7 +107,7 @@ def measure(
         alignment=file.alignment,
         n_layers=file.n_layers,
         tensors=tuple(
-            _tensor(file, job, stats, tied) for job, stats in zip(jobs, parts, strict=True)
+            _tensor(file, *known, tied) for known in zip(jobs, parts, of_samples, strict=True)
         ),
         seconds=time.perf_counter() - start,
     )
@@ -129,14 +137,19 @@ def _candidates(
 
 
 def _jobs(
-    file: GGUFFile, wanted: Sequence[str], imatrix: Imatrix | None, allow_requantize: bool
+    file: GGUFFile,
+    wanted: Sequence[str],
+    imatrix: Imatrix | None,
+    allow_requantize: bool,
+    *,
+    tell_ternary: bool,
 ) -> list[_Job]:
     found: dict[tuple[str, int], _Candidates] = {}  # a model has few kinds of rows
     jobs = []
     for tensor in file.tensors:
         kept = _reason_to_keep(file, tensor, allow_requantize)
         if kept is not None:
-            jobs.append(_Job(tensor, Scale.of(tensor, None), (), {}, kept))
+            jobs.append(_Job(tensor, Scale.of(tensor, None), (), (), {}, kept))
             continue
         kind = (tensor.type_name, tensor.row_length)
         if kind not in found:
@@ -144,14 +157,20 @@ def _jobs(
         names, excluded = found[kind].names, found[kind].excluded
         kept = None if names else "no smaller format suits its rows"
         scale = Scale.of(tensor, imatrix if names else None)
-        jobs.append(_Job(tensor, scale, names, excluded, kept))
+        split = suited(file, tensor, scale, names, tell_ternary=tell_ternary)
+        excluded = excluded | split.excluded
+        jobs.append(_Job(tensor, scale, split.measured, split.sampled, excluded, kept))
     return jobs
 
 
 def _restricted(job: _Job, only: frozenset[str] | None) -> _Job:
     if only is None:
         return job
-    return replace(job, candidates=tuple(name for name in job.candidates if name in only))
+    return replace(
+        job,
+        candidates=tuple(name for name in job.candidates if name in only),
+        sampled=tuple(name for name in job.sampled if name in only),
+    )
 
 
 def _reason_to_keep(file: GGUFFile, tensor: TensorInfo, allow_requantize: bool) -> str | None:
@@ -177,22 +196,47 @@ def _measure(file: GGUFFile, job: _Job, chunk: Chunk, encoder: str, buffers: Buf
     return _Part(chunk.index, rows.nbytes, hashlib.sha256(rows.data).digest(), stats)
 
 
-def _tensor(
-    file: GGUFFile, job: _Job, parts: list[_core.RowStats], tied: bool
-) -> TensorMeasurement:
+def _points(
+    job: _Job, total: _core.RowStats | None, of_samples: Mapping[str, SampledError | str]
+) -> tuple[tuple[Point, ...], dict[str, str]]:
+    """Return the tensor's points by ascending bytes, and why other formats are none."""
     tensor, excluded = job.tensor, dict(job.excluded)
     n_rows, row_length = tensor.n_rows, tensor.row_length
-    total = _core.RowStats.merged(parts) if parts else None
     squares = job.scale.squares(total) if total else 0.0
     points = [Point(format=tensor.type_name, n_bytes=tensor.n_bytes, nmse=0.0, max_error=0.0)]
     for error in total.errors if total else ():
         name = error.format
+        nmse = job.scale.error(error) / squares if squares else 0.0
         if error.scale_overflow:
             excluded[name] = "a block's scale would overflow F16"
+        elif name not in formats.TERNARY or nmse <= TERNARY_NMSE:
+            n_bytes = formats.row_bytes(name, row_length) * n_rows
+            points.append(Point(format=name, n_bytes=n_bytes, nmse=nmse, max_error=error.max_error))
+    for name, found in of_samples.items():
+        if isinstance(found, str):
+            excluded[name] = found
             continue
-        n_bytes = formats.row_bytes(name, row_length) * n_rows
-        nmse = job.scale.error(error) / squares if squares else 0.0
-        points.append(Point(format=name, n_bytes=n_bytes, nmse=nmse, max_error=error.max_error))
+        point = Point(
+            format=name,
+            n_bytes=formats.row_bytes(name, row_length) * n_rows,
+            nmse=found.nmse,
+            max_error=found.max_error,
+            nmse_error=found.standard_error,
+        )
+        points.append(point)
+    return tuple(sorted(points, key=lambda p: (p.n_bytes, p.nmse))), excluded
+
+
+def _tensor(
+    file: GGUFFile,
+    job: _Job,
+    parts: list[_core.RowStats],
+    of_samples: Mapping[str, SampledError | str],
+    tied: bool,
+) -> TensorMeasurement:
+    tensor = job.tensor
+    total = _core.RowStats.merged(parts) if parts else None
+    points, excluded = _points(job, total, of_samples)
     role = role_of(tensor.name, file.architecture)
     return TensorMeasurement(
         name=tensor.name,
@@ -207,7 +251,7 @@ def _tensor(
         else None,
         max_abs=total.max_abs if total else 0.0,
         excess_kurtosis=_excess_kurtosis(total) if total else 0.0,
-        points=tuple(sorted(points, key=lambda p: (p.n_bytes, p.nmse))),
+        points=points,
         excluded=excluded,
         kept=job.kept,
     )

@@ -16,6 +16,7 @@ from ramgguf.gguf_write import GGUFOutput
 from ramgguf.imatrix import imatrix_keys, planned_imatrix
 from ramgguf.parallel import Buffers, Chunk, batches, map_chunks
 from ramgguf.progress import Progress
+from ramgguf.sampling import written_sample
 from ramgguf.schema import Assignment, ImportanceSource, Plan
 from ramgguf.version import __version__
 from ramgguf.weighing import Scale
@@ -163,7 +164,23 @@ def verify(
             progress.advance(part.n_bytes)
     finally:
         progress.finish()
+    for i, planned in enumerate(plan.assignments):
+        if planned.format != planned.source_format and not formats.get(planned.format).encodable:
+            whole = squared[i] / total[i] if total[i] else 0.0
+            squared[i], total[i] = _sampled_nmse(compare, i, whole), 1.0
     return max(map(_departure, plan.assignments, squared, total), default=0.0)
+
+
+def _sampled_nmse(compared: "_Comparison", index: int, whole_nmse: float) -> float:
+    """Return the NMSE of the rows that were measured; that of all rows must be of its kind."""
+    tensor, scale = compared.file.tensors[index], compared.scales[index]
+    found = written_sample(compared.file, tensor, scale, compared.written)
+    if not whole_nmse <= 2 * found.nmse + 10 * found.standard_error:
+        raise GGUFError(
+            f"{tensor.name}: NMSE {whole_nmse:.3e} was written, {found.nmse:.3e} ± "
+            f"{found.standard_error:.1e} was expected from a sample; please report it"
+        )
+    return found.nmse
 
 
 def _departure(planned: Assignment, squared_error: float, squares: float) -> float:

@@ -1,12 +1,12 @@
 """From a Sensitivity to one whose errors are weighed in another way, without running the model."""
 
 from ramgguf.errors import PlanError
-from ramgguf.fill_in import fill_in
+from ramgguf.fill_in import Member, fill_in
 from ramgguf.gguf_io import GGUFFile
 from ramgguf.imatrix import Imatrix, planned_imatrix
-from ramgguf.probed import is_probed, member, nmse, quantized
 from ramgguf.progress import Progress
 from ramgguf.sensitivities import Reading, Sensitivity
+from ramgguf.simulation import simulated
 from ramgguf.weighing import Scale
 
 
@@ -22,22 +22,27 @@ def reweighed(
     if (file.header_sha256, file.n_bytes) != (theirs.header_sha256, theirs.n_bytes):
         raise PlanError(f"the sensitivity is of {theirs.path}, another model than {file.paths[0]}")
     before = planned_imatrix(sensitivity.imatrix)
-    known = {t.name: t.reading for t in sensitivity.tensors if t.reading is not None}
-    tensors = [t for t in file.tensors if is_probed(file, t)]
+    known = [t.reading for t in sensitivity.tensors if t.reading is not None]
     readings: dict[str, Reading] = {}
     progress.start("reweigh", len(known), "tensors")
     try:
-        for tensor in (t for t in tensors if t.name in known):
-            reading, rows = known[tensor.name], file.read_rows(tensor, 0, tensor.n_rows)
-            made = Scale.of(tensor, before)
-            data = quantized(rows, tensor, reading.format, sensitivity.encoder, made)
-            error = nmse(rows, data, tensor, Scale.of(tensor, imatrix))
+        for reading in known:
+            tensor = file.tensor(reading.name)
+            data, _ = simulated(
+                file, tensor, reading.format, encoder=sensitivity.encoder, imatrix=before
+            )
+            scale = Scale.of(tensor, imatrix)
+            rows = file.read_rows(tensor, 0, tensor.n_rows)
+            stats = scale.compare(tensor.type_name, rows, tensor.type_name, data, 0)
+            squares = scale.squares(stats)
+            error = scale.error(stats.errors[0]) / squares if squares else 0.0
             readings[tensor.name] = reading.model_copy(update={"nmse": error})
             progress.advance(1)
     finally:
         progress.finish()
+    members = [Member(t.name, t.role, t.layer, t.n_weights) for t in sensitivity.tensors]
     update = {
         "imatrix": imatrix.source if imatrix else None,
-        "tensors": fill_in([member(file, t) for t in tensors], readings),
+        "tensors": fill_in(members, readings),
     }
     return sensitivity.model_copy(update=update)

@@ -15,27 +15,29 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from ramgguf import formats
 from ramgguf.engine.llama import Logits
 from ramgguf.engine.probe import Probe
 from ramgguf.engine.system import system_info
 from ramgguf.engine.wire import TokenIds
 from ramgguf.errors import EngineError, PlanError
-from ramgguf.fill_in import fill_in
+from ramgguf.fill_in import Member, fill_in
 from ramgguf.gguf_io import GGUFFile, TensorInfo
 from ramgguf.imatrix import Imatrix
 from ramgguf.probe_tokens import Request, draw_sequences
-from ramgguf.probed import is_probed, member, nmse, probe_format, quantized
 from ramgguf.progress import Progress
-from ramgguf.roles import layer_of
-from ramgguf.schema import Source
+from ramgguf.roles import layer_of, never_quantized, role_of
+from ramgguf.schema import ImportanceSource, Source
 from ramgguf.sensitivities import ProbeTokens, Reading, Sensitivity
 from ramgguf.sensitivity_journal import Journal, Settings
+from ramgguf.simulation import SOURCES, simulated
+from ramgguf.token_statistics import standard_error
 from ramgguf.units import format_seconds
 from ramgguf.version import __version__
-from ramgguf.weighing import Scale
 
+# The first that suits a tensor's rows is its probe: 4-bit errors are where plans are made.
+PROBE_FORMATS = ("Q4_K", "Q4_0")
 MAX_SEQUENCES = 4
-BLOCK = 64  # tokens; neighbours are not independent, blocks nearly are
 MAX_REFERENCE_BYTES = 4 << 30
 
 
@@ -56,7 +58,7 @@ def sensitivity(
     EngineError when llama.cpp fails or the model does not come back unchanged.
     """
     start = time.perf_counter()
-    tensors = [t for t in file.tensors if is_probed(file, t)]
+    tensors = [t for t in file.tensors if _is_probed(file, t)]
     if not tensors:
         raise PlanError(f"{file.paths[0]}: no tensor can be probed; a source in F32, F16 or BF16")
     with (
@@ -65,12 +67,13 @@ def sensitivity(
     ):
         settings = journal.settings
         if settings is None:
-            settings = _settle(file, request, probe, tensors)
+            settings = _settle(file, request, probe, tensors, announce)
             journal.begin(settings)
+        else:
+            announce(f"{settings.promise}; {len(journal.readings)} tensors are done")
         _check_resumed(settings, file, request, journal_path)
-        announce(settings.promise)
         reference = [probe.logits(ids) for ids in settings.sequences]
-        run = _Run(file, probe, settings, reference, request.imatrix)
+        run = _Run(file, probe, settings, reference, request.imatrix, threads)
         wanted = [t for t in tensors if t.name in set(settings.names)]
         progress.start("sensitivity", len(wanted), "tensors")
         try:
@@ -85,7 +88,7 @@ def sensitivity(
         if run.divergence().any():
             raise EngineError(f"{file.paths[0]}: the copy did not come back to the original")
         readings = dict(journal.readings)
-        members = [member(file, t) for t in tensors]
+        members = [_member(file, t) for t in tensors]
         return Sensitivity(
             ramgguf_version=__version__,
             source=settings.source,
@@ -108,6 +111,7 @@ class _Run:
     settings: Settings
     reference: Sequence[Logits]
     imatrix: Imatrix | None
+    threads: int
 
     def divergence(self) -> NDArray[np.float64]:
         """Return the KLD of every token of all sequences, in nats."""
@@ -116,32 +120,55 @@ class _Run:
 
     def read(self, tensor: TensorInfo) -> Reading:
         """Return what the tensor's quantization alone does to the output."""
-        rows = self.file.read_rows(tensor, 0, tensor.n_rows)
         format_name = probe_format(tensor)
-        scale = Scale.of(tensor, self.imatrix)
-        data = quantized(rows, tensor, format_name, self.settings.encoder, scale)
+        data, nmse = simulated(
+            self.file,
+            tensor,
+            format_name,
+            encoder=self.settings.encoder,
+            imatrix=self.imatrix,
+            threads=self.threads,
+        )
         with self.probe.replaced(tensor, data):
             kld = self.divergence()
         return Reading(
             name=tensor.name,
             format=format_name,
-            nmse=nmse(rows, data, tensor, scale),
+            nmse=nmse,
             kld=max(0.0, float(kld.mean())),
             standard_error=standard_error(kld),
         )
 
 
-def standard_error(values: NDArray[np.float64]) -> float:
-    """Return the standard error of the mean, from means of blocks of BLOCK neighbours."""
-    n_blocks = max(2, len(values) // BLOCK)
-    means = np.array([part.mean() for part in np.array_split(values, n_blocks)])
-    return float(means.std(ddof=1) / math.sqrt(n_blocks))
+def probe_format(tensor: TensorInfo) -> str:
+    """Return the format in which the tensor's sensitivity is read."""
+    return next(f for f in PROBE_FORMATS if formats.suits(f, tensor.row_length))
+
+
+def _is_probed(file: GGUFFile, tensor: TensorInfo) -> bool:
+    return (
+        tensor.type_name in SOURCES
+        and never_quantized(tensor.name, tensor.shape, file.architecture) is None
+        and any(formats.suits(f, tensor.row_length) for f in PROBE_FORMATS)
+    )
+
+
+def _member(file: GGUFFile, tensor: TensorInfo) -> Member:
+    role = role_of(tensor.name, file.architecture)
+    return Member(tensor.name, role, layer_of(tensor.name), tensor.n_weights)
 
 
 def _settle(
-    file: GGUFFile, request: Request, probe: Probe, tensors: Sequence[TensorInfo]
+    file: GGUFFile,
+    request: Request,
+    probe: Probe,
+    tensors: Sequence[TensorInfo],
+    announce: Callable[[str], None],
 ) -> Settings:
-    """Return the tokens and tensors that fit the time, and a sentence about what is left out."""
+    """Return the tokens and tensors that fit the time, and a sentence about what is left out.
+
+    announce is told the cost before most of the tokens are drawn.
+    """
     most = request.n_sequences or MAX_SEQUENCES
     bytes_each = 4 * request.n_ctx * probe.model.vocab.n_tokens
     most = max(1, min(most, MAX_REFERENCE_BYTES // bytes_each))
@@ -155,6 +182,12 @@ def _settle(
         n_sequences = max(1, min(most, int(affordable)))
         stride = max(1, math.ceil(n_sequences / affordable))
     names = tuple(t.name for t in _strided(file, tensors, stride))
+    seconds = n_sequences * (seconds_each * len(names) + seconds_drawing)
+    promise = (
+        f"{len(names)} of {len(tensors)} tensors × {n_sequences} sequences of {request.n_ctx} "
+        f"tokens ({request.tokens}), about {format_seconds(seconds)}"
+    )
+    announce(promise)
     sequences += draw_sequences(probe.model, request, range(1, n_sequences))
     notes = []
     if stride > 1:
@@ -162,7 +195,6 @@ def _settle(
             f"to keep to {format_seconds(request.seconds)}, {len(names)} of {len(tensors)} tensors "
             "were measured; those between are interpolated within their role"
         )
-    seconds = n_sequences * (seconds_each * len(names) + seconds_drawing)
     digest = hashlib.sha256(b"".join(ids.tobytes() for ids in sequences)).hexdigest()
     return Settings(
         source=Source(
@@ -184,10 +216,7 @@ def _settle(
         ),
         ids=tuple(tuple(int(i) for i in ids) for ids in sequences),
         names=names,
-        promise=(
-            f"{len(names)} of {len(tensors)} tensors × {n_sequences} sequences of {request.n_ctx} "
-            f"tokens ({request.tokens}), about {format_seconds(seconds)}"
-        ),
+        promise=promise,
         notes=tuple(notes),
     )
 
@@ -213,18 +242,21 @@ def _strided(file: GGUFFile, tensors: Sequence[TensorInfo], stride: int) -> Iter
 
 
 def _check_resumed(settings: Settings, file: GGUFFile, request: Request, path: Path) -> None:
-    """Raise PlanError when the journal is of another model, encoder, imatrix or tokens."""
-    ours = request.imatrix.source.identity if request.imatrix else None
-    theirs = settings.imatrix.identity if settings.imatrix else None
+    """Raise PlanError when the journal is of another model, encoder or choice of tokens."""
     same = (
         settings.source.header_sha256 == file.header_sha256
         and settings.source.n_bytes == file.n_bytes
-        and (settings.encoder, theirs) == (request.encoder, ours)
+        and settings.encoder == request.encoder
+        and _sha(settings.imatrix) == _sha(request.imatrix.source if request.imatrix else None)
         and (settings.tokens.kind, settings.tokens.seed) == (request.tokens, request.seed)
         and request.n_sequences in (None, settings.tokens.n_sequences)
     )
     if not same:
         raise PlanError(
-            f"{path} is of another model, encoder, importance matrix or choice of tokens; "
+            f"{path} is of another model, encoder, imatrix or choice of tokens; "
             "remove it to start anew"
         )
+
+
+def _sha(imatrix: ImportanceSource | None) -> str | None:
+    return None if imatrix is None else imatrix.identity

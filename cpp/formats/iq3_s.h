@@ -1,0 +1,145 @@
+// IQ3_S (ggml id 21), 3.4375 bpw: superblocks of 256 weights, 8 sub-blocks of 32, points of four.
+//
+//   x = d * (1 + 2 scale[b]) * sign * magnitude        scale in 0..15, magnitude in 1, 3 .. 15
+//
+// The magnitudes of four neighbouring weights are one of 512 points (iq3s_points.h).
+//
+//   byte  0    2                    66                    74                    106            110
+//         | d  | qs: 64 bytes       | qh: 8 bytes         | signs: 32 bytes     | scales: 4    |
+//         | F16| byte i: bits 0..7  | byte b, bit i: bit  | byte i, bit l: is   | byte i: of   |
+//              | of the point of    | 8 of the point of   | weight 8i+l         | b=2i in bits |
+//              | weights 4i..4i+3   | weights 32b+4i ..+3 | negative            | 0..3, 2i+1   |
+//
+// Layout of ggml-common.h (block_iq3_s). RTN: a sub-block's largest magnitude takes 15, d makes the
+// largest scale the greatest, scales are rounded to nearest against the rounded d; four weights
+// take the nearer of the two points that are nearest to the centre of their cell.
+#pragma once
+#include "iq3s_points.h"
+
+namespace ramgguf::RAMGGUF_ISA {
+
+// Lane i: base^(i % 4), to write four digits of neighbouring lanes as one number.
+alignas(64) static const float kPlaces16[kLanes] = {1, 16, 256, 4096, 1, 16, 256, 4096,
+                                                    1, 16, 256, 4096, 1, 16, 256, 4096};
+alignas(64) static const
+    float kPlaces8[kLanes] = {1, 8, 64, 512, 1, 8, 64, 512, 1, 8, 64, 512, 1, 8, 64, 512};
+alignas(64) static const float kPerPlace8[kLanes] = {
+    1, 1.0f / 8, 1.0f / 64, 1.0f / 512, 1, 1.0f / 8, 1.0f / 64, 1.0f / 512,
+    1, 1.0f / 8, 1.0f / 64, 1.0f / 512, 1, 1.0f / 8, 1.0f / 64, 1.0f / 512};
+alignas(64) static const int32_t kDigit8[kLanes] = {7, 56, 448, 3584, 7, 56, 448, 3584,
+                                                    7, 56, 448, 3584, 7, 56, 448, 3584};
+
+// Every lane holds the sum of its four neighbours 4c..4c+3.
+RAMGGUF_INLINE Lanes sum_of_fours(Lanes a) {
+    a = a + exchange<1>(a);
+    return a + exchange<2>(a);
+}
+
+// The magnitudes whose digits are in bits 0..11 of every lane, each lane its own of four.
+RAMGGUF_INLINE Lanes magnitudes_of(IntLanes code) {
+    const Lanes digit = to_float(code & load(kDigit8)) * load(kPerPlace8);
+    return digit + digit + broadcast(1.0f);
+}
+
+struct IQ3_S {
+    static constexpr int block_size = 256;
+
+    struct Block {
+        uint16_t d;
+        uint8_t qs[64], qh[8], signs[32], scales[4];
+    };
+    static_assert(sizeof(Block) == 110, "IQ3_S is 110 bytes per 256 weights");
+
+    struct Fit {
+        PerBlock scale, inverse;  // d * (1 + 2 scale), 1 / that or 0
+        PerBlock fields;          // 1 + 2 scale, for pack
+        uint16_t d;               // F16
+        bool overflow;
+        uint8_t chosen[kUnit];  // codes that `search` chose, as quantize gives them, as int8
+
+        static constexpr float kLargestField = 31.0f;
+
+        // The nearest of 1, 3 .. 31.
+        static RAMGGUF_INLINE Lanes nearest_field(Lanes v) {
+            const Lanes rank =
+                round_even((clamp(v, 1.0f, kLargestField) - broadcast(1.0f)) * broadcast(0.5f));
+            return rank + rank + broadcast(1.0f);
+        }
+
+        RAMGGUF_INLINE void set(uint16_t d_, Lanes fields_) {
+            d = d_;
+            overflow = is_infinite(d);
+            fields.set(fields_);
+            scale.set(broadcast(f16_to_f32(d)) * fields_);
+            inverse.set(inverse_or_zero(scale.all()));
+        }
+    };
+
+    static RAMGGUF_INLINE void rtn(const float* x, Fit& fit) {
+        const auto larger = [](Lanes a, Lanes b) { return max(abs(a), abs(b)); };
+        const Lanes wanted = reduce_blocks<32>(larger, x) * broadcast(1.0f / 15.0f);
+        const float largest = first(reduce_all(Max{}, wanted));
+        const uint16_t d = f32_to_f16(largest * (1.0f / Fit::kLargestField));
+        fit.set(d, Fit::nearest_field(wanted * inverse_or_zero(broadcast(f16_to_f32(d)))));
+    }
+
+    // Codes are magnitudes with the weight's sign.
+    static RAMGGUF_INLINE Lanes quantize(const Fit& fit, Lanes x, int j) {
+        const Lanes t = min(abs(x) * fit.inverse.at(j / 2), broadcast(15.5f));
+        const Lanes digits = to_float(truncate(t)) * load(kPlaces16);
+        const IntLanes cell = truncate(sum_of_fours(digits));
+        const IntLanes codes = gather(iq3s_tables().nearest, cell);
+        const Lanes a = magnitudes_of(codes), b = magnitudes_of(codes >> 12);
+        const Lanes off_a = t - a, off_b = t - b;
+        const Mask nearer = sum_of_fours(off_b * off_b) < sum_of_fours(off_a * off_a);
+        return copy_sign(select(nearer, b, a), x);
+    }
+
+    static RAMGGUF_INLINE Lanes reconstruct(const Fit& fit, Lanes q, int j) {
+        return fit.scale.at(j / 2) * q;
+    }
+
+    static RAMGGUF_INLINE void pack(const Fit& fit, const IntLanes (&q)[kVectors], uint8_t* out) {
+        write(out, fit.d);
+        uint8_t high[8] = {};
+        for (int j = 0; j < kVectors; ++j) {
+            const Lanes value = to_float(q[j]);
+            const Lanes digits = (abs(value) - broadcast(1.0f)) * broadcast(0.5f);
+            int32_t codes[kLanes];
+            store(codes, truncate(sum_of_fours(digits * load(kPlaces8))));
+            for (int k = 0; k < 4; ++k) {
+                const int point = iq3s_tables().index[codes[4 * k]];
+                out[2 + 4 * j + k] = (uint8_t)point;
+                high[j / 2] = (uint8_t)(high[j / 2] | (point >> 8) << (j % 2 * 4 + k));
+            }
+            write(out + 74 + 2 * j, (uint16_t)to_bits(value < broadcast(0.0f)));
+        }
+        std::memcpy(out + 66, high, sizeof high);
+        for (int i = 0; i < 4; ++i) {
+            const int low = (int)fit.fields.v[2 * i] / 2, other = (int)fit.fields.v[2 * i + 1] / 2;
+            out[106 + i] = (uint8_t)(low | other << 4);
+        }
+    }
+
+    static RAMGGUF_INLINE void unpack(const uint8_t* in, Fit& fit, IntLanes (&q)[kVectors]) {
+        const PointTables& tables = iq3s_tables();
+        uint32_t magnitudes[64];
+        for (int i = 0; i < 64; ++i) {
+            const int point = in[2 + i] | (in[66 + i / 8] >> (i % 8) & 1) << 8;
+            magnitudes[i] = tables.magnitudes[point];
+        }
+        for (int j = 0; j < kVectors; ++j) {
+            const IntLanes magnitude = load_u8((const uint8_t*)(magnitudes + 4 * j));
+            const Mask negative = lanes_with_bit(read<uint16_t>(in + 74 + 2 * j));
+            q[j] = select(negative, broadcast(0) - magnitude, magnitude);
+        }
+        PerBlock fields;
+        for (int b = 0; b < 8; ++b) {
+            const int scale = in[106 + b / 2] >> (b % 2 * 4) & 15;
+            fields.v[b] = fields.v[b + 8] = (float)(2 * scale + 1);
+        }
+        fit.scale.set(broadcast(f16_to_f32(read<uint16_t>(in))) * fields.all());
+    }
+};
+
+}  // namespace ramgguf::RAMGGUF_ISA

@@ -1,0 +1,98 @@
+"""The command that goes from a model to a file proven to run here: pick."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ramgguf import api
+from ramgguf.checking import CheckRequest
+from ramgguf.cli import memory_options as mem
+from ramgguf.cli import options as opt
+from ramgguf.cli.check_commands import limit
+from ramgguf.errors import PlanError
+from ramgguf.files import write_atomically
+from ramgguf.footprint import parse_cache_types
+from ramgguf.footprint_formula import Shape
+from ramgguf.parallel import default_threads
+from ramgguf.picking import Picked, PickRequest
+from ramgguf.picking import pick as _pick
+from ramgguf.planning import PlanOptions
+from ramgguf.report.curves import curve_svg
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the application."""
+    app.command(
+        "pick",
+        epilog="Example: ramgguf pick model-f16.gguf --memory 16GB --context 8192 --min-speed 10",
+    )(pick)
+
+
+def pick(
+    model: opt.Model,
+    memory: Annotated[
+        str | None,
+        typer.Option("--memory", help="What it must run in: 16GB; default: what is left here."),
+    ] = None,
+    context: Annotated[int, typer.Option("--context", min=16, help="Tokens of context.")] = 4096,
+    cache_type: mem.CacheType = "f16",
+    min_speed: Annotated[
+        float, typer.Option("--min-speed", min=0, help="Tokens/s of generation, at least.")
+    ] = 0.0,
+    output: opt.Output = None,
+    encoder: opt.EncoderOption = api.DEFAULT_ENCODER,
+    sensitivity: opt.SensitivityFile = None,
+    formats: opt.Formats = None,
+    min_sqnr: opt.MinSqnr = api.DEFAULT_MIN_SQNR_DB,
+    n_seq: Annotated[
+        int, typer.Option("--n-seq", min=0, help="Sequences of 512 tokens to score; 0 for none.")
+    ] = 8,
+    svg: Annotated[Path | None, typer.Option("--svg", help="Draw the frontier here.")] = None,
+    force: opt.Force = False,
+    threads: opt.Threads = None,
+    as_json: opt.AsJson = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Measure, plan, write, try and score: the best file that runs in this memory, fast enough."""
+    terminal = opt.Terminal.make(quiet=quiet, as_json=as_json)
+    opt.refuse_existing(output, svg, force=force)
+    trial = CheckRequest(
+        Shape(context, 1, *parse_cache_types(cache_type)),
+        limit(memory),
+        n_threads=threads or default_threads(),
+    )
+    picked = _pick(
+        model,
+        output,
+        PickRequest(trial, min_speed, opt.encoder(encoder), n_seq),
+        force=force,
+        threads=threads,
+        progress=terminal.progress,
+        announce=terminal.err.print if terminal.err.is_terminal and not quiet else lambda _: None,
+        **PlanOptions(
+            sensitivity=sensitivity, formats=opt.split_formats(formats), min_sqnr_db=min_sqnr
+        ),
+    )
+    if svg is not None:
+        drawn = curve_svg(picked.frontier, [picked.plan])
+        write_atomically(svg, drawn.encode(), error=PlanError)
+    if as_json:
+        print(json.dumps(_summary(picked), indent=1))
+        return
+    terminal.out.print(f"{picked.path}:", soft_wrap=True, markup=False)
+    for reason in picked.reasons():
+        terminal.out.print(f"  {reason}", soft_wrap=True, markup=False)
+
+
+def _summary(picked: Picked) -> dict[str, object]:
+    return {
+        "path": str(picked.path),
+        "n_bytes": picked.plan.n_bytes,
+        "bpw": picked.plan.bpw,
+        "plan_sha256": picked.plan.sha256(),
+        "reasons": list(picked.reasons()),
+        "check": json.loads(picked.trial.to_json()),
+        "kld_mean": None if picked.score is None else picked.score.kld_mean,
+    }

@@ -1,0 +1,301 @@
+"""From a Plan to a better one: swaps of formats tried by forward passes of llama.cpp.
+
+The plan rests on a sum over tensors. What the sum misses (its αs' errors, curvature, tensors that
+act together) shows when the whole plan runs. So one loaded copy of the model gets the plan's
+weights, decoded to the source's own type; then one swap after another is written into it. A swap
+is proposed by what the tokens of one set have told so far, taken only if it lowers the KLD over a
+second set by more than its standard error, and the result is reported over a third.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ramgguf.beliefs import Belief, Move
+from ramgguf.engine.probe import Probe
+from ramgguf.errors import EngineError, PlanError
+from ramgguf.gguf_io import GGUFFile
+from ramgguf.knapsack import price
+from ramgguf.objectives import Costing
+from ramgguf.probe_tokens import Request, draw_sequences, draw_sets
+from ramgguf.problem import Problem
+from ramgguf.progress import Progress
+from ramgguf.refine_journal import Paired, RefineJournal, RefineSettings, Trial
+from ramgguf.refinements import FormatChange, Refinement
+from ramgguf.schema import Measurement, Plan
+from ramgguf.token_statistics import standard_error
+from ramgguf.trial_copy import Floats, PlannedWeights, TokenSet
+from ramgguf.units import format_seconds
+
+# How far a tensor's share of a whole plan's KLD is from α · NMSE, beyond α's sampling error, and
+# how far where α was told by priors alone: relative standard deviations, docs/allocation.md.
+MODEL_ERROR = 0.3
+PRIOR_ERROR = 0.7
+# Sensitivities are measured on sequences 0, 1, …: these are others, even with the same seed.
+FIRST_SEQUENCE = 1000
+
+
+@dataclass(frozen=True)
+class Refining:
+    """What is wanted: trials, and the number of sequences to propose, accept and report on."""
+
+    n_trials: int
+    request: Request
+    sizes: tuple[int, int, int] = (2, 2, 4)
+
+
+def refine(
+    file: GGUFFile,
+    plan: Plan,
+    measurement: Measurement,
+    costing: Costing,
+    wanted: Refining,
+    *,
+    folder: Path,
+    journal_path: Path,
+    threads: int,
+    progress: Progress,
+    announce: Callable[[str], None] = lambda _: None,
+) -> Plan:
+    """Return the plan after the trials: of no more bytes than its budget, with its Refinement.
+
+    Its KLD over the acceptance tokens is no higher than the plan's. folder takes a copy of the
+    model; journal_path the trials, from which a run that was killed goes on. announce is told the
+    cost before it is spent. Raises EngineError when llama.cpp fails, PlanError when the plan was
+    not made from this measurement and objective.
+    """
+    problem = Problem.of(measurement, plan.constraints, costing.cost)
+    with (
+        RefineJournal(journal_path) as journal,
+        Probe(file, folder, n_ctx=wanted.request.n_ctx, n_threads=threads) as probe,
+    ):
+        if journal.settings is None:
+            journal.begin(_settle(plan, wanted, probe, announce))
+        settings = journal.settings
+        if settings is None or not _same(settings, plan, wanted):
+            raise PlanError(
+                f"{journal_path} is of another plan or choice of tokens; remove it to start anew"
+            )
+        if journal.steps:
+            announce(f"{settings.promise}; {len(journal.steps)} are tried")
+        sets = [TokenSet(part, probe) for part in settings.sets]
+        weights = PlannedWeights(file, probe, plan.encoder, wanted.request.imatrix, threads)
+        run = _Run(problem, plan, costing, weights, sets)
+        run.go(wanted.n_trials, journal, progress)
+        refined = run.result(settings.tokens, settings.seed)
+        run.check_restored()
+        return refined
+
+
+def _settle(
+    plan: Plan, wanted: Refining, probe: Probe, announce: Callable[[str], None]
+) -> RefineSettings:
+    """Return the tokens; announces, before most are drawn, what they and the trials will cost."""
+    start = time.perf_counter()
+    first = draw_sequences(probe.model, wanted.request, range(FIRST_SEQUENCE, FIRST_SEQUENCE + 1))
+    drawing = time.perf_counter() - start
+    reference = probe.logits(first[0])
+    start = time.perf_counter()
+    probe.divergence(first[0], reference)
+    each = time.perf_counter() - start
+    proposing, accepting, reporting = wanted.sizes
+    least = drawing * sum(wanted.sizes) + each * (
+        wanted.n_trials * proposing + 3 * sum(wanted.sizes)
+    )
+    most = least + each * wanted.n_trials * accepting
+    promise = (
+        f"{wanted.n_trials} swaps to try, proposed on {proposing} sequences of "
+        f"{wanted.request.n_ctx} tokens ({wanted.request.tokens}), accepted on {accepting} "
+        f"others, reported on {reporting} more: {format_seconds(least)} to {format_seconds(most)}"
+    )
+    announce(promise)
+    sets = draw_sets(probe.model, wanted.request, wanted.sizes, FIRST_SEQUENCE)
+    return RefineSettings(
+        plan_sha256=plan.sha256(),
+        budget=plan.budget,
+        tokens=wanted.request.tokens,
+        seed=wanted.request.seed,
+        ids=tuple(tuple(tuple(ids.tolist()) for ids in part) for part in sets),
+        promise=promise,
+    )
+
+
+def _same(settings: RefineSettings, plan: Plan, wanted: Refining) -> bool:
+    sizes = tuple(len(part) for part in settings.ids)
+    asked = (wanted.request.tokens, wanted.request.seed, wanted.sizes)
+    same_plan = (settings.plan_sha256, settings.budget) == (plan.sha256(), plan.budget)
+    return same_plan and (settings.tokens, settings.seed, sizes) == asked
+
+
+def _chosen(problem: Problem, plan: Plan) -> list[int]:
+    """Return the plan's choice for every group; raises PlanError when it has none."""
+    chosen = []
+    for group in problem.groups:
+        now = plan.assignments[group.members[0]]
+        names = [row[0].format for row in group.points]
+        if now.format not in names:
+            raise PlanError(f"{now.name}: {now.format} is not among what the measurement allows")
+        chosen.append(names.index(now.format))
+    return chosen
+
+
+class _Run:
+    """A refinement under way: the plan as it stands, and the copy that has its weights."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        plan: Plan,
+        costing: Costing,
+        weights: PlannedWeights,
+        sets: list[TokenSet],
+    ) -> None:
+        self._problem, self._plan, self._costing = problem, plan, costing
+        self._weights, self._sets = weights, sets
+        self._chosen = _chosen(problem, plan)
+        for a in plan.assignments:
+            weights.put(a.name, a.format)
+        for part in sets:
+            part.current()
+        total = sum(self._group_cost(i) for i in range(len(self._chosen)))
+        kld = float(sets[0].current().mean())
+        self._belief = Belief(kld / total if total > 0 else 0.0, self._errors())
+        self._price = price(problem.items, plan.budget - plan.n_overhead_bytes)
+        self._tried: set[tuple[FormatChange, ...]] = set()
+        self._swaps: list[tuple[FormatChange, ...]] = []
+
+    def go(self, n_trials: int, journal: RefineJournal, progress: Progress) -> None:
+        """Make the trials, those in the journal without measuring again."""
+        done = iter(tuple(journal.steps))
+        progress.start("refine", n_trials, "swaps")
+        try:
+            for _ in range(n_trials):
+                move = self._next()
+                if move is None:
+                    break  # nothing is left that promises anything
+                swap = self._swap(move)
+                trial = next(done, None)
+                if trial is None:
+                    trial = self._trial(move, swap)
+                    self._weights.file.require_unchanged()
+                    journal.add(trial)
+                elif trial.swap != swap:
+                    raise PlanError("the journal's trials are not those of this run; remove it")
+                elif trial.taken:
+                    self._put(move)
+                    self._forget()
+                self._learn(move, trial)
+                progress.advance(1)
+        finally:
+            progress.finish()
+
+    def _next(self) -> Move | None:
+        """Return the most promising move that was not tried."""
+        items, room = self._problem.items, self._plan.budget - self._n_bytes()
+        for move in self._belief.proposals(items, self._chosen, room, self._price):
+            if self._swap(move) not in self._tried:
+                return move
+        return None
+
+    def _trial(self, move: Move, swap: tuple[FormatChange, ...]) -> Trial:
+        """Return what the move does; the copy keeps it if it is taken."""
+        proposing, accepting, _ = self._sets
+        before = proposing.current(), accepting.current()
+        self._put(move)
+        first = proposing.divergence()
+        proposed = _paired(first - before[0])
+        accepted: Paired | None = None
+        if proposed.change < 0:
+            second = accepting.divergence()
+            accepted = _paired(second - before[1])
+            if accepted.change < -accepted.error:
+                self._forget()
+                proposing.now, accepting.now = first, second
+                return Trial(swap=swap, proposing=proposed, accepting=accepted, taken=True)
+        self._put(move, back=True)
+        return Trial(swap=swap, proposing=proposed, accepting=accepted, taken=False)
+
+    def _learn(self, move: Move, trial: Trial) -> None:
+        self._belief.observe(move, trial.proposing.change, trial.proposing.error)
+        self._tried.add(trial.swap)
+        if trial.taken:
+            self._swaps.append(trial.swap)
+            for item, choice in move.changes:
+                self._chosen[item] = choice
+
+    def _forget(self) -> None:
+        """Let the KLD of all tokens be measured again: the plan has changed."""
+        for part in self._sets:
+            part.now = None
+
+    def _put(self, move: Move, *, back: bool = False) -> None:
+        """Write the move into the copy, or what the plan has in its place."""
+        for item, choice in move.changes:
+            group = self._problem.groups[item]
+            row = group.points[self._chosen[item] if back else choice]
+            for member, point in zip(group.members, row, strict=True):
+                self._weights.put(self._plan.assignments[member].name, point.format)
+
+    def _swap(self, move: Move) -> tuple[FormatChange, ...]:
+        changes = []
+        for item, choice in move.changes:
+            group = self._problem.groups[item]
+            before, after = group.points[self._chosen[item]], group.points[choice]
+            for member, a, b in zip(group.members, before, after, strict=True):
+                name = self._plan.assignments[member].name
+                changes.append(FormatChange(name=name, before=a.format, after=b.format))
+        return tuple(changes)
+
+    def _group_cost(self, i: int) -> float:
+        return self._problem.groups[i].choices[self._chosen[i]].cost
+
+    def _errors(self) -> list[float]:
+        """Return how far each group's share of the KLD may be from what its cost says."""
+        if not self._costing.errors:
+            return [PRIOR_ERROR] * len(self._chosen)
+        names = [[self._plan.assignments[m].name for m in g.members] for g in self._problem.groups]
+        errors = self._costing.errors
+        return [math.hypot(MODEL_ERROR, max(errors.get(n, 0.0) for n in group)) for group in names]
+
+    def _n_bytes(self) -> int:
+        pairs = zip(self._problem.groups, self._chosen, strict=True)
+        return self._plan.n_overhead_bytes + sum(g.choices[j].n_bytes for g, j in pairs)
+
+    def result(self, tokens: str, seed: int) -> Plan:
+        """Return the plan as it stands, with what changed and what that did."""
+        plan, assignments = self._plan, self._problem.assignments(self._chosen)
+        cost = math.fsum(a.cost for a in assignments)
+        bound = plan.total_cost * (1 - plan.gap)
+        proposal, acceptance, report = (part.told() for part in self._sets)
+        return plan.model_copy(
+            update={
+                "assignments": assignments,
+                "n_bytes": self._n_bytes(),
+                "total_cost": cost,
+                "total_cost_error": self._costing.total_error(assignments),
+                "gap": max(0.0, 1 - bound / cost) if self._swaps and cost > 0 else plan.gap,
+                "next_percent": None if self._swaps else plan.next_percent,
+                "refinement": Refinement(
+                    tokens=tokens,
+                    seed=seed,
+                    n_tried=len(self._tried),
+                    swaps=tuple(self._swaps),
+                    proposal=proposal,
+                    acceptance=acceptance,
+                    report=report,
+                ),
+            }
+        )
+
+    def check_restored(self) -> None:
+        """Give the copy the original's weights; raises EngineError when it is not the same then."""
+        for a in self._plan.assignments:
+            self._weights.put(a.name, a.source_format)
+        if self._sets[0].divergence().any():
+            raise EngineError("the copy of the model did not come back to the original")
+
+
+def _paired(differences: Floats) -> Paired:
+    return Paired(change=float(differences.mean()), error=standard_error(differences))

@@ -18,6 +18,8 @@ from pathlib import Path
 import ramgguf
 from llama_quantize import quantize
 from provenance import provenance
+from ramgguf.journal import read_results
+from ramgguf.results import EvalResult
 from ramgguf.schema import Encoder
 from scores import kld_ratio, scores
 
@@ -96,6 +98,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--make-only", action="store_true")
     parser.add_argument("--journal", type=Path, help="JSON lines of the scores, to go on from")
+    parser.add_argument("--partial", action="store_true", help="take what --journal has as yet")
     parser.add_argument("--out", type=Path, default=Path("bench/results/calibration.jsonl"))
     return parser.parse_args()
 
@@ -116,22 +119,45 @@ def main() -> None:
         files += [(recipe.name, mix, path) for mix, path in zip(budgets, made, strict=True)]
     if arguments.make_only:
         return
-    scored = ramgguf.evaluate(
-        [path for *_, path in files], arguments.source, text=arguments.text, n_ctx=512,
-        n_seq=arguments.n_seq, threads=arguments.threads, jsonl=arguments.journal, resume=True,
-    ).results  # fmt: skip
+    report(arguments, scored(arguments, files))
+
+
+def scored(
+    arguments: argparse.Namespace, files: list[tuple[str, str, Path]]
+) -> dict[tuple[str, str], EvalResult]:
+    """Return the results by recipe and mix; with --partial those that the journal has as yet."""
+    if not arguments.partial:
+        found = ramgguf.evaluate(
+            [path for *_, path in files], arguments.source, text=arguments.text, n_ctx=512,
+            n_seq=arguments.n_seq, threads=arguments.threads, jsonl=arguments.journal, resume=True,
+        ).results  # fmt: skip
+        return {(n, m): r for (n, m, _), r in zip(files, found, strict=True)}
+    by_path = {r.model.path: r for r in read_results(arguments.journal) if r.sequences}
+    return {(n, m): by_path[str(path)] for n, m, path in files if str(path) in by_path}
+
+
+def in_common(a: EvalResult, b: EvalResult) -> tuple[EvalResult, EvalResult]:
+    """Return both with the sequences only that both have scored."""
+    shared = {s.index for s in a.sequences} & {s.index for s in b.sequences}
+    first, second = (
+        r.model_copy(update={"sequences": tuple(s for s in r.sequences if s.index in shared)})
+        for r in (a, b)
+    )
+    return first, second
+
+
+def report(arguments: argparse.Namespace, found: dict[tuple[str, str], EvalResult]) -> None:
+    """Print and append a row for each file, on the sequences that it shares with its mix."""
     with arguments.out.open("a") as out:
-        for (name, mix, _), result in zip(files, scored, strict=True):
-            of_mix = next(
-                r for (n, m, _), r in zip(files, scored, strict=True) if (n, m) == ("mix", mix)
-            )
+        for (name, mix), result in found.items():
+            ours, theirs = in_common(result, found["mix", mix])
             row = {
                 "recipe": name,
                 "mix": mix,
                 "n_bytes": result.model.n_bytes,
-                **asdict(scores(result)),
-                "of_mix": asdict(kld_ratio(result, of_mix)),
-                "n_seq": arguments.n_seq,
+                **asdict(scores(ours)),
+                "of_mix": asdict(kld_ratio(ours, theirs)),
+                "n_seq": len(ours.sequences),
                 **provenance(),
             }
             print(row)

@@ -29,8 +29,7 @@ class PlanOptions(TypedDict, total=False):
 
     objective None is the best known: sensitivity where one is given (a value or its file), else
     weighted. formats are those to choose from, or sets of them (None: all measured); pins are
-    'regex=FORMAT', min_formats 'role=FORMAT'; a tie is 'qkv', 'gate-up' or roles in a list
-    'role,role'.
+    'regex=FORMAT', min_formats 'role=FORMAT'; a tie is 'qkv', 'gate-up' or a list 'role,role'.
     """
 
     objective: str | None

@@ -47,12 +47,15 @@ test-neon: $(STAMP)
 soak: $(STAMP)
 	VENV=$(VENV) sh tools/fuzz.sh 600
 	RAMGGUF_KILLS=60 $(BIN)/python -m pytest tests/test_faults.py tests/test_faults_engine.py
+	$(BIN)/python bench/size.py --folder $(MODELS)
 
 bench: $(STAMP)
 	$(BIN)/python tools/real_models.py --out $(MODELS) --only smol768-f16
 	$(BIN)/python bench/kernels.py
 	$(BIN)/python bench/encoders_error.py $(MODELS)/smol768-f16.gguf
 	$(BIN)/python bench/encoder_quality.py $(MODELS)/smol768-f16.gguf
+	$(BIN)/python bench/quantize.py $(MODELS)/smol768-f16.gguf
+	$(BIN)/python bench/threads.py --folder $(MODELS)
 
 demo: $(STAMP)
 	$(BIN)/python tools/demo.py --models $(MODELS)

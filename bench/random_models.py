@@ -2,8 +2,9 @@
 
     python bench/random_models.py llama-1B out.gguf
 
-The weights are BF16: Gaussian, in every eighth row Student-t with four degrees of freedom, rows
-scaled log-normally; no two tensors are alike. A file is written front to back, in constant memory.
+The weights are BF16: Gaussian, an eighth of them Student-t with four degrees of freedom, in
+stretches of 4096 that are scaled log-normally; no two tensors are alike. A file is written front to
+back, in constant memory.
 """
 
 import argparse
@@ -17,8 +18,8 @@ from gguf import GGMLQuantizationType, GGUFWriter
 from numpy.typing import NDArray
 
 N_CONTEXT = 4096
-_BLOCK = 1 << 22  # weights that are drawn; tensors are stretches of them, shifted and scaled
-_LONGEST_ROW = 1 << 15
+_BLOCK = 1 << 24  # weights that are drawn; tensors are stretches of them, shifted and scaled
+_STRETCH = 1 << 12  # of one distribution and scale
 
 
 @dataclass(frozen=True)
@@ -141,23 +142,21 @@ class _Weights:
 
     def __init__(self, rng: np.random.Generator) -> None:
         self._rng = rng
-        block = rng.standard_normal(_BLOCK + _LONGEST_ROW, np.float32).reshape(-1, 4096)
+        block = rng.standard_normal((_BLOCK // _STRETCH, _STRETCH), np.float32)
         block[::8] = rng.standard_t(4, block[::8].shape) / math.sqrt(2)
-        self._block = block.reshape(-1)
+        block *= rng.lognormal(0, 0.3, (len(block), 1)).astype(np.float32)
+        # Adding half of the last place and cutting rounds to the nearest BF16.
+        self._block = ((block.view(np.uint32) + 0x8000) >> 16).astype(np.uint16).reshape(-1)
 
     def matrix(self, n_rows: int, row_length: int) -> Iterator[NDArray[np.uint16]]:
-        """Yield the rows of a matrix in BF16, some at a time."""
+        """Yield the rows of a matrix in BF16, some at a time, scaled by a power of two."""
         step = max(1, _BLOCK // 4 // row_length)
-        deviation = row_length**-0.5 * math.exp(self._rng.normal(0, 0.2))
+        exponent = round(-0.5 * math.log2(row_length)) + int(self._rng.integers(-1, 2))
+        scale = np.uint16((exponent << 7) & 0xFFFF)  # the exponent starts at the eighth bit
         for start in range(0, n_rows, step):
-            n = min(step, n_rows - start)
-            at = int(self._rng.integers(0, _BLOCK - n * row_length))
-            scale = self._rng.lognormal(0, 0.3, (n, 1)).astype(np.float32) * np.float32(deviation)
-            rows = self._block[at : at + n * row_length].reshape(n, row_length) * scale
-            # Adding half of the last place and cutting rounds to the nearest BF16.
-            bits = rows.view(np.uint32)
-            bits += 0x8000
-            yield np.ascontiguousarray(bits.view(np.uint16)[:, 1::2])
+            n = min(step, n_rows - start) * row_length
+            at = int(self._rng.integers(0, _BLOCK - n))
+            yield self._block[at : at + n] + scale
 
 
 def main() -> None:

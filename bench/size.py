@@ -10,12 +10,13 @@ to bench/results/size.jsonl and prints a table with an extrapolation.
 """
 
 import argparse
+import contextlib
 import json
 import re
 import shutil
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -67,16 +68,17 @@ def _cached_bytes() -> int:
     return 1024 * int(found[1]) if found else 0
 
 
-def _watch(folder: Path, peak: list[int], stop: threading.Event) -> None:
+def _watch(folder: Path, source: Path, peak: list[int], stop: threading.Event) -> None:
     while not stop.wait(0.2):
-        files = [p.lstat() for p in folder.iterdir() if p.is_file()]
-        peak[0] = max(peak[0], sum(512 * s.st_blocks for s in files))
+        with contextlib.suppress(FileNotFoundError):  # what is written changes its name
+            files = [p.lstat() for p in {source, *folder.iterdir()}]
+            peak[0] = max(peak[0], sum(512 * s.st_blocks for s in files))
 
 
-def run(source: Path, encoder: str, threads: int, budget: str) -> Row:
-    target = source.with_name("out.gguf")
+def run(source: Path, folder: Path, encoder: str, threads: int, budget: str) -> Row:
+    target = folder / "out.gguf"
     peak, stop = [0], threading.Event()
-    watcher = threading.Thread(target=_watch, args=(source.parent, peak, stop))
+    watcher = threading.Thread(target=_watch, args=(folder, source, peak, stop))
     watcher.start()
     start = "from ramgguf.cli import main; main()"
     done = child.run(
@@ -100,49 +102,59 @@ def run(source: Path, encoder: str, threads: int, budget: str) -> Row:
 def table(rows: Sequence[Row]) -> str:
     """Return the rows as a table in Markdown, with what a straight line through them foretells."""
     lines = [
-        "| source | layers, experts | encoder | time | M weights/s | RssAnon | disk |",
-        "|---|---|---|---|---|---|---|",
+        "| source | layers, experts | encoder | time | CPU time | ns/weight | RssAnon | disk |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    for r in rows:
-        lines.append(
-            f"| {r.source_bytes / 1e9:.1f} GB | {r.n_layers}, {r.n_experts} | {r.encoder} "
-            f"| {r.seconds:.1f} s | {r.n_weights / r.seconds / 1e6:.0f} "
-            f"| {r.rss_anon_bytes / 1e6:.0f} MB | {r.disk_bytes / 1e9:.1f} GB |"
-        )
+    lines.extend(
+        f"| {r.source_bytes / 1e9:.1f} GB | {r.n_layers}, {r.n_experts} | {r.encoder} "
+        f"| {r.seconds:.1f} s | {r.cpu_seconds:.1f} s | {1e9 * r.cpu_seconds / r.n_weights:.1f} "
+        f"| {r.rss_anon_bytes / 1e6:.0f} MB | {r.disk_bytes / 1e9:.1f} GB |"
+        for r in rows
+    )
     for encoder in dict.fromkeys(r.encoder for r in rows):
         own = [r for r in rows if r.encoder == encoder]
         if len(own) < 2:
             continue
-        slope, base = np.polyfit([r.source_bytes for r in own], [r.seconds for r in own], 1)
+        slope, base = np.polyfit([r.source_bytes for r in own], [r.cpu_seconds for r in own], 1)
         for gb in EXTRAPOLATED_GB:
             minutes = (base + slope * gb * 1e9) / 60
-            lines.append(f"| {gb} GB, extrapolated | | {encoder} | {minutes:.0f} min | | | |")
+            lines.append(f"| {gb} GB, extrapolated | | {encoder} | | {minutes:.0f} min | | | |")
     return "\n".join(lines)
+
+
+def sources(folder: Path, given: Path | None, sizes: str) -> Iterator[Path]:
+    """Yield the given file, or models of these sizes in GB, each removed when it is done with."""
+    if given is not None:
+        yield given
+        return
+    for gb in map(float, sizes.split(",")):
+        source = random_models.write(folder / "source.gguf", shape_of(int(gb * 1e9)))
+        yield source
+        source.unlink()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, required=True, help="where there is room")
     parser.add_argument("--sizes", default="0.3,1,3,10,31", help="GB of the sources")
+    parser.add_argument("--source", type=Path, help="measure this file instead, and keep it")
     parser.add_argument("--encoders", default="rtn,search")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--budget", default="4.5bpw")
     parser.add_argument("--note", default="", help="what else the machine was doing")
     arguments = parser.parse_args()
-    rows = []
     folder = arguments.folder / "ramgguf-size"
     folder.mkdir()
+    rows = []
     try:
-        for gb in map(float, arguments.sizes.split(",")):
-            source = random_models.write(folder / "source.gguf", shape_of(int(gb * 1e9)))
+        for source in sources(folder, arguments.source, arguments.sizes):
             for encoder in arguments.encoders.split(","):
-                row = run(source, encoder, arguments.threads, arguments.budget)
+                row = run(source, folder, encoder, arguments.threads, arguments.budget)
                 rows.append(row)
                 line = asdict(row) | provenance() | {"note": arguments.note}
                 with RESULTS.open("a") as out:
                     out.write(json.dumps(line) + "\n")
                 print(row, flush=True)
-            source.unlink()
     finally:
         shutil.rmtree(folder)
     print(table(rows))

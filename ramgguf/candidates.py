@@ -1,8 +1,7 @@
 """Which formats are tried for a tensor, and why others are not."""
 
-from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from ramgguf import _core, formats, libggml
 from ramgguf.errors import FormatError
@@ -18,17 +17,9 @@ TERNARY_NMSE = 2.0**-22
 class Candidates:
     """The formats of a tensor: measured on all rows, or sampled; excluded says why others not."""
 
-    measured: tuple[str, ...] = ()
-    sampled: tuple[str, ...] = ()
-    excluded: Mapping[str, str] = field(default_factory=dict)
-
-    def restricted(self, only: Container[str]) -> "Candidates":
-        """Return those that are in `only`."""
-        return Candidates(
-            tuple(name for name in self.measured if name in only),
-            tuple(name for name in self.sampled if name in only),
-            self.excluded,
-        )
+    measured: tuple[str, ...]
+    sampled: tuple[str, ...]
+    excluded: dict[str, str]
 
 
 def tried(wanted: Sequence[str] | None, imatrix: Imatrix | None) -> tuple[str, ...]:
@@ -37,7 +28,7 @@ def tried(wanted: Sequence[str] | None, imatrix: Imatrix | None) -> tuple[str, .
     Raises FormatError when one is wanted that needs an importance matrix and there is none, or
     that needs libggml and it is not installed.
     """
-    if wanted is None:
+    if not wanted:
         extra = formats.with_importance() if imatrix and libggml.is_installed() else ()
         return (*formats.offered(), *extra)
     needing = [name for name in wanted if name in formats.with_importance()]
@@ -51,43 +42,27 @@ def tried(wanted: Sequence[str] | None, imatrix: Imatrix | None) -> tuple[str, .
     return tuple(wanted)
 
 
-def candidates(
+def suited(
     file: GGUFFile, tensor: TensorInfo, scale: Scale, names: Sequence[str], *, tell_ternary: bool
 ) -> Candidates:
-    """Return those of the named formats that suit the tensor and make it smaller.
+    """Return those of the named formats that suit what the tensor holds and how it is weighed.
 
     tell_ternary: the formats for ternary weights were asked for, so it is told why they are none.
     """
-    smaller, unfit = _smaller(tensor.type_name, tensor.row_length, tensor.row_bytes, tuple(names))
-    measured, sampled, excluded = [], [], dict(unfit)
-    for name in smaller:
+    measured, sampled, excluded = [], [], {}
+    for name in names:
         if name in formats.TERNARY and not _may_be_ternary(file, tensor):
             if tell_ternary:
                 excluded[name] = "its weights are not ternary"
         elif formats.get(name).encodable:
             measured.append(name)
+        elif scale.hessian is not None:
+            excluded[name] = "its errors are not known in terms of a Hessian"
         elif scale.importance is None:
             excluded[name] = "the importance matrix has no entry for it"
         else:
             sampled.append(name)
     return Candidates(tuple(measured), tuple(sampled), excluded)
-
-
-@lru_cache(maxsize=64)  # a model of 20,000 tensors has a few kinds of rows
-def _smaller(
-    type_name: str, row_length: int, row_bytes: int, names: tuple[str, ...]
-) -> tuple[tuple[str, ...], Mapping[str, str]]:
-    """Return the formats in which such rows are smaller, and why others do not suit them."""
-    smaller, unfit = [], {}
-    for name in names:
-        if name == type_name:
-            continue
-        if not formats.suits(name, row_length):
-            block = formats.get(name).block_size
-            unfit[name] = f"rows of {row_length} are no multiple of {block}"
-        elif formats.row_bytes(name, row_length) < row_bytes:
-            smaller.append(name)
-    return tuple(smaller), unfit
 
 
 def _may_be_ternary(file: GGUFFile, tensor: TensorInfo) -> bool:

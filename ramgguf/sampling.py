@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from ramgguf import _core, libggml
 from ramgguf.errors import FormatError
 from ramgguf.gguf_io import GGUFFile, TensorInfo
+from ramgguf.parallel import ordered_map
+from ramgguf.progress import Progress
 from ramgguf.weighing import Scale
 
 MOST_ROWS = 512
@@ -56,6 +58,36 @@ def measure_sample(file: GGUFFile, tensor: TensorInfo, scale: Scale, name: str) 
         return libggml.decode(name, blocks, x.shape[1])
 
     return _sampled_error(file, tensor, scale, encoded)
+
+
+def measure_samples(
+    file: GGUFFile,
+    tensors: Sequence[tuple[TensorInfo, Scale, Sequence[str]]],
+    *,
+    threads: int,
+    progress: Progress,
+) -> list[dict[str, SampledError | str]]:
+    """Return for every tensor, by format, its error or why it cannot be encoded."""
+    found: list[dict[str, SampledError | str]] = [{} for _ in tensors]
+    work = [(i, name) for i, (_, _, names) in enumerate(tensors) for name in names]
+
+    def measured(item: tuple[int, str]) -> SampledError | str:
+        tensor, scale, _ = tensors[item[0]]
+        try:
+            return measure_sample(file, tensor, scale, item[1])
+        except ValueError as e:
+            return str(e)
+
+    if not work:
+        return found
+    progress.start("measure samples", len(work), "points")
+    try:
+        for (i, name), error in zip(work, ordered_map(measured, work, threads), strict=True):
+            found[i][name] = error
+            progress.advance(1)
+    finally:
+        progress.finish()
+    return found
 
 
 def written_sample(

@@ -143,7 +143,7 @@ ramgguf.quantize(source, None, target, from_plan=plan, force=True, split_max_byt
 
 
 def test_shards_of_two_outputs_never_pass_for_one(source: Path, tmp_path: Path) -> None:
-    plan = ramgguf.plan(ramgguf.measure(source), "5bpw", min_sqnr_db=0)
+    plan = ramgguf.plan(ramgguf.measure(source, encoder="rtn"), "5bpw", min_sqnr_db=0)
     plan.save(tmp_path / "plan")
 
     def write(plan: Plan, name: str) -> list[bytes]:

@@ -38,7 +38,7 @@ pytest.importorskip("llama_cpp")
 KILLS = int(os.environ.get("RAMGGUF_KILLS", "4"))
 EXCERPT = Corpus("excerpt", default_corpus().text[:3000])
 TINY = Recipe(EXCERPT, n_ctx=64, n_seq=12)
-REAL = Recipe(default_corpus(), n_ctx=256, n_seq=6)
+REAL = Recipe(Corpus("longer excerpt", default_corpus().text[:40_000]), n_ctx=128, n_seq=6)
 
 # One command, started when everything is imported: its arguments are paths, the last is the output.
 _WORK = """
@@ -173,7 +173,7 @@ def test_kills_of_eval_lose_nothing_that_was_finished(
     elif KILLS < 10:
         pytest.skip("kills of a real model's evaluation take minutes: `make soak`")
     else:
-        model, reference = (request.getfixturevalue(n) for n in ("smol768_bf16", "smol768"))
+        model, reference = (request.getfixturevalue(n) for n in ("smol135", "smol768"))
     stamps = [(p.stat().st_size, p.stat().st_mtime_ns) for p in (model, reference)]
     undisturbed, target = tmp_path / "undisturbed", tmp_path / "target"
     run_eval(model, reference, undisturbed)

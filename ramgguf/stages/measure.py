@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ramgguf import _core, formats
-from ramgguf.candidates import TERNARY_NMSE, Candidates, candidates, tried
+from ramgguf.candidates import TERNARY_NMSE, suited, tried
 from ramgguf.errors import FormatError, PlanError
 from ramgguf.gguf_io import GGUFFile, TensorInfo
 from ramgguf.imatrix import Imatrix
-from ramgguf.parallel import Buffers, Chunk, batches, map_chunks, ordered_map, sample
+from ramgguf.parallel import Buffers, Chunk, batches, map_chunks, sample
 from ramgguf.progress import Progress
 from ramgguf.roles import layer_of, never_quantized, role_of
-from ramgguf.sampling import SampledError, measure_sample
+from ramgguf.sampling import SampledError, measure_samples
 from ramgguf.schema import Encoder, Measurement, Point, Source, TensorMeasurement
 from ramgguf.version import __version__
 from ramgguf.weighing import Scale
@@ -24,11 +24,16 @@ FLOAT_FORMATS = ("F32", "F16", "BF16")
 
 @dataclass(frozen=True)
 class _Job:
-    """A tensor with its candidates and importance; `kept` says why it has none."""
+    """A tensor with its candidates and importance; `kept` says why it has no candidates.
+
+    sampled are candidates that are measured on a sample of the rows only.
+    """
 
     tensor: TensorInfo
     scale: Scale
-    candidates: Candidates
+    candidates: tuple[str, ...]
+    sampled: tuple[str, ...]
+    excluded: dict[str, str]
     kept: str | None
 
 
@@ -66,7 +71,7 @@ def measure(
     """
     start = time.perf_counter()
     names = tried(wanted, imatrix)
-    jobs = [_job(file, t, names, wanted, imatrix, allow_requantize) for t in file.tensors]
+    jobs = _jobs(file, names, imatrix, allow_requantize, tell_ternary=bool(wanted))
     if only is not None:
         jobs = [_restricted(job, only.get(job.tensor.name)) for job in jobs]
     if all(job.kept for job in jobs):
@@ -89,7 +94,8 @@ def measure(
             progress.advance(part.n_bytes)
     finally:
         progress.finish()
-    slow = _measure_samples(file, jobs, threads, progress)
+    slow = [(job.tensor, job.scale, job.sampled) for job in jobs]
+    of_samples = measure_samples(file, slow, threads=threads, progress=progress)
     tied = not any(role_of(t.name, file.architecture) == "head" for t in file.tensors)
     return Measurement(
         ramgguf_version=__version__,
@@ -100,30 +106,71 @@ def measure(
         n_overhead_bytes=n_overhead_bytes,
         alignment=file.alignment,
         n_layers=file.n_layers,
-        tensors=tuple(_tensor(file, *one, tied) for one in zip(jobs, parts, slow, strict=True)),
+        tensors=tuple(
+            _tensor(file, *known, tied) for known in zip(jobs, parts, of_samples, strict=True)
+        ),
         seconds=time.perf_counter() - start,
     )
 
 
-def _job(
+@dataclass(frozen=True)
+class _Candidates:
+    """The smaller formats that rows of a kind suit, and why others do not."""
+
+    names: tuple[str, ...]
+    excluded: dict[str, str]
+
+
+def _candidates(
+    type_name: str, row_length: int, row_bytes: int, wanted: Sequence[str]
+) -> _Candidates:
+    names, excluded = [], {}
+    for name in wanted:
+        if name == type_name:
+            continue
+        if not formats.suits(name, row_length):
+            block = formats.get(name).block_size
+            excluded[name] = f"rows of {row_length} are no multiple of {block}"
+        elif formats.row_bytes(name, row_length) < row_bytes:
+            names.append(name)
+    return _Candidates(tuple(names), excluded)
+
+
+def _jobs(
     file: GGUFFile,
-    tensor: TensorInfo,
-    names: Sequence[str],
-    wanted: Sequence[str] | None,
+    wanted: Sequence[str],
     imatrix: Imatrix | None,
     allow_requantize: bool,
-) -> _Job:
-    kept = _reason_to_keep(file, tensor, allow_requantize)
-    if kept is not None:
-        return _Job(tensor, Scale.of(tensor, None), Candidates(), kept)
-    scale = Scale.of(tensor, imatrix)
-    found = candidates(file, tensor, scale, names, tell_ternary=wanted is not None)
-    kept = None if found.measured or found.sampled else "no smaller format suits its rows"
-    return _Job(tensor, scale, found, kept)
+    *,
+    tell_ternary: bool,
+) -> list[_Job]:
+    found: dict[tuple[str, int], _Candidates] = {}  # a model has few kinds of rows
+    jobs = []
+    for tensor in file.tensors:
+        kept = _reason_to_keep(file, tensor, allow_requantize)
+        if kept is not None:
+            jobs.append(_Job(tensor, Scale.of(tensor, None), (), (), {}, kept))
+            continue
+        kind = (tensor.type_name, tensor.row_length)
+        if kind not in found:
+            found[kind] = _candidates(*kind, tensor.row_bytes, wanted)
+        names, excluded = found[kind].names, found[kind].excluded
+        kept = None if names else "no smaller format suits its rows"
+        scale = Scale.of(tensor, imatrix if names else None)
+        split = suited(file, tensor, scale, names, tell_ternary=tell_ternary)
+        excluded = excluded | split.excluded
+        jobs.append(_Job(tensor, scale, split.measured, split.sampled, excluded, kept))
+    return jobs
 
 
 def _restricted(job: _Job, only: frozenset[str] | None) -> _Job:
-    return job if only is None else replace(job, candidates=job.candidates.restricted(only))
+    if only is None:
+        return job
+    return replace(
+        job,
+        candidates=tuple(name for name in job.candidates if name in only),
+        sampled=tuple(name for name in job.sampled if name in only),
+    )
 
 
 def _reason_to_keep(file: GGUFFile, tensor: TensorInfo, allow_requantize: bool) -> str | None:
@@ -139,9 +186,7 @@ def _measure(file: GGUFFile, job: _Job, chunk: Chunk, encoder: str, buffers: Buf
     rows = file.read_rows(job.tensor, chunk.start, chunk.stop, buffers.take("rows", n_bytes))
     stats = None
     if job.tensor.type_name in (*FLOAT_FORMATS, "Q8_0"):
-        stats = job.scale.measure(
-            job.candidates.measured, job.tensor.type_name, rows, chunk.start, encoder
-        )
+        stats = job.scale.measure(job.candidates, job.tensor.type_name, rows, chunk.start, encoder)
         if stats.first_nonfinite >= 0:
             index = chunk.start * job.tensor.row_length + stats.first_nonfinite
             raise FormatError(
@@ -151,58 +196,34 @@ def _measure(file: GGUFFile, job: _Job, chunk: Chunk, encoder: str, buffers: Buf
     return _Part(chunk.index, rows.nbytes, hashlib.sha256(rows.data).digest(), stats)
 
 
-def _measure_samples(
-    file: GGUFFile, jobs: Sequence[_Job], threads: int, progress: Progress
-) -> list[dict[str, SampledError | str]]:
-    """Return per tensor what the formats of libggml lose, or why they are no candidates."""
-    found: list[dict[str, SampledError | str]] = [{} for _ in jobs]
-    work = [(i, name) for i, job in enumerate(jobs) for name in job.candidates.sampled]
-
-    def measured(item: tuple[int, str]) -> SampledError | str:
-        job = jobs[item[0]]
-        try:
-            return measure_sample(file, job.tensor, job.scale, item[1])
-        except ValueError as e:
-            return str(e)
-
-    if not work:
-        return found
-    progress.start("measure samples", len(work), "points")
-    try:
-        for (i, name), error in zip(work, ordered_map(measured, work, threads), strict=True):
-            found[i][name] = error
-            progress.advance(1)
-    finally:
-        progress.finish()
-    return found
-
-
 def _points(
-    job: _Job, total: _core.RowStats | None, sampled: dict[str, SampledError | str]
+    job: _Job, total: _core.RowStats | None, of_samples: Mapping[str, SampledError | str]
 ) -> tuple[tuple[Point, ...], dict[str, str]]:
     """Return the tensor's points by ascending bytes, and why other formats are none."""
-    tensor, excluded = job.tensor, dict(job.candidates.excluded)
-    points = [Point(format=tensor.type_name, n_bytes=tensor.n_bytes, nmse=0.0, max_error=0.0)]
+    tensor, excluded = job.tensor, dict(job.excluded)
+    n_rows, row_length = tensor.n_rows, tensor.row_length
     squares = job.scale.squares(total) if total else 0.0
-
-    def add(name: str, nmse: float, max_error: float, nmse_error: float = 0.0) -> None:
-        n_bytes = formats.row_bytes(name, tensor.row_length) * tensor.n_rows
-        point = Point(
-            format=name, n_bytes=n_bytes, nmse=nmse, max_error=max_error, nmse_error=nmse_error
-        )
-        points.append(point)
-
+    points = [Point(format=tensor.type_name, n_bytes=tensor.n_bytes, nmse=0.0, max_error=0.0)]
     for error in total.errors if total else ():
+        name = error.format
         nmse = job.scale.error(error) / squares if squares else 0.0
         if error.scale_overflow:
-            excluded[error.format] = "a block's scale would overflow F16"
-        elif error.format not in formats.TERNARY or nmse <= TERNARY_NMSE:
-            add(error.format, nmse, error.max_error)
-    for name, found in sampled.items():
+            excluded[name] = "a block's scale would overflow F16"
+        elif name not in formats.TERNARY or nmse <= TERNARY_NMSE:
+            n_bytes = formats.row_bytes(name, row_length) * n_rows
+            points.append(Point(format=name, n_bytes=n_bytes, nmse=nmse, max_error=error.max_error))
+    for name, found in of_samples.items():
         if isinstance(found, str):
             excluded[name] = found
-        else:
-            add(name, found.nmse, found.max_error, found.standard_error)
+            continue
+        point = Point(
+            format=name,
+            n_bytes=formats.row_bytes(name, row_length) * n_rows,
+            nmse=found.nmse,
+            max_error=found.max_error,
+            nmse_error=found.standard_error,
+        )
+        points.append(point)
     return tuple(sorted(points, key=lambda p: (p.n_bytes, p.nmse))), excluded
 
 
@@ -210,12 +231,12 @@ def _tensor(
     file: GGUFFile,
     job: _Job,
     parts: list[_core.RowStats],
-    sampled: dict[str, SampledError | str],
+    of_samples: Mapping[str, SampledError | str],
     tied: bool,
 ) -> TensorMeasurement:
     tensor = job.tensor
     total = _core.RowStats.merged(parts) if parts else None
-    points, excluded = _points(job, total, sampled)
+    points, excluded = _points(job, total, of_samples)
     role = role_of(tensor.name, file.architecture)
     return TensorMeasurement(
         name=tensor.name,
@@ -225,6 +246,9 @@ def _tensor(
         source_format=tensor.type_name,
         n_bytes=tensor.n_bytes,
         sum_squares=total.sum_squares if total else 0.0,
+        output_squares=job.scale.squares(total)
+        if total and job.scale.importance is not None
+        else None,
         max_abs=total.max_abs if total else 0.0,
         excess_kurtosis=_excess_kurtosis(total) if total else 0.0,
         points=points,

@@ -155,8 +155,7 @@ def verify(
             "please report it"
         )
     squared, total = [0.0] * len(file.tensors), [0.0] * len(file.tensors)
-    scales = _scales(file, plan)
-    compare = _Comparison(file, plan, written, scales, Buffers())
+    compare = _Comparison(file, plan, written, _scales(file, plan), Buffers())
     progress.start("verify", sum(t.n_bytes for t in file.tensors), "bytes")
     try:
         for part in map_chunks(compare, batches(file.tensors), threads):
@@ -165,29 +164,27 @@ def verify(
             progress.advance(part.n_bytes)
     finally:
         progress.finish()
-    worst = 0.0
-    for a, scale, error, norm in zip(plan.assignments, scales, squared, total, strict=True):
-        nmse = error / norm if norm else 0.0
-        if not formats.get(a.format).encodable and a.format != a.source_format:
-            nmse = _sampled_nmse(file, a, scale, written, nmse)
-        worst = max(worst, _departure(a, nmse))
-    return worst
+    for i, planned in enumerate(plan.assignments):
+        if planned.format != planned.source_format and not formats.get(planned.format).encodable:
+            whole = squared[i] / total[i] if total[i] else 0.0
+            squared[i], total[i] = _sampled_nmse(compare, i, whole), 1.0
+    return max(map(_departure, plan.assignments, squared, total), default=0.0)
 
 
-def _sampled_nmse(
-    file: GGUFFile, planned: Assignment, scale: Scale, written: GGUFFile, whole_nmse: float
-) -> float:
+def _sampled_nmse(compared: "_Comparison", index: int, whole_nmse: float) -> float:
     """Return the NMSE of the rows that were measured; that of all rows must be of its kind."""
-    found = written_sample(file, file.tensor(planned.name), scale, written)
+    tensor, scale = compared.file.tensors[index], compared.scales[index]
+    found = written_sample(compared.file, tensor, scale, compared.written)
     if not whole_nmse <= 2 * found.nmse + 10 * found.standard_error:
         raise GGUFError(
-            f"{planned.name}: NMSE {whole_nmse:.3e} was written, {found.nmse:.3e} ± "
+            f"{tensor.name}: NMSE {whole_nmse:.3e} was written, {found.nmse:.3e} ± "
             f"{found.standard_error:.1e} was expected from a sample; please report it"
         )
     return found.nmse
 
 
-def _departure(planned: Assignment, nmse: float) -> float:
+def _departure(planned: Assignment, squared_error: float, squares: float) -> float:
+    nmse = squared_error / squares if squares else 0.0
     departure = abs(nmse - planned.nmse) / planned.nmse if planned.nmse else nmse
     if departure > NMSE_TOLERANCE:
         raise GGUFError(

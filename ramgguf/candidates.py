@@ -56,6 +56,8 @@ def suited(
                 excluded[name] = "its weights are not ternary"
         elif formats.get(name).encodable:
             measured.append(name)
+        elif scale.hessian is not None:
+            excluded[name] = "its errors are not known in terms of a Hessian"
         elif scale.importance is None:
             excluded[name] = "the importance matrix has no entry for it"
         else:

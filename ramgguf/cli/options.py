@@ -34,16 +34,29 @@ Formats = Annotated[
 ]
 EncoderOption = Annotated[
     str,
-    typer.Option("--encoder", help="How blocks are fitted: search (least squares) or rtn."),
+    typer.Option("--encoder", help="How blocks are fitted: search (least squares), rtn, or gptq."),
 ]
 ImatrixFile = Annotated[
     Path | None,
     typer.Option("--imatrix", help="Importance matrix of llama-imatrix, GGUF or .dat."),
 ]
+Calibrate = Annotated[
+    str | None,
+    typer.Option(
+        "--calibrate",
+        help="Weigh errors by what the weights meet: on tokens the model draws (self), random "
+        "ones, wikitext, or a text file.",
+    ),
+]
+HessianFile = Annotated[
+    Path | None,
+    typer.Option("--hessian", help="Hessians of calibrate --hessian: weigh errors of outputs."),
+]
 Objective = Annotated[
     str | None,
     typer.Option(
-        "--objective", help="What is minimised: sensitivity (if given), weighted, nmse or ram."
+        "--objective",
+        help="What is minimised: sensitivity (if given), weighted, nmse, output or ram.",
     ),
 ]
 SensitivityFile = Annotated[
@@ -114,7 +127,9 @@ def encoder(name: str) -> Encoder:
         return "rtn"
     if name == "search":
         return "search"
-    raise typer.BadParameter(f"{name!r} is none of rtn, search", param_hint="--encoder")
+    if name == "gptq":
+        return "gptq"
+    raise typer.BadParameter(f"{name!r} is none of rtn, search, gptq", param_hint="--encoder")
 
 
 def refuse_existing(*paths: Path | None, force: bool) -> None:

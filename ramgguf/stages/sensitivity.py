@@ -259,4 +259,4 @@ def _check_resumed(settings: Settings, file: GGUFFile, request: Request, path: P
 
 
 def _sha(imatrix: ImportanceSource | None) -> str | None:
-    return None if imatrix is None else imatrix.sha256
+    return None if imatrix is None else imatrix.identity

@@ -18,7 +18,8 @@ class Measured:
     """What a command took: peaks in bytes, times in seconds, and what it printed.
 
     rss_anon_bytes is memory of the process's own, sampled; max_rss_bytes, by the kernel, has the
-    pages of mapped files in it, too, which others may share and the kernel may take back.
+    pages of mapped files in it, too, which others may share and the kernel may take back, and is
+    never less than what the process that started it had.
     """
 
     seconds: float

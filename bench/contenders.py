@@ -16,7 +16,7 @@ from ramgguf.sensitivities import Sensitivity
 
 UNIFORM = ("Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
 LEAST = 0.93  # of the mix's bytes: less is not worth a try as best flags
-N_FLAGS = 6  # of them are made and scored, the best by predicted KLD
+N_FLAGS = 5  # of them are made and scored, the best by predicted KLD
 N_CTX = 512
 
 
@@ -57,7 +57,7 @@ class Field:
         yield self._of_flags("mix", of_mix)
         yield Contender("best flags", self.n_seq, lambda _: self._best_flags(mix), math.nan)
         yield self._planned(*self._uniform(budget))
-        for objective in ("ram", "nmse", "weighted"):
+        for objective in ("ram", "weighted"):
             plan = ramgguf.plan(self.measurement, budget, objective=objective, min_sqnr_db=0)
             yield self._planned(objective, plan)
         plan = ramgguf.plan(self.measurement, budget, sensitivity=self.sensitivity, min_sqnr_db=0)

@@ -1,11 +1,12 @@
 """How fast the kernels are: per format, encoder and ISA level, next to ggml and to plain reading.
 
     python bench/kernels.py [--formats Q4_K,Q8_0] [--encoders rtn] [--isas v4,v3] [--runs 9]
+                            [--sources F16,BF16,F32]
 
-Time is the CPU time of one thread, so that other processes on the machine count less; weights are
-F16 and do not fit the second cache. A line is the median of the runs, with quartiles and the best.
-`read` is a sum over the same bytes by numpy in the same run. Lines are added to
-bench/results/kernels.jsonl.
+Time is the CPU time of one thread, so that other processes on the machine count less. For `rtn` the
+weights are 2^24, many times the second cache; `search` and ggml are slower by so much that fewer
+do. A line is the median of the runs, with quartiles and the best. `read` is an OR of the same bytes
+by numpy in the same run. Lines are added to bench/results/kernels.jsonl.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +33,7 @@ from ramgguf.version import __version__
 RESULTS = Path(__file__).parent / "results" / "kernels.jsonl"
 ROW = 2048
 LINEAR = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
-N_WEIGHTS = {"rtn": 1 << 23, "search": 1 << 19, "ggml": 1 << 15}
+N_WEIGHTS = {"rtn": 1 << 24, "search": 1 << 19, "ggml": 1 << 15}
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class Line:
 
     operation: str
     format: str
+    source: str
     encoder: str
     isa: str
     weights_per_second: float
@@ -60,11 +63,20 @@ def rates(work: Callable[[], object], n_weights: int, runs: int) -> list[float]:
     return sorted(found)
 
 
-def weights(n: int) -> NDArray[np.uint8]:
-    """Return n Student-t weights as rows of F16."""
+def weights(n: int, source: str = "F16") -> NDArray[np.uint8]:
+    """Return n Student-t weights as rows of the source format."""
     rng = np.random.default_rng(0)
-    block = (rng.standard_t(5, min(n, 1 << 20)) * 0.02).astype(np.float16)
-    return np.resize(block, n).reshape(-1, ROW).view(np.uint8)
+    block = (rng.standard_t(5, min(n, 1 << 20)) * 0.02).astype(np.float32).reshape(-1, ROW)
+    rows = np.empty((len(block), formats.row_bytes(source, ROW)), np.uint8)
+    _core.encode(source, "F32", block.view(np.uint8), rows)
+    return np.resize(rows, (n // ROW, rows.shape[1]))
+
+
+def reading_rate(source: str) -> float:
+    """Return weights per second of plain reading."""
+    words = weights(N_WEIGHTS["rtn"], source).view(np.uint64)
+    work = partial(np.bitwise_or.reduce, words, None)
+    return statistics.median(rates(work, N_WEIGHTS["rtn"], 5))
 
 
 def ggml_quantizer(name: str) -> Callable[[], object]:
@@ -85,29 +97,34 @@ def ggml_quantizer(name: str) -> Callable[[], object]:
     return call
 
 
-def line(operation: str, name: str, encoder: str, found: list[float], reading: float) -> Line:
+def line(
+    operation: str, name: str, source: str, encoder: str, found: list[float], reading: float
+) -> Line:
     """Return the figures of one list of sorted rates."""
     middle = statistics.median(found)
     low, _, high = statistics.quantiles(found, n=4) if len(found) > 1 else (middle,) * 3
     isa = "ggml" if encoder == "ggml" else _core.isa()
     ratio = middle / reading
-    return Line(operation, name, encoder, isa, middle, (low, high), found[-1], middle * 2e-9, ratio)
+    gb = middle * formats.get(source).block_bytes / 1e9
+    return Line(operation, name, source, encoder, isa, middle, (low, high), found[-1], gb, ratio)
 
 
-def measure_level(args: argparse.Namespace, encoder: str, reading: float) -> list[Line]:
-    """Return the lines of one encoder at the active level."""
-    x = weights(N_WEIGHTS[encoder])
-    n, found = x.size // 2, []
+def measure_level(
+    args: argparse.Namespace, encoder: str, source: str, reading: float
+) -> list[Line]:
+    """Return the lines of one encoder and source at the active level."""
+    n, found = N_WEIGHTS[encoder], []
+    x = weights(n, source)
     for name in args.formats:
         out = np.empty((x.shape[0], formats.row_bytes(name, ROW)), np.uint8)
-        measuring = partial(_core.measure, [name], "F16", x, encoder=encoder)
-        encoding = partial(_core.encode, name, "F16", x, out, encoder=encoder)
+        measuring = partial(_core.measure, [name], source, x, encoder=encoder)
+        encoding = partial(_core.encode, name, source, x, out, encoder=encoder)
         measured, encoded = (rates(w, n, args.runs) for w in (measuring, encoding))
-        found.append(line("measure", name, encoder, measured, reading))
-        found.append(line("encode", name, encoder, encoded, reading))
+        found.append(line("measure", name, source, encoder, measured, reading))
+        found.append(line("encode", name, source, encoder, encoded, reading))
     if encoder == "rtn":
-        together = rates(lambda: _core.measure(list(LINEAR), "F16", x), n, args.runs)
-        found.append(line("measure", "ten linear", encoder, together, reading))
+        together = rates(lambda: _core.measure(list(LINEAR), source, x), n, args.runs)
+        found.append(line("measure", "ten linear", source, encoder, together, reading))
     return found
 
 
@@ -116,7 +133,7 @@ def show(found: Line) -> None:
     speed, ratio = found.weights_per_second / 1e9, found.relative_to_reading
     low, high = (q / 1e9 for q in found.quartiles)
     print(
-        f"{found.isa:5} {found.encoder:7} {found.format:10} {found.operation:8} "
+        f"{found.isa:5} {found.encoder:7} {found.source:4} {found.format:10} {found.operation:8} "
         f"{speed:7.3f} G weights/s  ({low:.3f}–{high:.3f}, best {found.best / 1e9:.3f})  "
         f"{found.source_gb_per_second:6.2f} GB/s  {ratio:5.1%} of reading",
         flush=True,
@@ -125,25 +142,27 @@ def show(found: Line) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    names = {"formats": formats.quantized(), "encoders": ("rtn", "search")}
+    sources = ("F16", "BF16", "F32")
+    names = {"formats": formats.quantized(), "encoders": ("rtn", "search"), "sources": sources}
     for option, default in (*names.items(), ("isas", tuple(_core.supported_isas()))):
         parser.add_argument(f"--{option}", type=lambda s: tuple(s.split(",")), default=default)
     parser.add_argument("--runs", type=int, default=9)
     args = parser.parse_args()
-    x = weights(N_WEIGHTS["rtn"])
-    words = x.view(np.uint64)
-    reading = statistics.median(rates(lambda: np.bitwise_or.reduce(words, None), x.size // 2, 9))
-    lines = [line("read", "F16", "numpy", [reading], reading)]
+    reading = {source: reading_rate(source) for source in args.sources}
+    lines = [line("read", s, s, "numpy", [rate], rate) for s, rate in reading.items()]
+    for found_line in lines:
+        show(found_line)
     for name in args.formats:
         found = rates(ggml_quantizer(name), N_WEIGHTS["ggml"], min(args.runs, 5))
-        lines.append(line("encode", name, "ggml", found, reading))
+        lines.append(line("encode", name, "F32", "ggml", found, next(iter(reading.values()))))
         show(lines[-1])
-    for isa in args.isas:
+    for isa, encoder, source in product(args.isas, args.encoders, args.sources):
+        if encoder == "search" and source != args.sources[0]:
+            continue  # it does not notice
         _core.set_isa(isa)
-        for encoder in args.encoders:
-            for found_line in measure_level(args, encoder, reading):
-                lines.append(found_line)
-                show(found_line)
+        for found_line in measure_level(args, encoder, source, reading[source]):
+            lines.append(found_line)
+            show(found_line)
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
     ).stdout.strip()

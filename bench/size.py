@@ -102,12 +102,12 @@ def run(source: Path, folder: Path, encoder: str, threads: int, budget: str) -> 
 def table(rows: Sequence[Row]) -> str:
     """Return the rows as a table in Markdown, with what a straight line through them foretells."""
     lines = [
-        "| source | layers, experts | encoder | time | M weights/s | RssAnon | disk |",
-        "|---|---|---|---|---|---|---|",
+        "| source | layers, experts | encoder | time | CPU time | ns/weight | RssAnon | disk |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     lines.extend(
         f"| {r.source_bytes / 1e9:.1f} GB | {r.n_layers}, {r.n_experts} | {r.encoder} "
-        f"| {r.seconds:.1f} s | {r.n_weights / r.seconds / 1e6:.0f} "
+        f"| {r.seconds:.1f} s | {r.cpu_seconds:.1f} s | {1e9 * r.cpu_seconds / r.n_weights:.1f} "
         f"| {r.rss_anon_bytes / 1e6:.0f} MB | {r.disk_bytes / 1e9:.1f} GB |"
         for r in rows
     )
@@ -115,10 +115,10 @@ def table(rows: Sequence[Row]) -> str:
         own = [r for r in rows if r.encoder == encoder]
         if len(own) < 2:
             continue
-        slope, base = np.polyfit([r.source_bytes for r in own], [r.seconds for r in own], 1)
+        slope, base = np.polyfit([r.source_bytes for r in own], [r.cpu_seconds for r in own], 1)
         for gb in EXTRAPOLATED_GB:
             minutes = (base + slope * gb * 1e9) / 60
-            lines.append(f"| {gb} GB, extrapolated | | {encoder} | {minutes:.0f} min | | | |")
+            lines.append(f"| {gb} GB, extrapolated | | {encoder} | | {minutes:.0f} min | | | |")
     return "\n".join(lines)
 
 

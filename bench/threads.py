@@ -4,7 +4,8 @@
 
 Models of the same number of random weights, in a few large tensors and in ever more, smaller ones,
 are measured, encoded and verified with one thread and with two, the two taking turns, after a run
-that is dropped. Seconds are medians. Appends to bench/results/threads.jsonl.
+that is dropped. Seconds are medians; nanoseconds per weight are CPU time. Appends to
+bench/results/threads.jsonl.
 """
 
 import argparse
@@ -29,7 +30,10 @@ SLICES = (1, 4, 16, 64)
 
 @dataclass(frozen=True)
 class Row:
-    """A stage of one model: seconds with one and two threads, and nanoseconds per weight."""
+    """A stage of one model: seconds with one and two threads, CPU nanoseconds per weight with one.
+
+    write and verify are one figure of CPU time, in the row of write.
+    """
 
     stage: str
     encoder: str
@@ -41,42 +45,57 @@ class Row:
     ns_per_weight: float
 
 
-def timed(source: Path, plan: Plan, encoder: Encoder, threads: int) -> dict[str, float]:
-    """Return the seconds of each stage of one run."""
-    start = time.perf_counter()
+@dataclass(frozen=True)
+class Times:
+    """Seconds of the clock and of the CPU."""
+
+    wall: float
+    cpu: float
+
+
+def timed(source: Path, plan: Plan, encoder: Encoder, threads: int) -> dict[str, Times]:
+    """Return the times of each stage of one run."""
+    wall, cpu = time.perf_counter(), time.process_time()
     ramgguf.measure(source, encoder=encoder, threads=threads)
-    seconds = {"measure": time.perf_counter() - start}
-    output = source.with_suffix(".out")
+    measured = Times(time.perf_counter() - wall, time.process_time() - cpu)
+    output, cpu = source.with_suffix(".out"), time.process_time()
     made = ramgguf.quantize(source, None, output, from_plan=plan, threads=threads, force=True)
-    return seconds | {name: made.seconds[name] for name in ("write", "verify")}
+    cpu = time.process_time() - cpu
+    return {
+        "measure": measured,
+        "write": Times(made.seconds["write"], cpu),
+        "verify": Times(made.seconds["verify"], 0.0),
+    }
 
 
 def rows(source: Path, encoder: Encoder, runs: int) -> list[Row]:
     measured = ramgguf.measure(source, encoder=encoder)
-    start = time.perf_counter()
+    n = measured.n_weights
+    cpu = time.process_time()
     plan = ramgguf.plan(measured, "5bpw")
-    planning = time.perf_counter() - start
-    seconds: dict[tuple[str, int], list[float]] = defaultdict(list)
+    planning = time.process_time() - cpu
+    times: dict[tuple[str, int], list[Times]] = defaultdict(list)
     for _ in range(runs + 1):
         for threads in (1, 2):
             for name, took in timed(source, plan, encoder, threads).items():
-                seconds[name, threads].append(took)
-    found = []
-    for stage in ("measure", "write", "verify"):
-        one, two = (statistics.median(seconds[stage, n][1:]) for n in (1, 2))
-        found.append((stage, one, two))
-    found.append(("plan", planning, planning))
-    n = measured.n_weights
-    return [
-        Row(stage, encoder, len(measured.tensors), n, one, two, one / two, 1e9 * one / n)
-        for stage, one, two in found
+                times[name, threads].append(took)
+    found = [
+        Row("plan", encoder, len(measured.tensors), n, planning, planning, 1.0, 1e9 * planning / n)
     ]
+    for stage in ("measure", "write", "verify"):
+        one, two = (statistics.median(t.wall for t in times[stage, k][1:]) for k in (1, 2))
+        spent = statistics.median(t.cpu for t in times[stage, 1][1:])
+        found.append(
+            Row(stage, encoder, len(measured.tensors), n, one, two, one / two, 1e9 * spent / n)
+        )
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--note", default="", help="what else the machine was doing")
     parser.add_argument("--encoders", default="rtn")
     parser.add_argument("--slices", default=",".join(map(str, SLICES)))
     arguments = parser.parse_args()
@@ -88,7 +107,9 @@ def main() -> None:
             for encoder in encoders:
                 for row in rows(source, encoder, arguments.runs):
                     print(row)
-                    out.write(json.dumps(asdict(row) | provenance()) + "\n")
+                    out.write(
+                        json.dumps(asdict(row) | provenance() | {"note": arguments.note}) + "\n"
+                    )
             source.unlink()
 
 

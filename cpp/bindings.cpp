@@ -5,8 +5,12 @@
 #include "bindings.h"
 
 PYBIND11_MODULE(_core, m) {
-    m.doc() = "ramgguf's native core: block formats, GGUF header scanner, statistics of logits";
+    m.doc() =
+        "ramgguf's native core: block formats, GGUF header scanner, statistics of logits, sums of "
+        "activations";
     ramgguf::bind_kernels(m);
     ramgguf::bind_gguf(m);
     ramgguf::bind_logits(m);
+    ramgguf::bind_gram(m);
+    ramgguf::bind_gptq(m);
 }

@@ -5,4 +5,6 @@ namespace ramgguf {
 void bind_kernels(pybind11::module_& m);
 void bind_gguf(pybind11::module_& m);
 void bind_logits(pybind11::module_& m);
+void bind_gram(pybind11::module_& m);
+void bind_gptq(pybind11::module_& m);
 }  // namespace ramgguf

@@ -254,6 +254,21 @@ void merge(RowStats& into, const RowStats& part) {
     }
 }
 
+// The first part's sums with the errors of all parts, and other weighted sums for both.
+RowStats joined(const std::vector<RowStats>& parts, double sum_squares,
+                const std::vector<double>& errors) {
+    if (parts.empty()) fail("there are no parts to join");
+    RowStats all = parts.front();
+    all.errors.clear();
+    all.sums.weighted_squares = sum_squares;
+    for (const RowStats& part : parts) {
+        all.errors.insert(all.errors.end(), part.errors.begin(), part.errors.end());
+    }
+    if (errors.size() != all.errors.size()) fail("there must be one error for each format");
+    for (size_t i = 0; i < errors.size(); ++i) all.errors[i].sums.weighted_squares = errors[i];
+    return all;
+}
+
 RowStats merged(const std::vector<RowStats>& parts) {
     if (parts.empty()) fail("there are no parts to merge");
     RowStats all = parts.front();
@@ -321,6 +336,8 @@ void bind_stats(py::module_& m) {
         .def_property_readonly("first_nonfinite",
                                [](const RowStats& s) { return s.sums.first_nonfinite; })
         .def_readonly("errors", &RowStats::errors)
+        .def_static("joined", &joined, py::arg("parts"), py::arg("sum_squares"), py::arg("errors"),
+                    "The first part's sums with the errors of all, and other weighted sums.")
         .def_static("merged", &merged, py::arg("parts"), "The parts' sums, in their order.");
 }
 

@@ -13,6 +13,8 @@ namespace ramgguf {
     namespace level {             \
     extern const Kernels kernels; \
     extern const Logits logits;   \
+    extern const Gram gram;       \
+    extern const Gptq gptq;       \
     }
 RAMGGUF_LEVELS(X)
 #undef X
@@ -39,7 +41,8 @@ bool cpu_runs(const std::string& level) {
 
 std::vector<Level> find_levels() {
     std::vector<Level> all;
-#define X(level) all.push_back({#level, &level::kernels, &level::logits});
+#define X(level) \
+    all.push_back({#level, &level::kernels, &level::logits, &level::gram, &level::gptq});
     RAMGGUF_LEVELS(X)
 #undef X
     std::vector<Level> found;

@@ -3,6 +3,8 @@
 #include <string>
 #include <vector>
 
+#include "gptq.h"
+#include "gram.h"
 #include "kernels.h"
 #include "logits.h"
 
@@ -12,6 +14,8 @@ struct Level {
     const char* name;
     const Kernels* kernels;
     const Logits* logits;
+    const Gram* gram;
+    const Gptq* gptq;
 };
 
 // Levels that were compiled and that this CPU runs, best first; never empty.

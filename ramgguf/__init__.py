@@ -6,6 +6,7 @@
 
 from ramgguf.api import (
     Quantized,
+    calibrate,
     curve,
     default_output,
     diff,
@@ -13,9 +14,11 @@ from ramgguf.api import (
     explain,
     follow,
     measure,
+    perturb,
     plan,
     plan_on,
     quantize,
+    reweigh,
     sensitivity,
 )
 from ramgguf.api import refine_plan as refine
@@ -24,6 +27,7 @@ from ramgguf.version import __version__
 __all__ = [
     "Quantized",
     "__version__",
+    "calibrate",
     "curve",
     "default_output",
     "diff",
@@ -31,9 +35,11 @@ __all__ = [
     "explain",
     "follow",
     "measure",
+    "perturb",
     "plan",
     "plan_on",
     "quantize",
     "refine",
+    "reweigh",
     "sensitivity",
 ]

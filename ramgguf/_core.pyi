@@ -51,6 +51,8 @@ class RowStats:
     @property
     def errors(self) -> list[FormatError_]: ...
     @staticmethod
+    def joined(parts: list[RowStats], sum_squares: float, errors: list[float]) -> RowStats: ...
+    @staticmethod
     def merged(parts: list[RowStats]) -> RowStats: ...
 
 def formats() -> list[BlockFormat]: ...
@@ -132,3 +134,29 @@ def compare_logits(
     """
 
 def exp_nonpositive(x: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]: ...
+
+# --- gptq ---
+def gptq_formats() -> list[str]: ...
+def round_unit(
+    format: str,  # noqa: A002
+    x: npt.NDArray[np.float32],
+    factor: npt.NDArray[np.float32],
+    importance: npt.NDArray[np.float32],
+    out: npt.NDArray[np.uint8],
+    errors: npt.NDArray[np.float32],
+) -> None:
+    """Round up to 256 columns of x (rows, n) one by one into blocks; x is changed in place.
+
+    factor (256, 256) is the unit's part of U, upper triangular with H⁻¹ = UᵀU, the identity beyond
+    n; importance (256) weighs the fit of scales; out is (rows, bytes), errors (rows, n) takes each
+    column's error divided by the factor's diagonal. Raises ValueError for what does not fit and
+    for scales that would overflow.
+    """
+
+# --- gram ---
+def add_gram(x: npt.NDArray[np.float32], gram: npt.NDArray[np.float32]) -> None:
+    """Add xᵀx to gram: x is (rows, columns), gram (columns, columns) and symmetric.
+
+    Raises ValueError for shapes that do not fit, TypeError for other dtypes or arrays that are not
+    contiguous.
+    """

@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Literal, Unpack
 
 from ramgguf import formats as _formats
+from ramgguf.calibrating import calibrate, perturb
 from ramgguf.corpus import Recipe, default_corpus, text_file
 from ramgguf.corpus import dataset as dataset_corpus
 from ramgguf.errors import BudgetError, EngineError, GGUFError, PlanError
 from ramgguf.files import refuse_existing, require_disk_space
+from ramgguf.format_sets import expand
 from ramgguf.gguf_io import GGUFFile, open_gguf
 from ramgguf.gguf_layout import planned_header_bytes
-from ramgguf.imatrix import Imatrix, load_imatrix
+from ramgguf.imatrix import Imatrix
 from ramgguf.memory import MemoryRequest, Room
 from ramgguf.parallel import default_threads
 from ramgguf.planning import (
@@ -36,7 +38,7 @@ from ramgguf.refining import refine as refine_plan
 from ramgguf.refining import refinement_journal
 from ramgguf.schema import Encoder, Measurement, Plan
 from ramgguf.screening import MANY_WEIGHTS, measure_and_plan
-from ramgguf.sensing import sensitivity
+from ramgguf.sensing import reweigh, sensitivity, weighed_by
 from ramgguf.stages import evaluate as _evaluate
 from ramgguf.stages import measure as _measure
 from ramgguf.stages import quantize as _quantize
@@ -48,6 +50,7 @@ __all__ = [
     "MemoryRequest",
     "PlanOptions",
     "Quantized",
+    "calibrate",
     "curve",
     "default_output",
     "diff",
@@ -55,13 +58,16 @@ __all__ = [
     "explain",
     "follow",
     "measure",
+    "perturb",
     "plan",
     "plan_on",
     "plan_on_within",
     "plan_within",
     "quantize",
     "refine_plan",
+    "reweigh",
     "sensitivity",
+    "weighed_by",
 ]
 
 DEFAULT_ENCODER: Encoder = "search"
@@ -90,6 +96,7 @@ def measure(
     formats: Sequence[str] | None = None,
     encoder: Encoder = DEFAULT_ENCODER,
     imatrix: str | Path | None = None,
+    hessian: str | Path | None = None,
     allow_requantize: bool = False,
     threads: int | None = None,
     progress: Progress | None = None,
@@ -97,18 +104,20 @@ def measure(
     """Return the rate–distortion curves of all tensors of a GGUF model.
 
     formats are the names to try, by default all that need no calibration data. imatrix is a file
-    of llama-imatrix, GGUF or .dat: errors are then weighed by the importance of the columns.
+    of llama-imatrix, GGUF or .dat: errors are then weighed by the importance of the columns; with
+    a file of Hessians they are those of the outputs, and the encoder can be gptq.
     Raises GGUFError for a file that is malformed or no language model, FormatError for weights that
     are not finite or a format that does not exist, ImatrixError for an unfit imatrix.
     """
-    for name in formats or ():
+    wanted = None if formats is None else expand(formats)
+    for name in wanted or ():
         _formats.get(name)
-    weighed = load_imatrix(Path(imatrix)) if imatrix is not None else None
+    weighed = weighed_by(imatrix, hessian, encoder)
     with open_gguf(Path(model), kind_check=True) as file:
         return _measure.measure(
             file,
             n_overhead_bytes=_overhead_bytes(file, weighed),
-            wanted=formats,
+            wanted=wanted,
             encoder=encoder,
             imatrix=weighed,
             allow_requantize=allow_requantize,
@@ -126,6 +135,7 @@ def quantize(
     measurement: Measurement | None = None,
     encoder: Encoder = DEFAULT_ENCODER,
     imatrix: str | Path | None = None,
+    hessian: str | Path | None = None,
     allow_requantize: bool = False,
     refine: int = 0,
     memory: MemoryRequest | None = None,
@@ -140,10 +150,10 @@ def quantize(
     """Write the best GGUF that fits the budget and return what was made.
 
     Needs a budget, memory (with or without a budget) or a ready plan; a ready measurement saves
-    measuring again; options are those of plan, imatrix is as in measure. Without a ready plan,
-    refine is how many swaps of formats are tried by forward passes, whose cost announce is told.
-    output is by default beside the model and named after the plan's bits per weight. Raises
-    RamggufError; an older output is then untouched.
+    measuring again; options are those of plan, imatrix and hessian are as in measure. Without a
+    ready plan, refine is how many swaps of formats are tried by forward passes, whose cost announce
+    is told. output is by default beside the model and named after the plan's bits per weight.
+    Raises RamggufError; an older output is then untouched.
     """
     clock, n_threads, shown = _Clock(), threads or default_threads(), progress or Silent()
     journal: Path | None = None
@@ -164,12 +174,12 @@ def quantize(
                 with clock.stage("plan"):
                     made = plan_it(measurement)
             else:
-                weighed = load_imatrix(Path(imatrix)) if imatrix is not None else None
+                weighed = weighed_by(imatrix, hessian, encoder)
                 measure_it = partial(
                     _measure.measure,
                     file,
                     n_overhead_bytes=_overhead_bytes(file, weighed),
-                    wanted=options.get("formats"),
+                    wanted=expand(wanted) if (wanted := options.get("formats")) else None,
                     encoder=encoder,
                     imatrix=weighed,
                     allow_requantize=allow_requantize,

@@ -56,8 +56,13 @@ def suited(
                 excluded[name] = "its weights are not ternary"
         elif formats.get(name).encodable:
             measured.append(name)
+        elif scale.hessian is not None:
+            excluded[name] = "its errors are not known in terms of a Hessian"
         elif scale.importance is None:
             excluded[name] = "the importance matrix has no entry for it"
+        elif scale.hessian is not None:
+            # Its error would be another than that of the tensor's other formats.
+            excluded[name] = "errors of its output are not measured for formats of libggml"
         else:
             sampled.append(name)
     return Candidates(tuple(measured), tuple(sampled), excluded)

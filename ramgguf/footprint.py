@@ -18,8 +18,8 @@ from ramgguf.schema import MemoryUse
 CACHE_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "IQ4_NL")
 
 # Measured with llama-cpp-python 0.3.36 on Linux: the interpreter, its packages and libllama take
-# 65 MB before a model is loaded, and a vocabulary of 49,152 tokens 18 MB (docs/memory.md).
-_PROCESS_BYTES = 65_000_000
+# 80 MB before a model is loaded, and a vocabulary of 49,152 tokens 18 MB (docs/memory.md).
+_PROCESS_BYTES = 90_000_000
 _TOKEN_BYTES = 400
 
 _LAYER = re.compile(r"blk\.(\d+)\.")

@@ -167,9 +167,11 @@ def compute_bytes(file: GGUFFile, shape: Shape) -> int:
     if header.integer("wkv.head_size", 0):
         inner = 14 * header.width
     layer = 4 * header.width + max(3 * ffn, 3 * experts, 4 * heads * head, inner)
-    return N_UBATCH * (
-        4 * max(header.n_vocab + header.width, layer) + 2 * _mask_cells(header, shape)
-    )
+    widest = max(header.n_vocab + header.width, layer)
+    per_cell = 2
+    if header.integer("attention.relative_buckets_count", 0):
+        per_cell += 14 * heads  # T5: no flash attention, so scores and their biases are kept
+    return N_UBATCH * (4 * widest + per_cell * _mask_cells(header, shape))
 
 
 def _mask_cells(header: Header, shape: Shape) -> int:

@@ -101,6 +101,12 @@ def row_bytes(name: str, row_length: int) -> int:
     return row_length // f.block_size * f.block_bytes
 
 
+def row_weights(name: str, n_bytes: int) -> int:
+    """Return the weights of a row of n_bytes."""
+    f = get(name)
+    return n_bytes // f.block_bytes * f.block_size
+
+
 def file_type(name: str) -> int:
     """Return `general.file_type` for a model whose bytes are mostly of this format."""
     return _FILE_TYPES[get(name).name]

@@ -10,7 +10,7 @@ import math
 import os
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from ramgguf.errors import ImatrixError
 from ramgguf.gguf_io import GGUFFile, open_gguf
 from ramgguf.gguf_values import Value, string, u32
+from ramgguf.hessian import Hessians, load_hessians
 from ramgguf.schema import ImportanceSource
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
@@ -43,12 +44,16 @@ class Importance:
 
 @dataclass(frozen=True)
 class Imatrix:
-    """An importance matrix: entries by the weight's name, and where they come from."""
+    """An importance matrix: entries by the weight's name, and where they come from.
+
+    hessians, where there are any, say how the inputs of a weight go together.
+    """
 
     path: Path
     entries: Mapping[str, Importance]
     datasets: tuple[str, ...] = ()
     n_chunks: int | None = None
+    hessians: Hessians | None = None
 
     @cached_property
     def source(self) -> ImportanceSource:
@@ -59,6 +64,8 @@ class Imatrix:
             dataset=self.datasets[0] if self.datasets else None,
             n_entries=len(self.entries),
             n_chunks=self.n_chunks,
+            hessian_path=str(self.hessians.path) if self.hessians else None,
+            hessian_sha256=self.hessians.sha256 if self.hessians else None,
         )
 
     def importance(self, name: str, shape: Sequence[int]) -> NDArray[np.float32] | None:
@@ -97,19 +104,21 @@ def planned_imatrix(source: ImportanceSource | None) -> Imatrix | None:
     """Return the matrix that a plan was made with; raises ImatrixError when it has changed."""
     if source is None:
         return None
-    imatrix = load_imatrix(Path(source.path))
-    if imatrix.source.sha256 != source.sha256:
-        raise ImatrixError(
-            f"{source.path}: is another file than the plan was made with; plan again"
-        )
+    hessian = Path(source.hessian_path) if source.hessian_path else None
+    imatrix = load_imatrix(Path(source.path), hessian)
+    if imatrix.source.identity != source.identity:
+        which = source.path if imatrix.source.sha256 != source.sha256 else source.hessian_path
+        raise ImatrixError(f"{which}: is another file than the plan was made with; plan again")
     return imatrix
 
 
-def load_imatrix(path: Path) -> Imatrix:
-    """Return the importance matrix in the file, GGUF or .dat.
+def load_imatrix(path: Path, hessian: Path | None = None) -> Imatrix:
+    """Return the importance matrix in the file, GGUF or .dat, with the Hessians of another file.
 
     Raises ImatrixError or GGUFError that say what is wrong with it.
     """
+    if hessian is not None:
+        return replace(load_imatrix(path), hessians=load_hessians(hessian))
     try:
         with path.open("rb") as file:
             n_bytes = os.fstat(file.fileno()).st_size

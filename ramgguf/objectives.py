@@ -42,11 +42,26 @@ def ram(tensor: TensorMeasurement, point: Point, shape: Shape) -> float:
     return published * math.sqrt(point.nmse)
 
 
+def output_error(tensor: TensorMeasurement, point: Point, shape: Shape) -> float:
+    """Squared error of the tensor's output per token, were its inputs uncorrelated.
+
+    Needs an importance matrix. A tensor without an entry is looked up, a row for each token: its
+    output's error is a row's.
+    """
+    squares = tensor.output_squares
+    if squares is None:
+        squares = tensor.sum_squares * tensor.row_length / tensor.n_weights
+    return squares * point.nmse
+
+
 OBJECTIVES: dict[str, Objective] = {
     "weighted": weighted_nmse,
     "nmse": plain_nmse,
     "ram": ram,
 }
+
+# Those that need errors weighed by an importance matrix.
+WEIGHED: dict[str, Objective] = {"output": output_error}
 
 
 Cost = Callable[[TensorMeasurement, Point], float]
@@ -88,10 +103,12 @@ def costing(
     if name == SENSITIVITY:
         return _by_sensitivity(measurement, sensitivity)
     try:
-        objective = OBJECTIVES[name]
+        objective = (OBJECTIVES | WEIGHED)[name]
     except KeyError:
-        known = ", ".join([*OBJECTIVES, SENSITIVITY])
+        known = ", ".join([*OBJECTIVES, *WEIGHED, SENSITIVITY])
         raise PlanError(f"objective {name!r} is unknown; known are {known}") from None
+    if name in WEIGHED and measurement.imatrix is None:
+        raise PlanError(f"the objective {name} needs errors that an importance matrix weighs")
     shape = Shape.of(measurement)
     return Costing(name, lambda tensor, point: objective(tensor, point, shape))
 
@@ -121,7 +138,7 @@ def _by_sensitivity(measurement: Measurement, sensitivity: Sensitivity | None) -
 
 
 def _matrix(imatrix: ImportanceSource | None) -> str | None:
-    return None if imatrix is None else imatrix.sha256
+    return None if imatrix is None else imatrix.identity
 
 
 def _told(imatrix: ImportanceSource | None) -> str:

@@ -8,6 +8,7 @@ from ramgguf.curves import Frontier
 from ramgguf.errors import BudgetError, PlanError
 from ramgguf.explain import PlanExplanation
 from ramgguf.explain import explain as _explain
+from ramgguf.format_sets import expand
 from ramgguf.gguf_io import GGUFFile, open_gguf
 from ramgguf.memory import MemoryPlanner, MemoryRequest
 from ramgguf.objectives import Costing, costing
@@ -27,8 +28,8 @@ class PlanOptions(TypedDict, total=False):
     """What is minimised, and what a plan must respect.
 
     objective None is the best known: sensitivity where one is given (a value or its file), else
-    weighted. formats are those to choose from (None: all measured); pins are 'regex=FORMAT',
-    min_formats 'role=FORMAT'; a tie is 'qkv', 'gate-up' or roles in a list 'role,role'.
+    weighted. formats are those to choose from, or sets of them (None: all measured); pins are
+    'regex=FORMAT', min_formats 'role=FORMAT'; a tie is 'qkv', 'gate-up' or a list 'role,role'.
     """
 
     objective: str | None
@@ -178,7 +179,7 @@ def _constraints(options: PlanOptions) -> Constraints:
     formats = options.get("formats")
     return Constraints(
         min_sqnr_db=options.get("min_sqnr_db", DEFAULT_MIN_SQNR_DB),
-        formats=None if formats is None else tuple(formats),
+        formats=None if formats is None else expand(formats),
         pins=tuple(Pin.parse(pin) for pin in options.get("pins", ())),
         ties=tuple(parse_tie(tie) for tie in options.get("ties", ())),
         min_formats=tuple(MinFormat.parse(text) for text in options.get("min_formats", ())),

@@ -14,7 +14,7 @@ from ramgguf.documents import _Value as _Value
 from ramgguf.errors import PlanError
 from ramgguf.refinements import Refinement
 
-Encoder = Literal["rtn", "search"]
+Encoder = Literal["rtn", "search", "gptq"]
 
 
 class Source(_Value):
@@ -52,6 +52,8 @@ class TensorMeasurement(_Value):
     shape is in ggml's order (row length first). points lists the candidates by ascending bytes,
     the source's own format included; excluded says why a format of the pass is no candidate.
     kept says why the tensor is not quantized at all (then points holds the source format only).
+    output_squares is Σ wx² with the importance w of its columns: the mean squared output, were
+    inputs uncorrelated; None without importance.
     """
 
     name: str
@@ -61,6 +63,7 @@ class TensorMeasurement(_Value):
     source_format: str
     n_bytes: Positive
     sum_squares: Annotated[float, Field(ge=0)]
+    output_squares: Annotated[float, Field(ge=0)] | None = None
     max_abs: Annotated[float, Field(ge=0)]
     excess_kurtosis: float
     points: tuple[Point, ...]
@@ -77,13 +80,23 @@ class TensorMeasurement(_Value):
 
 
 class ImportanceSource(_Value):
-    """Which importance matrix weighed the errors; n_entries and n_chunks are as the file says."""
+    """Which importance matrix weighed the errors; n_entries and n_chunks are as the file says.
+
+    With a file of Hessians, errors are those of the outputs where it has an entry.
+    """
 
     path: str
     sha256: str
     dataset: str | None = None
     n_entries: Positive
     n_chunks: NonNegative | None = None
+    hessian_path: str | None = None
+    hessian_sha256: str | None = None
+
+    @property
+    def identity(self) -> str:
+        """What tells errors that were weighed in one way from those weighed in another."""
+        return f"{self.sha256} {self.hessian_sha256}" if self.hessian_sha256 else self.sha256
 
 
 class Measurement(Document):
@@ -250,6 +263,6 @@ class Plan(Document):
 
     def sha256(self) -> str:
         """Return the hash of what decides the output's bytes: encoder and tensor–format pairs."""
-        encoder = f"{self.encoder} {self.imatrix.sha256}" if self.imatrix else self.encoder
+        encoder = f"{self.encoder} {self.imatrix.identity}" if self.imatrix else self.encoder
         text = "\n".join([encoder, *(f"{a.name}={a.format}" for a in self.assignments)])
         return hashlib.sha256(text.encode()).hexdigest()

@@ -3,9 +3,9 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from ramgguf.errors import EngineError
+from ramgguf.errors import EngineError, ImatrixError, PlanError
 from ramgguf.gguf_io import open_gguf
-from ramgguf.imatrix import load_imatrix
+from ramgguf.imatrix import Imatrix, load_imatrix
 from ramgguf.parallel import default_threads
 from ramgguf.probe_tokens import Request, parse_tokens
 from ramgguf.progress import Progress, Silent
@@ -13,6 +13,7 @@ from ramgguf.schema import Encoder
 from ramgguf.scratch import scratch_folder
 from ramgguf.sensitivities import Sensitivity
 from ramgguf.stages import sensitivity as _sensitivity
+from ramgguf.stages.reweigh import reweighed
 
 DEFAULT_SECONDS = 1200.0
 
@@ -23,6 +24,7 @@ def sensitivity(
     tokens: str = "self",
     encoder: Encoder = "search",
     imatrix: str | Path | None = None,
+    hessian: str | Path | None = None,
     n_sequences: int | None = None,
     seed: int = 0,
     seconds: float = DEFAULT_SECONDS,
@@ -34,7 +36,7 @@ def sensitivity(
 ) -> Sensitivity:
     """Return how much the error of each of the model's tensors changes its output.
 
-    encoder and imatrix are those that the model will be quantized with, as in quantize.
+    encoder, imatrix and hessian are those that the model will be quantized with, as in quantize.
     tokens is self (drawn from the model), random, wikitext, or a text file. n_sequences None takes
     as many, up to four, as fit the seconds; with a number, all tensors are measured and two runs
     agree exactly. journal keeps every reading, and a run that was killed goes on from it; folder
@@ -52,7 +54,7 @@ def sensitivity(
         n_sequences=n_sequences,
         seed=seed,
         seconds=seconds,
-        imatrix=load_imatrix(Path(imatrix)) if imatrix is not None else None,
+        imatrix=weighed_by(imatrix, hessian, encoder),
     )
     with (
         open_gguf(Path(model), kind_check=True) as file,
@@ -67,3 +69,38 @@ def sensitivity(
             progress=progress or Silent(),
             announce=announce,
         )
+
+
+def reweigh(
+    sensitivity: Sensitivity | str | Path,
+    model: str | Path,
+    imatrix: str | Path | None,
+    *,
+    hessian: str | Path | None = None,
+    progress: Progress | None = None,
+) -> Sensitivity:
+    """Return sensitivities per unit of the error that the importance matrix weighs, unmeasured.
+
+    The readings' quantizations are made again and their errors weighed anew; no model is run.
+    Raises PlanError when the sensitivity is of another model.
+    """
+    if not isinstance(sensitivity, Sensitivity):
+        sensitivity = Sensitivity.load(Path(sensitivity))
+    with open_gguf(Path(model), kind_check=True) as file:
+        return reweighed(file, sensitivity, weighed_by(imatrix, hessian), progress or Silent())
+
+
+def weighed_by(
+    imatrix: str | Path | None, hessian: str | Path | None = None, encoder: Encoder = "search"
+) -> Imatrix | None:
+    """Return the importance matrix of the file with the Hessians of the other, None without.
+
+    Raises PlanError when the encoder needs Hessians, ImatrixError when they stand alone.
+    """
+    if encoder == "gptq" and hessian is None:
+        raise PlanError("the encoder gptq needs Hessians; make them with calibrate --hessian")
+    if imatrix is None:
+        if hessian is not None:
+            raise ImatrixError("Hessians need the importance matrix that was made with them")
+        return None
+    return load_imatrix(Path(imatrix), Path(hessian) if hessian is not None else None)

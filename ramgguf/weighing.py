@@ -4,14 +4,16 @@ An expert tensor has importance of its own for every expert, so a chunk of rows 
 expert.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ramgguf import _core, formats, libggml
+from ramgguf import _core, formats, gptq, libggml
 from ramgguf.gguf_io import TensorInfo
+from ramgguf.gptq import Hessian
 from ramgguf.imatrix import Imatrix
 
 Rows = NDArray[np.uint8]
@@ -19,17 +21,25 @@ Rows = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Scale:
-    """How the weights of a tensor are weighed: importance (experts, columns), or all alike."""
+    """How the errors of a tensor are weighed: importance (experts, columns), or all alike.
+
+    With a Hessian (made when it is first needed), the error is that of the tensor's output.
+    """
 
     importance: NDArray[np.float32] | None
     rows_per_expert: int
+    hessian: Callable[[], Hessian] | None = None
 
     @staticmethod
     def of(tensor: TensorInfo, imatrix: Imatrix | None) -> "Scale":
         """Return the tensor's; raises ImatrixError when its entry is for another shape."""
         found = imatrix.importance(tensor.name, tensor.shape) if imatrix else None
         n_experts = 1 if found is None else len(found)
-        return Scale(found, tensor.n_rows // n_experts)
+        hessians = imatrix.hessians if imatrix else None
+        if found is None or hessians is None or tensor.name not in hessians.owners:
+            return Scale(found, tensor.n_rows // n_experts)
+        make = partial(hessians.factored, tensor.name, tensor.row_length)
+        return Scale(found, tensor.n_rows // n_experts, make)
 
     def parts(self, start: int, stop: int) -> Iterator[tuple[slice, NDArray[np.float32] | None]]:
         """Yield slices of the rows start to stop, counted from start, each with its importance."""
@@ -47,9 +57,15 @@ class Scale:
         self, names: Sequence[str], type_name: str, rows: Rows, start: int, encoder: str
     ) -> _core.RowStats:
         """Return what _core.measure finds in rows, the tensor's from row `start` on."""
+        if self.hessian is not None:
+            return self._measure_outputs(names, type_name, rows, encoder)
         found = [
             _core.measure(
-                list(names), type_name, rows[part], encoder=encoder, importance=importance
+                list(names),
+                type_name,
+                rows[part],
+                encoder=_feedforward(encoder),
+                importance=importance,
             )
             for part, importance in self.parts(start, start + len(rows))
         ]
@@ -73,14 +89,24 @@ class Scale:
         if out is None:
             out = np.empty(len(rows) * row_bytes, np.uint8)
         blocks = out.reshape(-1)[: len(rows) * row_bytes].reshape(len(rows), row_bytes)
+        if self.hessian is not None and encoder == "gptq" and to in gptq.FORMATS:
+            weights = _decoded(type_name, rows, row_length)
+            assert self.importance is not None  # wherever there is a Hessian
+            blocks[:] = gptq.encode(to, weights, self.hessian(), self.importance[0])
+            return blocks
         for part, importance in self.parts(start, start + len(rows)):
             if importance is not None and not formats.get(to).encodable:
                 blocks[part] = libggml.encode(
-                    to, _floats(type_name, rows[part], row_length), importance
+                    to, _decoded(type_name, rows[part], row_length), importance
                 )
                 continue
             _core.encode(
-                to, type_name, rows[part], blocks[part], encoder=encoder, importance=importance
+                to,
+                type_name,
+                rows[part],
+                blocks[part],
+                encoder=_feedforward(encoder),
+                importance=importance,
             )
         return blocks
 
@@ -88,6 +114,10 @@ class Scale:
         self, type_name: str, before: Rows, to: str, after: Rows, start: int
     ) -> _core.RowStats:
         """Return the error of rows `after` against `before`, added up as measure does."""
+        if self.hessian is not None:
+            length = formats.row_weights(type_name, before.shape[1])
+            weights = _decoded(type_name, before, length)
+            return self._compare_outputs(type_name, before, weights, to, after)
         if not formats.get(to).encodable:
             f = formats.get(to)
             length = after.shape[1] // f.block_bytes * f.block_size
@@ -108,8 +138,44 @@ class Scale:
             return error.sum_squared_error
         return error.weighted_squared_error
 
+    def _measure_outputs(
+        self, names: Sequence[str], type_name: str, rows: Rows, encoder: str
+    ) -> _core.RowStats:
+        length = formats.row_weights(type_name, rows.shape[1])
+        stats = _core.measure([], type_name, rows)
+        if stats.first_nonfinite >= 0 or self.hessian is None:
+            return stats
+        weights = _decoded(type_name, rows, length)
+        found, errors = [stats], []
+        for name in names:
+            try:
+                blocks = self.encode(name, type_name, rows, 0, length, encoder)
+                part = self._compare_outputs(type_name, rows, weights, name, blocks)
+            except ValueError:  # a scale that overflows: measure says so, and of what format
+                part = _core.measure([name], type_name, rows, importance=self._columns())
+            found.append(part)
+            errors.append(part.errors[0].weighted_squared_error)
+        return _core.RowStats.joined(found, self.hessian().error(weights), errors)
 
-def _floats(type_name: str, rows: Rows, row_length: int) -> NDArray[np.float32]:
+    def _compare_outputs(
+        self, type_name: str, before: Rows, weights: NDArray[np.float32], to: str, after: Rows
+    ) -> _core.RowStats:
+        assert self.hessian is not None
+        hessian = self.hessian()
+        stats = _core.compare(type_name, before, to, after)
+        error = hessian.error(weights - _decoded(to, after, weights.shape[1]))
+        return _core.RowStats.joined([stats], hessian.error(weights), [error])
+
+    def _columns(self) -> NDArray[np.float32] | None:
+        return None if self.importance is None else self.importance[0]
+
+
+def _feedforward(encoder: str) -> str:
+    """Return the encoder for what has no Hessian: gptq fits scales as search does."""
+    return "search" if encoder == "gptq" else encoder
+
+
+def _decoded(type_name: str, rows: Rows, row_length: int) -> NDArray[np.float32]:
     out = np.empty((len(rows), row_length), np.float32)
     _core.decode(type_name, rows, out)
     return out

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import gguf
 import numpy as np
+from numpy.typing import NDArray
 
 from ramgguf.screens import KNOWN_TEXT
 from tiny_models import BOS, FEED_FORWARD, WIDTH, _add_tokenizer
@@ -13,13 +14,14 @@ _TEXT = KNOWN_TEXT.encode()
 _COLUMNS = {byte: i for i, byte in enumerate(sorted(set(_TEXT)))}
 
 
-def _probabilities(n_vocab: int) -> np.ndarray:
+def _probabilities(n_vocab: int) -> NDArray[np.float64]:
     """Return P(next token | column of the byte before), smoothed: shape (n_vocab, WIDTH)."""
     counts = np.full((n_vocab, WIDTH), 1e-4)
     for before, after in zip(_TEXT, _TEXT[1:] + _TEXT[:1], strict=True):
         counts[_FIRST_BYTE + after, _COLUMNS[before]] += 1
     counts[_FIRST_BYTE + ord("T"), len(_COLUMNS) :] += 1
-    return counts / counts.sum(axis=0)
+    shares: NDArray[np.float64] = counts / counts.sum(axis=0)
+    return shares
 
 
 def write_bigram_model(

@@ -117,10 +117,10 @@ def test_a_file_that_does_not_fit_is_caught_and_told_what_would(good: Path) -> N
 
 
 def test_the_context_that_is_advised_fits(good: Path) -> None:
-    limit = Available(90_000_000, "--memory")
+    limit = Available(130_000_000, "--memory")
     first = check(good, _request(n_ctx=1 << 18, limit=limit))
     longest = int(first.advice[0].rpartition(" ")[2])
-    again = check(good, _request(n_ctx=min(longest, 2048), limit=limit))
+    again = check(good, _request(n_ctx=min(longest, 4096), limit=limit))
     assert again.passed, again.failures
 
 

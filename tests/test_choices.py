@@ -1,19 +1,24 @@
 """Ties, minimum formats, explanations, recipes and differences of plans."""
 
+import io
 import json
 import re
 from pathlib import Path
 
 import pytest
 import typer
+from rich.console import Console
 from typer.testing import CliRunner
 
 import ramgguf
+from ramgguf import formats
 from ramgguf.cli import plan_commands
 from ramgguf.errors import PlanError
+from ramgguf.format_sets import SETS, expand
 from ramgguf.recipes import Recipe, pins_for
-from ramgguf.report.plans import recipe_types
+from ramgguf.report.plans import print_plan, recipe_types
 from ramgguf.schema import Plan
+from ramgguf.sensing_cost import sensing_seconds
 from synthetic import measurement
 
 MODEL = measurement()
@@ -212,3 +217,42 @@ def test_planning_prints_nothing_not_even_from_native_code(
     for percent in (30, 40, 50):
         ramgguf.plan(MODEL, f"{percent}%", objective="nmse", min_sqnr_db=0)
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_plan_by_priors_says_how_long_measuring_would_take() -> None:
+    plan = ramgguf.plan(MODEL, BUDGET)
+    one, two = sensing_seconds(plan, 1), sensing_seconds(plan, 2)
+    assert one == pytest.approx(2 * two)
+    assert one > 0
+    console = Console(record=True, width=300, file=io.StringIO())
+    print_plan(plan, console)
+    assert "`--sensitivity measure`" in console.export_text()
+    console = Console(record=True, width=300, file=io.StringIO())
+    print_plan(ramgguf.plan(MODEL, BUDGET, objective="nmse"), console)
+    assert "--sensitivity" not in console.export_text()
+
+
+def test_a_set_stands_for_its_formats() -> None:
+    assert expand(["k", "Q8_0", "q4_k"]) == ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
+    for members in SETS.values():
+        assert set(members) <= set(formats.quantized())
+    measured = {p.format for t in MODEL.tensors for p in t.points}
+    assert set(SETS["k"]) <= measured
+    plan = ramgguf.plan(MODEL, BUDGET, formats=["k"])
+    assert plan.constraints.formats == SETS["k"]
+    assert {a.format for a in plan.assignments} <= {*SETS["k"], "F16", "F32"}
+
+
+def test_the_fast_formats_are_those_that_were_measured_to_be() -> None:
+    results = Path(__file__).parent.parent / "bench/results/format_speed.jsonl"
+    rows = [json.loads(line) for line in results.read_text().splitlines()]
+    speeds = {r["format"]: (r["prompt_tokens_per_s"], r["generated_tokens_per_s"]) for r in rows}
+    names = [name for name in speeds if name != "F16"]
+    fastest = max(speeds[name][0] for name in names)
+    fast = set()
+    for name in names:
+        bits = formats.get(name).bpw
+        rivals = [speeds[n][1] for n in names if formats.get(n).bpw >= bits]
+        if speeds[name][0] >= 0.75 * fastest and speeds[name][1] >= 0.85 * max(rivals):
+            fast.add(name)
+    assert fast == set(SETS["cpu-fast"])

@@ -94,6 +94,11 @@ def _really(sizer: Child, path: Path, shape: Shape) -> Sizes:
     )
 
 
+def _shapes(architecture: Architecture) -> list[Shape]:
+    """Return the contexts to try: llama.cpp's graph of T5 aborts with more than one sequence."""
+    return [s for s in SHAPES if s.n_seq == 1 or not architecture.has_encoder]
+
+
 @pytest.mark.parametrize("architecture", [*ARCHITECTURES, WINDOWED], ids=lambda a: a.name)
 def test_planned_sizes_are_what_llama_cpp_allocates(
     architecture: Architecture, sizer: Child, tmp_path: Path
@@ -103,7 +108,7 @@ def test_planned_sizes_are_what_llama_cpp_allocates(
     made = ramgguf.quantize(source, "6bpw", target, min_sqnr_db=0, threads=1, verify=False)
     types = {a.name: a.format for a in made.plan.assignments}
     with open_gguf(source) as file, Scale(file) as scale:
-        for shape in SHAPES:
+        for shape in _shapes(architecture):
             planned, real = scale.footprint(shape, types), _really(sizer, target, shape)
             assert planned.method == "llama.cpp"
             assert planned.use.weights == pytest.approx(real.weights, rel=0.02)
@@ -117,7 +122,7 @@ def test_the_formula_knows_the_cache_and_roughly_the_graph(
 ) -> None:
     path = write_small_model(tmp_path / "model.gguf", architecture)
     with open_gguf(path) as file:
-        for shape in SHAPES:
+        for shape in _shapes(architecture):
             real = _really(sizer, path, shape)
             assert sum(cache_bytes(file, shape)) == pytest.approx(real.cache, rel=0.02)
             assert 0.6 < compute_bytes(file, shape) / real.compute < 1.8
@@ -347,8 +352,8 @@ def test_the_curve_marks_the_plan_that_fits_the_memory(
     options = ["--memory", str(_limit(llama, Shape(1024), 1_400_000)), "--context", "1024"]
     done = CliRunner().invoke(app, ["curve", str(path), "--min-sqnr", "0", *options])
     assert done.exit_code == 0, done.output
-    assert "asked for" in done.output
     assert "margin" in done.output
+    assert "-c 1024" in done.output
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ def test_a_speed_out_of_reach_is_refused_with_what_was_reached(model: Path, tmp_
 
 def test_a_model_that_babbles_itself_is_not_picked(tmp_path: Path) -> None:
     path = write_bigram_model(tmp_path / "babbling.gguf", noise=12)
-    with pytest.raises(EngineError, match="fails its trial: it babbles"):
+    with pytest.raises(EngineError, match=r"fails its trial: .*babbles"):
         pick(path, tmp_path / "out.gguf", _request(), threads=1)
 
 

@@ -7,6 +7,7 @@ import sys
 import typer
 
 from ramgguf.cli import (
+    calibration_commands,
     check_commands,
     eval_commands,
     model_commands,
@@ -38,6 +39,7 @@ def _root(version: bool = typer.Option(False, "--version", help="Print the versi
 model_commands.register(app)
 plan_commands.register(app)
 sensitivity_commands.register(app)
+calibration_commands.register(app)
 eval_commands.register(app)
 check_commands.register(app)
 pick_commands.register(app)

@@ -9,6 +9,7 @@ import typer
 from ramgguf import api
 from ramgguf.cli import memory_options as mem
 from ramgguf.cli import options as opt
+from ramgguf.cli.prepared import Weighed, calibrated
 from ramgguf.cli.sensitivity_commands import load_or_measure
 from ramgguf.errors import PlanError
 from ramgguf.files import write_atomically
@@ -91,6 +92,8 @@ def quantize(
     formats: opt.Formats = None,
     encoder: opt.EncoderOption = api.DEFAULT_ENCODER,
     imatrix: opt.ImatrixFile = None,
+    hessian: opt.HessianFile = None,
+    calibrate: opt.Calibrate = None,
     objective: opt.Objective = None,
     sensitivity: SensitivityOrMeasure = None,
     sensitivity_time: SensitivityTime = "20m",
@@ -120,15 +123,21 @@ def quantize(
         raise typer.BadParameter("give either --budget, --memory or --plan", param_hint="--budget")
     if refine and plan_file:
         raise typer.BadParameter("a ready plan is followed as it is", param_hint="--refine")
-    if imatrix is not None and (plan_file or measurement):
+    if (imatrix or calibrate) and (plan_file or measurement):
         raise typer.BadParameter(
             "a plan or measurement says itself what it was made with", param_hint="--imatrix"
         )
+    if imatrix and calibrate:
+        raise typer.BadParameter("give one importance matrix", param_hint="--imatrix")
+    chosen = opt.encoder(encoder)
+    weighed = Weighed(imatrix, hessian)
+    if calibrate:
+        weighed = calibrated(model, calibrate, threads, terminal, hessians=chosen == "gptq")
     sensed = load_or_measure(
         model,
         sensitivity,
-        encoder=opt.encoder(encoder),
-        imatrix=imatrix,
+        encoder=chosen,
+        weighed=weighed,
         limit=sensitivity_time,
         threads=threads,
         terminal=terminal,
@@ -141,8 +150,9 @@ def quantize(
         from_plan=Plan.load(plan_file) if plan_file else None,
         measurement=Measurement.load(measurement) if measurement else None,
         formats=opt.split_formats(formats),
-        encoder=opt.encoder(encoder),
-        imatrix=imatrix,
+        encoder=chosen,
+        imatrix=weighed.imatrix,
+        hessian=weighed.hessian,
         allow_requantize=allow_requantize,
         objective=objective,
         sensitivity=sensed,
@@ -197,6 +207,7 @@ def measure(
     formats: opt.Formats = None,
     encoder: opt.EncoderOption = api.DEFAULT_ENCODER,
     imatrix: opt.ImatrixFile = None,
+    hessian: opt.HessianFile = None,
     allow_requantize: opt.Requantize = False,
     force: opt.Force = False,
     threads: opt.Threads = None,
@@ -212,6 +223,7 @@ def measure(
         formats=opt.split_formats(formats),
         encoder=opt.encoder(encoder),
         imatrix=imatrix,
+        hessian=hessian,
         allow_requantize=allow_requantize,
         threads=threads,
         progress=terminal.progress,

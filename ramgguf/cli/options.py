@@ -10,6 +10,7 @@ from rich.console import Console
 
 from ramgguf import files
 from ramgguf.errors import PlanError
+from ramgguf.format_sets import expand
 from ramgguf.progress import Progress, Silent
 from ramgguf.report.progress import Bars
 from ramgguf.schema import Encoder
@@ -27,20 +28,35 @@ Output = Annotated[Path | None, typer.Option("--output", "-o", help="Where to wr
 Force = Annotated[bool, typer.Option("--force", help="Overwrite an existing output.")]
 Formats = Annotated[
     str | None,
-    typer.Option("--formats", help="Formats to choose from, for example Q3_K,Q4_K,Q6_K."),
+    typer.Option(
+        "--formats", help="Formats to choose from: Q3_K,Q6_K or the sets cpu-fast, k, linear."
+    ),
 ]
 EncoderOption = Annotated[
     str,
-    typer.Option("--encoder", help="How blocks are fitted: search (least squares) or rtn."),
+    typer.Option("--encoder", help="How blocks are fitted: search (least squares), rtn, or gptq."),
 ]
 ImatrixFile = Annotated[
     Path | None,
     typer.Option("--imatrix", help="Importance matrix of llama-imatrix, GGUF or .dat."),
 ]
+Calibrate = Annotated[
+    str | None,
+    typer.Option(
+        "--calibrate",
+        help="Weigh errors by what the weights meet: on tokens the model draws (self), random "
+        "ones, wikitext, or a text file.",
+    ),
+]
+HessianFile = Annotated[
+    Path | None,
+    typer.Option("--hessian", help="Hessians of calibrate --hessian: weigh errors of outputs."),
+]
 Objective = Annotated[
     str | None,
     typer.Option(
-        "--objective", help="What is minimised: sensitivity (if given), weighted, nmse or ram."
+        "--objective",
+        help="What is minimised: sensitivity (if given), weighted, nmse, output or ram.",
     ),
 ]
 SensitivityFile = Annotated[
@@ -99,10 +115,10 @@ class Terminal:
 
 
 def split_formats(text: str | None) -> list[str] | None:
-    """Return the names in a comma-separated list, in upper case, or None for no list."""
+    """Return the formats in a comma-separated list of them and of sets, or None for no list."""
     if text is None:
         return None
-    return [name.strip().upper() for name in text.split(",") if name.strip()]
+    return list(expand(name.strip() for name in text.split(",") if name.strip()))
 
 
 def encoder(name: str) -> Encoder:
@@ -111,7 +127,9 @@ def encoder(name: str) -> Encoder:
         return "rtn"
     if name == "search":
         return "search"
-    raise typer.BadParameter(f"{name!r} is none of rtn, search", param_hint="--encoder")
+    if name == "gptq":
+        return "gptq"
+    raise typer.BadParameter(f"{name!r} is none of rtn, search, gptq", param_hint="--encoder")
 
 
 def refuse_existing(*paths: Path | None, force: bool) -> None:

@@ -7,6 +7,7 @@ import typer
 
 from ramgguf import api
 from ramgguf.cli import options as opt
+from ramgguf.cli.prepared import Weighed, reweighed
 from ramgguf.errors import PlanError
 from ramgguf.report.sensing import print_sensitivity
 from ramgguf.schema import Encoder
@@ -38,6 +39,7 @@ def sensitivity(
     ] = None,
     encoder: opt.EncoderOption = api.DEFAULT_ENCODER,
     imatrix: opt.ImatrixFile = None,
+    hessian: opt.HessianFile = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the tokens.")] = 0,
     scratch: Annotated[
         Path | None, typer.Option("--scratch", help="Folder for a copy of the model meanwhile.")
@@ -61,6 +63,7 @@ def sensitivity(
         tokens=tokens,
         encoder=opt.encoder(encoder),
         imatrix=imatrix,
+        hessian=hessian,
         n_sequences=sequences,
         seed=seed,
         seconds=parse_seconds(limit),
@@ -87,28 +90,30 @@ def load_or_measure(
     asked: str | None,
     *,
     encoder: Encoder,
-    imatrix: Path | None,
+    weighed: Weighed,
     limit: str,
     threads: int | None,
     terminal: opt.Terminal,
 ) -> Sensitivity | None:
     """Return what `--sensitivity` asks for; what is measured is kept beside the model.
 
-    A run that was killed goes on from the file beside it, and one that was finished is used again.
+    One whose errors were weighed otherwise is reweighed. A run that was killed goes on from the
+    file beside it, and one that was finished is used again.
     """
     if asked is None:
         return None
     path = model.with_suffix(".sens.json") if asked == "measure" else Path(asked)
     if asked != "measure":
-        return Sensitivity.load(path)
+        return reweighed(Sensitivity.load(path), model, weighed, terminal)
     if path.exists():
         terminal.announce(f"using {path}, measured before; remove it to measure again")
-        return Sensitivity.load(path)
+        return reweighed(Sensitivity.load(path), model, weighed, terminal)
     journal = path.with_name(f"{path.name}.partial")
     found = api.sensitivity(
         model,
         encoder=encoder,
-        imatrix=imatrix,
+        imatrix=weighed.imatrix,
+        hessian=weighed.hessian,
         seconds=parse_seconds(limit),
         journal=journal,
         threads=threads,

@@ -58,13 +58,13 @@ def describe_exit(code: int) -> str:
 class Child:
     """A running child. Use as a context manager; leaving it ends the child.
 
-    module is run with `python -m`, by a command before it if one is given (to limit it).
+    The module's main is run, by the command `runner` if one is given (to limit it).
     """
 
     def __init__(self, module: str, *, runner: Sequence[str] = ()) -> None:
         self._said: collections.deque[str] = collections.deque(maxlen=_STDERR_LINES)
         self._process = subprocess.Popen(
-            [*runner, sys.executable, "-m", module],
+            [*runner, sys.executable, "-c", f"from {module} import main; main()"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -9,13 +9,14 @@ import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Self
+from typing import IO, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 from pydantic import ValidationError
 
 from ramgguf.engine.wire import (
+    Answer,
     Failed,
     Open,
     Opened,
@@ -31,6 +32,8 @@ from ramgguf.engine.wire import (
 )
 from ramgguf.errors import EngineError
 from ramgguf.schema import _Value
+
+A = TypeVar("A", bound=Answer)
 
 _STDERR_LINES = 12
 # -P: a folder named ramgguf in the working directory must not be imported instead of this package.
@@ -110,14 +113,23 @@ class Engine:
                 with contextlib.suppress(OSError):  # unwritten requests have no reader any more
                     pipe.close()
 
+    def ask(self, request: _Value, answer: type[A]) -> A:
+        """Return the answer to a request; more answers to the same come from receive."""
+        self._send(request)
+        return self.receive(answer)
+
+    def receive(self, answer: type[A]) -> A:
+        """Return the next answer, which has to be of that type."""
+        found = self._receive()
+        if not isinstance(found, answer):
+            raise _unexpected(found)
+        return found
+
     def tokenize(
         self, text: str, *, add_special: bool, model: int = 0
     ) -> tuple[TokenIds, npt.NDArray[np.int64]]:
         """Return the text's token ids and where each ends in its UTF-8 bytes."""
-        self._send(Tokenize(model=model, text=text, add_special=add_special))
-        found = self._receive()
-        if not isinstance(found, Tokenized):
-            raise _unexpected(found)
+        found = self.ask(Tokenize(model=model, text=text, add_special=add_special), Tokenized)
         return unpack_ids(found.ids), unpack_ids(found.ends).astype(np.int64)
 
     def score(
@@ -133,25 +145,17 @@ class Engine:
             )
         )
         for _ in self._paths:
-            found = self._receive()
-            if not isinstance(found, Scored):
-                raise _unexpected(found)
-            yield found
+            yield self.receive(Scored)
 
     def _ask_opened(self, n_ctx: int, n_threads: int) -> Opened:
-        self._send(
-            Open(
-                models=tuple(str(p) for p in self._paths),
-                n_ctx=n_ctx,
-                n_threads=n_threads,
-                safe_kernels=self._safe_kernels,
-                verbose=self._verbose,
-            )
+        request = Open(
+            models=tuple(str(p) for p in self._paths),
+            n_ctx=n_ctx,
+            n_threads=n_threads,
+            safe_kernels=self._safe_kernels,
+            verbose=self._verbose,
         )
-        found = self._receive()
-        if not isinstance(found, Opened):
-            raise _unexpected(found)
-        return found
+        return self.ask(request, Opened)
 
     def _send(self, message: _Value) -> None:
         pipe = _pipe(self._process.stdin)
@@ -161,7 +165,7 @@ class Engine:
         except OSError:
             raise self._died() from None
 
-    def _receive(self) -> Opened | Tokenized | Scored:
+    def _receive(self) -> Answer:
         for line in _pipe(self._process.stdout):
             try:
                 found = ResponseAdapter.validate_json(line)

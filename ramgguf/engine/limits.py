@@ -1,17 +1,21 @@
-"""How a child process is held to a memory limit: by a cgroup of systemd's, or by its own rlimit."""
+"""How a child process is held to a memory limit (a cgroup of systemd's, or an rlimit), its peak."""
 
+import resource
 import shutil
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+
+from ramgguf.errors import EngineError
 
 
 @dataclass(frozen=True)
 class Limiter:
     """The command that a child is run by, and how it is limited, in words.
 
-    rlimit is what the child sets itself: RLIMIT_DATA, which counts memory that is its own and
-    writable as soon as it is asked for, touched or not.
+    rlimit is what the child holds itself to with limit_data: memory that is its own and writable
+    counts as soon as it is asked for, touched or not.
     """
 
     runner: tuple[str, ...]
@@ -36,3 +40,32 @@ def _runs(command: Sequence[str]) -> bool:
     except (OSError, subprocess.TimeoutExpired):
         return False
     return done.returncode == 0
+
+
+def limit_data(n_bytes: int) -> None:
+    """Hold this process to n_bytes: what is resident now, and all that it asks for from now on.
+
+    What the interpreter has reserved and not touched does not count. Raises EngineError when the
+    process is larger already.
+    """
+    now = _status()
+    left = n_bytes - now["VmRSS"]
+    if left <= 0:
+        raise EngineError(f"the process alone takes {now['VmRSS']} bytes")
+    resource.setrlimit(resource.RLIMIT_DATA, (now["VmData"] + left, resource.RLIM_INFINITY))
+
+
+def peak_bytes() -> int:
+    """Return the most memory that this process has held, what was swapped out included."""
+    now = _status()
+    return now["VmHWM"] + now["VmSwap"]
+
+
+def _status() -> dict[str, int]:
+    """Return the sizes that Linux tells of this process, by its names for them, in bytes."""
+    found = {"VmHWM": 0, "VmSwap": 0, "VmRSS": 0, "VmData": 0}
+    for line in Path("/proc/self/status").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name in found:
+            found[name] = 1024 * int(value.split()[0])
+    return found

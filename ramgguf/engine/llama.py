@@ -90,7 +90,8 @@ class LlamaModel:
     """A model with one context, for one sequence at a time. Use as a context manager.
 
     safe_kernels keeps llama.cpp from its extra buffer types (repacked weights, AMX), which crash
-    on some CPUs; all weights are then read straight from the file's mapped pages.
+    on some CPUs; all weights are then read straight from the file's mapped pages. eval_callback
+    (see tap) is asked about every node of a graph that is computed.
     """
 
     def __init__(
@@ -101,6 +102,7 @@ class LlamaModel:
         n_threads: int,
         safe_kernels: bool = False,
         verbose: bool = False,
+        eval_callback: Any = None,
     ) -> None:
         self.path = path
         self.n_ctx = n_ctx
@@ -124,12 +126,12 @@ class LlamaModel:
         self.decode_seconds = 0.0
         self._n_past = 0
         try:
-            self._open_context(n_threads)
+            self._open_context(n_threads, eval_callback)
         except BaseException:
             self.close()
             raise
 
-    def _open_context(self, n_threads: int) -> None:
+    def _open_context(self, n_threads: int, eval_callback: Any) -> None:
         llama = self._llama
         parameters = llama.llama_context_default_params()
         parameters.n_ctx = self.n_ctx
@@ -137,6 +139,8 @@ class LlamaModel:
         parameters.n_batch = parameters.n_ubatch = self.n_batch
         parameters.n_outputs_max = parameters.n_outputs_max_per_seq = self.n_batch
         parameters.n_threads = parameters.n_threads_batch = n_threads
+        if eval_callback is not None:
+            self._eval_callback = parameters.cb_eval = eval_callback  # must outlive the context
         self._context = llama.llama_init_from_model(self._model, parameters)
         if not self._context:
             raise EngineError(f"{self.path}: llama.cpp cannot make a context of {self.n_ctx}")
@@ -253,6 +257,8 @@ def draw(logits: Logits, rng: np.random.Generator, temperature: float) -> int:
         return int(np.argmax(logits))
     scaled = logits.astype(np.float64) / temperature
     cumulative = np.cumsum(np.exp(scaled - scaled.max()))
+    if not np.isfinite(cumulative[-1]):
+        raise EngineError("nothing can be drawn: logits are NaN or infinite")
     found = np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right")
     return min(int(found), len(logits) - 1)
 

@@ -5,9 +5,7 @@ sends one step after the other, and knows at which of them llama.cpp or a limit 
 """
 
 import os
-import resource
 import time
-from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any
 
@@ -17,6 +15,7 @@ from pydantic import Field, TypeAdapter
 
 from ramgguf.engine.breakdown import memory_breakdown
 from ramgguf.engine.child import answer_requests
+from ramgguf.engine.limits import limit_data, peak_bytes
 from ramgguf.engine.llama import Vocab, draw
 from ramgguf.engine.sizes import N_BATCH, SizesOf, context_parameters
 from ramgguf.engine.system import llama_module, system_info
@@ -46,9 +45,9 @@ class Deployed:
     """A model and a context with the parameters of llama.cpp's own programs."""
 
     def __init__(self, request: Load) -> None:
-        if request.limit is not None:
-            resource.setrlimit(resource.RLIMIT_DATA, (request.limit, resource.RLIM_INFINITY))
         self._llama = llama = llama_module()
+        if request.limit is not None:
+            limit_data(request.limit)
         started = time.perf_counter()
         parameters = llama.llama_model_default_params()
         parameters.n_gpu_layers = 0
@@ -201,16 +200,6 @@ def generate_rate(model: Deployed, logits: Row, n_tokens: int) -> float:
     for _ in range(n_tokens):
         logits = model.decode(np.array([np.argmax(logits)], np.int32))
     return n_tokens / (time.perf_counter() - started)
-
-
-def peak_bytes() -> int:
-    """Return the most memory that this process has held, what was swapped out included."""
-    found = {"VmHWM": 0, "VmSwap": 0}
-    for line in Path("/proc/self/status").read_text().splitlines():
-        name, _, value = line.partition(":")
-        if name in found:
-            found[name] = 1024 * int(value.split()[0])
-    return sum(found.values())
 
 
 def rates(model: Deployed, request: Time) -> Rates:

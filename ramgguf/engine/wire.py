@@ -8,6 +8,7 @@ import numpy.typing as npt
 from pydantic import Field, TypeAdapter
 
 from ramgguf.schema import _Value
+from ramgguf.sensitivities import TokenKind
 
 TokenIds = npt.NDArray[np.int32]
 
@@ -43,6 +44,43 @@ class Score(_Value):
     ids: str
     first_target: int
     has_reference: bool
+
+
+class Draw(_Value):
+    """Draw sequences of these numbers (see probe_tokens); answered by Drawn for each.
+
+    name and text are those of the corpus for tokens of kind text.
+    """
+
+    kind: Literal["draw"] = "draw"
+    tokens: TokenKind
+    n_ctx: int
+    seed: int
+    indices: tuple[int, ...]
+    name: str = ""
+    text: str | None = None
+
+
+class TapWeights(_Value):
+    """Watch what these weights are multiplied with, for grams with XᵀX; answered by Tapped."""
+
+    kind: Literal["tap"] = "tap"
+    names: tuple[str, ...]
+    grams: tuple[str, ...] = ()
+
+
+class Observe(_Value):
+    """Decode a sequence under the tap; answered by Observed."""
+
+    kind: Literal["observe"] = "observe"
+    ids: str
+
+
+class Collect(_Value):
+    """Write what the tap took into a folder; answered by Collected."""
+
+    kind: Literal["collect"] = "collect"
+    folder: str
 
 
 class VocabInfo(_Value):
@@ -122,6 +160,42 @@ class Scored(_Value):
     decode_seconds: float
 
 
+class Drawn(_Value):
+    """A sequence that was drawn."""
+
+    kind: Literal["drawn"] = "drawn"
+    ids: str
+    seconds: float
+
+
+class Tapped(_Value):
+    """The tap is in place."""
+
+    kind: Literal["tapped"] = "tapped"
+
+
+class Observed(_Value):
+    """A sequence was decoded under the tap."""
+
+    kind: Literal["observed"] = "observed"
+    seconds: float
+
+
+class CollectedSums(_Value):
+    """A weight that was seen; owner is the first that has the same input, None for experts."""
+
+    name: str
+    owner: str | None
+
+
+class Collected(_Value):
+    """What is in the folder: sums-N.npy and counts-N.npy of sums[N], gram-N.npy of grams[N]."""
+
+    kind: Literal["collected"] = "collected"
+    sums: tuple[CollectedSums, ...]
+    grams: tuple[str, ...]
+
+
 class Failed(_Value):
     """llama.cpp, or this package, refused: an error that has a message and no crash."""
 
@@ -129,10 +203,15 @@ class Failed(_Value):
     message: str
 
 
-Request = Annotated[Open | Tokenize | Score, Field(discriminator="kind")]
-Response = Annotated[Opened | Tokenized | Started | Scored | Failed, Field(discriminator="kind")]
-RequestAdapter: TypeAdapter[Open | Tokenize | Score] = TypeAdapter(Request)
-ResponseAdapter: TypeAdapter[Opened | Tokenized | Started | Scored | Failed] = TypeAdapter(Response)
+AnyRequest = Open | Tokenize | Score | Draw | TapWeights | Observe | Collect
+Answer = Opened | Tokenized | Scored | Drawn | Tapped | Observed | Collected
+AnyResponse = Answer | Started | Failed
+RequestAdapter: TypeAdapter[AnyRequest] = TypeAdapter(
+    Annotated[AnyRequest, Field(discriminator="kind")]
+)
+ResponseAdapter: TypeAdapter[AnyResponse] = TypeAdapter(
+    Annotated[AnyResponse, Field(discriminator="kind")]
+)
 
 
 def pack_ids(ids: npt.ArrayLike) -> str:

@@ -17,17 +17,23 @@ from typing import TextIO
 import numpy as np
 
 from ramgguf.engine.llama import LlamaModel
+from ramgguf.engine.observer import Observer
 from ramgguf.engine.scoring import RowPass, SequenceRecords, score_sequence
 from ramgguf.engine.system import system_info
+from ramgguf.engine.tap import Tap
 from ramgguf.engine.wire import (
+    Collect,
     Divergences,
+    Draw,
     Failed,
+    Observe,
     Open,
     Opened,
     RequestAdapter,
     Score,
     Scored,
     Started,
+    TapWeights,
     Tokenize,
     Tokenized,
     pack_ids,
@@ -48,23 +54,18 @@ class Session:
         self._stack = ExitStack()
         self._models: list[LlamaModel] = []
         self._row_pass = RowPass(1)
+        self.observer = Observer(send, self._under_tap)
 
     def open(self, request: Open) -> None:
         """Load the models and answer what they are."""
+        self._request = request
         for number, path in enumerate(request.models):
             self._send(Started(model=number, index=None))
             first = request.models.index(path)
             if first < number:
                 self._models.append(self._models[first])
                 continue
-            model = LlamaModel(
-                Path(path),
-                n_ctx=request.n_ctx,
-                n_threads=request.n_threads,
-                safe_kernels=request.safe_kernels,
-                verbose=request.verbose,
-            )
-            self._models.append(self._stack.enter_context(model))
+            self._models.append(self._stack.enter_context(self._load(number)))
         self._row_pass = RowPass(request.n_threads)
         self._send(
             Opened(
@@ -73,6 +74,24 @@ class Session:
                 n_batch=self._models[0].n_batch,
             )
         )
+
+    def _load(self, number: int, tap: Tap | None = None) -> LlamaModel:
+        request = self._request
+        return LlamaModel(
+            Path(request.models[number]),
+            n_ctx=request.n_ctx,
+            n_threads=request.n_threads,
+            safe_kernels=request.safe_kernels,
+            verbose=request.verbose,
+            eval_callback=tap.callback if tap else None,
+        )
+
+    def _under_tap(self, tap: Tap) -> LlamaModel:
+        return self._load(0, tap)
+
+    def draw(self, request: Draw) -> None:
+        """Answer sequences that the first model draws."""
+        self.observer.draw(self._models[0], request)
 
     def tokenize(self, request: Tokenize) -> None:
         """Answer a text's token ids and where they end."""
@@ -151,6 +170,14 @@ def serve(lines: TextIO, out: TextIO) -> None:
                     session.tokenize(request)
                 case Score():
                     session.score(request)
+                case Draw():
+                    session.draw(request)
+                case TapWeights():
+                    session.observer.tap(request)
+                case Observe():
+                    session.observer.observe(request)
+                case Collect():
+                    session.observer.collect(request)
         except (RamggufError, MemoryError, ValueError) as e:
             message = str(e) if isinstance(e, EngineError) else f"{type(e).__name__}: {e}"
             send(Failed(message=message))

@@ -39,9 +39,8 @@ def rows(frontier: Frontier, plans: Sequence[Plan] = ()) -> list[Row]:
             mark = "knee" if i in frontier.knees else ""
             found[step.n_bytes] = Row(step.n_bytes, step.cost, _expected(frontier, i + 1), mark)
     for plan in plans:
-        mark = f"asked for, within {plan.gap:.1g} of the optimum" if plan.gap else "asked for"
         expected = predict(plan.objective, plan.total_cost, plan.total_cost_error)
-        found[plan.n_bytes] = Row(plan.n_bytes, plan.total_cost, expected, mark)
+        found[plan.n_bytes] = Row(plan.n_bytes, plan.total_cost, expected, "asked for")
     return [found[n] for n in sorted(found)]
 
 
@@ -53,7 +52,7 @@ def curve_table(frontier: Frontier, plans: Sequence[Plan] = ()) -> Table:
     """Return sizes, bpw, what is expected, and what 1 % more bytes would lower the cost by."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     predicted = ("KLD", "95 %", "PPL ×", "95 %") if frontier.predictions else (frontier.objective,)
-    for column in ("size", "bytes", "bpw", *predicted, "next 1 %"):
+    for column in ("size", "bpw", *predicted, "next 1 %"):
         table.add_column(column, justify="right")
     table.add_column("")
     for row in rows(frontier, plans):
@@ -61,7 +60,6 @@ def curve_table(frontier: Frontier, plans: Sequence[Plan] = ()) -> Table:
         saved = 1 - later / row.cost if row.cost > 0 and later is not None else None
         table.add_row(
             format_bytes(row.n_bytes),
-            f"{row.n_bytes:,}",
             f"{frontier.bpw(row.n_bytes):.3f}",
             *_told(row),
             "–" if saved is None else f"−{saved:.1%}",
@@ -78,7 +76,7 @@ def _told(row: Row) -> tuple[str, ...]:
         f"{p.kld:.3g}",
         f"{p.kld_low:.2g}–{p.kld_high:.2g}",
         f"{p.ppl_ratio:.3f}",
-        f"{p.ppl_ratio_low:.3f}–{p.ppl_ratio_high:.3f}",
+        f"{p.ppl_ratio_low:.3g}–{p.ppl_ratio_high:.3g}",
     )
 
 
@@ -102,6 +100,9 @@ def print_curve(frontier: Frontier, plans: Sequence[Plan], console: Console) -> 
         f"{len(frontier.steps) + 1} optimal plans of {len(frontier.tensors)} tensors, "
         f"{frontier.bpw(frontier.start_bytes):.2f} to {frontier.bpw(frontier.end_bytes):.2f} bpw"
     )
+    for plan in plans:
+        gap = f"within {plan.gap:.1g} of the optimum" if plan.gap else "the optimum"
+        console.print(f"asked for {plan.budget:,} bytes: {plan.n_bytes:,}, proven {gap}")
     if frontier.predicted_from is not None:
         console.print(f"predicted from {frontier.predicted_from}", soft_wrap=True)
     for note in frontier.notes:

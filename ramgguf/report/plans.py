@@ -8,12 +8,14 @@ from rich.console import Console
 from rich.table import Table
 
 from ramgguf.objectives import DEFAULT_OBJECTIVE
+from ramgguf.parallel import default_threads
 from ramgguf.predictions import predict, source
 from ramgguf.recipes import Recipe
 from ramgguf.refinements import Refinement
 from ramgguf.report.memory import print_memory
 from ramgguf.schema import Assignment, Plan
-from ramgguf.units import format_bytes
+from ramgguf.sensing_cost import N_TOKENS, sensing_seconds
+from ramgguf.units import format_bytes, format_seconds
 
 
 def role_table(plan: Plan) -> Table:
@@ -78,9 +80,13 @@ def print_plan(plan: Plan, console: Console, *, verbose: bool = False) -> None:
             soft_wrap=True,
         )
     if plan.objective == DEFAULT_OBJECTIVE:
+        threads = default_threads()
+        seconds = format_seconds(sensing_seconds(plan, threads))
         console.print(
-            "note: what matters was guessed from the tensors' roles; `ramgguf sensitivity` "
-            "measures it, for --sensitivity",
+            "note: what matters was guessed from the tensors' roles; `--sensitivity measure` or "
+            f"`ramgguf sensitivity` measures it, from {N_TOKENS} tokens in about {seconds} on "
+            f"{threads} threads (an estimate, by a rate recorded on another machine), or within "
+            "the time given",
             soft_wrap=True,
         )
     for note in plan.notes:

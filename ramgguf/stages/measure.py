@@ -246,6 +246,9 @@ def _tensor(
         source_format=tensor.type_name,
         n_bytes=tensor.n_bytes,
         sum_squares=total.sum_squares if total else 0.0,
+        output_squares=job.scale.squares(total)
+        if total and job.scale.importance is not None
+        else None,
         max_abs=total.max_abs if total else 0.0,
         excess_kurtosis=_excess_kurtosis(total) if total else 0.0,
         points=points,

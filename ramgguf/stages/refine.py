@@ -19,7 +19,7 @@ from ramgguf.errors import EngineError, PlanError
 from ramgguf.gguf_io import GGUFFile
 from ramgguf.knapsack import price
 from ramgguf.objectives import Costing
-from ramgguf.probe_tokens import Request, draw_sets
+from ramgguf.probe_tokens import Request, draw_sequences, draw_sets
 from ramgguf.problem import Problem
 from ramgguf.progress import Progress
 from ramgguf.refine_journal import Paired, RefineJournal, RefineSettings, Trial
@@ -72,13 +72,14 @@ def refine(
         Probe(file, folder, n_ctx=wanted.request.n_ctx, n_threads=threads) as probe,
     ):
         if journal.settings is None:
-            journal.begin(_settle(plan, wanted, probe))
+            journal.begin(_settle(plan, wanted, probe, announce))
         settings = journal.settings
         if settings is None or not _same(settings, plan, wanted):
             raise PlanError(
                 f"{journal_path} is of another plan or choice of tokens; remove it to start anew"
             )
-        announce(settings.promise)
+        if journal.steps:
+            announce(f"{settings.promise}; {len(journal.steps)} are tried")
         sets = [TokenSet(part, probe) for part in settings.sets]
         weights = PlannedWeights(file, probe, plan.encoder, wanted.request.imatrix, threads)
         run = _Run(problem, plan, costing, weights, sets)
@@ -88,28 +89,36 @@ def refine(
         return refined
 
 
-def _settle(plan: Plan, wanted: Refining, probe: Probe) -> RefineSettings:
-    """Return the tokens, and a sentence about what the trials will cost."""
-    sets = draw_sets(probe.model, wanted.request, wanted.sizes, FIRST_SEQUENCE)
-    reference = probe.logits(sets[0][0])
+def _settle(
+    plan: Plan, wanted: Refining, probe: Probe, announce: Callable[[str], None]
+) -> RefineSettings:
+    """Return the tokens; announces, before most are drawn, what they and the trials will cost."""
     start = time.perf_counter()
-    probe.divergence(sets[0][0], reference)
+    first = draw_sequences(probe.model, wanted.request, range(FIRST_SEQUENCE, FIRST_SEQUENCE + 1))
+    drawing = time.perf_counter() - start
+    reference = probe.logits(first[0])
+    start = time.perf_counter()
+    probe.divergence(first[0], reference)
     each = time.perf_counter() - start
     proposing, accepting, reporting = wanted.sizes
-    least = each * (wanted.n_trials * proposing + 3 * sum(wanted.sizes))
+    least = drawing * sum(wanted.sizes) + each * (
+        wanted.n_trials * proposing + 3 * sum(wanted.sizes)
+    )
     most = least + each * wanted.n_trials * accepting
+    promise = (
+        f"{wanted.n_trials} swaps to try, proposed on {proposing} sequences of "
+        f"{wanted.request.n_ctx} tokens ({wanted.request.tokens}), accepted on {accepting} "
+        f"others, reported on {reporting} more: {format_seconds(least)} to {format_seconds(most)}"
+    )
+    announce(promise)
+    sets = draw_sets(probe.model, wanted.request, wanted.sizes, FIRST_SEQUENCE)
     return RefineSettings(
         plan_sha256=plan.sha256(),
         budget=plan.budget,
         tokens=wanted.request.tokens,
         seed=wanted.request.seed,
         ids=tuple(tuple(tuple(ids.tolist()) for ids in part) for part in sets),
-        promise=(
-            f"{wanted.n_trials} swaps to try, proposed on {proposing} sequences of "
-            f"{wanted.request.n_ctx} tokens ({wanted.request.tokens}), accepted on {accepting} "
-            f"others, reported on {reporting} more: "
-            f"{format_seconds(least)} to {format_seconds(most)}"
-        ),
+        promise=promise,
     )
 
 

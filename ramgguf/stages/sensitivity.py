@@ -67,10 +67,11 @@ def sensitivity(
     ):
         settings = journal.settings
         if settings is None:
-            settings = _settle(file, request, probe, tensors)
+            settings = _settle(file, request, probe, tensors, announce)
             journal.begin(settings)
+        else:
+            announce(f"{settings.promise}; {len(journal.readings)} tensors are done")
         _check_resumed(settings, file, request, journal_path)
-        announce(settings.promise)
         reference = [probe.logits(ids) for ids in settings.sequences]
         run = _Run(file, probe, settings, reference, request.imatrix, threads)
         wanted = [t for t in tensors if t.name in set(settings.names)]
@@ -158,9 +159,16 @@ def _member(file: GGUFFile, tensor: TensorInfo) -> Member:
 
 
 def _settle(
-    file: GGUFFile, request: Request, probe: Probe, tensors: Sequence[TensorInfo]
+    file: GGUFFile,
+    request: Request,
+    probe: Probe,
+    tensors: Sequence[TensorInfo],
+    announce: Callable[[str], None],
 ) -> Settings:
-    """Return the tokens and tensors that fit the time, and a sentence about what is left out."""
+    """Return the tokens and tensors that fit the time, and a sentence about what is left out.
+
+    announce is told the cost before most of the tokens are drawn.
+    """
     most = request.n_sequences or MAX_SEQUENCES
     bytes_each = 4 * request.n_ctx * probe.model.vocab.n_tokens
     most = max(1, min(most, MAX_REFERENCE_BYTES // bytes_each))
@@ -174,6 +182,12 @@ def _settle(
         n_sequences = max(1, min(most, int(affordable)))
         stride = max(1, math.ceil(n_sequences / affordable))
     names = tuple(t.name for t in _strided(file, tensors, stride))
+    seconds = n_sequences * (seconds_each * len(names) + seconds_drawing)
+    promise = (
+        f"{len(names)} of {len(tensors)} tensors × {n_sequences} sequences of {request.n_ctx} "
+        f"tokens ({request.tokens}), about {format_seconds(seconds)}"
+    )
+    announce(promise)
     sequences += draw_sequences(probe.model, request, range(1, n_sequences))
     notes = []
     if stride > 1:
@@ -181,7 +195,6 @@ def _settle(
             f"to keep to {format_seconds(request.seconds)}, {len(names)} of {len(tensors)} tensors "
             "were measured; those between are interpolated within their role"
         )
-    seconds = n_sequences * (seconds_each * len(names) + seconds_drawing)
     digest = hashlib.sha256(b"".join(ids.tobytes() for ids in sequences)).hexdigest()
     return Settings(
         source=Source(
@@ -203,10 +216,7 @@ def _settle(
         ),
         ids=tuple(tuple(int(i) for i in ids) for ids in sequences),
         names=names,
-        promise=(
-            f"{len(names)} of {len(tensors)} tensors × {n_sequences} sequences of {request.n_ctx} "
-            f"tokens ({request.tokens}), about {format_seconds(seconds)}"
-        ),
+        promise=promise,
         notes=tuple(notes),
     )
 
@@ -249,4 +259,4 @@ def _check_resumed(settings: Settings, file: GGUFFile, request: Request, path: P
 
 
 def _sha(imatrix: ImportanceSource | None) -> str | None:
-    return None if imatrix is None else imatrix.sha256
+    return None if imatrix is None else imatrix.identity

@@ -1,0 +1,101 @@
+"""Two encoders of the literature in ggml's blocks: optimal clipping, half-quadratic splitting.
+
+Both only choose what rtn is given, so that what is written are ordinary blocks.
+"""
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ramgguf import _core, formats
+from ramgguf.gguf_io import TensorInfo, open_gguf
+
+Floats = NDArray[np.float32]
+Blocks = NDArray[np.uint8]
+
+_CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
+_NORM, _BETA, _GROWTH, _STEPS = 0.7, 10.0, 1.01, 10  # those of HQQ's published code
+_ROWS = 4096
+_SUB_BLOCK = {"Q2_K": 16, "Q3_K": 16, "Q6_K": 16}  # weights that share a scale; else 32
+
+
+def write_alternative(path: Path, source: Path, encoder: str) -> None:
+    """Replace the blocks of every quantized tensor in the file by those of the encoder."""
+    encode = {"clip": clip, "hqq": half_quadratic}[encoder]
+    with open_gguf(source) as before, open_gguf(path) as after:
+        data = np.memmap(path, np.uint8, mode="r+")
+        for tensor in before.tensors:
+            target = after.tensor(tensor.name)
+            if target.type_name == tensor.type_name:
+                continue
+            for start in range(0, tensor.n_rows, _ROWS):
+                stop = min(start + _ROWS, tensor.n_rows)
+                rows = before.read_rows(tensor, start, stop)
+                blocks = encode(target.type_name, _floats(tensor, rows))
+                at = target.offset + start * target.row_bytes
+                data[at : at + blocks.size] = blocks.reshape(-1)
+        data.flush()
+
+
+def _floats(tensor: TensorInfo, rows: Blocks) -> Floats:
+    out = np.empty((len(rows), tensor.row_length), np.float32)
+    _core.decode(tensor.type_name, rows, out)
+    return out
+
+
+def _rounded(name: str, x: Floats) -> tuple[Blocks, Floats]:
+    """Return the blocks that rtn makes, and what they decode to."""
+    blocks = np.empty((len(x), formats.row_bytes(name, x.shape[1])), np.uint8)
+    _core.encode(name, "F32", np.ascontiguousarray(x).view(np.uint8), blocks, encoder="rtn")
+    out = np.empty_like(x)
+    _core.decode(name, blocks, out)
+    return blocks, out
+
+
+def clip(name: str, x: Floats) -> Blocks:
+    """Return, block by block, rtn's blocks of the weights clipped where the error is least.
+
+    Each group of weights with a scale of its own is clipped at the same share of its range; the
+    share is chosen for every block (superblock).
+    """
+    block = formats.get(name).block_size
+    groups = x.reshape(-1, _SUB_BLOCK.get(name, 32))
+    low, high = groups.min(axis=1, keepdims=True), groups.max(axis=1, keepdims=True)
+    best: Blocks | None = None
+    least = np.full(x.size // block, np.inf)
+    for share in _CLIPS:
+        clipped = np.clip(groups, share * low, share * high).reshape(x.shape)
+        blocks, out = _rounded(name, clipped)
+        error = np.square(x - out).reshape(len(least), block).sum(axis=1)
+        better = error < least
+        least = np.where(better, error, least)
+        made = blocks.reshape(len(least), -1)
+        best = made if best is None else np.where(better[:, None], made, best)
+    assert best is not None
+    return best.reshape(len(x), -1)
+
+
+def half_quadratic(name: str, x: Floats) -> Blocks:
+    """Return rtn's blocks of x − e, e alternately fitted to the errors under an l_p norm, p = 0.7.
+
+    Badri & Shaji 2023, equations 3 to 5: the large errors are taken for outliers and given up, so
+    that the rest is rounded better. There the scale stays; here rtn fits it anew to x − e.
+    """
+    beta = _BETA
+    outliers = np.zeros_like(x)
+    best, out = _rounded(name, x)
+    least = np.abs(x - out).mean()
+    for _ in range(_STEPS):
+        error = x - out
+        magnitude = np.abs(error)
+        with np.errstate(divide="ignore"):
+            shrunk = magnitude - magnitude ** (_NORM - 1) / beta
+        outliers = np.sign(error) * np.maximum(np.nan_to_num(shrunk, neginf=0.0), 0)
+        blocks, out = _rounded(name, (x - outliers).astype(np.float32))
+        found = np.abs(x - out).mean()
+        if found >= least:
+            break
+        best, least = blocks, found
+        beta *= _GROWTH
+    return best

@@ -1,0 +1,306 @@
+"""What sensitivities are worth: do tokens matter, are they linear, do they predict whole plans?
+
+    python bench/sensitivity_report.py tokens self.json random.json text.json
+    python bench/sensitivity_report.py linearity models/smol768-f16.gguf self.json
+    python bench/sensitivity_report.py plans models/smol768-f16.gguf self.json
+    python bench/sensitivity_report.py kernels models/smol768-f16.gguf self.json
+    python bench/sensitivity_report.py picture --svg bench/results/calibration.svg
+
+tokens compares files of `ramgguf sensitivity` (or the journals of runs under way). linearity reads
+some tensors in every format, plans runs whole plans of random and of real sensitivities, weights
+decoded to the source's type; kernels runs uniform files as they are, with what their kernels add.
+All tokens are WikiText-2's. Rows go to bench/results/sensitivity.jsonl one by one; what is there
+is not done again.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import log_softmax
+from scipy.stats import spearmanr
+
+import ramgguf
+from provenance import provenance
+from ramgguf import formats
+from ramgguf.corpus import default_corpus
+from ramgguf.engine.llama import LlamaModel, Logits
+from ramgguf.engine.probe import Probe
+from ramgguf.gguf_io import GGUFFile, open_gguf
+from ramgguf.probe_tokens import Request, draw_sets
+from ramgguf.schema import Measurement, Plan
+from ramgguf.sensitivities import Reading, Sensitivity
+from ramgguf.sensitivity_journal import Journal
+from ramgguf.simulation import simulated
+from ramgguf.token_statistics import standard_error
+from ramgguf.trial_copy import PlannedWeights
+
+OUT = Path("bench/results/sensitivity.jsonl")
+N_CTX, N_THREADS = 512, 1
+LINEARITY_TENSORS = (
+    "token_embd.weight",
+    "blk.0.ffn_down.weight",
+    "blk.3.attn_v.weight",
+    "blk.11.ffn_down.weight",
+    "blk.15.attn_q.weight",
+    "blk.15.ffn_up.weight",
+    "blk.20.attn_output.weight",
+    "blk.29.ffn_down.weight",
+)
+BUDGETS_BPW = (3.6, 4.0, 4.4, 5.0, 5.8, 6.6)
+
+Floats = NDArray[np.float64]
+
+
+def rows() -> list[dict[str, object]]:
+    """Return the whole rows of the results file."""
+    text = OUT.read_text() if OUT.exists() else ""
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+def done(part: str, name: str) -> bool:
+    return any((r["part"], r["name"]) == (part, name) for r in rows())
+
+
+def add(part: str, name: str, **values: object) -> None:
+    row = {"bench": "sensitivity_report", "part": part, "name": name, **values}
+    print(json.dumps(row), flush=True)
+    with OUT.open("a") as out:
+        out.write(json.dumps({**row, **provenance()}) + "\n")
+
+
+def readings(path: Path) -> dict[str, Reading]:
+    """Return the readings of a sensitivity, or of a journal."""
+    if path.suffix == ".json":
+        found = Sensitivity.load(path).tensors
+        return {t.name: t.reading for t in found if t.reading is not None}
+    with Journal(path) as journal:
+        return dict(journal.readings)
+
+
+def compare_tokens(paths: list[Path]) -> None:
+    """Add how α of each two files correlates over the tensors that both have, and how it is off."""
+    for a, b in itertools.combinations(paths, 2):
+        name = f"{a.name.split('.')[0]} – {b.name.split('.')[0]}"
+        if done("tokens", name):
+            continue
+        of_a, of_b = readings(a), readings(b)
+        names = [n for n in of_a if n in of_b and of_a[n].kld > 0 and of_b[n].kld > 0]
+        x = np.log([of_a[n].alpha for n in names])
+        y = np.log([of_b[n].alpha for n in names])
+        noise = np.array([r.standard_error / r.kld for n in names for r in (of_a[n], of_b[n])])
+        difference = y - x
+        add(
+            "tokens",
+            name,
+            n_tensors=len(names),
+            spearman=round(float(spearmanr(x, y).statistic), 4),
+            median_ratio=round(float(np.exp(np.median(difference))), 3),
+            log_spread=round(float(np.std(difference - np.median(difference))), 3),
+            median_relative_error=round(float(np.median(noise)), 3),
+        )
+
+
+@dataclass(frozen=True)
+class Text:
+    """Windows of WikiText-2, and the source's logits on them."""
+
+    sequences: tuple[NDArray[np.int32], ...]
+    reference: tuple[Logits, ...]
+
+    @classmethod
+    def of(cls, probe: Probe, n: int) -> "Text":
+        request = Request(encoder="rtn", tokens="text", corpus=default_corpus(), n_ctx=N_CTX)
+        (sequences,) = draw_sets(probe.model, request, (n,), 2000)
+        return cls(sequences, tuple(probe.logits(ids) for ids in sequences))
+
+    def divergence(self, probe: Probe) -> Floats:
+        pairs = zip(self.sequences, self.reference, strict=True)
+        return np.concatenate([probe.divergence(ids, logits) for ids, logits in pairs])
+
+
+def linearity(file: GGUFFile, probe: Probe, text: Text, sensitivity: Sensitivity) -> None:
+    """Add what some tensors do in every format, alone."""
+    for name in LINEARITY_TENSORS:
+        tensor = file.tensor(name)
+        for format_name in formats.quantized():
+            if done("linearity", f"{name} {format_name}"):
+                continue
+            data, nmse = simulated(file, tensor, format_name, encoder=sensitivity.encoder)
+            with probe.replaced(tensor, data):
+                kld = text.divergence(probe)
+            add(
+                "linearity",
+                f"{name} {format_name}",
+                nmse=nmse,
+                kld=float(kld.mean()),
+                error=standard_error(kld),
+            )
+
+
+def whole_plans(measurement: Measurement, sensitivity: Sensitivity) -> Iterator[tuple[str, Plan]]:
+    """Yield plans of many sizes: by sensitivity, priors, error alone, and blindly."""
+    for k, bpw in enumerate(BUDGETS_BPW):
+        budget = f"{bpw}bpw"
+        known = ramgguf.plan(measurement, budget, sensitivity=sensitivity, min_sqnr_db=0)
+        yield f"sensitivity {budget}", known
+        for objective in ("weighted", "nmse"):
+            plan = ramgguf.plan(measurement, budget, objective=objective, min_sqnr_db=0)
+            yield f"{objective} {budget}", plan
+        rng = np.random.default_rng(k)
+        drawn = tuple(
+            t.model_copy(update={"alpha": t.n_weights * math.exp(rng.normal(0, 1.5))})
+            for t in sensitivity.tensors
+        )
+        blind = sensitivity.model_copy(update={"tensors": drawn})
+        plan = ramgguf.plan(measurement, budget, sensitivity=blind, min_sqnr_db=0)
+        yield f"random {budget}", plan
+
+
+def predicted(plan: Plan, sensitivity: Sensitivity) -> float:
+    alpha = {t.name: t.alpha for t in sensitivity.tensors}
+    return math.fsum(alpha.get(a.name, 0.0) * a.nmse for a in plan.assignments)
+
+
+def run_plans(file: GGUFFile, probe: Probe, text: Text, sensitivity: Sensitivity) -> None:
+    """Add the KLD of whole plans, weights decoded, beside Σ α · NMSE."""
+    measurement = ramgguf.measure(file.paths[0], encoder=sensitivity.encoder, threads=N_THREADS)
+    weights = PlannedWeights(file, probe, sensitivity.encoder, None, N_THREADS)
+    for name, plan in whole_plans(measurement, sensitivity):
+        if done("plans", name):
+            continue
+        for a in plan.assignments:
+            weights.put(a.name, a.format)
+        kld = text.divergence(probe)
+        add(
+            "plans",
+            name,
+            n_bytes=plan.n_bytes,
+            predicted=predicted(plan, sensitivity),
+            kld=float(kld.mean()),
+            error=standard_error(kld),
+        )
+
+
+def run_kernels(source: Path, text: Text, sensitivity: Sensitivity, folder: Path) -> None:
+    """Add the KLD of files uniform in a format through its kernels, beside Σ α · NMSE."""
+    measurement = ramgguf.measure(source, encoder=sensitivity.encoder, threads=N_THREADS)
+    for format_name in formats.quantized():
+        if done("kernels", format_name):
+            continue
+        plan = ramgguf.plan(measurement, "1000%", pins=[f".={format_name}"])
+        path = folder / "uniform.gguf"
+        ramgguf.quantize(source, from_plan=plan, output=path, force=True, verify=False)
+        with LlamaModel(path, n_ctx=N_CTX, n_threads=N_THREADS, safe_kernels=True) as model:
+            kld = np.concatenate(
+                [
+                    _divergence(model, ids, logits)
+                    for ids, logits in zip(text.sequences, text.reference, strict=True)
+                ]
+            )
+        path.unlink()
+        add(
+            "kernels",
+            format_name,
+            n_bytes=plan.n_bytes,
+            predicted=predicted(plan, sensitivity),
+            kld=float(kld.mean()),
+            error=standard_error(kld),
+        )
+
+
+def _divergence(model: LlamaModel, ids: NDArray[np.int32], reference: Logits) -> Floats:
+    model.clear()
+    found = []
+    for start, end in model.chunks(len(ids)):
+        q = log_softmax(model.decode(ids[start:end]).astype(np.float64), axis=1)
+        p = log_softmax(reference[start:end].astype(np.float64), axis=1)
+        found.append((np.exp(p) * (p - q)).sum(axis=1))
+    return np.concatenate(found)
+
+
+def calibration() -> None:
+    """Print how whole plans turned out beside what was predicted, by what they were made with."""
+    of = {(str(r["part"]), str(r["name"])): r for r in rows()}
+    for kind in ("sensitivity", "weighted", "nmse", "random"):
+        found = [r for (part, name), r in of.items() if part == "plans" and name.startswith(kind)]
+        if found:
+            logs = np.log([float(str(r["kld"])) / float(str(r["predicted"])) for r in found])
+            print(
+                f"{kind}: {len(found)} plans, KLD ÷ prediction {np.exp(logs.mean()):.3f} "
+                f"(log spread {logs.std(ddof=1) if len(logs) > 1 else math.nan:.3f}, "
+                f"{np.exp(logs.min()):.3f} to {np.exp(logs.max()):.3f})"
+            )
+
+
+def picture(path: Path) -> None:
+    """Draw the KLD of whole plans and uniform files over Σ α · NMSE, both logarithmic."""
+    points = [r for r in rows() if r["part"] in ("plans", "kernels")]
+    low, high, size, edge = -3.5, 1.0, 520, 60
+
+    def at(value: object) -> float:
+        return (math.log10(max(float(str(value)), 1e-9)) - low) / (high - low) * (size - 2 * edge)
+
+    colors = {"sensitivity": "#1f5fa8", "weighted": "#2e8b57", "nmse": "#888", "random": "#c0392b"}
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size} {size}">',
+        f'<rect width="{size}" height="{size}" fill="white"/>',
+        f'<line x1="{edge}" y1="{size - edge}" x2="{size - edge}" y2="{edge}" stroke="#bbb"/>',
+        '<g font-family="sans-serif" font-size="12">',
+        f'<text x="{size / 2 - 80}" y="{size - 15}">Σ α · NMSE, nats per token</text>',
+        f'<text x="15" y="{edge - 20}">KLD on WikiText-2, nats per token</text>',
+    ]
+    for exponent in (-3, -2, -1, 0):
+        k = edge + at(10.0**exponent)
+        parts.append(f'<text x="{k:.0f}" y="{size - edge + 16}">1e{exponent}</text>')
+        parts.append(f'<text x="{edge - 34}" y="{size - k:.0f}">1e{exponent}</text>')
+    for r in points:
+        kind = str(r["name"]).split()[0]
+        color = colors.get(kind, "#e08e0b")
+        x, y = edge + at(r["predicted"]), size - edge - at(r["kld"])
+        parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{color}" opacity="0.8">')
+        parts.append(f"<title>{r['part']}: {r['name']}</title></circle>")
+    for k, (kind, color) in enumerate({**colors, "uniform, real kernels": "#e08e0b"}.items()):
+        parts.append(f'<text x="{edge + 10}" y="{edge + 16 * k}" fill="{color}">{kind}</text>')
+    path.write_text("\n".join([*parts, "</g></svg>"]) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("part", choices=["tokens", "linearity", "plans", "kernels", "picture"])
+    parser.add_argument("files", type=Path, nargs="*")
+    parser.add_argument("--n-seq", type=int, default=1)
+    parser.add_argument("--scratch", type=Path)
+    parser.add_argument("--svg", type=Path, default=Path("bench/results/calibration.svg"))
+    arguments = parser.parse_args()
+    if arguments.part == "tokens":
+        compare_tokens(arguments.files)
+        return
+    if arguments.part == "picture":
+        picture(arguments.svg)
+        calibration()
+        return
+    source, sensitivity = arguments.files[0], Sensitivity.load(arguments.files[1])
+    with (
+        open_gguf(source) as file,
+        tempfile.TemporaryDirectory(dir=arguments.scratch) as scratch,
+        Probe(file, Path(scratch), n_ctx=N_CTX, n_threads=N_THREADS) as probe,
+    ):
+        text = Text.of(probe, arguments.n_seq)
+        if arguments.part == "linearity":
+            linearity(file, probe, text, sensitivity)
+        elif arguments.part == "plans":
+            run_plans(file, probe, text, sensitivity)
+        else:
+            run_kernels(source, text, sensitivity, Path(scratch))
+
+
+if __name__ == "__main__":
+    main()

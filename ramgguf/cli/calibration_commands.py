@@ -1,0 +1,107 @@
+"""The commands around quantization: calibrate, and the control perturb."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ramgguf import api
+from ramgguf.cli import options as opt
+from ramgguf.report.calibration import print_calibration, summary
+from ramgguf.units import format_bytes, parse_size
+
+
+def register(app: typer.Typer) -> None:
+    """Add these commands to the application."""
+    app.command(
+        "calibrate",
+        epilog="Example: ramgguf calibrate model-f16.gguf -o model.imatrix.gguf",
+    )(calibrate)
+    app.command(
+        "perturb",
+        epilog="Example: ramgguf perturb model-f16.gguf --like plan.json -o noisy.gguf --seed 1",
+    )(perturb)
+
+
+def calibrate(
+    model: opt.Model,
+    output: opt.Output = None,
+    tokens: Annotated[
+        str,
+        typer.Option("--tokens", help="self (drawn from the model), random, wikitext, or a file."),
+    ] = "self",
+    sequences: Annotated[
+        int, typer.Option("--sequences", min=1, help="How many sequences are read.")
+    ] = 12,
+    context: Annotated[
+        int, typer.Option("--context", min=16, help="Tokens of each sequence.")
+    ] = 512,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the tokens.")] = 0,
+    hessian: Annotated[
+        Path | None,
+        typer.Option("--hessian", help="Also write XᵀX of the inputs here, for --encoder gptq."),
+    ] = None,
+    hessian_tensors: Annotated[
+        str, typer.Option("--hessian-tensors", help="Only of weights whose name this regex finds.")
+    ] = ".",
+    hessian_memory: Annotated[
+        str, typer.Option("--hessian-memory", help="Read the tokens in lots that take this.")
+    ] = "4GiB",
+    force: opt.Force = False,
+    threads: opt.Threads = None,
+    as_json: opt.AsJson = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Measure how much each input column counts: an importance matrix in llama.cpp's format.
+
+    With tokens drawn from the model itself no data are needed. llama-quantize takes the file, too.
+    """
+    terminal = opt.Terminal.make(quiet=quiet, as_json=as_json)
+    found = api.calibrate(
+        model,
+        output or model.with_suffix(".imatrix.gguf"),
+        tokens=tokens,
+        n_sequences=sequences,
+        n_ctx=context,
+        seed=seed,
+        hessian=hessian,
+        hessian_pattern=hessian_tensors,
+        max_gram_bytes=parse_size(hessian_memory),
+        force=force,
+        threads=threads,
+        progress=terminal.progress,
+        announce=terminal.err.print if not (quiet or as_json) else lambda _: None,
+    )
+    if as_json:
+        print(json.dumps(summary(found)))
+    else:
+        print_calibration(found, terminal.out)
+
+
+def perturb(
+    model: opt.Model,
+    like: Annotated[
+        Path, typer.Option("--like", metavar="PLAN", help="The plan whose errors are imitated.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where to write.")],
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the noise.")] = 0,
+    force: opt.Force = False,
+    threads: opt.Threads = None,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Write the model with Gaussian noise as large as a plan's quantization errors.
+
+    A control: what a quantized model does better or worse than this is not the errors' size.
+    """
+    terminal = opt.Terminal.make(quiet=quiet, as_json=False)
+    path = api.perturb(
+        model,
+        like,
+        output,
+        seed=seed,
+        force=force,
+        threads=threads,
+        progress=terminal.progress,
+    )
+    terminal.out.print(f"{path}: {format_bytes(path.stat().st_size)}", soft_wrap=True)

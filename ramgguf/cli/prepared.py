@@ -1,0 +1,60 @@
+"""What quantize prepares before it plans: importance, kept beside the model, and sensitivities."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from ramgguf import api
+from ramgguf.cli import options as opt
+from ramgguf.sensitivities import Sensitivity
+
+
+@dataclass(frozen=True)
+class Weighed:
+    """The files by which errors are weighed."""
+
+    imatrix: Path | None = None
+    hessian: Path | None = None
+
+
+def calibrated(
+    model: Path, tokens: str, threads: int | None, terminal: opt.Terminal, *, hessians: bool
+) -> Weighed:
+    """Return the importance matrix that --calibrate asks for; what is there is taken as it is.
+
+    Its name says its tokens: model.self.imatrix.gguf, and with hessians model.self.hessian.gguf.
+    """
+    tag = re.sub(r"[^\w.-]", "_", Path(tokens).stem)
+    imatrix = model.with_suffix(f".{tag}.imatrix.gguf")
+    hessian = model.with_suffix(f".{tag}.hessian.gguf") if hessians else None
+    if imatrix.exists() and (hessian is None or hessian.exists()):
+        terminal.err.print(f"taking {imatrix}; remove it to calibrate anew", soft_wrap=True)
+        return Weighed(imatrix, hessian)
+    api.calibrate(
+        model,
+        imatrix,
+        tokens=tokens,
+        hessian=hessian,
+        force=True,  # of the two, one may be there
+        threads=threads,
+        progress=terminal.progress,
+        announce=terminal.err.print,
+    )
+    return Weighed(imatrix, hessian)
+
+
+def reweighed(
+    found: Sensitivity, model: Path, weighed: Weighed, terminal: opt.Terminal
+) -> Sensitivity:
+    """Return the sensitivity per unit of the errors that the files weigh."""
+    imatrix = api.weighed_by(weighed.imatrix, weighed.hessian)
+    wanted = imatrix.source.identity if imatrix else None
+    if wanted == (found.imatrix.identity if found.imatrix else None):
+        return found
+    return api.reweigh(
+        found,
+        model,
+        weighed.imatrix,
+        hessian=weighed.hessian,
+        progress=terminal.progress,
+    )

@@ -1,0 +1,42 @@
+"""What a calibration found, in words."""
+
+from rich.console import Console
+
+from ramgguf.stages.calibrate import Calibration
+from ramgguf.units import format_bytes, format_seconds
+
+
+def print_calibration(found: Calibration, out: Console) -> None:
+    """Print what was written, what it cost, and which weights met no input."""
+    rate = found.n_tokens / found.seconds
+    out.print(
+        f"{found.outputs.imatrix}: importance of {found.n_entries} weights' inputs from "
+        f"{found.n_tokens} tokens, in {format_seconds(found.seconds)} ({rate:,.0f} tokens/s)",
+        soft_wrap=True,
+    )
+    if found.n_unused:
+        out.print(f"{found.n_unused} experts saw no token; they get the mean of the others")
+    if found.missed:
+        first = ", ".join(found.missed[:3])
+        more = f" and {len(found.missed) - 3} more" if len(found.missed) > 3 else ""
+        out.print(f"no matrix multiplication was seen of {first}{more}", soft_wrap=True)
+    path = found.outputs.hessian
+    if path is not None:
+        size = format_bytes(path.stat().st_size)
+        out.print(f"{path}: XᵀX of {found.n_grams} inputs ({size})", soft_wrap=True)
+
+
+def summary(found: Calibration) -> dict[str, object]:
+    """Return what --json prints."""
+    hessian = found.outputs.hessian
+    return {
+        "imatrix": str(found.outputs.imatrix),
+        "n_entries": found.n_entries,
+        "n_sequences": found.n_sequences,
+        "n_tokens": found.n_tokens,
+        "n_unused_experts": found.n_unused,
+        "missed": list(found.missed),
+        "hessian": str(hessian) if hessian else None,
+        "n_grams": found.n_grams,
+        "seconds": found.seconds,
+    }

@@ -284,6 +284,7 @@ struct BlockFormat {
 std::vector<BlockFormat> formats() {
     const Kernels& k = kernels();
     std::vector<BlockFormat> all;
+    all.reserve(static_cast<size_t>(k.n_formats));
     for (int i = 0; i < k.n_formats; ++i) all.push_back({k.formats[i], true});
 #define X(name, id)
 #define Y(name, id, block_size, block_bytes) \

@@ -13,9 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import ndtr
 
-from ramgguf.knapsack import Choice
+from ramgguf.knapsack import Choice, efficient
 
 Floats = NDArray[np.float64]
+N_NEIGHBOURS = 2
 N_STEPS = 600  # the most promising changes of one item, of which pairs are made
 N_PAIRS = 200  # the most promising pairs: as they are, and with a third change
 
@@ -31,7 +32,7 @@ class Move:
 
 @dataclass(frozen=True)
 class _Steps:
-    """Every change of a single item, one per row."""
+    """Changes of a single item to a choice near its present one, one per row."""
 
     item: NDArray[np.intp]
     choice: NDArray[np.intp]
@@ -41,10 +42,9 @@ class _Steps:
     @classmethod
     def of(cls, items: Sequence[Sequence[Choice]], chosen: Sequence[int]) -> "_Steps":
         rows = [
-            (i, j, c.n_bytes - item[now].n_bytes, c.cost - item[now].cost)
+            (i, j, item[j].n_bytes - item[now].n_bytes, item[j].cost - item[now].cost)
             for i, (item, now) in enumerate(zip(items, chosen, strict=True))
-            for j, c in enumerate(item)
-            if j != now
+            for j in _neighbours(item, now)
         ]
         columns = zip(*rows, strict=True) if rows else ((), (), (), ())
         item, choice, n_bytes, cost = (list(c) for c in columns)
@@ -66,6 +66,18 @@ class _Steps:
             int(self.n_bytes[by_item].sum()),
             tuple(float(self.cost[r]) for r in by_item),
         )
+
+
+def _neighbours(item: Sequence[Choice], now: int) -> list[int]:
+    """Return the N_NEIGHBOURS next smaller and next larger of the item's efficient choices.
+
+    A factor is believed to be about so large for changes of about this size: what a jump from
+    eight bits to two would do, it does not tell.
+    """
+    kept = efficient(item)
+    smaller = [j for j in kept if item[j].n_bytes < item[now].n_bytes]
+    larger = [j for j in kept if item[j].n_bytes > item[now].n_bytes]
+    return smaller[-N_NEIGHBOURS:] + larger[:N_NEIGHBOURS]
 
 
 class Belief:

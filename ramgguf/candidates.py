@@ -60,6 +60,9 @@ def suited(
             excluded[name] = "its errors are not known in terms of a Hessian"
         elif scale.importance is None:
             excluded[name] = "the importance matrix has no entry for it"
+        elif scale.hessian is not None:
+            # Its error would be another than that of the tensor's other formats.
+            excluded[name] = "errors of its output are not measured for formats of libggml"
         else:
             sampled.append(name)
     return Candidates(tuple(measured), tuple(sampled), excluded)

@@ -89,7 +89,7 @@ class _Table:
         rows = [
             (i, j, item[j].n_bytes, item[j].cost)
             for i, item in enumerate(items)
-            for j in _efficient(item)
+            for j in efficient(item)
         ]
         item, choice, n_bytes, cost = zip(*rows, strict=True)
         return cls(
@@ -111,7 +111,7 @@ class _Table:
         return np.flatnonzero(is_least)[np.unique(self.item[is_least], return_index=True)[1]]
 
 
-def _efficient(item: Sequence[Choice]) -> list[int]:
+def efficient(item: Sequence[Choice]) -> list[int]:
     """Return the choices that no other choice beats in both bytes and cost, smallest first."""
     kept: list[int] = []
     for j in sorted(range(len(item)), key=lambda j: (item[j].n_bytes, item[j].cost)):

@@ -3,6 +3,7 @@
 import importlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -12,6 +13,10 @@ from types import ModuleType
 import pytest
 
 os.environ.setdefault("GGML_NO_BACKTRACE", "1")  # an abort must not wait for a debugger
+
+# Started in the background of a script, Ctrl-C is ignored, and by every child as well.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _TOOL = Path(__file__).parent.parent / "tools" / "real_models.py"
 

@@ -241,3 +241,18 @@ def test_a_set_stands_for_its_formats() -> None:
     plan = ramgguf.plan(MODEL, BUDGET, formats=["k"])
     assert plan.constraints.formats == SETS["k"]
     assert {a.format for a in plan.assignments} <= {*SETS["k"], "F16", "F32"}
+
+
+def test_the_fast_formats_are_those_that_were_measured_to_be() -> None:
+    results = Path(__file__).parent.parent / "bench/results/format_speed.jsonl"
+    rows = [json.loads(line) for line in results.read_text().splitlines()]
+    speeds = {r["format"]: (r["prompt_tokens_per_s"], r["generated_tokens_per_s"]) for r in rows}
+    names = [name for name in speeds if name != "F16"]
+    fastest = max(speeds[name][0] for name in names)
+    fast = set()
+    for name in names:
+        bits = formats.get(name).bpw
+        rivals = [speeds[n][1] for n in names if formats.get(n).bpw >= bits]
+        if speeds[name][0] >= 0.75 * fastest and speeds[name][1] >= 0.85 * max(rivals):
+            fast.add(name)
+    assert fast == set(SETS["cpu-fast"])

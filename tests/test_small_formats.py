@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 import ramgguf
 from ramgguf import formats, libggml
-from ramgguf.candidates import tried
+from ramgguf.candidates import suited, tried
 from ramgguf.errors import FormatError, GGUFError
 from ramgguf.gguf_io import open_gguf
 from ramgguf.imatrix import load_imatrix
@@ -175,6 +175,16 @@ def test_a_tensor_without_an_entry_has_none_of_these_formats(tmp_path: Path) -> 
             nmses = [p.nmse for p in sorted(found.values(), key=lambda p: p.n_bytes)]
             assert nmses == sorted(nmses, reverse=True)
             assert all(0 <= p.nmse_error < 0.1 * p.nmse for p in found.values())
+
+
+def test_a_tensor_weighed_by_a_hessian_has_none_of_these_formats(tmp_path: Path) -> None:
+    source = write_small_model(tmp_path / "source.gguf", LLAMA)
+    scale = Scale(np.ones((1, 256), np.float32), 512, lambda: pytest.fail("not needed"))
+    with open_gguf(source) as file:
+        tensor = file.tensor("blk.0.ffn_up.weight")
+        found = suited(file, tensor, scale, ("IQ2_XS", "Q4_K"), tell_ternary=False)
+    assert (found.measured, found.sampled) == (("Q4_K",), ())
+    assert set(found.excluded) == {"IQ2_XS"}
 
 
 @needs_libggml

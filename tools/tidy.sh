@@ -1,5 +1,6 @@
 #!/bin/sh
 # Run clang-tidy (.clang-tidy) over the core: kernels at one ISA level, since all levels share their source.
+# usage: tools/tidy.sh [sources]      all of cpp/ unless given; the kernels' templates take a minute each
 set -eu
 cd "$(dirname "$0")/.."
 venv=$PWD/${VENV:-.venv}
@@ -9,7 +10,8 @@ cmake -G Ninja -S . -B build/tidy -DCMAKE_BUILD_TYPE=Release -DRAMGGUF_ISAS=$lev
     -DPython_EXECUTABLE="$venv/bin/python" -Dpybind11_DIR="$(python -m pybind11 --cmakedir)" >/dev/null
 # A file is checked again when it, a header or the checks changed.
 newest=$(ls -t .clang-tidy cpp/*.h cpp/*.def cpp/formats/*.h | head -n 1)
-for source in cpp/*.cpp; do
+[ $# -gt 0 ] || set -- cpp/*.cpp
+for source in "$@"; do
     passed=build/tidy/$(basename "$source").passed
     [ "$passed" -nt "$source" ] && [ "$passed" -nt "$newest" ] || echo "$source"
 done | xargs -P "$(getconf _NPROCESSORS_ONLN)" -I FILE sh -c \

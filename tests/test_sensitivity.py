@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 import ramgguf
 from ramgguf import _core
-from ramgguf.cli import sensitivity_commands
+from ramgguf.cli import model_commands, sensitivity_commands
 from ramgguf.corpus import Corpus
 from ramgguf.engine.llama import LlamaModel
 from ramgguf.errors import PlanError
@@ -250,3 +250,27 @@ def test_the_command_writes_the_file_and_clears_up(model: Path, tmp_path: Path) 
     assert Sensitivity.load(output).tokens.n_tokens == 512
     again = CliRunner().invoke(application, arguments)
     assert isinstance(again.exception, PlanError)
+
+
+def test_quantize_measures_first_when_asked_and_uses_what_it_measured(
+    model: Path, tmp_path: Path
+) -> None:
+    own = tmp_path / "own.gguf"
+    own.write_bytes(model.read_bytes())
+    arguments = ["--budget", "40%", "--sensitivity", "measure", "--sensitivity-time", "1s"]
+    application = typer.Typer()
+    model_commands.register(application)
+    done = CliRunner().invoke(
+        application, ["quantize", str(own), *arguments, "-o", str(tmp_path / "out.gguf")]
+    )
+    assert done.exit_code == 0, done.output
+    assert "objective sensitivity" in done.stdout
+    assert "tensors × " in done.stderr  # the cost, said before it is spent
+    kept = Sensitivity.load(tmp_path / "own.sens.json")
+    assert {p.name for p in tmp_path.iterdir()} == {"own.gguf", "own.sens.json", "out.gguf"}
+    again = CliRunner().invoke(
+        application, ["quantize", str(own), *arguments, "-o", str(tmp_path / "again.gguf")]
+    )
+    assert "measured before" in again.stderr
+    assert Sensitivity.load(tmp_path / "own.sens.json") == kept
+    assert (tmp_path / "again.gguf").read_bytes() == (tmp_path / "out.gguf").read_bytes()

@@ -41,6 +41,7 @@ class Field:
     folder: Path
     measurement: Measurement
     sensitivity: Sensitivity
+    calibrated: tuple[Measurement, Sensitivity] | None
     n_seq: int
     n_random: int
     n_seq_random: int
@@ -62,10 +63,20 @@ class Field:
             yield self._planned(objective, plan)
         plan = ramgguf.plan(self.measurement, budget, sensitivity=self.sensitivity, min_sqnr_db=0)
         yield self._planned("sensitivity", plan)
+        if self.calibrated is not None:
+            curves, alphas = self.calibrated
+            plan = ramgguf.plan(curves, budget, sensitivity=alphas, min_sqnr_db=0)
+            yield self._planned("calibrated", plan, known=self.calibrated)
         for seed in range(self.n_random):
             yield self._planned(f"random {seed}", self._random(budget, seed), self.n_seq_random)
 
-    def _planned(self, name: str, plan: Plan, n_seq: int | None = None) -> Contender:
+    def _planned(
+        self,
+        name: str,
+        plan: Plan,
+        n_seq: int | None = None,
+        known: tuple[Measurement, Sensitivity] | None = None,
+    ) -> Contender:
         def make(output: Path) -> Path:
             ramgguf.quantize(
                 self.source,
@@ -78,21 +89,15 @@ class Field:
             return output
 
         formats = {a.name: a.format for a in plan.assignments}
-        return Contender(name, n_seq or self.n_seq, make, self._predicted(formats))
+        predicted = predicted_kld(formats, *(known or (self.measurement, self.sensitivity)))
+        return Contender(name, n_seq or self.n_seq, make, predicted)
 
     def _of_flags(self, name: str, flags: Flags) -> Contender:
         return Contender(
             name,
             self.n_seq,
             lambda _: self._llama(flags.file_type, flags.embedding),
-            self._predicted(flags.types),
-        )
-
-    def _predicted(self, formats: Mapping[str, str]) -> float:
-        """Return Σ α·NMSE, with our encoder's NMSE also for files of llama.cpp's."""
-        alpha = {t.name: t.alpha for t in self.sensitivity.tensors}
-        return math.fsum(
-            alpha.get(t.name, 0.0) * _nmse(t, formats[t.name]) for t in self.measurement.tensors
+            predicted_kld(flags.types, self.measurement, self.sensitivity),
         )
 
     def _uniform(self, budget: int) -> tuple[str, Plan]:
@@ -134,7 +139,7 @@ class Field:
         files = self._flags()
         budget = next(f.n_bytes for f in files if f.label == f"{mix}-default")
         near = [f for f in files if LEAST * budget < f.n_bytes <= budget]
-        near.sort(key=lambda f: self._predicted(f.types))
+        near.sort(key=lambda f: predicted_kld(f.types, self.measurement, self.sensitivity))
         made = [self._llama(f.file_type, f.embedding) for f in near[:N_FLAGS]]
         # Chosen on other sequences than those of the table: no luck in the draw.
         scored = ramgguf.evaluate(
@@ -142,6 +147,16 @@ class Field:
         ).results
         best = min(scored, key=lambda r: r.kld_mean)
         return self.folder / Path(best.model.path).name
+
+
+def predicted_kld(
+    formats: Mapping[str, str], measurement: Measurement, sensitivity: Sensitivity
+) -> float:
+    """Return Σ α·NMSE of tensors in these formats, with our encoder's NMSE for anybody's file."""
+    alpha = {t.name: t.alpha for t in sensitivity.tensors}
+    return math.fsum(
+        alpha.get(t.name, 0.0) * _nmse(t, formats[t.name]) for t in measurement.tensors
+    )
 
 
 def _nmse(tensor: TensorMeasurement, name: str) -> float:

@@ -178,6 +178,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("source", type=Path)
     parser.add_argument("--sensitivity", type=Path, required=True)
+    parser.add_argument("--imatrix", type=Path, help="of `ramgguf calibrate`: one contender more")
     parser.add_argument("--encoder", choices=("rtn", "search"), default="search")
     parser.add_argument("--models", type=Path, default=Path("models/llama"))
     parser.add_argument("--out", type=Path, default=Path("bench/results/quality.jsonl"))
@@ -193,11 +194,20 @@ def main() -> None:
     if not arguments.table:
         arguments.models.mkdir(parents=True, exist_ok=True)
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        sensitivity = Sensitivity.load(arguments.sensitivity)
+        calibrated = None
+        if arguments.imatrix:
+            curves = ramgguf.measure(
+                arguments.source, encoder=arguments.encoder, imatrix=arguments.imatrix
+            )
+            alphas = ramgguf.reweigh(sensitivity, arguments.source, arguments.imatrix)
+            calibrated = curves, alphas
         field = Field(
             source=arguments.source,
             folder=arguments.models,
             measurement=ramgguf.measure(arguments.source, encoder=arguments.encoder),
-            sensitivity=Sensitivity.load(arguments.sensitivity),
+            sensitivity=sensitivity,
+            calibrated=calibrated,
             n_seq=arguments.n_seq,
             n_random=arguments.random,
             n_seq_random=arguments.n_seq_random,

@@ -141,7 +141,9 @@ def table(rows: Sequence[Row]) -> Iterator[str]:
     """
     for (model, mix), group in itertools.groupby(rows, key=lambda r: (r.model, r.mix)):
         of_mix = list(group)
-        base = next(r for r in of_mix if r.contender == "mix")
+        base = next((r for r in of_mix if r.contender == "mix"), None)
+        if base is None:
+            continue
         size = f"the bytes of {mix} ({base.n_bytes:,})"
         yield f"\n{model} at {size}, {base.n_seq} × {N_CTX} tokens:\n"
         yield "| | bytes | KLD | KLD / mix | corpus PPL | median PPL | predicted KLD |"

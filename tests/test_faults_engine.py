@@ -37,7 +37,7 @@ from tiny_models import write_tiny_model
 pytest.importorskip("llama_cpp")
 KILLS = int(os.environ.get("RAMGGUF_KILLS", "4"))
 EXCERPT = Corpus("excerpt", default_corpus().text[:3000])
-TINY = Recipe(EXCERPT, n_ctx=64, n_seq=12)
+TINY = Recipe(EXCERPT, n_ctx=64, n_seq=60)
 REAL = Recipe(Corpus("longer excerpt", default_corpus().text[:40_000]), n_ctx=128, n_seq=6)
 
 # One command, started when everything is imported: its arguments are paths, the last is the output.
@@ -133,9 +133,13 @@ def _read(path: Path) -> str:
 
 
 def _moments(n_lines: int, rng: np.random.Generator, n: int) -> list[tuple[int, float]]:
-    """Return n random moments of a run: after so many lines of its journal, so many seconds."""
+    """Return n random moments of a run: after so many lines of its journal, so many seconds.
+
+    Delays are of all sizes from 0.1 to 50 ms: a fast machine finishes a tiny run in the longest.
+    """
     lines: NDArray[np.int64] = rng.integers(0, n_lines, n)
-    return list(zip(lines.tolist(), rng.uniform(0, 0.05, n).tolist(), strict=True))
+    delays = 10 ** rng.uniform(-4, np.log10(0.05), n)
+    return list(zip(lines.tolist(), delays.tolist(), strict=True))
 
 
 def test_kills_of_sensitivity_leave_an_older_or_complete_output(tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ def test_a_tensor_many_times_larger_than_the_memory_is_quantized(
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         said = json.loads(done.stdout)
-        assert said["n_bytes"] > n_weights // 4
+        assert said["n_bytes"] > n_weights // 5  # zeros are ternary: 1.69 bits per weight
         peaks.append(said["peak"])
     assert abs(peaks[1] - peaks[0]) < 16 * MB
     assert source.stat().st_size >= 4 * limit

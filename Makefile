@@ -29,7 +29,7 @@ tidy: $(STAMP)
 	VENV=$(VENV) sh tools/tidy.sh
 
 test: $(STAMP) lint
-	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered
+	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered --cov-fail-under=90
 	RAMGGUF_ISA=baseline $(BIN)/python -m pytest
 	VENV=$(VENV) sh tools/sanitize.sh
 

@@ -30,7 +30,8 @@ SERIES = (
     Series("mix", "llama.cpp's mixes", "#8c8c8c", "s"),
     Series("best flags", "llama.cpp's best flags", "#d9822b", "^"),
     Series("weighted", "ramgguf quantize", "#3b75af", "o"),
-    Series("sensitivity", "ramgguf quantize --sensitivity", "#1d3f66", "D"),
+    Series("sensitivity", "… --sensitivity FILE", "#1d3f66", "D"),
+    Series("calibrated", "… --sensitivity FILE --calibrate self", "#2a8f5d", "v"),
 )
 
 

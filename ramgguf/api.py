@@ -1,8 +1,7 @@
 """The Python interface: each function is one command, from files to values and files."""
 
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,7 +11,7 @@ from ramgguf import formats as _formats
 from ramgguf.calibrating import calibrate, perturb
 from ramgguf.corpus import Recipe, default_corpus, text_file
 from ramgguf.corpus import dataset as dataset_corpus
-from ramgguf.errors import BudgetError, EngineError, GGUFError, PlanError
+from ramgguf.errors import EngineError, GGUFError, PlanError
 from ramgguf.files import refuse_existing, require_disk_space
 from ramgguf.format_sets import expand
 from ramgguf.gguf_io import GGUFFile, open_gguf
@@ -33,12 +32,13 @@ from ramgguf.planning import (
     plan_on_within,
     plan_within,
 )
-from ramgguf.progress import Progress, Silent
+from ramgguf.progress import Clock, Progress, Silent
 from ramgguf.refining import refine as refine_plan
 from ramgguf.refining import refinement_journal
 from ramgguf.schema import Encoder, Measurement, Plan
 from ramgguf.screening import MANY_WEIGHTS, measure_and_plan
 from ramgguf.sensing import reweigh, sensitivity, weighed_by
+from ramgguf.shard_plans import plan_for_shards
 from ramgguf.stages import evaluate as _evaluate
 from ramgguf.stages import measure as _measure
 from ramgguf.stages import quantize as _quantize
@@ -155,7 +155,7 @@ def quantize(
     is told. output is by default beside the model and named after the plan's bits per weight.
     Raises RamggufError; an older output is then untouched.
     """
-    clock, n_threads, shown = _Clock(), threads or default_threads(), progress or Silent()
+    clock, n_threads, shown = Clock(), threads or default_threads(), progress or Silent()
     journal: Path | None = None
     with open_gguf(Path(model), kind_check=True) as file, ExitStack() as stack:
         if from_plan is not None and budget is None and memory is None:
@@ -165,7 +165,7 @@ def quantize(
             room = Room.of(file, most, memory, stack)
             n_bytes = room.n_bytes
             _check_destination(Path(output or model), output is not None and not force, n_bytes)
-            shards = partial(_plan_for_shards, file, options, split_max_bytes)
+            shards = partial(plan_for_shards, file, options, split_max_bytes)
 
             def plan_it(measured: Measurement) -> Plan:
                 return room.plan(partial(shards, measured))
@@ -277,27 +277,6 @@ def _check_destination(output: Path, must_be_new: bool, n_bytes: int) -> None:
     require_disk_space(output.parent, n_bytes, error=GGUFError)
 
 
-def _plan_for_shards(
-    file: GGUFFile,
-    options: PlanOptions,
-    split_max_bytes: int | None,
-    measurement: Measurement,
-    budget: int,
-) -> Plan:
-    """Return a plan whose files together fit the budget: shards have headers of their own."""
-    for _ in range(8):
-        made = plan(measurement, budget, **options)
-        if split_max_bytes is None:
-            return made
-        destination = _quantize.Destination(Path("x.gguf"), False, split_max_bytes)
-        missed = _quantize.planned_layout(file, made, destination).n_bytes - made.n_bytes
-        if missed == 0:
-            return made
-        overhead = measurement.n_overhead_bytes + missed
-        measurement = measurement.model_copy(update={"n_overhead_bytes": overhead})
-    raise BudgetError("shards do not settle; raise --split-max-size")
-
-
 def default_output(model: Path, plan: Plan) -> Path:
     """Return the name beside the model that says its bits per weight: smol768-ram-4.41bpw.gguf."""
     stem = model.name.removesuffix(".gguf")
@@ -309,16 +288,3 @@ def default_output(model: Path, plan: Plan) -> Path:
 def _overhead_bytes(file: GGUFFile, imatrix: Imatrix | None) -> int:
     source = imatrix.source if imatrix else None
     return planned_header_bytes(file, {}, _quantize.planned_metadata(None, source))
-
-
-class _Clock:
-    """Collects the seconds of named stages."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start

@@ -1,5 +1,8 @@
 """How long-running stages tell what they are doing: a protocol that any front end can fill."""
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 
@@ -22,3 +25,16 @@ class Silent:
 
     def finish(self) -> None:
         pass
+
+
+class Clock:
+    """Collects the seconds of named stages."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start

@@ -45,8 +45,9 @@ def test_the_file_uses_the_budget_and_not_more(made: Made) -> None:
 
 
 def test_quantizing_takes_seconds(made: Made) -> None:
-    # CPU time of both threads, verification included: other processes do not count.
-    assert made.cpu_seconds < 10
+    # CPU time of both threads, verification included: other processes do not count. Searching at
+    # the lowest level of instructions takes four times that of the highest.
+    assert made.cpu_seconds < {"v4": 10, "v3": 25}.get(ramgguf._core.isa(), 40)
 
 
 def test_ggml_decodes_every_tensor_as_we_do(made: Made) -> None:

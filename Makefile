@@ -8,6 +8,10 @@ MODELS ?= models
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
+# What computes with the kernels: run once more at the lowest level of instructions.
+KERNEL_TESTS := $(patsubst %,tests/test_%.py,formats kernels search small_formats libggml logits weighing imatrix gptq \
+	quantize determinism end_to_end evaluate engine sensitivity calibrate calibrated_plans refine cli)
+
 .PHONY: all demo test test-neon test-oldest sanitize lint tidy soak bench clean
 
 all: $(STAMP)
@@ -30,7 +34,7 @@ tidy: $(STAMP)
 
 test: $(STAMP) lint
 	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered --cov-fail-under=90
-	RAMGGUF_ISA=baseline $(BIN)/python -m pytest
+	RAMGGUF_ISA=baseline $(BIN)/python -m pytest $(KERNEL_TESTS)
 	VENV=$(VENV) sh tools/sanitize.sh
 
 # The extension with ASan and UBSan, under the tests that call it most.

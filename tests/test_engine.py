@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 from scipy.special import log_softmax
 
+from ramgguf.engine.child import Child
 from ramgguf.engine.client import CrashError, Engine, ModelError
 from ramgguf.engine.llama import LlamaModel, chunk_size, draw
 from ramgguf.engine.scoring import RowPass, score_sequence
 from ramgguf.engine.system import system_info
+from ramgguf.engine.trial_wire import Load, Loaded
 from ramgguf.errors import EngineError
 from tiny_models import BOS, write_tiny_model
 
@@ -200,3 +202,14 @@ def test_a_child_ends_with_its_parent(path: Path) -> None:
     process.stdin.close()  # what the system does when the parent is killed
     assert process.wait(timeout=20) == 0
     engine.close()
+
+
+def test_children_do_not_import_from_the_working_directory(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "queue.py").write_text("raise SystemExit(7)\n")
+    monkeypatch.chdir(tmp_path)
+    with Engine([path], n_ctx=64, n_threads=1) as engine:
+        assert engine.opened.models
+    with Child("ramgguf.engine.trial") as child:
+        assert child.ask(Load(path=str(path), n_ctx=64, n_threads=1), Loaded).kind == "loaded"

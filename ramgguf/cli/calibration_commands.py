@@ -27,17 +27,14 @@ def register(app: typer.Typer) -> None:
 def calibrate(
     model: opt.Model,
     output: opt.Output = None,
-    tokens: Annotated[
-        str,
-        typer.Option("--tokens", help="self (drawn from the model), random, wikitext, or a file."),
-    ] = "self",
+    tokens: opt.Tokens = "self",
     sequences: Annotated[
         int, typer.Option("--sequences", min=1, help="How many sequences are read.")
     ] = 12,
     context: Annotated[
         int, typer.Option("--context", min=16, help="Tokens of each sequence.")
     ] = 512,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the tokens.")] = 0,
+    seed: opt.TokenSeed = 0,
     hessian: Annotated[
         Path | None,
         typer.Option("--hessian", help="Also write XᵀX of the inputs here, for --encoder gptq."),

@@ -83,6 +83,10 @@ MinFormats = Annotated[
 Requantize = Annotated[
     bool, typer.Option("--allow-requantize", help="Take Q8_0 tensors as a source, too.")
 ]
+Tokens = Annotated[
+    str, typer.Option("--tokens", help="self (drawn from the model), random, wikitext, or a file.")
+]
+TokenSeed = Annotated[int, typer.Option("--seed", min=0, help="Seed of the tokens.")]
 Threads = Annotated[
     int | None, typer.Option("--threads", "-t", min=1, help="Threads; default: one per CPU.")
 ]

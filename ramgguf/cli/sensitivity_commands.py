@@ -26,10 +26,7 @@ def register(app: typer.Typer) -> None:
 def sensitivity(
     model: opt.Model,
     output: opt.Output = None,
-    tokens: Annotated[
-        str,
-        typer.Option("--tokens", help="self (drawn from the model), random, wikitext, or a file."),
-    ] = "self",
+    tokens: opt.Tokens = "self",
     limit: Annotated[
         str, typer.Option("--time", help="Fit this time by fewer tokens or layers: 90s, 20m, 1h.")
     ] = "20m",
@@ -40,7 +37,7 @@ def sensitivity(
     encoder: opt.EncoderOption = api.DEFAULT_ENCODER,
     imatrix: opt.ImatrixFile = None,
     hessian: opt.HessianFile = None,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the tokens.")] = 0,
+    seed: opt.TokenSeed = 0,
     scratch: Annotated[
         Path | None, typer.Option("--scratch", help="Folder for a copy of the model meanwhile.")
     ] = None,

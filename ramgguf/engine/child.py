@@ -13,14 +13,16 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self, TextIO, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
 from ramgguf.errors import EngineError, RamggufError
 from ramgguf.schema import _Value
 
-_STDERR_LINES = 12
+STDERR_LINES = 12  # of the child's last words that an error repeats
+# -P: a folder named ramgguf in the working directory must not be imported instead of this package.
+PYTHON = (sys.executable, "-P")
 
 Request = TypeVar("Request", bound=_Value)
 Response = TypeVar("Response", bound=_Value)
@@ -62,9 +64,9 @@ class Child:
     """
 
     def __init__(self, module: str, *, runner: Sequence[str] = ()) -> None:
-        self._said: collections.deque[str] = collections.deque(maxlen=_STDERR_LINES)
+        self._said: collections.deque[str] = collections.deque(maxlen=STDERR_LINES)
         self._process = subprocess.Popen(
-            [*runner, sys.executable, "-c", f"from {module} import main; main()"],
+            [*runner, *PYTHON, "-c", f"from {module} import main; main()"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -130,7 +132,7 @@ def answer_requests(kind: TypeAdapter[Request], answer: Callable[[Request], _Val
     out = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     lines: queue.SimpleQueue[str] = queue.SimpleQueue()
-    threading.Thread(target=_read_lines, args=(lines,), daemon=True).start()
+    threading.Thread(target=queue_lines, args=(sys.stdin, lines), daemon=True).start()
     while True:
         request = kind.validate_json(lines.get())
         try:
@@ -143,7 +145,8 @@ def answer_requests(kind: TypeAdapter[Request], answer: Callable[[Request], _Val
         out.flush()
 
 
-def _read_lines(lines: "queue.SimpleQueue[str]") -> None:
-    for line in sys.stdin:
+def queue_lines(source: TextIO, lines: "queue.SimpleQueue[str]") -> None:
+    """Pass on the parent's lines; when there are no more, end this process at once."""
+    for line in source:
         lines.put(line)
     os._exit(0)  # the parent is gone, and llama.cpp may be in the middle of a computation

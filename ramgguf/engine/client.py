@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import ValidationError
 
+from ramgguf.engine.child import PYTHON, STDERR_LINES
 from ramgguf.engine.wire import (
     Answer,
     Failed,
@@ -35,9 +36,7 @@ from ramgguf.schema import _Value
 
 A = TypeVar("A", bound=Answer)
 
-_STDERR_LINES = 12
-# -P: a folder named ramgguf in the working directory must not be imported instead of this package.
-_WORKER = (sys.executable, "-P", "-m", "ramgguf.engine.worker")
+_WORKER = (*PYTHON, "-m", "ramgguf.engine.worker")
 
 
 class ModelError(EngineError):
@@ -72,7 +71,7 @@ class Engine:
         self._safe_kernels = safe_kernels
         self._verbose = verbose
         self._at = Started(model=0, index=None)
-        self._stderr: collections.deque[str] = collections.deque(maxlen=_STDERR_LINES)
+        self._stderr: collections.deque[str] = collections.deque(maxlen=STDERR_LINES)
         self._process = subprocess.Popen(
             _WORKER,
             stdin=subprocess.PIPE,

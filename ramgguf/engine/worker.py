@@ -16,6 +16,7 @@ from typing import TextIO
 
 import numpy as np
 
+from ramgguf.engine.child import queue_lines
 from ramgguf.engine.llama import LlamaModel
 from ramgguf.engine.observer import Observer
 from ramgguf.engine.scoring import RowPass, SequenceRecords, score_sequence
@@ -144,12 +145,6 @@ def summarize(model: int, index: int, records: SequenceRecords) -> Scored:
     )
 
 
-def _read_requests(lines: TextIO, requests: "queue.SimpleQueue[str]") -> None:
-    for line in lines:
-        requests.put(line)
-    os._exit(0)  # the parent closed the pipe or is gone; llama.cpp may be in the middle of a decode
-
-
 def serve(lines: TextIO, out: TextIO) -> None:
     """Answer requests until lines end."""
 
@@ -158,7 +153,7 @@ def serve(lines: TextIO, out: TextIO) -> None:
         out.flush()
 
     requests: queue.SimpleQueue[str] = queue.SimpleQueue()
-    threading.Thread(target=_read_requests, args=(lines, requests), daemon=True).start()
+    threading.Thread(target=queue_lines, args=(lines, requests), daemon=True).start()
     session = Session(send)
     while True:
         request = RequestAdapter.validate_json(requests.get())

@@ -13,6 +13,7 @@ from ramgguf.errors import PlanError
 from ramgguf.format_sets import expand
 from ramgguf.progress import Progress, Silent
 from ramgguf.report.progress import Bars
+from ramgguf.report.terminal import PlainConsole
 from ramgguf.schema import Encoder
 
 Model = Annotated[
@@ -107,8 +108,7 @@ class Terminal:
     @classmethod
     def make(cls, *, quiet: bool, as_json: bool) -> "Terminal":
         """Return a terminal that shows results unless quiet, and progress unless quiet or JSON."""
-        out = Console(quiet=quiet or as_json, highlight=False, width=None)
-        err = Console(stderr=True, highlight=False)
+        out, err = PlainConsole(quiet=quiet or as_json), PlainConsole(stderr=True)
         silent = quiet or not sys.stderr.isatty()
         return cls(out, err, Silent() if silent else Bars(err), not (quiet or as_json))
 

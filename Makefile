@@ -16,7 +16,7 @@ KERNEL_TESTS := $(patsubst %,tests/test_%.py,formats kernels search small_format
 
 all: $(STAMP)
 
-$(STAMP): pyproject.toml CMakeLists.txt tools/install.sh $(wildcard cpp/*.cpp cpp/*.h cpp/*.def cpp/*/*.h)
+$(STAMP): pyproject.toml CMakeLists.txt tools/install.sh tools/llama_wheel.sh $(wildcard cpp/*.cpp cpp/*.h cpp/*.def cpp/*/*.h)
 	PYTHON=$(PYTHON) VENV=$(VENV) sh tools/install.sh
 	touch $@
 

@@ -7,13 +7,17 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from gguf import GGUFWriter
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 import gguf_samples
 from gguf_samples import SOUND, File, Key, Tensor
-from ramgguf.errors import GGUFError
+from ramgguf.cli.app import app
+from ramgguf.errors import GGUFError, PlanError
 from ramgguf.gguf_io import open_gguf, require_language_model
 
 _EXTREMES = [0, 1, 2**31 - 1, 2**31, 2**32 - 1, 2**62, 2**63 - 1, 2**63, 2**64 - 32, 2**64 - 1]
@@ -95,7 +99,8 @@ def test_every_field_at_its_extremes_is_refused_or_sound(tmp_path: Path) -> None
 _LIMITED = """
 import resource, sys
 from pathlib import Path
-from ramgguf.errors import GGUFError
+from ramgguf.cli.app import app
+from ramgguf.errors import GGUFError, PlanError
 from ramgguf.gguf_io import open_gguf
 
 def in_use():
@@ -164,3 +169,49 @@ def test_names_in_metadata_never_become_paths(tmp_path: Path) -> None:
     path.write_bytes(File(keys=(gguf_samples.ARCHITECTURE, *keys)).bytes())
     with open_gguf(path) as file:
         assert file.paths == (path,)
+
+
+_NAMES = ("[/x] [bold]odd.weight", "blk.0.:smile:.weight", "blk.0.ffn_up.weight")
+
+
+@pytest.fixture
+def oddly_named(tmp_path: Path) -> Path:
+    """A sound model with names that a terminal's library may take for markup."""
+    path = tmp_path / "[red]model.gguf"
+    out = GGUFWriter(path, "llama")
+    out.add_name("[/x]\n\x1b[2Jname")
+    out.add_block_count(1)
+    for name in _NAMES:
+        out.add_tensor(name, np.random.default_rng(1).standard_normal((64, 256)).astype("f2"))
+    out.write_header_to_file()
+    out.write_kv_data_to_file()
+    out.write_tensors_to_file()
+    out.close()
+    return path
+
+
+def test_names_are_shown_as_they_are(oddly_named: Path, tmp_path: Path) -> None:
+    curves, plan = str(tmp_path / "[x]m.json"), str(tmp_path / "[x]p.json")
+    output, safe = str(tmp_path / "[x]o.gguf"), ("--min-sqnr", "0")
+
+    def run(*arguments: str | Path) -> str:
+        done = CliRunner().invoke(app, [str(a) for a in arguments])
+        assert done.exception is None, arguments
+        assert "\x1b" not in done.output
+        return done.output.replace("\n", "")
+
+    size = ("-b", "8bpw", *safe)
+    assert curves in run("measure", oddly_named, "-o", curves)
+    assert plan in run("plan", curves, *size, "-o", plan)
+    run("curve", curves, *safe)
+    for shown in (
+        run("quantize", oddly_named, *size, "-o", output, "--verbose"),
+        run("plan", curves, *size, "--verbose"),
+        run("diff", oddly_named, output, "--verbose"),
+        run("explain", plan, "-m", curves),
+    ):
+        assert all(name in shown for name in _NAMES[:2])
+    assert _NAMES[0] in run("explain", plan, _NAMES[0], "-m", curves)
+    assert str(oddly_named) in run("recipe", oddly_named)
+    with pytest.raises(PlanError, match=r"\[x\]missing"):
+        app(["plan", str(tmp_path / "[x]missing"), *size], standalone_mode=False)

@@ -131,7 +131,7 @@ def test_edited_documents_are_refused_or_of_use(data: st.DataObject) -> None:
 
 _FRONTIER = made_documents.frontier()
 _GROUP = _FRONTIER.groups[0]
-_BROKEN = {
+_BROKEN: dict[str, dict[str, object]] = {
     "a tensor too few": {"tensors": _FRONTIER.tensors[1:]},
     "a group too few": {"groups": _FRONTIER.groups[1:]},
     "a group twice": {"groups": (*_FRONTIER.groups, _GROUP)},

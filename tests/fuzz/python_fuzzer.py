@@ -51,7 +51,8 @@ _MODULES = (
     line_journal, recipes, result_files, results, schema, sensitivities,
 )  # fmt: skip
 _DOCUMENTS = [(type(d), d.to_json()) for d in made_documents.documents()]
-_JOURNALS: list[tuple[Callable[[Path], object], tuple[str, ...]]] = [
+_Opened = Callable[[Path], contextlib.AbstractContextManager[object]]
+_JOURNALS: list[tuple[_Opened, tuple[str, ...]]] = [
     (open_journal, lines)
     for open_journal, lines in zip(
         (lambda path: Journal(path, resume=True), SensitivityJournal, RefineJournal),

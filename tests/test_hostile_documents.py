@@ -29,8 +29,9 @@ from ramgguf.refine_journal import RefineJournal
 from ramgguf.report.check import print_check, print_ratios
 from ramgguf.report.choices import print_difference, print_explanation, print_recipe
 from ramgguf.report.curves import curve_svg, print_curve
+from ramgguf.report.page import write_html
 from ramgguf.report.plans import print_plan
-from ramgguf.report.results import eval_markdown, print_eval
+from ramgguf.report.results import eval_markdown, print_eval, study_of
 from ramgguf.report.sensing import print_sensitivity
 from ramgguf.report.terminal import PlainConsole
 from ramgguf.result_files import read_material
@@ -162,6 +163,17 @@ def test_extreme_numbers_are_refused_or_of_use() -> None:
     loaded = _load(Frontier, _FRONTIER.model_copy(update=update).to_json())
     assert loaded is not None
     _use(loaded, PlainConsole(file=io.StringIO()))
+
+
+def test_a_perplexity_beyond_all_numbers_is_shown(tmp_path: Path) -> None:
+    sequences = [s.model_copy(update={"nll_sum": 1e9}) for s in _RESULT.sequences]
+    endless = _RESULT.model_copy(update={"sequences": (sequences[0], *_RESULT.sequences[1:])})
+    for result in (endless, _RESULT.model_copy(update={"sequences": tuple(sequences)})):
+        loaded = _load(EvalResult, result.to_json())
+        assert isinstance(loaded, EvalResult)
+        assert loaded.sequences[0].ppl == np.inf
+        _use(loaded, PlainConsole(file=io.StringIO()))
+        write_html(tmp_path / "page.html", study_of([loaded]))
 
 
 def test_messages_quote_nothing_that_controls_a_terminal() -> None:

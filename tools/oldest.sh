@@ -22,7 +22,9 @@ python="$work/venv/bin/python"
 # pip 25.3 and later do not take constraints of builds from PIP_CONSTRAINT.
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_CONSTRAINT="$constraints" PIP_BUILD_CONSTRAINT="$constraints"
 $python -m pip install -q cmake
-CMAKE_EXECUTABLE=$work/venv/bin/cmake $python -m pip install -q ./source "$engine" pytest hypothesis
+CMAKE_EXECUTABLE=$($python -c 'import cmake; print(cmake.CMAKE_BIN_DIR)')/cmake
+export CMAKE_EXECUTABLE
+$python -m pip install -q ./source "$engine" pytest hypothesis
 $python -V
 $python -m pip list 2>/dev/null | grep -i -E '^(cmake|gguf|llama|numpy|pydantic |rich|scipy|typer)'
 venv/bin/ramgguf --version

@@ -5,8 +5,9 @@
 
 Time is the CPU time of one thread, so that other processes on the machine count less. For `rtn` the
 weights are 2^24, many times the second cache, unless --log2-weights says otherwise; `search` and
-ggml are slower by so much that fewer do. A line is the median of the runs, with quartiles and the best. `read` is an OR of the same bytes
-by numpy in the same run. Lines are added to bench/results/kernels.jsonl.
+ggml are slower by so much that fewer do. A line is the median of the runs, with quartiles and the
+best. `read` is an OR of the same bytes by numpy in the same run. Lines are added to
+bench/results/kernels.jsonl.
 """
 
 import argparse

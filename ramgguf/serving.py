@@ -120,8 +120,9 @@ def _too_large(file: GGUFFile, shape: Shape, needed: int, limit: Available) -> s
         with MemoryPlanner(file, MemoryRequest(shape, left)) as planner:
             longest = planner.longest_context(file.n_bytes)
     would = f"the longest context that fits is {longest}: --context {longest}; " if longest else ""
+    name = file.paths[0].name
     return (
-        f"{file.paths[0].name} with a context of {shape.n_ctx} tokens needs {format_bytes(needed)}, "
+        f"{name} with a context of {shape.n_ctx} tokens needs {format_bytes(needed)}, "
         f"more than {format_bytes(limit.n_bytes)} ({limit.source}); {would}"
         "ramgguf quantize --memory makes a file that fits; --force serves it anyway"
     )
@@ -163,34 +164,35 @@ class Server:
     def __enter__(self) -> Self:
         path = self.settings.path
         self._announce(f"{path.name}: loading")
+        try:
+            self._start()
+        except ChildDiedError as e:
+            if self.place.safe_kernels is not None or -e.code not in _CRASHES:
+                raise
+            self._announce(
+                f"{path.name}: llama.cpp ended with {describe_exit(e.code)}; once more, "
+                "without its repacked kernels"
+            )
+            self.safe_kernels = True
+            self._start()
+        return self
+
+    def _start(self) -> None:
         self._child = Child(self._worker, on_stderr=sys.stderr.write)
         try:
-            try:
-                self.serving = self._ask()
-            except ChildDiedError as e:
-                if self.place.safe_kernels is not None or -e.code not in _CRASHES:
-                    raise
-                self._announce(
-                    f"{path.name}: llama.cpp ended with {describe_exit(e.code)}; once more, "
-                    "without its repacked kernels"
-                )
-                self._child.__exit__(None, None, None)
-                self.safe_kernels = True
-                self._child = Child(self._worker, on_stderr=sys.stderr.write)
-                self.serving = self._ask()
+            self.serving = self._child.ask(self._request(), Serving)
         except BaseException:
             self._child.__exit__(None, None, None)
             raise
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, e: BaseException | None, at: TracebackType | None
     ) -> None:
         self._child.__exit__(kind, e, at)
 
-    def _ask(self) -> Serving:
+    def _request(self) -> Serve:
         settings, place = self.settings, self.place
-        request = Serve(
+        return Serve(
             path=str(settings.path),
             alias=settings.alias,
             host=place.host,
@@ -205,7 +207,11 @@ class Server:
             verbose=place.verbose,
             sample_text=KNOWN_TEXT,
         )
-        return self._child.ask(request, Serving)
+
+    @property
+    def pid(self) -> int:
+        """The serving process's id."""
+        return self._child.pid
 
     @property
     def url(self) -> str:

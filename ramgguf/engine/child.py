@@ -69,7 +69,7 @@ class Child:
         module: str,
         *,
         runner: Sequence[str] = (),
-        on_stderr: Callable[[str], None] = lambda _: None,
+        on_stderr: Callable[[str], object] = lambda _: None,
     ) -> None:
         self._on_stderr = on_stderr
         self._said: collections.deque[str] = collections.deque(maxlen=STDERR_LINES)

@@ -51,15 +51,12 @@ _MODULES = (
     line_journal, recipes, result_files, results, schema, sensitivities,
 )  # fmt: skip
 _DOCUMENTS = [(type(d), d.to_json()) for d in made_documents.documents()]
-_Opened = Callable[[Path], contextlib.AbstractContextManager[object]]
-_JOURNALS: list[tuple[_Opened, tuple[str, ...]]] = [
-    (open_journal, lines)
-    for open_journal, lines in zip(
-        (lambda path: Journal(path, resume=True), SensitivityJournal, RefineJournal),
-        made_documents.journals().values(),
-        strict=True,
-    )
-]
+_OPENED: dict[str, Callable[[Path], contextlib.AbstractContextManager[object]]] = {
+    "eval": lambda path: Journal(path, resume=True),
+    "sensitivity": SensitivityJournal,
+    "refine": RefineJournal,
+}
+_JOURNALS = list(made_documents.journals().items())
 _FOLDER = Path("/dev/shm" if Path("/dev/shm").is_dir() else "/tmp")
 _PATH = _FOLDER / f"fuzz-{os.getpid()}.gguf"
 
@@ -126,13 +123,13 @@ def load_edits(data: bytes) -> None:
 def load_journals(data: bytes) -> None:
     """Go on with a journal of which the bytes choose lines and their edits, and the last's end."""
     choose = _choices(data)
-    opened, lines = _JOURNALS[choose(len(_JOURNALS))]
+    kind, lines = _JOURNALS[choose(len(_JOURNALS))]
     chosen = []
     for line in lines:
         chosen += [made_documents.edited(line, choose) if choose(3) == 2 else line] * choose(3)
     content = "\n".join(chosen).encode() + b"\n" * choose(2)
     _PATH.write_bytes(content[: len(content) - choose(3)])
-    with refused_in_one_line(), opened(_PATH) as found:
+    with refused_in_one_line(), _OPENED[kind](_PATH) as found:
         if isinstance(found, Journal):
             _ = found.results()
 

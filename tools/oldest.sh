@@ -3,6 +3,7 @@
 # environment with the lowest versions that pyproject.toml allows (tools/oldest.txt), and run tests there.
 # usage: tools/oldest.sh [constraints]      tools/oldest.txt unless given; /dev/null takes the newest versions
 #        PYTHON=python3.13 tools/oldest.sh /dev/null      another Python; $VENV only builds the distribution
+#        CMAKE_EXECUTABLE=...     another CMake than the lowest
 set -eu
 cd "$(dirname "$0")/.."
 constraints=$(realpath "${1:-tools/oldest.txt}")
@@ -21,8 +22,10 @@ cd "$work"
 python="$work/venv/bin/python"
 # pip 25.3 and later do not take constraints of builds from PIP_CONSTRAINT.
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_CONSTRAINT="$constraints" PIP_BUILD_CONSTRAINT="$constraints"
-$python -m pip install -q cmake
-CMAKE_EXECUTABLE=$($python -c 'import cmake; print(cmake.CMAKE_BIN_DIR)')/cmake
+if [ -z "${CMAKE_EXECUTABLE:-}" ]; then
+    $python -m pip install -q cmake
+    CMAKE_EXECUTABLE=$($python -c 'import cmake; print(cmake.CMAKE_BIN_DIR)')/cmake
+fi
 export CMAKE_EXECUTABLE
 $python -m pip install -q ./source "$engine" pytest hypothesis
 $python -V

@@ -94,6 +94,17 @@ Threads = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON, nothing else.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Print every tensor.")]
+OptionalBudget = Annotated[
+    str | None,
+    typer.Option("--budget", "-b", help="Bytes of the output file: 16GB, 16GiB, 4.5bpw, 30%."),
+]
+ExportTypes = Annotated[
+    Path | None,
+    typer.Option(
+        "--export-tensor-types",
+        help="Write the plan for llama-quantize --tensor-type-file, base type Q8_0.",
+    ),
+]
 
 
 @dataclass(frozen=True)

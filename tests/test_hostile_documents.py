@@ -166,6 +166,7 @@ def test_extreme_numbers_are_refused_or_of_use() -> None:
 
 
 def test_a_perplexity_beyond_all_numbers_is_shown(tmp_path: Path) -> None:
+    pytest.importorskip("plotly")
     sequences = [s.model_copy(update={"nll_sum": 1e9}) for s in _RESULT.sequences]
     endless = _RESULT.model_copy(update={"sequences": (sequences[0], *_RESULT.sequences[1:])})
     for result in (endless, _RESULT.model_copy(update={"sequences": tuple(sequences)})):

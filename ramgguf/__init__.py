@@ -22,6 +22,7 @@ from ramgguf.api import (
     sensitivity,
 )
 from ramgguf.api import refine_plan as refine
+from ramgguf.documents import drawn_by as _drawn_by
 from ramgguf.version import __version__
 
 __all__ = [
@@ -43,3 +44,12 @@ __all__ = [
     "reweigh",
     "sensitivity",
 ]
+
+
+def _draw(value: object) -> str | None:
+    from ramgguf.report.notebook import drawing  # when a notebook asks, not before
+
+    return drawing(value)
+
+
+_drawn_by(_draw)

@@ -23,12 +23,15 @@ from ramgguf.api import (
 )
 from ramgguf.api import refine_plan as refine
 from ramgguf.documents import drawn_by as _drawn_by
+from ramgguf.verdicts import check, compare
 from ramgguf.version import __version__
 
 __all__ = [
     "Quantized",
     "__version__",
     "calibrate",
+    "check",
+    "compare",
     "curve",
     "default_output",
     "diff",

@@ -35,7 +35,7 @@ _STYLE = (
     ".ramgguf table td,.ramgguf table th{text-align:left;vertical-align:top;padding:.1em .7em}"
     ".ramgguf table .number{text-align:right;white-space:nowrap}"
     ".ramgguf caption{text-align:left;font-weight:bold}"
-    ".ramgguf svg{max-width:50em}"
+    ".ramgguf svg{max-width:50em;overflow:visible}.ramgguf .scroll{overflow-x:auto}"
 )
 
 

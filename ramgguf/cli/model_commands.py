@@ -13,6 +13,7 @@ from ramgguf.cli.prepared import Weighed, calibrated
 from ramgguf.cli.sensitivity_commands import load_or_measure
 from ramgguf.errors import PlanError
 from ramgguf.files import write_atomically
+from ramgguf.hub import beside
 from ramgguf.planning import PlanOptions
 from ramgguf.report.plans import print_plan, tensor_types
 from ramgguf.schema import Measurement, Plan
@@ -130,6 +131,7 @@ def quantize(
     if imatrix and calibrate:
         raise typer.BadParameter("give one importance matrix", param_hint="--imatrix")
     chosen = opt.encoder(encoder)
+    model = terminal.fetched(model)
     weighed = Weighed(imatrix, hessian)
     if calibrate:
         weighed = calibrated(model, calibrate, threads, terminal, hessians=chosen == "gptq")
@@ -216,10 +218,10 @@ def measure(
 ) -> None:
     """Measure every tensor's rate–distortion curve and write it as JSON."""
     terminal = opt.Terminal.make(quiet=quiet, as_json=as_json)
-    path = output or model.with_suffix(".rd.json")
+    path = output or beside(model, f"{model.stem}.rd.json")
     opt.refuse_existing(path, force=force)
     measured = api.measure(
-        model,
+        terminal.fetched(model),
         formats=opt.split_formats(formats),
         encoder=opt.encoder(encoder),
         imatrix=imatrix,
@@ -288,7 +290,9 @@ def plan(
             min_formats=min_format or (),
         )
         if request is not None:
-            made = api.plan_within(measurement, request, budget, model=model, **options)
+            made = api.plan_within(
+                measurement, request, budget, model=model and terminal.fetched(model), **options
+            )
         elif budget is not None:
             made = api.plan(measurement, budget, **options)
     _export(made, output, export_tensor_types)

@@ -111,7 +111,8 @@ def _library() -> ModuleType:
         raise HubError(
             f"huggingface_hub cannot be imported ({e}); pip install 'ramgguf[hub]'"
         ) from None
-    return huggingface_hub
+    library: ModuleType = huggingface_hub
+    return library
 
 
 def _download(hub: ModuleType, wanted: HubFile) -> Path:

@@ -13,7 +13,7 @@ from ramgguf.errors import BudgetError, PlanError
 from ramgguf.gguf_layout import padded
 from ramgguf.objectives import OBJECTIVES, ram
 from ramgguf.priors import Shape, prior
-from ramgguf.report.plans import tensor_types
+from ramgguf.report.tensor_types import tensor_types
 from ramgguf.schema import Plan
 from synthetic import BPW, measurement
 

@@ -17,7 +17,7 @@ from ramgguf.recipes import Change, Recipe
 from ramgguf.report.choices import print_difference, print_explanation, print_recipe
 from ramgguf.report.curves import curve_svg, print_curve
 from ramgguf.report.memory import print_memory
-from ramgguf.report.plans import recipe_types
+from ramgguf.report.tensor_types import imatrix_note, recipe_types
 from ramgguf.schema import Plan
 
 
@@ -197,7 +197,10 @@ def recipe(
     if output is not None:
         found.save(output)
     if export_tensor_types is not None:
-        write_atomically(export_tensor_types, recipe_types(found).encode(), error=PlanError)
+        lines = recipe_types(found)
+        write_atomically(export_tensor_types, lines.encode(), error=PlanError)
+        if note := imatrix_note(lines):
+            terminal.announce(f"note: {note}")
     if as_json:
         print(found.to_json())
         return

@@ -101,6 +101,7 @@ def check(
             ramgguf_version=__version__,
             path=str(path),
             n_bytes=file.n_bytes,
+            header_sha256=file.header_sha256,
             name=file.name,
             n_ctx=request.shape.n_ctx,
             type_k=request.shape.type_k,

@@ -8,6 +8,7 @@ import typer
 
 from ramgguf.cli import (
     calibration_commands,
+    card_command,
     check_commands,
     eval_commands,
     model_commands,
@@ -43,6 +44,7 @@ calibration_commands.register(app)
 eval_commands.register(app)
 check_commands.register(app)
 pick_commands.register(app)
+card_command.register(app)
 
 
 def main() -> None:

@@ -56,19 +56,12 @@ def print_plan(plan: Plan, console: Console, *, verbose: bool = False) -> None:
     )
     if plan.memory is not None:
         print_memory(plan.memory, console)
-    gap = "proven optimal" if plan.gap == 0 else f"within {plan.gap:.1g} of the optimum, proven"
-    console.print(f"objective {plan.objective}: {plan.total_cost:.6g}, {gap}", soft_wrap=True)
-    expected = predict(plan.objective, plan.total_cost, plan.total_cost_error)
+    console.print(optimality(plan), soft_wrap=True)
+    expected = prediction(plan)
     if expected is not None:
-        console.print(
-            f"predicted KLD {expected.kld:.3g} nats per token "
-            f"({expected.kld_low:.2g}–{expected.kld_high:.2g}), PPL × {expected.ppl_ratio:.3f} "
-            f"({expected.ppl_ratio_low:.3f}–{expected.ppl_ratio_high:.3f}), 95 %, from "
-            f"{source(plan.objective)}",
-            soft_wrap=True,
-        )
+        console.print(expected, soft_wrap=True)
     if plan.refinement is not None:
-        console.print(_refinement(plan.refinement), soft_wrap=True)
+        console.print(refinement(plan.refinement), soft_wrap=True)
     if plan.next_percent is not None and plan.total_cost > 0:
         step = plan.next_percent
         saved = 1 - step.total_cost / plan.total_cost
@@ -96,7 +89,26 @@ def print_plan(plan: Plan, console: Console, *, verbose: bool = False) -> None:
             console.print(line, soft_wrap=True)
 
 
-def _refinement(found: Refinement) -> str:
+def optimality(plan: Plan) -> str:
+    """Return the plan's objective, its value and how near the optimum that is."""
+    gap = "proven optimal" if plan.gap == 0 else f"within {plan.gap:.1g} of the optimum, proven"
+    return f"objective {plan.objective}: {plan.total_cost:.6g}, {gap}"
+
+
+def prediction(plan: Plan) -> str | None:
+    """Return what KLD and perplexity are predicted, with what that rests on; None if nothing."""
+    expected = predict(plan.objective, plan.total_cost, plan.total_cost_error)
+    if expected is None:
+        return None
+    return (
+        f"predicted KLD {expected.kld:.3g} nats per token "
+        f"({expected.kld_low:.2g}–{expected.kld_high:.2g}), PPL × {expected.ppl_ratio:.3f} "
+        f"({expected.ppl_ratio_low:.3f}–{expected.ppl_ratio_high:.3f}), 95 %, from "
+        f"{source(plan.objective)}"
+    )
+
+
+def refinement(found: Refinement) -> str:
     """Return the sentence that says what trials did to the plan."""
     kld = found.report
     change = kld.after - kld.before

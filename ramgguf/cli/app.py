@@ -15,6 +15,7 @@ from ramgguf.cli import (
     pick_commands,
     plan_commands,
     sensitivity_commands,
+    serve_commands,
 )
 from ramgguf.errors import RamggufError
 from ramgguf.version import __version__
@@ -45,6 +46,7 @@ eval_commands.register(app)
 check_commands.register(app)
 pick_commands.register(app)
 card_command.register(app)
+serve_commands.register(app)
 
 
 def main() -> None:

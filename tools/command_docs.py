@@ -43,7 +43,7 @@ def option_table(name: str) -> str:
 
 
 def _cell(text: str) -> str:
-    return re.sub(r"([|<>*_])", r"\\\1", text)
+    return re.sub(r"([|<>])", r"\\\1", text)
 
 
 def with_options(name: str, page: str) -> str:

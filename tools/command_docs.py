@@ -35,6 +35,8 @@ def option_table(name: str) -> str:
         if parameter.param_type_name == "argument":
             spelled = [parameter.metavar or parameter.name.upper()]
         default = parameter.default
+        if default is True:
+            default = parameter.opts[0]
         shown = "" if default in (None, False, ...) else f" Default: `{default}`."
         rows.append((", ".join(f"`{word}`" for word in spelled), f"{parameter.help or ''}{shown}"))
     lines = ["| option | meaning |", "|---|---|"]

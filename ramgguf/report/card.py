@@ -158,7 +158,7 @@ def _provenance(card: Card) -> str:
         (what, value)
         for what, value in (
             ("SHA-256 of the source's tensor data", origin.data_sha256),
-            ("plan", origin.plan_sha256),
+            ("SHA-256 of the plan", origin.plan_sha256),
             ("ramgguf", origin.version),
         )
         if value is not None
@@ -177,7 +177,7 @@ def _recipe(card: Card) -> Iterator[str]:
         followed = shlex.quote(card.plan_name)
         yield "From the source and the plan:"
         yield _block(f"ramgguf quantize {source} --plan {followed} -o {made}")
-        yield "The plan was made with these options, besides files it names above:"
+        yield "The plan was made with these options, and the files named above:"
         yield _block(f"--budget {plan.budget} {shlex.join(_options(plan))}")
     types = recipe_types(file.recipe)
     yield "The same formats by llama.cpp's own encoders:"

@@ -6,6 +6,8 @@ by huggingface_hub.
 """
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
@@ -89,17 +91,31 @@ def local_path(model: str | Path, *, quiet: bool = False) -> Path:
     if wanted is None:
         return Path(model)
     hub = _library()
-    if quiet:
-        hub.utils.disable_progress_bars()
-    if not wanted.file.endswith(".gguf"):
-        raise HubError(f"{wanted.address} names no .gguf file; {_listing(hub, wanted)}")
-    # The first file tells the commit, the other shards are that commit's.
-    pinned = wanted
-    for name in shard_paths(Path(wanted.file)):
-        path = _download(hub, pinned.model_copy(update={"file": name.as_posix()}))
-        origin = origin_of(path)
-        pinned = origin or pinned
+    with _silenced(hub, bars=quiet):
+        if not wanted.file.endswith(".gguf"):
+            raise HubError(f"{wanted.address} names no .gguf file; {_listing(hub, wanted)}")
+        # The first file tells the commit, the other shards are that commit's.
+        pinned = wanted
+        for name in shard_paths(Path(wanted.file)):
+            path = _download(hub, pinned.model_copy(update={"file": name.as_posix()}))
+            pinned = origin_of(path) or pinned
     return path.with_name(Path(wanted.file).name)
+
+
+@contextmanager
+def _silenced(hub: ModuleType, *, bars: bool) -> Iterator[None]:
+    """Keep huggingface_hub from logging what is going to be an error's line, and from its bars."""
+    verbosity = hub.utils.logging.get_verbosity()
+    shown = bars and not hub.utils.are_progress_bars_disabled()
+    hub.utils.logging.set_verbosity_error()
+    if shown:
+        hub.utils.disable_progress_bars()
+    try:
+        yield
+    finally:
+        hub.utils.logging.set_verbosity(verbosity)
+        if shown:
+            hub.utils.enable_progress_bars()
 
 
 def _library() -> ModuleType:

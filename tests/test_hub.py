@@ -149,6 +149,37 @@ def test_offline_what_is_not_in_the_cache_is_not_asked_for(hub: StandIn) -> None
     assert hub.requests == []
 
 
+def test_a_hub_that_is_not_there_is_named_in_one_line(here: Path) -> None:
+    code = (
+        "import sys, time; time.sleep = lambda _: None\n"  # between huggingface_hub's trials
+        "from ramgguf.cli import main; main()"
+    )
+    nowhere = "http://127.0.0.1:9"
+    environment = {**os.environ, "HF_ENDPOINT": nowhere, "HF_HOME": str(here.parent / "cache")}
+    command = [sys.executable, "-c", code, "measure", f"hf://{REPO}/x.gguf"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert f"{nowhere} cannot be reached and the file is not in the cache" in line
+
+
+def test_python_takes_addresses_as_well(hub: StandIn, here: Path) -> None:
+    code = (
+        f"import ramgguf; m = ramgguf.measure('hf://{REPO}/tiny-f16.gguf', threads=1)\n"
+        "p = ramgguf.plan(m, '5bpw')\n"
+        f"q = ramgguf.quantize('hf://{REPO}/tiny-f16.gguf', from_plan=p, threads=1)\n"
+        "print(m.source.hub.address, q.paths[0])"
+    )
+    bare = {**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HOME": str(here.parent / "cache")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=bare
+    )
+    address, path = done.stdout.split()
+    assert address == f"hf://{REPO}@{COMMIT}/tiny-f16.gguf"
+    assert (here / path).is_file()
+    assert not Path(path).is_absolute()
+
+
 def test_without_the_extra_the_error_names_it(hub: StandIn) -> None:
     stub = Path.cwd().parent / "stub"
     stub.mkdir()

@@ -9,14 +9,12 @@ import typer
 from ramgguf import api
 from ramgguf.cli import memory_options as mem
 from ramgguf.cli import options as opt
+from ramgguf.cli.exports import export_plan
 from ramgguf.cli.prepared import Weighed, calibrated
 from ramgguf.cli.sensitivity_commands import load_or_measure
-from ramgguf.errors import PlanError
-from ramgguf.files import write_atomically
 from ramgguf.hub import beside
 from ramgguf.planning import PlanOptions
 from ramgguf.report.plans import print_plan
-from ramgguf.report.tensor_types import imatrix_note, tensor_types
 from ramgguf.schema import Measurement, Plan
 from ramgguf.units import format_bytes, format_seconds, parse_size
 
@@ -171,7 +169,7 @@ def quantize(
         progress=terminal.progress,
         announce=terminal.announce,
     )
-    _export(made.plan, save_plan, export_tensor_types, terminal)
+    export_plan(made.plan, save_plan, export_tensor_types, terminal)
     if as_json:
         print(json.dumps(_summary(made)))
         return
@@ -296,7 +294,7 @@ def plan(
             )
         elif budget is not None:
             made = api.plan(measurement, budget, **options)
-    _export(made, output, export_tensor_types, terminal)
+    export_plan(made, output, export_tensor_types, terminal)
     if as_json:
         print(made.to_json())
         return
@@ -304,15 +302,3 @@ def plan(
     for path in (output, export_tensor_types):
         if path is not None:
             terminal.out.print(f"wrote {path} ({format_bytes(path.stat().st_size)})")
-
-
-def _export(
-    plan: Plan, plan_path: Path | None, types_path: Path | None, terminal: opt.Terminal
-) -> None:
-    if plan_path is not None:
-        plan.save(plan_path)
-    if types_path is not None:
-        lines = tensor_types(plan)
-        write_atomically(types_path, lines.encode(), error=PlanError)
-        if note := imatrix_note(lines):
-            terminal.announce(f"note: {note}")

@@ -9,6 +9,7 @@ import typer
 from ramgguf import api
 from ramgguf.cli import memory_options as mem
 from ramgguf.cli import options as opt
+from ramgguf.cli.exports import export_types
 from ramgguf.curves import Frontier
 from ramgguf.errors import PlanError
 from ramgguf.explain import Explanation, PlanExplanation, Step
@@ -17,7 +18,7 @@ from ramgguf.recipes import Change, Recipe
 from ramgguf.report.choices import print_difference, print_explanation, print_recipe
 from ramgguf.report.curves import curve_svg, print_curve
 from ramgguf.report.memory import print_memory
-from ramgguf.report.tensor_types import imatrix_note, recipe_types
+from ramgguf.report.tensor_types import recipe_types
 from ramgguf.schema import Plan
 
 
@@ -196,11 +197,7 @@ def recipe(
     found = Recipe.read(terminal.fetched(model))
     if output is not None:
         found.save(output)
-    if export_tensor_types is not None:
-        lines = recipe_types(found)
-        write_atomically(export_tensor_types, lines.encode(), error=PlanError)
-        if note := imatrix_note(lines):
-            terminal.announce(f"note: {note}")
+    export_types(recipe_types(found), export_tensor_types, terminal)
     if as_json:
         print(found.to_json())
         return

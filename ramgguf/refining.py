@@ -5,6 +5,7 @@ from pathlib import Path
 
 from ramgguf.errors import EngineError, PlanError
 from ramgguf.gguf_io import open_gguf
+from ramgguf.hub import local_path
 from ramgguf.imatrix import load_imatrix
 from ramgguf.objectives import costing
 from ramgguf.parallel import default_threads
@@ -56,7 +57,7 @@ def refine(
         raise PlanError("the plan was made with another importance matrix, or none; give the same")
     request = Request(encoder=plan.encoder, tokens=kind, corpus=corpus, seed=seed, imatrix=weighed)
     with (
-        open_gguf(Path(model), kind_check=True) as file,
+        open_gguf(local_path(model), kind_check=True) as file,
         scratch_folder(Path(folder) if folder is not None else None, error=EngineError) as scratch,
     ):
         return _refine.refine(

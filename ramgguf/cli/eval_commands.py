@@ -30,7 +30,10 @@ def register(app: typer.Typer) -> None:
     app.command("report", epilog="Example: ramgguf report scores.jsonl -o report.html")(report)
 
 
-Models = Annotated[list[Path], typer.Argument(metavar="MODEL...", help="GGUF files to score.")]
+Models = Annotated[
+    list[Path],
+    typer.Argument(metavar="MODEL...", help="GGUF files to score, also hf://ORG/REPO/FILE.gguf."),
+]
 Reference = Annotated[
     Path | None,
     typer.Option("--reference", "-r", help="Model to compare with, token by token: KLD."),
@@ -96,8 +99,8 @@ def evaluate(
     style = _Style(as_json, as_markdown, as_csv)
     terminal = opt.Terminal.make(quiet=quiet, as_json=style.for_programs)
     found = api.evaluate(
-        models,
-        reference,
+        [terminal.fetched(model) for model in models],
+        reference and terminal.fetched(reference),
         protocol=_protocol(protocol),
         n_ctx=seq_len,
         n_seq=n_seq,

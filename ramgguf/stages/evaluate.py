@@ -9,6 +9,7 @@ from ramgguf.documents import Drawn
 from ramgguf.engine.client import CrashError
 from ramgguf.errors import EngineError
 from ramgguf.gguf_io import open_gguf
+from ramgguf.hub import origin_of
 from ramgguf.journal import Journal
 from ramgguf.progress import Progress, Silent
 from ramgguf.results import EvalResult, ModelFile
@@ -86,6 +87,7 @@ def identify(path: Path) -> ModelFile:
             name=gguf.name,
             n_weights=gguf.n_weights,
             plan_sha256=gguf.metadata.string("ramgguf.plan_sha256"),
+            hub=origin_of(gguf.paths[0]),
         )
 
 

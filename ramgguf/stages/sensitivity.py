@@ -23,6 +23,7 @@ from ramgguf.engine.wire import TokenIds
 from ramgguf.errors import EngineError, PlanError
 from ramgguf.fill_in import Member, fill_in
 from ramgguf.gguf_io import GGUFFile, TensorInfo
+from ramgguf.hub import origin_of
 from ramgguf.imatrix import Imatrix
 from ramgguf.probe_tokens import Request, draw_sequences
 from ramgguf.progress import Progress
@@ -203,6 +204,7 @@ def _settle(
             header_sha256=file.header_sha256,
             architecture=file.architecture,
             name=file.name,
+            hub=origin_of(file.paths[0]),
         ),
         encoder=request.encoder,
         imatrix=request.imatrix.source if request.imatrix else None,

@@ -1,7 +1,7 @@
 """What a worker keeps open between tasks: child processes with models, one for each task at work.
 
 A tool serves one task at a time. Opening another one closes those that lie idle, so that a worker
-with one thread never holds two; one that lay idle for minutes is closed, too.
+with one thread never holds two; one that lay idle for half an hour is closed, too.
 """
 
 import atexit
@@ -38,7 +38,7 @@ from ramgguf.work.tasks import (
     OpenEngine,
 )
 
-IDLE_SECONDS = 300.0
+IDLE_SECONDS = 1800.0  # a copy of a large model takes long to make
 _BENCH_WORKER = "ramgguf.engine.bench_worker"
 
 
@@ -127,8 +127,7 @@ class _Kept:
         self.over = False
 
     def close(self) -> None:
-        """Close the tool, or see to it that it is closed once it is open."""
-        self.over = True
+        """Close the tool, if it is open."""
         if self.tool is not None:
             self.tool.close()
 
@@ -166,6 +165,8 @@ class Tools:
         with self._lock:
             ending = [k for k in (*self._idle, *self._busy) if run in (None, k.run)]
             self._idle = [k for k in self._idle if k not in ending]
+            for kept in ending:
+                kept.over = True  # what is at work or being opened is not used again
         for kept in ending:
             kept.close()
 
@@ -189,6 +190,8 @@ class Tools:
     def _give_back(self, kept: _Kept) -> None:
         with self._lock:
             self._busy.remove(kept)
+            if kept.over:
+                return  # whoever said so has closed it, too
             self._idle.append(kept)
             if self._timer is not None:
                 self._timer.cancel()

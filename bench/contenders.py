@@ -44,6 +44,7 @@ class Field:
     calibrated: tuple[Measurement, Sensitivity] | None
     n_seq: int
     n_random: int
+    n_trials: int
     n_seq_random: int
     threads: int
 
@@ -63,6 +64,7 @@ class Field:
             yield self._planned(objective, plan)
         plan = ramgguf.plan(self.measurement, budget, sensitivity=self.sensitivity, min_sqnr_db=0)
         yield self._planned("sensitivity", plan)
+        yield self._refined(plan)
         if self.calibrated is not None:
             curves, alphas = self.calibrated
             plan = ramgguf.plan(curves, budget, sensitivity=alphas, min_sqnr_db=0)
@@ -91,6 +93,25 @@ class Field:
         formats = {a.name: a.format for a in plan.assignments}
         predicted = predicted_kld(formats, *(known or (self.measurement, self.sensitivity)))
         return Contender(name, n_seq or self.n_seq, make, predicted)
+
+    def _refined(self, plan: Plan) -> Contender:
+        """Return the plan after trials of swaps, which are made when the file is."""
+
+        def make(output: Path) -> Path:
+            refined = ramgguf.refine(
+                self.source,
+                plan,
+                self.measurement,
+                n_trials=self.n_trials,
+                sensitivity=self.sensitivity,
+                threads=self.threads,
+                folder=self.folder,
+            )
+            if (found := refined.refinement) is not None:
+                print(f"{found.n_tried} swaps tried, {len(found.swaps)} taken", flush=True)
+            return self._planned("refined", refined).make(output)
+
+        return Contender(f"refined {self.n_trials}", self.n_seq, make, math.nan)
 
     def _of_flags(self, name: str, flags: Flags) -> Contender:
         return Contender(

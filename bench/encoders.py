@@ -1,26 +1,30 @@
-"""Encoders at uniform formats: weight error beside KLD and PPL, and where the two disagree.
+"""Encoders beside each other: weight error beside KLD and PPL, and where the two disagree.
 
-    python bench/encoders.py models/smol768-f16.gguf --imatrix I.gguf --hessian H.gguf --text T.txt
+    python bench/encoders.py models/smol768-f16.gguf --imatrix I.gguf --hessian H.gguf
 
 rtn; search; clip (rtn's scale, shrunk for the least squared error); hqq (half-quadratic splitting,
 Badri & Shaji 2023: scale fixed, offset fitted under an l_p norm, p = 0.7); search with importance;
 gptq. clip and hqq choose scales by their own rule and are written as blocks like the others.
-Marks every pair of encoders where the error falls and the model gets worse. Appends a line per file
-to bench/results/encoders_end_to_end.jsonl.
+Groups are uniform formats (Q4_K), and with --budgets plans of equal bytes: all encoders in the very
+formats that rtn's curves and the priors choose (`105388192`), and ours in plans by their own curves
+(`105388192 own`). Marks every pair of a group where the error falls and the model gets worse.
+Appends a line per file to bench/results/encoders_end_to_end.jsonl; what is there is not done again.
 """
 
 import argparse
-import itertools
 import json
 import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import ramgguf
 from alternatives import write_alternative
 from provenance import provenance
+from ramgguf import _core
+from ramgguf.gguf_io import open_gguf
 from ramgguf.results import EvalResult
-from ramgguf.schema import Encoder
+from ramgguf.schema import Encoder, Measurement, Plan
 from scores import kld_ratio, scores
 
 FORMATS = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
@@ -35,67 +39,77 @@ OTHERS = ("clip", "hqq")
 
 @dataclass(frozen=True)
 class Made:
-    """A file, its format and encoder, and its plain NMSE over all quantized weights."""
+    """A file, the group that it is compared in, its encoder, its plain NMSE over all weights."""
 
+    group: str
     encoder: str
-    format: str
     path: Path
     nmse: float
 
 
-def main() -> None:
-    arguments = parse()
-    with tempfile.TemporaryDirectory(dir=arguments.scratch) as folder:
-        made = [
-            make(arguments, encoder, name, Path(folder))
-            for name in arguments.formats
-            for encoder in arguments.encoders
-        ]
-        found = ramgguf.evaluate(
-            [m.path for m in made], arguments.source, text=arguments.text, n_ctx=512,
-            n_seq=arguments.n_seq, threads=arguments.threads,
-        ).results  # fmt: skip
-    report(arguments, made, found)
+class Maker:
+    """Makes the files of the groups, measuring every encoder once per set of formats."""
 
+    def __init__(self, arguments: argparse.Namespace, folder: Path) -> None:
+        self._arguments, self._folder = arguments, folder
+        self._curves: dict[tuple[str, tuple[str, ...]], Measurement] = {}
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("source", type=Path)
-    parser.add_argument("--imatrix", type=Path, required=True)
-    parser.add_argument("--hessian", type=Path, required=True)
-    parser.add_argument("--text", type=Path, required=True)
-    parser.add_argument("--formats", nargs="*", default=list(FORMATS))
-    parser.add_argument("--encoders", nargs="*", default=[*OURS, *OTHERS])
-    parser.add_argument("--n-seq", type=int, default=16)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--scratch", type=Path)
-    parser.add_argument("--out", type=Path, default=Path("bench/results/encoders_end_to_end.jsonl"))
-    return parser.parse_args()
+    def groups(self) -> Iterator[tuple[str, list[str]]]:
+        """Yield the groups and their encoders."""
+        encoders = list(self._arguments.encoders)
+        for name in self._arguments.formats:
+            yield name, encoders
+        for budget in self._arguments.budgets:
+            yield str(budget), encoders
+            yield f"{budget} own", [e for e in encoders if e in OURS]
 
+    def make(self, group: str, encoder: str) -> Made:
+        """Write the file of an encoder in a group."""
+        path = self._folder / f"{encoder}-{group}.gguf".replace(" ", "-")
+        arguments = self._arguments
+        ramgguf.quantize(
+            arguments.source,
+            from_plan=self._plan(group, encoder),
+            output=path,
+            verify=False,
+            force=True,
+            threads=arguments.threads,
+        )
+        if encoder in OTHERS:
+            write_alternative(path, arguments.source, encoder)
+        return Made(group, encoder, path, weight_error(arguments.source, path))
 
-def make(arguments: argparse.Namespace, encoder: str, name: str, folder: Path) -> Made:
-    """Write the model with every quantizable matrix in the format; return what it is."""
-    path = folder / f"{encoder.replace(' ', '-')}-{name}.gguf"
-    ours, weighed = OURS.get(encoder, ("rtn", False))
-    measured = ramgguf.measure(
-        arguments.source, formats=[name], encoder=ours, threads=arguments.threads,
-        imatrix=arguments.imatrix if weighed else None,
-        hessian=arguments.hessian if ours == "gptq" else None,
-    )  # fmt: skip
-    plan = ramgguf.plan(measured, "1000%", pins=[f".={name}"], min_sqnr_db=0)
-    ramgguf.quantize(
-        arguments.source, from_plan=plan, output=path, verify=False, threads=arguments.threads
-    )
-    if encoder in OTHERS:
-        write_alternative(path, arguments.source, encoder)
-    return Made(encoder, name, path, weight_error(arguments.source, path))
+    def _plan(self, group: str, encoder: str) -> Plan:
+        if group in FORMATS:
+            curves = self._measured(encoder, (group,))
+            return ramgguf.plan(curves, "1000%", pins=[f".={group}"], min_sqnr_db=0)
+        budget = int(group.split()[0])
+        if group.endswith("own"):
+            return ramgguf.plan(self._measured(encoder, ()), budget, min_sqnr_db=0)
+        common = ramgguf.plan(self._measured("rtn", ()), budget, min_sqnr_db=0)
+        used = tuple(sorted({a.format for a in common.assignments if a.format != a.source_format}))
+        curves = self._measured(encoder, used)
+        pins = [f"^{a.name}$={a.format}" for a in common.assignments if a.format in used]
+        return ramgguf.plan(curves, "1000%", pins=pins, min_sqnr_db=0)
+
+    def _measured(self, encoder: str, formats: tuple[str, ...]) -> Measurement:
+        if encoder in OTHERS:
+            encoder = "rtn"
+        if (encoder, formats) not in self._curves:
+            ours, weighed = OURS[encoder]
+            self._curves[encoder, formats] = ramgguf.measure(
+                self._arguments.source,
+                formats=formats or None,
+                encoder=ours,
+                imatrix=self._arguments.imatrix if weighed else None,
+                hessian=self._arguments.hessian if ours == "gptq" else None,
+                threads=self._arguments.threads,
+            )
+        return self._curves[encoder, formats]
 
 
 def weight_error(source: Path, path: Path) -> float:
     """Return Σ(x−q)² / Σx² over the weights that are quantized."""
-    from ramgguf import _core
-    from ramgguf.gguf_io import open_gguf
-
     error = squares = 0.0
     with open_gguf(source) as before, open_gguf(path) as after:
         for tensor in before.tensors:
@@ -109,30 +123,72 @@ def weight_error(source: Path, path: Path) -> float:
     return error / squares
 
 
-def report(arguments: argparse.Namespace, made: list[Made], found: tuple[EvalResult, ...]) -> None:
-    """Print a table with the disagreeing pairs under it, and append the rows."""
+def score(arguments: argparse.Namespace, made: list[Made]) -> None:
+    """Score a group's files side by side, append their rows, print the pairs that disagree."""
+    found = ramgguf.evaluate(
+        [m.path for m in made],
+        arguments.source,
+        n_ctx=512,
+        n_seq=arguments.n_seq,
+        threads=arguments.threads,
+    ).results
     rows = list(zip(made, found, strict=True))
     with arguments.out.open("a") as out:
         for m, result in rows:
             row = {
+                "model": arguments.source.stem,
+                "group": m.group,
                 "encoder": m.encoder,
-                "format": m.format,
                 "nmse": m.nmse,
                 **asdict(scores(result)),
                 "n_bytes": result.model.n_bytes,
-                "n_seq": arguments.n_seq,
+                "n_seq": len(result.sequences),
+                "worse_than": disagreements(m, result, rows),
                 **provenance(),
             }
             out.write(json.dumps(row) + "\n")
-            print(f"| {m.format} | {m.encoder} | {m.nmse:.3e} | {row['kld']:.4f} |")
-    for (a, x), (b, y) in itertools.permutations(rows, 2):
-        if a.format == b.format and a.nmse < b.nmse:
-            ratio = kld_ratio(x, y)
-            if ratio.low > 1:
-                print(
-                    f"{a.format}: {a.encoder} has {a.nmse / b.nmse:.2f} of {b.encoder}'s error and "
-                    f"{ratio.value:.2f} ({ratio.low:.2f}–{ratio.high:.2f}) of its KLD"
-                )
+            print(
+                f"{m.group} | {m.encoder} | NMSE {m.nmse:.3e} | KLD {row['kld']:.4f} | "
+                f"PPL {row['corpus_ppl']:.2f}, median {row['median_ppl']:.2f} | "
+                f"worse than {row['worse_than']}",
+                flush=True,
+            )
+
+
+def disagreements(
+    made: Made, result: EvalResult, rows: list[tuple[Made, EvalResult]]
+) -> dict[str, tuple[float, float, float]]:
+    """Return those of more error and significantly less KLD: the KLDs' ratio and its interval."""
+    ratios = {
+        other.encoder: kld_ratio(result, theirs) for other, theirs in rows if made.nmse < other.nmse
+    }
+    return {name: (r.value, r.low, r.high) for name, r in ratios.items() if r.low > 1}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("source", type=Path)
+    parser.add_argument("--imatrix", type=Path, required=True)
+    parser.add_argument("--hessian", type=Path, required=True)
+    parser.add_argument("--formats", nargs="*", default=list(FORMATS))
+    parser.add_argument("--budgets", nargs="*", type=int, default=[], help="in bytes")
+    parser.add_argument("--encoders", nargs="*", default=[*OURS, *OTHERS])
+    parser.add_argument("--n-seq", type=int, default=16)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--scratch", type=Path)
+    parser.add_argument("--out", type=Path, default=Path("bench/results/encoders_end_to_end.jsonl"))
+    arguments = parser.parse_args()
+    lines = arguments.out.read_text().splitlines() if arguments.out.exists() else []
+    done = {(r["model"], r["group"], r["encoder"]) for r in map(json.loads, lines)}
+    with tempfile.TemporaryDirectory(dir=arguments.scratch) as folder:
+        maker = Maker(arguments, Path(folder))
+        for group, encoders in maker.groups():
+            if all((arguments.source.stem, group, e) in done for e in encoders):
+                continue
+            made = [maker.make(group, encoder) for encoder in encoders]
+            score(arguments, made)
+            for m in made:
+                m.path.unlink()
 
 
 if __name__ == "__main__":

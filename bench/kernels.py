@@ -1,12 +1,13 @@
 """How fast the kernels are: per format, encoder and ISA level, next to ggml and to plain reading.
 
     python bench/kernels.py [--formats Q4_K,Q8_0] [--encoders rtn] [--isas v4,v3] [--runs 9]
-                            [--sources F16,BF16,F32]
+                            [--sources F16,BF16,F32] [--log2-weights 24]
 
 Time is the CPU time of one thread, so that other processes on the machine count less. For `rtn` the
-weights are 2^24, many times the second cache; `search` and ggml are slower by so much that fewer
-do. A line is the median of the runs, with quartiles and the best. `read` is an OR of the same bytes
-by numpy in the same run. Lines are added to bench/results/kernels.jsonl.
+weights are 2^24, many times the second cache, unless --log2-weights says otherwise; `search` and
+ggml are slower by so much that fewer do. A line is the median of the runs, with quartiles and the
+best. `read` is an OR of the same bytes by numpy in the same run. Lines are added to
+bench/results/kernels.jsonl.
 """
 
 import argparse
@@ -147,7 +148,9 @@ def main() -> None:
     for option, default in (*names.items(), ("isas", tuple(_core.supported_isas()))):
         parser.add_argument(f"--{option}", type=lambda s: tuple(s.split(",")), default=default)
     parser.add_argument("--runs", type=int, default=9)
+    parser.add_argument("--log2-weights", type=int, default=24, help="for rtn")
     args = parser.parse_args()
+    N_WEIGHTS["rtn"] = 1 << args.log2_weights
     reading = {source: reading_rate(source) for source in args.sources}
     lines = [line("read", s, s, "numpy", [rate], rate) for s, rate in reading.items()]
     for found_line in lines:
@@ -169,7 +172,7 @@ def main() -> None:
     about = {
         "machine": f"{cpu_name()}, {platform.platform()}",
         "commit": commit,
-        "command": f"bench/kernels.py --runs {args.runs}",
+        "command": f"bench/kernels.py --runs {args.runs} --log2-weights {args.log2_weights}",
         "versions": {"ramgguf": __version__, "python": platform.python_version()},
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }

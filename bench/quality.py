@@ -188,6 +188,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="contenders by their first word: mix,ram")
     parser.add_argument("--n-seq", type=int, default=64)
     parser.add_argument("--random", type=int, default=20)
+    parser.add_argument("--trials", type=int, default=32, help="swaps that refinement tries")
     parser.add_argument("--n-seq-random", type=int, default=8)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--table", action="store_true", help="only print what is there")
@@ -212,6 +213,7 @@ def main() -> None:
             calibrated=calibrated,
             n_seq=arguments.n_seq,
             n_random=arguments.random,
+            n_trials=arguments.trials,
             n_seq_random=arguments.n_seq_random,
             threads=arguments.threads,
         )

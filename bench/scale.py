@@ -144,7 +144,8 @@ def hours_table() -> Iterator[Sequence[str]]:
 
 def quantizing_table() -> Iterator[Sequence[str]]:
     """Yield what measuring, writing and verifying take on one machine."""
-    yield "encoder", "measured on", "CPU s per G weights", f"{THREADS} threads", "2 threads, as measured"
+    machines = f"{THREADS} threads", "2 threads, as measured"
+    yield "encoder", "measured on", "CPU s per G weights", *machines
     yield ("",) * 5
     # Measured, written and verified: the source is read three times, from the disk assumed.
     reading = 3 * 2 * N_WEIGHTS / DISK_RATE

@@ -1,12 +1,13 @@
 """What sensitivities are worth: do tokens matter, are they linear, do they predict whole plans?
 
     python bench/sensitivity_report.py tokens self.json random.json text.json
+    python bench/sensitivity_report.py enough models/smol768-f16.gguf best.json fewer.json …
     python bench/sensitivity_report.py linearity models/smol768-f16.gguf self.json
     python bench/sensitivity_report.py plans models/smol768-f16.gguf self.json
     python bench/sensitivity_report.py kernels models/smol768-f16.gguf self.json
-    python bench/sensitivity_report.py picture --svg bench/results/calibration.svg
 
-tokens compares files of `ramgguf sensitivity` (or the journals of runs under way). linearity reads
+tokens compares files of `ramgguf sensitivity` (or the journals of runs under way). enough plans
+with each file and prices the plans by the first one's α: what fewer tokens cost. linearity reads
 some tensors in every format, plans runs whole plans of random and of real sensitivities, weights
 decoded to the source's type; kernels runs uniform files as they are, with what their kernels add.
 All tokens are WikiText-2's. Rows go to bench/results/sensitivity.jsonl one by one; what is there
@@ -105,6 +106,34 @@ def compare_tokens(paths: list[Path]) -> None:
             median_ratio=round(float(np.exp(np.median(difference))), 3),
             log_spread=round(float(np.std(difference - np.median(difference))), 3),
             median_relative_error=round(float(np.median(noise)), 3),
+        )
+
+
+def enough(source: Path, paths: list[Path]) -> None:
+    """Add how much more than the best known plan, by the first file's α, plans of the others cost.
+
+    Priors are among them: no tokens at all.
+    """
+    best, *others = (Sensitivity.load(path) for path in paths)
+    measurement = ramgguf.measure(source, encoder=best.encoder, threads=N_THREADS)
+    for path, fewer in zip([*paths[1:], Path("priors")], [*others, None], strict=True):
+        name = path.name.split(".")[0]
+        if done("enough", name):
+            continue
+        excess = []
+        for bpw in BUDGETS_BPW:
+            budget = f"{bpw}bpw"
+            known = ramgguf.plan(measurement, budget, sensitivity=best, min_sqnr_db=0)
+            plan = ramgguf.plan(measurement, budget, sensitivity=fewer, min_sqnr_db=0)
+            excess.append(predicted(plan, best) / predicted(known, best) - 1)
+        add(
+            "enough",
+            name,
+            n_tokens=fewer.tokens.n_tokens if fewer else 0,
+            kind=fewer.tokens.kind if fewer else None,
+            seconds=fewer.seconds if fewer else 0.0,
+            excess_median=round(float(np.median(excess)), 4),
+            excess_worst=round(max(excess), 4),
         )
 
 
@@ -226,66 +255,18 @@ def _divergence(model: LlamaModel, ids: NDArray[np.int32], reference: Logits) ->
     return np.concatenate(found)
 
 
-def calibration() -> None:
-    """Print how whole plans turned out beside what was predicted, by what they were made with."""
-    of = {(str(r["part"]), str(r["name"])): r for r in rows()}
-    for kind in ("sensitivity", "weighted", "nmse", "random"):
-        found = [r for (part, name), r in of.items() if part == "plans" and name.startswith(kind)]
-        if found:
-            logs = np.log([float(str(r["kld"])) / float(str(r["predicted"])) for r in found])
-            print(
-                f"{kind}: {len(found)} plans, KLD ÷ prediction {np.exp(logs.mean()):.3f} "
-                f"(log spread {logs.std(ddof=1) if len(logs) > 1 else math.nan:.3f}, "
-                f"{np.exp(logs.min()):.3f} to {np.exp(logs.max()):.3f})"
-            )
-
-
-def picture(path: Path) -> None:
-    """Draw the KLD of whole plans and uniform files over Σ α · NMSE, both logarithmic."""
-    points = [r for r in rows() if r["part"] in ("plans", "kernels")]
-    low, high, size, edge = -3.5, 1.0, 520, 60
-
-    def at(value: object) -> float:
-        return (math.log10(max(float(str(value)), 1e-9)) - low) / (high - low) * (size - 2 * edge)
-
-    colors = {"sensitivity": "#1f5fa8", "weighted": "#2e8b57", "nmse": "#888", "random": "#c0392b"}
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size} {size}">',
-        f'<rect width="{size}" height="{size}" fill="white"/>',
-        f'<line x1="{edge}" y1="{size - edge}" x2="{size - edge}" y2="{edge}" stroke="#bbb"/>',
-        '<g font-family="sans-serif" font-size="12">',
-        f'<text x="{size / 2 - 80}" y="{size - 15}">Σ α · NMSE, nats per token</text>',
-        f'<text x="15" y="{edge - 20}">KLD on WikiText-2, nats per token</text>',
-    ]
-    for exponent in (-3, -2, -1, 0):
-        k = edge + at(10.0**exponent)
-        parts.append(f'<text x="{k:.0f}" y="{size - edge + 16}">1e{exponent}</text>')
-        parts.append(f'<text x="{edge - 34}" y="{size - k:.0f}">1e{exponent}</text>')
-    for r in points:
-        kind = str(r["name"]).split()[0]
-        color = colors.get(kind, "#e08e0b")
-        x, y = edge + at(r["predicted"]), size - edge - at(r["kld"])
-        parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{color}" opacity="0.8">')
-        parts.append(f"<title>{r['part']}: {r['name']}</title></circle>")
-    for k, (kind, color) in enumerate({**colors, "uniform, real kernels": "#e08e0b"}.items()):
-        parts.append(f'<text x="{edge + 10}" y="{edge + 16 * k}" fill="{color}">{kind}</text>')
-    path.write_text("\n".join([*parts, "</g></svg>"]) + "\n")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("part", choices=["tokens", "linearity", "plans", "kernels", "picture"])
+    parser.add_argument("part", choices=["tokens", "enough", "linearity", "plans", "kernels"])
     parser.add_argument("files", type=Path, nargs="*")
     parser.add_argument("--n-seq", type=int, default=1)
     parser.add_argument("--scratch", type=Path)
-    parser.add_argument("--svg", type=Path, default=Path("bench/results/calibration.svg"))
     arguments = parser.parse_args()
     if arguments.part == "tokens":
         compare_tokens(arguments.files)
         return
-    if arguments.part == "picture":
-        picture(arguments.svg)
-        calibration()
+    if arguments.part == "enough":
+        enough(arguments.files[0], arguments.files[1:])
         return
     source, sensitivity = arguments.files[0], Sensitivity.load(arguments.files[1])
     with (

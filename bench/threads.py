@@ -4,16 +4,19 @@
 
 Models of the same number of random weights, in a few large tensors and in ever more, smaller ones,
 are measured, encoded and verified with one thread and with two, the two taking turns, after a run
-that is dropped. Seconds are medians; nanoseconds per weight are CPU time. Appends to
-bench/results/threads.jsonl.
+that is dropped. `copy` is the least that `write` could be: the same bytes read and others written,
+by the same number of threads in chunks of the same size, without a thought. Seconds are medians;
+nanoseconds per weight are CPU time. Appends to bench/results/threads.jsonl.
 """
 
 import argparse
 import json
+import os
 import statistics
 import tempfile
 import time
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -26,6 +29,7 @@ RESULTS = Path(__file__).parent / "results" / "threads.jsonl"
 # 294 matrices of 0.5 to 2 M weights in the layers; cut into slices, up to 18,816 tensors.
 SHAPE = random_models.Shape(42, 1024, 2048, 16, 8, 64, 4096)
 SLICES = (1, 4, 16, 64)
+CHUNK_BYTES = 2 << 20  # 2^20 weights of BF16: what a thread takes at a time
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,26 @@ def timed(source: Path, plan: Plan, encoder: Encoder, threads: int) -> dict[str,
     }
 
 
+def copy(source: Path, n_written: int, threads: int) -> float:
+    """Return the seconds that reading the source and writing n_written bytes takes."""
+    n_read = source.stat().st_size
+    starts = range(0, n_read, CHUNK_BYTES)
+    with source.open("rb") as file, source.with_suffix(".copy").open("w+b") as out:
+        out.truncate(n_written)
+
+        def move(start: int) -> None:
+            chunk = os.pread(file.fileno(), CHUNK_BYTES, start)
+            first, last = (at * n_written // n_read for at in (start, start + len(chunk)))
+            os.pwrite(out.fileno(), memoryview(chunk)[: last - first], first)
+
+        began = time.perf_counter()
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(move, starts))
+        took = time.perf_counter() - began
+    source.with_suffix(".copy").unlink()
+    return took
+
+
 def rows(source: Path, encoder: Encoder, runs: int) -> list[Row]:
     measured = ramgguf.measure(source, encoder=encoder)
     n = measured.n_weights
@@ -79,10 +103,13 @@ def rows(source: Path, encoder: Encoder, runs: int) -> list[Row]:
         for threads in (1, 2):
             for name, took in timed(source, plan, encoder, threads).items():
                 times[name, threads].append(took)
+            cpu = time.process_time()
+            seconds = copy(source, plan.n_bytes, threads)
+            times["copy", threads].append(Times(seconds, time.process_time() - cpu))
     found = [
         Row("plan", encoder, len(measured.tensors), n, planning, planning, 1.0, 1e9 * planning / n)
     ]
-    for stage in ("measure", "write", "verify"):
+    for stage in ("measure", "write", "verify", "copy"):
         one, two = (statistics.median(t.wall for t in times[stage, k][1:]) for k in (1, 2))
         spent = statistics.median(t.cpu for t in times[stage, 1][1:])
         found.append(

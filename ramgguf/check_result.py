@@ -72,6 +72,7 @@ class CheckResult(Document):
     ramgguf_version: str
     path: str
     n_bytes: Positive
+    header_sha256: str | None = None
     name: str | None
     n_ctx: Positive
     type_k: str

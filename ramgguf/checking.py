@@ -97,6 +97,7 @@ def check(
             ramgguf_version=__version__,
             path=str(path),
             n_bytes=file.n_bytes,
+            header_sha256=file.header_sha256,
             name=file.name,
             n_ctx=request.shape.n_ctx,
             type_k=request.shape.type_k,
@@ -159,7 +160,8 @@ def _try(
             known = child.ask(ScoreText(text=KNOWN_TEXT), Scored)
             found.known_ppl = min(1e300, perplexity(known.nll, known.n_tokens))
         except ChildDiedError as e:
-            found.failures.append(f"{_DOING[found.stage]}: {_first_line(e)}")
+            last = f" ({e.said[-1]})" if e.said else ""
+            found.failures.append(f"{_DOING[found.stage]}: {_first_line(e)}{last}")
         except EngineError as e:
             if "pip install" in str(e):
                 raise

@@ -72,13 +72,14 @@ class Costing:
     """An objective made ready for one model.
 
     errors are the relative standard errors of the tensors' costs, known for sensitivities only;
-    sensitivity_sha256 tells which were used.
+    sensitivity_sha256 tells which were used, notes what a plan made with them should say.
     """
 
     name: str
     cost: Cost
     errors: Mapping[str, float] = field(default_factory=dict)
     sensitivity_sha256: str | None = None
+    notes: tuple[str, ...] = ()
 
     def total_error(self, assignments: Iterable[Assignment]) -> float | None:
         """Return the standard error of the total cost; None where it is not known.
@@ -134,7 +135,16 @@ def _by_sensitivity(measurement: Measurement, sensitivity: Sensitivity | None) -
         lambda tensor, point: alpha[tensor.name] * point.nmse,
         {t.name: t.relative_error for t in sensitivity.tensors},
         sensitivity.sha256(),
+        _other_encoder(measurement, sensitivity),
     )
+
+
+def _other_encoder(measurement: Measurement, sensitivity: Sensitivity) -> tuple[str, ...]:
+    """Return a note where α was read with another encoder; a ratio, it is used all the same."""
+    ours, theirs = measurement.encoder, sensitivity.encoder
+    if ours == theirs:
+        return ()
+    return (f"sensitivities were measured with the encoder {theirs}, the errors with {ours}",)
 
 
 def _matrix(imatrix: ImportanceSource | None) -> str | None:

@@ -124,6 +124,15 @@ def test_the_context_that_is_advised_fits(good: Path) -> None:
     assert again.passed, again.failures
 
 
+def test_a_file_that_is_a_little_too_large_is_failed_by_its_peak(good: Path) -> None:
+    fits = check(good, _request(n_ctx=4096))
+    assert fits.peak_bytes is not None
+    found = check(good, _request(n_ctx=4096, limit=Available(fits.peak_bytes - 5_000_000, "x")))
+    assert found.failed_stage is None
+    assert [f for f in found.failures if f.startswith("its peak of")]
+    assert any("--context" in a for a in found.advice)
+
+
 def test_more_than_the_limit_is_a_failure_even_if_nothing_stopped_it(
     good: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -22,6 +22,7 @@ from ramgguf.errors import PlanError
 from ramgguf.gguf_io import open_gguf
 from ramgguf.probe_tokens import Request
 from ramgguf.progress import Silent
+from ramgguf.schema import Encoder
 from ramgguf.sensitivities import Sensitivity, TokenKind
 from ramgguf.stages.sensitivity import sensitivity
 from ramgguf.token_statistics import standard_error
@@ -219,6 +220,19 @@ def test_plans_by_sensitivity_predict_the_kld_that_the_readings_add_up_to(
     on_curve = ramgguf.plan_on(ramgguf.curve(measurement, sensitivity=measured), plan.n_bytes)
     assert on_curve.sensitivity_sha256 == plan.sensitivity_sha256 == measured.sha256()
     assert on_curve.total_cost >= plan.total_cost * (1 - 1e-9)
+
+
+def test_a_plan_says_when_its_errors_are_of_another_encoder_than_its_sensitivities(
+    model: Path, measured: Sensitivity
+) -> None:
+    cases: tuple[tuple[Encoder, int], ...] = (("rtn", 0), ("search", 1))
+    for encoder, notes in cases:
+        curves = ramgguf.measure(model, encoder=encoder, threads=1)
+        plan = ramgguf.plan(curves, "60%", sensitivity=measured)
+        curve = ramgguf.curve(curves, sensitivity=measured)
+        for said in (plan.notes, curve.notes):
+            found = [note for note in said if "encoder rtn, the errors with search" in note]
+            assert len(found) == notes
 
 
 def test_a_sensitivity_that_does_not_belong_to_the_model_is_refused(

@@ -14,6 +14,7 @@ from ramgguf.cli import (
     pick_commands,
     plan_commands,
     sensitivity_commands,
+    serve_commands,
 )
 from ramgguf.errors import RamggufError
 from ramgguf.version import __version__
@@ -43,6 +44,7 @@ calibration_commands.register(app)
 eval_commands.register(app)
 check_commands.register(app)
 pick_commands.register(app)
+serve_commands.register(app)
 
 
 def main() -> None:

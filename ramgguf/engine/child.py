@@ -60,10 +60,18 @@ def describe_exit(code: int) -> str:
 class Child:
     """A running child. Use as a context manager; leaving it ends the child.
 
-    The module's main is run, by the command `runner` if one is given (to limit it).
+    The module's main is run, by the command `runner` if one is given (to limit it). on_stderr is
+    told every line that it writes there.
     """
 
-    def __init__(self, module: str, *, runner: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        module: str,
+        *,
+        runner: Sequence[str] = (),
+        on_stderr: Callable[[str], object] = lambda _: None,
+    ) -> None:
+        self._on_stderr = on_stderr
         self._said: collections.deque[str] = collections.deque(maxlen=STDERR_LINES)
         self._process = subprocess.Popen(
             [*runner, *PYTHON, "-c", f"from {module} import main; main()"],
@@ -98,6 +106,20 @@ class Child:
         """The child's process id."""
         return self._process.pid
 
+    def hang_up(self) -> None:
+        """Close the child's stdin, at which it ends."""
+        if self._process.stdin is not None:
+            with contextlib.suppress(OSError):
+                self._process.stdin.close()
+
+    def wait(self) -> int:
+        """Return how the child ended, once it has: its exit status, negative for a signal."""
+        return self._process.wait()
+
+    def kill(self) -> None:
+        """End the child at once."""
+        self._process.kill()
+
     def ask(self, request: _Value, expected: type[Response]) -> Response:
         """Return the answer. Raises EngineError if it is a failure, ChildDiedError if none comes"""
         assert self._process.stdin is not None  # asked for above
@@ -125,12 +147,12 @@ class Child:
         assert self._process.stderr is not None  # asked for above
         for line in self._process.stderr:
             self._said.append(line.rstrip())
+            self._on_stderr(line)
 
 
 def answer_requests(kind: TypeAdapter[Request], answer: Callable[[Request], _Value]) -> None:
     """Answer requests on stdin until it ends; what llama.cpp prints to stdout goes to stderr."""
-    out = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    out = take_stdout()
     lines: queue.SimpleQueue[str] = queue.SimpleQueue()
     threading.Thread(target=queue_lines, args=(sys.stdin, lines), daemon=True).start()
     while True:
@@ -143,6 +165,13 @@ def answer_requests(kind: TypeAdapter[Request], answer: Callable[[Request], _Val
             found = Failure(message="out of memory")
         out.write(found.model_dump_json() + "\n")
         out.flush()
+
+
+def take_stdout() -> TextIO:
+    """Return what stdout was, for answers; what is printed there from now on goes to stderr."""
+    out = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    return out
 
 
 def queue_lines(source: TextIO, lines: "queue.SimpleQueue[str]") -> None:

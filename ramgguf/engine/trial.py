@@ -47,7 +47,7 @@ class Deployed:
     def __init__(self, request: Load) -> None:
         self._llama = llama = llama_module()
         if request.limit is not None:
-            limit_data(request.limit)
+            limit_data(request.limit, request.n_threads)
         started = time.perf_counter()
         parameters = llama.llama_model_default_params()
         parameters.n_gpu_layers = 0

@@ -49,7 +49,11 @@ def allocate(
         constraints=constraints,
         assignments=assignments,
         next_percent=_next_percent(items, solution, capacity, budget),
-        notes=(*_unused(problem, solution, capacity, budget), *notes(problem)),
+        notes=(
+            *_unused(problem, solution, capacity, budget),
+            *notes(problem),
+            *costing.notes,
+        ),
     )
 
 

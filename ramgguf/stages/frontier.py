@@ -74,7 +74,7 @@ def frontier(
         steps=steps,
         end_price=end_price,
         knees=knees(start_bytes, start_cost, steps),
-        notes=tuple(notes(problem)),
+        notes=(*notes(problem), *costing.notes),
     )
     return made.model_copy(
         update={"predictions": _predictions(made), "predicted_from": source(costing.name)}

@@ -1,0 +1,113 @@
+"""The command that serves a file to OpenAI clients: serve."""
+
+import json
+import signal
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+from typing import Annotated
+
+import typer
+
+from ramgguf.check_result import CheckResult
+from ramgguf.cli import options as opt
+from ramgguf.cli.check_commands import limit
+from ramgguf.footprint import parse_cache_types
+from ramgguf.footprint_formula import Shape
+from ramgguf.parallel import default_threads
+from ramgguf.report.serving import lines, summary
+from ramgguf.serving import Place, Server, Settings, checked_settings, planned_settings
+
+_CONTEXT = 4096
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the application."""
+    app.command("serve", epilog="Example: ramgguf serve model-4.5bpw.gguf --context 8192")(serve)
+
+
+def serve(
+    model: Annotated[Path, typer.Argument(metavar="FILE", help="Any GGUF model.")],
+    check: Annotated[
+        Path | None,
+        typer.Option("--check", help="What `check --json` printed: serve with its settings."),
+    ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option("--memory", help="What it must run in: 16GB; default: what is left here."),
+    ] = None,
+    context: Annotated[
+        int | None, typer.Option("--context", min=16, help="Tokens of context; default: 4096.")
+    ] = None,
+    cache_type: Annotated[
+        str | None,
+        typer.Option("--cache-type", help="Of keys and values: f16 (default), q8_0, q8_0,f16."),
+    ] = None,
+    threads: opt.Threads = None,
+    host: Annotated[str, typer.Option("--host", help="Address to listen at.")] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option("--port", min=0, max=65535, help="Port; 0 for any that is free.")
+    ] = 8000,
+    alias: Annotated[
+        str | None, typer.Option("--alias", help="The model's name; default: the file's.")
+    ] = None,
+    chat_format: Annotated[
+        str | None,
+        typer.Option("--chat-format", help="One of llama-cpp-python's, not the file's template."),
+    ] = None,
+    api_key: Annotated[
+        str | None,
+        typer.Option("--api-key", envvar="RAMGGUF_API_KEY", help="What clients must send."),
+    ] = None,
+    safe_kernels: Annotated[
+        bool | None,
+        typer.Option(
+            "--safe-kernels/--no-safe-kernels",
+            help="Without llama.cpp's repacked kernels; default: only if it crashes with them.",
+        ),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Serve what does not fit, or failed its check.")
+    ] = False,
+    as_json: opt.AsJson = False,
+    quiet: opt.Quiet = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Print requests and llama.cpp's log.")
+    ] = False,
+) -> None:
+    """Serve a file to OpenAI clients, with settings that fit this machine or that check found."""
+    terminal = opt.Terminal.make(quiet=quiet, as_json=as_json)
+    signal.signal(signal.SIGTERM, _interrupt)
+    if check is None:
+        settings = planned_settings(
+            model,
+            Shape(context or _CONTEXT, 1, *parse_cache_types(cache_type or "f16")),
+            limit(memory),
+            n_threads=threads or default_threads(),
+            force=force,
+        )
+    elif context is None and cache_type is None and threads is None:
+        settings = checked_settings(model, CheckResult.load(check), limit(memory), force=force)
+    else:
+        raise typer.BadParameter(
+            "context, cache type and threads are those of the check", param_hint="--check"
+        )
+    settings = replace(
+        settings, alias=alias or settings.alias, chat_format=chat_format or settings.chat_format
+    )
+    _serve(settings, Place(host, port, api_key, safe_kernels, verbose), terminal, as_json=as_json)
+
+
+def _serve(settings: Settings, place: Place, terminal: opt.Terminal, *, as_json: bool) -> None:
+    with Server(settings, place, announce=terminal.announce) as server:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: server.stop())
+        if as_json:
+            print(json.dumps(summary(server)), flush=True)
+        for line in lines(server):
+            terminal.out.print(line, soft_wrap=True, markup=False)
+        server.wait()
+
+
+def _interrupt(_number: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt

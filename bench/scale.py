@@ -104,8 +104,9 @@ def bytes_table() -> Iterator[Sequence[str]]:
     yield "as published, FP8 with a scale for 128 × 128 weights", tera(fp8)
     yield "as GGUF in BF16 or F16: what ramgguf reads", tera(source)
     yield f"quantized to {CANDIDATE_BPW} bits per weight", tera(CANDIDATE_BPW / 8 * N_WEIGHTS)
-    yield "disk of a worker for sensitivity or refinement: its copy, besides the source", tera(
-        source
+    yield (
+        "disk of a worker for sensitivity or refinement: its copy, besides the source",
+        tera(source),
     )
     yield "page cache for passes at the speed of memory: the copy", tera(source)
     yield "largest tensor (experts of a layer), in memory while it is exchanged", giga(2 * LARGEST)

@@ -29,7 +29,9 @@ def register(app: typer.Typer) -> None:
 
 
 def check(
-    model: Annotated[Path, typer.Argument(metavar="FILE", help="Any GGUF model.")],
+    model: Annotated[
+        Path, typer.Argument(metavar="FILE", help="Any GGUF model, also hf://ORG/REPO/FILE.gguf.")
+    ],
     memory: Annotated[
         str | None,
         typer.Option("--memory", help="What it must run in: 16GB; default: what is left here."),
@@ -66,7 +68,8 @@ def check(
         n_repeats=repeats,
     )
     shown = terminal.err.print if not quiet and terminal.err.is_terminal else lambda _: None
-    paths = [model] if against is None else [model, against]
+    paths = [terminal.fetched(m) for m in (model, against) if m is not None]
+    reference = reference and terminal.fetched(reference)
     results = [_check(path, request, reference=reference, announce=shown) for path in paths]
     if as_json:
         print(_json(results))

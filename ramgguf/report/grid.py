@@ -88,7 +88,7 @@ def _markdown_row(cells: Iterable[str]) -> str:
 
 def markdown_text(text: str) -> str:
     """Return text that markdown shows as it is, on one line."""
-    return re.sub(r"([\\`*_{}\[\]<>|#~])", r"\\\1", " ".join(text.split()))
+    return re.sub(r"([\\`*_{}\[\]<>|#~&$])", r"\\\1", " ".join(text.split()))
 
 
 def to_html(grid: Grid) -> str:

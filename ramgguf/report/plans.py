@@ -1,6 +1,5 @@
-"""What a plan gives to whom, for the terminal and for llama-quantize."""
+"""What a plan gives to whom, for the terminal."""
 
-import re
 from collections import Counter
 from collections.abc import Iterable
 
@@ -9,7 +8,6 @@ from rich.console import Console
 from ramgguf.objectives import DEFAULT_OBJECTIVE
 from ramgguf.parallel import default_threads
 from ramgguf.predictions import predict, source
-from ramgguf.recipes import Recipe
 from ramgguf.refinements import Refinement
 from ramgguf.report.grid import Column, Grid, to_rich
 from ramgguf.report.memory import print_memory
@@ -126,26 +124,4 @@ def refinement(found: Refinement) -> str:
         f"refinement: {len(found.swaps)} of {found.n_tried} swaps tried were taken; KLD over "
         f"{kld.n_tokens} tokens that decided nothing ({found.tokens}) {kld.before:.4f} → "
         f"{kld.after:.4f}, a change of {change:+.4f} ± {kld.error:.4f} nats per token"
-    )
-
-
-def tensor_types(plan: Plan) -> str:
-    """Return the plan as lines for `llama-quantize --tensor-type-file … MODEL OUT Q8_0`.
-
-    Patterns are escaped and anchored, so each names one tensor. Tensors that are never quantized
-    stay out: llama-quantize leaves them alone by itself.
-    """
-    return "".join(
-        f"^{re.escape(a.name)}$={a.format.lower()}\n"
-        for a in plan.assignments
-        if a.note is None or a.note.startswith("pinned")
-    )
-
-
-def recipe_types(recipe: Recipe) -> str:
-    """Return a recipe's tensors, all but those of one dimension, as tensor_types does."""
-    return "".join(
-        f"^{re.escape(t.name)}$={t.format.lower()}\n"
-        for t in recipe.tensors
-        if t.shape is None or len(t.shape) > 1
     )

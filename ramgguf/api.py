@@ -17,6 +17,7 @@ from ramgguf.files import refuse_existing, require_disk_space
 from ramgguf.format_sets import expand
 from ramgguf.gguf_io import GGUFFile, open_gguf
 from ramgguf.gguf_layout import planned_header_bytes
+from ramgguf.hub import beside, local_path, origin_of
 from ramgguf.imatrix import Imatrix
 from ramgguf.memory import MemoryRequest, Room
 from ramgguf.parallel import default_threads
@@ -104,9 +105,10 @@ def measure(
 ) -> Measurement:
     """Return the rate–distortion curves of all tensors of a GGUF model.
 
-    formats are the names to try, by default all that need no calibration data. imatrix is a file
-    of llama-imatrix, GGUF or .dat: errors are then weighed by the importance of the columns; with
-    a file of Hessians they are those of the outputs, and the encoder can be gptq.
+    model is a path or hf://ORG/REPO/FILE.gguf, on the hub. formats are the names to try, by
+    default all that need no calibration data. imatrix is a file of llama-imatrix, GGUF or .dat:
+    errors are then weighed by the importance of the columns; with a file of Hessians they are those
+    of the outputs, and the encoder can be gptq.
     Raises GGUFError for a file that is malformed or no language model, FormatError for weights that
     are not finite or a format that does not exist, ImatrixError for an unfit imatrix.
     """
@@ -114,7 +116,7 @@ def measure(
     for name in wanted or ():
         _formats.get(name)
     weighed = weighed_by(imatrix, hessian, encoder)
-    with open_gguf(Path(model), kind_check=True) as file:
+    with open_gguf(local_path(model), kind_check=True) as file:
         return _measure.measure(
             file,
             n_overhead_bytes=_overhead_bytes(file, weighed),
@@ -160,14 +162,16 @@ def quantize(
     """
     clock, n_threads, shown = Clock(), threads or default_threads(), progress or Silent()
     journal: Path | None = None
-    with open_gguf(Path(model), kind_check=True) as file, ExitStack() as stack:
+    model = local_path(model)
+    wanted_path = Path(output) if output is not None else beside(model, model.name)
+    with open_gguf(model, kind_check=True) as file, ExitStack() as stack:
         if from_plan is not None and budget is None and memory is None:
             made = from_plan
         elif from_plan is None and (budget is not None or memory is not None):
             most = None if budget is None else budget_bytes(budget, file.n_weights, file.n_bytes)
             room = Room.of(file, most, memory, stack)
             n_bytes = room.n_bytes
-            _check_destination(Path(output or model), output is not None and not force, n_bytes)
+            _check_destination(wanted_path, output is not None and not force, n_bytes)
             shards = partial(plan_for_shards, file, options, split_max_bytes)
 
             def plan_it(measured: Measurement) -> Plan:
@@ -194,7 +198,7 @@ def quantize(
                     measure_it, plan_it, options, clock.stage, screens=screens
                 )
             if refine:
-                journal = refinement_journal(Path(output or model), made)
+                journal = refinement_journal(wanted_path, made)
                 with clock.stage("refine"):
                     made = refine_plan(
                         model,
@@ -211,7 +215,7 @@ def quantize(
                     )
         else:
             raise PlanError("either a budget, memory or a plan is needed, and not both")
-        path = Path(output) if output is not None else default_output(Path(model), made)
+        path = Path(output) if output is not None else default_output(model, made)
         destination = _quantize.Destination(path, force, split_max_bytes)
         worst = None
         with _quantize.begin(file, made, destination) as out:
@@ -264,8 +268,8 @@ def evaluate(
     elif dataset is not None:
         corpus = dataset_corpus(dataset, split=split)
     return _evaluate.evaluate(
-        [Path(m) for m in models],
-        reference=Path(reference) if reference is not None else None,
+        [local_path(m) for m in models],
+        reference=local_path(reference) if reference is not None else None,
         recipe=Recipe(corpus, protocol, n_ctx=n_ctx, n_seq=n_seq, seed=seed, bos=bos),
         threads=threads or default_threads(),
         safe_kernels=safe_kernels,
@@ -285,13 +289,16 @@ def _check_destination(output: Path, must_be_new: bool, n_bytes: int) -> None:
 
 
 def default_output(model: Path, plan: Plan) -> Path:
-    """Return the name beside the model that says its bits per weight: smol768-ram-4.41bpw.gguf."""
+    """Return the path that says the plan's bits per weight: smol768-ram-4.41bpw.gguf.
+
+    It is beside the model, or in the current folder for a model from the hub.
+    """
     stem = model.name.removesuffix(".gguf")
     for suffix in ("f32", "f16", "bf16", "F32", "F16", "BF16"):
         stem = stem.removesuffix(f"-{suffix}").removesuffix(f".{suffix}")
-    return model.with_name(f"{stem}-ram-{plan.bpw:.2f}bpw.gguf")
+    return beside(model, f"{stem}-ram-{plan.bpw:.2f}bpw.gguf")
 
 
 def _overhead_bytes(file: GGUFFile, imatrix: Imatrix | None) -> int:
-    source = imatrix.source if imatrix else None
-    return planned_header_bytes(file, {}, _quantize.planned_metadata(None, source))
+    source, hub = imatrix.source if imatrix else None, origin_of(file.paths[0])
+    return planned_header_bytes(file, {}, _quantize.planned_metadata(None, source, hub))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ramgguf.errors import EngineError, PlanError
 from ramgguf.gguf_io import open_gguf
+from ramgguf.hub import local_path
 from ramgguf.imatrix import load_imatrix
 from ramgguf.objectives import costing
 from ramgguf.parallel import default_threads
@@ -61,7 +62,7 @@ def refine(
     request = Request(encoder=plan.encoder, tokens=kind, corpus=corpus, seed=seed, imatrix=weighed)
     copies = Path(folder) if folder is not None else None
     with (
-        open_gguf(Path(model), kind_check=True) as file,
+        open_gguf(local_path(model), kind_check=True) as file,
         scratch_folder(copies if executor is None else None, error=EngineError) as scratch,
     ):
         opening = passes_over(

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field, field_validator, model_validator
 
+from ramgguf.hub import HubFile
 from ramgguf.schema import Document, NonNegative, Positive, _Value
 
 Float32Array = npt.NDArray[np.float32]
@@ -26,6 +27,7 @@ class ModelFile(_Value):
     name: str | None = None
     n_weights: Positive
     plan_sha256: str | None = None
+    hub: HubFile | None = None
 
     @property
     def label(self) -> str:

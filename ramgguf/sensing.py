@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ramgguf.errors import EngineError, ImatrixError, PlanError
 from ramgguf.gguf_io import open_gguf
+from ramgguf.hub import local_path
 from ramgguf.imatrix import Imatrix, load_imatrix
 from ramgguf.parallel import default_threads
 from ramgguf.probe_tokens import Request, parse_tokens
@@ -64,7 +65,7 @@ def sensitivity(
     )
     copies = Path(folder) if folder is not None else None
     with (
-        open_gguf(Path(model), kind_check=True) as file,
+        open_gguf(local_path(model), kind_check=True) as file,
         scratch_folder(copies if executor is None else None, error=EngineError) as scratch,
     ):
         opening = passes_over(
@@ -100,7 +101,7 @@ def reweigh(
     """
     if not isinstance(sensitivity, Sensitivity):
         sensitivity = Sensitivity.load(Path(sensitivity))
-    with open_gguf(Path(model), kind_check=True) as file:
+    with open_gguf(local_path(model), kind_check=True) as file:
         return reweighed(file, sensitivity, weighed_by(imatrix, hessian), progress or Silent())
 
 

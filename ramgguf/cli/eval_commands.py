@@ -31,7 +31,10 @@ def register(app: typer.Typer) -> None:
     app.command("report", epilog="Example: ramgguf report scores.jsonl -o report.html")(report)
 
 
-Models = Annotated[list[Path], typer.Argument(metavar="MODEL...", help="GGUF files to score.")]
+Models = Annotated[
+    list[Path],
+    typer.Argument(metavar="MODEL...", help="GGUF files to score, also hf://ORG/REPO/FILE.gguf."),
+]
 Reference = Annotated[
     Path | None,
     typer.Option("--reference", "-r", help="Model to compare with, token by token: KLD."),
@@ -99,8 +102,8 @@ def evaluate(
     terminal = opt.Terminal.make(quiet=quiet, as_json=style.for_programs)
     with connected(workers) as executor:
         found = api.evaluate(
-            models,
-            reference,
+            [terminal.fetched(model) for model in models],
+            reference and terminal.fetched(reference),
             protocol=_protocol(protocol),
             n_ctx=seq_len,
             n_seq=n_seq,

@@ -9,12 +9,12 @@ import typer
 from ramgguf import api
 from ramgguf.cli import memory_options as mem
 from ramgguf.cli import options as opt
+from ramgguf.cli.exports import export_plan
 from ramgguf.cli.prepared import Weighed, calibrated
 from ramgguf.cli.sensitivity_commands import load_or_measure
-from ramgguf.errors import PlanError
-from ramgguf.files import write_atomically
+from ramgguf.hub import beside
 from ramgguf.planning import PlanOptions
-from ramgguf.report.plans import print_plan, tensor_types
+from ramgguf.report.plans import print_plan
 from ramgguf.schema import Measurement, Plan
 from ramgguf.units import format_bytes, format_seconds, parse_size
 from ramgguf.work.executors import connected
@@ -136,6 +136,7 @@ def quantize(
             "workers run passes: of --refine or --sensitivity measure", param_hint="--executor"
         )
     chosen = opt.encoder(encoder)
+    model = terminal.fetched(model)
     weighed = Weighed(imatrix, hessian)
     if calibrate:
         weighed = calibrated(model, calibrate, threads, terminal, hessians=chosen == "gptq")
@@ -177,7 +178,7 @@ def quantize(
             progress=terminal.progress,
             announce=terminal.announce,
         )
-    _export(made.plan, save_plan, export_tensor_types)
+    export_plan(made.plan, save_plan, export_tensor_types, terminal)
     if as_json:
         print(json.dumps(_summary(made)))
         return
@@ -225,10 +226,10 @@ def measure(
 ) -> None:
     """Measure every tensor's rate–distortion curve and write it as JSON."""
     terminal = opt.Terminal.make(quiet=quiet, as_json=as_json)
-    path = output or model.with_suffix(".rd.json")
+    path = output or beside(model, f"{model.stem}.rd.json")
     opt.refuse_existing(path, force=force)
     measured = api.measure(
-        model,
+        terminal.fetched(model),
         formats=opt.split_formats(formats),
         encoder=opt.encoder(encoder),
         imatrix=imatrix,
@@ -297,10 +298,12 @@ def plan(
             min_formats=min_format or (),
         )
         if request is not None:
-            made = api.plan_within(measurement, request, budget, model=model, **options)
+            made = api.plan_within(
+                measurement, request, budget, model=model and terminal.fetched(model), **options
+            )
         elif budget is not None:
             made = api.plan(measurement, budget, **options)
-    _export(made, output, export_tensor_types)
+    export_plan(made, output, export_tensor_types, terminal)
     if as_json:
         print(made.to_json())
         return
@@ -308,10 +311,3 @@ def plan(
     for path in (output, export_tensor_types):
         if path is not None:
             terminal.out.print(f"wrote {path} ({format_bytes(path.stat().st_size)})")
-
-
-def _export(plan: Plan, plan_path: Path | None, types_path: Path | None) -> None:
-    if plan_path is not None:
-        plan.save(plan_path)
-    if types_path is not None:
-        write_atomically(types_path, tensor_types(plan).encode(), error=PlanError)

@@ -11,12 +11,17 @@ from rich.console import Console
 from ramgguf import files
 from ramgguf.errors import PlanError
 from ramgguf.format_sets import expand
+from ramgguf.hub import local_path
 from ramgguf.progress import Progress, Silent
 from ramgguf.report.progress import Bars
 from ramgguf.schema import Encoder
 
 Model = Annotated[
-    Path, typer.Argument(metavar="MODEL", help="GGUF model in F32, F16 or BF16; any shard of it.")
+    Path,
+    typer.Argument(
+        metavar="MODEL",
+        help="GGUF model in F32, F16 or BF16: any shard of it, or hf://ORG/REPO/FILE.gguf.",
+    ),
 ]
 Budget = Annotated[
     str,
@@ -119,6 +124,10 @@ class Terminal:
         err = Console(stderr=True, highlight=False)
         silent = quiet or not sys.stderr.isatty()
         return cls(out, err, Silent() if silent else Bars(err), not (quiet or as_json))
+
+    def fetched(self, model: Path) -> Path:
+        """Return the path of a model, fetched first if it is an address on the hub."""
+        return local_path(model, quiet=not (self.announces and sys.stderr.isatty()))
 
     def announce(self, text: str) -> None:
         """Say what is going to be done, and for how long, unless nothing but results is wanted."""

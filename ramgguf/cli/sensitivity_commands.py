@@ -10,6 +10,7 @@ from ramgguf import api
 from ramgguf.cli import options as opt
 from ramgguf.cli.prepared import Weighed, reweighed
 from ramgguf.errors import PlanError
+from ramgguf.hub import beside
 from ramgguf.report.sensing import print_sensitivity
 from ramgguf.schema import Encoder
 from ramgguf.sensitivities import Sensitivity
@@ -55,12 +56,12 @@ def sensitivity(
     What was measured is kept beside the output: run the command again after a kill.
     """
     terminal = opt.Terminal.make(quiet=quiet, as_json=as_json)
-    path = output or model.with_suffix(".sens.json")
+    path = output or beside(model, f"{model.stem}.sens.json")
     opt.refuse_existing(path, force=force)
     journal = path.with_name(f"{path.name}.partial")
     with connected(workers) as executor:
         found = api.sensitivity(
-            model,
+            terminal.fetched(model),
             tokens=tokens,
             encoder=opt.encoder(encoder),
             imatrix=imatrix,
@@ -105,9 +106,9 @@ def load_or_measure(
     """
     if asked is None:
         return None
-    path = model.with_suffix(".sens.json") if asked == "measure" else Path(asked)
     if asked != "measure":
-        return reweighed(Sensitivity.load(path), model, weighed, terminal)
+        return reweighed(Sensitivity.load(Path(asked)), model, weighed, terminal)
+    path = beside(model, f"{model.stem}.sens.json")
     if path.exists():
         terminal.announce(f"using {path}, measured before; remove it to measure again")
         return reweighed(Sensitivity.load(path), model, weighed, terminal)

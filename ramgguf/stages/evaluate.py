@@ -7,9 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ramgguf.corpus import Recipe
+from ramgguf.documents import Drawn
 from ramgguf.engine.client import CrashError
 from ramgguf.errors import EngineError
 from ramgguf.gguf_io import open_gguf
+from ramgguf.hub import origin_of
 from ramgguf.journal import Journal
 from ramgguf.progress import Progress, Silent
 from ramgguf.results import EvalResult, ModelFile
@@ -18,7 +20,7 @@ from ramgguf.work.crew import Crew
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class Evaluation(Drawn):
     """Results in the order of the models, and what went wrong, one message per failed model.
 
     A model that failed midway has a result with its finished sequences; one that did not load has
@@ -90,6 +92,7 @@ def identify(path: Path) -> ModelFile:
             name=gguf.name,
             n_weights=gguf.n_weights,
             plan_sha256=gguf.metadata.string("ramgguf.plan_sha256"),
+            hub=origin_of(gguf.paths[0]),
         )
 
 

@@ -16,6 +16,7 @@ from ramgguf import formats
 from ramgguf.errors import EngineError, PlanError
 from ramgguf.fill_in import Member, fill_in
 from ramgguf.gguf_io import GGUFFile, TensorInfo
+from ramgguf.hub import origin_of
 from ramgguf.passes import Found, Passes, Wanted
 from ramgguf.probe_tokens import Request
 from ramgguf.progress import Progress
@@ -178,6 +179,7 @@ def _settle(
             header_sha256=file.header_sha256,
             architecture=file.architecture,
             name=file.name,
+            hub=origin_of(file.paths[0]),
         ),
         encoder=request.encoder,
         imatrix=request.imatrix.source if request.imatrix else None,

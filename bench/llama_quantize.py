@@ -91,11 +91,11 @@ def _main() -> int:
         parameters.token_embedding_type = GGMLQuantizationType[arguments.token_embedding]
     if arguments.tensor_types:
         lines = arguments.tensor_types.read_text().split()
-        pairs = [line.rpartition("=") for line in lines]
+        pairs = [line.partition("=") for line in lines]  # and lowered, as llama-quantize does
         # The array ends with an entry without a pattern.
         overrides = (llama_cpp.llama_model_tensor_override * (len(pairs) + 1))()
         for entry, (pattern, _, name) in zip(overrides, pairs, strict=False):
-            entry.pattern = pattern.encode()
+            entry.pattern = pattern.lower().encode()
             entry.type = GGMLQuantizationType[name.upper()]
         parameters.tt_overrides = ctypes.cast(
             overrides, ctypes.POINTER(llama_cpp.llama_model_tensor_override)

@@ -1,6 +1,7 @@
 """The Python interface: each function is one command, from files to values and files."""
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +17,7 @@ from ramgguf.files import refuse_existing, require_disk_space
 from ramgguf.format_sets import expand
 from ramgguf.gguf_io import GGUFFile, open_gguf
 from ramgguf.gguf_layout import planned_header_bytes
+from ramgguf.hub import beside, local_path, origin_of
 from ramgguf.imatrix import Imatrix
 from ramgguf.memory import MemoryRequest, Room
 from ramgguf.parallel import default_threads
@@ -103,9 +105,10 @@ def measure(
 ) -> Measurement:
     """Return the rate–distortion curves of all tensors of a GGUF model.
 
-    formats are the names to try, by default all that need no calibration data. imatrix is a file
-    of llama-imatrix, GGUF or .dat: errors are then weighed by the importance of the columns; with
-    a file of Hessians they are those of the outputs, and the encoder can be gptq.
+    model is a path or hf://ORG/REPO/FILE.gguf, on the hub. formats are the names to try, by
+    default all that need no calibration data. imatrix is a file of llama-imatrix, GGUF or .dat:
+    errors are then weighed by the importance of the columns; with a file of Hessians they are those
+    of the outputs, and the encoder can be gptq.
     Raises GGUFError for a file that is malformed or no language model, FormatError for weights that
     are not finite or a format that does not exist, ImatrixError for an unfit imatrix.
     """
@@ -113,7 +116,7 @@ def measure(
     for name in wanted or ():
         _formats.get(name)
     weighed = weighed_by(imatrix, hessian, encoder)
-    with open_gguf(Path(model), kind_check=True) as file:
+    with open_gguf(local_path(model), kind_check=True) as file:
         return _measure.measure(
             file,
             n_overhead_bytes=_overhead_bytes(file, weighed),
@@ -143,6 +146,7 @@ def quantize(
     force: bool = False,
     verify: bool = True,
     threads: int | None = None,
+    executor: Executor | None = None,
     progress: Progress | None = None,
     announce: Callable[[str], None] = lambda _: None,
     **options: Unpack[PlanOptions],
@@ -152,19 +156,22 @@ def quantize(
     Needs a budget, memory (with or without a budget) or a ready plan; a ready measurement saves
     measuring again; options are those of plan, imatrix and hessian are as in measure. Without a
     ready plan, refine is how many swaps of formats are tried by forward passes, whose cost announce
-    is told. output is by default beside the model and named after the plan's bits per weight.
+    is told, on the workers of an executor if there is one. output is by default beside the model
+    and named after the plan's bits per weight.
     Raises RamggufError; an older output is then untouched.
     """
     clock, n_threads, shown = Clock(), threads or default_threads(), progress or Silent()
     journal: Path | None = None
-    with open_gguf(Path(model), kind_check=True) as file, ExitStack() as stack:
+    model = local_path(model)
+    wanted_path = Path(output) if output is not None else beside(model, model.name)
+    with open_gguf(model, kind_check=True) as file, ExitStack() as stack:
         if from_plan is not None and budget is None and memory is None:
             made = from_plan
         elif from_plan is None and (budget is not None or memory is not None):
             most = None if budget is None else budget_bytes(budget, file.n_weights, file.n_bytes)
             room = Room.of(file, most, memory, stack)
             n_bytes = room.n_bytes
-            _check_destination(Path(output or model), output is not None and not force, n_bytes)
+            _check_destination(wanted_path, output is not None and not force, n_bytes)
             shards = partial(plan_for_shards, file, options, split_max_bytes)
 
             def plan_it(measured: Measurement) -> Plan:
@@ -191,7 +198,7 @@ def quantize(
                     measure_it, plan_it, options, clock.stage, screens=screens
                 )
             if refine:
-                journal = refinement_journal(Path(output or model), made)
+                journal = refinement_journal(wanted_path, made)
                 with clock.stage("refine"):
                     made = refine_plan(
                         model,
@@ -202,12 +209,13 @@ def quantize(
                         imatrix=imatrix,
                         journal=journal,
                         threads=n_threads,
+                        executor=executor,
                         progress=shown,
                         announce=announce,
                     )
         else:
             raise PlanError("either a budget, memory or a plan is needed, and not both")
-        path = Path(output) if output is not None else default_output(Path(model), made)
+        path = Path(output) if output is not None else default_output(model, made)
         destination = _quantize.Destination(path, force, split_max_bytes)
         worst = None
         with _quantize.begin(file, made, destination) as out:
@@ -240,6 +248,7 @@ def evaluate(
     jsonl: str | Path | None = None,
     resume: bool = False,
     threads: int | None = None,
+    executor: Executor | None = None,
     verbose: bool = False,
     progress: Progress | None = None,
 ) -> Evaluation:
@@ -249,6 +258,7 @@ def evaluate(
     split) is given. With a reference, KLD and the like are measured against it. Raises EngineError
     when nothing could be scored; a model that fails midway leaves its finished sequences. Where
     llama.cpp's repacked kernels crash (safe_kernels None), all models are scored without them.
+    With an executor, its workers score the sequences (docs/scale.md), with `threads` threads each.
     """
     if text is not None and dataset is not None:
         raise EngineError("either a text or a dataset can be scored, not both")
@@ -258,14 +268,15 @@ def evaluate(
     elif dataset is not None:
         corpus = dataset_corpus(dataset, split=split)
     return _evaluate.evaluate(
-        [Path(m) for m in models],
-        reference=Path(reference) if reference is not None else None,
+        [local_path(m) for m in models],
+        reference=local_path(reference) if reference is not None else None,
         recipe=Recipe(corpus, protocol, n_ctx=n_ctx, n_seq=n_seq, seed=seed, bos=bos),
         threads=threads or default_threads(),
         safe_kernels=safe_kernels,
         verbose=verbose,
         jsonl=Path(jsonl) if jsonl is not None else None,
         resume=resume,
+        executor=executor,
         progress=progress,
     )
 
@@ -278,13 +289,16 @@ def _check_destination(output: Path, must_be_new: bool, n_bytes: int) -> None:
 
 
 def default_output(model: Path, plan: Plan) -> Path:
-    """Return the name beside the model that says its bits per weight: smol768-ram-4.41bpw.gguf."""
+    """Return the path that says the plan's bits per weight: smol768-ram-4.41bpw.gguf.
+
+    It is beside the model, or in the current folder for a model from the hub.
+    """
     stem = model.name.removesuffix(".gguf")
     for suffix in ("f32", "f16", "bf16", "F32", "F16", "BF16"):
         stem = stem.removesuffix(f"-{suffix}").removesuffix(f".{suffix}")
-    return model.with_name(f"{stem}-ram-{plan.bpw:.2f}bpw.gguf")
+    return beside(model, f"{stem}-ram-{plan.bpw:.2f}bpw.gguf")
 
 
 def _overhead_bytes(file: GGUFFile, imatrix: Imatrix | None) -> int:
-    source = imatrix.source if imatrix else None
-    return planned_header_bytes(file, {}, _quantize.planned_metadata(None, source))
+    source, hub = imatrix.source if imatrix else None, origin_of(file.paths[0])
+    return planned_header_bytes(file, {}, _quantize.planned_metadata(None, source, hub))

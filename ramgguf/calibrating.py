@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ramgguf.gguf_io import open_gguf
+from ramgguf.hub import local_path
 from ramgguf.parallel import default_threads
 from ramgguf.probe_tokens import N_CTX, Request, parse_tokens
 from ramgguf.progress import Progress, Silent
@@ -55,7 +56,7 @@ def calibrate(
         max_gram_bytes,
         force,
     )
-    with open_gguf(Path(model), kind_check=True) as file:
+    with open_gguf(local_path(model), kind_check=True) as file:
         return _calibrate.calibrate(
             file,
             request,
@@ -82,7 +83,7 @@ def perturb(
     the output cannot be written.
     """
     plan = like if isinstance(like, Plan) else Plan.load(Path(like))
-    with open_gguf(Path(model), kind_check=True) as file:
+    with open_gguf(local_path(model), kind_check=True) as file:
         check_source(file, plan)
         return _perturb.perturb(
             file,

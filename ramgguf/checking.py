@@ -25,6 +25,7 @@ from ramgguf.errors import EngineError
 from ramgguf.footprint import Footprint, Scale
 from ramgguf.footprint_formula import Shape
 from ramgguf.gguf_io import GGUFFile, open_gguf
+from ramgguf.hub import local_path
 from ramgguf.machine import Available
 from ramgguf.memory import MemoryPlanner, MemoryRequest
 from ramgguf.screens import (
@@ -81,9 +82,12 @@ def check(
 ) -> CheckResult:
     """Return what a deployment test of the file finds; it fails without raising.
 
-    With a reference (the model it was made from), the answers are also judged by it. Raises
-    GGUFError for a file that is none, EngineError when llama.cpp is missing.
+    With a reference (the model it was made from), the answers are also judged by it. Both may be
+    on the hub (hf://…). Raises GGUFError for a file that is none, EngineError when llama.cpp is
+    missing.
     """
+    path = local_path(path)
+    reference = None if reference is None else local_path(reference)
     with open_gguf(path, kind_check=True) as file:
         with Scale(file) as scale:
             planned = scale.footprint(request.shape, {})

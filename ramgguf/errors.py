@@ -22,6 +22,10 @@ class GGUFError(RamggufError):
     """A GGUF file is malformed, of an unsupported kind, or cannot be read or written."""
 
 
+class HubError(RamggufError):
+    """A model on the Hugging Face hub does not exist, or cannot be had."""
+
+
 class FormatError(RamggufError):
     """A block format is unknown, or does not suit a tensor."""
 

@@ -11,6 +11,7 @@ from ramgguf.check_result import CheckResult
 from ramgguf.checking import CheckRequest, check
 from ramgguf.curves import Frontier
 from ramgguf.errors import BudgetError, EngineError
+from ramgguf.hub import local_path
 from ramgguf.memory import MemoryRequest
 from ramgguf.planning import PlanOptions, curve, plan_within
 from ramgguf.progress import Progress
@@ -123,6 +124,7 @@ def pick(
     Where it is too slow or too large when tried, a smaller one is made, at most four times. Raises
     BudgetError when none will do, with what was reached; the last one tried is left then.
     """
+    model = local_path(model)
     measurement = api.measure(
         model, encoder=request.encoder, threads=threads, progress=progress,
         formats=options.get("formats"),

@@ -10,6 +10,7 @@ from ramgguf.explain import PlanExplanation
 from ramgguf.explain import explain as _explain
 from ramgguf.format_sets import expand
 from ramgguf.gguf_io import GGUFFile, open_gguf
+from ramgguf.hub import local_path
 from ramgguf.memory import MemoryPlanner, MemoryRequest
 from ramgguf.objectives import Costing, costing
 from ramgguf.problem import Problem, parse_tie
@@ -82,7 +83,7 @@ def plan_within(
 
 def source_model(source: Source, model: str | Path | None) -> GGUFFile:
     """Return the open model that a value was made from; raises PlanError if it is another."""
-    path = Path(model or source.path)
+    path = local_path(model or source.path)
     if model is None and not path.exists():
         raise PlanError(
             f"{path}: the model that was measured is not there, and only its header tells how much "

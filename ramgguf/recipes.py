@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from ramgguf.errors import PlanError
 from ramgguf.gguf_io import GGUFFile, open_gguf
+from ramgguf.hub import local_path
 from ramgguf.roles import role_of
 from ramgguf.schema import Document, Measurement, Plan, Positive, _Value
 
@@ -78,10 +79,11 @@ class Recipe(Document):
 
     @classmethod
     def read(cls, path: Path) -> "Recipe":
-        """Return the recipe of a GGUF file, a plan or a recipe's own file.
+        """Return the recipe of a GGUF file (or of one on the hub), a plan or a recipe's own file.
 
-        Raises GGUFError or PlanError for whatever is wrong with it.
+        Raises GGUFError, HubError or PlanError for whatever is wrong with it.
         """
+        path = local_path(path)
         try:
             with path.open("rb") as f:
                 head = f.read(512).lstrip()

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field, field_validator, model_validator
 
+from ramgguf.hub import HubFile
 from ramgguf.schema import Document, NonNegative, NonNegativeFloat, Number, Positive, _Value
 
 Float32Array = npt.NDArray[np.float32]
@@ -25,6 +26,7 @@ class ModelFile(_Value):
     name: str | None = None
     n_weights: Positive
     plan_sha256: str | None = None
+    hub: HubFile | None = None
 
     @property
     def label(self) -> str:
@@ -185,7 +187,8 @@ class EvalResult(Document):
     sequences holds the finished ones and broken those with NaN or inf logits; failure says why
     the others are missing (llama.cpp crashed). token_ids_sha256 is of
     all sequences' token ids (little-endian int32), so two results with the same one scored the
-    same tokens. kld_quantiles are over all scored tokens of the finished sequences.
+    same tokens. kld_quantiles are over all scored tokens of the finished sequences. cpus names the
+    CPUs that computed, where there were several.
     """
 
     KIND: ClassVar[str] = "eval"
@@ -201,6 +204,7 @@ class EvalResult(Document):
     sequences: tuple[SequenceScore, ...]
     broken: tuple[BrokenSequence, ...] = ()
     kld_quantiles: Quantiles | None = None
+    cpus: tuple[str, ...] = ()
     failure: str | None = None
     notes: tuple[str, ...] = ()
     seconds: NonNegativeFloat = 0.0

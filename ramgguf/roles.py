@@ -75,6 +75,14 @@ _KEPT_NAMES: Mapping[str, str] = {
     "position_embd.weight": "a position embedding",
     "token_types.weight": "token-type embeddings",
 }
+# All that never_quantized says.
+NEVER_QUANTIZED = frozenset(
+    (
+        *("one-dimensional", "four-dimensional", "not a weight"),
+        *_KEPT_PARTS.values(),
+        *_KEPT_NAMES.values(),
+    )
+)
 
 
 def layer_of(name: str) -> int | None:

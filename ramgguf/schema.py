@@ -14,13 +14,17 @@ from ramgguf.documents import Number as Number
 from ramgguf.documents import Positive as Positive
 from ramgguf.documents import _Value as _Value
 from ramgguf.errors import PlanError
+from ramgguf.hub import HubFile
 from ramgguf.refinements import Refinement
 
 Encoder = Literal["rtn", "search", "gptq"]
 
 
 class Source(_Value):
-    """Which model a value was made from; header_sha256 and n_bytes tell models apart quickly."""
+    """Which model a value was made from; header_sha256 and n_bytes tell models apart quickly.
+
+    hub is which file of the hub it is, where it lies in the hub's cache.
+    """
 
     path: str
     n_bytes: Positive
@@ -28,6 +32,7 @@ class Source(_Value):
     data_sha256: str | None = None
     architecture: str
     name: str | None = None
+    hub: HubFile | None = None
 
 
 class Point(_Value):

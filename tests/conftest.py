@@ -1,7 +1,6 @@
 """Fixtures shared by all tests: real models, made once and kept in the user's cache."""
 
 import contextlib
-import importlib
 import os
 import shutil
 import signal
@@ -70,7 +69,7 @@ def smol135() -> Path:
 @pytest.fixture(scope="session")
 def llama_cpp() -> Iterator[ModuleType]:
     """The low-level module of llama-cpp-python, its log silenced."""
-    module = importlib.import_module("llama_cpp")
+    module: ModuleType = pytest.importorskip("llama_cpp")
     silence = module.llama_log_callback(lambda level, text, data: None)
     module.llama_log_set(silence, None)
     yield module

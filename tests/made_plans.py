@@ -75,7 +75,7 @@ def made_measurement(n_layers: int = 30) -> Measurement:
             "role": "norm",
             "shape": (768,),
             "points": tensors[1].points[-1:],
-            "kept": "1-D tensor",
+            "kept": "one-dimensional",
         }
     )
     return Measurement(

@@ -66,7 +66,7 @@ def norm(name: str, n: int, layer: int | None) -> TensorMeasurement:
         max_abs=1.0,
         excess_kurtosis=0.0,
         points=(Point(format="F32", n_bytes=4 * n, nmse=0.0, max_error=0.0),),
-        kept="1-D",
+        kept="one-dimensional",
     )
 
 

@@ -13,7 +13,7 @@ from ramgguf.errors import BudgetError, PlanError
 from ramgguf.gguf_layout import padded
 from ramgguf.objectives import OBJECTIVES, ram
 from ramgguf.priors import Shape, prior
-from ramgguf.report.plans import tensor_types
+from ramgguf.report.tensor_types import tensor_types
 from ramgguf.schema import Plan
 from synthetic import BPW, measurement
 
@@ -114,7 +114,7 @@ def test_pins_bind_the_tensors_they_match_and_no_others() -> None:
         (["(=Q4_K"], None, "not a regular expression"),
         (["attn_v=Q9_K"], None, "Q9_K was not measured"),
         ([], ["Q4_K", "IQ9"], "IQ9 was not measured"),
-        (["blk.0.attn_norm.weight=Q4_K"], None, "cannot be pinned to Q4_K: 1-D"),
+        (["blk.0.attn_norm.weight=Q4_K"], None, "cannot be pinned to Q4_K: one-dimensional"),
     ],
 )
 def test_constraints_that_suit_nothing_are_refused(

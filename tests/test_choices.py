@@ -16,7 +16,8 @@ from ramgguf.cli import plan_commands
 from ramgguf.errors import PlanError
 from ramgguf.format_sets import SETS, expand
 from ramgguf.recipes import Recipe, pins_for
-from ramgguf.report.plans import print_plan, recipe_types
+from ramgguf.report.plans import print_plan
+from ramgguf.report.tensor_types import recipe_types
 from ramgguf.schema import Plan
 from ramgguf.sensing_cost import sensing_seconds
 from synthetic import measurement

@@ -15,7 +15,7 @@ import ggml_oracle
 import llama_quantize
 import ramgguf
 from ramgguf.gguf_io import open_gguf
-from ramgguf.report.plans import tensor_types
+from ramgguf.report.tensor_types import tensor_types
 
 pytestmark = pytest.mark.real
 BUDGET = 104_000_000

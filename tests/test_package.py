@@ -50,3 +50,9 @@ def test_the_installed_package_is_typed_and_brings_its_corpus() -> None:
     assert text.startswith(b" = Robert Boulter = \n")
     extras = set(metadata.metadata("ramgguf").get_all("Provides-Extra") or ())
     assert {"eval", "report"} <= extras
+
+
+def test_the_module_is_the_command() -> None:
+    command = [sys.executable, "-m", "ramgguf", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == metadata.version("ramgguf")

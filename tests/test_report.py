@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
@@ -140,6 +140,7 @@ def test_markdown_has_a_row_per_model_and_equal_columns(three: Study) -> None:
     assert "- wild is heavy-tailed" in text
 
 
+@settings(deadline=None)  # the first example waits for an import
 @given(st.text(max_size=40))
 def test_markdown_text_survives_being_rendered(text: str) -> None:
     from markdown_it import MarkdownIt

@@ -8,6 +8,7 @@ import typer
 
 from ramgguf.cli import (
     calibration_commands,
+    card_command,
     check_commands,
     eval_commands,
     model_commands,
@@ -44,6 +45,7 @@ calibration_commands.register(app)
 eval_commands.register(app)
 check_commands.register(app)
 pick_commands.register(app)
+card_command.register(app)
 serve_commands.register(app)
 
 

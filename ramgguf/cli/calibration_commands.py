@@ -8,6 +8,7 @@ import typer
 
 from ramgguf import api
 from ramgguf.cli import options as opt
+from ramgguf.hub import beside
 from ramgguf.report.calibration import print_calibration, summary
 from ramgguf.units import format_bytes, parse_size
 
@@ -56,8 +57,8 @@ def calibrate(
     """
     terminal = opt.Terminal.make(quiet=quiet, as_json=as_json)
     found = api.calibrate(
-        model,
-        output or model.with_suffix(".imatrix.gguf"),
+        terminal.fetched(model),
+        output or beside(model, f"{model.stem}.imatrix.gguf"),
         tokens=tokens,
         n_sequences=sequences,
         n_ctx=context,
@@ -93,7 +94,7 @@ def perturb(
     """
     terminal = opt.Terminal.make(quiet=quiet, as_json=False)
     path = api.perturb(
-        model,
+        terminal.fetched(model),
         like,
         output,
         seed=seed,

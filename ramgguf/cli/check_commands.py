@@ -13,11 +13,10 @@ from ramgguf.cli import memory_options as mem
 from ramgguf.cli import options as opt
 from ramgguf.footprint import parse_cache_types
 from ramgguf.footprint_formula import Shape
-from ramgguf.machine import Available, available_memory, within_cgroup
+from ramgguf.machine import Available, memory_limit
 from ramgguf.parallel import default_threads
 from ramgguf.report.check import markdown as _markdown
 from ramgguf.report.check import print_check, print_ratios
-from ramgguf.units import parse_size
 
 FAILED = 3  # the exit status of a file that does not pass
 
@@ -30,7 +29,9 @@ def register(app: typer.Typer) -> None:
 
 
 def check(
-    model: Annotated[Path, typer.Argument(metavar="FILE", help="Any GGUF model.")],
+    model: Annotated[
+        Path, typer.Argument(metavar="FILE", help="Any GGUF model, also hf://ORG/REPO/FILE.gguf.")
+    ],
     memory: Annotated[
         str | None,
         typer.Option("--memory", help="What it must run in: 16GB; default: what is left here."),
@@ -67,7 +68,8 @@ def check(
         n_repeats=repeats,
     )
     shown = terminal.err.print if not quiet and terminal.err.is_terminal else lambda _: None
-    paths = [model] if against is None else [model, against]
+    paths = [terminal.fetched(m) for m in (model, against) if m is not None]
+    reference = reference and terminal.fetched(reference)
     results = [_check(path, request, reference=reference, announce=shown) for path in paths]
     if as_json:
         print(_json(results))
@@ -84,9 +86,7 @@ def check(
 
 def limit(memory: str | None) -> Available:
     """Return what --memory names, or what the cgroup leaves of it; by default what is left here."""
-    if memory is None:
-        return available_memory()
-    return within_cgroup(Available(parse_size(memory), "--memory"))
+    return memory_limit(memory)
 
 
 def _json(results: list[CheckResult]) -> str:

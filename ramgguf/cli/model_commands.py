@@ -9,13 +9,14 @@ import typer
 from ramgguf import api
 from ramgguf.cli import memory_options as mem
 from ramgguf.cli import options as opt
+from ramgguf.cli.exports import export_plan
 from ramgguf.cli.prepared import Weighed, calibrated
 from ramgguf.cli.sensitivity_commands import load_or_measure
-from ramgguf.errors import PlanError
-from ramgguf.files import write_atomically
-from ramgguf.report.plans import print_plan, tensor_types
+from ramgguf.hub import beside
+from ramgguf.report.plans import print_plan
 from ramgguf.schema import Measurement, Plan
 from ramgguf.units import format_seconds, parse_size
+from ramgguf.work.executors import connected
 
 
 def register(app: typer.Typer) -> None:
@@ -92,6 +93,7 @@ def quantize(
     export_tensor_types: opt.ExportTypes = None,
     force: opt.Force = False,
     threads: opt.Threads = None,
+    workers: opt.Workers = None,
     as_json: opt.AsJson = False,
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
@@ -110,46 +112,54 @@ def quantize(
         )
     if imatrix and calibrate:
         raise typer.BadParameter("give one importance matrix", param_hint="--imatrix")
+    if workers and not (refine or sensitivity == "measure"):
+        raise typer.BadParameter(
+            "workers run passes: of --refine or --sensitivity measure", param_hint="--executor"
+        )
     chosen = opt.encoder(encoder)
+    model = terminal.fetched(model)
     weighed = Weighed(imatrix, hessian)
     if calibrate:
         weighed = calibrated(model, calibrate, threads, terminal, hessians=chosen == "gptq")
-    sensed = load_or_measure(
-        model,
-        sensitivity,
-        encoder=chosen,
-        weighed=weighed,
-        limit=sensitivity_time,
-        threads=threads,
-        terminal=terminal,
-    )
-    made = api.quantize(
-        model,
-        budget,
-        output,
-        memory=request,
-        from_plan=Plan.load(plan_file) if plan_file else None,
-        measurement=Measurement.load(measurement) if measurement else None,
-        formats=opt.split_formats(formats),
-        encoder=chosen,
-        imatrix=weighed.imatrix,
-        hessian=weighed.hessian,
-        allow_requantize=allow_requantize,
-        objective=objective,
-        sensitivity=sensed,
-        min_sqnr_db=min_sqnr,
-        pins=pin or (),
-        ties=tie or (),
-        min_formats=min_format or (),
-        refine=refine,
-        split_max_bytes=parse_size(split_max_size) if split_max_size else None,
-        force=force,
-        verify=verify,
-        threads=threads,
-        progress=terminal.progress,
-        announce=terminal.announce,
-    )
-    _export(made.plan, save_plan, export_tensor_types)
+    with connected(workers) as executor:
+        sensed = load_or_measure(
+            model,
+            sensitivity,
+            encoder=chosen,
+            weighed=weighed,
+            limit=sensitivity_time,
+            threads=threads,
+            executor=executor,
+            terminal=terminal,
+        )
+        made = api.quantize(
+            model,
+            budget,
+            output,
+            memory=request,
+            from_plan=Plan.load(plan_file) if plan_file else None,
+            measurement=Measurement.load(measurement) if measurement else None,
+            formats=opt.split_formats(formats),
+            encoder=chosen,
+            imatrix=weighed.imatrix,
+            hessian=weighed.hessian,
+            allow_requantize=allow_requantize,
+            objective=objective,
+            sensitivity=sensed,
+            min_sqnr_db=min_sqnr,
+            pins=pin or (),
+            ties=tie or (),
+            min_formats=min_format or (),
+            refine=refine,
+            split_max_bytes=parse_size(split_max_size) if split_max_size else None,
+            force=force,
+            verify=verify,
+            threads=threads,
+            executor=executor,
+            progress=terminal.progress,
+            announce=terminal.announce,
+        )
+    export_plan(made.plan, save_plan, export_tensor_types, terminal)
     if as_json:
         print(json.dumps(_summary(made)))
         return
@@ -197,10 +207,10 @@ def measure(
 ) -> None:
     """Measure every tensor's rate–distortion curve and write it as JSON."""
     terminal = opt.Terminal.make(quiet=quiet, as_json=as_json)
-    path = output or model.with_suffix(".rd.json")
+    path = output or beside(model, f"{model.stem}.rd.json")
     opt.refuse_existing(path, force=force)
     measured = api.measure(
-        model,
+        terminal.fetched(model),
         formats=opt.split_formats(formats),
         encoder=opt.encoder(encoder),
         imatrix=imatrix,
@@ -220,10 +230,3 @@ def measure(
         f"{measured.n_weights:,} weights, in {format_seconds(measured.seconds)} "
         f"({rate:,.0f} M weights/s)"
     )
-
-
-def _export(plan: Plan, plan_path: Path | None, types_path: Path | None) -> None:
-    if plan_path is not None:
-        plan.save(plan_path)
-    if types_path is not None:
-        write_atomically(types_path, tensor_types(plan).encode(), error=PlanError)

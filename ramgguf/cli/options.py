@@ -11,13 +11,18 @@ from rich.console import Console
 from ramgguf import files
 from ramgguf.errors import PlanError
 from ramgguf.format_sets import expand
+from ramgguf.hub import local_path
 from ramgguf.progress import Progress, Silent
 from ramgguf.report.progress import Bars
 from ramgguf.report.terminal import PlainConsole
 from ramgguf.schema import Encoder
 
 Model = Annotated[
-    Path, typer.Argument(metavar="MODEL", help="GGUF model in F32, F16 or BF16; any shard of it.")
+    Path,
+    typer.Argument(
+        metavar="MODEL",
+        help="GGUF model in F32, F16 or BF16: any shard of it, or hf://ORG/REPO/FILE.gguf.",
+    ),
 ]
 Budget = Annotated[
     str,
@@ -91,6 +96,14 @@ TokenSeed = Annotated[int, typer.Option("--seed", min=0, help="Seed of the token
 Threads = Annotated[
     int | None, typer.Option("--threads", "-t", min=1, help="Threads; default: one per CPU.")
 ]
+Workers = Annotated[
+    str | None,
+    typer.Option(
+        "--executor",
+        metavar="WORKERS",
+        help="Who runs the passes: dask://HOST:PORT (a cluster), local:N; --threads for each.",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON, nothing else.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Print every tensor.")]
@@ -122,6 +135,10 @@ class Terminal:
         out, err = PlainConsole(quiet=quiet or as_json), PlainConsole(stderr=True)
         silent = quiet or not sys.stderr.isatty()
         return cls(out, err, Silent() if silent else Bars(err), not (quiet or as_json))
+
+    def fetched(self, model: Path) -> Path:
+        """Return the path of a model, fetched first if it is an address on the hub."""
+        return local_path(model, quiet=not (self.announces and sys.stderr.isatty()))
 
     def announce(self, text: str) -> None:
         """Say what is going to be done, and for how long, unless nothing but results is wanted."""

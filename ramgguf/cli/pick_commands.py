@@ -64,7 +64,7 @@ def pick(
         n_threads=threads or default_threads(),
     )
     picked = _pick(
-        model,
+        terminal.fetched(model),
         output,
         PickRequest(trial, min_speed, opt.encoder(encoder), n_seq),
         force=force,

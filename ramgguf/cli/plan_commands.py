@@ -9,6 +9,7 @@ import typer
 from ramgguf import api
 from ramgguf.cli import memory_options as mem
 from ramgguf.cli import options as opt
+from ramgguf.cli.exports import export_plan, export_types
 from ramgguf.curves import Frontier
 from ramgguf.errors import PlanError
 from ramgguf.explain import Explanation, PlanExplanation, Step
@@ -18,7 +19,8 @@ from ramgguf.recipes import Change, Recipe
 from ramgguf.report.choices import print_difference, print_explanation, print_recipe
 from ramgguf.report.curves import curve_svg, print_curve
 from ramgguf.report.memory import print_memory
-from ramgguf.report.plans import print_plan, recipe_types, tensor_types
+from ramgguf.report.plans import print_plan
+from ramgguf.report.tensor_types import recipe_types
 from ramgguf.schema import Plan
 from ramgguf.units import format_bytes
 
@@ -44,7 +46,9 @@ RecipeFile = Annotated[
     Path | None,
     typer.Option("--recipe", help="Give each tensor the format it has in this recipe or GGUF."),
 ]
-PlanOrModel = typer.Argument(help="A plan, a recipe or any GGUF file.")
+PlanOrModel = typer.Argument(
+    help="A plan, a recipe or any GGUF file, also hf://ORG/REPO/FILE.gguf."
+)
 
 
 def plan(
@@ -94,13 +98,12 @@ def plan(
             min_formats=min_format or (),
         )
         if request is not None:
-            made = api.plan_within(measurement, request, budget, model=model, **options)
+            made = api.plan_within(
+                measurement, request, budget, model=model and terminal.fetched(model), **options
+            )
         elif budget is not None:
             made = api.plan(measurement, budget, **options)
-    if output is not None:
-        made.save(output)
-    if export_tensor_types is not None:
-        write_atomically(export_tensor_types, tensor_types(made).encode(), error=PlanError)
+    export_plan(made, output, export_tensor_types, terminal)
     if as_json:
         print(made.to_json())
         return
@@ -158,7 +161,8 @@ def curve(
     plans = [api.plan_on(made, b) for b in budget or ()]
     request = mem.memory_request(memory, fit, context, cache_type, parallel, vram, ngl)
     if request is not None:
-        plans.append(api.plan_on_within(made, request, model=model))
+        source_model = model and terminal.fetched(model)
+        plans.append(api.plan_on_within(made, request, model=source_model))
     if output is not None:
         made.save(output)
     if svg is not None:
@@ -228,7 +232,7 @@ def diff(
 ) -> None:
     """Compare two plans or two GGUF files tensor by tensor, whoever made them."""
     terminal = opt.Terminal.make(quiet=quiet, as_json=as_json)
-    difference = api.diff(a, b)
+    difference = api.diff(terminal.fetched(a), terminal.fetched(b))
     if as_json:
         print(json.dumps({"same": difference.n_same, "changes": _changes(difference.changes)}))
         return
@@ -261,12 +265,11 @@ def recipe(
 ) -> None:
     """Extract which format each tensor of a GGUF file has, to be given to another model."""
     terminal = opt.Terminal.make(quiet=quiet, as_json=as_json)
-    found = Recipe.read(model)
     opt.refuse_existing(output, export_tensor_types, force=force)
+    found = Recipe.read(terminal.fetched(model))
     if output is not None:
         found.save(output)
-    if export_tensor_types is not None:
-        write_atomically(export_tensor_types, recipe_types(found).encode(), error=PlanError)
+    export_types(recipe_types(found), export_tensor_types, terminal)
     if as_json:
         print(found.to_json())
         return

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ramgguf import api
 from ramgguf.cli import options as opt
+from ramgguf.hub import beside
 from ramgguf.sensitivities import Sensitivity
 
 
@@ -25,8 +26,8 @@ def calibrated(
     Its name says its tokens: model.self.imatrix.gguf, and with hessians model.self.hessian.gguf.
     """
     tag = re.sub(r"[^\w.-]", "_", Path(tokens).stem)
-    imatrix = model.with_suffix(f".{tag}.imatrix.gguf")
-    hessian = model.with_suffix(f".{tag}.hessian.gguf") if hessians else None
+    imatrix = beside(model, f"{model.stem}.{tag}.imatrix.gguf")
+    hessian = beside(model, f"{model.stem}.{tag}.hessian.gguf") if hessians else None
     if imatrix.exists() and (hessian is None or hessian.exists()):
         terminal.err.print(f"taking {imatrix}; remove it to calibrate anew", soft_wrap=True)
         return Weighed(imatrix, hessian)

@@ -1,5 +1,6 @@
 """The command that measures how much each tensor's error matters: sensitivity."""
 
+from concurrent.futures import Executor
 from pathlib import Path
 from typing import Annotated
 
@@ -9,10 +10,12 @@ from ramgguf import api
 from ramgguf.cli import options as opt
 from ramgguf.cli.prepared import Weighed, reweighed
 from ramgguf.errors import PlanError
+from ramgguf.hub import beside
 from ramgguf.report.sensing import print_sensitivity
 from ramgguf.schema import Encoder
 from ramgguf.sensitivities import Sensitivity
 from ramgguf.units import parse_seconds
+from ramgguf.work.executors import connected
 
 
 def register(app: typer.Typer) -> None:
@@ -43,6 +46,7 @@ def sensitivity(
     ] = None,
     force: opt.Force = False,
     threads: opt.Threads = None,
+    workers: opt.Workers = None,
     as_json: opt.AsJson = False,
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
@@ -52,24 +56,26 @@ def sensitivity(
     What was measured is kept beside the output: run the command again after a kill.
     """
     terminal = opt.Terminal.make(quiet=quiet, as_json=as_json)
-    path = output or model.with_suffix(".sens.json")
+    path = output or beside(model, f"{model.stem}.sens.json")
     opt.refuse_existing(path, force=force)
     journal = path.with_name(f"{path.name}.partial")
-    found = api.sensitivity(
-        model,
-        tokens=tokens,
-        encoder=opt.encoder(encoder),
-        imatrix=imatrix,
-        hessian=hessian,
-        n_sequences=sequences,
-        seed=seed,
-        seconds=parse_seconds(limit),
-        journal=journal,
-        folder=scratch,
-        threads=threads,
-        progress=terminal.progress,
-        announce=terminal.announce,
-    )
+    with connected(workers) as executor:
+        found = api.sensitivity(
+            terminal.fetched(model),
+            tokens=tokens,
+            encoder=opt.encoder(encoder),
+            imatrix=imatrix,
+            hessian=hessian,
+            n_sequences=sequences,
+            seed=seed,
+            seconds=parse_seconds(limit),
+            journal=journal,
+            folder=scratch,
+            threads=threads,
+            executor=executor,
+            progress=terminal.progress,
+            announce=terminal.announce,
+        )
     found.save(path)
     try:
         journal.unlink(missing_ok=True)
@@ -90,6 +96,7 @@ def load_or_measure(
     weighed: Weighed,
     limit: str,
     threads: int | None,
+    executor: Executor | None = None,
     terminal: opt.Terminal,
 ) -> Sensitivity | None:
     """Return what `--sensitivity` asks for; what is measured is kept beside the model.
@@ -99,9 +106,9 @@ def load_or_measure(
     """
     if asked is None:
         return None
-    path = model.with_suffix(".sens.json") if asked == "measure" else Path(asked)
     if asked != "measure":
-        return reweighed(Sensitivity.load(path), model, weighed, terminal)
+        return reweighed(Sensitivity.load(Path(asked)), model, weighed, terminal)
+    path = beside(model, f"{model.stem}.sens.json")
     if path.exists():
         terminal.announce(f"using {path}, measured before; remove it to measure again")
         return reweighed(Sensitivity.load(path), model, weighed, terminal)
@@ -114,6 +121,7 @@ def load_or_measure(
         seconds=parse_seconds(limit),
         journal=journal,
         threads=threads,
+        executor=executor,
         progress=terminal.progress,
         announce=terminal.announce,
     )

@@ -27,7 +27,9 @@ def register(app: typer.Typer) -> None:
 
 
 def serve(
-    model: Annotated[Path, typer.Argument(metavar="FILE", help="Any GGUF model.")],
+    model: Annotated[
+        Path, typer.Argument(metavar="FILE", help="Any GGUF model, also hf://ORG/REPO/FILE.gguf.")
+    ],
     check: Annotated[
         Path | None,
         typer.Option("--check", help="What `check --json` printed: serve with its settings."),
@@ -78,6 +80,7 @@ def serve(
     """Serve a file to OpenAI clients, with settings that fit this machine or that check found."""
     terminal = opt.Terminal.make(quiet=quiet, as_json=as_json)
     signal.signal(signal.SIGTERM, _interrupt)
+    model = terminal.fetched(model)
     if check is None:
         settings = planned_settings(
             model,

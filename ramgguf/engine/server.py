@@ -152,7 +152,9 @@ def _loaded(package: Any, request: Serve) -> Any:
         raise EngineError(
             f"{request.path}: llama.cpp cannot serve it ({_told(e)}); run with -v to see why"
         ) from None
-    _try(package.app._llama_proxy(), request)
+    loaded = package.app._llama_proxy()
+    loaded.model_path = request.alias  # answers call the model so where a request names none
+    _try(loaded, request)
     return app
 
 
@@ -186,6 +188,8 @@ def main() -> None:
     """Serve what the first line of stdin asks for, until stdin ends."""
     out = take_stdout()
     request = Serve.model_validate_json(sys.stdin.readline())
+    if not request.verbose:
+        os.environ.setdefault("GGML_NO_BACKTRACE", "1")  # an abort would print pages of it
     servers: list[Any] = []
     threading.Thread(target=_end_with_parent, args=(servers,), daemon=True).start()
 

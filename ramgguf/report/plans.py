@@ -1,42 +1,45 @@
-"""What a plan gives to whom, for the terminal and for llama-quantize."""
+"""What a plan gives to whom, for the terminal."""
 
-import re
 from collections import Counter
 from collections.abc import Iterable
 
 from rich.console import Console
-from rich.table import Table
 
 from ramgguf.objectives import DEFAULT_OBJECTIVE
 from ramgguf.parallel import default_threads
 from ramgguf.predictions import predict, source
-from ramgguf.recipes import Recipe
 from ramgguf.refinements import Refinement
+from ramgguf.report.grid import Column, Grid, to_rich
 from ramgguf.report.memory import print_memory
 from ramgguf.schema import Assignment, Plan
 from ramgguf.sensing_cost import N_TOKENS, sensing_seconds
 from ramgguf.units import format_bytes, format_seconds
 
 
-def role_table(plan: Plan) -> Table:
+def role_grid(plan: Plan) -> Grid:
     """Return one row per role: tensors, formats with their counts, bytes, bpw, share of cost."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("role")
-    table.add_column("formats (tensors)", overflow="fold")
-    for column in ("bytes", "bpw", "cost"):
-        table.add_column(column, justify="right")
+    columns = (
+        Column("role", number=False),
+        Column("formats (tensors)", number=False),
+        Column("bytes"),
+        Column("bpw"),
+        Column("cost"),
+    )
+    rows = []
     for role, members in _by_role(plan.assignments):
         counts = Counter(a.format for a in members)
         n_bytes, n_weights = sum(a.n_bytes for a in members), sum(a.n_weights for a in members)
         cost = sum(a.cost for a in members)
-        table.add_row(
-            role,
-            "  ".join(f"{name} ×{n}" for name, n in counts.most_common()),
-            format_bytes(n_bytes),
-            f"{8 * n_bytes / n_weights:.2f}",
-            f"{cost / plan.total_cost:.1%}" if plan.total_cost > 0 else "–",
+        rows.append(
+            (
+                role,
+                "  ".join(f"{name} ×{n}" for name, n in counts.most_common()),
+                format_bytes(n_bytes),
+                f"{8 * n_bytes / n_weights:.2f}",
+                f"{cost / plan.total_cost:.1%}" if plan.total_cost > 0 else "–",
+            )
         )
-    return table
+    return Grid("", columns, tuple(rows))
 
 
 def _by_role(assignments: Iterable[Assignment]) -> list[tuple[str, list[Assignment]]]:
@@ -46,31 +49,27 @@ def _by_role(assignments: Iterable[Assignment]) -> list[tuple[str, list[Assignme
     return sorted(roles.items(), key=lambda r: -sum(a.n_bytes for a in r[1]))
 
 
+def size(plan: Plan) -> str:
+    """Return the bytes of the file, of its weights, and the bits per weight."""
+    data, used = sum(a.n_bytes for a in plan.assignments), plan.n_bytes / plan.budget
+    return (
+        f"file {plan.n_bytes:,} bytes ({used:.2%} of the budget), weights {data:,} bytes, "
+        f"{plan.bpw:.3f} bpw"
+    )
+
+
 def print_plan(plan: Plan, console: Console, *, verbose: bool = False) -> None:
     """Print the plan: per role, in total, how near the optimum, what more budget would buy."""
-    console.print(role_table(plan))
-    data = sum(a.n_bytes for a in plan.assignments)
-    used = plan.n_bytes / plan.budget
-    console.print(
-        f"file {plan.n_bytes:,} bytes ({used:.2%} of the budget), weights {data:,} bytes, "
-        f"{plan.bpw:.3f} bpw",
-        soft_wrap=True,
-    )
+    console.print(to_rich(role_grid(plan), header_style="bold"))
+    console.print(size(plan), soft_wrap=True)
     if plan.memory is not None:
         print_memory(plan.memory, console)
-    gap = "proven optimal" if plan.gap == 0 else f"within {plan.gap:.1g} of the optimum, proven"
-    console.print(f"objective {plan.objective}: {plan.total_cost:.6g}, {gap}", soft_wrap=True)
-    expected = predict(plan.objective, plan.total_cost, plan.total_cost_error)
+    console.print(optimality(plan), soft_wrap=True)
+    expected = prediction(plan)
     if expected is not None:
-        console.print(
-            f"predicted KLD {expected.kld:.3g} nats per token "
-            f"({expected.kld_low:.2g}–{expected.kld_high:.2g}), PPL × {expected.ppl_ratio:.3f} "
-            f"({expected.ppl_ratio_low:.3f}–{expected.ppl_ratio_high:.3f}), 95 %, from "
-            f"{source(plan.objective)}",
-            soft_wrap=True,
-        )
+        console.print(expected, soft_wrap=True)
     if plan.refinement is not None:
-        console.print(_refinement(plan.refinement), soft_wrap=True)
+        console.print(refinement(plan.refinement), soft_wrap=True)
     if plan.next_percent is not None and plan.total_cost > 0:
         step = plan.next_percent
         saved = 1 - step.total_cost / plan.total_cost
@@ -98,7 +97,26 @@ def print_plan(plan: Plan, console: Console, *, verbose: bool = False) -> None:
             console.print(line, soft_wrap=True)
 
 
-def _refinement(found: Refinement) -> str:
+def optimality(plan: Plan) -> str:
+    """Return the plan's objective, its value and how near the optimum that is."""
+    gap = "proven optimal" if plan.gap == 0 else f"within {plan.gap:.1g} of the optimum, proven"
+    return f"objective {plan.objective}: {plan.total_cost:.6g}, {gap}"
+
+
+def prediction(plan: Plan) -> str | None:
+    """Return what KLD and perplexity are predicted, with what that rests on; None if nothing."""
+    expected = predict(plan.objective, plan.total_cost, plan.total_cost_error)
+    if expected is None:
+        return None
+    return (
+        f"predicted KLD {expected.kld:.3g} nats per token "
+        f"({expected.kld_low:.2g}–{expected.kld_high:.2g}), PPL × {expected.ppl_ratio:.3f} "
+        f"({expected.ppl_ratio_low:.3f}–{expected.ppl_ratio_high:.3f}), 95 %, from "
+        f"{source(plan.objective)}"
+    )
+
+
+def refinement(found: Refinement) -> str:
     """Return the sentence that says what trials did to the plan."""
     kld = found.report
     change = kld.after - kld.before
@@ -106,26 +124,4 @@ def _refinement(found: Refinement) -> str:
         f"refinement: {len(found.swaps)} of {found.n_tried} swaps tried were taken; KLD over "
         f"{kld.n_tokens} tokens that decided nothing ({found.tokens}) {kld.before:.4f} → "
         f"{kld.after:.4f}, a change of {change:+.4f} ± {kld.error:.4f} nats per token"
-    )
-
-
-def tensor_types(plan: Plan) -> str:
-    """Return the plan as lines for `llama-quantize --tensor-type-file … MODEL OUT Q8_0`.
-
-    Patterns are escaped and anchored, so each names one tensor. Tensors that are never quantized
-    stay out: llama-quantize leaves them alone by itself.
-    """
-    return "".join(
-        f"^{re.escape(a.name)}$={a.format.lower()}\n"
-        for a in plan.assignments
-        if a.note is None or a.note.startswith("pinned")
-    )
-
-
-def recipe_types(recipe: Recipe) -> str:
-    """Return a recipe's tensors, all but those of one dimension, as tensor_types does."""
-    return "".join(
-        f"^{re.escape(t.name)}$={t.format.lower()}\n"
-        for t in recipe.tensors
-        if t.shape is None or len(t.shape) > 1
     )

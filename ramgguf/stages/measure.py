@@ -9,6 +9,7 @@ from ramgguf import _core, formats
 from ramgguf.candidates import TERNARY_NMSE, suited, tried
 from ramgguf.errors import FormatError, PlanError
 from ramgguf.gguf_io import GGUFFile, TensorInfo
+from ramgguf.hub import origin_of
 from ramgguf.imatrix import Imatrix
 from ramgguf.parallel import Buffers, Chunk, batches, map_chunks, sample
 from ramgguf.progress import Progress
@@ -277,4 +278,5 @@ def _source(file: GGUFFile, data_sha256: str | None) -> Source:
         data_sha256=data_sha256,
         architecture=file.architecture,
         name=file.name,
+        hub=origin_of(file.paths[0]),
     )

@@ -13,6 +13,7 @@ from ramgguf.gguf_io import GGUFFile, TensorInfo
 from ramgguf.gguf_layout import Layout, plan_layout
 from ramgguf.gguf_values import Value, string, u32, u64
 from ramgguf.gguf_write import GGUFOutput
+from ramgguf.hub import HubFile
 from ramgguf.imatrix import imatrix_keys, planned_imatrix
 from ramgguf.parallel import Buffers, Chunk, batches, map_chunks
 from ramgguf.progress import Progress
@@ -35,12 +36,13 @@ class Destination:
 
 
 def planned_metadata(
-    plan: Plan | None, imatrix: ImportanceSource | None = None
+    plan: Plan | None, imatrix: ImportanceSource | None = None, hub: HubFile | None = None
 ) -> dict[str, Value]:
     """Return the metadata that the output has and the source has not, or has otherwise.
 
-    imatrix is the one that a plan is to be made with. Every value has a fixed length: without a
-    plan, values stand in for what it will say, so the header's bytes are known before there is one.
+    imatrix and hub are those that a plan is to be made with, and from. Every value has a fixed
+    length: without a plan, values stand in for what it will say, so the header's bytes are known
+    before there is one.
     """
     by_format: dict[str, int] = {}
     for a in plan.assignments if plan else ():
@@ -48,6 +50,7 @@ def planned_metadata(
     most = max(by_format, key=lambda name: by_format[name]) if by_format else "F32"
     unknown = "0" * 64
     weighed_with = plan.imatrix if plan else imatrix
+    came_from = plan.source.hub if plan else hub
     return {
         "general.file_type": u32(formats.file_type(most)),
         "general.quantization_version": u32(formats.QUANTIZATION_VERSION),
@@ -55,7 +58,17 @@ def planned_metadata(
         "ramgguf.budget": u64(plan.budget if plan else 0),
         "ramgguf.plan_sha256": string(plan.sha256() if plan else unknown),
         "ramgguf.source_sha256": string((plan and plan.source.data_sha256) or unknown),
+        **(_hub_keys(came_from) if came_from else {}),
         **(imatrix_keys(weighed_with) if weighed_with else {}),
+    }
+
+
+def _hub_keys(origin: HubFile) -> dict[str, Value]:
+    """Return the metadata that say which file of the hub was quantized."""
+    return {
+        "ramgguf.source_repo": string(origin.repo),
+        "ramgguf.source_revision": string(origin.revision),
+        "ramgguf.source_file": string(origin.file),
     }
 
 

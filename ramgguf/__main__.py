@@ -1,0 +1,5 @@
+"""`python -m ramgguf` is the command."""
+
+from ramgguf.cli import main
+
+main()

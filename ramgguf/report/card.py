@@ -1,0 +1,205 @@
+"""A model card: Markdown with YAML front matter, from what a file and its papers say."""
+
+import json
+import re
+import shlex
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from ramgguf.cards import Card, CardFile
+from ramgguf.recipes import RecipeTensor
+from ramgguf.report.check import markdown as check_markdown
+from ramgguf.report.grid import Column, Grid, markdown_text, to_markdown
+from ramgguf.report.memory import remarks
+from ramgguf.report.plans import optimality, prediction, refinement
+from ramgguf.report.results import eval_markdown
+from ramgguf.report.tensor_types import imatrix_note, recipe_types
+from ramgguf.schema import Plan
+from ramgguf.units import format_bytes
+
+
+def model_card(card: Card) -> str:
+    """Return the card; it says nothing that is not in the files, and names are escaped."""
+    title = card.file.name or Path(card.file.names[0]).stem
+    parts = [
+        _front_matter(card.file),
+        f"# {markdown_text(title)}, {format_bytes(card.file.n_bytes)} GGUF",
+        _what(card.file),
+        "## Use",
+        _use(card),
+        "## Formats",
+        _formats(card.file),
+        *([_plan(card.plan)] if card.plan else []),
+        *_scores(card),
+        "## Provenance",
+        _provenance(card),
+        "## Make it again",
+        *_recipe(card),
+    ]
+    return "\n\n".join(part.strip("\n") for part in parts) + "\n"
+
+
+def _front_matter(file: CardFile) -> str:
+    lines = ["---"]
+    if file.base_models:
+        lines += ["base_model:", *(f"- {_yaml(name)}" for name in file.base_models)]
+        lines += ["base_model_relation: quantized"] if file.quantized_from_them else []
+    lines += [f"license: {_yaml(file.license)}"] if file.license else []
+    lines += ["tags:", "- gguf", "- ramgguf"] if file.origin.version else ["tags:", "- gguf"]
+    return "\n".join([*lines, "---"])
+
+
+def _yaml(text: str) -> str:
+    """Return a YAML string: JSON's, without what YAML would not take."""
+    return json.dumps("".join(c if c.isprintable() else " " for c in text), ensure_ascii=False)
+
+
+def _what(file: CardFile) -> str:
+    n_weights, shards = file.recipe.n_weights, len(file.names)
+    kind = "The file" if shards == 1 else f"{shards} shards, the first of them"
+    by = f", made by ramgguf {markdown_text(file.origin.version)}" if file.origin.version else ""
+    context = f"; context of {file.n_context:,} tokens" if file.n_context else ""
+    return (
+        f"{kind} {_code(file.names[0])}: {file.n_bytes:,} bytes, {n_weights:,} weights, "
+        f"{8 * file.n_bytes / n_weights:.3f} bits of file per weight; architecture "
+        f"{markdown_text(file.architecture)}{context}{by}."
+    )
+
+
+def _use(card: Card) -> str:
+    name = shlex.quote(card.file.names[0])
+    length = f" -c {card.check.n_ctx}" if card.check and card.check.passed else ""
+    commands = _block(f"llama-cli -m {name}{length}\nllama-server -m {name}{length}")
+    if card.plan is None or card.plan.memory is None:
+        return commands
+    told = "\n".join(f"- {markdown_text(line)}" for line in remarks(card.plan.memory))
+    return f"{commands}\n\n{told}"
+
+
+def _code(text: str) -> str:
+    """Return text as inline code, whatever it holds."""
+    line = " ".join(text.split())
+    fence = "`" * (_longest_run(line) + 1)
+    return f"{fence} {line} {fence}" if "`" in line else f"`{line}`"
+
+
+def _block(text: str) -> str:
+    fence = "`" * max(3, _longest_run(text) + 1)
+    return f"{fence}sh\n{text}\n{fence}"
+
+
+def _longest_run(text: str) -> int:
+    return max((len(run) for run in re.findall("`+", text)), default=0)
+
+
+def _formats(file: CardFile) -> str:
+    roles: dict[str, list[RecipeTensor]] = {}
+    for tensor in file.recipe.tensors:
+        roles.setdefault(tensor.role, []).append(tensor)
+    rows = []
+    for role, members in sorted(roles.items(), key=lambda r: -sum(t.n_bytes for t in r[1])):
+        counts = Counter(t.format for t in members).most_common()
+        n_bytes = sum(t.n_bytes for t in members)
+        bpw = 8 * n_bytes / sum(t.n_weights for t in members)
+        named = ", ".join(f"{name} ×{n}" for name, n in counts)
+        rows.append((role, named, format_bytes(n_bytes), f"{bpw:.2f}"))
+    columns = (
+        Column("role", number=False),
+        Column("formats (tensors)", number=False),
+        Column("bytes"),
+        Column("bpw"),
+    )
+    total = f"All tensors together: {file.recipe.bpw:.3f} bits per weight."
+    return f"{to_markdown(Grid('', columns, tuple(rows)))}\n{total}"
+
+
+def _plan(plan: Plan) -> str:
+    said = [
+        f"Budget {plan.budget:,} bytes, file {plan.n_bytes:,} bytes; encoder {plan.encoder}.",
+        f"{optimality(plan)}.",
+    ]
+    expected = prediction(plan)
+    if expected is not None:
+        said.append(f"{expected}. It is a prediction, not a measurement.")
+    if plan.refinement is not None:
+        said.append(f"{refinement(plan.refinement)}.")
+    said += [f"{note}." for note in plan.notes]
+    return "\n".join(f"- {markdown_text(line)}" for line in said)
+
+
+def _scores(card: Card) -> Iterator[str]:
+    if card.results:
+        yield "## Evaluation"
+        yield eval_markdown(card.results).removeprefix("### Evaluation\n")
+    if card.check is not None:
+        yield "## Deployment test"
+        named = card.check.model_copy(update={"path": card.file.names[0]})
+        yield check_markdown([named]).partition("\n\n")[2]
+
+
+def _provenance(card: Card) -> str:
+    plan, origin = card.plan, card.file.origin
+    rows = [("SHA-256 of this file's header", card.file.header_sha256)]
+    hub = origin.hub or (plan.source.hub if plan else None)
+    if hub is not None:
+        rows.append(("source, on the hub", hub.address))
+    if plan is not None:
+        rows += [
+            ("source", f"{Path(plan.source.path).name}, {plan.source.n_bytes:,} bytes"),
+            ("SHA-256 of the source's header", plan.source.header_sha256),
+        ]
+        if plan.imatrix is not None:
+            weighed = f"{Path(plan.imatrix.path).name}, SHA-256 {plan.imatrix.sha256}"
+            rows.append(("importance matrix", weighed))
+        if plan.sensitivity_sha256 is not None:
+            rows.append(("SHA-256 of the sensitivities", plan.sensitivity_sha256))
+    rows += [
+        (what, value)
+        for what, value in (
+            ("SHA-256 of the source's tensor data", origin.data_sha256),
+            ("SHA-256 of the plan", origin.plan_sha256),
+            ("ramgguf", origin.version),
+        )
+        if value is not None
+    ]
+    columns = (Column("what", number=False), Column("value", number=False))
+    return to_markdown(Grid("", columns, tuple(rows)))
+
+
+def _recipe(card: Card) -> Iterator[str]:
+    """Yield how the file is made again, and how llama-quantize gives its formats to a model."""
+    file, plan = card.file, card.plan
+    hub = file.origin.hub or (plan.source.hub if plan else None)
+    source = hub.address if hub else Path(plan.source.path).name if plan else "SOURCE.gguf"
+    source, made = shlex.quote(source), shlex.quote(file.names[0])
+    if plan is not None and card.plan_name is not None:
+        followed = shlex.quote(card.plan_name)
+        yield "From the source and the plan:"
+        yield _block(f"ramgguf quantize {source} --plan {followed} -o {made}")
+        yield "The plan was made with these options, and the files named above:"
+        yield _block(f"--budget {plan.budget} {shlex.join(_options(plan))}")
+    types = recipe_types(file.recipe)
+    yield "The same formats by llama.cpp's own encoders:"
+    yield _block(
+        f"ramgguf recipe {made} --export-tensor-types types.txt\n"
+        f"llama-quantize --tensor-type-file types.txt {'SOURCE.gguf' if hub else source} "
+        "OUT.gguf Q8_0"
+    )
+    if note := imatrix_note(types):
+        yield f"{markdown_text(note)}."
+
+
+def _options(plan: Plan) -> list[str]:
+    limits = plan.constraints
+    options = ["--encoder", plan.encoder, "--objective", plan.objective]
+    options += ["--min-sqnr", f"{limits.min_sqnr_db:g}"]
+    if limits.formats is not None:
+        options += ["--formats", ",".join(limits.formats)]
+    for pin in limits.pins:
+        options += ["--pin", f"{pin.pattern}={pin.format}"]
+    for tie in limits.ties:
+        options += ["--tie", ",".join(tie)]
+    for least in limits.min_formats:
+        options += ["--min-format", f"{least.role}={least.format}"]
+    return options

@@ -80,6 +80,9 @@ def test_a_model_of_the_hub_is_quantized_into_the_current_folder(hub: StandIn, h
         assert file.n_bytes == plan.n_bytes <= plan.budget
         for key, value in (("repo", REPO), ("revision", COMMIT), ("file", "tiny-f16.gguf")):
             assert file.metadata.string(f"ramgguf.source_{key}") == value
+    card = run(hub, "card", path).stdout
+    assert f'base_model:\n- "{REPO}"\nbase_model_relation: quantized\n' in card
+    assert f"hf://{REPO}@{COMMIT}/tiny-f16.gguf" in card
 
 
 def test_the_curves_of_a_model_from_the_hub_equal_those_of_the_same_file_here(

@@ -22,12 +22,16 @@ from ramgguf.api import (
     sensitivity,
 )
 from ramgguf.api import refine_plan as refine
+from ramgguf.documents import drawn_by as _drawn_by
+from ramgguf.verdicts import check, compare
 from ramgguf.version import __version__
 
 __all__ = [
     "Quantized",
     "__version__",
     "calibrate",
+    "check",
+    "compare",
     "curve",
     "default_output",
     "diff",
@@ -43,3 +47,12 @@ __all__ = [
     "reweigh",
     "sensitivity",
 ]
+
+
+def _draw(value: object) -> str | None:
+    from ramgguf.report.notebook import drawing  # when a notebook asks, not before
+
+    return drawing(value)
+
+
+_drawn_by(_draw)

@@ -1,5 +1,6 @@
 """What all values have in common, and those that are files: JSON with a schema name and version."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, ClassVar, Self
 
@@ -7,6 +8,24 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ramgguf.errors import PlanError
 from ramgguf.files import write_atomically
+
+_artists: list[Callable[[object], str | None]] = []
+
+
+def drawn_by(artist: Callable[[object], str | None]) -> None:
+    """Have artist draw values for notebooks: it returns HTML, or None for what it does not know.
+
+    The package's front door names one; values are below those rooms that know how to draw.
+    """
+    _artists[:] = [artist]
+
+
+class Drawn:
+    """A value that notebooks show as a table."""
+
+    def _repr_html_(self) -> str | None:
+        """Return the value as HTML, None where nothing draws it."""
+        return _artists[0](self) if _artists else None
 
 
 class _Value(BaseModel):
@@ -17,7 +36,7 @@ NonNegative = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(gt=0)]
 
 
-class Document(_Value):
+class Document(_Value, Drawn):
     """A value that is a file: `save` and `load` go through JSON and check name and version."""
 
     KIND: ClassVar[str]

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
+from ramgguf.documents import Drawn
 from ramgguf.results import SequenceScore
 from ramgguf.robust import DIVERGENCES, STATISTICS
 from ramgguf.uncertainty import Difference, Estimate
@@ -132,7 +133,7 @@ class Gap:
 
 
 @dataclass(frozen=True, eq=False)
-class Leaderboard:
+class Leaderboard(Drawn):
     """Rows in the order of the first ranking, a ranking per criterion, and where they disagree.
 
     ties: neighbours in a ranking that may as well stand the other way round.

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ramgguf.errors import BudgetError
+from ramgguf.units import parse_size
 
 _ROOT = Path("/")
 
@@ -31,6 +32,16 @@ def available_memory(root: Path = _ROOT) -> Available:
 def within_cgroup(asked: Available, root: Path = _ROOT) -> Available:
     """Return what was asked for, or what the cgroups leave if that is less."""
     return min([asked, *_cgroups(root)], key=lambda a: a.n_bytes)
+
+
+def memory_limit(memory: str | None, root: Path = _ROOT) -> Available:
+    """Return what a size such as 16GB names, or what the cgroups leave of it; None: what is left.
+
+    Raises BudgetError for a text that is no size.
+    """
+    if memory is None:
+        return available_memory(root)
+    return within_cgroup(Available(parse_size(memory), "--memory"), root)
 
 
 def _system(root: Path) -> Available | None:

@@ -32,7 +32,8 @@ _CRASHES = (signal.SIGSEGV, signal.SIGILL, signal.SIGBUS, signal.SIGFPE, signal.
 class Settings:
     """How a file is served, the bytes that it needs, and how these are known.
 
-    chat_format None is the file's own template. checked is the deployment test that they are from.
+    chat_format None is the file's own template. checked is the deployment test that they are from,
+    n_ctx_train the context that the model was trained for, where the file tells.
     """
 
     path: Path
@@ -43,6 +44,7 @@ class Settings:
     needed: int
     needed_by: Literal["measured", "llama.cpp", "estimate"]
     checked: CheckResult | None = None
+    n_ctx_train: int | None = None
 
 
 def planned_settings(
@@ -109,6 +111,7 @@ def _settings(
         needed=needed,
         needed_by=needed_by,
         checked=checked,
+        n_ctx_train=file.metadata.integer(f"{file.architecture}.context_length"),
     )
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from ramgguf.errors import BudgetError
-from ramgguf.machine import available_memory
+from ramgguf.machine import available_memory, memory_limit
 
 GB = 10**9
 
@@ -86,3 +86,13 @@ def test_a_system_that_tells_nothing_is_an_error(tmp_path: Path) -> None:
 
 def test_this_machine_has_some() -> None:
     assert available_memory().n_bytes > 0
+
+
+def test_a_limit_is_what_is_named_or_what_the_cgroup_leaves_of_it(tmp_path: Path) -> None:
+    root = _write(tmp_path, _meminfo(8 * GB) | _v2(str(4 * GB), 2 * GB, GB))
+    assert memory_limit("2GB", root).n_bytes == 2 * GB
+    assert memory_limit("2GB", root).source == "--memory"
+    assert memory_limit("16GB", root).n_bytes == 3 * GB
+    assert memory_limit(None, root) == available_memory(root)
+    with pytest.raises(BudgetError, match="is not a size"):
+        memory_limit("much", root)

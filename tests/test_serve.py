@@ -146,7 +146,9 @@ def test_it_says_what_it_serves_and_how_to_ask(running: Running, model: Path) ->
         text=True,
         check=True,
     )
-    assert json.loads(done.stdout)["choices"][0]["message"]["role"] == "assistant"
+    answer = json.loads(done.stdout)
+    assert answer["choices"][0]["message"]["role"] == "assistant"
+    assert answer["model"] == "chat"
 
 
 def test_the_model_is_listed_by_its_name(client: Any) -> None:
@@ -191,6 +193,23 @@ def test_a_stream_brings_the_same_piece_by_piece(client: Any) -> None:
     assert sum(map(bool, pieces)) > 3
 
 
+def test_a_request_waits_for_the_one_before_and_cuts_nothing_off(client: Any) -> None:
+    asked: dict[str, Any] = {"model": "chat", "max_tokens": 40, "temperature": 0}
+    stream = client.completions.create(prompt="The sea ", stream=True, **asked)
+    pieces = [next(stream).choices[0].text]
+    others: list[str] = []
+    thread = threading.Thread(
+        target=lambda: others.append(
+            client.completions.create(prompt="The land ", **asked).choices[0].text
+        )
+    )
+    thread.start()
+    pieces += [chunk.choices[0].text for chunk in stream]
+    thread.join()
+    assert len("".join(pieces)) >= 40
+    assert len(others[0]) >= 40
+
+
 def test_a_prompt_beyond_the_context_is_a_bad_request_that_says_so(client: Any) -> None:
     with pytest.raises(openai.BadRequestError, match="maximum context length is 512") as caught:
         client.completions.create(model="chat", prompt="x" * 600)
@@ -206,13 +225,16 @@ def test_wrong_requests_are_bad_requests_in_one_line(client: Any) -> None:
 
 
 def test_it_ends_on_sigterm_with_status_0_and_leaves_no_child(plain: Path) -> None:
-    options = ("--context", "256", "--threads", "1", "--json")
+    options = ("--context", "300", "--threads", "1", "--json")  # llama.cpp makes it 512
     with _started(plain, *options, n_lines=1) as found:
         told = json.loads(found.lines[0])
         children = _children(found.process.pid)
         assert len(children) == 1
         assert told["chat_format"] == "chatml"
         assert told["model"] == "plain"
+        with _client(told["url"]) as client:
+            done = client.completions.create(model="plain", prompt="x" * 400, max_tokens=2)
+            assert done.usage.total_tokens == 402
         found.process.send_signal(signal.SIGTERM)
         with _deadline(found.process):
             assert found.process.wait() == 0
@@ -408,10 +430,17 @@ def test_kernels_and_context_are_imposed_where_llama_cpp_python_has_no_setting()
 
 def test_other_machines_are_warned_of() -> None:
     settings = SimpleNamespace(
-        shape=Shape(64), checked=None, n_threads=1, chat_format=None, needed=1, needed_by="estimate"
+        shape=Shape(64),
+        checked=None,
+        n_threads=1,
+        chat_format=None,
+        needed=1,
+        needed_by="estimate",
+        n_ctx_train=32,
     )
     server: Any = SimpleNamespace(
         settings=settings, place=Place(host="0.0.0.0"), safe_kernels=False, url="http://[::1]:1/v1"
     )
     assert "other machines may ask, without a key: see --api-key" in conditions(server)
+    assert conditions(server).startswith("context 64 (trained for 32), cache")
     assert "curl 'http://[::1]:1/v1/chat/completions'" in curl(server)

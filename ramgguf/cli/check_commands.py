@@ -13,11 +13,10 @@ from ramgguf.cli import memory_options as mem
 from ramgguf.cli import options as opt
 from ramgguf.footprint import parse_cache_types
 from ramgguf.footprint_formula import Shape
-from ramgguf.machine import Available, available_memory, within_cgroup
+from ramgguf.machine import Available, memory_limit
 from ramgguf.parallel import default_threads
 from ramgguf.report.check import markdown as _markdown
 from ramgguf.report.check import print_check, print_ratios
-from ramgguf.units import parse_size
 
 FAILED = 3  # the exit status of a file that does not pass
 
@@ -87,9 +86,7 @@ def check(
 
 def limit(memory: str | None) -> Available:
     """Return what --memory names, or what the cgroup leaves of it; by default what is left here."""
-    if memory is None:
-        return available_memory()
-    return within_cgroup(Available(parse_size(memory), "--memory"))
+    return memory_limit(memory)
 
 
 def _json(results: list[CheckResult]) -> str:

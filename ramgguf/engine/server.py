@@ -21,6 +21,7 @@ from ramgguf.errors import EngineError
 from ramgguf.gguf_values import ggml_type
 
 _SAMPLE_TOKENS = 64  # enough for the kernels of whole batches
+_CONTEXT_STEP = 256  # llama.cpp rounds contexts up to it, and llama-cpp-python has to know
 _FILES_TEMPLATE = "chat_template.default"  # llama-cpp-python's name of it
 
 
@@ -127,7 +128,7 @@ def _loaded(package: Any, request: Serve) -> Any:
     model = package.settings.ModelSettings.model_construct(
         model=request.path,
         model_alias=request.alias,
-        n_ctx=request.n_ctx,
+        n_ctx=-(-request.n_ctx // _CONTEXT_STEP) * _CONTEXT_STEP,
         n_batch=N_BATCH,
         n_ubatch=N_UBATCH,
         n_threads=request.n_threads,
@@ -152,7 +153,9 @@ def _loaded(package: Any, request: Serve) -> Any:
         raise EngineError(
             f"{request.path}: llama.cpp cannot serve it ({_told(e)}); run with -v to see why"
         ) from None
-    _try(package.app._llama_proxy(), request)
+    loaded = package.app._llama_proxy()
+    loaded.model_path = request.alias  # answers call the model so where a request names none
+    _try(loaded, request)
     return app
 
 

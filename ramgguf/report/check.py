@@ -4,12 +4,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from rich.console import Console
-from rich.table import Table
 
 from ramgguf.check_result import CheckResult, Spread
+from ramgguf.report.grid import Column, Grid, to_rich
 from ramgguf.units import format_bytes, format_seconds
 
-_HEADERS = ("", "median", "low–high", "n")
+_COLUMNS = (
+    Column("", number=False),
+    Column("median"),
+    Column("low–high", number=False),
+    Column("n"),
+)
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,11 @@ def lines(result: CheckResult) -> Iterator[Line]:
         yield Line("answers less likely to the reference, nats/token", f"{mean:.2f}")
 
 
+def check_grid(result: CheckResult) -> Grid:
+    """Return the rows as a table."""
+    return Grid("", _COLUMNS, tuple((i.what, i.value, i.spread, i.n) for i in lines(result)))
+
+
 def _spread(what: str, spread: Spread, digits: int = 1) -> Line:
     low, high = f"{spread.low:.{digits}f}", f"{spread.high:.{digits}f}"
     return Line(what, f"{spread.median:.{digits}f}", f"{low}–{high}", str(spread.n))
@@ -76,12 +86,7 @@ def conditions(result: CheckResult) -> str:
 
 def print_check(result: CheckResult, console: Console, *, verbose: bool = False) -> None:
     """Print the table, the answers if asked for, the verdict and what to change."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for k, header in enumerate(_HEADERS):
-        table.add_column(header, justify="left" if k in (0, 2) else "right", overflow="fold")
-    for line in lines(result):
-        table.add_row(line.what, line.value, line.spread, line.n)
-    console.print(table)
+    console.print(to_rich(check_grid(result), header_style="bold"))
     console.print(conditions(result), soft_wrap=True)
     for answer in result.answers if verbose or not result.passed else ():
         signs = f"  ({'; '.join(answer.signs)})" if answer.signs else ""

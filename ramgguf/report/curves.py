@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from html import escape
 
 from rich.console import Console
-from rich.table import Table
 
 from ramgguf.curves import Frontier
 from ramgguf.predictions import Prediction, predict
+from ramgguf.report.grid import Column, Grid, to_rich
 from ramgguf.schema import Plan
 from ramgguf.units import format_bytes
 
@@ -48,24 +48,24 @@ def _expected(frontier: Frontier, index: int) -> Prediction | None:
     return frontier.predictions[index] if frontier.predictions else None
 
 
-def curve_table(frontier: Frontier, plans: Sequence[Plan] = ()) -> Table:
+def curve_grid(frontier: Frontier, plans: Sequence[Plan] = ()) -> Grid:
     """Return sizes, bpw, what is expected, and what 1 % more bytes would lower the cost by."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
     predicted = ("KLD", "95 %", "PPL ×", "95 %") if frontier.predictions else (frontier.objective,)
-    for column in ("size", "bpw", *predicted, "next 1 %"):
-        table.add_column(column, justify="right")
-    table.add_column("")
+    headings = ("size", "bpw", *predicted, "next 1 %")
+    table = []
     for row in rows(frontier, plans):
         later = cost_at(frontier, round(row.n_bytes * 1.01))
         saved = 1 - later / row.cost if row.cost > 0 and later is not None else None
-        table.add_row(
-            format_bytes(row.n_bytes),
-            f"{frontier.bpw(row.n_bytes):.3f}",
-            *_told(row),
-            "–" if saved is None else f"−{saved:.1%}",
-            row.mark,
+        table.append(
+            (
+                format_bytes(row.n_bytes),
+                f"{frontier.bpw(row.n_bytes):.3f}",
+                *_told(row),
+                "–" if saved is None else f"−{saved:.1%}",
+                row.mark,
+            )
         )
-    return table
+    return Grid("", (*map(Column, headings), Column("", number=False)), tuple(table))
 
 
 def _told(row: Row) -> tuple[str, ...]:
@@ -93,20 +93,23 @@ def cost_at(frontier: Frontier, n_bytes: int) -> float | None:
     return cost if n_bytes == before else None
 
 
-def print_curve(frontier: Frontier, plans: Sequence[Plan], console: Console) -> None:
-    """Print the frontier's table and notes."""
-    console.print(curve_table(frontier, plans))
-    console.print(
-        f"{len(frontier.steps) + 1} optimal plans of {len(frontier.tensors)} tensors, "
-        f"{frontier.bpw(frontier.start_bytes):.2f} to {frontier.bpw(frontier.end_bytes):.2f} bpw"
-    )
+def remarks(frontier: Frontier, plans: Sequence[Plan] = ()) -> list[str]:
+    """Return how many plans there are, how near the optimum those asked for, and the notes."""
+    ends = f"{frontier.bpw(frontier.start_bytes):.2f} to {frontier.bpw(frontier.end_bytes):.2f} bpw"
+    told = [f"{len(frontier.steps) + 1} optimal plans of {len(frontier.tensors)} tensors, {ends}"]
     for plan in plans:
         gap = f"within {plan.gap:.1g} of the optimum" if plan.gap else "the optimum"
-        console.print(f"asked for {plan.budget:,} bytes: {plan.n_bytes:,}, proven {gap}")
+        told.append(f"asked for {plan.budget:,} bytes: {plan.n_bytes:,}, proven {gap}")
     if frontier.predicted_from is not None:
-        console.print(f"predicted from {frontier.predicted_from}", soft_wrap=True)
-    for note in frontier.notes:
-        console.print(f"note: {note}")
+        told.append(f"predicted from {frontier.predicted_from}")
+    return told + [f"note: {note}" for note in frontier.notes]
+
+
+def print_curve(frontier: Frontier, plans: Sequence[Plan], console: Console) -> None:
+    """Print the frontier's table and notes."""
+    console.print(to_rich(curve_grid(frontier, plans), header_style="bold"))
+    for line in remarks(frontier, plans):
+        console.print(line, soft_wrap=True, markup=False)
 
 
 WIDTH, HEIGHT = 800, 480

@@ -46,15 +46,15 @@ class Grid:
         return Grid(self.title, columns, tuple(tuple(row[i] for i in kept) for row in self.rows))
 
 
-def to_rich(grid: Grid) -> Table:
+def to_rich(grid: Grid, *, header_style: str = "dim") -> Table:
     """Return the grid for a terminal: no borders, numbers to the right."""
     table = Table(
-        title=grid.title,
+        title=grid.title or None,
         title_justify="left",
         title_style="bold",
         box=None,
         pad_edge=False,
-        header_style="dim",
+        header_style=header_style,
     )
     for column in grid.columns:
         table.add_column(
@@ -98,9 +98,9 @@ def to_html(grid: Grid) -> str:
         for column in grid.columns
     )
     body = "".join(f"<tr>{_html_row(grid, row)}</tr>\n" for row in grid.rows)
-    caption = html.escape(grid.title)
+    caption = f"<caption>{html.escape(grid.title)}</caption>" if grid.title else ""
     return (
-        f'<div class="scroll"><table><caption>{caption}</caption>\n'
+        f'<div class="scroll"><table>{caption}\n'
         f"<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody></table></div>\n"
     )
 

@@ -1,27 +1,35 @@
 """Where the memory goes, for the terminal."""
 
 from rich.console import Console
-from rich.table import Table
 
+from ramgguf.report.grid import Column, Grid, to_rich
 from ramgguf.schema import MemoryBudget, MemoryUse
 from ramgguf.units import format_bytes
+
+_COLUMNS = ("weights", "cache", "compute", "overhead", "sum", "limit", "margin")
+
+
+def memory_grid(memory: MemoryBudget) -> Grid:
+    """Return the breakdown of RAM and the GPU: weights, cache, compute, overhead and margin."""
+    rows = [("RAM", *_cells(memory.ram, memory.limit))]
+    if memory.vram is not None:
+        rows.append(("GPU", *_cells(memory.vram, memory.vram_limit)))
+    return Grid("", (Column("memory", number=False), *map(Column, _COLUMNS)), tuple(rows))
+
+
+def context(memory: MemoryBudget) -> str:
+    """Return what the memory is for, and who limits it."""
+    sequences = f" for each of {memory.n_seq} sequences" if memory.n_seq > 1 else ""
+    return (
+        f"context {memory.n_ctx} tokens{sequences}, cache in {memory.type_k}/{memory.type_v}; "
+        f"limit: {memory.limit_source}"
+    )
 
 
 def print_memory(memory: MemoryBudget, console: Console) -> None:
     """Print the breakdown: weights, cache, compute, overhead and margin of RAM and the GPU."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("memory", "weights", "cache", "compute", "overhead", "sum", "limit", "margin"):
-        table.add_column(column, justify="left" if column == "memory" else "right")
-    table.add_row("RAM", *_cells(memory.ram, memory.limit))
-    if memory.vram is not None:
-        table.add_row("GPU", *_cells(memory.vram, memory.vram_limit))
-    console.print(table)
-    sequences = f" for each of {memory.n_seq} sequences" if memory.n_seq > 1 else ""
-    console.print(
-        f"context {memory.n_ctx} tokens{sequences}, cache in {memory.type_k}/{memory.type_v}; "
-        f"limit: {memory.limit_source}",
-        soft_wrap=True,
-    )
+    console.print(to_rich(memory_grid(memory), header_style="bold"))
+    console.print(context(memory), soft_wrap=True)
     for line in remarks(memory):
         console.print(f"note: {line}", soft_wrap=True)
 

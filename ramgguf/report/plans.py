@@ -4,37 +4,42 @@ from collections import Counter
 from collections.abc import Iterable
 
 from rich.console import Console
-from rich.table import Table
 
 from ramgguf.objectives import DEFAULT_OBJECTIVE
 from ramgguf.parallel import default_threads
 from ramgguf.predictions import predict, source
 from ramgguf.refinements import Refinement
+from ramgguf.report.grid import Column, Grid, to_rich
 from ramgguf.report.memory import print_memory
 from ramgguf.schema import Assignment, Plan
 from ramgguf.sensing_cost import N_TOKENS, sensing_seconds
 from ramgguf.units import format_bytes, format_seconds
 
 
-def role_table(plan: Plan) -> Table:
+def role_grid(plan: Plan) -> Grid:
     """Return one row per role: tensors, formats with their counts, bytes, bpw, share of cost."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("role")
-    table.add_column("formats (tensors)", overflow="fold")
-    for column in ("bytes", "bpw", "cost"):
-        table.add_column(column, justify="right")
+    columns = (
+        Column("role", number=False),
+        Column("formats (tensors)", number=False),
+        Column("bytes"),
+        Column("bpw"),
+        Column("cost"),
+    )
+    rows = []
     for role, members in _by_role(plan.assignments):
         counts = Counter(a.format for a in members)
         n_bytes, n_weights = sum(a.n_bytes for a in members), sum(a.n_weights for a in members)
         cost = sum(a.cost for a in members)
-        table.add_row(
-            role,
-            "  ".join(f"{name} ×{n}" for name, n in counts.most_common()),
-            format_bytes(n_bytes),
-            f"{8 * n_bytes / n_weights:.2f}",
-            f"{cost / plan.total_cost:.1%}" if plan.total_cost > 0 else "–",
+        rows.append(
+            (
+                role,
+                "  ".join(f"{name} ×{n}" for name, n in counts.most_common()),
+                format_bytes(n_bytes),
+                f"{8 * n_bytes / n_weights:.2f}",
+                f"{cost / plan.total_cost:.1%}" if plan.total_cost > 0 else "–",
+            )
         )
-    return table
+    return Grid("", columns, tuple(rows))
 
 
 def _by_role(assignments: Iterable[Assignment]) -> list[tuple[str, list[Assignment]]]:
@@ -44,16 +49,19 @@ def _by_role(assignments: Iterable[Assignment]) -> list[tuple[str, list[Assignme
     return sorted(roles.items(), key=lambda r: -sum(a.n_bytes for a in r[1]))
 
 
+def size(plan: Plan) -> str:
+    """Return the bytes of the file, of its weights, and the bits per weight."""
+    data, used = sum(a.n_bytes for a in plan.assignments), plan.n_bytes / plan.budget
+    return (
+        f"file {plan.n_bytes:,} bytes ({used:.2%} of the budget), weights {data:,} bytes, "
+        f"{plan.bpw:.3f} bpw"
+    )
+
+
 def print_plan(plan: Plan, console: Console, *, verbose: bool = False) -> None:
     """Print the plan: per role, in total, how near the optimum, what more budget would buy."""
-    console.print(role_table(plan))
-    data = sum(a.n_bytes for a in plan.assignments)
-    used = plan.n_bytes / plan.budget
-    console.print(
-        f"file {plan.n_bytes:,} bytes ({used:.2%} of the budget), weights {data:,} bytes, "
-        f"{plan.bpw:.3f} bpw",
-        soft_wrap=True,
-    )
+    console.print(to_rich(role_grid(plan), header_style="bold"))
+    console.print(size(plan), soft_wrap=True)
     if plan.memory is not None:
         print_memory(plan.memory, console)
     console.print(optimality(plan), soft_wrap=True)

@@ -24,8 +24,10 @@ def conditions(server: Server) -> str:
     """Return the settings in one sentence."""
     settings, place = server.settings, server.place
     shape, checked = settings.shape, settings.checked
+    trained = settings.n_ctx_train
+    beyond = f" (trained for {trained})" if trained is not None and trained < shape.n_ctx else ""
     told = [
-        f"context {shape.n_ctx}",
+        f"context {shape.n_ctx}{beyond}",
         f"cache {shape.type_k}/{shape.type_v}",
         f"{settings.n_threads} thread{'s' if settings.n_threads > 1 else ''}",
         f"chat in {settings.chat_format or 'the file’s template'}",

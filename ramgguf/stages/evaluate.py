@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ramgguf.corpus import Recipe
+from ramgguf.documents import Drawn
 from ramgguf.engine.client import CrashError
 from ramgguf.errors import EngineError
 from ramgguf.gguf_io import open_gguf
@@ -16,7 +17,7 @@ from ramgguf.stages.scoring import Run, Settings, score
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class Evaluation(Drawn):
     """Results in the order of the models, and what went wrong, one message per failed model.
 
     A model that failed midway has a result with its finished sequences; one that did not load has

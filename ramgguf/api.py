@@ -1,6 +1,7 @@
 """The Python interface: each function is one command, from files to values and files."""
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -145,6 +146,7 @@ def quantize(
     force: bool = False,
     verify: bool = True,
     threads: int | None = None,
+    executor: Executor | None = None,
     progress: Progress | None = None,
     announce: Callable[[str], None] = lambda _: None,
     **options: Unpack[PlanOptions],
@@ -154,7 +156,8 @@ def quantize(
     Needs a budget, memory (with or without a budget) or a ready plan; a ready measurement saves
     measuring again; options are those of plan, imatrix and hessian are as in measure. Without a
     ready plan, refine is how many swaps of formats are tried by forward passes, whose cost announce
-    is told. output is by default beside the model and named after the plan's bits per weight.
+    is told, on the workers of an executor if there is one. output is by default beside the model
+    and named after the plan's bits per weight.
     Raises RamggufError; an older output is then untouched.
     """
     clock, n_threads, shown = Clock(), threads or default_threads(), progress or Silent()
@@ -206,6 +209,7 @@ def quantize(
                         imatrix=imatrix,
                         journal=journal,
                         threads=n_threads,
+                        executor=executor,
                         progress=shown,
                         announce=announce,
                     )
@@ -244,6 +248,7 @@ def evaluate(
     jsonl: str | Path | None = None,
     resume: bool = False,
     threads: int | None = None,
+    executor: Executor | None = None,
     verbose: bool = False,
     progress: Progress | None = None,
 ) -> Evaluation:
@@ -253,6 +258,7 @@ def evaluate(
     split) is given. With a reference, KLD and the like are measured against it. Raises EngineError
     when nothing could be scored; a model that fails midway leaves its finished sequences. Where
     llama.cpp's repacked kernels crash (safe_kernels None), all models are scored without them.
+    With an executor, its workers score the sequences (docs/scale.md), with `threads` threads each.
     """
     if text is not None and dataset is not None:
         raise EngineError("either a text or a dataset can be scored, not both")
@@ -270,6 +276,7 @@ def evaluate(
         verbose=verbose,
         jsonl=Path(jsonl) if jsonl is not None else None,
         resume=resume,
+        executor=executor,
         progress=progress,
     )
 

@@ -27,7 +27,10 @@ class RunRecord(_Value):
 
 
 class SequenceRecord(_Value):
-    """A sequence of a run is finished: its scores, or that its logits were broken."""
+    """A sequence of a run is finished: its scores, or that its logits were broken.
+
+    cpu is the name of the CPU that computed it, where that is not the run's.
+    """
 
     record: Literal["sequence"] = "sequence"
     run: str
@@ -36,6 +39,7 @@ class SequenceRecord(_Value):
     broken: BrokenSequence | None = None
     seconds: float
     decode_seconds: float
+    cpu: str | None = None
 
 
 class FailureRecord(_Value):
@@ -55,8 +59,13 @@ def run_id(result: EvalResult) -> str:
 
     Runs with the same one (same files, tokens, llama.cpp, CPU, settings) give the same numbers.
     """
-    said = result.model_copy(update={"notes": ()}).model_dump_json()
+    said = result.model_copy(update={"notes": ()}).model_dump_json(exclude={"cpus"})
     return hashlib.sha256(said.encode()).hexdigest()[:16]
+
+
+def _but_cpu(result: EvalResult) -> EvalResult:
+    engine = result.engine.model_copy(update={"cpu": ""})
+    return result.model_copy(update={"notes": (), "engine": engine})
 
 
 def _kld_quantiles(sequences: Sequence[SequenceScore]) -> Quantiles | None:
@@ -115,6 +124,19 @@ class Journal:
         """Return the run's finished sequences by index."""
         return self._done.setdefault(run, {})
 
+    def begin(self, blank: EvalResult) -> tuple[str, EvalResult]:
+        """Return the run of which this is the result without sequences, and what it announced.
+
+        A run goes on where only the CPU's name is another: what kernels are chosen by are its
+        features, which the engine's settings tell.
+        """
+        run = run_id(blank)
+        if run not in self._announced:
+            wanted = _but_cpu(blank)
+            run = next((r for r, a in self._announced.items() if _but_cpu(a) == wanted), run)
+        self.announce(run, blank)
+        return run, self._announced[run]
+
     def announce(self, run: str, result: EvalResult) -> None:
         """Record that the run begins, once."""
         if run not in self._announced:
@@ -137,11 +159,13 @@ class Journal:
         records = [record for _, record in sorted(self.done(run).items())]
         sequences = tuple(r.score for r in records if r.score is not None)
         broken = tuple(r.broken for r in records if r.broken is not None)
+        others = {r.cpu for r in records if r.cpu is not None}
         missing = blank.protocol.n_seq - len(sequences) - len(broken)
         return blank.model_copy(
             update={
                 "sequences": sequences,
                 "broken": broken,
+                "cpus": tuple(sorted({blank.engine.cpu, *others})) if others else (),
                 "kld_quantiles": _kld_quantiles(sequences),
                 "failure": self._failures.get(run) if missing else None,
                 "seconds": sum(r.seconds for r in records),

@@ -12,13 +12,17 @@ from ramgguf.schema import _Value
 
 
 class RefineSettings(_Value):
-    """What a refinement was settled to do; ids are of proposal, acceptance and report."""
+    """What a refinement was settled to do; ids are of proposal, acceptance and report.
+
+    fingerprint is of the unchanged model's logits: where another one is found, numbers differ.
+    """
 
     plan_sha256: str
     budget: int
     tokens: str
     seed: int
     ids: tuple[tuple[tuple[int, ...], ...], ...]
+    fingerprint: str | None = None
     promise: str
 
     @cached_property

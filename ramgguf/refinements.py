@@ -32,7 +32,7 @@ class Refinement(_Value):
     """How a plan was changed by trials: real KLD, weights decoded to the source's own type.
 
     Swaps were proposed by what `proposal` told, and each was taken because it lowered the KLD over
-    `acceptance`; `report` are tokens that decided nothing.
+    `acceptance`; `report` are tokens that decided nothing. cpus names the CPUs that computed.
     """
 
     tokens: str
@@ -42,3 +42,4 @@ class Refinement(_Value):
     proposal: KLDChange
     acceptance: KLDChange
     report: KLDChange
+    cpus: tuple[str, ...] = ()

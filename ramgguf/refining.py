@@ -1,6 +1,7 @@
 """The Python interface to refinement: one function, from a plan to one that trials made better."""
 
 from collections.abc import Callable
+from concurrent.futures import Executor
 from pathlib import Path
 
 from ramgguf.errors import EngineError, PlanError
@@ -15,6 +16,7 @@ from ramgguf.schema import Measurement, Plan
 from ramgguf.scratch import scratch_folder
 from ramgguf.sensitivities import Sensitivity
 from ramgguf.stages import refine as _refine
+from ramgguf.work.opening import passes_over
 
 
 def refine(
@@ -30,6 +32,7 @@ def refine(
     journal: str | Path | None = None,
     folder: str | Path | None = None,
     threads: int | None = None,
+    executor: Executor | None = None,
     progress: Progress | None = None,
     announce: Callable[[str], None] = lambda _: None,
 ) -> Plan:
@@ -40,6 +43,7 @@ def refine(
     on; its `refinement` says what was swapped, and the KLD over tokens that decided nothing.
     tokens are as in sensitivity; journal keeps every trial, and a run that was killed goes on from
     it; folder takes a copy of the model meanwhile. announce is told the cost before it is spent.
+    executor is as in sensitivity.
 
     Raises GGUFError, ImatrixError, PlanError for what does not belong together, EngineError when
     llama.cpp is missing or fails.
@@ -56,19 +60,27 @@ def refine(
     if (weighed.source.identity if weighed else None) != (plan.imatrix and plan.imatrix.identity):
         raise PlanError("the plan was made with another importance matrix, or none; give the same")
     request = Request(encoder=plan.encoder, tokens=kind, corpus=corpus, seed=seed, imatrix=weighed)
+    copies = Path(folder) if folder is not None else None
     with (
         open_gguf(local_path(model), kind_check=True) as file,
-        scratch_folder(Path(folder) if folder is not None else None, error=EngineError) as scratch,
+        scratch_folder(copies if executor is None else None, error=EngineError) as scratch,
     ):
+        opening = passes_over(
+            file,
+            request,
+            scratch=scratch,
+            threads=threads or default_threads(),
+            executor=executor,
+            workers_folder=copies,
+        )
         return _refine.refine(
             file,
             plan,
             measurement,
             used,
             _refine.Refining(n_trials, request),
-            folder=scratch,
+            opening,
             journal_path=Path(journal) if journal is not None else scratch / "journal",
-            threads=threads or default_threads(),
             progress=progress or Silent(),
             announce=announce,
         )

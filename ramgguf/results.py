@@ -181,7 +181,8 @@ class EvalResult(Document):
     sequences holds the finished ones and broken those with NaN or inf logits; failure says why
     the others are missing (llama.cpp crashed). token_ids_sha256 is of
     all sequences' token ids (little-endian int32), so two results with the same one scored the
-    same tokens. kld_quantiles are over all scored tokens of the finished sequences.
+    same tokens. kld_quantiles are over all scored tokens of the finished sequences. cpus names the
+    CPUs that computed, where there were several.
     """
 
     KIND: ClassVar[str] = "eval"
@@ -197,6 +198,7 @@ class EvalResult(Document):
     sequences: tuple[SequenceScore, ...]
     broken: tuple[BrokenSequence, ...] = ()
     kld_quantiles: Quantiles | None = None
+    cpus: tuple[str, ...] = ()
     failure: str | None = None
     notes: tuple[str, ...] = ()
     seconds: NonNegativeFloat = 0.0

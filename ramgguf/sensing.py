@@ -1,6 +1,7 @@
 """The Python interface to sensitivities: one function, from a model's file to a Sensitivity."""
 
 from collections.abc import Callable
+from concurrent.futures import Executor
 from pathlib import Path
 
 from ramgguf.errors import EngineError, ImatrixError, PlanError
@@ -15,6 +16,7 @@ from ramgguf.scratch import scratch_folder
 from ramgguf.sensitivities import Sensitivity
 from ramgguf.stages import sensitivity as _sensitivity
 from ramgguf.stages.reweigh import reweighed
+from ramgguf.work.opening import passes_over
 
 DEFAULT_SECONDS = 1200.0
 
@@ -32,6 +34,7 @@ def sensitivity(
     journal: str | Path | None = None,
     folder: str | Path | None = None,
     threads: int | None = None,
+    executor: Executor | None = None,
     progress: Progress | None = None,
     announce: Callable[[str], None] = lambda _: None,
 ) -> Sensitivity:
@@ -43,6 +46,9 @@ def sensitivity(
     agree exactly. journal keeps every reading, and a run that was killed goes on from it; folder
     takes a copy of the model meanwhile, by default the system's temporary folder. announce is told
     what is going to be done, and for how long.
+
+    With an executor, the passes run on its workers (docs/scale.md), with `threads` threads each;
+    folder is then theirs. Equal kernels and threads give equal numbers.
 
     Raises GGUFError, ImatrixError, PlanError for a model or journal that does not suit,
     EngineError when llama.cpp is missing or fails.
@@ -57,16 +63,24 @@ def sensitivity(
         seconds=seconds,
         imatrix=weighed_by(imatrix, hessian, encoder),
     )
+    copies = Path(folder) if folder is not None else None
     with (
         open_gguf(local_path(model), kind_check=True) as file,
-        scratch_folder(Path(folder) if folder is not None else None, error=EngineError) as scratch,
+        scratch_folder(copies if executor is None else None, error=EngineError) as scratch,
     ):
+        opening = passes_over(
+            file,
+            request,
+            scratch=scratch,
+            threads=threads or default_threads(),
+            executor=executor,
+            workers_folder=copies,
+        )
         return _sensitivity.sensitivity(
             file,
             request,
-            folder=scratch,
+            opening,
             journal_path=Path(journal) if journal is not None else scratch / "journal",
-            threads=threads or default_threads(),
             progress=progress or Silent(),
             announce=announce,
         )

@@ -70,7 +70,8 @@ class TensorSensitivity(_Value):
 class Sensitivity(Document):
     """The sensitivities of all tensors that can be quantized, in the order of the file.
 
-    With an importance matrix, α is per unit of the NMSE that it weighs.
+    With an importance matrix, α is per unit of the NMSE that it weighs. cpus names the CPUs that
+    computed.
     """
 
     KIND: ClassVar[str] = "sensitivity"
@@ -80,6 +81,7 @@ class Sensitivity(Document):
     encoder: Encoder
     imatrix: ImportanceSource | None = None
     engine: str
+    cpus: tuple[str, ...] = ()
     tokens: ProbeTokens
     tensors: tuple[TensorSensitivity, ...]
     seconds: NonNegativeFloat = 0.0

@@ -12,7 +12,10 @@ from ramgguf.sensitivities import ProbeTokens, Reading
 
 
 class Settings(_Value):
-    """What a run was settled to do: tokens, tensors, and what was promised about its cost."""
+    """What a run was settled to do: tokens, tensors, and what was promised about its cost.
+
+    fingerprint is of the unchanged model's logits: where another one is found, numbers differ.
+    """
 
     source: Source
     encoder: Encoder
@@ -20,6 +23,7 @@ class Settings(_Value):
     tokens: ProbeTokens
     ids: tuple[tuple[int, ...], ...]
     names: tuple[str, ...]
+    fingerprint: str | None = None
     promise: str
     notes: tuple[str, ...]
 

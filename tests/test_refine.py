@@ -23,6 +23,7 @@ from ramgguf.refine_journal import RefineJournal
 from ramgguf.schema import Measurement, Plan
 from ramgguf.simulation import simulated
 from ramgguf.stages.refine import FIRST_SEQUENCE, Refining, refine
+from ramgguf.work.opening import passes_over
 from tiny_models import write_tiny_model
 
 pytest.importorskip("llama_cpp")
@@ -60,9 +61,8 @@ def _refined(
             curves,
             costing(plan.objective, curves),
             replace(WANTED, n_trials=n_trials),
-            folder=folder,
+            passes_over(file, WANTED.request, scratch=folder, threads=1),
             journal_path=folder / "journal",
-            threads=1,
             progress=Silent(),
         )
 

@@ -26,6 +26,7 @@ from ramgguf.schema import Encoder
 from ramgguf.sensitivities import Sensitivity, TokenKind
 from ramgguf.stages.sensitivity import sensitivity
 from ramgguf.token_statistics import standard_error
+from ramgguf.work.opening import passes_over
 from tiny_models import write_tiny_model
 
 pytest.importorskip("llama_cpp")
@@ -42,9 +43,8 @@ def _measured(model: Path, folder: Path, request: Request = QUICK) -> Sensitivit
         return sensitivity(
             file,
             request,
-            folder=folder,
+            passes_over(file, request, scratch=folder, threads=1),
             journal_path=folder / "journal",
-            threads=1,
             progress=Silent(),
         )
 

@@ -28,4 +28,4 @@ if ! ls "$wheels"/*.whl >/dev/null 2>&1; then
 fi
 $pip install "$wheels"/llama_cpp_python-*.whl
 $pip install 'scikit-build-core>=0.11' 'pybind11>=2.13' cmake ninja
-$pip install --no-build-isolation -Ccmake.define.RAMGGUF_WERROR=ON -e '.[eval,report,server,hub,dev]'
+$pip install --no-build-isolation -Ccmake.define.RAMGGUF_WERROR=ON -e '.[eval,report,server,hub,cluster,dev]'

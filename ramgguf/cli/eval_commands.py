@@ -18,6 +18,7 @@ from ramgguf.report.results import eval_csv, eval_json, eval_markdown, print_eva
 from ramgguf.result_files import read_material
 from ramgguf.results import EvalResult
 from ramgguf.units import format_bytes
+from ramgguf.work.executors import connected
 
 
 def register(app: typer.Typer) -> None:
@@ -89,6 +90,7 @@ def evaluate(
     resume: Resume = False,
     outlier: Outlier = 100.0,
     threads: opt.Threads = None,
+    workers: opt.Workers = None,
     as_json: opt.AsJson = False,
     as_markdown: AsMarkdown = False,
     as_csv: AsCsv = False,
@@ -98,24 +100,26 @@ def evaluate(
     """Score models by llama.cpp on the CPU, sequence by sequence."""
     style = _Style(as_json, as_markdown, as_csv)
     terminal = opt.Terminal.make(quiet=quiet, as_json=style.for_programs)
-    found = api.evaluate(
-        [terminal.fetched(model) for model in models],
-        reference and terminal.fetched(reference),
-        protocol=_protocol(protocol),
-        n_ctx=seq_len,
-        n_seq=n_seq,
-        seed=seed,
-        bos=bos,
-        text=text,
-        dataset=dataset,
-        split=split,
-        safe_kernels=safe_kernels,
-        jsonl=output,
-        resume=resume,
-        threads=threads,
-        verbose=verbose,
-        progress=terminal.progress,
-    )
+    with connected(workers) as executor:
+        found = api.evaluate(
+            [terminal.fetched(model) for model in models],
+            reference and terminal.fetched(reference),
+            protocol=_protocol(protocol),
+            n_ctx=seq_len,
+            n_seq=n_seq,
+            seed=seed,
+            bos=bos,
+            text=text,
+            dataset=dataset,
+            split=split,
+            safe_kernels=safe_kernels,
+            jsonl=output,
+            resume=resume,
+            threads=threads,
+            executor=executor,
+            verbose=verbose,
+            progress=terminal.progress,
+        )
     _show(found.results, terminal, outlier, style)
     for failure in found.failures:
         terminal.err.print(f"error: {failure}", markup=False)

@@ -17,6 +17,7 @@ from ramgguf.planning import PlanOptions
 from ramgguf.report.plans import print_plan
 from ramgguf.schema import Measurement, Plan
 from ramgguf.units import format_bytes, format_seconds, parse_size
+from ramgguf.work.executors import connected
 
 
 def register(app: typer.Typer) -> None:
@@ -111,6 +112,7 @@ def quantize(
     export_tensor_types: ExportTypes = None,
     force: opt.Force = False,
     threads: opt.Threads = None,
+    workers: opt.Workers = None,
     as_json: opt.AsJson = False,
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
@@ -129,46 +131,53 @@ def quantize(
         )
     if imatrix and calibrate:
         raise typer.BadParameter("give one importance matrix", param_hint="--imatrix")
+    if workers and not (refine or sensitivity == "measure"):
+        raise typer.BadParameter(
+            "workers run passes: of --refine or --sensitivity measure", param_hint="--executor"
+        )
     chosen = opt.encoder(encoder)
     model = terminal.fetched(model)
     weighed = Weighed(imatrix, hessian)
     if calibrate:
         weighed = calibrated(model, calibrate, threads, terminal, hessians=chosen == "gptq")
-    sensed = load_or_measure(
-        model,
-        sensitivity,
-        encoder=chosen,
-        weighed=weighed,
-        limit=sensitivity_time,
-        threads=threads,
-        terminal=terminal,
-    )
-    made = api.quantize(
-        model,
-        budget,
-        output,
-        memory=request,
-        from_plan=Plan.load(plan_file) if plan_file else None,
-        measurement=Measurement.load(measurement) if measurement else None,
-        formats=opt.split_formats(formats),
-        encoder=chosen,
-        imatrix=weighed.imatrix,
-        hessian=weighed.hessian,
-        allow_requantize=allow_requantize,
-        objective=objective,
-        sensitivity=sensed,
-        min_sqnr_db=min_sqnr,
-        pins=pin or (),
-        ties=tie or (),
-        min_formats=min_format or (),
-        refine=refine,
-        split_max_bytes=parse_size(split_max_size) if split_max_size else None,
-        force=force,
-        verify=verify,
-        threads=threads,
-        progress=terminal.progress,
-        announce=terminal.announce,
-    )
+    with connected(workers) as executor:
+        sensed = load_or_measure(
+            model,
+            sensitivity,
+            encoder=chosen,
+            weighed=weighed,
+            limit=sensitivity_time,
+            threads=threads,
+            executor=executor,
+            terminal=terminal,
+        )
+        made = api.quantize(
+            model,
+            budget,
+            output,
+            memory=request,
+            from_plan=Plan.load(plan_file) if plan_file else None,
+            measurement=Measurement.load(measurement) if measurement else None,
+            formats=opt.split_formats(formats),
+            encoder=chosen,
+            imatrix=weighed.imatrix,
+            hessian=weighed.hessian,
+            allow_requantize=allow_requantize,
+            objective=objective,
+            sensitivity=sensed,
+            min_sqnr_db=min_sqnr,
+            pins=pin or (),
+            ties=tie or (),
+            min_formats=min_format or (),
+            refine=refine,
+            split_max_bytes=parse_size(split_max_size) if split_max_size else None,
+            force=force,
+            verify=verify,
+            threads=threads,
+            executor=executor,
+            progress=terminal.progress,
+            announce=terminal.announce,
+        )
     export_plan(made.plan, save_plan, export_tensor_types, terminal)
     if as_json:
         print(json.dumps(_summary(made)))

@@ -95,6 +95,14 @@ TokenSeed = Annotated[int, typer.Option("--seed", min=0, help="Seed of the token
 Threads = Annotated[
     int | None, typer.Option("--threads", "-t", min=1, help="Threads; default: one per CPU.")
 ]
+Workers = Annotated[
+    str | None,
+    typer.Option(
+        "--executor",
+        metavar="WORKERS",
+        help="Who runs the passes: dask://HOST:PORT (a cluster), local:N; --threads for each.",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON, nothing else.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Print every tensor.")]

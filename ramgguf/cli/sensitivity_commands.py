@@ -1,5 +1,6 @@
 """The command that measures how much each tensor's error matters: sensitivity."""
 
+from concurrent.futures import Executor
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +15,7 @@ from ramgguf.report.sensing import print_sensitivity
 from ramgguf.schema import Encoder
 from ramgguf.sensitivities import Sensitivity
 from ramgguf.units import parse_seconds
+from ramgguf.work.executors import connected
 
 
 def register(app: typer.Typer) -> None:
@@ -44,6 +46,7 @@ def sensitivity(
     ] = None,
     force: opt.Force = False,
     threads: opt.Threads = None,
+    workers: opt.Workers = None,
     as_json: opt.AsJson = False,
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
@@ -56,21 +59,23 @@ def sensitivity(
     path = output or beside(model, f"{model.stem}.sens.json")
     opt.refuse_existing(path, force=force)
     journal = path.with_name(f"{path.name}.partial")
-    found = api.sensitivity(
-        terminal.fetched(model),
-        tokens=tokens,
-        encoder=opt.encoder(encoder),
-        imatrix=imatrix,
-        hessian=hessian,
-        n_sequences=sequences,
-        seed=seed,
-        seconds=parse_seconds(limit),
-        journal=journal,
-        folder=scratch,
-        threads=threads,
-        progress=terminal.progress,
-        announce=terminal.announce,
-    )
+    with connected(workers) as executor:
+        found = api.sensitivity(
+            terminal.fetched(model),
+            tokens=tokens,
+            encoder=opt.encoder(encoder),
+            imatrix=imatrix,
+            hessian=hessian,
+            n_sequences=sequences,
+            seed=seed,
+            seconds=parse_seconds(limit),
+            journal=journal,
+            folder=scratch,
+            threads=threads,
+            executor=executor,
+            progress=terminal.progress,
+            announce=terminal.announce,
+        )
     found.save(path)
     try:
         journal.unlink(missing_ok=True)
@@ -91,6 +96,7 @@ def load_or_measure(
     weighed: Weighed,
     limit: str,
     threads: int | None,
+    executor: Executor | None = None,
     terminal: opt.Terminal,
 ) -> Sensitivity | None:
     """Return what `--sensitivity` asks for; what is measured is kept beside the model.
@@ -115,6 +121,7 @@ def load_or_measure(
         seconds=parse_seconds(limit),
         journal=journal,
         threads=threads,
+        executor=executor,
         progress=terminal.progress,
         announce=terminal.announce,
     )

@@ -49,7 +49,11 @@ class ModelError(EngineError):
 
 
 class CrashError(ModelError):
-    """The worker process ended by itself."""
+    """The worker process ended by itself; code is its exit status, negative for a signal."""
+
+    def __init__(self, model: int, index: int | None, message: str, code: int | None) -> None:
+        super().__init__(model, index, message)
+        self.code = code
 
 
 class Engine:
@@ -135,14 +139,14 @@ class Engine:
         self, index: int, ids: TokenIds, first_target: int, *, has_reference: bool
     ) -> Iterator[Scored]:
         """Yield the scores of the sequence, one for each model, in the models' order."""
-        self._send(
-            Score(
-                index=index,
-                ids=pack_ids(ids),
-                first_target=first_target,
-                has_reference=has_reference,
-            )
+        request = Score(
+            index=index, ids=pack_ids(ids), first_target=first_target, has_reference=has_reference
         )
+        return self.answers(request)
+
+    def answers(self, request: Score) -> Iterator[Scored]:
+        """Yield the answers to a request for scores, one for each model."""
+        self._send(request)
         for _ in self._paths:
             yield self.receive(Scored)
 
@@ -192,6 +196,7 @@ class Engine:
             index,
             f"{path}: llama.cpp crashed {doing}: {_cause(code)}{hint}"
             + (f"; it said:{said}" if said else ""),
+            code,
         )
 
     def _read_stderr(self) -> None:

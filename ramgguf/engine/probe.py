@@ -25,7 +25,8 @@ from ramgguf.gguf_io import GGUFFile, TensorInfo
 class Probe:
     """A model loaded from a copy of its file in `folder`. Use as a context manager.
 
-    The copy takes as much disk as the model, and is removed at the end.
+    The copy takes as much disk as the model. It loses its name once it is loaded, so that nothing
+    is left of it however this process ends.
     """
 
     def __init__(
@@ -45,9 +46,8 @@ class Probe:
                 safe_kernels=True,
                 verbose=verbose,
             )
-        except BaseException:
+        finally:
             self._remove()
-            raise
 
     def _copy(self) -> None:
         for original, copy in zip(self._file.paths, self._paths, strict=True):
@@ -64,7 +64,6 @@ class Probe:
         self, kind: type[BaseException] | None, e: BaseException | None, at: TracebackType | None
     ) -> None:
         self.model.close()
-        self._remove()
 
     def _remove(self) -> None:
         for path in self._paths:

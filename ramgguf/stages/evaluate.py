@@ -1,6 +1,8 @@
 """Score models on a text: sequences from the corpus, numbers from the engine, results on disk."""
 
 from collections.abc import Sequence
+from concurrent.futures import Executor
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from ramgguf.journal import Journal
 from ramgguf.progress import Progress, Silent
 from ramgguf.results import EvalResult, ModelFile
 from ramgguf.stages.scoring import Run, Settings, score
+from ramgguf.work.crew import Crew
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ def evaluate(
     verbose: bool = False,
     jsonl: Path | None = None,
     resume: bool = False,
+    executor: Executor | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Return the models' results in their order, each compared with the reference if there is one.
@@ -45,8 +49,8 @@ def evaluate(
     A model that crashes llama.cpp ends with what it had and a failure; the others go on. jsonl
     takes every sequence as it finishes; with resume, what it has is not computed again.
     safe_kernels None means: when llama.cpp crashes with its repacked kernels, all models are scored
-    again without them, and the results say so. Raises EngineError when nothing could be scored,
-    GGUFError for files that are no models.
+    again without them, and the results say so. With an executor, its workers score. Raises
+    EngineError when nothing could be scored, GGUFError for files that are no models.
     """
     if not models:
         raise EngineError("there is no model to score")
@@ -61,13 +65,14 @@ def evaluate(
     files = [identify(path) for path in models]
     shown = progress or Silent()
     note = None
-    with Journal(jsonl, resume=resume) as journal:
+    with Journal(jsonl, resume=resume) as journal, ExitStack() as stack:
+        crew = None if executor is None else stack.enter_context(Crew(executor))
         try:
-            runs = score(files, settings, journal, shown)
+            runs = score(files, settings, journal, shown, crew)
         except CrashError as e:
             note = f"scored without llama.cpp's repacked kernels, because: {e}"
             settings = replace(settings, safe_kernels=True, stop_at_crash=False)
-            runs = score(files, settings, journal, shown)
+            runs = score(files, settings, journal, shown, crew)
         results = [_result(run, journal, note) for run in runs]
     failures = tuple(dict.fromkeys(run.failure for run in runs if run.failure is not None))
     if not any(r is not None and (r.sequences or r.broken) for r in results):

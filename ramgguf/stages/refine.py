@@ -10,23 +10,25 @@ second set by more than its standard error, and the result is reported over a th
 import math
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
 from ramgguf.beliefs import Belief, Move
-from ramgguf.engine.probe import Probe
 from ramgguf.errors import EngineError, PlanError
 from ramgguf.gguf_io import GGUFFile
 from ramgguf.knapsack import price
 from ramgguf.objectives import Costing
-from ramgguf.probe_tokens import Request, draw_sequences, draw_sets
+from ramgguf.passes import Passes
+from ramgguf.plan_passes import PlanInPasses, TokenSet
+from ramgguf.probe_tokens import Request
 from ramgguf.problem import Problem
 from ramgguf.progress import Progress
 from ramgguf.refine_journal import Paired, RefineJournal, RefineSettings, Trial
 from ramgguf.refinements import FormatChange, Refinement
 from ramgguf.schema import Measurement, Plan
 from ramgguf.token_statistics import standard_error
-from ramgguf.trial_copy import Floats, PlannedWeights, TokenSet
+from ramgguf.trial_copy import Floats
 from ramgguf.units import format_seconds
 
 # How far a tensor's share of a whole plan's KLD is from α · NMSE, beyond α's sampling error, and
@@ -52,54 +54,53 @@ def refine(
     measurement: Measurement,
     costing: Costing,
     wanted: Refining,
+    opening: AbstractContextManager[Passes],
     *,
-    folder: Path,
     journal_path: Path,
-    threads: int,
     progress: Progress,
     announce: Callable[[str], None] = lambda _: None,
 ) -> Plan:
     """Return the plan after the trials: of no more bytes than its budget, with its Refinement.
 
-    Its KLD over the acceptance tokens is no higher than the plan's. folder takes a copy of the
-    model; journal_path the trials, from which a run that was killed goes on. announce is told the
-    cost before it is spent. Raises EngineError when llama.cpp fails, PlanError when the plan was
-    not made from this measurement and objective.
+    Its KLD over the acceptance tokens is no higher than the plan's. journal_path takes the trials,
+    from which a run that was killed goes on, wherever its passes run. announce is told the cost
+    before it is spent. Raises EngineError when llama.cpp fails, PlanError when the plan was not
+    made from this measurement and objective.
     """
     problem = Problem.of(measurement, plan.constraints, costing.cost)
-    with (
-        RefineJournal(journal_path) as journal,
-        Probe(file, folder, n_ctx=wanted.request.n_ctx, n_threads=threads) as probe,
-    ):
+    with RefineJournal(journal_path) as journal, opening as passes:
         if journal.settings is None:
-            journal.begin(_settle(plan, wanted, probe, announce))
+            journal.begin(_settle(plan, wanted, passes, announce))
         settings = journal.settings
         if settings is None or not _same(settings, plan, wanted):
             raise PlanError(
                 f"{journal_path} is of another plan or choice of tokens; remove it to start anew"
             )
+        found = passes.prepare([ids for part in settings.sets for ids in part])
+        if settings.fingerprint not in (None, found):
+            raise PlanError(
+                f"{journal_path} was begun where llama.cpp computes other logits (another build, "
+                "CPU or number of threads); go on there, or remove it to start anew"
+            )
         if journal.steps:
             announce(f"{settings.promise}; {len(journal.steps)} are tried")
-        sets = [TokenSet(part, probe) for part in settings.sets]
-        weights = PlannedWeights(file, probe, plan.encoder, wanted.request.imatrix, threads)
-        run = _Run(problem, plan, costing, weights, sets)
+        planned = PlanInPasses(file, passes)
+        sets = [TokenSet(part, planned) for part in settings.sets]
+        run = _Run(problem, plan, costing, planned, sets)
         run.go(wanted.n_trials, journal, progress)
-        refined = run.result(settings.tokens, settings.seed)
+        refined = run.result(settings.tokens, settings.seed, passes.cpus)
         run.check_restored()
         return refined
 
 
 def _settle(
-    plan: Plan, wanted: Refining, probe: Probe, announce: Callable[[str], None]
+    plan: Plan, wanted: Refining, passes: Passes, announce: Callable[[str], None]
 ) -> RefineSettings:
     """Return the tokens; announces, before most are drawn, what they and the trials will cost."""
     start = time.perf_counter()
-    first = draw_sequences(probe.model, wanted.request, range(FIRST_SEQUENCE, FIRST_SEQUENCE + 1))
+    first = passes.draw(wanted.request, range(FIRST_SEQUENCE, FIRST_SEQUENCE + 1))
     drawing = time.perf_counter() - start
-    reference = probe.logits(first[0])
-    start = time.perf_counter()
-    probe.divergence(first[0], reference)
-    each = time.perf_counter() - start
+    each = passes.seconds(first[0])
     proposing, accepting, reporting = wanted.sizes
     least = drawing * sum(wanted.sizes) + each * (
         wanted.n_trials * proposing + 3 * sum(wanted.sizes)
@@ -111,13 +112,14 @@ def _settle(
         f"others, reported on {reporting} more: {format_seconds(least)} to {format_seconds(most)}"
     )
     announce(promise)
-    sets = draw_sets(probe.model, wanted.request, wanted.sizes, FIRST_SEQUENCE)
+    sets = passes.draw_sets(wanted.request, wanted.sizes, FIRST_SEQUENCE)
     return RefineSettings(
         plan_sha256=plan.sha256(),
         budget=plan.budget,
         tokens=wanted.request.tokens,
         seed=wanted.request.seed,
         ids=tuple(tuple(tuple(ids.tolist()) for ids in part) for part in sets),
+        fingerprint=passes.prepare([ids for part in sets for ids in part]),
         promise=promise,
     )
 
@@ -149,7 +151,7 @@ class _Run:
         problem: Problem,
         plan: Plan,
         costing: Costing,
-        weights: PlannedWeights,
+        weights: PlanInPasses,
         sets: list[TokenSet],
     ) -> None:
         self._problem, self._plan, self._costing = problem, plan, costing
@@ -263,7 +265,7 @@ class _Run:
         pairs = zip(self._problem.groups, self._chosen, strict=True)
         return self._plan.n_overhead_bytes + sum(g.choices[j].n_bytes for g, j in pairs)
 
-    def result(self, tokens: str, seed: int) -> Plan:
+    def result(self, tokens: str, seed: int, cpus: tuple[str, ...]) -> Plan:
         """Return the plan as it stands, with what changed and what that did."""
         plan, assignments = self._plan, self._problem.assignments(self._chosen)
         cost = math.fsum(a.cost for a in assignments)
@@ -285,6 +287,7 @@ class _Run:
                     proposal=proposal,
                     acceptance=acceptance,
                     report=report,
+                    cpus=cpus,
                 ),
             }
         )

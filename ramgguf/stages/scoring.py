@@ -1,6 +1,7 @@
 """Runs of models over the sequences of a text: groups that share a reference, crashes survived."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from ramgguf.corpus import Recipe, Tokens, Window, Windows
 from ramgguf.engine.client import CrashError, Engine, ModelError
 from ramgguf.engine.wire import Divergences, ModelInfo, Opened, Scored
 from ramgguf.errors import EngineError
-from ramgguf.journal import Journal, SequenceRecord, run_id
+from ramgguf.journal import Journal, SequenceRecord
 from ramgguf.progress import Progress
 from ramgguf.results import (
     BrokenSequence,
@@ -21,7 +22,10 @@ from ramgguf.results import (
     encode_float32,
     sha256_int32,
 )
+from ramgguf.scorers import EngineOptions, EngineScorer, Scorer
 from ramgguf.version import __version__
+from ramgguf.work.crew import Crew
+from ramgguf.work.scorer import CrewScorer
 
 # Models that are compared with one reference share its decoding as long as all fit in this.
 TOGETHER_BYTES = 8 * 10**9
@@ -54,15 +58,20 @@ class Run:
 
 
 def score(
-    files: Sequence[ModelFile], settings: Settings, journal: Journal, progress: Progress
+    files: Sequence[ModelFile],
+    settings: Settings,
+    journal: Journal,
+    progress: Progress,
+    crew: Crew | None = None,
 ) -> list[Run]:
     """Return the runs of the models; their sequences are in the journal.
 
+    With a crew, its workers score the sequences.
     A model that fails leaves its run with a failure, and the others go on; with stop_at_crash a
     CrashError is raised instead.
     """
     runs = [Run(file) for file in files]
-    stage = _Stage(settings, journal, progress, len(runs))
+    stage = _Stage(settings, journal, progress, len(runs), crew)
     try:
         for group in groups(runs, settings.reference):
             stage.score_group(group)
@@ -90,12 +99,18 @@ class _Stage:
     """Scores one group of runs after the other."""
 
     def __init__(
-        self, settings: Settings, journal: Journal, progress: Progress, n_models: int
+        self,
+        settings: Settings,
+        journal: Journal,
+        progress: Progress,
+        n_models: int,
+        crew: Crew | None,
     ) -> None:
         self._settings = settings
         self._journal = journal
         self._progress = progress
         self._n_models = n_models
+        self._crew = crew
         self._windows: dict[str, Windows] = {}
 
     def score_group(self, group: list[Run]) -> None:
@@ -104,8 +119,8 @@ class _Stage:
         while left:
             loaded = self._loaded(left)
             try:
-                with self._engine(loaded) as engine:
-                    self._score(engine, left, loaded)
+                with self._scorer(loaded) as scorer:
+                    self._score(scorer, left, loaded)
                 return
             except ModelError as e:
                 failed = loaded[e.model]
@@ -126,56 +141,57 @@ class _Stage:
             return [run.file for run in group]
         return [reference, *(run.file for run in group if run.file != reference)]
 
-    def _engine(self, loaded: list[ModelFile]) -> Engine:
-        return Engine(
-            [Path(file.path) for file in loaded],
-            n_ctx=self._settings.recipe.sequence_length,
-            n_threads=self._settings.threads,
-            safe_kernels=self._settings.safe_kernels,
-            verbose=self._settings.verbose,
+    @contextmanager
+    def _scorer(self, loaded: list[ModelFile]) -> Iterator[Scorer]:
+        paths = [Path(file.path) for file in loaded]
+        n_ctx = self._settings.recipe.sequence_length
+        options = EngineOptions(
+            n_ctx, self._settings.threads, self._settings.safe_kernels, self._settings.verbose
         )
+        if self._crew is not None:
+            yield CrewScorer(self._crew, paths, options)
+            return
+        with Engine(
+            paths,
+            n_ctx=n_ctx,
+            n_threads=options.n_threads,
+            safe_kernels=options.safe_kernels,
+            verbose=options.verbose,
+        ) as engine:
+            yield EngineScorer(engine)
 
-    def _score(self, engine: Engine, group: list[Run], loaded: list[ModelFile]) -> None:
-        windows = self._cut(engine)
-        for number, info in enumerate(engine.opened.models):
-            self._require_same_tokenizer(loaded[number], info, engine.opened.models[0])
+    def _score(self, scorer: Scorer, group: list[Run], loaded: list[ModelFile]) -> None:
+        windows = self._cut(scorer)
+        models = scorer.opened.models
+        for number, info in enumerate(models):
+            self._require_same_tokenizer(loaded[number], info, models[0])
         for run in group:
             if run.blank is None:
-                info = engine.opened.models[loaded.index(run.file)]
-                run.blank = self._blank(run, engine.opened, info, windows)
-                run.id = run_id(run.blank)
+                info = models[loaded.index(run.file)]
+                blank = self._blank(run, scorer.opened, info, windows)
+                run.id, run.blank = self._journal.begin(blank)
                 self._progress.advance(len(self._journal.done(run.id)))
-            self._journal.announce(run.id, run.blank)
-        for window in windows.windows:
-            waiting = [run for run in group if window.index not in self._journal.done(run.id)]
-            if waiting:
-                self._score_window(engine, waiting, loaded, window, windows.protocol.first_target)
-
-    def _score_window(
-        self,
-        engine: Engine,
-        waiting: list[Run],
-        loaded: list[ModelFile],
-        window: Window,
-        first_target: int,
-    ) -> None:
+        waiting = [w for w in windows.windows if self._missing(group, w)]
         has_reference = self._settings.reference is not None
-        found = list(
-            engine.score(window.index, window.ids, first_target, has_reference=has_reference)
-        )
-        for run in waiting:
-            number = loaded.index(run.file)
-            scored = found[number]
-            if has_reference and number == 0:
-                scored = against_itself(scored)
-            self._journal.add(self._record(run, window, scored))
-            self._progress.advance(1)
+        first_target = windows.protocol.first_target
+        for found in scorer.score(waiting, first_target, has_reference=has_reference):
+            for run in self._missing(group, found.window):
+                number = loaded.index(run.file)
+                scored = found.scored[number]
+                if has_reference and number == 0:
+                    scored = against_itself(scored)
+                self._journal.add(self._record(run, found.window, scored, found.cpu))
+                self._progress.advance(1)
 
-    def _cut(self, engine: Engine) -> Windows:
-        """Return the sequences for the tokenizer of the engine's first model."""
-        recipe, vocab = self._settings.recipe, engine.opened.models[0].vocab
+    def _missing(self, group: list[Run], window: Window) -> list[Run]:
+        """Return the runs that the window is not scored for."""
+        return [run for run in group if window.index not in self._journal.done(run.id)]
+
+    def _cut(self, scorer: Scorer) -> Windows:
+        """Return the sequences for the tokenizer of the first model."""
+        recipe, vocab = self._settings.recipe, scorer.opened.models[0].vocab
         if vocab.sha256 not in self._windows:
-            ids, ends = engine.tokenize(recipe.text, add_special=recipe.add_special)
+            ids, ends = scorer.tokenize(recipe.text, add_special=recipe.add_special)
             tokens = Tokens(ids, ends, vocab.bos, vocab.adds_bos)
             first = not self._windows
             windows = self._windows[vocab.sha256] = recipe.windows(tokens)
@@ -219,7 +235,7 @@ class _Stage:
             notes=notes,
         )
 
-    def _record(self, run: Run, window: Window, scored: Scored) -> SequenceRecord:
+    def _record(self, run: Run, window: Window, scored: Scored, cpu: str) -> SequenceRecord:
         corpus = self._settings.recipe.corpus
         title = corpus.title_at((window.text_start + window.text_end) // 2)
         broken = found = None
@@ -249,6 +265,7 @@ class _Stage:
             broken=broken,
             seconds=scored.seconds,
             decode_seconds=scored.decode_seconds,
+            cpu=None if run.blank is None or run.blank.engine.cpu == cpu else cpu,
         )
 
 

@@ -9,29 +9,22 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
 from ramgguf import formats
-from ramgguf.engine.llama import Logits
-from ramgguf.engine.probe import Probe
-from ramgguf.engine.system import system_info
-from ramgguf.engine.wire import TokenIds
 from ramgguf.errors import EngineError, PlanError
 from ramgguf.fill_in import Member, fill_in
 from ramgguf.gguf_io import GGUFFile, TensorInfo
 from ramgguf.hub import origin_of
-from ramgguf.imatrix import Imatrix
-from ramgguf.probe_tokens import Request, draw_sequences
+from ramgguf.passes import Found, Passes, Wanted
+from ramgguf.probe_tokens import Request
 from ramgguf.progress import Progress
 from ramgguf.roles import layer_of, never_quantized, role_of
 from ramgguf.schema import ImportanceSource, Source
 from ramgguf.sensitivities import ProbeTokens, Reading, Sensitivity
 from ramgguf.sensitivity_journal import Journal, Settings
-from ramgguf.simulation import SOURCES, simulated
+from ramgguf.simulation import SOURCES
 from ramgguf.token_statistics import standard_error
 from ramgguf.units import format_seconds
 from ramgguf.version import __version__
@@ -45,48 +38,35 @@ MAX_REFERENCE_BYTES = 4 << 30
 def sensitivity(
     file: GGUFFile,
     request: Request,
+    opening: AbstractContextManager[Passes],
     *,
-    folder: Path,
     journal_path: Path,
-    threads: int,
     progress: Progress,
     announce: Callable[[str], None] = lambda _: None,
 ) -> Sensitivity:
     """Return every quantizable tensor's α, measured by forward passes of llama.cpp.
 
-    folder takes a copy of the model while this runs; journal_path the readings, from which a run
-    that was killed goes on. announce is told the planned cost before it is spent. Raises
+    opening gives the passes; journal_path takes the readings, from which a run that was killed goes
+    on, wherever its passes run. announce is told the planned cost before it is spent. Raises
     EngineError when llama.cpp fails or the model does not come back unchanged.
     """
     start = time.perf_counter()
     tensors = [t for t in file.tensors if _is_probed(file, t)]
     if not tensors:
         raise PlanError(f"{file.paths[0]}: no tensor can be probed; a source in F32, F16 or BF16")
-    with (
-        Journal(journal_path) as journal,
-        Probe(file, folder, n_ctx=request.n_ctx, n_threads=threads) as probe,
-    ):
+    with Journal(journal_path) as journal, opening as passes:
         settings = journal.settings
         if settings is None:
-            settings = _settle(file, request, probe, tensors, announce)
+            settings = _settle(file, request, passes, tensors, announce)
             journal.begin(settings)
         else:
             announce(f"{settings.promise}; {len(journal.readings)} tensors are done")
-        _check_resumed(settings, file, request, journal_path)
-        reference = [probe.logits(ids) for ids in settings.sequences]
-        run = _Run(file, probe, settings, reference, request.imatrix, threads)
+            _check_resumed(settings, file, request, journal_path)
+            _check_computed_alike(settings, passes, journal_path)
         wanted = [t for t in tensors if t.name in set(settings.names)]
-        progress.start("sensitivity", len(wanted), "tensors")
-        try:
-            for tensor in wanted:
-                if tensor.name not in journal.readings:
-                    reading = run.read(tensor)
-                    file.require_unchanged()
-                    journal.add(reading)
-                progress.advance(1)
-        finally:
-            progress.finish()
-        if run.divergence().any():
+        _read_all(file, wanted, passes, settings, journal, progress)
+        unchanged = Wanted((), settings.sequences)
+        if any(found.kld.any() for _, found in passes.run([unchanged])):
             raise EngineError(f"{file.paths[0]}: the copy did not come back to the original")
         readings = dict(journal.readings)
         members = [_member(file, t) for t in tensors]
@@ -95,7 +75,8 @@ def sensitivity(
             source=settings.source,
             encoder=request.encoder,
             imatrix=settings.imatrix,
-            engine=system_info().build,
+            engine=passes.build,
+            cpus=passes.cpus,
             tokens=settings.tokens,
             tensors=fill_in(members, readings),
             seconds=time.perf_counter() - start,
@@ -103,42 +84,36 @@ def sensitivity(
         )
 
 
-@dataclass(frozen=True)
-class _Run:
-    """One measurement under way; reference holds the unmodified model's logits."""
+def _read_all(
+    file: GGUFFile,
+    wanted: Sequence[TensorInfo],
+    passes: Passes,
+    settings: Settings,
+    journal: Journal,
+    progress: Progress,
+) -> None:
+    """Add to the journal what the tensors' quantizations do to the output, one by one."""
+    left = [t for t in wanted if t.name not in journal.readings]
+    progress.start("sensitivity", len(wanted), "tensors")
+    try:
+        progress.advance(len(wanted) - len(left))
+        changed = [Wanted(((t.name, probe_format(t)),), settings.sequences) for t in left]
+        for position, found in passes.run(changed):
+            file.require_unchanged()
+            journal.add(_reading(left[position], found))
+            progress.advance(1)
+    finally:
+        progress.finish()
 
-    file: GGUFFile
-    probe: Probe
-    settings: Settings
-    reference: Sequence[Logits]
-    imatrix: Imatrix | None
-    threads: int
 
-    def divergence(self) -> NDArray[np.float64]:
-        """Return the KLD of every token of all sequences, in nats."""
-        pairs = zip(self.settings.sequences, self.reference, strict=True)
-        return np.concatenate([self.probe.divergence(ids, logits) for ids, logits in pairs])
-
-    def read(self, tensor: TensorInfo) -> Reading:
-        """Return what the tensor's quantization alone does to the output."""
-        format_name = probe_format(tensor)
-        data, nmse = simulated(
-            self.file,
-            tensor,
-            format_name,
-            encoder=self.settings.encoder,
-            imatrix=self.imatrix,
-            threads=self.threads,
-        )
-        with self.probe.replaced(tensor, data):
-            kld = self.divergence()
-        return Reading(
-            name=tensor.name,
-            format=format_name,
-            nmse=nmse,
-            kld=max(0.0, float(kld.mean())),
-            standard_error=standard_error(kld),
-        )
+def _reading(tensor: TensorInfo, found: Found) -> Reading:
+    return Reading(
+        name=tensor.name,
+        format=probe_format(tensor),
+        nmse=found.nmse[0],
+        kld=max(0.0, float(found.kld.mean())),
+        standard_error=standard_error(found.kld),
+    )
 
 
 def probe_format(tensor: TensorInfo) -> str:
@@ -162,7 +137,7 @@ def _member(file: GGUFFile, tensor: TensorInfo) -> Member:
 def _settle(
     file: GGUFFile,
     request: Request,
-    probe: Probe,
+    passes: Passes,
     tensors: Sequence[TensorInfo],
     announce: Callable[[str], None],
 ) -> Settings:
@@ -171,12 +146,12 @@ def _settle(
     announce is told the cost before most of the tokens are drawn.
     """
     most = request.n_sequences or MAX_SEQUENCES
-    bytes_each = 4 * request.n_ctx * probe.model.vocab.n_tokens
+    bytes_each = 4 * request.n_ctx * passes.n_vocab
     most = max(1, min(most, MAX_REFERENCE_BYTES // bytes_each))
     start = time.perf_counter()
-    sequences = draw_sequences(probe.model, request, range(1))
+    sequences = passes.draw(request, range(1))
     seconds_drawing = time.perf_counter() - start
-    seconds_each = _seconds_per_pass(probe, sequences[0])
+    seconds_each = passes.seconds(sequences[0]) / passes.n_workers
     n_sequences, stride = most, 1
     if request.n_sequences is None:
         affordable = request.seconds / (seconds_each * (len(tensors) + 2) + seconds_drawing)
@@ -189,7 +164,7 @@ def _settle(
         f"tokens ({request.tokens}), about {format_seconds(seconds)}"
     )
     announce(promise)
-    sequences += draw_sequences(probe.model, request, range(1, n_sequences))
+    sequences += passes.draw(request, range(1, n_sequences))
     notes = []
     if stride > 1:
         notes.append(
@@ -218,17 +193,10 @@ def _settle(
         ),
         ids=tuple(tuple(int(i) for i in ids) for ids in sequences),
         names=names,
+        fingerprint=passes.prepare(sequences),
         promise=promise,
         notes=tuple(notes),
     )
-
-
-def _seconds_per_pass(probe: Probe, ids: TokenIds) -> float:
-    """Return how long one sequence takes, the comparison of its logits included."""
-    reference = probe.logits(ids)
-    start = time.perf_counter()
-    probe.divergence(ids, reference)
-    return time.perf_counter() - start
 
 
 def _strided(file: GGUFFile, tensors: Sequence[TensorInfo], stride: int) -> Iterator[TensorInfo]:
@@ -257,6 +225,16 @@ def _check_resumed(settings: Settings, file: GGUFFile, request: Request, path: P
         raise PlanError(
             f"{path} is of another model, encoder, imatrix or choice of tokens; "
             "remove it to start anew"
+        )
+
+
+def _check_computed_alike(settings: Settings, passes: Passes, path: Path) -> None:
+    """Raise PlanError when the journal's readings are of kernels that compute otherwise."""
+    found = passes.prepare(settings.sequences)
+    if settings.fingerprint not in (None, found):
+        raise PlanError(
+            f"{path} was begun where llama.cpp computes other logits (another build, CPU or number "
+            "of threads); go on there, or remove it to start anew"
         )
 
 

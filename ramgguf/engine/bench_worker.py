@@ -1,0 +1,119 @@
+"""The child process with a Workbench in it: passes over a copy of a model, as they are wanted."""
+
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+from ramgguf.corpus import Corpus
+from ramgguf.engine.bench_wire import (
+    AboutBench,
+    AnyBenchRequest,
+    BenchOpened,
+    BenchRequestAdapter,
+    Compare,
+    Compared,
+    DrawIds,
+    DrawnIds,
+    OpenBench,
+    Prepare,
+    Prepared,
+    pack_float64,
+)
+from ramgguf.engine.child import answer_requests
+from ramgguf.engine.system import system_info
+from ramgguf.engine.wire import pack_ids, unpack_ids
+from ramgguf.errors import EngineError
+from ramgguf.gguf_io import open_gguf
+from ramgguf.imatrix import planned_imatrix
+from ramgguf.passes import Wanted
+from ramgguf.probe_tokens import Request
+from ramgguf.schema import _Value
+from ramgguf.scratch import scratch_folder
+from ramgguf.workbench import Workbench
+
+
+class BenchSession:
+    """The workbench, once it is open, and the answers to requests."""
+
+    def __init__(self) -> None:
+        self._stack = ExitStack()
+        self._bench: Workbench | None = None
+
+    def answer(self, request: AnyBenchRequest) -> _Value:
+        """Return the answer to a request; the first opens the bench."""
+        if isinstance(request, OpenBench):
+            return self._open(request)
+        if self._bench is None:
+            raise EngineError("there is no workbench yet; this is a bug of ramgguf")
+        match request:
+            case AboutBench():
+                return _about(self._bench)
+            case DrawIds():
+                return _drawn(self._bench, request)
+            case Prepare():
+                ids = [unpack_ids(text) for text in request.ids]
+                return Prepared(fingerprints=tuple(self._bench.fingerprints(ids)))
+            case Compare():
+                return _compared(self._bench, request)
+
+    def _open(self, request: OpenBench) -> BenchOpened:
+        file = self._stack.enter_context(open_gguf(Path(request.path), kind_check=True))
+        parent = Path(request.folder) if request.folder is not None else None
+        # The copy has no name any more when the folder goes.
+        with scratch_folder(parent, error=EngineError) as folder:
+            self._bench = self._stack.enter_context(
+                Workbench(
+                    file,
+                    folder,
+                    n_ctx=request.n_ctx,
+                    threads=request.n_threads,
+                    encoder=request.encoder,
+                    imatrix=planned_imatrix(request.imatrix),
+                )
+            )
+        return _about(self._bench)
+
+
+def _about(bench: Workbench) -> BenchOpened:
+    return BenchOpened(system=system_info(), n_vocab=bench.n_vocab)
+
+
+def _drawn(bench: Workbench, request: DrawIds) -> DrawnIds:
+    wanted = Request(
+        encoder="rtn",
+        tokens=request.tokens,
+        corpus=None if request.text is None else Corpus(request.name, request.text),
+        n_ctx=request.n_ctx,
+        seed=request.seed,
+    )
+    start = time.perf_counter()
+    if request.sizes:
+        sets = bench.draw_sets(wanted, request.sizes, request.first)
+        drawn = tuple(ids for part in sets for ids in part)
+    else:
+        drawn = bench.draw(wanted, request.indices)
+    seconds = time.perf_counter() - start
+    return DrawnIds(ids=tuple(pack_ids(ids) for ids in drawn), seconds=seconds)
+
+
+def _compared(bench: Workbench, request: Compare) -> Compared:
+    ids = tuple(unpack_ids(text) for text in request.ids)
+    bench.fingerprints([unpack_ids(text) for text in request.prepared])
+    fingerprints = tuple(bench.fingerprints(ids))
+    start = time.perf_counter()
+    ((_, found),) = bench.run([Wanted(request.changes, ids)])
+    return Compared(
+        kld=pack_float64(found.kld),
+        nmse=found.nmse,
+        fingerprints=fingerprints,
+        seconds=time.perf_counter() - start,
+    )
+
+
+def main() -> None:
+    """Answer requests until the parent goes."""
+    answer_requests(BenchRequestAdapter, BenchSession().answer)
+
+
+if __name__ == "__main__":
+    main()

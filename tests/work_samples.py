@@ -1,0 +1,101 @@
+"""Small runs whose passes go to an executor or stay in this process, for tests to compare."""
+
+from concurrent.futures import Executor
+from dataclasses import replace
+from pathlib import Path
+
+import ramgguf
+from ramgguf.corpus import Corpus, Recipe, default_corpus
+from ramgguf.gguf_io import open_gguf
+from ramgguf.objectives import costing
+from ramgguf.probe_tokens import Request
+from ramgguf.progress import Progress, Silent
+from ramgguf.results import EvalResult
+from ramgguf.schema import Measurement, Plan
+from ramgguf.sensitivities import Sensitivity
+from ramgguf.stages.evaluate import Evaluation, evaluate
+from ramgguf.stages.refine import Refining, refine
+from ramgguf.stages.sensitivity import sensitivity
+from ramgguf.work.opening import passes_over
+
+QUICK = Request(encoder="rtn", n_sequences=2, n_ctx=64)
+RECIPE = Recipe(Corpus("excerpt", default_corpus().text[:6000]), n_ctx=64, n_seq=20)
+REFINING = Refining(6, Request(encoder="rtn", n_ctx=48), sizes=(2, 1, 1))
+
+
+def measured(
+    model: Path, folder: Path, executor: Executor | None = None, progress: Progress | None = None
+) -> Sensitivity:
+    """Return the model's sensitivity; the journal is in the folder."""
+    with open_gguf(model) as file:
+        return sensitivity(
+            file,
+            QUICK,
+            passes_over(file, QUICK, scratch=folder, threads=1, executor=executor),
+            journal_path=folder / "journal",
+            progress=progress or Silent(),
+        )
+
+
+def scored(
+    models: list[Path],
+    journal: Path,
+    executor: Executor | None = None,
+    progress: Progress | None = None,
+    *,
+    safe_kernels: bool | None = True,
+) -> Evaluation:
+    """Return the scores of the models against the first; what the journal has is kept."""
+    return evaluate(
+        models,
+        reference=models[0],
+        recipe=RECIPE,
+        threads=1,
+        safe_kernels=safe_kernels,
+        jsonl=journal,
+        resume=True,
+        executor=executor,
+        progress=progress,
+    )
+
+
+def untimed(evaluation: Evaluation) -> list[EvalResult]:
+    """Return the results without how long they took."""
+    zero = {"seconds": 0.0, "decode_seconds": 0.0}
+    return [r.model_copy(update=zero) for r in evaluation.results]
+
+
+def timeless(found: Sensitivity) -> Sensitivity:
+    """Return the sensitivity without how long it took."""
+    return found.model_copy(update={"seconds": 0.0})
+
+
+def plan_and_curves(model: Path) -> tuple[Plan, Measurement]:
+    """Return a plan that spends its bytes where they do little, and what it was made from."""
+    curves = ramgguf.measure(model, formats=["Q4_0", "Q5_0", "Q8_0"], encoder="rtn", threads=1)
+    return ramgguf.plan(curves, "35%", objective="ram"), curves
+
+
+def refined(
+    model: Path,
+    made: tuple[Plan, Measurement],
+    folder: Path,
+    executor: Executor | None = None,
+    progress: Progress | None = None,
+    *,
+    n_trials: int = REFINING.n_trials,
+) -> Plan:
+    """Return the plan after some trials; the journal is in the folder."""
+    plan, curves = made
+    request = REFINING.request
+    with open_gguf(model) as file:
+        return refine(
+            file,
+            plan,
+            curves,
+            costing(plan.objective, curves),
+            replace(REFINING, n_trials=n_trials),
+            passes_over(file, request, scratch=folder, threads=1, executor=executor),
+            journal_path=folder / "journal",
+            progress=progress or Silent(),
+        )

@@ -15,7 +15,7 @@ from ramgguf.schema import MemoryBudget, Plan
 from ramgguf.units import format_bytes
 
 _MOST_ROUNDS = 24
-_CONTEXT_STEP = 256  # what llama.cpp rounds contexts up to
+CONTEXT_STEP = 256  # what llama.cpp rounds contexts up to
 
 
 @dataclass(frozen=True)
@@ -206,11 +206,11 @@ class MemoryPlanner:
             share = (n_bytes - self._header_bytes) / footprint.use.weights
             return self._excess(self._place(footprint.scaled(share))) <= 0
 
-        low, high = 0, shape.n_ctx // _CONTEXT_STEP
+        low, high = 0, shape.n_ctx // CONTEXT_STEP
         while low < high:
             middle = (low + high + 1) // 2
-            low, high = (middle, high) if fits(middle * _CONTEXT_STEP) else (low, middle - 1)
-        return low * _CONTEXT_STEP
+            low, high = (middle, high) if fits(middle * CONTEXT_STEP) else (low, middle - 1)
+        return low * CONTEXT_STEP
 
 
 @dataclass(frozen=True)

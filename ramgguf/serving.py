@@ -3,7 +3,7 @@
 import signal
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
@@ -16,7 +16,7 @@ from ramgguf.footprint import Scale
 from ramgguf.footprint_formula import Shape
 from ramgguf.gguf_io import GGUFFile, open_gguf
 from ramgguf.machine import Available
-from ramgguf.memory import MemoryPlanner, MemoryRequest
+from ramgguf.memory import CONTEXT_STEP, MemoryPlanner, MemoryRequest
 from ramgguf.screens import KNOWN_TEXT
 from ramgguf.units import format_bytes
 
@@ -54,6 +54,7 @@ def planned_settings(
 
     Raises GGUFError for a file that is none, BudgetError, unless forced, for one that does not fit.
     """
+    shape = _whole(shape)
     with open_gguf(path, kind_check=True) as file:
         with Scale(file) as scale:
             footprint = scale.footprint(shape, {})
@@ -82,7 +83,7 @@ def checked_settings(
             raise ResultError(
                 f"{path} failed its check: {'; '.join(result.failures)}; --force serves it anyway"
             )
-        shape = Shape(result.n_ctx, 1, result.type_k, result.type_v)
+        shape = _whole(Shape(result.n_ctx, 1, result.type_k, result.type_v))
         needed = (result.peak_bytes or result.planned.total) + _SERVER_BYTES
         if needed > limit.n_bytes and not force:
             raise BudgetError(_too_large(file, shape, needed, limit))
@@ -90,6 +91,11 @@ def checked_settings(
             "measured" if result.peak_bytes is not None else result.planned_by
         )
         return _settings(file, path, shape, result.n_threads, needed, by, result)
+
+
+def _whole(shape: Shape) -> Shape:
+    """Return the shape with the context that llama.cpp makes of it."""
+    return replace(shape, n_ctx=-(-shape.n_ctx // CONTEXT_STEP) * CONTEXT_STEP)
 
 
 def _settings(

@@ -232,6 +232,7 @@ def test_it_ends_on_sigterm_with_status_0_and_leaves_no_child(plain: Path) -> No
         assert len(children) == 1
         assert told["chat_format"] == "chatml"
         assert told["model"] == "plain"
+        assert told["n_ctx"] == 512
         with _client(told["url"]) as client:
             done = client.completions.create(model="plain", prompt="x" * 400, max_tokens=2)
             assert done.usage.total_tokens == 402
@@ -340,7 +341,7 @@ FREE = Place(port=0)
 
 
 def _server(model: Path, place: Place = FREE, **options: Any) -> Server:
-    settings = Settings(model, "chat", Shape(128), 1, None, 1, "estimate")
+    settings = Settings(model, "chat", Shape(256), 1, None, 1, "estimate")
     return Server(settings, place, **options)
 
 

@@ -21,7 +21,6 @@ from ramgguf.errors import EngineError
 from ramgguf.gguf_values import ggml_type
 
 _SAMPLE_TOKENS = 64  # enough for the kernels of whole batches
-_CONTEXT_STEP = 256  # llama.cpp rounds contexts up to it, and llama-cpp-python has to know
 _FILES_TEMPLATE = "chat_template.default"  # llama-cpp-python's name of it
 
 
@@ -128,7 +127,7 @@ def _loaded(package: Any, request: Serve) -> Any:
     model = package.settings.ModelSettings.model_construct(
         model=request.path,
         model_alias=request.alias,
-        n_ctx=-(-request.n_ctx // _CONTEXT_STEP) * _CONTEXT_STEP,
+        n_ctx=request.n_ctx,
         n_batch=N_BATCH,
         n_ubatch=N_UBATCH,
         n_threads=request.n_threads,
@@ -189,6 +188,8 @@ def main() -> None:
     """Serve what the first line of stdin asks for, until stdin ends."""
     out = take_stdout()
     request = Serve.model_validate_json(sys.stdin.readline())
+    if not request.verbose:
+        os.environ.setdefault("GGML_NO_BACKTRACE", "1")  # an abort would print pages of it
     servers: list[Any] = []
     threading.Thread(target=_end_with_parent, args=(servers,), daemon=True).start()
 

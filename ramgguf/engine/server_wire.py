@@ -11,7 +11,8 @@ GRACE_SECONDS = 5  # for what is being answered when the server is told to end
 class Serve(_Value):
     """Serve the model in this file; answered by Serving once it has been tried with sample_text.
 
-    port 0 is any that is free. chat_format None is the file's own template.
+    port 0 is any that is free. chat_format None is the file's own template. n_ctx is a multiple of
+    256: llama.cpp rounds it up, while llama-cpp-python and its batches would keep to less.
     """
 
     path: str

@@ -9,19 +9,20 @@ from ramgguf.engine.wire import TokenIds
 from ramgguf.errors import PlanError
 from ramgguf.gguf_io import GGUFFile
 from ramgguf.passes import Change, Passes, Wanted
-from ramgguf.refinements import KLDChange
+from ramgguf.refinements import FormatChange, KLDChange
 from ramgguf.simulation import SOURCES
 from ramgguf.token_statistics import standard_error
 from ramgguf.trial_copy import Floats
 
 
 class PlanInPasses:
-    """The formats that the next passes run with."""
+    """The formats that the next passes run with, and what passes ahead of their time found."""
 
     def __init__(self, file: GGUFFile, passes: Passes) -> None:
         self.file = file
         self._passes = passes
         self._formats: dict[str, str] = {}
+        self._known: dict[tuple[tuple[Change, ...], bytes], Floats] = {}
 
     def put(self, name: str, format_name: str) -> None:
         """Give the tensor a format from now on; raises PlanError where it cannot be simulated."""
@@ -35,10 +36,36 @@ class PlanInPasses:
 
     def divergence(self, sequences: Sequence[TokenIds]) -> Floats:
         """Return the KLD of every token of the sequences, each decoded by a pass of its own."""
-        changes: tuple[Change, ...] = tuple(sorted(self._formats.items()))
-        wanted = [Wanted(changes, (ids,)) for ids in sequences]
-        found = dict(self._passes.run(wanted))
-        return np.concatenate([found[k].kld for k in range(len(wanted))])
+        changes = self._after(())
+        self._run([Wanted(changes, (ids,)) for ids in sequences])
+        return np.concatenate([self._known.pop((changes, ids.tobytes())) for ids in sequences])
+
+    def look_ahead(
+        self, swaps: Sequence[Sequence[FormatChange]], sequences: Sequence[TokenIds]
+    ) -> None:
+        """Have the passes of the first swap, and if they are not there yet, run those of all.
+
+        What an earlier look ahead found and nobody asked for is forgotten.
+        """
+        first, *_ = states = [self._after(swap) for swap in swaps]
+        if any((first, ids.tobytes()) not in self._known for ids in sequences):
+            self._known.clear()
+            self._run([Wanted(changes, (ids,)) for changes in states for ids in sequences])
+
+    def _after(self, swap: Sequence[FormatChange]) -> tuple[Change, ...]:
+        """Return what differs from the original after a swap."""
+        formats = self._formats | {c.name: c.after for c in swap}
+        for change in swap:
+            if change.after == self.file.tensor(change.name).type_name:
+                del formats[change.name]
+        return tuple(sorted(formats.items()))
+
+    def _run(self, wanted: Sequence[Wanted]) -> None:
+        """Keep what those of the passes find that were not run yet, each of one sequence."""
+        new = [w for w in wanted if (w.changes, w.sequences[0].tobytes()) not in self._known]
+        for position, found in self._passes.run(new):
+            one = new[position]
+            self._known[one.changes, one.sequences[0].tobytes()] = found.kld
 
 
 class TokenSet:
@@ -52,6 +79,10 @@ class TokenSet:
     def divergence(self) -> Floats:
         """Return the KLD of every token with the formats that are put."""
         return self._planned.divergence(self._sequences)
+
+    def look_ahead(self, swaps: Sequence[Sequence[FormatChange]]) -> None:
+        """Run the passes of the first swap, side by side with those that may come after it."""
+        self._planned.look_ahead(swaps, self._sequences)
 
     def current(self) -> Floats:
         """Return the KLD of every token as the plan stands, whose formats must be put."""

@@ -304,7 +304,7 @@ def test_a_crash_on_a_worker_leaves_the_other_models_whole(
     got = scored([base, crashing, near], tmp_path / "journal", pool, safe_kernels=False)
     (message,) = got.failures
     assert f"{crashing}: llama.cpp crashed in sequence" in message
-    assert "signal 11 (SIGSEGV" in message
+    assert "signal SIGSEGV (a bad" in message
     first, crashed, last = untimed(got)
     assert crashed.failure == message
     assert not crashed.complete
@@ -344,6 +344,28 @@ def test_threads_refine_to_the_same_plan_and_go_on_with_what_was_tried_here(
     refined(model, made, tmp_path / "both", n_trials=2)
     assert refined(model, made, tmp_path / "both", pool) == alone
     journals = [(tmp_path / name / "journal").read_bytes() for name in ("alone", "both")]
+    assert journals[0].splitlines()[1:] == journals[1].splitlines()[1:]
+
+
+def test_idle_workers_look_ahead_and_change_nothing(
+    model: Path, made: tuple[Plan, Measurement], tmp_path: Path
+) -> None:
+    for name in ("alone", "many"):
+        (tmp_path / name).mkdir()
+    n_passes = 0
+
+    def counting(perform: Perform, task: Task) -> Done | Failed:
+        nonlocal n_passes
+        n_passes += isinstance(task.request, Compare)
+        return perform(task)
+
+    narrow, wide = Through(counting), Through(counting)
+    wide._max_workers = 8  # type: ignore[attr-defined]
+    alone = refined(model, made, tmp_path / "alone", narrow)
+    n_alone, n_passes = n_passes, 0
+    assert refined(model, made, tmp_path / "many", wide) == alone
+    assert n_alone < n_passes < n_alone + 6 * 3 * 2  # some of it was asked for afterwards
+    journals = [(tmp_path / name / "journal").read_bytes() for name in ("alone", "many")]
     assert journals[0].splitlines()[1:] == journals[1].splitlines()[1:]
 
 

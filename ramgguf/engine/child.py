@@ -24,6 +24,12 @@ STDERR_LINES = 12  # of the child's last words that an error repeats
 # -P: a folder named ramgguf in the working directory must not be imported instead of this package.
 PYTHON = (sys.executable, "-P")
 
+_CAUSES = {
+    "SIGSEGV": "a bad memory access",
+    "SIGABRT": "a failed assertion",
+    "SIGBUS": "was the file cut short, or did its disk fail, while it was in use?",
+}
+
 Request = TypeVar("Request", bound=_Value)
 Response = TypeVar("Response", bound=_Value)
 
@@ -48,33 +54,36 @@ class ChildDiedError(EngineError):
 
 
 def describe_exit(code: int) -> str:
-    """Return how a process ended, in words: exit status 1, signal SIGKILL."""
+    """Return how a process ended, in words: exit status 1, signal SIGABRT (a failed assertion)."""
     if code >= 0:
         return f"exit status {code}"
     try:
-        return f"signal {signal.Signals(-code).name}"
+        name = signal.Signals(-code).name
     except ValueError:
         return f"signal {-code}"
+    return f"signal {name} ({_CAUSES[name]})" if name in _CAUSES else f"signal {name}"
 
 
 class Child:
     """A running child. Use as a context manager; leaving it ends the child.
 
-    The module's main is run, by the command `runner` if one is given (to limit it). on_stderr is
-    told every line that it writes there.
+    A module's main is run, or a command, by the command `runner` if one is given (to limit it).
+    on_stderr is told every line that it writes there.
     """
 
     def __init__(
         self,
-        module: str,
+        what: str | Sequence[str],
         *,
         runner: Sequence[str] = (),
         on_stderr: Callable[[str], object] = lambda _: None,
     ) -> None:
         self._on_stderr = on_stderr
         self._said: collections.deque[str] = collections.deque(maxlen=STDERR_LINES)
+        if isinstance(what, str):
+            what = (*PYTHON, "-c", f"from {what} import main; main()")
         self._process = subprocess.Popen(
-            [*runner, *PYTHON, "-c", f"from {module} import main; main()"],
+            [*runner, *what],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -93,12 +102,16 @@ class Child:
     def __exit__(
         self, kind: type[BaseException] | None, e: BaseException | None, at: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the child."""
         self._process.kill()
         self._process.wait()
         self._drain.join()
         for pipe in (self._process.stdin, self._process.stdout, self._process.stderr):
             if pipe is not None:
-                with contextlib.suppress(OSError):
+                with contextlib.suppress(OSError):  # unwritten requests have no reader any more
                     pipe.close()
 
     @property
@@ -122,22 +135,31 @@ class Child:
 
     def ask(self, request: _Value, expected: type[Response]) -> Response:
         """Return the answer. Raises EngineError if it is a failure, ChildDiedError if none comes"""
-        assert self._process.stdin is not None  # asked for above
-        assert self._process.stdout is not None
-        try:
-            self._process.stdin.write(request.model_dump_json() + "\n")
-            self._process.stdin.flush()
-            line = self._process.stdout.readline()
-        except OSError:
-            raise self._died() from None
+        self.send(request)
+        line = self.receive()
         with contextlib.suppress(ValidationError):
             raise EngineError(Failure.model_validate_json(line).message)
         try:
             return expected.model_validate_json(line)
         except ValidationError:  # nothing, or a line cut short
-            raise self._died() from None
+            raise self.died() from None
 
-    def _died(self) -> ChildDiedError:
+    def send(self, request: _Value) -> None:
+        """Write a request; raises ChildDiedError when nobody reads it."""
+        assert self._process.stdin is not None  # asked for above
+        try:
+            self._process.stdin.write(request.model_dump_json() + "\n")
+            self._process.stdin.flush()
+        except OSError:
+            raise self.died() from None
+
+    def receive(self) -> str:
+        """Return the next line of an answer, empty when there is none any more."""
+        assert self._process.stdout is not None  # asked for above
+        return self._process.stdout.readline()
+
+    def died(self) -> ChildDiedError:
+        """Return how the child ended; one that lives but makes no sense is ended first."""
         self._process.kill()  # when only its pipe broke
         code = self._process.wait()
         self._drain.join()

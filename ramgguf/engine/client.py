@@ -1,21 +1,17 @@
 """The parent's side of the engine: start the worker, ask, and say what happened when it dies."""
 
-import collections
-import contextlib
 import signal
-import subprocess
 import sys
-import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Self, TypeVar
+from typing import Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 from pydantic import ValidationError
 
-from ramgguf.engine.child import PYTHON, STDERR_LINES
+from ramgguf.engine.child import Child, ChildDiedError, describe_exit
 from ramgguf.engine.wire import (
     Answer,
     Failed,
@@ -36,7 +32,7 @@ from ramgguf.schema import _Value
 
 A = TypeVar("A", bound=Answer)
 
-_WORKER = (*PYTHON, "-m", "ramgguf.engine.worker")
+_WORKER: str | Sequence[str] = "ramgguf.engine.worker"
 
 
 class ModelError(EngineError):
@@ -73,22 +69,17 @@ class Engine:
     ) -> None:
         self._paths = tuple(models)
         self._safe_kernels = safe_kernels
-        self._verbose = verbose
         self._at = Started(model=0, index=None)
-        self._stderr: collections.deque[str] = collections.deque(maxlen=STDERR_LINES)
-        self._process = subprocess.Popen(
-            _WORKER,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            encoding="utf-8",
-            errors="replace",
-            start_new_session=True,  # Ctrl-C is the parent's to handle
+        self._child = Child(_WORKER, on_stderr=sys.stderr.write if verbose else lambda _: None)
+        request = Open(
+            models=tuple(str(p) for p in models),
+            n_ctx=n_ctx,
+            n_threads=n_threads,
+            safe_kernels=safe_kernels,
+            verbose=verbose,
         )
-        self._drain = threading.Thread(target=self._read_stderr, daemon=True)
-        self._drain.start()
         try:
-            self.opened = self._ask_opened(n_ctx, n_threads)
+            self.opened = self.ask(request, Opened)
         except BaseException:
             self.close()
             raise
@@ -96,7 +87,7 @@ class Engine:
     @property
     def pid(self) -> int:
         """The child's process id."""
-        return self._process.pid
+        return self._child.pid
 
     def __enter__(self) -> Self:
         return self
@@ -108,13 +99,7 @@ class Engine:
 
     def close(self) -> None:
         """End the child."""
-        self._process.kill()
-        self._process.wait()
-        self._drain.join()
-        for pipe in (self._process.stdin, self._process.stdout, self._process.stderr):
-            if pipe is not None:
-                with contextlib.suppress(OSError):  # unwritten requests have no reader any more
-                    pipe.close()
+        self._child.close()
 
     def ask(self, request: _Value, answer: type[A]) -> A:
         """Return the answer to a request; more answers to the same come from receive."""
@@ -150,26 +135,14 @@ class Engine:
         for _ in self._paths:
             yield self.receive(Scored)
 
-    def _ask_opened(self, n_ctx: int, n_threads: int) -> Opened:
-        request = Open(
-            models=tuple(str(p) for p in self._paths),
-            n_ctx=n_ctx,
-            n_threads=n_threads,
-            safe_kernels=self._safe_kernels,
-            verbose=self._verbose,
-        )
-        return self.ask(request, Opened)
-
     def _send(self, message: _Value) -> None:
-        pipe = _pipe(self._process.stdin)
         try:
-            pipe.write(message.model_dump_json() + "\n")
-            pipe.flush()
-        except OSError:
-            raise self._died() from None
+            self._child.send(message)
+        except ChildDiedError as e:
+            raise self._crash(e) from None
 
     def _receive(self) -> Answer:
-        for line in _pipe(self._process.stdout):
+        while line := self._child.receive():
             try:
                 found = ResponseAdapter.validate_json(line)
             except ValidationError:
@@ -179,51 +152,23 @@ class Engine:
             if not isinstance(found, Started):
                 return found
             self._at = found
-        raise self._died()
+        raise self._crash(self._child.died())
 
-    def _died(self) -> CrashError:
-        self._process.kill()  # when only its pipe broke
-        code = self._process.wait()
-        self._drain.join()
+    def _crash(self, died: ChildDiedError) -> CrashError:
+        """Return the end of the child as a crash of the model that it was at."""
         path, index = self._paths[self._at.model], self._at.index
         doing = "while loading" if index is None else f"in sequence {index}"
-        said = "".join(f"\n  {line}" for line in self._stderr)
+        said = "".join(f"\n  {line}" for line in died.said)
         hint = "; --safe-kernels avoids llama.cpp's repacked kernels"
-        if self._safe_kernels or code == -signal.SIGBUS:
+        if self._safe_kernels or -died.code in (signal.SIGBUS, signal.SIGKILL):
             hint = ""
         return CrashError(
             self._at.model,
             index,
-            f"{path}: llama.cpp crashed {doing}: {_cause(code)}{hint}"
+            f"{path}: llama.cpp crashed {doing}: {describe_exit(died.code)}{hint}"
             + (f"; it said:{said}" if said else ""),
-            code,
+            died.code,
         )
-
-    def _read_stderr(self) -> None:
-        for line in _pipe(self._process.stderr):
-            self._stderr.append(line.rstrip())
-            if self._verbose:
-                sys.stderr.write(line)
-
-
-def _pipe(pipe: IO[str] | None) -> IO[str]:
-    assert pipe is not None  # all three were asked for
-    return pipe
-
-
-def _cause(code: int) -> str:
-    if code >= 0:
-        return f"exit status {code}"
-    try:
-        name = signal.Signals(-code).name
-    except ValueError:
-        name = "an unknown signal"
-    what = {
-        "SIGSEGV": "a bad memory access",
-        "SIGABRT": "a failed assertion",
-        "SIGBUS": "was the file cut short, or did its disk fail, while it was in use?",
-    }.get(name)
-    return f"signal {-code} ({name}{', ' + what if what else ''})"
 
 
 def _unexpected(found: _Value) -> EngineError:

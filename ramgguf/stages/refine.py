@@ -7,6 +7,7 @@ is proposed by what the tokens of one set have told so far, taken only if it low
 second set by more than its standard error, and the result is reported over a third.
 """
 
+import itertools
 import math
 import time
 from collections.abc import Callable
@@ -68,6 +69,7 @@ def refine(
     made from this measurement and objective.
     """
     problem = Problem.of(measurement, plan.constraints, costing.cost)
+    chosen = _chosen(problem, plan)
     with RefineJournal(journal_path) as journal, opening as passes:
         if journal.settings is None:
             journal.begin(_settle(plan, wanted, passes, announce))
@@ -86,7 +88,8 @@ def refine(
             announce(f"{settings.promise}; {len(journal.steps)} are tried")
         planned = PlanInPasses(file, passes)
         sets = [TokenSet(part, planned) for part in settings.sets]
-        run = _Run(problem, plan, costing, planned, sets)
+        width = max(1, passes.n_workers // wanted.sizes[0])
+        run = _Run(problem, plan, chosen, costing, planned, sets, width)
         run.go(wanted.n_trials, journal, progress)
         refined = run.result(settings.tokens, settings.seed, passes.cpus)
         run.check_restored()
@@ -150,13 +153,15 @@ class _Run:
         self,
         problem: Problem,
         plan: Plan,
+        chosen: list[int],
         costing: Costing,
         weights: PlanInPasses,
         sets: list[TokenSet],
+        width: int,
     ) -> None:
         self._problem, self._plan, self._costing = problem, plan, costing
-        self._weights, self._sets = weights, sets
-        self._chosen = _chosen(problem, plan)
+        self._weights, self._sets, self._width = weights, sets, width
+        self._chosen = chosen
         for a in plan.assignments:
             weights.put(a.name, a.format)
         for part in sets:
@@ -174,12 +179,13 @@ class _Run:
         progress.start("refine", n_trials, "swaps")
         try:
             for _ in range(n_trials):
-                move = self._next()
-                if move is None:
+                moves = self._next()
+                if not moves:
                     break  # nothing is left that promises anything
-                swap = self._swap(move)
+                move, swap = moves[0], self._swap(moves[0])
                 trial = next(done, None)
                 if trial is None:
+                    self._look_ahead(moves)
                     trial = self._trial(move, swap)
                     self._weights.file.require_unchanged()
                     journal.add(trial)
@@ -193,13 +199,18 @@ class _Run:
         finally:
             progress.finish()
 
-    def _next(self) -> Move | None:
-        """Return the most promising move that was not tried."""
+    def _next(self) -> list[Move]:
+        """Return the most promising moves that were not tried, as many as run side by side."""
         items, room = self._problem.items, self._plan.budget - self._n_bytes()
-        for move in self._belief.proposals(items, self._chosen, room, self._price):
-            if self._swap(move) not in self._tried:
-                return move
-        return None
+        proposals = self._belief.proposals(items, self._chosen, room, self._price)
+        untried = (move for move in proposals if self._swap(move) not in self._tried)
+        return list(itertools.islice(untried, self._width))
+
+    def _look_ahead(self, moves: list[Move]) -> None:
+        """Let idle workers run what is likely to be proposed after the first of the moves."""
+        if len(moves) > 1:
+            self._sets[0].current()  # before others have other formats
+            self._sets[0].look_ahead([self._swap(move) for move in moves])
 
     def _trial(self, move: Move, swap: tuple[FormatChange, ...]) -> Trial:
         """Return what the move does; the copy keeps it if it is taken."""

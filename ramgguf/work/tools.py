@@ -86,7 +86,7 @@ class BenchTool:
 
     def close(self) -> None:
         """End the child; its copy of the model goes with it."""
-        self._child.__exit__(None, None, None)
+        self._child.close()
 
 
 class EngineTool:

@@ -16,7 +16,7 @@ KERNEL_TESTS := $(patsubst %,tests/test_%.py,formats kernels search small_format
 
 all: $(STAMP)
 
-$(STAMP): pyproject.toml CMakeLists.txt tools/install.sh $(wildcard cpp/*.cpp cpp/*.h cpp/*.def cpp/formats/*.h)
+$(STAMP): pyproject.toml CMakeLists.txt tools/install.sh tools/llama_wheel.sh $(wildcard cpp/*.cpp cpp/*.h cpp/*.def cpp/*/*.h)
 	PYTHON=$(PYTHON) VENV=$(VENV) sh tools/install.sh
 	touch $@
 
@@ -25,7 +25,7 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/clang-format --dry-run --Werror $(wildcard cpp/*.cpp cpp/*.h cpp/formats/*.h)
+	$(BIN)/clang-format --dry-run --Werror $(wildcard cpp/*.cpp cpp/*.h cpp/*/*.h)
 	VENV=$(VENV) sh tools/tidy.sh $(filter-out cpp/kernels%,$(wildcard cpp/*.cpp))
 
 # The kernels, too: minutes.

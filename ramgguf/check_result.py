@@ -2,14 +2,18 @@
 
 import statistics
 from collections.abc import Sequence
-from typing import Annotated, ClassVar, Literal
-
-from pydantic import Field
+from typing import ClassVar, Literal
 
 from ramgguf.engine.wire import SystemInfo
-from ramgguf.schema import Document, MemoryUse, NonNegative, Positive, _Value
-
-NonNegativeFloat = Annotated[float, Field(ge=0)]
+from ramgguf.schema import (
+    Document,
+    MemoryUse,
+    NonNegative,
+    NonNegativeFloat,
+    Number,
+    Positive,
+    _Value,
+)
 
 
 class Spread(_Value):
@@ -53,7 +57,7 @@ class Answer(_Value):
     n_tokens: NonNegative
     ended: bool
     signs: tuple[str, ...]
-    surprise: float | None = None
+    surprise: Number | None = None
 
 
 Stage = Literal["load", "fill", "time", "talk", "score"]

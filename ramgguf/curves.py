@@ -1,8 +1,8 @@
 """The frontier as a value: every step of a model's size–cost curve, and its file."""
 
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ramgguf.predictions import Prediction
 from ramgguf.schema import (
@@ -11,12 +11,11 @@ from ramgguf.schema import (
     Encoder,
     ImportanceSource,
     NonNegative,
+    NonNegativeFloat,
     Positive,
     Source,
     _Value,
 )
-
-NonNegativeFloat = Annotated[float, Field(ge=0)]
 
 
 class FrontierTensor(_Value):
@@ -48,7 +47,14 @@ class FrontierGroup(_Value):
     """Tensors that take one format together, by index, and their hull by ascending bytes."""
 
     members: tuple[NonNegative, ...]
-    choices: tuple[FrontierChoice, ...]
+    choices: Annotated[tuple[FrontierChoice, ...], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _check_members(self) -> Self:
+        for c in self.choices:
+            if {len(c.tensor_bytes), len(c.tensor_nmse), len(c.tensor_cost)} != {len(self.members)}:
+                raise ValueError(f"{c.format} has not one value for each member")
+        return self
 
 
 class FrontierStep(_Value):
@@ -92,6 +98,23 @@ class Frontier(Document):
     predictions: tuple[Prediction, ...] = ()
     predicted_from: str | None = None
     notes: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _check_structure(self) -> Self:
+        members = [m for group in self.groups for m in group.members]
+        if not members or sorted(members) != list(range(len(self.tensors))):
+            raise ValueError("each tensor must be in one group")
+        n_bytes = self.start_bytes
+        for step in self.steps:
+            group = self.groups[step.group] if step.group < len(self.groups) else None
+            if group is None or step.choice >= len(group.choices) or step.n_bytes <= n_bytes:
+                raise ValueError(f"there is no step to {step.n_bytes} bytes")
+            n_bytes = step.n_bytes
+        if self.knees and max(self.knees) >= len(self.steps):
+            raise ValueError("a knee is at no step")
+        if self.predictions and len(self.predictions) != len(self.steps) + 1:
+            raise ValueError("there must be a prediction of the start and of each step")
+        return self
 
     @property
     def n_weights(self) -> int:

@@ -32,8 +32,15 @@ class _Value(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-NonNegative = Annotated[int, Field(ge=0)]
-Positive = Annotated[int, Field(gt=0)]
+# Integers that JSON's numbers hold exactly everywhere; sums of them do not overflow 64 bits.
+_LARGEST = 2**53 - 1
+NonNegative = Annotated[int, Field(ge=0, le=_LARGEST)]
+Positive = Annotated[int, Field(gt=0, le=_LARGEST)]
+# Of finite numbers, those whose sums and products are finite, too.
+_HUGE = 1e100
+Number = Annotated[float, Field(ge=-_HUGE, le=_HUGE)]
+NonNegativeFloat = Annotated[float, Field(ge=0, le=_HUGE)]
+PositiveFloat = Annotated[float, Field(gt=0, le=_HUGE)]
 
 
 class Document(_Value, Drawn):

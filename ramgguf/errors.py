@@ -1,8 +1,21 @@
 """What can go wrong: every error that is the user's to fix derives from RamggufError."""
 
 
+def printable(text: str) -> str:
+    """Return the text on one line, with escapes for what would control a terminal."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 class RamggufError(Exception):
-    """An error the user can mend; its message names the thing, what was found and what to do."""
+    """An error the user can mend; its message names the thing, what was found and what to do.
+
+    It quotes what files say of themselves, so it is made printable.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
 
 class GGUFError(RamggufError):

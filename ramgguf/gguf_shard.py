@@ -105,10 +105,13 @@ def require_whole(shards: tuple[Shard, ...]) -> None:
         *((shard, "split.tensors.count", n_tensors) for shard in shards),
     ]
     for shard, key, expected in expectations:
-        found = shard.metadata.integer(key)
         # A file by itself need not say that it is whole.
-        if found != expected and not (len(shards) == 1 and found is None):
+        if len(shards) == 1 and key not in shard.metadata:
+            continue
+        found = shard.metadata.integer(key)
+        if found != expected:
+            shown = "no integer" if found is None and key in shard.metadata else found
             raise GGUFError(
-                f"{shard.path}: {key} is {found}, expected {expected}; are all shards there, "
+                f"{shard.path}: {key} is {shown}, expected {expected}; are all shards there, "
                 "under their own names, and of one model?"
             )

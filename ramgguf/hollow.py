@@ -4,7 +4,6 @@ They take a few megabytes of disk whatever the model's size, and are enough for 
 how much memory the real file would take.
 """
 
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 from ramgguf.errors import GGUFError
 from ramgguf.gguf_io import GGUFFile
 from ramgguf.gguf_layout import plan_layout
+from ramgguf.scratch import scratch_folder
 
 
 @contextmanager
@@ -20,8 +20,8 @@ def hollow_model(source: GGUFFile, tensor_types: Mapping[str, str]) -> Iterator[
 
     Tensors that are not named keep their type. Raises GGUFError when it cannot be written.
     """
-    with tempfile.TemporaryDirectory(prefix="ramgguf-") as folder:
-        path = Path(folder) / "hollow.gguf"
+    with scratch_folder(None, error=GGUFError) as folder:
+        path = folder / "hollow.gguf"
         shard = plan_layout(path, source, tensor_types, {}).shards[0]
         try:
             with path.open("wb") as out:

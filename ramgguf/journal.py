@@ -1,7 +1,7 @@
 """The file to which an evaluation writes each sequence as it finishes, and from which it goes on.
 
 One JSON object per line: a run (one model under one protocol) announces itself, then come its
-sequences. A line that a kill cut short is dropped when the file is read again.
+sequences.
 """
 
 import hashlib
@@ -13,9 +13,9 @@ import numpy as np
 from pydantic import Field, TypeAdapter, ValidationError
 
 from ramgguf.errors import EngineError
-from ramgguf.line_file import LineFile
+from ramgguf.line_file import LineFile, whole_lines
 from ramgguf.results import BrokenSequence, EvalResult, Quantiles, SequenceScore, quantiles
-from ramgguf.schema import _Value
+from ramgguf.schema import NonNegativeFloat, _Value
 
 
 class RunRecord(_Value):
@@ -37,8 +37,8 @@ class SequenceRecord(_Value):
     index: int
     score: SequenceScore | None = None
     broken: BrokenSequence | None = None
-    seconds: float
-    decode_seconds: float
+    seconds: NonNegativeFloat
+    decode_seconds: NonNegativeFloat
     cpu: str | None = None
 
 
@@ -83,7 +83,7 @@ def read_results(path: Path) -> tuple[EvalResult, ...]:
     except OSError as e:
         raise EngineError(f"{path}: {e.strerror}; expected what `ramgguf eval -o` writes") from None
     journal = Journal(None, resume=False)
-    journal.load(path, data)
+    journal.load(path, whole_lines(data))
     return journal.results()
 
 
@@ -105,10 +105,7 @@ class Journal:
             raise EngineError(f"{path} exists; add --resume to go on with it, or remove it")
         self._file = LineFile(path, error=EngineError)
         try:
-            data = self._file.data
-            whole = self.load(path, data)
-            if whole < len(data):
-                self._file.keep(whole)
+            self.load(path, self._file.lines)
         except BaseException:
             self._file.close()
             raise
@@ -192,10 +189,9 @@ class Journal:
         if self._file is not None:
             self._file.append(record.model_dump_json().encode())
 
-    def load(self, path: Path, data: bytes) -> int:
-        """Take over the records in data, which path holds; return the bytes of its whole lines."""
-        whole = data.rfind(b"\n") + 1
-        for number, line in enumerate(data[:whole].splitlines(), start=1):
+    def load(self, path: Path, lines: list[bytes]) -> None:
+        """Take over the records of these lines, which path holds."""
+        for number, line in enumerate(lines, start=1):
             try:
                 record = _ADAPTER.validate_json(line)
             except ValidationError as e:
@@ -211,4 +207,3 @@ class Journal:
                     self.done(record.run)[record.index] = record
                 case FailureRecord():
                     self._failures[record.run] = record.message
-        return whole

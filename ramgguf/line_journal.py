@@ -1,7 +1,6 @@
 """A file of what a long run was settled to do and has done so far, from which it can go on.
 
-One JSON object per line: the settings first, then the steps. A line that a kill cut short is
-dropped.
+One JSON object per line: the settings first, then the steps.
 """
 
 from pathlib import Path
@@ -29,7 +28,7 @@ class LineJournal(Generic[S, T]):
         self._path, self._types, self._kind = path, (settings, step), kind
         self._file = LineFile(path, error=PlanError)
         try:
-            self._read(self._file.data)
+            self._read(self._file.lines)
         except BaseException:
             self._file.close()
             raise
@@ -53,11 +52,10 @@ class LineJournal(Generic[S, T]):
     def _write(self, value: _Value) -> None:
         self._file.append(value.model_dump_json().encode())
 
-    def _read(self, data: bytes) -> None:
-        whole = data.rfind(b"\n") + 1
+    def _read(self, lines: list[bytes]) -> None:
         settings, step = self._types
         try:
-            for number, line in enumerate(data[:whole].splitlines()):
+            for number, line in enumerate(lines):
                 if number == 0:
                     self.settings = settings.model_validate_json(line)
                 else:
@@ -67,5 +65,3 @@ class LineJournal(Generic[S, T]):
                 f"{self._path}: line {number + 1} is not of a {self._kind} run "
                 f"({e.errors()[0]['msg']}); remove it or name another output"
             ) from None
-        if whole < len(data):
-            self._file.keep(whole)

@@ -7,7 +7,7 @@ limits. What they say of another network is a guess, and every prediction names 
 import math
 from dataclasses import dataclass
 
-from ramgguf.documents import _Value
+from ramgguf.documents import NonNegativeFloat, PositiveFloat, _Value
 
 # Two-sided 95 % of a normal distribution.
 Z = 1.96
@@ -16,12 +16,12 @@ Z = 1.96
 class Prediction(_Value):
     """KLD in nats per token and PPL as a ratio to the source's, each with a 95 % interval."""
 
-    kld: float
-    kld_low: float
-    kld_high: float
-    ppl_ratio: float
-    ppl_ratio_low: float
-    ppl_ratio_high: float
+    kld: PositiveFloat
+    kld_low: NonNegativeFloat
+    kld_high: PositiveFloat
+    ppl_ratio: PositiveFloat
+    ppl_ratio_low: PositiveFloat
+    ppl_ratio_high: PositiveFloat
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,11 @@ def predict(objective: str, cost: float, cost_error: float | None) -> Prediction
         kld=kld,
         kld_low=low,
         kld_high=high,
-        ppl_ratio=math.exp(known.slope * kld),
-        ppl_ratio_low=math.exp((known.slope - Z * known.slope_spread) * low),
-        ppl_ratio_high=math.exp((known.slope + Z * known.slope_spread) * high),
+        ppl_ratio=_exp(known.slope * kld),
+        ppl_ratio_low=_exp((known.slope - Z * known.slope_spread) * low),
+        ppl_ratio_high=_exp((known.slope + Z * known.slope_spread) * high),
     )
+
+
+def _exp(x: float) -> float:
+    return math.exp(min(x, 200.0))  # of no use long before, and no number beyond 709

@@ -8,7 +8,7 @@ import numpy as np
 from ramgguf.engine.wire import TokenIds
 from ramgguf.line_journal import LineJournal
 from ramgguf.refinements import FormatChange
-from ramgguf.schema import _Value
+from ramgguf.schema import NonNegativeFloat, Number, _Value
 
 
 class RefineSettings(_Value):
@@ -34,8 +34,8 @@ class RefineSettings(_Value):
 class Paired(_Value):
     """A mean difference of KLD in nats per token, and its standard error."""
 
-    change: float
-    error: float
+    change: Number
+    error: NonNegativeFloat
 
 
 class Trial(_Value):

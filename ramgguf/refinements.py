@@ -1,10 +1,6 @@
 """How a plan was changed by trials, as values: what was swapped, and what it did to the KLD."""
 
-from typing import Annotated
-
-from pydantic import Field
-
-from ramgguf.documents import NonNegative, Positive, _Value
+from ramgguf.documents import NonNegative, NonNegativeFloat, Positive, _Value
 
 
 class FormatChange(_Value):
@@ -23,9 +19,9 @@ class KLDChange(_Value):
 
     n_tokens: Positive
     sha256: str
-    before: Annotated[float, Field(ge=0)]
-    after: Annotated[float, Field(ge=0)]
-    error: Annotated[float, Field(ge=0)]
+    before: NonNegativeFloat
+    after: NonNegativeFloat
+    error: NonNegativeFloat
 
 
 class Refinement(_Value):

@@ -10,10 +10,9 @@ import numpy.typing as npt
 from pydantic import Field, field_validator, model_validator
 
 from ramgguf.hub import HubFile
-from ramgguf.schema import Document, NonNegative, Positive, _Value
+from ramgguf.schema import Document, NonNegative, NonNegativeFloat, Number, Positive, _Value
 
 Float32Array = npt.NDArray[np.float32]
-NonNegativeFloat = Annotated[float, Field(ge=0)]
 
 
 class ModelFile(_Value):
@@ -103,13 +102,13 @@ class SequenceScore(_Value):
     text_end: NonNegative
     excerpt: str
     n_scored: Positive
-    nll_sum: float
+    nll_sum: Number
     token_nll: str | None = None
-    reference_nll_sum: float | None = None
-    kld_sum: float | None = None
-    kld_max: float | None = None
+    reference_nll_sum: Number | None = None
+    kld_sum: Number | None = None
+    kld_max: Number | None = None
     n_same_top: NonNegative | None = None
-    delta_p_sum: float | None = None
+    delta_p_sum: Number | None = None
     delta_p_squared_sum: NonNegativeFloat | None = None
     token_kld: str | None = None
 
@@ -119,6 +118,13 @@ class SequenceScore(_Value):
         if text is not None and not np.isfinite(decode_float32(text)).all():
             raise ValueError("NaN or infinity among the values")
         return text
+
+    @model_validator(mode="after")
+    def _check_lengths(self) -> Self:
+        for values in (self.nll_per_token(), self.kld_per_token()):
+            if values is not None and len(values) != self.n_scored:
+                raise ValueError(f"{len(values)} values of {self.n_scored} scored tokens")
+        return self
 
     @property
     def mean_nll(self) -> float:
@@ -155,7 +161,7 @@ class Quantiles(_Value):
     """Quantiles of a per-token quantity: value[i] at probability p[i] (linear interpolation)."""
 
     p: tuple[Annotated[float, Field(ge=0, le=1)], ...]
-    value: tuple[float, ...]
+    value: tuple[Number, ...]
 
     @model_validator(mode="after")
     def _check_lengths(self) -> Self:

@@ -3,12 +3,14 @@
 import hashlib
 import math
 import re
-from typing import Annotated, ClassVar, Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field
 
 from ramgguf.documents import Document as Document
 from ramgguf.documents import NonNegative as NonNegative
+from ramgguf.documents import NonNegativeFloat as NonNegativeFloat
+from ramgguf.documents import Number as Number
 from ramgguf.documents import Positive as Positive
 from ramgguf.documents import _Value as _Value
 from ramgguf.errors import PlanError
@@ -41,9 +43,9 @@ class Point(_Value):
 
     format: str
     n_bytes: Positive
-    nmse: Annotated[float, Field(ge=0)]
-    max_error: Annotated[float, Field(ge=0)]
-    nmse_error: Annotated[float, Field(ge=0)] = 0.0
+    nmse: NonNegativeFloat
+    max_error: NonNegativeFloat
+    nmse_error: NonNegativeFloat = 0.0
 
     @property
     def sqnr_db(self) -> float:
@@ -64,13 +66,13 @@ class TensorMeasurement(_Value):
     name: str
     shape: tuple[Positive, ...]
     role: str
-    layer: int | None
+    layer: NonNegative | None
     source_format: str
     n_bytes: Positive
-    sum_squares: Annotated[float, Field(ge=0)]
-    output_squares: Annotated[float, Field(ge=0)] | None = None
-    max_abs: Annotated[float, Field(ge=0)]
-    excess_kurtosis: float
+    sum_squares: NonNegativeFloat
+    output_squares: NonNegativeFloat | None = None
+    max_abs: NonNegativeFloat
+    excess_kurtosis: Number
     points: tuple[Point, ...]
     excluded: dict[str, str] = Field(default_factory=dict)
     kept: str | None = None
@@ -119,9 +121,9 @@ class Measurement(Document):
     formats: tuple[str, ...]
     n_overhead_bytes: NonNegative
     alignment: Positive
-    n_layers: int | None
+    n_layers: NonNegative | None
     tensors: tuple[TensorMeasurement, ...]
-    seconds: float = 0.0
+    seconds: Number = 0.0
 
     @property
     def n_weights(self) -> int:
@@ -169,7 +171,7 @@ class Constraints(_Value):
     take the same format.
     """
 
-    min_sqnr_db: float = 9.0
+    min_sqnr_db: Number = 9.0
     formats: tuple[str, ...] | None = None
     pins: tuple[Pin, ...] = ()
     ties: tuple[tuple[str, ...], ...] = ()
@@ -185,8 +187,8 @@ class Assignment(_Value):
     format: str
     n_weights: Positive
     n_bytes: Positive
-    nmse: Annotated[float, Field(ge=0)]
-    cost: Annotated[float, Field(ge=0)]
+    nmse: NonNegativeFloat
+    cost: NonNegativeFloat
     note: str | None = None
 
 
@@ -194,7 +196,7 @@ class NextPercent(_Value):
     """What one percent more budget would buy: the cost then, and how many formats change."""
 
     n_bytes: Positive
-    total_cost: Annotated[float, Field(ge=0)]
+    total_cost: NonNegativeFloat
     n_changes: NonNegative
 
 
@@ -246,10 +248,10 @@ class Plan(Document):
     budget: Positive
     n_bytes: Positive
     n_overhead_bytes: NonNegative
-    total_cost: Annotated[float, Field(ge=0)]
-    total_cost_error: Annotated[float, Field(ge=0)] | None = None
+    total_cost: NonNegativeFloat
+    total_cost_error: NonNegativeFloat | None = None
     sensitivity_sha256: str | None = None
-    gap: Annotated[float, Field(ge=0)]
+    gap: NonNegativeFloat
     constraints: Constraints = Constraints()
     assignments: tuple[Assignment, ...]
     next_percent: NextPercent | None = None

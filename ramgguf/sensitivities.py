@@ -1,21 +1,19 @@
 """How much each tensor's error matters, as a value: α in nats of KLD per unit of NMSE."""
 
 import hashlib
-from typing import Annotated, ClassVar, Literal
-
-from pydantic import Field
+from typing import ClassVar, Literal
 
 from ramgguf.schema import (
     Document,
     Encoder,
     ImportanceSource,
     NonNegative,
+    NonNegativeFloat,
     Positive,
     Source,
     _Value,
 )
 
-NonNegativeFloat = Annotated[float, Field(ge=0)]
 TokenKind = Literal["self", "random", "text"]
 Origin = Literal["measured", "interpolated", "idle", "role"]
 
@@ -59,7 +57,7 @@ class TensorSensitivity(_Value):
 
     name: str
     role: str
-    layer: int | None
+    layer: NonNegative | None
     n_weights: Positive
     alpha: NonNegativeFloat
     relative_error: NonNegativeFloat

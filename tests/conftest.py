@@ -1,6 +1,6 @@
 """Fixtures shared by all tests: real models, made once and kept in the user's cache."""
 
-import importlib
+import contextlib
 import os
 import shutil
 import signal
@@ -69,7 +69,7 @@ def smol135() -> Path:
 @pytest.fixture(scope="session")
 def llama_cpp() -> Iterator[ModuleType]:
     """The low-level module of llama-cpp-python, its log silenced."""
-    module = importlib.import_module("llama_cpp")
+    module: ModuleType = pytest.importorskip("llama_cpp")
     silence = module.llama_log_callback(lambda level, text, data: None)
     module.llama_log_set(silence, None)
     yield module
@@ -84,6 +84,15 @@ def _mount(folder: Path, arguments: Sequence[str]) -> Iterator[Path]:
         pytest.skip("mounting a small file system takes root")
     yield folder
     subprocess.run(["umount", str(folder)], check=True)
+
+
+def fill_disk(path: Path, *, leave: int) -> None:
+    """Write a file that takes its disk up to so many bytes, rounded to pages; all of it for 0."""
+    with path.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        status = os.statvfs(path)
+        n_bytes = status.f_bavail * status.f_frsize - max(leave, status.f_frsize)
+        while n_bytes > 0 or not leave:  # root has more than is said to be available
+            n_bytes -= file.write(bytes(min(n_bytes, 1 << 20) if n_bytes > 0 else 1 << 20))
 
 
 @pytest.fixture(params=["tmpfs", "ext4"])

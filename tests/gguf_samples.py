@@ -117,6 +117,51 @@ SOUND = File()
 
 
 @dataclass(frozen=True)
+class Field:
+    """A number in the header: where it is, and of how many bytes."""
+
+    name: str
+    offset: int
+    n_bytes: int
+
+
+_SCALARS = {U8: 1, I8: 1, U16: 2, I16: 2, U32: 4, I32: 4, F32: 4, BOOL: 1, U64: 8, I64: 8, F64: 8}
+
+
+def header_fields(file: File) -> Iterator[Field]:
+    """Yield every number in the header: versions, counts, lengths, types, values, shapes, offsets.
+
+    Of an array's items, the first.
+    """
+    yield from (Field("magic", 0, 4), Field("version", 4, 4))
+    yield from (Field("tensors", 8, 8), Field("keys", 16, 8))
+    at = 24
+    for key in file.keys:
+        value = at + len(text(key.name)) + 4
+        yield from (Field(f"{key.name!r} length", at, 8), Field(f"{key.name!r} type", value - 4, 4))
+        if key.type == ARRAY:
+            yield from (
+                Field(f"{key.name!r} items", value, 4),
+                Field(f"{key.name!r} n", value + 4, 8),
+            )
+            item = int.from_bytes(key.value[:4], "little")
+            if len(key.value) > 12:
+                yield Field(f"{key.name!r} first", value + 12, _SCALARS.get(item, 8))
+        else:
+            yield Field(f"{key.name!r} value", value, _SCALARS.get(key.type, 8))
+        at += len(key.record())
+    for tensor in file.tensors:
+        shape = at + len(text(tensor.name)) + 4
+        end = at + len(tensor.record())
+        yield from (Field(f"{tensor.name!r} length", at, 8), Field("dimensions", shape - 4, 4))
+        yield from (
+            Field(f"{tensor.name!r} ne", shape + 8 * i, 8) for i in range(len(tensor.shape))
+        )
+        yield from (Field(f"{tensor.name!r} type", end - 12, 4), Field("offset", end - 8, 8))
+        at = end
+
+
+@dataclass(frozen=True)
 class Hostile:
     """A malformed file, and a part of what must be said of it."""
 

@@ -20,11 +20,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import made_documents
 import ramgguf
+from conftest import fill_disk
 from gguf_samples import write_model
-from ramgguf.errors import GGUFError, PlanError
+from ramgguf.errors import GGUFError, PlanError, RamggufError
 from ramgguf.files import AtomicFile
 from ramgguf.gguf_io import GGUFFile, TensorInfo, open_gguf
+from ramgguf.hessian import gram_name, new_hessians
+from ramgguf.imatrix_write import InputSquares, write_imatrix
+from ramgguf.report.page import write_html
+from ramgguf.report.results import study_of
 from ramgguf.schema import Measurement, Plan
 
 KILLS = int(os.environ.get("RAMGGUF_KILLS", "4"))
@@ -275,24 +281,77 @@ def test_an_unwritable_folder_is_an_error(
     assert [p.name for p in folder.iterdir()] == ["target"]
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 2 MB, where the system lets us mount one."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)]
-    if os.geteuid() or subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("mounting a small file system takes root")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+def _grams(path: Path) -> None:
+    with new_hessians(path, {"a": "a"}, {"a": 64}, 10, force=True) as file:
+        file.write(gram_name("a"), np.eye(64, dtype=np.float32))
+        file.commit()
+
+
+def _importance(path: Path) -> None:
+    entries = {"a": InputSquares(np.ones((1, 2048)), np.ones(1, np.int64))}
+    write_imatrix(path, entries, dataset="d", n_chunks=1, chunk_size=1, force=True)
+
+
+# What writes an output, but for the models and what llama.cpp computes (test_faults_engine.py).
+_WRITERS: dict[str, Callable[[Path], None]] = {
+    **{d.KIND: d.save for d in made_documents.documents()},
+    "page": lambda path: write_html(path, study_of([made_documents.result()])),
+    "imatrix": _importance,
+    "hessian": _grams,
+}
+
+
+@pytest.mark.parametrize("what", _WRITERS)
+def test_no_disk_is_too_full_to_keep_the_older_output(what: str, small_disk: Path) -> None:
+    target = small_disk / "target"
+    target.write_bytes(b"older")
+    fill_disk(small_disk / "filler", leave=0)
+    with pytest.raises(RamggufError, match=r"the disk is full|free and the output needs") as caught:
+        _WRITERS[what](target)
+    assert str(caught.value).startswith(str(small_disk))
+    assert str(caught.value).isprintable()
+    assert target.read_bytes() == b"older"
+    assert sorted(p.name for p in small_disk.iterdir()) == ["filler", "target"]
+    (small_disk / "filler").unlink()
+    if what != "page":  # which is larger than the disk
+        _WRITERS[what](target)
+        assert target.read_bytes() != b"older"
+
+
+@pytest.mark.parametrize("what", _WRITERS)
+def test_what_cannot_be_written_is_named(what: str, tmp_path: Path, read_only: Path) -> None:
+    for folder, why in ((read_only, "Read-only file system"), (tmp_path / "none", "No such file")):
+        with pytest.raises(RamggufError, match=why) as caught:
+            _WRITERS[what](folder / "target")
+        assert str(caught.value).startswith(str(folder))
+    with pytest.raises(RamggufError, match="is a folder"):
+        _WRITERS[what](tmp_path)
+
+
+@pytest.mark.parametrize("what", _WRITERS)
+def test_a_second_writer_is_refused_and_the_first_goes_on(what: str, tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    first = AtomicFile(target, 5, force=True, error=PlanError)
+    try:
+        with pytest.raises(RamggufError, match=r"target: .*another process is writing it"):
+            _WRITERS[what](target)
+        first.write_at(0, b"first")
+        first.commit()
+    finally:
+        first.abort()
+    assert target.read_bytes() == b"first"
+    _WRITERS[what](target)
+    assert target.read_bytes() != b"first"
+    assert [p.name for p in tmp_path.iterdir()] == ["target"]
 
 
 @pytest.mark.parametrize("noticed", ["before", "when reserving", "when writing"])
 def test_a_full_disk_is_an_error_and_leaves_the_older_output(
     source: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch, noticed: str
 ) -> None:
-    target = small_disk / "target"
+    target, filler = small_disk / "target", small_disk / "filler"
     target.write_bytes(b"older")
+    fill_disk(filler, leave=1_000_000)
 
     def unsupported(*_: object) -> None:
         raise OSError(errno.EOPNOTSUPP, "not supported")
@@ -306,7 +365,7 @@ def test_a_full_disk_is_an_error_and_leaves_the_older_output(
     with pytest.raises(GGUFError, match=message):
         _quantize(source, target)
     assert target.read_bytes() == b"older"
-    assert [p.name for p in small_disk.iterdir()] == ["target"]
+    assert sorted(p.name for p in small_disk.iterdir()) == ["filler", "target"]
 
 
 def test_a_limit_on_the_size_of_files_is_an_error(source: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Callable
@@ -20,13 +21,16 @@ import pytest
 from numpy.typing import NDArray
 
 import ramgguf
+from conftest import fill_disk
 from ramgguf import scratch
 from ramgguf.cli.sensitivity_commands import sensitivity as sensitivity_command
 from ramgguf.corpus import Corpus, Recipe, default_corpus
 from ramgguf.engine.client import CrashError, Engine
 from ramgguf.engine.probe import Probe
-from ramgguf.errors import EngineError, GGUFError, PlanError
+from ramgguf.errors import EngineError, GGUFError, ImatrixError, PlanError
 from ramgguf.gguf_io import open_gguf
+from ramgguf.hessian import load_hessians
+from ramgguf.imatrix import load_imatrix
 from ramgguf.journal import Journal, read_results
 from ramgguf.results import EvalResult
 from ramgguf.scratch import scratch_folder
@@ -248,7 +252,7 @@ def test_a_full_disk_is_an_error_in_one_line_and_the_run_goes_on_elsewhere(
     model = write_tiny_model(tmp_path / "m.gguf", weight_type="F16")
     before = model.read_bytes()
     filler = small_disk / "filler"
-    _fill(filler, leave=8_000 if use is _sequences else 3_000)
+    fill_disk(filler, leave=8_000 if use is _sequences else 3_000)
     with pytest.raises((EngineError, PlanError)) as caught:
         use(model, small_disk)
     assert str(caught.value).startswith(str(small_disk))
@@ -259,13 +263,36 @@ def test_a_full_disk_is_an_error_in_one_line_and_the_run_goes_on_elsewhere(
     use(model, small_disk)  # with what is there, and room again
 
 
-def _fill(path: Path, *, leave: int) -> None:
-    """Write a file that takes the disk up to so many bytes, rounded to pages."""
-    with path.open("wb", buffering=0) as file:
-        status = os.statvfs(path)
-        n_bytes = status.f_bavail * status.f_frsize - max(leave, status.f_frsize)
-        while n_bytes > 0:
-            n_bytes -= file.write(bytes(min(n_bytes, 1 << 20)))
+def test_a_full_disk_stops_calibration_in_one_line(
+    small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = write_tiny_model(tmp_path / "m.gguf", weight_type="F16")
+    output, grams = small_disk / "imatrix", tmp_path / "grams"
+    filler = small_disk / "filler"
+
+    def run() -> None:
+        ramgguf.calibrate(
+            model, output, tokens="random", n_sequences=1, n_ctx=64, hessian=grams, threads=1
+        )
+
+    fill_disk(filler, leave=0)
+    with pytest.raises(ImatrixError, match=r"the disk is full|free and the output needs"):
+        run()
+    grams.unlink()
+    assert list(small_disk.iterdir()) == [filler]
+    # The arrays that llama.cpp's process hands over have no room.
+    monkeypatch.setattr(tempfile, "tempdir", str(small_disk))
+    fill_disk(filler, leave=9_000)
+    with pytest.raises(EngineError, match=f"{small_disk}.*: cannot be written") as caught:
+        run()
+    assert str(caught.value).isprintable()
+    assert list(small_disk.iterdir()) == [filler]
+    assert not grams.exists()
+    monkeypatch.undo()
+    filler.unlink()
+    run()
+    assert load_imatrix(output).entries
+    assert load_hessians(grams).owners
 
 
 def test_a_folder_that_may_not_be_written_is_an_error(tmp_path: Path, read_only: Path) -> None:

@@ -1,74 +1,58 @@
 """What passes between commands is input, too: cut short, edited by hand, of another version."""
 
+import io
 import json
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 from typer.testing import CliRunner
 
+import made_documents
 import made_results
 import ramgguf
-import synthetic
 import test_imatrix
+from ramgguf.check_result import CheckResult
 from ramgguf.cli.app import app
+from ramgguf.curves import Frontier
 from ramgguf.errors import PlanError, RamggufError
 from ramgguf.imatrix import load_imatrix
-from ramgguf.report.results import eval_markdown
+from ramgguf.journal import Journal
+from ramgguf.planning import plan_on
+from ramgguf.recipes import Recipe, diff, pins_for
+from ramgguf.refine_journal import RefineJournal
+from ramgguf.report.check import print_check, print_ratios
+from ramgguf.report.choices import print_difference, print_explanation, print_recipe
+from ramgguf.report.curves import curve_svg, print_curve
+from ramgguf.report.page import write_html
+from ramgguf.report.plans import print_plan
+from ramgguf.report.results import eval_markdown, print_eval, study_of
+from ramgguf.report.sensing import print_sensitivity
+from ramgguf.report.terminal import PlainConsole
 from ramgguf.result_files import read_material
-from ramgguf.results import EvalResult, encode_float32, quantiles
-from ramgguf.schema import Document, Measurement, Plan, Source
-from ramgguf.sensitivities import ProbeTokens, Reading, Sensitivity, TensorSensitivity
+from ramgguf.results import EvalResult
+from ramgguf.schema import Document, Measurement, Plan
+from ramgguf.sensitivities import Sensitivity
+from ramgguf.sensitivity_journal import Journal as SensitivityJournal
 
-_MEASUREMENT = synthetic.measurement(n_layers=1)
-_PLAN = ramgguf.plan(_MEASUREMENT, 1_000_000, min_sqnr_db=0)
-
-
-def sensitivity() -> Sensitivity:
-    """Return a small one."""
-    reading = Reading(name="blk.0.q", format="Q4_K", nmse=1e-3, kld=1e-4, standard_error=1e-5)
-    tensor = TensorSensitivity(
-        name="blk.0.q", role="attn_q", layer=0, n_weights=1024, alpha=0.1, relative_error=0.1,
-        origin="measured", reading=reading,
-    )  # fmt: skip
-    return Sensitivity(
-        ramgguf_version="0.1.0",
-        source=Source(path="m.gguf", n_bytes=1, header_sha256="0", architecture="llama"),
-        encoder="rtn",
-        engine="b1",
-        tokens=ProbeTokens(kind="random", n_sequences=1, n_tokens=64, seed=0, sha256="0"),
-        tensors=(tensor, tensor.model_copy(update={"name": "blk.1.q", "reading": None})),
-    )
+_DOCUMENTS = made_documents.documents()
+_RESULT = made_documents.result()
+_JOURNALS = made_documents.journals()
+_OPENED: dict[str, Callable[[Path], AbstractContextManager[object]]] = {
+    "eval": lambda path: Journal(path, resume=True),
+    "sensitivity": SensitivityJournal,
+    "refine": RefineJournal,
+}
 
 
-def result() -> EvalResult:
-    """Return a small one, compared with a reference."""
-    found = made_results.eval_result(
-        "m", [8.0, 9.0, 400.0], reference=("base", [7.0, 8.0, 9.0]), kld=[0.1, 0.2, 0.3]
-    )
-    tokens = encode_float32(np.full(4, 0.5, np.float32))
-    sequences = [s.model_copy(update={"token_kld": tokens}) for s in found.sequences]
-    update = {"sequences": tuple(sequences), "kld_quantiles": quantiles([0.1, 0.2])}
-    return found.model_copy(update=update)
-
-
-_RESULT = result()
-_DOCUMENTS: tuple[Document, ...] = (_MEASUREMENT, _PLAN, sensitivity(), _RESULT)
-_ODD: list[Any] = [None, True, -1, 0, 2**63, 1e308, "", "Q9_Z", "../../x", [], {}, [[]], "NaN"]
-
-
-def _places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Return the paths of everything within a JSON value."""
-    items = value.items() if isinstance(value, dict) else enumerate(value)
-    found = []
-    for key, item in items:
-        found.append((*path, key))
-        if isinstance(item, dict | list):
-            found += _places(item, (*path, key))
-    return found
+def _check(message: str, start: str = "") -> None:
+    assert message.startswith(start)
+    assert message.isprintable()
 
 
 def _load(kind: type[Document], text: str) -> Document | None:
@@ -77,8 +61,7 @@ def _load(kind: type[Document], text: str) -> Document | None:
         return kind.from_json(text, name="the file")
     except PlanError as e:
         message = str(e)
-    assert message.startswith("the file")
-    assert "\n" not in message
+    _check(message, "the file")
     return None
 
 
@@ -99,40 +82,127 @@ def test_other_versions_and_kinds_are_refused_by_name(document: Document) -> Non
             type(document).from_json(text.replace(schema, other))
 
 
-def _check(message: str, start: str = "") -> None:
-    assert message.startswith(start)
-    assert message.isprintable()
+def _edited(data: st.DataObject, text: str) -> str:
+    return made_documents.edited(text, lambda n: data.draw(st.integers(0, n - 1)))
 
 
-def _edited(data: st.DataObject, document: Document) -> str:
-    """Return the document's JSON with one value changed, left out or repeated."""
-    edited = json.loads(document.to_json())
-    path = data.draw(st.sampled_from(_places(edited)))
-    parent = edited
-    for key in path[:-1]:
-        parent = parent[key]
-    if data.draw(st.booleans()):
-        parent[path[-1]] = data.draw(st.sampled_from(_ODD))
-    elif isinstance(parent, dict):
-        del parent[path[-1]]
-    else:
-        parent.append(parent[path[-1]])
-    return json.dumps(edited)
+def _use(document: Document, console: Console) -> None:
+    """Do with the document what the commands do that read it."""
+    plan = made_documents.plan()
+    measurement = made_documents.measurement()
+    match document:
+        case Measurement():
+            print_plan(ramgguf.plan(document, "50%", min_sqnr_db=0), console, verbose=True)
+        case Plan():
+            print_plan(document, console, verbose=True)
+            print_explanation(ramgguf.explain(document, measurement), None, console)
+        case Sensitivity():
+            print_sensitivity(document, console, verbose=True)
+            ramgguf.plan(measurement, "50%", sensitivity=document, min_sqnr_db=0)
+        case Recipe():
+            print_recipe(document, console)
+            difference = diff(document, Recipe.of_plan(plan, "p"))
+            print_difference(difference, console, verbose=True)
+            pins_for(document, measurement)
+        case Frontier():
+            planned = plan_on(document, "50%")
+            print_curve(document, [planned], console)
+            curve_svg(document, [planned])
+        case EvalResult():
+            print_eval([document], console)
+            eval_markdown([document])
+        case CheckResult():
+            print_check(document, console, verbose=True)
+            print_ratios(document, made_documents.check(), console)
 
 
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
-def test_edited_documents_are_refused_or_sound(data: st.DataObject) -> None:
+def test_edited_documents_are_refused_or_of_use(data: st.DataObject) -> None:
     document = data.draw(st.sampled_from(_DOCUMENTS))
-    loaded = _load(type(document), _edited(data, document))
-    if isinstance(loaded, Plan):
-        _ = loaded.sha256(), loaded.bpw
-    elif isinstance(loaded, Measurement):
-        _ = loaded.n_weights, [p.sqnr_db for t in loaded.tensors for p in t.points]
-    elif isinstance(loaded, Sensitivity):
-        _ = loaded.sha256()
-    elif isinstance(loaded, EvalResult):
-        _ = loaded.kld_mean, [(s.ppl, s.kld_per_token()) for s in loaded.sequences]
+    loaded = _load(type(document), _edited(data, document.to_json()))
+    shown = io.StringIO()
+    if loaded is not None:
+        try:
+            _use(loaded, PlainConsole(file=shown))
+        except RamggufError as e:
+            _check(str(e))
+    assert "\x1b" not in shown.getvalue()
+
+
+_FRONTIER = made_documents.frontier()
+_GROUP = _FRONTIER.groups[0]
+_BROKEN: dict[str, dict[str, object]] = {
+    "a tensor too few": {"tensors": _FRONTIER.tensors[1:]},
+    "a group too few": {"groups": _FRONTIER.groups[1:]},
+    "a group twice": {"groups": (*_FRONTIER.groups, _GROUP)},
+    "a group without choice": {"groups": (_GROUP.model_copy(update={"choices": ()}),)},
+    "a group of others": {"groups": (_GROUP.model_copy(update={"members": (0, 1)}),)},
+    "a step too few": {"steps": _FRONTIER.steps[1:]},
+    "a step twice": {"steps": (_FRONTIER.steps[0], *_FRONTIER.steps)},
+    "a step of no group": {"steps": (_FRONTIER.steps[0].model_copy(update={"group": 99}),)},
+    "a step to no choice": {"steps": (_FRONTIER.steps[0].model_copy(update={"choice": 99}),)},
+    "a knee at no step": {"knees": (len(_FRONTIER.steps),)},
+}
+
+
+@pytest.mark.parametrize("what", _BROKEN)
+def test_a_frontier_that_does_not_fit_together_is_refused(what: str) -> None:
+    text = _FRONTIER.model_copy(update=_BROKEN[what]).to_json()
+    assert _load(Frontier, text) is None
+
+
+def test_extreme_numbers_are_refused_or_of_use() -> None:
+    for place, value in (("n_scored", 2**63), ("delta_p_sum", 1e308), ("token_kld", "")):
+        edited = json.loads(_RESULT.to_json())
+        edited["sequences"][1][place] = value
+        assert _load(EvalResult, json.dumps(edited)) is None
+    choice = _GROUP.choices[0].model_copy(update={"cost": 1e99})
+    costly = _GROUP.model_copy(update={"choices": (choice, *_GROUP.choices[1:])})
+    update = {"groups": (costly, *_FRONTIER.groups[1:])}
+    loaded = _load(Frontier, _FRONTIER.model_copy(update=update).to_json())
+    assert loaded is not None
+    _use(loaded, PlainConsole(file=io.StringIO()))
+
+
+def test_a_perplexity_beyond_all_numbers_is_shown(tmp_path: Path) -> None:
+    pytest.importorskip("plotly")
+    sequences = [s.model_copy(update={"nll_sum": 1e9}) for s in _RESULT.sequences]
+    endless = _RESULT.model_copy(update={"sequences": (sequences[0], *_RESULT.sequences[1:])})
+    for result in (endless, _RESULT.model_copy(update={"sequences": tuple(sequences)})):
+        loaded = _load(EvalResult, result.to_json())
+        assert isinstance(loaded, EvalResult)
+        assert loaded.sequences[0].ppl == np.inf
+        _use(loaded, PlainConsole(file=io.StringIO()))
+        write_html(tmp_path / "page.html", study_of([loaded]))
+
+
+def test_messages_quote_nothing_that_controls_a_terminal() -> None:
+    for key in ("a\nb", "\x1b[2J", "\x9b", "\u2028", "\ud800"):
+        text = json.dumps({"schema": "ramgguf.plan/1", key: 1})
+        with pytest.raises(PlanError) as caught:
+            Plan.from_json(text, name="the file")
+        _check(str(caught.value), "the file: ")
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_edited_journals_are_refused_in_one_line_or_gone_on_with(
+    data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    kind = data.draw(st.sampled_from(list(_JOURNALS)))
+    lines = [_edited(data, x) if data.draw(st.booleans()) else x for x in _JOURNALS[kind]]
+    content = "\n".join(data.draw(st.lists(st.sampled_from(lines)))).encode() + b"\n"
+    path = tmp_path_factory.getbasetemp() / "journal"
+    path.write_bytes(content[: len(content) - data.draw(st.integers(0, 3))])
+    before = path.read_bytes()
+    try:
+        with _OPENED[kind](path) as found:
+            if isinstance(found, Journal):
+                _ = found.results()
+    except RamggufError as e:
+        _check(str(e), f"{path}: ")
+    assert path.read_bytes() == before  # nothing is dropped before something is added
 
 
 @settings(max_examples=25, deadline=None)
@@ -141,7 +211,7 @@ def test_edited_results_are_refused_or_compared(
     data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "edited.json"
-    path.write_text(_edited(data, _RESULT))
+    path.write_text(_edited(data, _RESULT.to_json()))
     other = made_results.eval_result(
         "n", [8.5, 9.5, 300.0], reference=("base", [7.0, 8.0, 9.0]), kld=[0.2, 0.1, 0.2]
     )

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 import published
 from made_plans import made_measurement, made_plan
-from made_results import eval_result, ordinary_ppl, wild_ppl
+from made_results import N_TOKENS, eval_result, ordinary_ppl, wild_ppl
 from ramgguf.cli.app import app
 from ramgguf.comparison import check_comparable, compare_published
 from ramgguf.errors import RamggufError, ResultError
@@ -36,7 +36,7 @@ def journal(path: Path, result: EvalResult, *, n: int | None = None, fails: str 
 
 def test_a_journal_gives_back_its_results(tmp_path: Path) -> None:
     a, b = eval_result("a", ordinary_ppl(1)), eval_result("b", ordinary_ppl(2))
-    klds = np.random.default_rng(3).gamma(1, 0.1, (128, 5))
+    klds = np.random.default_rng(3).gamma(1, 0.1, (128, N_TOKENS))
     with_tokens = tuple(
         s.model_copy(update={"token_kld": encode_float32(k)})
         for s, k in zip(b.sequences, klds, strict=True)

@@ -1,31 +1,12 @@
 #!/bin/sh
 # Make $VENV with ramgguf, its extras and the developers' tools.
-# llama-cpp-python is built from source (minutes), once per version and CPU: its wheel stays in the user's cache.
 set -eu
-: "${PYTHON:=python3}" "${VENV:=.venv}" "${LLAMA_CPP_PYTHON:=0.3.36}"
+: "${PYTHON:=python3}" "${VENV:=.venv}"
 cd "$(dirname "$0")/.."
 
 [ -x "$VENV/bin/python" ] || "$PYTHON" -m venv "$VENV"
 pip="$VENV/bin/python -m pip --disable-pip-version-check -q"
 $pip install -U 'pip>=24'
-
-# ggml compiles for the CPU it is built on, so a wheel is only good for CPUs with the same features.
-cpu=$({ uname -m; "$VENV/bin/python" -V; grep -m1 -E '^(flags|Features)' /proc/cpuinfo || true; } | cksum | cut -d' ' -f1)
-# Without AMX: compiled by GCC 12, llama.cpp's AMX kernels crash (docs/evaluation.md, "Crashes").
-case $(uname -m) in
-    x86_64) no_amx="-mno-amx-tile -mno-amx-int8 -mno-amx-bf16" ;;
-    *) no_amx="" ;;
-esac
-wheels="${RAMGGUF_CACHE:-${XDG_CACHE_HOME:-${HOME:-/tmp}/.cache}/ramgguf}/wheels/llama-cpp-python-$LLAMA_CPP_PYTHON-$cpu${no_amx:+-no-amx}"
-if ! ls "$wheels"/*.whl >/dev/null 2>&1; then
-    echo "building llama-cpp-python $LLAMA_CPP_PYTHON from source: about 4 minutes, this once" >&2
-    mkdir -p "$wheels"
-    build=$(mktemp -d "$wheels/build.XXXXXX")
-    CFLAGS="${CFLAGS:-} $no_amx" CXXFLAGS="${CXXFLAGS:-} $no_amx" \
-        $pip wheel --no-cache-dir --no-deps --no-binary llama-cpp-python -w "$build" "llama-cpp-python==$LLAMA_CPP_PYTHON"
-    mv "$build"/*.whl "$wheels/"
-    rmdir "$build"
-fi
-$pip install "$wheels"/llama_cpp_python-*.whl
+$pip install "$(VENV=$VENV sh tools/llama_wheel.sh)"
 $pip install 'scikit-build-core>=0.11' 'pybind11>=2.13' cmake ninja
 $pip install --no-build-isolation -Ccmake.define.RAMGGUF_WERROR=ON -e '.[eval,report,server,hub,cluster,dev]'

@@ -9,7 +9,7 @@ case $(uname -m) in x86_64) level=v3 ;; aarch64 | arm64) level=neon ;; *) level=
 cmake -G Ninja -S . -B build/tidy -DCMAKE_BUILD_TYPE=Release -DRAMGGUF_ISAS=$level \
     -DPython_EXECUTABLE="$venv/bin/python" -Dpybind11_DIR="$(python -m pybind11 --cmakedir)" >/dev/null
 # A file is checked again when it, a header or the checks changed.
-newest=$(ls -t .clang-tidy cpp/*.h cpp/*.def cpp/formats/*.h | head -n 1)
+newest=$(ls -t .clang-tidy cpp/*.h cpp/*.def cpp/*/*.h | head -n 1)
 [ $# -gt 0 ] || set -- cpp/*.cpp
 for source in "$@"; do
     passed=build/tidy/$(basename "$source").passed

@@ -122,7 +122,7 @@ def evaluate(
         )
     _show(found.results, terminal, outlier, style)
     for failure in found.failures:
-        terminal.err.print(f"error: {failure}", markup=False)
+        terminal.err.print(f"error: {failure}")
     if found.failures:
         raise typer.Exit(1)
 

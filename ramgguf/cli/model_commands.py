@@ -1,4 +1,4 @@
-"""The commands from model to file: quantize, measure, plan."""
+"""The commands that read a model: quantize, measure."""
 
 import json
 from pathlib import Path
@@ -13,10 +13,9 @@ from ramgguf.cli.exports import export_plan
 from ramgguf.cli.prepared import Weighed, calibrated
 from ramgguf.cli.sensitivity_commands import load_or_measure
 from ramgguf.hub import beside
-from ramgguf.planning import PlanOptions
 from ramgguf.report.plans import print_plan
 from ramgguf.schema import Measurement, Plan
-from ramgguf.units import format_bytes, format_seconds, parse_size
+from ramgguf.units import format_seconds, parse_size
 from ramgguf.work.executors import connected
 
 
@@ -27,9 +26,6 @@ def register(app: typer.Typer) -> None:
     )
     app.command("measure", epilog="Example: ramgguf measure model-f16.gguf -o model.rd.json")(
         measure
-    )
-    app.command("plan", epilog="Example: ramgguf plan model.rd.json --budget 4.5bpw -o plan.json")(
-        plan
     )
 
 
@@ -46,21 +42,6 @@ Verify = Annotated[
     bool, typer.Option("--verify/--no-verify", help="Decode the output and compare with the plan.")
 ]
 SavePlan = Annotated[Path | None, typer.Option("--save-plan", help="Also write the plan here.")]
-ExportTypes = Annotated[
-    Path | None,
-    typer.Option(
-        "--export-tensor-types",
-        help="Write the plan for llama-quantize --tensor-type-file, base type Q8_0.",
-    ),
-]
-OptionalBudget = Annotated[
-    str | None,
-    typer.Option("--budget", "-b", help="Bytes of the output file: 16GB, 16GiB, 4.5bpw, 30%."),
-]
-RecipeFile = Annotated[
-    Path | None,
-    typer.Option("--recipe", help="Give each tensor the format it has in this recipe or GGUF."),
-]
 SensitivityOrMeasure = Annotated[
     str | None,
     typer.Option(
@@ -81,7 +62,7 @@ Refine = Annotated[
 
 def quantize(
     model: opt.Model,
-    budget: OptionalBudget = None,
+    budget: opt.OptionalBudget = None,
     output: opt.Output = None,
     memory: mem.Memory = None,
     fit: mem.Fit = False,
@@ -109,7 +90,7 @@ def quantize(
     split_max_size: Split = None,
     verify: Verify = True,
     save_plan: SavePlan = None,
-    export_tensor_types: ExportTypes = None,
+    export_tensor_types: opt.ExportTypes = None,
     force: opt.Force = False,
     threads: opt.Threads = None,
     workers: opt.Workers = None,
@@ -249,65 +230,3 @@ def measure(
         f"{measured.n_weights:,} weights, in {format_seconds(measured.seconds)} "
         f"({rate:,.0f} M weights/s)"
     )
-
-
-def plan(
-    measurement: Annotated[Path, typer.Argument(metavar="MEASUREMENT", help="From measure.")],
-    budget: OptionalBudget = None,
-    output: opt.Output = None,
-    memory: mem.Memory = None,
-    fit: mem.Fit = False,
-    context: mem.Context = None,
-    cache_type: mem.CacheType = "f16",
-    parallel: mem.Parallel = 1,
-    vram: mem.Vram = None,
-    ngl: mem.Ngl = None,
-    model: mem.SourceModel = None,
-    recipe: RecipeFile = None,
-    formats: opt.Formats = None,
-    objective: opt.Objective = None,
-    sensitivity: opt.SensitivityFile = None,
-    min_sqnr: opt.MinSqnr = api.DEFAULT_MIN_SQNR_DB,
-    pin: opt.Pins = None,
-    tie: opt.Ties = None,
-    min_format: opt.MinFormats = None,
-    export_tensor_types: ExportTypes = None,
-    force: opt.Force = False,
-    as_json: opt.AsJson = False,
-    quiet: opt.Quiet = False,
-    verbose: opt.Verbose = False,
-) -> None:
-    """Choose a format for every tensor so that the output fits a budget."""
-    terminal = opt.Terminal.make(quiet=quiet, as_json=as_json)
-    opt.refuse_existing(output, export_tensor_types, force=force)
-    request = mem.memory_request(memory, fit, context, cache_type, parallel, vram, ngl)
-    if (budget is None and request is None) == (recipe is None):
-        raise typer.BadParameter(
-            "give either --budget, --memory or --recipe", param_hint="--budget"
-        )
-    if recipe is not None:
-        made = api.follow(measurement, recipe)
-    else:
-        options = PlanOptions(
-            objective=objective,
-            sensitivity=sensitivity,
-            min_sqnr_db=min_sqnr,
-            formats=opt.split_formats(formats),
-            pins=pin or (),
-            ties=tie or (),
-            min_formats=min_format or (),
-        )
-        if request is not None:
-            made = api.plan_within(
-                measurement, request, budget, model=model and terminal.fetched(model), **options
-            )
-        elif budget is not None:
-            made = api.plan(measurement, budget, **options)
-    export_plan(made, output, export_tensor_types, terminal)
-    if as_json:
-        print(made.to_json())
-        return
-    print_plan(made, terminal.out, verbose=verbose)
-    for path in (output, export_tensor_types):
-        if path is not None:
-            terminal.out.print(f"wrote {path} ({format_bytes(path.stat().st_size)})")

@@ -14,6 +14,7 @@ from ramgguf.format_sets import expand
 from ramgguf.hub import local_path
 from ramgguf.progress import Progress, Silent
 from ramgguf.report.progress import Bars
+from ramgguf.report.terminal import PlainConsole
 from ramgguf.schema import Encoder
 
 Model = Annotated[
@@ -106,6 +107,17 @@ Workers = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON, nothing else.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Print every tensor.")]
+OptionalBudget = Annotated[
+    str | None,
+    typer.Option("--budget", "-b", help="Bytes of the output file: 16GB, 16GiB, 4.5bpw, 30%."),
+]
+ExportTypes = Annotated[
+    Path | None,
+    typer.Option(
+        "--export-tensor-types",
+        help="Write the plan for llama-quantize --tensor-type-file, base type Q8_0.",
+    ),
+]
 
 
 @dataclass(frozen=True)
@@ -120,8 +132,7 @@ class Terminal:
     @classmethod
     def make(cls, *, quiet: bool, as_json: bool) -> "Terminal":
         """Return a terminal that shows results unless quiet, and progress unless quiet or JSON."""
-        out = Console(quiet=quiet or as_json, highlight=False, width=None)
-        err = Console(stderr=True, highlight=False)
+        out, err = PlainConsole(quiet=quiet or as_json), PlainConsole(stderr=True)
         silent = quiet or not sys.stderr.isatty()
         return cls(out, err, Silent() if silent else Bars(err), not (quiet or as_json))
 

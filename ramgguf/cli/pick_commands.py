@@ -81,9 +81,9 @@ def pick(
     if as_json:
         print(json.dumps(_summary(picked), indent=1))
         return
-    terminal.out.print(f"{picked.path}:", soft_wrap=True, markup=False)
+    terminal.out.print(f"{picked.path}:", soft_wrap=True)
     for reason in picked.reasons():
-        terminal.out.print(f"  {reason}", soft_wrap=True, markup=False)
+        terminal.out.print(f"  {reason}", soft_wrap=True)
 
 
 def _summary(picked: Picked) -> dict[str, object]:

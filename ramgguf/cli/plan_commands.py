@@ -1,4 +1,4 @@
-"""The commands about plans: curve, explain, diff, recipe."""
+"""The commands about plans: plan, curve, explain, diff, recipe."""
 
 import json
 from pathlib import Path
@@ -9,21 +9,27 @@ import typer
 from ramgguf import api
 from ramgguf.cli import memory_options as mem
 from ramgguf.cli import options as opt
-from ramgguf.cli.exports import export_types
+from ramgguf.cli.exports import export_plan, export_types
 from ramgguf.curves import Frontier
 from ramgguf.errors import PlanError
 from ramgguf.explain import Explanation, PlanExplanation, Step
 from ramgguf.files import write_atomically
+from ramgguf.planning import PlanOptions
 from ramgguf.recipes import Change, Recipe
 from ramgguf.report.choices import print_difference, print_explanation, print_recipe
 from ramgguf.report.curves import curve_svg, print_curve
 from ramgguf.report.memory import print_memory
+from ramgguf.report.plans import print_plan
 from ramgguf.report.tensor_types import recipe_types
 from ramgguf.schema import Plan
+from ramgguf.units import format_bytes
 
 
 def register(app: typer.Typer) -> None:
     """Add these commands to the application."""
+    app.command("plan", epilog="Example: ramgguf plan model.rd.json --budget 4.5bpw -o plan.json")(
+        plan
+    )
     app.command("curve", epilog="Example: ramgguf curve model.rd.json --budget 104MB --svg c.svg")(
         curve
     )
@@ -36,9 +42,75 @@ def register(app: typer.Typer) -> None:
     )
 
 
+RecipeFile = Annotated[
+    Path | None,
+    typer.Option("--recipe", help="Give each tensor the format it has in this recipe or GGUF."),
+]
 PlanOrModel = typer.Argument(
     help="A plan, a recipe or any GGUF file, also hf://ORG/REPO/FILE.gguf."
 )
+
+
+def plan(
+    measurement: Annotated[Path, typer.Argument(metavar="MEASUREMENT", help="From measure.")],
+    budget: opt.OptionalBudget = None,
+    output: opt.Output = None,
+    memory: mem.Memory = None,
+    fit: mem.Fit = False,
+    context: mem.Context = None,
+    cache_type: mem.CacheType = "f16",
+    parallel: mem.Parallel = 1,
+    vram: mem.Vram = None,
+    ngl: mem.Ngl = None,
+    model: mem.SourceModel = None,
+    recipe: RecipeFile = None,
+    formats: opt.Formats = None,
+    objective: opt.Objective = None,
+    sensitivity: opt.SensitivityFile = None,
+    min_sqnr: opt.MinSqnr = api.DEFAULT_MIN_SQNR_DB,
+    pin: opt.Pins = None,
+    tie: opt.Ties = None,
+    min_format: opt.MinFormats = None,
+    export_tensor_types: opt.ExportTypes = None,
+    force: opt.Force = False,
+    as_json: opt.AsJson = False,
+    quiet: opt.Quiet = False,
+    verbose: opt.Verbose = False,
+) -> None:
+    """Choose a format for every tensor so that the output fits a budget."""
+    terminal = opt.Terminal.make(quiet=quiet, as_json=as_json)
+    opt.refuse_existing(output, export_tensor_types, force=force)
+    request = mem.memory_request(memory, fit, context, cache_type, parallel, vram, ngl)
+    if (budget is None and request is None) == (recipe is None):
+        raise typer.BadParameter(
+            "give either --budget, --memory or --recipe", param_hint="--budget"
+        )
+    if recipe is not None:
+        made = api.follow(measurement, recipe)
+    else:
+        options = PlanOptions(
+            objective=objective,
+            sensitivity=sensitivity,
+            min_sqnr_db=min_sqnr,
+            formats=opt.split_formats(formats),
+            pins=pin or (),
+            ties=tie or (),
+            min_formats=min_format or (),
+        )
+        if request is not None:
+            made = api.plan_within(
+                measurement, request, budget, model=model and terminal.fetched(model), **options
+            )
+        elif budget is not None:
+            made = api.plan(measurement, budget, **options)
+    export_plan(made, output, export_tensor_types, terminal)
+    if as_json:
+        print(made.to_json())
+        return
+    print_plan(made, terminal.out, verbose=verbose)
+    for path in (output, export_tensor_types):
+        if path is not None:
+            terminal.out.print(f"wrote {path} ({format_bytes(path.stat().st_size)})")
 
 
 def curve(

@@ -8,7 +8,7 @@ import numpy as np
 
 from ramgguf.corpus import Corpus
 from ramgguf.engine.llama import LlamaModel
-from ramgguf.engine.tap import Tap
+from ramgguf.engine.tap import Taken, Tap
 from ramgguf.engine.wire import (
     Collect,
     Collected,
@@ -80,12 +80,11 @@ class Observer:
     def collect(self, request: Collect) -> None:
         """Write what the tap took to a folder, as arrays, and answer what is there."""
         _, tap = self._tapped()
-        folder, taken = Path(request.folder), tap.taken
-        for number, sums in enumerate(taken.sums.values()):
-            np.save(folder / f"sums-{number}.npy", sums.squares)
-            np.save(folder / f"counts-{number}.npy", sums.counts)
-        for number, gram in enumerate(taken.grams.values()):
-            np.save(folder / f"gram-{number}.npy", gram)
+        taken = tap.taken
+        try:
+            _save(Path(request.folder), taken)
+        except OSError as e:
+            raise EngineError(f"{request.folder}: cannot be written: {e.strerror or e}") from None
         self._send(
             Collected(
                 sums=tuple(CollectedSums(name=n, owner=taken.owners.get(n)) for n in taken.sums),
@@ -97,3 +96,11 @@ class Observer:
         if self._model is None or self._tap is None:
             raise EngineError("there is no tap yet; this is a bug of ramgguf")
         return self._model, self._tap
+
+
+def _save(folder: Path, taken: Taken) -> None:
+    for number, sums in enumerate(taken.sums.values()):
+        np.save(folder / f"sums-{number}.npy", sums.squares)
+        np.save(folder / f"counts-{number}.npy", sums.counts)
+    for number, gram in enumerate(taken.grams.values()):
+        np.save(folder / f"gram-{number}.npy", gram)

@@ -90,11 +90,11 @@ def print_check(result: CheckResult, console: Console, *, verbose: bool = False)
     console.print(conditions(result), soft_wrap=True)
     for answer in result.answers if verbose or not result.passed else ():
         signs = f"  ({'; '.join(answer.signs)})" if answer.signs else ""
-        console.print(f"  {answer.prompt!r}{signs}", soft_wrap=True, markup=False)
-        console.print(f"    {answer.text[:200]!r}", soft_wrap=True, markup=False)
-    console.print(verdict(result), soft_wrap=True, markup=False)
+        console.print(f"  {answer.prompt!r}{signs}", soft_wrap=True)
+        console.print(f"    {answer.text[:200]!r}", soft_wrap=True)
+    console.print(verdict(result), soft_wrap=True)
     for change in result.advice:
-        console.print(f"  change: {change}", soft_wrap=True, markup=False)
+        console.print(f"  change: {change}", soft_wrap=True)
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def ratios(result: CheckResult, other: CheckResult) -> list[Ratio]:
 
 def print_ratios(result: CheckResult, other: CheckResult, console: Console) -> None:
     """Print how the first file compares with the second."""
-    console.print(f"{result.path} / {other.path}:", soft_wrap=True, markup=False)
+    console.print(f"{result.path} / {other.path}:", soft_wrap=True)
     for ratio in ratios(result, other):
         console.print(f"  {ratio.what}: {ratio.value:.2f} ×")
 

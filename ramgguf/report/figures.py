@@ -54,8 +54,12 @@ def figure(x_title: str, y_title: str, height: int) -> Figure:
 
 
 def logarithmic(axis: str, fig: Figure, values: Sequence[float]) -> None:
-    """Make the axis ("x" or "y") logarithmic, with a readable number of labelled ticks."""
-    low, high = math.log10(min(values)), math.log10(max(values))
+    """Make the axis ("x" or "y") logarithmic, with a readable number of labelled ticks.
+
+    Values without a place on it, zero and infinity, do not count.
+    """
+    placed = [v for v in values if 1e-100 < v < 1e100] or [1.0]
+    low, high = math.log10(min(placed)), math.log10(max(placed))
     margin = 0.05 * (high - low) + 0.02
     low, high = low - margin, high + margin
     ticks = log_ticks(10**low, 10**high)

@@ -6,6 +6,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from rich.table import Table
+from rich.text import Text
+
+from ramgguf.errors import printable
 
 
 @dataclass(frozen=True)
@@ -58,18 +61,14 @@ def to_rich(grid: Grid, *, header_style: str = "dim") -> Table:
     )
     for column in grid.columns:
         table.add_column(
-            _rich(column.heading),
+            Text(column.heading),
             justify="right" if column.number else "left",
             no_wrap=column.number,
             overflow="fold",
         )
     for row in grid.rows:
-        table.add_row(*(_rich(cell) for cell in row))
+        table.add_row(*(Text(printable(cell)) for cell in row))
     return table
-
-
-def _rich(text: str) -> str:
-    return text.replace("[", r"\[")  # file names are not markup
 
 
 def to_markdown(grid: Grid) -> str:

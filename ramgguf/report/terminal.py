@@ -1,13 +1,29 @@
 """What every command prints with: tables that fit where they go, and statements in a list."""
 
 from collections.abc import Iterable
+from typing import Any
 
 from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from ramgguf.errors import printable
 from ramgguf.report.grid import Grid, to_rich
+
+
+class PlainConsole(Console):
+    """A console that shows text as it is: names in files are no markup, and control no terminal."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(highlight=False, markup=False, emoji=False, **options)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(_lines(text), **options)
+
+
+def _lines(text: str) -> str:
+    return "\n".join(printable(line) for line in text.split("\n"))
 
 
 def print_grid(console: Console, grid: Grid) -> None:
@@ -45,7 +61,7 @@ def _width(console: Console, grid: Grid) -> int:
 
 def print_statements(console: Console, statements: Iterable[str]) -> None:
     """Print each statement as an item of a list; on a terminal, wrapped under itself."""
-    items = [Text(s) for s in statements]
+    items = [Text(_lines(s)) for s in statements]
     if not console.is_terminal:
         for item in items:
             console.print(Text("• ") + item, soft_wrap=True)

@@ -5,7 +5,6 @@ matrix multiplication. With tokens drawn from the model itself no data are neede
 """
 
 import re
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ from ramgguf.imatrix_write import InputSquares, write_imatrix
 from ramgguf.probe_tokens import Request
 from ramgguf.progress import Progress
 from ramgguf.roles import never_quantized
+from ramgguf.scratch import scratch_folder
 from ramgguf.units import format_bytes, format_seconds
 
 N_SEQUENCES = 12
@@ -94,9 +94,9 @@ def calibrate(
         Engine(
             [file.paths[0]], n_ctx=request.n_ctx, n_threads=threads, safe_kernels=True
         ) as engine,
-        tempfile.TemporaryDirectory(prefix="ramgguf-") as folder,
+        scratch_folder(None, error=EngineError) as folder,
     ):
-        run = _Run(engine, request, Path(folder), progress, announce)
+        run = _Run(engine, request, folder, progress, announce)
         sequences = run.draw(n_sequences)
         found = run.observe(sequences, tuple(weights))
         entries = run.sums(found)

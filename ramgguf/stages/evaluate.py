@@ -76,7 +76,7 @@ def evaluate(
         results = [_result(run, journal, note) for run in runs]
     failures = tuple(dict.fromkeys(run.failure for run in runs if run.failure is not None))
     if not any(r is not None and (r.sequences or r.broken) for r in results):
-        raise EngineError("\n".join(failures))
+        raise EngineError("; ".join(failures))
     return Evaluation(tuple(r for r in results if r is not None), failures)
 
 

@@ -5,32 +5,39 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import numpy as np
+
 import gguf_samples
-import ramgguf
-import synthetic
-import test_hostile_documents
+import made_documents
 import test_imatrix
 import test_result_files
+from ramgguf.hessian import gram_name, new_hessians
 
 
 def main() -> None:
     """Write one file for each sample."""
-    names = ("gguf", "documents", "results", "imatrix")
-    folder, documents, results, imatrices = (Path(sys.argv[1]) / name for name in names)
-    for made in (folder, documents, results, imatrices):
+    names = ("gguf", "documents", "edits", "results", "journals", "imatrix", "hessian")
+    folders = {name: Path(sys.argv[1]) / name for name in names}
+    for made in folders.values():
         made.mkdir(parents=True, exist_ok=True)
-    measurement = synthetic.measurement(n_layers=1)
-    small = measurement.model_copy(update={"tensors": measurement.tensors[:2]})
-    sensitivity = test_hostile_documents.sensitivity()
-    for document in (small, ramgguf.plan(small, 10**6, min_sqnr_db=0), sensitivity):
-        document.save(documents / document.KIND)
-    result = test_hostile_documents.result()
+    folder, results, imatrices = (folders[n] for n in ("gguf", "results", "imatrix"))
+    for i, document in enumerate(made_documents.documents()):
+        (folders["documents"] / document.KIND).write_text(document.to_json())
+        (folders["edits"] / document.KIND).write_bytes(bytes((i, 3, 200, 1, 2, 3, 4, 5)))
+    for i, (kind, lines) in enumerate(made_documents.journals().items()):
+        (folders["journals"] / kind).write_bytes(bytes((i, 2, 1, 0, 9, 2, 0, 5)))
+        (results / f"{kind}.journal").write_text("\n".join(lines) + "\n")
+    result = made_documents.result()
     result.save(results / "result")
     (results / "journal").unlink(missing_ok=True)
     test_result_files.journal(results / "journal", result)
     (results / "csv").write_text("model,n_bytes,mean_ppl\na,1000,8.5\nb,2000,7.5\n")
     (imatrices / "dat").write_bytes(test_imatrix.sound_legacy())
     test_imatrix.write_gguf(imatrices / "gguf", test_imatrix.sound_tensors())
+    gram = folders["hessian"] / "gguf"
+    with new_hessians(gram, {"a": "a", "b": "a"}, {"a": 4}, 10, force=True) as file:
+        file.write(gram_name("a"), np.eye(4, dtype=np.float32))
+        file.commit()
     (folder / "sound").write_bytes(gguf_samples.SOUND.bytes())
     for i, case in enumerate(gguf_samples.hostile_files()):
         if len(case.content) < 4096:

@@ -1,34 +1,62 @@
 """Atheris target: whatever a file holds, opening it succeeds or raises an error of ours.
 
-usage: python_fuzzer.py gguf|documents|results|imatrix [options of libFuzzer] [folder of seeds]
+usage: python_fuzzer.py gguf|documents|edits|results|journals|imatrix|hessian
+       [options of libFuzzer] [folder of seeds]
 """
 
 import contextlib
 import inspect
 import os
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import atheris
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import made_documents
 from ramgguf import (
+    check_result,
+    curves,
     gguf_io,
     gguf_shard,
     gguf_values,
+    hessian,
     imatrix,
     journal,
+    line_file,
+    line_journal,
+    recipes,
     result_files,
     results,
     schema,
+    sensitivities,
 )
-from ramgguf.errors import GGUFError, PlanError, RamggufError
+from ramgguf.errors import GGUFError, RamggufError
 from ramgguf.gguf_io import open_gguf, require_language_model
+from ramgguf.hessian import load_hessians
 from ramgguf.imatrix import load_imatrix
+from ramgguf.journal import Journal
+from ramgguf.recipes import Recipe
+from ramgguf.refine_journal import RefineJournal
+from ramgguf.report.results import eval_markdown
 from ramgguf.result_files import read_material
+from ramgguf.results import EvalResult
 from ramgguf.schema import Measurement, Plan
-from ramgguf.sensitivities import Sensitivity
+from ramgguf.sensitivity_journal import Journal as SensitivityJournal
 
-_MODULES = (gguf_io, gguf_shard, gguf_values, imatrix, journal, result_files, results, schema)
+_MODULES = (
+    check_result, curves, gguf_io, gguf_shard, gguf_values, hessian, imatrix, journal, line_file,
+    line_journal, recipes, result_files, results, schema, sensitivities,
+)  # fmt: skip
+_DOCUMENTS = [(type(d), d.to_json()) for d in made_documents.documents()]
+_OPENED: dict[str, Callable[[Path], contextlib.AbstractContextManager[object]]] = {
+    "eval": lambda path: Journal(path, resume=True),
+    "sensitivity": SensitivityJournal,
+    "refine": RefineJournal,
+}
+_JOURNALS = list(made_documents.journals().items())
 _FOLDER = Path("/dev/shm" if Path("/dev/shm").is_dir() else "/tmp")
 _PATH = _FOLDER / f"fuzz-{os.getpid()}.gguf"
 
@@ -51,12 +79,59 @@ def open_and_use(data: bytes) -> None:
             raise RuntimeError(f"an odd message: {message!r}") from e
 
 
+@contextlib.contextmanager
+def refused_in_one_line() -> Iterator[None]:
+    """Suppress errors of ours; what says more than one line is a finding."""
+    try:
+        yield
+    except RamggufError as e:
+        if not str(e).isprintable():
+            raise RuntimeError(f"an odd message: {e!r}") from e
+
+
 def load_documents(data: bytes) -> None:
     """Read the bytes as the files that pass between stages."""
     text = data.decode("utf-8", errors="replace")
-    for document in (Plan, Measurement, Sensitivity):
-        with contextlib.suppress(PlanError):
-            document.from_json(text)
+    for kind, _ in _DOCUMENTS:
+        with refused_in_one_line():
+            kind.from_json(text)
+
+
+def _choices(data: bytes) -> Callable[[int], int]:
+    provider = atheris.FuzzedDataProvider(data)
+    return lambda n: int(provider.ConsumeIntInRange(0, n - 1))
+
+
+def load_edits(data: bytes) -> None:
+    """Read a document of which the bytes choose the edits: unlike bytes at random, it is JSON."""
+    choose = _choices(data)
+    kind, text = _DOCUMENTS[choose(len(_DOCUMENTS))]
+    for _ in range(1 + choose(3)):
+        text = made_documents.edited(text, choose)
+    with refused_in_one_line():
+        document = kind.from_json(text)
+        if isinstance(document, EvalResult):
+            eval_markdown([document])
+        elif isinstance(document, Plan):
+            _ = document.sha256(), document.bpw
+        elif isinstance(document, Measurement):
+            _ = document.n_weights, [p.sqnr_db for t in document.tensors for p in t.points]
+        elif isinstance(document, Recipe):
+            _ = document.n_weights, document.bpw
+
+
+def load_journals(data: bytes) -> None:
+    """Go on with a journal of which the bytes choose lines and their edits, and the last's end."""
+    choose = _choices(data)
+    kind, lines = _JOURNALS[choose(len(_JOURNALS))]
+    chosen = []
+    for line in lines:
+        chosen += [made_documents.edited(line, choose) if choose(3) == 2 else line] * choose(3)
+    content = "\n".join(chosen).encode() + b"\n" * choose(2)
+    _PATH.write_bytes(content[: len(content) - choose(3)])
+    with refused_in_one_line(), _OPENED[kind](_PATH) as found:
+        if isinstance(found, Journal):
+            _ = found.results()
 
 
 def load_results(data: bytes) -> None:
@@ -64,23 +139,28 @@ def load_results(data: bytes) -> None:
     suffix = {b"{": ".json", b"m": ".csv"}.get(data[:1], ".jsonl")
     path = _PATH.with_suffix(suffix)
     path.write_bytes(data.lstrip(b"\n"))
-    try:
+    with refused_in_one_line():
         for result in read_material([path]).results:
             _ = result.kld_mean, [(s.ppl, s.nll_per_token()) for s in result.sequences]
-    except RamggufError as e:
-        if "\n" in str(e):
-            raise RuntimeError(f"an odd message: {e!r}") from e
-    finally:
-        path.unlink()
+    path.unlink()
 
 
 def load_importance(data: bytes) -> None:
     """Read the bytes as an importance matrix, GGUF or .dat by their magic."""
     _PATH.write_bytes(data)
-    with contextlib.suppress(RamggufError):
+    with refused_in_one_line():
         for entry in load_imatrix(_PATH).entries.values():
             if not (entry.values >= 0).all():
                 raise RuntimeError(f"{entry.name!r} holds what is no mean square")
+
+
+def load_grams(data: bytes) -> None:
+    """Read the bytes as Hessians."""
+    _PATH.write_bytes(data)
+    with refused_in_one_line():
+        found = load_hessians(_PATH)
+        for name in found.owners:
+            found.get(name, 4)
 
 
 def instrument() -> None:
@@ -98,8 +178,11 @@ if __name__ == "__main__":
     targets = {
         "gguf": open_and_use,
         "documents": load_documents,
+        "edits": load_edits,
         "results": load_results,
+        "journals": load_journals,
         "imatrix": load_importance,
+        "hessian": load_grams,
     }
     target = targets[sys.argv.pop(1)]
     instrument()

@@ -99,7 +99,10 @@ class Value:
             text = str(self.value).encode()
             return head + struct.pack("<Q", len(text)) + text
         try:
-            return head + np.array(self.value, dtype=_DTYPES[self.type]).tobytes()
+            packed = np.array(self.value, dtype=_DTYPES[self.type])
+            if packed.dtype.kind in "iu" and packed.item() != self.value:
+                raise OverflowError  # before NumPy 2 integers wrap around
+            return head + packed.tobytes()
         except (KeyError, OverflowError, ValueError):
             raise GGUFError(f"key {key!r}: {self.value!r} is no {self.type.name}") from None
 

@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, ClassVar
+
+from pydantic import Field
 
 from ramgguf.errors import PlanError
 from ramgguf.gguf_io import GGUFFile, open_gguf
@@ -29,7 +31,7 @@ class Recipe(Document):
 
     path: str
     n_bytes: Positive
-    tensors: tuple[RecipeTensor, ...]
+    tensors: Annotated[tuple[RecipeTensor, ...], Field(min_length=1)]
 
     @property
     def n_weights(self) -> int:

@@ -3,7 +3,7 @@
 import hashlib
 import math
 import re
-from typing import ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field
 
@@ -122,7 +122,7 @@ class Measurement(Document):
     n_overhead_bytes: NonNegative
     alignment: Positive
     n_layers: NonNegative | None
-    tensors: tuple[TensorMeasurement, ...]
+    tensors: Annotated[tuple[TensorMeasurement, ...], Field(min_length=1)]
     seconds: Number = 0.0
 
     @property
@@ -253,7 +253,7 @@ class Plan(Document):
     sensitivity_sha256: str | None = None
     gap: NonNegativeFloat
     constraints: Constraints = Constraints()
-    assignments: tuple[Assignment, ...]
+    assignments: Annotated[tuple[Assignment, ...], Field(min_length=1)]
     next_percent: NextPercent | None = None
     refinement: Refinement | None = None
     memory: MemoryBudget | None = None

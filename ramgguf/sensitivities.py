@@ -1,7 +1,9 @@
 """How much each tensor's error matters, as a value: α in nats of KLD per unit of NMSE."""
 
 import hashlib
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
 
 from ramgguf.schema import (
     Document,
@@ -81,7 +83,7 @@ class Sensitivity(Document):
     engine: str
     cpus: tuple[str, ...] = ()
     tokens: ProbeTokens
-    tensors: tuple[TensorSensitivity, ...]
+    tensors: Annotated[tuple[TensorSensitivity, ...], Field(min_length=1)]
     seconds: NonNegativeFloat = 0.0
     notes: tuple[str, ...] = ()
 

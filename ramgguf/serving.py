@@ -22,7 +22,7 @@ from ramgguf.units import format_bytes
 
 _WORKER = "ramgguf.engine.server"
 _CHAT_WITHOUT_TEMPLATE = "chatml"
-# What the server's packages take beyond those of the deployment test (docs/serve.md).
+# What the server's packages take beyond those of the deployment test (docs/commands/serve.md).
 _SERVER_BYTES = 40_000_000
 # How a process dies of a kernel: not by SIGKILL, which is the system's when memory is short.
 _CRASHES = (signal.SIGSEGV, signal.SIGILL, signal.SIGBUS, signal.SIGFPE, signal.SIGABRT)

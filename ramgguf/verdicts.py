@@ -8,6 +8,7 @@ import numpy as np
 
 from ramgguf.footprint import parse_cache_types
 from ramgguf.footprint_formula import Shape
+from ramgguf.hub import local_path
 from ramgguf.machine import memory_limit
 from ramgguf.parallel import default_threads
 from ramgguf.results import EvalResult
@@ -44,8 +45,8 @@ def check(
         n_threads=threads or default_threads(),
         n_repeats=repeats,
     )
-    judge = None if reference is None else Path(reference)
-    return checking.check(Path(model), request, reference=judge)
+    judge = None if reference is None else local_path(reference)
+    return checking.check(local_path(model), request, reference=judge)
 
 
 def compare(results: Evaluation | Sequence[EvalResult]) -> "Leaderboard":

@@ -108,7 +108,7 @@ def _mamba(out: GGUFWriter) -> None:
 
 def _mamba2(out: GGUFWriter) -> None:
     _mamba(out)
-    out.add_ssm_group_count(1)
+    out.add_uint32("mamba2.ssm.group_count", 1)  # gguf 0.17 has no method for it
 
 
 def _bert(out: GGUFWriter) -> None:

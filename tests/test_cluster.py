@@ -20,7 +20,7 @@ from tiny_models import write_tiny_model
 from work_samples import measured, plan_and_curves, refined, scored, timeless, untimed
 
 pytest.importorskip("llama_cpp")
-pytest.importorskip("distributed")
+distributed = pytest.importorskip("distributed")
 PATIENCE = 300  # seconds that a process may take to start on a busy machine
 # Dask's connections are closed by its event loop, at times after they are collected.
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
@@ -158,8 +158,8 @@ def test_scores_equal_those_of_one_machine_though_a_worker_is_killed(
 ) -> None:
     models = [write_tiny_model(tmp_path / f"{n}.gguf", noise=n) for n in (0.0, 0.05)]
     killing = Killing(two_workers, after=6)
-    with connected(f"dask://{two_workers.address}") as executor:
-        found = scored(models, tmp_path / "there.jsonl", executor, killing)
+    with distributed.Client(two_workers.address, timeout=PATIENCE) as dask:
+        found = scored(models, tmp_path / "there.jsonl", dask.get_executor(), killing)
     killing.check()
     assert found.failures == ()
     assert untimed(found) == untimed(scored(models, tmp_path / "here.jsonl"))

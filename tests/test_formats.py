@@ -47,7 +47,7 @@ def test_formats_that_the_gguf_package_lacks_are_those_of_libggml(name: str) -> 
     assert lib.ggml_type_name(f.type_id).decode().upper() == name
     assert lib.ggml_type_size(f.type_id) == f.block_bytes == ggml_type(name).block_bytes
     assert lib.ggml_blck_size(f.type_id) == f.block_size
-    assert formats.file_type(name) == {"Q2_0": 41}[name]  # LLAMA_FTYPE_MOSTLY_Q2_0 of llama.h
+    assert formats.file_type(name) == {"MXFP4": 38, "Q2_0": 41}[name]  # llama.h
 
 
 def test_what_is_offered_needs_no_importance_matrix_and_is_worth_its_bits() -> None:

@@ -152,6 +152,14 @@ def test_a_frontier_that_does_not_fit_together_is_refused(what: str) -> None:
     assert _load(Frontier, text) is None
 
 
+@pytest.mark.parametrize("document", _DOCUMENTS, ids=lambda d: d.KIND)
+def test_documents_without_tensors_are_refused(document: Document) -> None:
+    edited = json.loads(document.to_json())
+    for place in {"tensors", "assignments"} & set(edited):
+        edited[place] = []
+        assert _load(type(document), json.dumps(edited)) is None
+
+
 def test_extreme_numbers_are_refused_or_of_use() -> None:
     for place, value in (("n_scored", 2**63), ("delta_p_sum", 1e308), ("token_kld", "")):
         edited = json.loads(_RESULT.to_json())

@@ -50,18 +50,22 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+def _environment(endpoint: str) -> dict[str, str]:
+    """Return the environment with a cache of its own that knows no hub but this one."""
+    bare = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
+    return {**bare, "HF_ENDPOINT": endpoint, "HF_HOME": str(Path.cwd().parent / "cache")}
+
+
 def run(
     hub: StandIn, *arguments: str | Path, status: int = 0, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run ramgguf with a cache of its own that knows no hub but the stand-in."""
-    bare = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
-    cache = str(Path.cwd().parent / "cache")
+    """Run ramgguf on the stand-in; what environment says is added."""
     done = subprocess.run(
         [RAMGGUF, *map(str, arguments)],
         capture_output=True,
         text=True,
         check=False,
-        env={**bare, "HF_ENDPOINT": hub.endpoint, "HF_HOME": cache, **environment},
+        env={**_environment(hub.endpoint), **environment},
     )
     assert done.returncode == status, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
@@ -80,6 +84,9 @@ def test_a_model_of_the_hub_is_quantized_into_the_current_folder(hub: StandIn, h
         assert file.n_bytes == plan.n_bytes <= plan.budget
         for key, value in (("repo", REPO), ("revision", COMMIT), ("file", "tiny-f16.gguf")):
             assert file.metadata.string(f"ramgguf.source_{key}") == value
+    card = run(hub, "card", path).stdout
+    assert f'base_model:\n- "{REPO}"\nbase_model_relation: quantized\n' in card
+    assert f"hf://{REPO}@{COMMIT}/tiny-f16.gguf" in card
 
 
 def test_the_curves_of_a_model_from_the_hub_equal_those_of_the_same_file_here(
@@ -149,15 +156,16 @@ def test_offline_what_is_not_in_the_cache_is_not_asked_for(hub: StandIn) -> None
     assert hub.requests == []
 
 
-def test_a_hub_that_is_not_there_is_named_in_one_line(here: Path) -> None:
+def test_a_hub_that_is_not_there_is_named_in_one_line() -> None:
     code = (
         "import sys, time; time.sleep = lambda _: None\n"  # between huggingface_hub's trials
         "from ramgguf.cli import main; main()"
     )
     nowhere = "http://127.0.0.1:9"
-    environment = {**os.environ, "HF_ENDPOINT": nowhere, "HF_HOME": str(here.parent / "cache")}
     command = [sys.executable, "-c", code, "measure", f"hf://{REPO}/x.gguf"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=_environment(nowhere)
+    )
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
     assert f"{nowhere} cannot be reached and the file is not in the cache" in line
@@ -170,9 +178,12 @@ def test_python_takes_addresses_as_well(hub: StandIn, here: Path) -> None:
         f"q = ramgguf.quantize('hf://{REPO}/tiny-f16.gguf', from_plan=p, threads=1)\n"
         "print(m.source.hub.address, q.paths[0])"
     )
-    bare = {**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HOME": str(here.parent / "cache")}
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=bare
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=_environment(hub.endpoint),
     )
     address, path = done.stdout.split()
     assert address == f"hf://{REPO}@{COMMIT}/tiny-f16.gguf"

@@ -198,6 +198,7 @@ def test_compare_refuses_what_may_not_be_ranked_together(tmp_path: Path, scores:
 
 
 def test_report_draws_a_page_and_overwrites_only_when_told(tmp_path: Path, scores: Path) -> None:
+    pytest.importorskip("plotly")
     made_measurement(1).save(tmp_path / "curves.json")
     page = tmp_path / "page.html"
     run("report", scores, tmp_path / "curves.json", "-o", page)

@@ -208,19 +208,27 @@ def test_a_worker_with_another_version_is_refused(model: Path, tmp_path: Path) -
         measured(model, tmp_path, Through(outdated))
 
 
+def _no_package() -> Exception:
+    return ModuleNotFoundError("No module named 'ramgguf'")
+
+
+def _four_dead() -> Exception:
+    killed: Exception = pytest.importorskip("distributed.scheduler").KilledWorker("key", None, 3)
+    return killed
+
+
 @pytest.mark.parametrize(
     ("error", "message"),
-    [
-        (ModuleNotFoundError("No module named 'ramgguf'"), "cannot run ramgguf's tasks"),
-        (type("KilledWorker", (Exception,), {"allowed_failures": 3})(), "4 workers died"),
-    ],
+    [(_no_package, "cannot run ramgguf's tasks"), (_four_dead, "4 workers died")],
 )
 def test_what_an_executor_cannot_do_is_one_line(
-    error: Exception, message: str, model: Path, tmp_path: Path
+    error: Callable[[], Exception], message: str, model: Path, tmp_path: Path
 ) -> None:
+    raised = error()
+
     def failing(perform: Perform, task: Task) -> Done | Failed:
         if isinstance(task.request, Compare) and task.request.changes:
-            raise error
+            raise raised
         return perform(task)
 
     with pytest.raises(EngineError, match=message) as caught:

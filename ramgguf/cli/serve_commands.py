@@ -32,14 +32,15 @@ def serve(
     ],
     check: Annotated[
         Path | None,
-        typer.Option("--check", help="What `check --json` printed: serve with its settings."),
+        typer.Option("--check", help="What `check --json` printed, for its settings."),
     ] = None,
     memory: Annotated[
         str | None,
         typer.Option("--memory", help="What it must run in: 16GB; default: what is left here."),
     ] = None,
     context: Annotated[
-        int | None, typer.Option("--context", min=16, help="Tokens of context; default: 4096.")
+        int | None,
+        typer.Option("--context", min=16, help="Tokens; default: 4096."),
     ] = None,
     cache_type: Annotated[
         str | None,
@@ -55,7 +56,10 @@ def serve(
     ] = None,
     chat_format: Annotated[
         str | None,
-        typer.Option("--chat-format", help="One of llama-cpp-python's, not the file's template."),
+        typer.Option(
+            "--chat-format",
+            help="Default: the file's template; without one, chatml.",
+        ),
     ] = None,
     api_key: Annotated[
         str | None,
@@ -80,6 +84,7 @@ def serve(
     """Serve a file to OpenAI clients, with settings that fit this machine or that check found."""
     terminal = opt.Terminal.make(quiet=quiet, as_json=as_json)
     signal.signal(signal.SIGTERM, _interrupt)
+    model = terminal.fetched(model)
     model = terminal.fetched(model)
     if check is None:
         settings = planned_settings(

@@ -30,7 +30,7 @@ def sensitivity_grid(found: Sensitivity) -> Grid:
                 f"{alpha.min():.3g}",
                 f"{alpha.max():.3g}",
                 f"{error:.0%}",
-                f"{per_weight / overall:.2f} ×",
+                f"{per_weight / overall:.2f} ×" if overall else "–",
             )
         )
     return Grid("", (Column("role", number=False), *map(Column, _NUMBERS)), tuple(rows))

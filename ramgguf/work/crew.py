@@ -11,6 +11,7 @@ from typing import Self
 from ramgguf.engine.client import CrashError, ModelError
 from ramgguf.errors import EngineError
 from ramgguf.version import __version__
+from ramgguf.work.dask_executor import DaskExecutor
 from ramgguf.work.tasks import (
     BenchRequest,
     Done,
@@ -35,7 +36,7 @@ class Crew:
     """
 
     def __init__(self, executor: Executor) -> None:
-        self._executor = executor
+        self._executor = DaskExecutor.instead_of(executor)
         self._run = uuid.uuid4().hex
         self._workers: dict[str, WorkerInfo] = {}
         self._waiting: dict[Future[Done | Failed], int] = {}
@@ -52,9 +53,8 @@ class Crew:
     @property
     def n_workers(self) -> int:
         """How many tasks run at the same time, where the executor tells; otherwise 1."""
-        client = getattr(self._executor, "_client", None)
-        if client is not None and hasattr(client, "nthreads"):
-            return max(1, int(sum(client.nthreads().values())))
+        if isinstance(self._executor, DaskExecutor):
+            return self._executor.n_workers
         return int(getattr(self._executor, "_max_workers", 1))
 
     @property

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 
 from ramgguf.errors import EngineError
+from ramgguf.work.dask_executor import DaskExecutor
 
 CONNECT_SECONDS = 5
 ANSWER_SECONDS = 30  # until a scheduler that is there has answered, on a busy machine
@@ -60,7 +61,6 @@ def _dask(name: str, host: str, port: int) -> Iterator[Executor]:
     except (OSError, OverflowError, ValueError) as e:
         reason = str(e).splitlines()[0] if str(e) else type(e).__name__
         raise EngineError(f"{name}: no scheduler answers there ({reason})") from None
-    executor: Executor | None = None
     try:
         try:
             client.wait_for_workers(1, timeout=WORKER_SECONDS)
@@ -68,9 +68,6 @@ def _dask(name: str, host: str, port: int) -> Iterator[Executor]:
             raise EngineError(
                 f"{name}: the scheduler has no workers; start some: dask worker {address}"
             ) from None
-        executor = client.get_executor(pure=False)
-        yield executor
+        yield DaskExecutor(client)
     finally:
-        if executor is not None:
-            executor.shutdown(wait=False)
         client.close()

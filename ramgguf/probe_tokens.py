@@ -1,12 +1,13 @@
 """The tokens with which a model's sensitivity is measured: its own, random ones, or a text's."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from ramgguf.corpus import Corpus, default_corpus, text_file
+from ramgguf.engine.drawing import draw_together
 from ramgguf.engine.llama import LlamaModel
 from ramgguf.engine.wire import TokenIds
 from ramgguf.errors import EngineError
@@ -15,6 +16,7 @@ from ramgguf.schema import Encoder
 from ramgguf.sensitivities import TokenKind
 
 N_CTX = 512
+TOGETHER = 8  # sequences that a model draws side by side
 
 
 @dataclass(frozen=True)
@@ -51,27 +53,38 @@ def parse_tokens(text: str) -> tuple[TokenKind, Corpus | None]:
     return "text", text_file(path)
 
 
+def lots(indices: Iterable[int]) -> list[tuple[int, ...]]:
+    """Return the numbers of sequences in the lots in which they are drawn, wherever that is."""
+    numbers = tuple(indices)
+    return [numbers[i : i + TOGETHER] for i in range(0, len(numbers), TOGETHER)]
+
+
 def draw_sequences(
     model: LlamaModel, request: Request, indices: Iterable[int]
 ) -> tuple[TokenIds, ...]:
     """Return the sequences of these numbers: request.n_ctx token ids each, told by seed and number.
 
-    Raises EngineError when a text is too short, or missing.
+    The model's own are drawn side by side, in lots, and depend on their lot. Raises EngineError
+    when a text is too short, or missing.
     """
-    drawn = []
-    bos, n_vocab = model.vocab.info.bos, model.vocab.n_tokens
-    for index in indices:
-        rng = np.random.default_rng([request.seed, index])
-        first = bos if bos >= 0 else int(rng.integers(n_vocab))
-        rest: TokenIds
-        if request.tokens == "self":
-            rest = model.sample([first], request.n_ctx - 1, rng)
-        elif request.tokens == "random":
-            rest = rng.integers(n_vocab, size=request.n_ctx - 1, dtype=np.int32)
-        else:
-            rest = _text_tokens(model, request, rng)
-        drawn.append(np.concatenate([np.array([first], np.int32), rest]))
-    return tuple(drawn)
+    return tuple(ids for lot in lots(indices) for ids in _draw_lot(model, request, lot))
+
+
+def _draw_lot(model: LlamaModel, request: Request, lot: Sequence[int]) -> Iterator[TokenIds]:
+    bos, n_vocab, length = model.vocab.info.bos, model.vocab.n_tokens, request.n_ctx - 1
+    rngs = [np.random.default_rng([request.seed, index]) for index in lot]
+    firsts = [bos if bos >= 0 else int(rng.integers(n_vocab)) for rng in rngs]
+    rest: Iterable[TokenIds]
+    if request.tokens == "random":
+        rest = [rng.integers(n_vocab, size=length, dtype=np.int32) for rng in rngs]
+    elif request.tokens == "text":
+        rest = [_text_tokens(model, request, rng) for rng in rngs]
+    elif len(lot) == 1:
+        rest = [model.sample(firsts, length, rngs[0])]
+    else:
+        rest = draw_together(model, firsts, length, rngs)
+    for first, ids in zip(firsts, rest, strict=True):
+        yield np.concatenate([np.array([first], np.int32), ids])
 
 
 def draw_sets(

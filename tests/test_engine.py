@@ -11,6 +11,7 @@ from scipy.special import log_softmax
 
 from ramgguf.engine.child import Child
 from ramgguf.engine.client import CrashError, Engine, ModelError
+from ramgguf.engine.drawing import draw_together
 from ramgguf.engine.llama import LlamaModel, chunk_size, draw
 from ramgguf.engine.scoring import RowPass, score_sequence
 from ramgguf.engine.system import system_info
@@ -113,6 +114,29 @@ def test_sampling_is_reproducible_and_follows_the_model(model: LlamaModel) -> No
     np.testing.assert_array_equal(logits.argmax(axis=1), greedy)
     with pytest.raises(EngineError, match="prompt of at least one token"):
         model.sample([], 3, np.random.default_rng(0))
+
+
+def test_sequences_drawn_side_by_side_follow_the_model_each_by_its_own_generator(
+    tmp_path: Path,
+) -> None:
+    path = write_tiny_model(tmp_path / "m.gguf", weight_type="F16")
+    with LlamaModel(path, n_ctx=64, n_threads=1) as model:
+        drawn, again = (
+            draw_together(model, [BOS] * 5, 63, [np.random.default_rng(s) for s in range(5)])
+            for _ in range(2)
+        )
+        np.testing.assert_array_equal(drawn, again)
+        for seed, ids in enumerate(drawn):
+            model.clear()
+            logits = model.decode(np.array([BOS, *ids[:-1]])).astype(np.float64)
+            shares = np.cumsum(np.exp(log_softmax(logits, axis=1)), axis=1)
+            rows = np.arange(63)
+            high, low = shares[rows, ids], np.where(ids > 0, shares[rows, ids - 1], 0.0)
+            wanted = np.random.default_rng(seed).random(63)
+            # Kernels for one column and for several round activations differently.
+            assert ((low - 0.01 < wanted) & (wanted < high + 0.01)).all()
+            assert (high - low).mean() < 0.5  # a share of 1 would contain every draw
+    assert len({ids.tobytes() for ids in drawn}) == 5
 
 
 def test_draws_have_the_models_probabilities() -> None:

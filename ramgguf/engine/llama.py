@@ -106,6 +106,7 @@ class LlamaModel:
     ) -> None:
         self.path = path
         self.n_ctx = n_ctx
+        self.n_threads = n_threads
         self._llama = llama = llama_module(verbose=verbose)
         self._model: Any = None
         self._context: Any = None
@@ -126,29 +127,29 @@ class LlamaModel:
         self.decode_seconds = 0.0
         self._n_past = 0
         try:
-            self._open_context(n_threads, eval_callback)
+            self._open_context(eval_callback)
         except BaseException:
             self.close()
             raise
 
-    def _open_context(self, n_threads: int, eval_callback: Any) -> None:
+    def _open_context(self, eval_callback: Any) -> None:
         llama = self._llama
         parameters = llama.llama_context_default_params()
         parameters.n_ctx = self.n_ctx
         # Every token of a chunk may have logits; the defaults reserve room for one per sequence.
         parameters.n_batch = parameters.n_ubatch = self.n_batch
         parameters.n_outputs_max = parameters.n_outputs_max_per_seq = self.n_batch
-        parameters.n_threads = parameters.n_threads_batch = n_threads
+        parameters.n_threads = parameters.n_threads_batch = self.n_threads
         if eval_callback is not None:
             self._eval_callback = parameters.cb_eval = eval_callback  # must outlive the context
         self._context = llama.llama_init_from_model(self._model, parameters)
         if not self._context:
             raise EngineError(f"{self.path}: llama.cpp cannot make a context of {self.n_ctx}")
         self._batch = llama.llama_batch_init(self.n_batch, 0, 1)
-        self._tokens = _view(self._batch.token, self.n_batch)
-        self._positions = _view(self._batch.pos, self.n_batch)
-        self._wants_logits = _view(self._batch.logits, self.n_batch)
-        _view(self._batch.n_seq_id, self.n_batch)[:] = 1
+        self._tokens = view(self._batch.token, self.n_batch)
+        self._positions = view(self._batch.pos, self.n_batch)
+        self._wants_logits = view(self._batch.logits, self.n_batch)
+        view(self._batch.n_seq_id, self.n_batch)[:] = 1
         for i in range(self.n_batch):
             self._batch.seq_id[i][0] = 0
 
@@ -169,6 +170,16 @@ class LlamaModel:
         if self._model:
             self._llama.llama_model_free(self._model)
         self._batch = self._context = self._model = None
+
+    @property
+    def llama(self) -> ModuleType:
+        """The low-level module of llama-cpp-python."""
+        return self._llama
+
+    @property
+    def handle(self) -> Any:
+        """llama.cpp's model, for further contexts; they must be freed before it is closed."""
+        return self._model
 
     @cached_property
     def info(self) -> ModelInfo:
@@ -263,7 +274,7 @@ def draw(logits: Logits, rng: np.random.Generator, temperature: float) -> int:
     return min(int(found), len(logits) - 1)
 
 
-def _view(pointer: Any, n: int) -> npt.NDArray[Any]:
+def view(pointer: Any, n: int) -> npt.NDArray[Any]:
     """Return an array over n values of llama.cpp's memory at the pointer."""
     array: npt.NDArray[Any] = np.ctypeslib.as_array(pointer, shape=(n,))
     return array

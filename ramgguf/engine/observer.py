@@ -23,7 +23,7 @@ from ramgguf.engine.wire import (
     unpack_ids,
 )
 from ramgguf.errors import EngineError
-from ramgguf.probe_tokens import Request, draw_sequences
+from ramgguf.probe_tokens import Request, draw_sequences, lots
 from ramgguf.schema import _Value
 
 
@@ -46,7 +46,7 @@ class Observer:
         self._model = self._tap = None
 
     def draw(self, model: LlamaModel, request: Draw) -> None:
-        """Answer the sequences of these numbers, one by one."""
+        """Answer the sequences of these numbers, with each one's share of its lot's time."""
         wanted = Request(
             encoder="rtn",
             tokens=request.tokens,
@@ -54,10 +54,12 @@ class Observer:
             n_ctx=request.n_ctx,
             seed=request.seed,
         )
-        for index in request.indices:
+        for lot in lots(request.indices):
             start = time.perf_counter()
-            (ids,) = draw_sequences(model, wanted, [index])
-            self._send(Drawn(ids=pack_ids(ids), seconds=time.perf_counter() - start))
+            drawn = draw_sequences(model, wanted, lot)
+            seconds = (time.perf_counter() - start) / len(lot)
+            for ids in drawn:
+                self._send(Drawn(ids=pack_ids(ids), seconds=seconds))
 
     def tap(self, request: TapWeights) -> None:
         """Put a new tap on the weights of these names; what an earlier one took is forgotten."""

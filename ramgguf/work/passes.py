@@ -23,7 +23,7 @@ from ramgguf.file_identity import FileIdentity
 from ramgguf.gguf_io import GGUFFile
 from ramgguf.imatrix import Imatrix
 from ramgguf.passes import Found, Wanted, joint_fingerprint
-from ramgguf.probe_tokens import Request
+from ramgguf.probe_tokens import Request, lots
 from ramgguf.schema import ImportanceSource
 from ramgguf.work.crew import Crew
 from ramgguf.work.tasks import BenchKey, BenchRequest, Task
@@ -86,13 +86,16 @@ class CrewPasses:
         return self._crew.cpus
 
     def draw(self, request: Request, indices: Sequence[int]) -> tuple[TokenIds, ...]:
-        """Return the sequences of these numbers, each drawn by a task of its own."""
-        tasks = [self._draw(request, f"sequence {i}", indices=(i,)) for i in indices]
-        drawn: dict[int, TokenIds] = {}
+        """Return the sequences of these numbers, drawn in the lots of one machine."""
+        tasks = [
+            self._draw(request, f"sequences {lot[0]} to {lot[-1]}", indices=lot)
+            for lot in lots(indices)
+        ]
+        drawn: dict[int, list[TokenIds]] = {}
         for position, done in self._crew.perform(tasks):
             assert isinstance(done.answer, DrawnIds)
-            drawn[position] = unpack_ids(done.answer.ids[0])
-        return tuple(drawn[i] for i in range(len(tasks)))
+            drawn[position] = [unpack_ids(ids) for ids in done.answer.ids]
+        return tuple(ids for i in range(len(tasks)) for ids in drawn[i])
 
     def draw_sets(
         self, request: Request, sizes: Sequence[int], first: int

@@ -12,6 +12,7 @@ import pytest
 
 import ramgguf
 from gguf_samples import write_model
+from interruptible import unwatched
 from ramgguf.schema import Measurement, Plan
 
 RAMGGUF = str(Path(sys.executable).with_name("ramgguf"))
@@ -128,10 +129,12 @@ def test_ctrl_c_leaves_an_older_output_and_the_source_untouched(tmp_path: Path) 
     older.write_bytes(b"older")
     for delay in (0.3, 0.8, 1.2):
         command = [RAMGGUF, "quantize", str(source), "-b", "5bpw", "-o", str(older), "--force"]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        time.sleep(delay)
-        process.send_signal(signal.SIGINT)
-        process.communicate(timeout=60)
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=unwatched()
+        ) as process:
+            time.sleep(delay)
+            process.send_signal(signal.SIGINT)
+            process.communicate(timeout=60)
         assert older.read_bytes()[:5] in (b"older", b"GGUF\x03")
     assert source.read_bytes() == before
     assert {p.name for p in tmp_path.iterdir()} == {"a.gguf", "b.gguf"}

@@ -66,7 +66,8 @@ def draw(rows: Sequence[Row], model: str, out: Path) -> None:
             markersize=5,
         )
     axes.set(xlabel="file, MB", ylabel="mean KLD to F16, nats per token", yscale="log")
-    n_seq = max(r.n_seq for r in rows if r.model == model)
+    numbers = {r.n_seq for r in rows if r.model == model and not r.contender.startswith("random")}
+    n_seq = " or ".join(str(n) for n in sorted(numbers))
     axes.set_title(f"{model.removesuffix('-f16')}, {n_seq} × 512 tokens of WikiText-2", fontsize=10)
     axes.grid(which="both", linewidth=0.4, alpha=0.6)
     axes.legend(frameon=False)

@@ -4,19 +4,15 @@ from collections.abc import Callable
 from concurrent.futures import Executor
 from pathlib import Path
 
-from ramgguf.errors import EngineError, PlanError
-from ramgguf.gguf_io import open_gguf
-from ramgguf.hub import local_path
+from ramgguf.errors import PlanError
 from ramgguf.imatrix import load_imatrix
 from ramgguf.objectives import costing
-from ramgguf.parallel import default_threads
 from ramgguf.probe_tokens import Request, parse_tokens
 from ramgguf.progress import Progress, Silent
 from ramgguf.schema import Measurement, Plan
-from ramgguf.scratch import scratch_folder
 from ramgguf.sensitivities import Sensitivity
 from ramgguf.stages import refine as _refine
-from ramgguf.work.opening import passes_over
+from ramgguf.work.opening import opened
 
 
 def refine(
@@ -60,27 +56,17 @@ def refine(
     if (weighed.source.identity if weighed else None) != (plan.imatrix and plan.imatrix.identity):
         raise PlanError("the plan was made with another importance matrix, or none; give the same")
     request = Request(encoder=plan.encoder, tokens=kind, corpus=corpus, seed=seed, imatrix=weighed)
-    copies = Path(folder) if folder is not None else None
-    with (
-        open_gguf(local_path(model), kind_check=True) as file,
-        scratch_folder(copies if executor is None else None, error=EngineError) as scratch,
-    ):
-        opening = passes_over(
-            file,
-            request,
-            scratch=scratch,
-            threads=threads or default_threads(),
-            executor=executor,
-            workers_folder=copies,
-        )
+    with opened(
+        model, request, folder=folder, journal=journal, threads=threads, executor=executor
+    ) as at:
         return _refine.refine(
-            file,
+            at.file,
             plan,
             measurement,
             used,
             _refine.Refining(n_trials, request),
-            opening,
-            journal_path=Path(journal) if journal is not None else scratch / "journal",
+            at.opening,
+            journal_path=at.journal,
             progress=progress or Silent(),
             announce=announce,
         )

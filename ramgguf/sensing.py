@@ -4,19 +4,17 @@ from collections.abc import Callable
 from concurrent.futures import Executor
 from pathlib import Path
 
-from ramgguf.errors import EngineError, ImatrixError, PlanError
+from ramgguf.errors import ImatrixError, PlanError
 from ramgguf.gguf_io import open_gguf
 from ramgguf.hub import local_path
 from ramgguf.imatrix import Imatrix, load_imatrix
-from ramgguf.parallel import default_threads
 from ramgguf.probe_tokens import Request, parse_tokens
 from ramgguf.progress import Progress, Silent
 from ramgguf.schema import Encoder
-from ramgguf.scratch import scratch_folder
 from ramgguf.sensitivities import Sensitivity
 from ramgguf.stages import sensitivity as _sensitivity
 from ramgguf.stages.reweigh import reweighed
-from ramgguf.work.opening import passes_over
+from ramgguf.work.opening import opened
 
 DEFAULT_SECONDS = 1200.0
 
@@ -63,24 +61,14 @@ def sensitivity(
         seconds=seconds,
         imatrix=weighed_by(imatrix, hessian, encoder),
     )
-    copies = Path(folder) if folder is not None else None
-    with (
-        open_gguf(local_path(model), kind_check=True) as file,
-        scratch_folder(copies if executor is None else None, error=EngineError) as scratch,
-    ):
-        opening = passes_over(
-            file,
-            request,
-            scratch=scratch,
-            threads=threads or default_threads(),
-            executor=executor,
-            workers_folder=copies,
-        )
+    with opened(
+        model, request, folder=folder, journal=journal, threads=threads, executor=executor
+    ) as at:
         return _sensitivity.sensitivity(
-            file,
+            at.file,
             request,
-            opening,
-            journal_path=Path(journal) if journal is not None else scratch / "journal",
+            at.opening,
+            journal_path=at.journal,
             progress=progress or Silent(),
             announce=announce,
         )

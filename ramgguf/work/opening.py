@@ -3,14 +3,60 @@
 import contextlib
 from collections.abc import Iterator
 from concurrent.futures import Executor
+from dataclasses import dataclass
 from pathlib import Path
 
-from ramgguf.gguf_io import GGUFFile
+from ramgguf.errors import EngineError
+from ramgguf.gguf_io import GGUFFile, open_gguf
+from ramgguf.hub import local_path
+from ramgguf.parallel import default_threads
 from ramgguf.passes import Passes
 from ramgguf.probe_tokens import Request
+from ramgguf.scratch import scratch_folder
 from ramgguf.work.crew import Crew
 from ramgguf.work.passes import CrewPasses
 from ramgguf.workbench import Workbench
+
+
+@dataclass(frozen=True)
+class Opened:
+    """An open model, what opens the passes over it, and where what they tell is kept."""
+
+    file: GGUFFile
+    opening: contextlib.AbstractContextManager[Passes]
+    journal: Path
+
+
+@contextlib.contextmanager
+def opened(
+    model: str | Path,
+    request: Request,
+    *,
+    folder: str | Path | None,
+    journal: str | Path | None,
+    threads: int | None,
+    executor: Executor | None,
+) -> Iterator[Opened]:
+    """Yield the model, ready for a request's passes.
+
+    folder takes the copies of the model, on workers if there is an executor; without a journal,
+    one is kept for the time being. Raises GGUFError for what is no model, EngineError when there is
+    no folder to write to.
+    """
+    copies = Path(folder) if folder is not None else None
+    with (
+        open_gguf(local_path(model), kind_check=True) as file,
+        scratch_folder(copies if executor is None else None, error=EngineError) as scratch,
+    ):
+        opening = passes_over(
+            file,
+            request,
+            scratch=scratch,
+            threads=threads or default_threads(),
+            executor=executor,
+            workers_folder=copies,
+        )
+        yield Opened(file, opening, Path(journal) if journal is not None else scratch / "journal")
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ import numpy as np
 from ramgguf.corpus import Corpus, default_corpus, text_file
 from ramgguf.engine.drawing import draw_together
 from ramgguf.engine.llama import LlamaModel
-from ramgguf.engine.wire import TokenIds
+from ramgguf.engine.wire import Draw, TokenIds
 from ramgguf.errors import EngineError
 from ramgguf.imatrix import Imatrix
 from ramgguf.schema import Encoder
@@ -51,6 +51,17 @@ def parse_tokens(text: str) -> tuple[TokenKind, Corpus | None]:
     if not path.exists():
         raise EngineError(f"tokens {text!r} are none of self, random, wikitext, and no file")
     return "text", text_file(path)
+
+
+def wanted_by(message: Draw) -> Request:
+    """Return which tokens a message asks for."""
+    return Request(
+        encoder="rtn",
+        tokens=message.tokens,
+        corpus=None if message.text is None else Corpus(message.name, message.text),
+        n_ctx=message.n_ctx,
+        seed=message.seed,
+    )
 
 
 def lots(indices: Iterable[int]) -> list[tuple[int, ...]]:

@@ -7,9 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, TypeAdapter
 
-from ramgguf.engine.wire import SystemInfo
+from ramgguf.engine.wire import Draw, SystemInfo
 from ramgguf.schema import ImportanceSource, _Value
-from ramgguf.sensitivities import TokenKind
 
 
 class OpenBench(_Value):
@@ -38,21 +37,12 @@ class BenchOpened(_Value):
     n_vocab: int
 
 
-class DrawIds(_Value):
-    """Draw sequences, of these numbers or in sets of these sizes; answered by DrawnIds.
+class DrawIds(Draw):
+    """Draw sequences, of these numbers or in sets of these sizes; answered by DrawnIds."""
 
-    name and text are those of the corpus for tokens of kind text.
-    """
-
-    kind: Literal["draw"] = "draw"
-    tokens: TokenKind
-    n_ctx: int
-    seed: int
     indices: tuple[int, ...] = ()
     sizes: tuple[int, ...] = ()
     first: int = 0
-    name: str = ""
-    text: str | None = None
 
 
 class DrawnIds(_Value):

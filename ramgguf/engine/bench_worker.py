@@ -4,7 +4,6 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
-from ramgguf.corpus import Corpus
 from ramgguf.engine.bench_wire import (
     AboutBench,
     AnyBenchRequest,
@@ -26,7 +25,7 @@ from ramgguf.errors import EngineError
 from ramgguf.gguf_io import open_gguf
 from ramgguf.imatrix import planned_imatrix
 from ramgguf.passes import Wanted
-from ramgguf.probe_tokens import Request
+from ramgguf.probe_tokens import wanted_by
 from ramgguf.schema import _Value
 from ramgguf.scratch import scratch_folder
 from ramgguf.workbench import Workbench
@@ -79,13 +78,7 @@ def _about(bench: Workbench) -> BenchOpened:
 
 
 def _drawn(bench: Workbench, request: DrawIds) -> DrawnIds:
-    wanted = Request(
-        encoder="rtn",
-        tokens=request.tokens,
-        corpus=None if request.text is None else Corpus(request.name, request.text),
-        n_ctx=request.n_ctx,
-        seed=request.seed,
-    )
+    wanted = wanted_by(request)
     start = time.perf_counter()
     if request.sizes:
         sets = bench.draw_sets(wanted, request.sizes, request.first)

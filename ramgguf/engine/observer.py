@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 
-from ramgguf.corpus import Corpus
 from ramgguf.engine.llama import LlamaModel
 from ramgguf.engine.tap import Taken, Tap
 from ramgguf.engine.wire import (
@@ -23,7 +22,7 @@ from ramgguf.engine.wire import (
     unpack_ids,
 )
 from ramgguf.errors import EngineError
-from ramgguf.probe_tokens import Request, draw_sequences, lots
+from ramgguf.probe_tokens import draw_sequences, lots, wanted_by
 from ramgguf.schema import _Value
 
 
@@ -47,13 +46,7 @@ class Observer:
 
     def draw(self, model: LlamaModel, request: Draw) -> None:
         """Answer the sequences of these numbers, with each one's share of its lot's time."""
-        wanted = Request(
-            encoder="rtn",
-            tokens=request.tokens,
-            corpus=None if request.text is None else Corpus(request.name, request.text),
-            n_ctx=request.n_ctx,
-            seed=request.seed,
-        )
+        wanted = wanted_by(request)
         for lot in lots(request.indices):
             start = time.perf_counter()
             drawn = draw_sequences(model, wanted, lot)

@@ -3,10 +3,10 @@
     python bench/calibration.py models/smol768-f16.gguf --imatrix self=self.imatrix.gguf \
         --sensitivity model.sens.json --mixes mixes/ --text held-out.txt
 
-For every mix (Q3_K_M, Q4_K_M, Q5_K_M, made by llama.cpp itself): the mix, and plans that fit
-its bytes with measured α only, with each importance matrix only, and with both; --hessian NAME=FILE
-adds error feedback. Scored on a text that no calibration saw. Appends a line per file to
-bench/results/calibration.jsonl.
+For every mix (Q3_K_M, Q4_K_M, Q5_K_M, made by llama.cpp itself): the mix, the mix that llama.cpp
+makes with each importance matrix, and plans that fit its bytes with measured α only, with each
+matrix only, and with both; --hessian NAME=FILE adds error feedback. Scored on a text that no
+calibration saw. Appends a line per file to bench/results/calibration.jsonl.
 """
 
 import argparse
@@ -78,6 +78,17 @@ def make(arguments: argparse.Namespace, recipe: Recipe, budgets: dict[str, int])
     return list(paths.values())
 
 
+def wanted(arguments: argparse.Namespace, name: str) -> bool:
+    """Return whether --recipes asks for it: its name, in full."""
+    return not arguments.recipes or name in arguments.recipes
+
+
+def weighed_mix(arguments: argparse.Namespace, mix: str, name: str, imatrix: Path) -> Path:
+    """Return llama.cpp's file of the mix, fitted with the importance matrix."""
+    path = arguments.mixes / f"{mix}-imatrix-{name}.gguf"
+    return quantize(arguments.source, path, mix, imatrix=imatrix, threads=arguments.threads)
+
+
 def named(text: str) -> tuple[str, Path]:
     """Return the name and the file of NAME=FILE."""
     name, _, path = text.partition("=")
@@ -89,7 +100,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("source", type=Path)
     parser.add_argument("--mixes", type=Path, required=True, help="folder for all files")
     parser.add_argument("--only", nargs="*", default=list(MIXES))
-    parser.add_argument("--recipes", nargs="*", help="only those whose name holds one of these")
+    parser.add_argument("--recipes", nargs="*", help="only those of these names")
     parser.add_argument("--imatrix", type=named, action="append", default=[])
     parser.add_argument("--hessian", type=named, action="append", default=[])
     parser.add_argument("--sensitivity", type=Path)
@@ -112,11 +123,16 @@ def main() -> None:
     }
     budgets = {mix: path.stat().st_size for mix, path in mixes.items()}
     files = [("mix", mix, path) for mix, path in mixes.items()]
+    for name, imatrix in arguments.imatrix:
+        if wanted(arguments, f"mix + imatrix {name}"):
+            files += [
+                (f"mix + imatrix {name}", mix, weighed_mix(arguments, mix, name, imatrix))
+                for mix in mixes
+            ]
     for recipe in recipes(arguments):
-        if arguments.recipes and not any(part in recipe.name for part in arguments.recipes):
-            continue
-        made = make(arguments, recipe, budgets)
-        files += [(recipe.name, mix, path) for mix, path in zip(budgets, made, strict=True)]
+        if wanted(arguments, recipe.name):
+            made = make(arguments, recipe, budgets)
+            files += [(recipe.name, mix, path) for mix, path in zip(budgets, made, strict=True)]
     if arguments.make_only:
         return
     report(arguments, scored(arguments, files))
@@ -152,6 +168,7 @@ def report(arguments: argparse.Namespace, found: dict[tuple[str, str], EvalResul
         for (name, mix), result in found.items():
             ours, theirs = in_common(result, found["mix", mix])
             row = {
+                "model": arguments.source.stem,
                 "recipe": name,
                 "mix": mix,
                 "n_bytes": result.model.n_bytes,

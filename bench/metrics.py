@@ -1,36 +1,63 @@
-"""Which per-tensor metric tells how much the model suffers: rank correlations with measured KLD.
+"""Which per-tensor metric tells how much the model suffers, and which one chooses the best plan?
 
-    python bench/metrics.py models/smol768-f16.gguf s1.json --imatrix I.gguf --hessian H.gguf
+    python bench/metrics.py read models/smol768-f16.gguf --imatrix I.gguf --hessian H.gguf \
+        --sensitivity S.json
+    python bench/metrics.py choose models/smol768-f16.gguf
+    python bench/metrics.py correlate
 
-Takes the readings of a sensitivity file: every tensor quantized alone, with the KLD it causes. The
-same quantization is made again and measured by each metric. Appends a line per metric to
-bench/results/metrics.jsonl.
+`read` quantizes every matrix alone to each of four formats (`rtn`), decodes it into a loaded copy
+of the model, and takes the KLD that it causes on windows of WikiText-2, beside what can be said of
+it without running the model on; a line per tensor and format goes to
+bench/results/metrics_tensors.jsonl, and what is there is not done again. α of the sensitivity comes
+from other tokens. `choose` minimises the sum of each metric over the same formats at equal bytes
+and takes the KLD of the whole plan, weights decoded, on other windows; `correlate` ranks. Both
+append to bench/results/metrics.jsonl.
 """
 
 import argparse
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import bootstrap, kendalltau, spearmanr
 
 from provenance import provenance
-from ramgguf import _core
+from ramgguf import _core, formats
+from ramgguf.corpus import default_corpus
+from ramgguf.engine.probe import Probe
+from ramgguf.engine.wire import TokenIds
 from ramgguf.gguf_io import GGUFFile, TensorInfo, open_gguf
 from ramgguf.imatrix import Imatrix, load_imatrix
-from ramgguf.sensitivities import Reading, Sensitivity
+from ramgguf.knapsack import Choice, solve
+from ramgguf.probe_tokens import Request, draw_sets
+from ramgguf.schema import Encoder
+from ramgguf.sensitivities import Sensitivity
 from ramgguf.simulation import simulated
+from ramgguf.token_statistics import standard_error
 from ramgguf.weighing import Scale
 
 Floats = NDArray[np.float64]
 
+TENSORS = Path("bench/results/metrics_tensors.jsonl")
+OUT = Path("bench/results/metrics.jsonl")
+FORMATS = ("Q2_K", "Q3_K", "Q4_K", "Q6_K")
+BUDGETS_BPW = (3.5, 4.5)
+ENCODER: Encoder = "rtn"
+FIRST = {"read": 3000, "choose": 4000}  # numbers of windows
+
 
 @dataclass(frozen=True)
 class Metrics:
-    """What can be said of one tensor's quantization without running the model on."""
+    """What can be said of one tensor's quantization without running the model on it.
+
+    alpha_nmse is α · NMSE, α measured at one format with other tokens.
+    """
 
     nmse: float
     nrmse: float
@@ -44,16 +71,19 @@ class Metrics:
     activation_error: float
     output_nmse: float
     output_error: float
+    alpha_nmse: float
 
 
-def measured(
-    file: GGUFFile, tensor: TensorInfo, reading: Reading, encoder: str, imatrix: Imatrix
+NAMES = tuple(Metrics.__dataclass_fields__)
+
+
+def metrics(
+    file: GGUFFile, tensor: TensorInfo, data: NDArray[np.uint8], imatrix: Imatrix, alpha: float
 ) -> Metrics:
-    """Return the metrics of the quantization that the reading is of."""
+    """Return the metrics of the tensor with data in its place."""
     rows = file.read_rows(tensor, 0, tensor.n_rows)
     plain, output = Scale.of(tensor, None), Scale.of(tensor, imatrix)
     weighed = Scale(output.importance, output.rows_per_expert)
-    data, _ = simulated(file, tensor, reading.format, encoder=encoder)
     kind = tensor.type_name
     stats = plain.compare(kind, rows, kind, data, 0)
     error, squares = stats.errors[0].sum_squared_error, stats.sum_squares
@@ -74,6 +104,7 @@ def measured(
         activation_error=weighed.error(by_activation.errors[0]),
         output_nmse=output.error(by_output.errors[0]) / output.squares(by_output),
         output_error=output.error(by_output.errors[0]),
+        alpha_nmse=alpha * error / squares,
     )
 
 
@@ -83,8 +114,130 @@ def _decoded(tensor: TensorInfo, rows: NDArray[np.uint8]) -> Floats:
     return out.astype(np.float64)
 
 
-def correlations(name: str, values: Floats, kld: Floats) -> Iterator[tuple[str, float]]:
-    """Yield Spearman's and Kendall's correlation, and the interval of the first."""
+def readings() -> list[dict[str, Any]]:
+    """Return the lines of tensors that are there."""
+    text = TENSORS.read_text() if TENSORS.exists() else ""
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+def windows(probe: Probe, n: int, first: int) -> tuple[TokenIds, ...]:
+    """Return n windows of WikiText-2; those of another first are others."""
+    request = Request(
+        encoder=ENCODER, tokens="text", corpus=default_corpus(), n_ctx=probe.model.n_ctx
+    )
+    (sequences,) = draw_sets(probe.model, request, (n,), first)
+    return sequences
+
+
+def read(arguments: argparse.Namespace, file: GGUFFile, probe: Probe) -> None:
+    """Append the KLD and the metrics of every tensor in every format."""
+    model = arguments.source.stem
+    done = {(r["model"], r["tensor"], r["format"]) for r in readings()}
+    imatrix = load_imatrix(arguments.imatrix, arguments.hessian)
+    known = Sensitivity.load(arguments.sensitivity).tensors
+    alphas = {t.name: t.alpha for t in known if t.reading is not None}
+    sequences = windows(probe, arguments.n_seq, FIRST["read"])
+    reference = [probe.logits(ids) for ids in sequences]
+    with TENSORS.open("a") as out:
+        for name, format_name in ((n, f) for n in alphas for f in arguments.formats):
+            if (model, name, format_name) in done:
+                continue
+            tensor = file.tensor(name)
+            data, _ = simulated(file, tensor, format_name, encoder=ENCODER)
+            with probe.replaced(tensor, data):
+                kld = np.concatenate(
+                    [probe.divergence(s, r) for s, r in zip(sequences, reference, strict=True)]
+                )
+            found = metrics(file, tensor, data, imatrix, alphas[name])
+            row = {
+                "model": model,
+                "tensor": name,
+                "format": format_name,
+                "kld": float(f"{kld.mean():.6g}"),
+                "error": float(f"{standard_error(kld):.3g}"),
+                "n_tokens": len(kld),
+                **{key: float(f"{value:.6g}") for key, value in asdict(found).items()},
+            }
+            out.write(json.dumps(row) + "\n")
+            out.flush()
+
+
+def choose(arguments: argparse.Namespace, file: GGUFFile, probe: Probe) -> None:
+    """Append the KLD of the plans that minimise each metric's sum, and how α·NMSE foretells it."""
+    rows = [r for r in readings() if r["model"] == arguments.source.stem]
+    of_tensor = {n: list(g) for n, g in groupby(rows, key=lambda r: str(r["tensor"]))}
+    sequences = windows(probe, arguments.n_seq, FIRST["choose"])
+    reference = [probe.logits(ids) for ids in sequences]
+    tensors = [file.tensor(name) for name in of_tensor]
+    n_weights = sum(t.n_weights for t in tensors)
+    for bpw in BUDGETS_BPW:
+        for metric in (*(n for n in NAMES if n != "excess_kurtosis"), "kld"):
+            chosen = plan(tensors, of_tensor, metric, int(bpw * n_weights / 8))
+            for tensor in tensors:
+                data, _ = simulated(file, tensor, chosen[tensor.name], encoder=ENCODER)
+                probe.put(tensor, data)
+            kld = np.concatenate(
+                [probe.divergence(s, r) for s, r in zip(sequences, reference, strict=True)]
+            )
+            add(
+                part="choose",
+                metric=metric,
+                model=arguments.source.stem,
+                bpw=bpw,
+                n_bytes=sum(_bytes(t, chosen[t.name]) for t in tensors),
+                kld=float(kld.mean()),
+                error=standard_error(kld),
+                n_tokens=len(kld),
+            )
+
+
+def plan(
+    tensors: Sequence[TensorInfo],
+    of_tensor: dict[str, list[dict[str, Any]]],
+    metric: str,
+    n_bytes: int,
+) -> dict[str, str]:
+    """Return the formats that minimise the metric's sum; costs start at each tensor's least."""
+    items = []
+    for tensor in tensors:
+        values = [float(r[metric]) for r in of_tensor[tensor.name]]
+        names = [r["format"] for r in of_tensor[tensor.name]]
+        least = min(values)
+        items.append(
+            [Choice(_bytes(tensor, f), v - least) for f, v in zip(names, values, strict=True)]
+        )
+    solution = solve(items, n_bytes)
+    return {
+        t.name: of_tensor[t.name][k]["format"]
+        for t, k in zip(tensors, solution.chosen, strict=True)
+    }
+
+
+def _bytes(tensor: TensorInfo, format_name: str) -> int:
+    return formats.row_bytes(format_name, tensor.row_length) * tensor.n_rows
+
+
+def correlate() -> None:
+    """Append each metric's rank correlation with KLD over the tensors inside layers, by format."""
+    rows = [r for r in readings() if r["tensor"].startswith("blk.") and r["kld"] > 0]
+    kinds = sorted({(r["model"], r["format"]) for r in rows})
+    for model, format_name in kinds:
+        group = [r for r in rows if (r["model"], r["format"]) == (model, format_name)]
+        kld = np.array([r["kld"] for r in group])
+        for metric in NAMES:
+            values = np.array([r[metric] for r in group])
+            add(
+                part="correlate",
+                metric=metric,
+                model=model,
+                format=format_name,
+                n_tensors=len(group),
+                **dict(correlations(values, kld)),
+            )
+
+
+def correlations(values: Floats, kld: Floats) -> Iterator[tuple[str, float]]:
+    """Yield Spearman's and Kendall's correlation, and the 95 % interval of the first."""
     yield "spearman", float(spearmanr(values, kld).statistic)
     yield "kendall", float(kendalltau(values, kld).statistic)
     drawn = bootstrap(
@@ -95,40 +248,36 @@ def correlations(name: str, values: Floats, kld: Floats) -> Iterator[tuple[str, 
     yield "spearman_high", float(drawn.high)
 
 
+def add(**values: object) -> None:
+    print(json.dumps(values), flush=True)
+    with OUT.open("a") as out:
+        out.write(json.dumps({**values, **provenance()}) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("source", type=Path)
-    parser.add_argument("sensitivity", type=Path)
-    parser.add_argument("--imatrix", type=Path, required=True)
-    parser.add_argument("--hessian", type=Path, required=True)
-    parser.add_argument("--out", type=Path, default=Path("bench/results/metrics.jsonl"))
+    parser.add_argument("part", choices=["read", "choose", "correlate"])
+    parser.add_argument("source", type=Path, nargs="?")
+    parser.add_argument("--sensitivity", type=Path)
+    parser.add_argument("--imatrix", type=Path)
+    parser.add_argument("--hessian", type=Path)
+    parser.add_argument("--formats", nargs="*", default=list(FORMATS))
+    parser.add_argument("--n-seq", type=int, default=1)
+    parser.add_argument("--n-ctx", type=int, default=256)
+    parser.add_argument("--scratch", type=Path)
     arguments = parser.parse_args()
-    sensitivity = Sensitivity.load(arguments.sensitivity)
-    readings = {t.name: t.reading for t in sensitivity.tensors if t.reading and t.reading.kld > 0}
-    imatrix = load_imatrix(arguments.imatrix, arguments.hessian)
-    with open_gguf(arguments.source) as file:
-        found = [
-            measured(file, file.tensor(name), reading, sensitivity.encoder, imatrix)
-            for name, reading in readings.items()
-        ]
-    kld = np.array([r.kld for r in readings.values()])
-    inside = np.array([name.startswith("blk.") for name in readings])
-    with arguments.out.open("a") as out:
-        for field in fields(Metrics):
-            values = np.array([getattr(m, field.name) for m in found])
-            row: dict[str, object] = {
-                "metric": field.name,
-                "model": arguments.source.name,
-                "format": next(iter(readings.values())).format,
-                "n_tensors": int(inside.sum()),
-                **dict(correlations(field.name, values[inside], kld[inside])),
-                **provenance(),
-            }
-            out.write(json.dumps(row) + "\n")
-            print(
-                f"| {field.name} | {row['spearman']:.2f} ({row['spearman_low']:.2f} to "
-                f"{row['spearman_high']:.2f}) | {row['kendall']:.2f} |"
-            )
+    if arguments.part == "correlate":
+        correlate()
+        return
+    with (
+        open_gguf(arguments.source) as file,
+        tempfile.TemporaryDirectory(dir=arguments.scratch) as scratch,
+        Probe(file, Path(scratch), n_ctx=arguments.n_ctx, n_threads=1) as probe,
+    ):
+        if arguments.part == "read":
+            read(arguments, file, probe)
+        else:
+            choose(arguments, file, probe)
 
 
 if __name__ == "__main__":

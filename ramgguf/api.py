@@ -193,7 +193,7 @@ def quantize(
                     threads=n_threads,
                     progress=shown,
                 )
-                screens = encoder == "search" and file.n_weights >= MANY_WEIGHTS
+                screens = encoder != "gptq" and file.n_weights >= MANY_WEIGHTS
                 measurement, made = measure_and_plan(
                     measure_it, plan_it, options, clock.stage, screens=screens
                 )

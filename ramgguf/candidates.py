@@ -50,19 +50,18 @@ def suited(
     tell_ternary: the formats for ternary weights were asked for, so it is told why they are none.
     """
     measured, sampled, excluded = [], [], {}
+    ternary = any(name in formats.TERNARY for name in names) and _may_be_ternary(file, tensor)
     for name in names:
-        if name in formats.TERNARY and not _may_be_ternary(file, tensor):
+        if name in formats.TERNARY and not ternary:
             if tell_ternary:
                 excluded[name] = "its weights are not ternary"
         elif formats.get(name).encodable:
             measured.append(name)
         elif scale.hessian is not None:
+            # Its error would be another than that of the tensor's other formats.
             excluded[name] = "its errors are not known in terms of a Hessian"
         elif scale.importance is None:
             excluded[name] = "the importance matrix has no entry for it"
-        elif scale.hessian is not None:
-            # Its error would be another than that of the tensor's other formats.
-            excluded[name] = "errors of its output are not measured for formats of libggml"
         else:
             sampled.append(name)
     return Candidates(tuple(measured), tuple(sampled), excluded)

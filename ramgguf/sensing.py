@@ -8,7 +8,7 @@ from ramgguf.errors import ImatrixError, PlanError
 from ramgguf.gguf_io import open_gguf
 from ramgguf.hub import local_path
 from ramgguf.imatrix import Imatrix, load_imatrix
-from ramgguf.probe_tokens import Request, parse_tokens
+from ramgguf.probe_tokens import N_CTX, Request, parse_tokens
 from ramgguf.progress import Progress, Silent
 from ramgguf.schema import Encoder
 from ramgguf.sensitivities import Sensitivity
@@ -27,6 +27,7 @@ def sensitivity(
     imatrix: str | Path | None = None,
     hessian: str | Path | None = None,
     n_sequences: int | None = None,
+    n_ctx: int = N_CTX,
     seed: int = 0,
     seconds: float = DEFAULT_SECONDS,
     journal: str | Path | None = None,
@@ -39,9 +40,9 @@ def sensitivity(
     """Return how much the error of each of the model's tensors changes its output.
 
     encoder, imatrix and hessian are those that the model will be quantized with, as in quantize.
-    tokens is self (drawn from the model), random, wikitext, or a text file. n_sequences None takes
-    as many, up to four, as fit the seconds; with a number, all tensors are measured and two runs
-    agree exactly. journal keeps every reading, and a run that was killed goes on from it; folder
+    tokens is self (drawn from the model), random, wikitext, or a text file, in sequences of n_ctx.
+    n_sequences None takes as many, up to four, as fit the seconds; with a number, all tensors are
+    measured and two runs agree exactly. journal keeps every reading, and a run that was killed goes on from it; folder
     takes a copy of the model meanwhile, by default the system's temporary folder. announce is told
     what is going to be done, and for how long.
 
@@ -57,6 +58,7 @@ def sensitivity(
         tokens=kind,
         corpus=corpus,
         n_sequences=n_sequences,
+        n_ctx=n_ctx,
         seed=seed,
         seconds=seconds,
         imatrix=weighed_by(imatrix, hessian, encoder),

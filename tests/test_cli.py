@@ -144,3 +144,11 @@ def test_a_split_output_loads_as_one(model: Path, tmp_path: Path) -> None:
     run("quantize", model, "-b", "5bpw", "-o", tmp_path / "s.gguf", "--split-max-size", "200kB")
     shards = sorted(tmp_path.glob("s-*-of-*.gguf"))
     assert len(shards) > 1
+
+
+def test_commands_do_not_wait_for_libraries_that_they_do_not_use() -> None:
+    """A start of Python is half of what a small model takes: scipy alone would double it."""
+    slow = ("scipy", "plotly", "datasets", "llama_cpp", "dask", "huggingface_hub", "pandas")
+    code = f"import sys, ramgguf.cli; print([m for m in {slow} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

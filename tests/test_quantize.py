@@ -13,7 +13,7 @@ import ramgguf
 from gguf_samples import write_model
 from ramgguf.errors import BudgetError, FormatError, GGUFError, PlanError
 from ramgguf.gguf_io import open_gguf
-from ramgguf.schema import Measurement
+from ramgguf.schema import Encoder, Measurement
 
 Float32 = NDArray[np.float32]
 
@@ -288,15 +288,18 @@ def _large(path: Path) -> Path:
     return write(path, tensors, n_layers=3)
 
 
-@pytest.mark.parametrize("budget", ["2.7bpw", "4.4bpw", "5.6bpw", "8bpw"])
+@pytest.mark.parametrize(
+    ("encoder", "budget"),
+    [*(("search", b) for b in ("2.7bpw", "4.4bpw", "5.6bpw", "8bpw")), ("rtn", "4.4bpw")],
+)
 def test_what_a_sample_leaves_out_is_in_no_better_plan(
-    budget: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    encoder: Encoder, budget: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("ramgguf.api.MANY_WEIGHTS", 0)
     source = _large(tmp_path / "a.gguf")
-    everything = ramgguf.measure(source, encoder="search")
+    everything = ramgguf.measure(source, encoder=encoder)
     best = ramgguf.plan(everything, budget, min_sqnr_db=0)
-    made = ramgguf.quantize(source, budget, tmp_path / "b.gguf", encoder="search", min_sqnr_db=0)
+    made = ramgguf.quantize(source, budget, tmp_path / "b.gguf", encoder=encoder, min_sqnr_db=0)
     assert made.measurement is not None
     assert made.plan.n_bytes <= best.budget
     # Of so few tensors, formats far from the others fill the last bytes of the best plan.

@@ -191,6 +191,8 @@ def test_a_journal_of_something_else_is_refused(model: Path, tmp_path: Path) -> 
     _measured(model, tmp_path)
     with pytest.raises(PlanError, match="another model, encoder, imatrix or choice of tokens"):
         _measured(model, tmp_path, Request(encoder="rtn", n_sequences=2, n_ctx=64, seed=5))
+    with pytest.raises(PlanError, match="choice of tokens"):
+        _measured(model, tmp_path, Request(encoder="rtn", n_sequences=2, n_ctx=32))
     (tmp_path / "journal").write_text('{"record": "run"}\n')
     with pytest.raises(PlanError, match="line 1 is not of a sensitivity run"):
         _measured(model, tmp_path)
@@ -256,12 +258,13 @@ def test_the_command_writes_the_file_and_clears_up(model: Path, tmp_path: Path) 
     application = typer.Typer()
     sensitivity_commands.register(application)
     output = tmp_path / "s.json"
-    arguments = [str(model), "-o", str(output), "--sequences", "1", "--tokens", "random"]
+    arguments = [str(model), "-o", str(output), "--sequences", "2", "--tokens", "random"]
+    arguments += ["--context", "64"]
     done = CliRunner().invoke(application, arguments)
     assert done.exit_code == 0, done.output
     assert "ffn_down" in done.stdout
     assert [p.name for p in tmp_path.iterdir()] == ["s.json"]
-    assert Sensitivity.load(output).tokens.n_tokens == 512
+    assert Sensitivity.load(output).tokens.n_tokens == 128
     again = CliRunner().invoke(application, arguments)
     assert isinstance(again.exception, PlanError)
 

@@ -11,6 +11,7 @@ from ramgguf.cli import options as opt
 from ramgguf.cli.prepared import Weighed, reweighed
 from ramgguf.errors import PlanError
 from ramgguf.hub import beside
+from ramgguf.probe_tokens import N_CTX
 from ramgguf.report.sensing import print_sensitivity
 from ramgguf.schema import Encoder
 from ramgguf.sensitivities import Sensitivity
@@ -35,8 +36,11 @@ def sensitivity(
     ] = "20m",
     sequences: Annotated[
         int | None,
-        typer.Option("--sequences", min=1, help="So many of 512 tokens, whatever the time."),
+        typer.Option("--sequences", min=1, help="So many sequences, whatever the time."),
     ] = None,
+    context: Annotated[
+        int, typer.Option("--context", min=16, help="Tokens of each sequence.")
+    ] = N_CTX,
     encoder: opt.EncoderOption = api.DEFAULT_ENCODER,
     imatrix: opt.ImatrixFile = None,
     hessian: opt.HessianFile = None,
@@ -67,6 +71,7 @@ def sensitivity(
             imatrix=imatrix,
             hessian=hessian,
             n_sequences=sequences,
+            n_ctx=context,
             seed=seed,
             seconds=parse_seconds(limit),
             journal=journal,

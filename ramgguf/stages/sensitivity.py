@@ -220,6 +220,7 @@ def _check_resumed(settings: Settings, file: GGUFFile, request: Request, path: P
         and _sha(settings.imatrix) == _sha(request.imatrix.source if request.imatrix else None)
         and (settings.tokens.kind, settings.tokens.seed) == (request.tokens, request.seed)
         and request.n_sequences in (None, settings.tokens.n_sequences)
+        and {len(ids) for ids in settings.ids} == {request.n_ctx}
     )
     if not same:
         raise PlanError(

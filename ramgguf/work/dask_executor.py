@@ -1,6 +1,5 @@
 """The workers of a Dask cluster as an executor."""
 
-import asyncio
 import sys
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Executor, Future
@@ -32,6 +31,8 @@ class DaskExecutor(Executor):
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         """Return a future of fn(*args, **kwargs) on a worker; it can be cancelled until then."""
+        import asyncio  # in no process that has no Dask
+
         theirs = self._client.submit(fn, *args, **kwargs, pure=False)
         ours: Future[Any] = Future()
 

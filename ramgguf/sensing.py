@@ -42,9 +42,9 @@ def sensitivity(
     encoder, imatrix and hessian are those that the model will be quantized with, as in quantize.
     tokens is self (drawn from the model), random, wikitext, or a text file, in sequences of n_ctx.
     n_sequences None takes as many, up to four, as fit the seconds; with a number, all tensors are
-    measured and two runs agree exactly. journal keeps every reading, and a run that was killed goes on from it; folder
-    takes a copy of the model meanwhile, by default the system's temporary folder. announce is told
-    what is going to be done, and for how long.
+    measured and two runs agree exactly. journal keeps every reading, and a run that was killed goes
+    on from it; folder takes a copy of the model meanwhile, by default the system's temporary
+    folder. announce is told what is going to be done, and for how long.
 
     With an executor, the passes run on its workers (docs/scale.md), with `threads` threads each;
     folder is then theirs. Equal kernels and threads give equal numbers.

@@ -12,7 +12,8 @@ for name in clang++ clang++-19 clang++-18 clang++-17 clang++-16 clang++-15 clang
 done
 [ -n "$clangxx" ] || { echo "no clang++: apt install clang-14 libclang-rt-14-dev libfuzzer-14-dev" >&2; exit 1; }
 
-mkdir -p "$work/header" "$work/gguf" "$work/documents" "$work/results" "$work/imatrix" "$work/findings"
+targets="gguf documents edits results journals imatrix hessian"
+mkdir -p "$work/header" "$work/findings"
 "$python" tests/fuzz/make_seeds.py "$work/seeds"
 "$clangxx" -std=c++17 -g -O1 -Wall -Wextra -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all \
     tests/fuzz/header_fuzzer.cpp cpp/gguf_header.cpp -o "$work/header_fuzzer"
@@ -23,7 +24,8 @@ limits="-timeout=5 -max_total_time=$seconds -print_final_stats=1 -artifact_prefi
 tail -n 7 "$work/header.log"
 
 "$python" -m pip install --disable-pip-version-check -q 'atheris>=3'
-for target in gguf documents results imatrix; do
+for target in $targets; do
+    mkdir -p "$work/$target"
     "$python" tests/fuzz/python_fuzzer.py "$target" $limits -dict=tests/fuzz/gguf.dict "$work/$target" "$work/seeds/$target" \
         2>"$work/$target.log" || { tail -n 40 "$work/$target.log"; exit 1; }
     tail -n 7 "$work/$target.log"

@@ -1,6 +1,6 @@
 """Two encoders of the literature in ggml's blocks: optimal clipping, half-quadratic splitting.
 
-Both only choose what rtn is given, so that what is written are ordinary blocks.
+Clipping only chooses what rtn is given; half-quadratic splitting changes rtn's blocks.
 """
 
 from pathlib import Path
@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+import half_quadratic as hqq
 from ramgguf import _core, formats
 from ramgguf.gguf_io import TensorInfo, open_gguf
 
@@ -15,8 +16,7 @@ Floats = NDArray[np.float32]
 Blocks = NDArray[np.uint8]
 
 _CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
-_NORM, _BETA, _GROWTH, _STEPS = 0.7, 10.0, 1.01, 10  # those of HQQ's published code
-_ROWS = 4096
+_ROWS = 1024
 _SUB_BLOCK = {"Q2_K": 16, "Q3_K": 16, "Q6_K": 16}  # weights that share a scale; else 32
 
 
@@ -77,25 +77,9 @@ def clip(name: str, x: Floats) -> Blocks:
 
 
 def half_quadratic(name: str, x: Floats) -> Blocks:
-    """Return rtn's blocks of x − e, e alternately fitted to the errors under an l_p norm, p = 0.7.
-
-    Badri & Shaji 2023, equations 3 to 5: the large errors are taken for outliers and given up, so
-    that the rest is rounded better. There the scale stays; here rtn fits it anew to x − e.
-    """
-    beta = _BETA
-    outliers = np.zeros_like(x)
-    best, out = _rounded(name, x)
-    least = np.abs(x - out).mean()
-    for _ in range(_STEPS):
-        error = x - out
-        magnitude = np.abs(error)
-        with np.errstate(divide="ignore"):
-            shrunk = magnitude - magnitude ** (_NORM - 1) / beta
-        outliers = np.sign(error) * np.maximum(np.nan_to_num(shrunk, neginf=0.0), 0)
-        blocks, out = _rounded(name, (x - outliers).astype(np.float32))
-        found = np.abs(x - out).mean()
-        if found >= least:
-            break
-        best, least = blocks, found
-        beta *= _GROWTH
-    return best
+    """Return rtn's blocks, with the offsets of half-quadratic splitting where there are some."""
+    blocks, _ = _rounded(name, x)
+    if name not in hqq.LAYOUTS:
+        return blocks
+    made = hqq.fitted(name, blocks.reshape(x.size // 256, -1), x.reshape(-1, 256))
+    return made.reshape(blocks.shape)

@@ -3,8 +3,8 @@
     python bench/encoders.py models/smol768-f16.gguf --imatrix I.gguf --hessian H.gguf
 
 rtn; search; clip (rtn's scale, shrunk for the least squared error); hqq (half-quadratic splitting,
-Badri & Shaji 2023: scale fixed, offset fitted under an l_p norm, p = 0.7); search with importance;
-gptq. clip and hqq choose scales by their own rule and are written as blocks like the others.
+Badri & Shaji 2023: scale fixed, offset fitted under an l_p norm, p = 0.7, where a format has an
+offset: Q2_K, Q4_K, Q5_K); search with importance; gptq. All are written as ordinary blocks.
 Groups are uniform formats (Q4_K), and with --budgets plans of equal bytes: all encoders in the very
 formats that rtn's curves and the priors choose (`105388192`), and ours in plans by their own curves
 (`105388192 own`). Marks every pair of a group where the error falls and the model gets worse.
@@ -20,6 +20,7 @@ from pathlib import Path
 
 import ramgguf
 from alternatives import write_alternative
+from half_quadratic import LAYOUTS
 from provenance import provenance
 from ramgguf import _core
 from ramgguf.gguf_io import open_gguf
@@ -58,7 +59,7 @@ class Maker:
         """Yield the groups and their encoders."""
         encoders = list(self._arguments.encoders)
         for name in self._arguments.formats:
-            yield name, encoders
+            yield name, [e for e in encoders if e != "hqq" or name in LAYOUTS]
         for budget in self._arguments.budgets:
             yield str(budget), encoders
             yield f"{budget} own", [e for e in encoders if e in OURS]

@@ -7,9 +7,9 @@ Badri & Shaji 2023: scale fixed, offset fitted under an l_p norm, p = 0.7, where
 offset: Q2_K, Q4_K, Q5_K); search with importance; gptq. All are written as ordinary blocks.
 Groups are uniform formats (Q4_K), and with --budgets plans of equal bytes from these five: all
 encoders in the very formats that rtn's curves and the priors choose (`105388192`), and, with --own,
-ours in plans by their own curves (`105388192 own`). Marks every pair of a group where the error falls and
-the model gets worse. Appends a line per file to bench/results/encoders_end_to_end.jsonl; what is
-there is not done again.
+ours in plans by their own curves (`105388192 own`). Marks every pair of a group where the error
+falls and the model gets worse. Appends a line per file to bench/results/encoders_end_to_end.jsonl;
+what is there is not done again.
 """
 
 import argparse

@@ -159,11 +159,18 @@ class Field:
     def _flags(self) -> tuple[Flags, ...]:
         return all_flags(self.source, self.folder / f"{self.source.stem}-flags.json")
 
+    def _possible(self, flags: Flags) -> bool:
+        """Return whether rows are whole blocks: llama.cpp crashes on embeddings that are not."""
+        return all(
+            t.row_length % GGML_QUANT_SIZES[GGMLQuantizationType[flags.types[t.name]]][0] == 0
+            for t in self.measurement.tensors
+        )
+
     def _best_flags(self, mix: str) -> Path:
         """Return the best by KLD of the likeliest files of at most the mix's bytes."""
         files = self._flags()
         budget = next(f.n_bytes for f in files if f.label == f"{mix}-default")
-        near = [f for f in files if LEAST * budget < f.n_bytes <= budget]
+        near = [f for f in files if LEAST * budget < f.n_bytes <= budget and self._possible(f)]
         near.sort(key=lambda f: predicted_kld(f.types, self.measurement, self.sensitivity))
         made = [self._llama(f.file_type, f.embedding) for f in near[:N_FLAGS]]
         # Chosen on other sequences than those of the table: no luck in the draw.

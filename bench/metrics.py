@@ -77,35 +77,52 @@ class Metrics:
 NAMES = tuple(Metrics.__dataclass_fields__)
 
 
-def metrics(
-    file: GGUFFile, tensor: TensorInfo, data: NDArray[np.uint8], imatrix: Imatrix, alpha: float
-) -> Metrics:
-    """Return the metrics of the tensor with data in its place."""
-    rows = file.read_rows(tensor, 0, tensor.n_rows)
-    plain, output = Scale.of(tensor, None), Scale.of(tensor, imatrix)
-    weighed = Scale(output.importance, output.rows_per_expert)
-    kind = tensor.type_name
-    stats = plain.compare(kind, rows, kind, data, 0)
-    error, squares = stats.errors[0].sum_squared_error, stats.sum_squares
-    x, q = _decoded(tensor, rows), _decoded(tensor, data)
-    centred = x - x.mean()
-    by_activation = weighed.compare(kind, rows, kind, data, 0)
-    by_output = output.compare(kind, rows, kind, data, 0)
-    return Metrics(
-        nmse=error / squares,
-        nrmse=float(np.sqrt(error / squares)),
-        negative_sqnr_db=float(10 * np.log10(error / squares)),
-        max_error=stats.errors[0].max_error,
-        one_minus_cosine=float(1 - (x * q).sum() / np.sqrt((x * x).sum() * (q * q).sum())),
-        squared_error=error,
-        n_times_nmse=tensor.n_weights * error / squares,
-        excess_kurtosis=float(np.mean(centred**4) / np.mean(centred**2) ** 2 - 3),
-        activation_nmse=weighed.error(by_activation.errors[0]) / weighed.squares(by_activation),
-        activation_error=weighed.error(by_activation.errors[0]),
-        output_nmse=output.error(by_output.errors[0]) / output.squares(by_output),
-        output_error=output.error(by_output.errors[0]),
-        alpha_nmse=alpha * error / squares,
-    )
+@dataclass(frozen=True)
+class Original:
+    """A tensor as it is, and what its formats share."""
+
+    tensor: TensorInfo
+    rows: NDArray[np.uint8]
+    weights: Floats
+    excess_kurtosis: float
+    plain: Scale
+    activation: Scale
+    output: Scale
+
+    @classmethod
+    def of(cls, file: GGUFFile, tensor: TensorInfo, imatrix: Imatrix) -> "Original":
+        rows = file.read_rows(tensor, 0, tensor.n_rows)
+        x = _decoded(tensor, rows)
+        squares = np.square(x - x.mean())
+        kurtosis = float(np.mean(np.square(squares)) / np.mean(squares) ** 2 - 3)
+        output = Scale.of(tensor, imatrix)
+        activation = Scale(output.importance, output.rows_per_expert)
+        return cls(tensor, rows, x, kurtosis, Scale.of(tensor, None), activation, output)
+
+    def metrics(self, data: NDArray[np.uint8], alpha: float) -> Metrics:
+        """Return the metrics of the tensor with data in its place."""
+        kind, x, q = self.tensor.type_name, self.weights, _decoded(self.tensor, data)
+        ways = (self.plain, self.activation, self.output)
+        stats, by_activation, by_output = (w.compare(kind, self.rows, kind, data, 0) for w in ways)
+        error, squares = stats.errors[0].sum_squared_error, stats.sum_squares
+        activation_error = self.activation.error(by_activation.errors[0])
+        output_error = self.output.error(by_output.errors[0])
+        cosine = np.vdot(x, q) / np.sqrt(np.vdot(x, x) * np.vdot(q, q))
+        return Metrics(
+            nmse=error / squares,
+            nrmse=float(np.sqrt(error / squares)),
+            negative_sqnr_db=float(10 * np.log10(error / squares)),
+            max_error=stats.errors[0].max_error,
+            one_minus_cosine=float(1 - cosine),
+            squared_error=error,
+            n_times_nmse=self.tensor.n_weights * error / squares,
+            excess_kurtosis=self.excess_kurtosis,
+            activation_nmse=activation_error / self.activation.squares(by_activation),
+            activation_error=activation_error,
+            output_nmse=output_error / self.output.squares(by_output),
+            output_error=output_error,
+            alpha_nmse=alpha * error / squares,
+        )
 
 
 def _decoded(tensor: TensorInfo, rows: NDArray[np.uint8]) -> Floats:
@@ -139,16 +156,19 @@ def read(arguments: argparse.Namespace, file: GGUFFile, probe: Probe) -> None:
     sequences = windows(probe, arguments.n_seq, FIRST["read"])
     reference = [probe.logits(ids) for ids in sequences]
     with TENSORS.open("a") as out:
+        original: Original | None = None
         for name, format_name in ((n, f) for n in alphas for f in arguments.formats):
             if (model, name, format_name) in done:
                 continue
             tensor = file.tensor(name)
+            if original is None or original.tensor.name != name:
+                original = Original.of(file, tensor, imatrix)
             data, _ = simulated(file, tensor, format_name, encoder=ENCODER)
             with probe.replaced(tensor, data):
                 kld = np.concatenate(
                     [probe.divergence(s, r) for s, r in zip(sequences, reference, strict=True)]
                 )
-            found = metrics(file, tensor, data, imatrix, alphas[name])
+            found = original.metrics(data, alphas[name])
             row = {
                 "model": model,
                 "tensor": name,

@@ -77,8 +77,9 @@ def test_a_small_budget_with_a_matrix_takes_formats_of_libggml(
     source = write_small_model(tmp_path / "source.gguf", chosen)
     imatrix = write_imatrix(tmp_path / "imatrix.gguf", source)
     made = ramgguf.quantize(
-        source, "3.6bpw", tmp_path / "target.gguf", imatrix=imatrix, min_sqnr_db=0, threads=2
-    )
+        source, "3.6bpw", tmp_path / "target.gguf", imatrix=imatrix, objective="activation",
+        min_sqnr_db=0, threads=2,
+    )  # fmt: skip
     given = {a.name: a.format for a in made.plan.assignments}
     sampled = {name for name, f in given.items() if f in formats.with_importance()}
     assert len(sampled) > 5

@@ -13,6 +13,7 @@ import argparse
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 
 import ramgguf
@@ -20,7 +21,7 @@ from llama_quantize import quantize
 from provenance import provenance
 from ramgguf.journal import read_results
 from ramgguf.results import EvalResult
-from ramgguf.schema import Encoder
+from ramgguf.schema import Encoder, Measurement
 from scores import kld_ratio, scores
 
 MIXES = ("Q4_K_M", "Q3_K_M", "Q5_K_M")
@@ -53,6 +54,16 @@ def recipes(arguments: argparse.Namespace) -> Iterator[Recipe]:
             yield Recipe(f"alpha + gptq {name}", "gptq", alpha, path, hessians[name])
 
 
+@cache
+def measure(
+    source: Path, encoder: Encoder, imatrix: Path | None, hessian: Path | None, threads: int
+) -> Measurement:
+    """Return the curves, which several recipes may share."""
+    return ramgguf.measure(
+        source, encoder=encoder, imatrix=imatrix, hessian=hessian, threads=threads
+    )
+
+
 def make(arguments: argparse.Namespace, recipe: Recipe, budgets: dict[str, int]) -> list[Path]:
     """Write the recipe's file for every budget that is not there yet; return them."""
     folder: Path = arguments.mixes
@@ -60,10 +71,9 @@ def make(arguments: argparse.Namespace, recipe: Recipe, budgets: dict[str, int])
     paths = {mix: folder / f"{tag}-{mix}.gguf" for mix in budgets}
     if all(path.exists() for path in paths.values()):
         return list(paths.values())
-    measured = ramgguf.measure(
-        arguments.source, encoder=recipe.encoder, imatrix=recipe.imatrix, hessian=recipe.hessian,
-        threads=arguments.threads,
-    )  # fmt: skip
+    measured = measure(
+        arguments.source, recipe.encoder, recipe.imatrix, recipe.hessian, arguments.threads
+    )
     alpha = None
     if recipe.sensitivity:
         alpha = ramgguf.reweigh(

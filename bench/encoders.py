@@ -5,10 +5,11 @@
 rtn; search; clip (rtn's scale, shrunk for the least squared error); hqq (half-quadratic splitting,
 Badri & Shaji 2023: scale fixed, offset fitted under an l_p norm, p = 0.7, where a format has an
 offset: Q2_K, Q4_K, Q5_K); search with importance; gptq. All are written as ordinary blocks.
-Groups are uniform formats (Q4_K), and with --budgets plans of equal bytes: all encoders in the very
-formats that rtn's curves and the priors choose (`105388192`), and ours in plans by their own curves
-(`105388192 own`). Marks every pair of a group where the error falls and the model gets worse.
-Appends a line per file to bench/results/encoders_end_to_end.jsonl; what is there is not done again.
+Groups are uniform formats (Q4_K), and with --budgets plans of equal bytes from these five: all
+encoders in the very formats that rtn's curves and the priors choose (`105388192`), and ours in
+plans by their own curves (`105388192 own`). Marks every pair of a group where the error falls and
+the model gets worse. Appends a line per file to bench/results/encoders_end_to_end.jsonl; what is
+there is not done again.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from half_quadratic import LAYOUTS
 from provenance import provenance
 from ramgguf import _core
 from ramgguf.gguf_io import open_gguf
+from ramgguf.imatrix import load_imatrix
 from ramgguf.results import EvalResult
 from ramgguf.schema import Encoder, Measurement, Plan
 from scores import kld_ratio, scores
@@ -49,11 +51,11 @@ class Made:
 
 
 class Maker:
-    """Makes the files of the groups, measuring every encoder once per set of formats."""
+    """Makes the files of the groups, measuring every encoder at most once."""
 
     def __init__(self, arguments: argparse.Namespace, folder: Path) -> None:
         self._arguments, self._folder = arguments, folder
-        self._curves: dict[tuple[str, tuple[str, ...]], Measurement] = {}
+        self._curves: dict[str, Measurement] = {}
 
     def groups(self) -> Iterator[tuple[str, list[str]]]:
         """Yield the groups and their encoders."""
@@ -81,32 +83,36 @@ class Maker:
         return Made(group, encoder, path, weight_error(arguments.source, path))
 
     def _plan(self, group: str, encoder: str) -> Plan:
-        if group in FORMATS:
-            curves = self._measured(encoder, (group,))
-            return ramgguf.plan(curves, "1000%", pins=[f".={group}"], min_sqnr_db=0)
-        budget = int(group.split()[0])
         if group.endswith("own"):
-            return ramgguf.plan(self._measured(encoder, ()), budget, min_sqnr_db=0)
-        common = ramgguf.plan(self._measured("rtn", ()), budget, min_sqnr_db=0)
-        used = tuple(sorted({a.format for a in common.assignments if a.format != a.source_format}))
-        curves = self._measured(encoder, used)
-        pins = [f"^{a.name}$={a.format}" for a in common.assignments if a.format in used]
-        return ramgguf.plan(curves, "1000%", pins=pins, min_sqnr_db=0)
+            budget = int(group.split()[0])
+            return ramgguf.plan(self._measured(encoder), budget, min_sqnr_db=0)
+        # What is written depends on formats and encoder only; errors are those of the files.
+        ours, weighed = OURS.get(encoder, ("rtn", False))
+        source = None
+        if weighed:
+            hessian = self._arguments.hessian if ours == "gptq" else None
+            source = load_imatrix(self._arguments.imatrix, hessian).source
+        return self._common(group).model_copy(update={"encoder": ours, "imatrix": source})
 
-    def _measured(self, encoder: str, formats: tuple[str, ...]) -> Measurement:
-        if encoder in OTHERS:
-            encoder = "rtn"
-        if (encoder, formats) not in self._curves:
+    def _common(self, group: str) -> Plan:
+        """Return the formats that all encoders of the group share."""
+        if group in FORMATS:
+            pins = [f".={group}"]
+            return ramgguf.plan(self._measured("rtn"), "1000%", pins=pins, min_sqnr_db=0)
+        return ramgguf.plan(self._measured("rtn"), int(group), min_sqnr_db=0)
+
+    def _measured(self, encoder: str) -> Measurement:
+        if encoder not in self._curves:
             ours, weighed = OURS[encoder]
-            self._curves[encoder, formats] = ramgguf.measure(
+            self._curves[encoder] = ramgguf.measure(
                 self._arguments.source,
-                formats=formats or None,
+                formats=FORMATS,
                 encoder=ours,
                 imatrix=self._arguments.imatrix if weighed else None,
                 hessian=self._arguments.hessian if ours == "gptq" else None,
                 threads=self._arguments.threads,
             )
-        return self._curves[encoder, formats]
+        return self._curves[encoder]
 
 
 def weight_error(source: Path, path: Path) -> float:

@@ -27,6 +27,7 @@ fetch_python() {
     cat >"$apt/apt.conf" <<END
 APT::Architecture "arm64";
 APT::Architectures { "arm64"; };
+APT::Sandbox::User "root";
 APT::Install-Recommends "false";
 Acquire::Languages "none";
 Dir "$apt";
@@ -47,6 +48,7 @@ END
     # Debian's pyconfig.h asks for that of the architecture in a folder that only its own compiler searches.
     cp "$root/usr/include/aarch64-linux-gnu/python3.11/pyconfig.h" "$root/usr/include/python3.11/"
     rm -rf "$apt"
+    touch "$root/complete"
 }
 
 # A virtual environment whose Python is a script of this machine: what starts sys.executable starts the emulator.
@@ -88,6 +90,11 @@ print(*re.findall(r"tests/\S+", tomllib.load(open("pyproject.toml", "rb"))["tool
     "$python" -m pytest -q -p no:cacheprovider -k 'not costs_little' "$@"
 }
 
+quantize() {
+    "$1/ramgguf" quantize "$work/model.gguf" --budget 4.5bpw --encoder "$2" --force -o "$3" >"$work/log" 2>&1 ||
+        { cat "$work/log" >&2; exit 1; }
+}
+
 compare_outputs() {
     "$host/python" -c '
 import sys
@@ -97,15 +104,14 @@ sys.path.insert(0, "tests")
 from gguf_samples import write_model
 write_model(Path(sys.argv[1]), rng=np.random.default_rng(1))' "$work/model.gguf"
     for encoder in rtn search; do
-        to_bytes="quantize $work/model.gguf --budget 4.5bpw --encoder $encoder --force -o"
-        "$host/ramgguf" $to_bytes "$work/here.gguf" >/dev/null
-        "$work/venv/bin/ramgguf" $to_bytes "$work/there.gguf" >/dev/null
+        quantize "$host" $encoder "$work/here.gguf"
+        quantize "$work/venv/bin" $encoder "$work/there.gguf"
         cmp "$work/here.gguf" "$work/there.gguf"
     done
     echo 'quantized to the same bytes as on this machine'
 }
 
-[ -d "$root/usr/include/python3.11" ] || fetch_python
+[ -e "$root/complete" ] || fetch_python
 [ -d "$packages/pip" ] || make_environment
 export PYTHONSAFEPATH=1  # what is imported is the wheel, not ./ramgguf
 "$python" -c 'import platform; print("Python", platform.python_version(), "on", platform.machine())'

@@ -5,7 +5,8 @@
 
 For every mix (Q3_K_M, Q4_K_M, Q5_K_M, made by llama.cpp itself): the mix, the mix that llama.cpp
 makes with each importance matrix, and plans that fit its bytes with measured α only, with each
-matrix only, and with both; --hessian NAME=FILE adds error feedback. Scored on a text that no
+matrix only (by priors, and by two objectives of weighed errors), and with both; --hessian NAME=FILE
+adds error feedback. Scored on a text that no
 calibration saw. Appends a line per file to bench/results/calibration.jsonl.
 """
 
@@ -46,7 +47,8 @@ def recipes(arguments: argparse.Namespace) -> Iterator[Recipe]:
         yield Recipe("alpha", "search", alpha)
     hessians = dict(arguments.hessian)
     for name, path in arguments.imatrix:
-        yield Recipe(f"imatrix {name}", "search", imatrix=path)
+        yield Recipe(f"priors + imatrix {name}", "search", imatrix=path)
+        yield Recipe(f"activation {name}", "search", imatrix=path, objective="activation")
         yield Recipe(f"output {name}", "search", imatrix=path, objective="output")
         if alpha:
             yield Recipe(f"alpha + imatrix {name}", "search", alpha, path)

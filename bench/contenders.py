@@ -11,10 +11,11 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 import ramgguf
 from baselines import Flags, all_flags
 from llama_quantize import quantize
+from ramgguf.errors import PlanError
 from ramgguf.schema import Measurement, Plan, TensorMeasurement
 from ramgguf.sensitivities import Sensitivity
 
-UNIFORM = ("Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
+UNIFORM = ("Q2_K", "Q3_K", "IQ4_XS", "IQ4_NL", "Q4_K", "Q5_0", "Q5_K", "Q6_K", "Q8_0")
 LEAST = 0.93  # of the mix's bytes: less is not worth a try as best flags
 N_FLAGS = 5  # of them are made and scored, the best by predicted KLD
 N_CTX = 512
@@ -58,7 +59,9 @@ class Field:
         of_mix = files[f"{mix}-default"]
         yield self._of_flags("mix", of_mix)
         yield Contender("best flags", self.n_seq, lambda _: self._best_flags(mix), math.nan)
-        yield self._planned(*self._uniform(budget))
+        uniform = self._uniform(budget)
+        if uniform is not None:
+            yield self._planned(*uniform)
         for objective in ("ram", "weighted"):
             plan = ramgguf.plan(self.measurement, budget, objective=objective, min_sqnr_db=0)
             yield self._planned(objective, plan)
@@ -121,15 +124,16 @@ class Field:
             predicted_kld(flags.types, self.measurement, self.sensitivity),
         )
 
-    def _uniform(self, budget: int) -> tuple[str, Plan]:
-        """Return the largest format that all tensors can have within the bytes."""
+    def _uniform(self, budget: int) -> tuple[str, Plan] | None:
+        """Return the largest format that all tensors can have within the bytes, if there is one."""
         found = None
         for name in UNIFORM:
-            plan = ramgguf.plan(self.measurement, "1000%", pins=[f".={name}"])
+            try:
+                plan = ramgguf.plan(self.measurement, "1000%", pins=[f".={name}"])
+            except PlanError:  # of rows that are no whole blocks
+                continue
             if plan.n_bytes <= budget:
                 found = f"uniform {name}", plan
-        if found is None:
-            raise SystemExit(f"no uniform plan has {budget} bytes or fewer")
         return found
 
     def _random(self, budget: int, seed: int) -> Plan:
@@ -155,11 +159,18 @@ class Field:
     def _flags(self) -> tuple[Flags, ...]:
         return all_flags(self.source, self.folder / f"{self.source.stem}-flags.json")
 
+    def _possible(self, flags: Flags) -> bool:
+        """Return whether rows are whole blocks: llama.cpp crashes on embeddings that are not."""
+        return all(
+            t.row_length % GGML_QUANT_SIZES[GGMLQuantizationType[flags.types[t.name]]][0] == 0
+            for t in self.measurement.tensors
+        )
+
     def _best_flags(self, mix: str) -> Path:
         """Return the best by KLD of the likeliest files of at most the mix's bytes."""
         files = self._flags()
         budget = next(f.n_bytes for f in files if f.label == f"{mix}-default")
-        near = [f for f in files if LEAST * budget < f.n_bytes <= budget]
+        near = [f for f in files if LEAST * budget < f.n_bytes <= budget and self._possible(f)]
         near.sort(key=lambda f: predicted_kld(f.types, self.measurement, self.sensitivity))
         made = [self._llama(f.file_type, f.embedding) for f in near[:N_FLAGS]]
         # Chosen on other sequences than those of the table: no luck in the draw.

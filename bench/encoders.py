@@ -5,11 +5,11 @@
 rtn; search; clip (rtn's scale, shrunk for the least squared error); hqq (half-quadratic splitting,
 Badri & Shaji 2023: scale fixed, offset fitted under an l_p norm, p = 0.7, where a format has an
 offset: Q2_K, Q4_K, Q5_K); search with importance; gptq. All are written as ordinary blocks.
-Groups are uniform formats (Q4_K), and with --budgets plans of equal bytes from these five: all
-encoders in the very formats that rtn's curves and the priors choose (`105388192`), and ours in
-plans by their own curves (`105388192 own`). Marks every pair of a group where the error falls and
-the model gets worse. Appends a line per file to bench/results/encoders_end_to_end.jsonl; what is
-there is not done again.
+Groups are uniform formats (Q4_K), and with --budgets plans of equal bytes from those: all
+encoders in the very formats that rtn's curves and the priors choose (`105388192`), and, with --own,
+ours in plans by their own curves (`105388192 own`). Marks every pair of a group where the error
+falls and the model gets worse. Appends a line per file to bench/results/encoders_end_to_end.jsonl;
+what is there is not done again.
 """
 
 import argparse
@@ -64,7 +64,8 @@ class Maker:
             yield name, [e for e in encoders if e != "hqq" or name in LAYOUTS]
         for budget in self._arguments.budgets:
             yield str(budget), encoders
-            yield f"{budget} own", [e for e in encoders if e in OURS]
+            if self._arguments.own:
+                yield f"{budget} own", [e for e in encoders if e in OURS]
 
     def make(self, group: str, encoder: str) -> Made:
         """Write the file of an encoder in a group."""
@@ -96,7 +97,7 @@ class Maker:
 
     def _common(self, group: str) -> Plan:
         """Return the formats that all encoders of the group share."""
-        if group in FORMATS:
+        if not group.isdigit():
             pins = [f".={group}"]
             return ramgguf.plan(self._measured("rtn"), "1000%", pins=pins, min_sqnr_db=0)
         return ramgguf.plan(self._measured("rtn"), int(group), min_sqnr_db=0)
@@ -106,7 +107,7 @@ class Maker:
             ours, weighed = OURS[encoder]
             self._curves[encoder] = ramgguf.measure(
                 self._arguments.source,
-                formats=FORMATS,
+                formats=self._arguments.plan_formats,
                 encoder=ours,
                 imatrix=self._arguments.imatrix if weighed else None,
                 hessian=self._arguments.hessian if ours == "gptq" else None,
@@ -178,7 +179,9 @@ def main() -> None:
     parser.add_argument("--imatrix", type=Path, required=True)
     parser.add_argument("--hessian", type=Path, required=True)
     parser.add_argument("--formats", nargs="*", default=list(FORMATS))
+    parser.add_argument("--plan-formats", nargs="*", default=list(FORMATS), help="of plans")
     parser.add_argument("--budgets", nargs="*", type=int, default=[], help="in bytes")
+    parser.add_argument("--own", action="store_true", help="also plans by own curves")
     parser.add_argument("--encoders", nargs="*", default=[*OURS, *OTHERS])
     parser.add_argument("--n-seq", type=int, default=16)
     parser.add_argument("--threads", type=int, default=2)

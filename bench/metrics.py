@@ -46,8 +46,8 @@ Floats = NDArray[np.float64]
 
 TENSORS = Path("bench/results/metrics_tensors.jsonl")
 OUT = Path("bench/results/metrics.jsonl")
-FORMATS = ("Q2_K", "Q3_K", "Q4_K", "Q6_K")
-BUDGETS_BPW = (3.5, 4.5)
+FORMATS = ("Q2_K", "Q3_K", "Q4_K", "Q6_K")  # rows of smol135 take others: --formats Q4_0 …
+SHARES = (0.15, 0.4)  # of the way from the smallest plan to the largest
 ENCODER: Encoder = "rtn"
 FIRST = {"read": 3000, "choose": 4000}  # numbers of windows
 
@@ -169,10 +169,12 @@ def choose(arguments: argparse.Namespace, file: GGUFFile, probe: Probe) -> None:
     sequences = windows(probe, arguments.n_seq, FIRST["choose"])
     reference = [probe.logits(ids) for ids in sequences]
     tensors = [file.tensor(name) for name in of_tensor]
-    n_weights = sum(t.n_weights for t in tensors)
-    for bpw in BUDGETS_BPW:
+    sizes = [[_bytes(t, r["format"]) for r in of_tensor[t.name]] for t in tensors]
+    smallest, largest = sum(map(min, sizes)), sum(map(max, sizes))
+    for share in SHARES:
+        budget = int(smallest + share * (largest - smallest))
         for metric in (*(n for n in NAMES if n != "excess_kurtosis"), "kld"):
-            chosen = plan(tensors, of_tensor, metric, int(bpw * n_weights / 8))
+            chosen = plan(tensors, of_tensor, metric, budget)
             for tensor in tensors:
                 data, _ = simulated(file, tensor, chosen[tensor.name], encoder=ENCODER)
                 probe.put(tensor, data)
@@ -183,7 +185,7 @@ def choose(arguments: argparse.Namespace, file: GGUFFile, probe: Probe) -> None:
                 part="choose",
                 metric=metric,
                 model=arguments.source.stem,
-                bpw=bpw,
+                share=share,
                 n_bytes=sum(_bytes(t, chosen[t.name]) for t in tensors),
                 kld=float(kld.mean()),
                 error=standard_error(kld),

@@ -1,6 +1,9 @@
 """What a plan minimises: each objective gives the cost of one tensor in one format.
 
-The priors are soft: they scale a cost, they never forbid a format.
+The priors are soft: they scale a cost, they never forbid a format. Priors and published objectives
+were made for errors of the weights by themselves, and get these also where an importance matrix
+weighs what the encoder does: with weighed errors in their place plans are worse than without a
+matrix (docs/findings.md).
 """
 
 import math
@@ -20,12 +23,12 @@ Objective = Callable[[TensorMeasurement, Point, Shape], float]
 
 def weighted_nmse(tensor: TensorMeasurement, point: Point, shape: Shape) -> float:
     """n · π · NMSE: the soft prior of the tensor's role and depth, times its number of weights."""
-    return tensor.n_weights * prior(tensor, shape) * point.nmse
+    return tensor.n_weights * prior(tensor, shape) * point.unweighed
 
 
 def plain_nmse(tensor: TensorMeasurement, point: Point, shape: Shape) -> float:
     """n · NMSE, without priors."""
-    return tensor.n_weights * point.nmse
+    return tensor.n_weights * point.unweighed
 
 
 def ram(tensor: TensorMeasurement, point: Point, shape: Shape) -> float:
@@ -39,7 +42,12 @@ def ram(tensor: TensorMeasurement, point: Point, shape: Shape) -> float:
         published = 3.0
     else:
         published = 2.0 if shape.is_last(tensor) else 1.0
-    return published * math.sqrt(point.nmse)
+    return published * math.sqrt(point.unweighed)
+
+
+def activation_nmse(tensor: TensorMeasurement, point: Point, shape: Shape) -> float:
+    """n · π · NMSE weighed by importance: the output's relative error, for uncorrelated inputs."""
+    return tensor.n_weights * prior(tensor, shape) * point.nmse
 
 
 def output_error(tensor: TensorMeasurement, point: Point, shape: Shape) -> float:
@@ -61,7 +69,7 @@ OBJECTIVES: dict[str, Objective] = {
 }
 
 # Those that need errors weighed by an importance matrix.
-WEIGHED: dict[str, Objective] = {"output": output_error}
+WEIGHED: dict[str, Objective] = {"output": output_error, "activation": activation_nmse}
 
 
 Cost = Callable[[TensorMeasurement, Point], float]

@@ -29,11 +29,15 @@ Floats = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class SampledError:
-    """Σ w(x−q)² / Σ w x² of the sampled rows, its standard error and the largest |x−q|."""
+    """Σ w(x−q)² / Σ w x² of the sampled rows, its standard error, and the largest |x−q|.
+
+    plain_nmse is without w.
+    """
 
     nmse: float
     standard_error: float
     max_error: float
+    plain_nmse: float
 
 
 def sampled_rows(n_rows: int, row_length: int, n_experts: int) -> Rows:
@@ -119,34 +123,37 @@ def _sampled_error(
     """Return the error of what decoded(rows, importance, which of the sample) gives for rows."""
     sample = _sample_of(tensor, scale)
     errors, squares = np.zeros(len(sample)), np.zeros(len(sample))
-    largest = 0.0
+    plain, energy, largest = 0.0, 0.0, 0.0
     for rows, importance in _by_expert(sample, scale):
         x = np.empty((rows.stop - rows.start, tensor.row_length), np.float32)
         _core.decode(tensor.type_name, _read(file, tensor, sample[rows]), x)
         off = x.astype(np.float64) - decoded(x, importance, rows)
         errors[rows] = (off**2) @ importance
         squares[rows] = (x.astype(np.float64) ** 2) @ importance
+        plain += float((off**2).sum())
+        energy += float((x.astype(np.float64) ** 2).sum())
         largest = max(largest, float(np.abs(off).max()))
     if not np.isfinite(errors).all():
         raise ValueError("its blocks decode to numbers that are not finite")
-    return _ratio(errors, squares, tensor.n_rows, largest)
+    nmse, error = _ratio(errors, squares, tensor.n_rows)
+    return SampledError(nmse, error, largest, plain / energy if energy else 0.0)
 
 
 def _ratio(
-    errors: NDArray[np.float64], squares: NDArray[np.float64], n_rows: int, largest: float
-) -> SampledError:
+    errors: NDArray[np.float64], squares: NDArray[np.float64], n_rows: int
+) -> tuple[float, float]:
     """Return Σ errors / Σ squares and its standard error (Cochran 1977, Sampling Techniques, 6.4).
 
     That is for rows drawn at random; drawn from stretches, they do a little better.
     """
     n, total = len(errors), float(squares.sum())
     if total == 0:
-        return SampledError(0.0, 0.0, largest)
+        return 0.0, 0.0
     nmse = float(errors.sum()) / total
     residuals = errors - nmse * squares
     unseen = 1 - n / n_rows
     variance = unseen * n / max(n - 1, 1) * float((residuals**2).sum())
-    return SampledError(nmse, math.sqrt(variance) / total, largest)
+    return nmse, math.sqrt(variance) / total
 
 
 def _by_expert(sample: Rows, scale: Scale) -> Iterator[tuple[slice, Floats]]:

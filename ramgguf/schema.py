@@ -38,7 +38,8 @@ class Source(_Value):
 class Point(_Value):
     """One point of a tensor's rate–distortion curve: its bytes and loss in a format.
 
-    nmse_error is the standard error of an NMSE that was measured on a sample of the rows.
+    nmse_error is the standard error of an NMSE that was measured on a sample of the rows. Where
+    nmse is weighed by importance, plain_nmse is that of the weights by themselves.
     """
 
     format: str
@@ -46,6 +47,12 @@ class Point(_Value):
     nmse: NonNegativeFloat
     max_error: NonNegativeFloat
     nmse_error: NonNegativeFloat = 0.0
+    plain_nmse: NonNegativeFloat | None = None
+
+    @property
+    def unweighed(self) -> float:
+        """The NMSE of the weights by themselves, where it is known."""
+        return self.nmse if self.plain_nmse is None else self.plain_nmse
 
     @property
     def sqnr_db(self) -> float:

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 import ramgguf
-from ramgguf import formats
+from ramgguf import _core, formats
 from ramgguf.errors import ImatrixError, PlanError
 from ramgguf.gguf_io import GGUFFile, open_gguf
 from ramgguf.imatrix import load_imatrix
+from ramgguf.priors import Shape, prior
 from ramgguf.schema import Encoder, Plan
 from ramgguf.weighing import Scale
 from tiny_models import write_tiny_model
@@ -181,6 +182,40 @@ def test_the_objective_output_weighs_by_the_outputs_size(
     plain = ramgguf.measure(model, formats=FORMATS, threads=1)
     with pytest.raises(PlanError, match="needs errors that an importance matrix weighs"):
         ramgguf.plan(plain, "6bpw", objective="output")
+
+
+@pytest.mark.parametrize("with_hessians", [False, True])
+def test_priors_get_the_errors_of_the_weights_by_themselves(
+    model: Path, files: tuple[Path, Path], tmp_path: Path, with_hessians: bool
+) -> None:
+    """Importance weighs the encoder, and the objectives that are made for weighed errors."""
+    hessian = files[1] if with_hessians else None
+    names = [*FORMATS, "IQ3_XXS"] if not with_hessians else FORMATS
+    found = ramgguf.measure(model, imatrix=files[0], hessian=hessian, formats=names, threads=1)
+    plan = ramgguf.plan(found, "6bpw", objective="nmse", min_sqnr_db=0)
+    made = ramgguf.quantize(
+        model, from_plan=plan, output=tmp_path / "q.gguf", verify=False, threads=1
+    )
+    points = {(t.name, p.format): p for t in found.tensors for p in t.points}
+    with open_gguf(model) as before, open_gguf(made.paths[0]) as after:
+        for a in plan.assignments:
+            point = points[a.name, a.format]
+            assert a.nmse == point.nmse
+            assert a.cost == pytest.approx(a.n_weights * point.unweighed)
+            if a.format == a.source_format or not formats.get(a.format).encodable:
+                continue
+            x, q = before.tensor(a.name), after.tensor(a.name)
+            rows = before.read_rows(x, 0, x.n_rows), after.read_rows(q, 0, q.n_rows)
+            stats = _core.compare(x.type_name, rows[0], q.type_name, rows[1])
+            expected = stats.errors[0].sum_squared_error / stats.sum_squares
+            assert point.unweighed == pytest.approx(expected, rel=1e-9)
+    weighed = [p for p in points.values() if p.plain_nmse is not None and p.nmse]
+    assert any(p.plain_nmse != p.nmse for p in weighed)
+    relative = ramgguf.plan(found, "6bpw", objective="activation", min_sqnr_db=0)
+    tensors = {t.name: t for t in found.tensors}
+    shape = Shape.of(found)
+    for a in relative.assignments:
+        assert a.cost == pytest.approx(a.n_weights * prior(tensors[a.name], shape) * a.nmse)
 
 
 def test_gptq_asks_for_hessians(model: Path, files: tuple[Path, Path]) -> None:

@@ -62,7 +62,7 @@ Objective = Annotated[
     str | None,
     typer.Option(
         "--objective",
-        help="What is minimised: sensitivity (if given), weighted, nmse, output or ram.",
+        help="What is minimised: sensitivity (if given), weighted, nmse, activation, output, ram.",
     ),
 ]
 SensitivityFile = Annotated[

@@ -211,8 +211,15 @@ def _points(
         if error.scale_overflow:
             excluded[name] = "a block's scale would overflow F16"
         elif name not in formats.TERNARY or nmse <= TERNARY_NMSE:
-            n_bytes = formats.row_bytes(name, row_length) * n_rows
-            points.append(Point(format=name, n_bytes=n_bytes, nmse=nmse, max_error=error.max_error))
+            points.append(
+                Point(
+                    format=name,
+                    n_bytes=formats.row_bytes(name, row_length) * n_rows,
+                    nmse=nmse,
+                    max_error=error.max_error,
+                    plain_nmse=_plain_nmse(job, error.sum_squared_error, total),
+                )
+            )
     for name, found in of_samples.items():
         if isinstance(found, str):
             excluded[name] = found
@@ -223,9 +230,17 @@ def _points(
             nmse=found.nmse,
             max_error=found.max_error,
             nmse_error=found.standard_error,
+            plain_nmse=found.plain_nmse,
         )
         points.append(point)
     return tuple(sorted(points, key=lambda p: (p.n_bytes, p.nmse))), excluded
+
+
+def _plain_nmse(job: _Job, error: float, total: _core.RowStats | None) -> float | None:
+    """Return Σ(x−q)² / Σx² where the tensor's NMSE is another; None where it is this."""
+    if job.scale.importance is None or total is None:
+        return None
+    return error / total.sum_squares if total.sum_squares else 0.0
 
 
 def _tensor(

@@ -12,7 +12,7 @@ STAMP  := $(VENV)/.installed
 KERNEL_TESTS := $(patsubst %,tests/test_%.py,formats kernels search small_formats libggml logits weighing imatrix gptq \
 	quantize determinism end_to_end evaluate engine sensitivity calibrate calibrated_plans refine cli)
 
-.PHONY: all demo test test-neon test-oldest sanitize lint tidy soak bench clean
+.PHONY: all demo test test-neon test-aarch64 test-oldest sanitize lint tidy soak bench clean
 
 all: $(STAMP)
 
@@ -48,6 +48,10 @@ test-oldest: $(STAMP)
 # The NEON kernels in an emulator: needs g++-aarch64-linux-gnu and qemu-user.
 test-neon: $(STAMP)
 	RAMGGUF_TEST_NEON=1 $(BIN)/python -m pytest tests/test_neon.py
+
+# The wheel for aarch64, cross-compiled and emulated: needs the same, Debian's apt and dpkg, and the network. Some ten minutes.
+test-aarch64: $(STAMP)
+	VENV=$(VENV) sh tools/aarch64.sh
 
 # Hours of work for the machine, not for CI: fuzzing, kills, and whatever else takes long.
 soak: $(STAMP)

@@ -21,7 +21,7 @@ RAMGGUF_LEVELS(X)
 
 namespace {
 
-bool cpu_runs(const std::string& level) {
+bool cpu_runs([[maybe_unused]] const std::string& level) {
 #if defined(__x86_64__)
     __builtin_cpu_init();
     if (level == "v3") {

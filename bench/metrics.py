@@ -10,8 +10,8 @@ of the model, and takes the KLD that it causes on windows of WikiText-2, beside 
 it without running the model on; a line per tensor and format goes to
 bench/results/metrics_tensors.jsonl, and what is there is not done again. α of the sensitivity comes
 from other tokens. `choose` minimises the sum of each metric over the same formats at equal bytes
-and takes the KLD of the whole plan, weights decoded, on other windows; `correlate` ranks. Both
-append to bench/results/metrics.jsonl.
+and takes the KLD of the whole plan, weights decoded, on other windows; `correlate` ranks, and tells
+how linear KLD is in NMSE from format to format. Both append to bench/results/metrics.jsonl.
 """
 
 import argparse
@@ -258,6 +258,34 @@ def correlate() -> None:
             )
 
 
+def linearity() -> None:
+    """Append how KLD grows with NMSE from format to format, tensor by tensor.
+
+    slope is that of log KLD over log NMSE; α by another format is given in units of Q4_K's.
+    """
+    by_tensor: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+    for r in readings():
+        if r["kld"] > 0:
+            by_tensor.setdefault((r["model"], r["tensor"]), {})[r["format"]] = r
+    for model in sorted({model for model, _ in by_tensor}):
+        found = [v for (m, _), v in by_tensor.items() if m == model and len(v) == len(FORMATS)]
+        if not found or set(found[0]) != set(FORMATS):
+            continue
+        logs = np.log([[[v[f]["nmse"], v[f]["kld"]] for f in FORMATS] for v in found])
+        slopes = np.array([np.polyfit(x[:, 0], x[:, 1], 1)[0] for x in logs])
+        add(part="linearity", model=model, n_tensors=len(found), slope=_quantiles(slopes))
+        alphas = np.exp(logs[:, :, 1] - logs[:, :, 0])
+        for k, name in enumerate(FORMATS):
+            ratio = alphas[:, k] / alphas[:, FORMATS.index("Q4_K")]
+            add(part="linearity", model=model, format=name, alpha_of_q4_k=_quantiles(ratio))
+
+
+def _quantiles(values: Floats) -> dict[str, float]:
+    names = ("p5", "p25", "median", "p75", "p95")
+    found = np.quantile(values, (0.05, 0.25, 0.5, 0.75, 0.95))
+    return {n: round(float(v), 3) for n, v in zip(names, found, strict=True)}
+
+
 def correlations(values: Floats, kld: Floats) -> Iterator[tuple[str, float]]:
     """Yield Spearman's and Kendall's correlation, and the 95 % interval of the first."""
     yield "spearman", float(spearmanr(values, kld).statistic)
@@ -290,6 +318,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.part == "correlate":
         correlate()
+        linearity()
         return
     with (
         open_gguf(arguments.source) as file,

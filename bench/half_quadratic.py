@@ -42,10 +42,10 @@ LAYOUTS: Mapping[str, Layout] = {
 def fitted(name: str, blocks: Blocks, x: Floats) -> Blocks:
     """Return blocks (n, bytes) of x (n, 256) with rtn's scales, and offsets fitted to x."""
     layout = LAYOUTS[name]
-    scale, _ = _scales(layout, blocks)
+    scale, least = _scales(layout, blocks)
     head = blocks[:, layout.d_at : layout.d_at + 4].copy().view(np.float16).astype(np.float32)
     step = (head[:, :1] * scale)[:, :, None]
-    offset = (head[:, 1:] * _scales(layout, blocks)[1])[:, :, None]
+    offset = (head[:, 1:] * least)[:, :, None]
     x = x.reshape(len(x), 256 // layout.group, layout.group)
     offset = _split(x, step, offset, (1 << layout.bits) - 1)[:, :, 0]
     # Mins are whole numbers of a step of the superblock, and not negative.

@@ -106,7 +106,7 @@ def read(arguments: argparse.Namespace, file: GGUFFile, probe: Probe) -> None:
 
 
 def choose(arguments: argparse.Namespace, file: GGUFFile, probe: Probe) -> None:
-    """Append the KLD of the plans that minimise each metric's sum, and how α·NMSE foretells it."""
+    """Append the KLD of the plans that minimise each metric's sum."""
     rows = [r for r in readings() if r["model"] == arguments.source.stem]
     of_tensor = {n: list(g) for n, g in groupby(rows, key=lambda r: str(r["tensor"]))}
     sequences = windows(probe, arguments.n_seq, FIRST["choose"])

@@ -128,10 +128,10 @@ def _sampled_error(
         x = np.empty((rows.stop - rows.start, tensor.row_length), np.float32)
         _core.decode(tensor.type_name, _read(file, tensor, sample[rows]), x)
         off = x.astype(np.float64) - decoded(x, importance, rows)
-        errors[rows] = (off**2) @ importance
-        squares[rows] = (x.astype(np.float64) ** 2) @ importance
-        plain += float((off**2).sum())
-        energy += float((x.astype(np.float64) ** 2).sum())
+        off_squared, x_squared = off**2, x.astype(np.float64) ** 2
+        errors[rows], squares[rows] = off_squared @ importance, x_squared @ importance
+        plain += float(off_squared.sum())
+        energy += float(x_squared.sum())
         largest = max(largest, float(np.abs(off).max()))
     if not np.isfinite(errors).all():
         raise ValueError("its blocks decode to numbers that are not finite")

@@ -58,11 +58,16 @@ def recipes(arguments: argparse.Namespace) -> Iterator[Recipe]:
 
 @cache
 def measure(
-    source: Path, encoder: Encoder, imatrix: Path | None, hessian: Path | None, threads: int
+    source: Path,
+    encoder: Encoder,
+    imatrix: Path | None,
+    hessian: Path | None,
+    threads: int,
+    formats: tuple[str, ...] | None,
 ) -> Measurement:
     """Return the curves, which several recipes may share."""
     return ramgguf.measure(
-        source, encoder=encoder, imatrix=imatrix, hessian=hessian, threads=threads
+        source, encoder=encoder, imatrix=imatrix, hessian=hessian, threads=threads, formats=formats
     )
 
 
@@ -74,8 +79,9 @@ def make(arguments: argparse.Namespace, recipe: Recipe, budgets: dict[str, int])
     if all(path.exists() for path in paths.values()):
         return list(paths.values())
     measured = measure(
-        arguments.source, recipe.encoder, recipe.imatrix, recipe.hessian, arguments.threads
-    )
+        arguments.source, recipe.encoder, recipe.imatrix, recipe.hessian, arguments.threads,
+        tuple(arguments.formats) if arguments.formats and recipe.hessian else None,
+    )  # fmt: skip
     alpha = None
     if recipe.sensitivity:
         alpha = ramgguf.reweigh(
@@ -115,6 +121,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--recipes", nargs="*", help="only those of these names")
     parser.add_argument("--imatrix", type=named, action="append", default=[])
     parser.add_argument("--hessian", type=named, action="append", default=[])
+    parser.add_argument("--formats", nargs="*", help="to try with Hessians, by default all: slow")
     parser.add_argument("--sensitivity", type=Path)
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--n-seq", type=int, default=16)

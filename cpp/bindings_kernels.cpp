@@ -6,6 +6,8 @@
 #include <algorithm>
 #include <cstdlib>
 #include <string>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 #include "bindings.h"
@@ -18,34 +20,165 @@ namespace py = pybind11;
 namespace ramgguf {
 namespace {
 
+// What a kernel is to do, taken apart while the GIL is held; run without it; told with it again.
+struct Encoding {
+    Weights w;
+    EncoderId encoder;
+    int format;
+    uint8_t* out;
+    EncodeResult result{};
+
+    Encoding(const std::string& dst, const std::string& src_type, const py::array& src,
+             const py::array& blocks, const py::object& importance, EncoderId id)
+        : w(weights_of("src", src_type, src)), encoder(id), format(find_format(dst)) {
+        set_importance(w, importance);
+        check_block_size(w, format);
+        check_array(blocks, "out", 2, py::dtype::of<uint8_t>());
+        check_writeable(blocks, "out");
+        const int64_t out_length = row_length_of("out", format, blocks.shape(1));
+        if (blocks.shape(0) != src.shape(0) || out_length != w.row_length) {
+            fail("out holds " + std::to_string(blocks.shape(0)) + " rows of " +
+                 std::to_string(out_length) + " weights, src " + std::to_string(src.shape(0)) +
+                 " rows of " + std::to_string(w.row_length));
+        }
+        out = static_cast<uint8_t*>(const_cast<void*>(blocks.data()));
+    }
+
+    void run() { result = kernels().encode(w, encoder, format, out); }
+
+    void tell() const {
+        if (result.first_nonfinite >= 0) {
+            fail("src holds NaN or infinity, first in " + place(w, result.first_nonfinite));
+        }
+        if (result.first_overflow >= 0) {
+            fail("a block of src near " + place(w, result.first_overflow) + " is too large for " +
+                 kernels().formats[format].name + ": its scale overflows");
+        }
+    }
+};
+
+struct Measuring {
+    Weights w;
+    EncoderId encoder;
+    std::vector<int> formats;
+    std::vector<ErrorSums> errors;
+    RowStats stats;
+
+    Measuring(const std::vector<std::string>& names, const std::string& src_type,
+              const py::array& src, const py::object& importance, EncoderId id)
+        : w(weights_of("src", src_type, src)), encoder(id), errors(names.size()) {
+        set_importance(w, importance);
+        for (const auto& name : names) {
+            formats.push_back(find_format(name));
+            check_block_size(w, formats.back());
+        }
+        if ((int)formats.size() > kernels().n_formats) fail("formats names a format twice");
+        stats.n_weights = w.n;
+    }
+
+    void run() {
+        kernels().measure(w, encoder, formats.data(), (int)formats.size(), stats.sums,
+                          errors.data());
+    }
+
+    RowStats tell() {
+        for (size_t i = 0; i < errors.size(); ++i) {
+            settle(errors[i]);
+            stats.errors.push_back({kernels().formats[formats[i]].name, errors[i]});
+        }
+        return std::move(stats);
+    }
+};
+
+struct Comparing {
+    Weights a, b;
+    ErrorSums error{};
+    RowStats stats;
+
+    Comparing(const std::string& type_a, const py::array& rows_a, const std::string& type_b,
+              const py::array& rows_b, const py::object& importance)
+        : a(weights_of("a", type_a, rows_a)), b(weights_of("b", type_b, rows_b)) {
+        set_importance(a, importance);
+        if (rows_a.shape(0) != rows_b.shape(0) || a.row_length != b.row_length) {
+            fail("a holds " + std::to_string(rows_a.shape(0)) + " rows of " +
+                 std::to_string(a.row_length) + " weights, b " + std::to_string(rows_b.shape(0)) +
+                 " rows of " + std::to_string(b.row_length));
+        }
+        stats.n_weights = a.n;
+    }
+
+    void run() { kernels().compare(a, b, stats.sums, error); }
+
+    RowStats tell() {
+        settle(error);
+        stats.errors.push_back({kernels().formats[b.format].name, error});
+        return std::move(stats);
+    }
+};
+
+template <class Job>
+void run_all(std::vector<Job>& jobs) {
+    const py::gil_scoped_release release;
+    for (Job& job : jobs) job.run();
+}
+
+template <class Job>
+std::vector<RowStats> stats_of(std::vector<Job> jobs) {
+    run_all(jobs);
+    std::vector<RowStats> stats;
+    stats.reserve(jobs.size());
+    for (Job& job : jobs) stats.push_back(job.tell());
+    return stats;
+}
+
+using EncodeArguments = std::tuple<std::string, std::string, py::array, py::array, py::object>;
+using MeasureArguments = std::tuple<std::vector<std::string>, std::string, py::array, py::object>;
+using CompareArguments = std::tuple<std::string, py::array, std::string, py::array, py::object>;
+
+void encode_many(const std::vector<EncodeArguments>& all, const std::string& encoder) {
+    const EncoderId id = find_encoder(encoder);
+    std::vector<Encoding> jobs;
+    jobs.reserve(all.size());
+    for (const auto& [dst, src_type, src, out, importance] : all) {
+        jobs.emplace_back(dst, src_type, src, out, importance, id);
+    }
+    run_all(jobs);
+    for (const Encoding& job : jobs) job.tell();
+}
+
 void encode(const std::string& dst, const std::string& src_type, const py::array& src,
             const py::array& out, const std::string& encoder, const py::object& importance) {
-    Weights w = weights_of("src", src_type, src);
-    set_importance(w, importance);
+    encode_many({{dst, src_type, src, out, importance}}, encoder);
+}
+
+std::vector<RowStats> measure_many(const std::vector<MeasureArguments>& all,
+                                   const std::string& encoder) {
     const EncoderId id = find_encoder(encoder);
-    const int format = find_format(dst);
-    check_block_size(w, format);
-    check_array(out, "out", 2, py::dtype::of<uint8_t>());
-    check_writeable(out, "out");
-    const int64_t out_length = row_length_of("out", format, out.shape(1));
-    if (out.shape(0) != src.shape(0) || out_length != w.row_length) {
-        fail("out holds " + std::to_string(out.shape(0)) + " rows of " +
-             std::to_string(out_length) + " weights, src " + std::to_string(src.shape(0)) +
-             " rows of " + std::to_string(w.row_length));
+    std::vector<Measuring> jobs;
+    jobs.reserve(all.size());
+    for (const auto& [formats, src_type, src, importance] : all) {
+        jobs.emplace_back(formats, src_type, src, importance, id);
     }
-    EncodeResult result;
-    auto* bytes = static_cast<uint8_t*>(const_cast<void*>(out.data()));
-    {
-        const py::gil_scoped_release release;
-        result = kernels().encode(w, id, format, bytes);
+    return stats_of(std::move(jobs));
+}
+
+RowStats measure(const std::vector<std::string>& formats, const std::string& src_type,
+                 const py::array& src, const std::string& encoder, const py::object& importance) {
+    return measure_many({{formats, src_type, src, importance}}, encoder).front();
+}
+
+std::vector<RowStats> compare_many(const std::vector<CompareArguments>& all) {
+    std::vector<Comparing> jobs;
+    jobs.reserve(all.size());
+    for (const auto& [type_a, a, type_b, b, importance] : all) {
+        jobs.emplace_back(type_a, a, type_b, b, importance);
     }
-    if (result.first_nonfinite >= 0) {
-        fail("src holds NaN or infinity, first in " + place(w, result.first_nonfinite));
-    }
-    if (result.first_overflow >= 0) {
-        fail("a block of src near " + place(w, result.first_overflow) + " is too large for " + dst +
-             ": its scale overflows");
-    }
+    return stats_of(std::move(jobs));
+}
+
+RowStats compare(const std::string& type_a, const py::array& a, const std::string& type_b,
+                 const py::array& b, const py::object& importance) {
+    return compare_many({{type_a, a, type_b, b, importance}}).front();
 }
 
 void decode(const std::string& src_type, const py::array& src, const py::array& out) {
@@ -60,53 +193,6 @@ void decode(const std::string& src_type, const py::array& src, const py::array& 
     auto* floats = static_cast<float*>(const_cast<void*>(out.data()));
     const py::gil_scoped_release release;
     kernels().decode(w, floats);
-}
-
-RowStats measure(const std::vector<std::string>& formats, const std::string& src_type,
-                 const py::array& src, const std::string& encoder, const py::object& importance) {
-    Weights w = weights_of("src", src_type, src);
-    set_importance(w, importance);
-    const EncoderId id = find_encoder(encoder);
-    std::vector<int> indices;
-    for (const auto& name : formats) {
-        indices.push_back(find_format(name));
-        check_block_size(w, indices.back());
-    }
-    if ((int)indices.size() > kernels().n_formats) fail("formats names a format twice");
-    RowStats stats;
-    stats.n_weights = w.n;
-    std::vector<ErrorSums> errors(formats.size());
-    {
-        const py::gil_scoped_release release;
-        kernels().measure(w, id, indices.data(), (int)indices.size(), stats.sums, errors.data());
-    }
-    for (size_t i = 0; i < formats.size(); ++i) {
-        settle(errors[i]);
-        stats.errors.push_back({formats[i], errors[i]});
-    }
-    return stats;
-}
-
-RowStats compare(const std::string& type_a, const py::array& a, const std::string& type_b,
-                 const py::array& b, const py::object& importance) {
-    Weights wa = weights_of("a", type_a, a);
-    const Weights wb = weights_of("b", type_b, b);
-    set_importance(wa, importance);
-    if (a.shape(0) != b.shape(0) || wa.row_length != wb.row_length) {
-        fail("a holds " + std::to_string(a.shape(0)) + " rows of " + std::to_string(wa.row_length) +
-             " weights, b " + std::to_string(b.shape(0)) + " rows of " +
-             std::to_string(wb.row_length));
-    }
-    RowStats stats;
-    stats.n_weights = wa.n;
-    ErrorSums error;
-    {
-        const py::gil_scoped_release release;
-        kernels().compare(wa, wb, stats.sums, error);
-    }
-    settle(error);
-    stats.errors.push_back({type_b, error});
-    return stats;
 }
 
 struct BlockFormat {
@@ -166,14 +252,21 @@ void bind_kernels(py::module_& m) {
     m.def("encode", &encode, py::arg("dst"), py::arg("src_type"), py::arg("src"), py::arg("out"),
           py::kw_only(), py::arg("encoder") = "rtn", py::arg("importance") = py::none(),
           "Fill out with the bytes of src in the format dst.");
+    m.def("encode_many", &encode_many, py::arg("jobs"), py::kw_only(), py::arg("encoder") = "rtn",
+          "encode for each (dst, src_type, src, out, importance), without the GIL from first to "
+          "last.");
     m.def("decode", &decode, py::arg("src_type"), py::arg("src"), py::arg("out"),
           "Fill out with the floats that src stands for.");
     m.def("measure", &measure, py::arg("formats"), py::arg("src_type"), py::arg("src"),
           py::kw_only(), py::arg("encoder") = "rtn", py::arg("importance") = py::none(),
           "Statistics of the weights and the error that each format would make, in one pass.");
+    m.def("measure_many", &measure_many, py::arg("jobs"), py::kw_only(), py::arg("encoder") = "rtn",
+          "measure for each (formats, src_type, src, importance), likewise.");
     m.def("compare", &compare, py::arg("type_a"), py::arg("a"), py::arg("type_b"), py::arg("b"),
           py::kw_only(), py::arg("importance") = py::none(),
           "Statistics of a and the error of b against it, as measure adds them up.");
+    m.def("compare_many", &compare_many, py::arg("jobs"),
+          "compare for each (type_a, a, type_b, b, importance), likewise.");
 }
 
 }  // namespace ramgguf

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <tuple>
 
 #include "bindings_arguments.h"
 
@@ -53,6 +54,18 @@ RowStats joined(const std::vector<RowStats>& parts, double sum_squares,
     return all;
 }
 
+using ErrorRow = std::tuple<std::string, double, double, double, bool>;
+
+std::vector<ErrorRow> error_rows(const RowStats& stats) {
+    std::vector<ErrorRow> rows;
+    rows.reserve(stats.errors.size());
+    for (const FormatError& e : stats.errors) {
+        rows.emplace_back(e.format, e.sums.squares, e.sums.weighted_squares,
+                          std::sqrt(e.sums.max_square), e.sums.overflow);
+    }
+    return rows;
+}
+
 RowStats merged(const std::vector<RowStats>& parts) {
     if (parts.empty()) fail("there are no parts to merge");
     RowStats all = parts.front();
@@ -92,6 +105,8 @@ void bind_stats(py::module_& m) {
         .def_property_readonly("first_nonfinite",
                                [](const RowStats& s) { return s.sums.first_nonfinite; })
         .def_readonly("errors", &RowStats::errors)
+        .def("error_rows", &error_rows,
+             "(format, squared error, weighted squared error, max error, overflow) of each format.")
         .def_static("joined", &joined, py::arg("parts"), py::arg("sum_squares"), py::arg("errors"),
                     "The first part's sums with the errors of all, and other weighted sums.")
         .def_static("merged", &merged, py::arg("parts"), "The parts' sums, in their order.");

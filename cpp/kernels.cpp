@@ -41,10 +41,10 @@ ErrorSums to_sums(const ErrorLanes& lanes) {
     sums.overflow = lanes.overflow;
     return sums;
 }
-// The index in the unit of its weight of largest magnitude.
-int64_t largest_of_unit(const float* x) {
+// The index of the weight of largest magnitude.
+int64_t largest_of(const float* x, int64_t n) {
     int64_t found = 0;
-    for (int64_t i = 1; i < kUnit; ++i) {
+    for (int64_t i = 1; i < n; ++i) {
         if (__builtin_fabsf(x[i]) > __builtin_fabsf(x[found])) found = i;
     }
     return found;
@@ -79,8 +79,10 @@ __attribute__((noinline)) EncodeResult encode_all(const Weights& in, EncoderId e
         uint8_t* chunk_out = out + n_bytes(format, reader.start());
         const int unit = kFormatKernels[format]->encode[encoder](chunk.x, chunk.w, n, chunk_out);
         if (unit >= 0) {
+            // Units that were fitted together, two at most, overflow together.
             const int64_t first = (int64_t)unit * kUnit;
-            result.first_overflow = reader.start() + first + largest_of_unit(chunk.x + first);
+            const int64_t some = n - first < 2 * kUnit ? n - first : 2 * kUnit;
+            result.first_overflow = reader.start() + first + largest_of(chunk.x + first, some);
             return result;
         }
     }

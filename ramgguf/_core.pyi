@@ -1,5 +1,7 @@
 """Types of the native core."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 from numpy.typing import NDArray
@@ -50,6 +52,7 @@ class RowStats:
     def first_nonfinite(self) -> int: ...
     @property
     def errors(self) -> list[FormatError_]: ...
+    def error_rows(self) -> list[tuple[str, float, float, float, bool]]: ...
     @staticmethod
     def joined(parts: list[RowStats], sum_squares: float, errors: list[float]) -> RowStats: ...
     @staticmethod
@@ -65,6 +68,13 @@ def encode(
     encoder: str = "rtn",
     importance: NDArray[np.float32] | None = None,
 ) -> None: ...
+def encode_many(
+    jobs: Sequence[
+        tuple[str, str, NDArray[np.uint8], NDArray[np.uint8], NDArray[np.float32] | None]
+    ],
+    *,
+    encoder: str = "rtn",
+) -> None: ...
 def decode(src_type: str, src: NDArray[np.uint8], out: NDArray[np.float32]) -> None: ...
 def measure(
     formats: list[str],
@@ -74,6 +84,11 @@ def measure(
     encoder: str = "rtn",
     importance: NDArray[np.float32] | None = None,
 ) -> RowStats: ...
+def measure_many(
+    jobs: Sequence[tuple[Sequence[str], str, NDArray[np.uint8], NDArray[np.float32] | None]],
+    *,
+    encoder: str = "rtn",
+) -> list[RowStats]: ...
 def compare(
     type_a: str,
     a: NDArray[np.uint8],
@@ -82,6 +97,11 @@ def compare(
     *,
     importance: NDArray[np.float32] | None = None,
 ) -> RowStats: ...
+def compare_many(
+    jobs: Sequence[
+        tuple[str, NDArray[np.uint8], str, NDArray[np.uint8], NDArray[np.float32] | None]
+    ],
+) -> list[RowStats]: ...
 def isa() -> str: ...
 def supported_isas() -> list[str]: ...
 def set_isa(name: str) -> None: ...

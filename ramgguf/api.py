@@ -44,6 +44,7 @@ from ramgguf.shard_plans import plan_for_shards
 from ramgguf.stages import evaluate as _evaluate
 from ramgguf.stages import measure as _measure
 from ramgguf.stages import quantize as _quantize
+from ramgguf.stages import verify as _verify
 from ramgguf.stages.evaluate import Evaluation
 
 __all__ = [
@@ -223,7 +224,7 @@ def quantize(
                 _quantize.write(file, made, out, threads=n_threads, progress=shown)
             if verify:
                 with clock.stage("verify"), out.written() as written:
-                    worst = _quantize.verify(file, made, written, threads=n_threads, progress=shown)
+                    worst = _verify.verify(file, made, written, threads=n_threads, progress=shown)
             with clock.stage("flush"):
                 paths = out.commit()
     if journal is not None:

@@ -19,6 +19,7 @@ from ramgguf.errors import RamggufError
 from ramgguf.units import format_bytes
 
 _SUFFIX = ".ramgguf-tmp"
+_MOST_VIEWS = 1024  # that the system writes at one go (IOV_MAX)
 _PATIENCE_SECONDS = 0.5  # another process may hold the lock for the moment that removing takes
 
 
@@ -126,15 +127,20 @@ class AtomicFile:
             self.abort()
             raise
 
-    def write_at(self, offset: int, data: bytes | memoryview) -> None:
-        """Write data at that offset; safe from any number of threads."""
-        view = memoryview(data).cast("B")
-        if offset < 0 or offset + len(view) > self.n_bytes:
-            raise ValueError(f"{len(view)} bytes at {offset} are outside of {self.n_bytes}")
+    def write_at(self, offset: int, *data: bytes | memoryview) -> None:
+        """Write data, one after the other, from that offset on; safe from any number of threads."""
+        views = [memoryview(d).cast("B") for d in data]
+        n_bytes = sum(map(len, views))
+        if offset < 0 or offset + n_bytes > self.n_bytes:
+            raise ValueError(f"{n_bytes} bytes at {offset} are outside of {self.n_bytes}")
         with _named(self.path, self._error):
-            while view:
-                n = os.pwrite(self._fd, view, offset)
-                view, offset = view[n:], offset + n
+            while views:
+                n = os.pwritev(self._fd, views[:_MOST_VIEWS], offset)
+                offset += n
+                while views and n >= len(views[0]):
+                    n -= len(views.pop(0))
+                if n:
+                    views[0] = views[0][n:]
 
     def flush(self) -> None:
         """Wait until everything that was written is on disk."""

@@ -1,6 +1,6 @@
 """The block formats that the core knows, and what ggml and llama.cpp call them."""
 
-from functools import cache
+from functools import cache, lru_cache
 from types import MappingProxyType
 
 from ramgguf import _core
@@ -90,6 +90,7 @@ def suits(name: str, row_length: int) -> bool:
     return row_length % get(name).block_size == 0
 
 
+@lru_cache(maxsize=4096)
 def row_bytes(name: str, row_length: int) -> int:
     """Return the bytes of a row; raises FormatError when it is not made of whole blocks."""
     f = get(name)

@@ -7,8 +7,8 @@ with SIGBUS, and what was read does not count as this process's memory.
 
 import contextlib
 import hashlib
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -31,6 +31,25 @@ _OTHER_KINDS: Mapping[str, str] = {
     "imatrix": "an importance matrix; give it with --imatrix",
     "controlvector": "a control vector",
 }
+
+
+# Where rows may lie in memory, and how far apart tensors may be to be read at one go.
+_ALIGNMENT, _MOST_PADDING = 32, 4096
+
+
+@dataclass(slots=True)
+class _Span:
+    """Bytes of a shard from begin to end (exclusive), and where they go in a buffer."""
+
+    shard: int
+    begin: int
+    end: int
+    place: int
+
+    def leads_to(self, shard: int, begin: int) -> bool:
+        """Return whether what begins there can be read together with this."""
+        near = shard == self.shard and 0 <= begin - self.end <= _MOST_PADDING
+        return near and (begin - self.begin) % _ALIGNMENT == 0
 
 
 class GGUFFile:
@@ -119,21 +138,39 @@ class GGUFFile:
         buffer = np.empty(n_bytes, np.uint8) if out is None else out.reshape(-1)[:n_bytes]
         if len(buffer) < n_bytes:
             raise ValueError(f"a buffer of {len(buffer)} bytes cannot hold {n_bytes}")
-        shard = self._shards[tensor.shard]
-        offset, done = tensor.offset + start * tensor.row_bytes, 0
-        view = buffer.data
-        while done < n_bytes:
-            try:
-                n = os.preadv(shard.fd, [view[done:]], offset + done)
-            except OSError as e:
-                raise GGUFError(f"{shard.path}: tensor {tensor.name!r}: {e.strerror}") from None
-            if n == 0:
-                raise GGUFError(
-                    f"{shard.path}: tensor {tensor.name!r}: the file ends at byte {offset + done}; "
-                    f"it had {shard.n_bytes} bytes when it was opened: was it cut short meanwhile?"
-                )
-            done += n
+        self._shards[tensor.shard].read(tensor.offset + start * tensor.row_bytes, buffer.data)
         return buffer.reshape(stop - start, tensor.row_bytes)
+
+    def read_ranges(
+        self,
+        ranges: Sequence[tuple[TensorInfo, int, int]],
+        take: Callable[[int], NDArray[np.uint8]],
+    ) -> tuple[list[NDArray[np.uint8]], list[NDArray[np.uint8]]]:
+        """Return the rows of every range (tensor, start, stop), and the bytes that were read.
+
+        All lie in the buffer of so many bytes that take returns. Ranges that follow each other in
+        the file are read at one go, with what pads them. Raises as read_rows does.
+        """
+        spans: list[_Span] = []
+        places, size = [], 0
+        for tensor, start, stop in ranges:
+            begin = tensor.offset + start * tensor.row_bytes
+            end = begin + (stop - start) * tensor.row_bytes
+            if not spans or not spans[-1].leads_to(tensor.shard, begin):
+                size += -size % _ALIGNMENT
+                spans.append(_Span(tensor.shard, begin, end, size))
+            spans[-1].end = end
+            places.append(spans[-1].place + begin - spans[-1].begin)
+            size = spans[-1].place + end - spans[-1].begin
+        buffer = take(size)
+        read = [buffer[s.place : s.place + s.end - s.begin] for s in spans]
+        for span, data in zip(spans, read, strict=True):
+            self._shards[span.shard].read(span.begin, data.data)
+        rows = []
+        for (tensor, start, stop), place in zip(ranges, places, strict=True):
+            n_bytes = (stop - start) * tensor.row_bytes
+            rows.append(buffer[place : place + n_bytes].reshape(stop - start, -1))
+        return rows, read
 
     def require_unchanged(self) -> None:
         """Raise GGUFError if a file was written to or cut short since it was opened."""

@@ -46,6 +46,29 @@ class Shard:
             for name, shape, kind, offset, n_bytes in header.tensors
         )
 
+    def read(self, offset: int, buffer: memoryview) -> None:
+        """Fill the buffer with tensor data from that offset of the file on.
+
+        Raises GGUFError when the file ends early or cannot be read.
+        """
+        end = offset + len(buffer)
+        while offset < end:
+            try:
+                n = os.preadv(self.fd, [buffer[offset - end :]], offset)
+            except OSError as e:
+                raise GGUFError(f"{self._place(offset)}: {e.strerror}") from None
+            if n == 0:
+                raise GGUFError(
+                    f"{self._place(offset)}: the file ends at byte {offset}; it had "
+                    f"{self.n_bytes} bytes when it was opened: was it cut short meanwhile?"
+                )
+            offset += n
+
+    def _place(self, offset: int) -> str:
+        """Return the file's name and that of the tensor there, for messages."""
+        name = max((t for t in self.tensors if t.offset <= offset), key=lambda t: t.offset).name
+        return f"{self.path}: tensor {name!r}"
+
     def _read_header(self) -> tuple[bytes, Header]:
         """Return the file's first bytes, the whole header among them, and what they say."""
         for length in (_FIRST_READ, 8 * _FIRST_READ, _LONGEST_HEADER):

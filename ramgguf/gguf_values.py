@@ -132,7 +132,7 @@ def string(value: str) -> Value:
     return Value(ValueType.STRING, value)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class TensorInfo:
     """A tensor: shape is in ggml's order (row length first), offset is absolute in its shard."""
 
@@ -152,11 +152,11 @@ class TensorInfo:
     def row_length(self) -> int:
         return self.shape[0]
 
-    @property
+    @cached_property
     def n_rows(self) -> int:
         return math.prod(self.shape[1:])
 
-    @property
+    @cached_property
     def row_bytes(self) -> int:
         return self.n_bytes // self.n_rows
 

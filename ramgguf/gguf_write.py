@@ -1,6 +1,7 @@
 """GGUF files written: an output that takes bytes in any order and appears whole or not at all."""
 
 import threading
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -67,16 +68,41 @@ class GGUFOutput:
 
     def write_at(self, name: str, offset: int, data: Bytes) -> None:
         """Write bytes of a tensor's data, offset bytes from its start; each byte just once."""
-        tensor = self.layout.tensors[name]
-        view = _view(data)
-        if offset < 0 or offset + len(view) > tensor.n_bytes:
-            raise GGUFError(
-                f"tensor {name!r}: bytes {offset} to {offset + len(view)} are not within its "
-                f"{tensor.n_bytes} in {tensor.type_name}"
-            )
-        self._files[tensor.shard].write_at(tensor.offset + offset, view)
+        self.write_pieces([(name, offset, data)])
+
+    def write_pieces(self, pieces: Iterable[tuple[str, int, Bytes]]) -> None:
+        """Write bytes of tensors: name, offset and data of each, as write_at does.
+
+        Tensors that follow each other in the file are written at one go.
+        """
+        written: list[tuple[str, int]] = []
+        views: list[memoryview] = []
+        shard, begin, end = 0, 0, 0
+        for name, offset, data in pieces:
+            tensor, view = self.layout.tensors[name], _view(data)
+            if offset < 0 or offset + len(view) > tensor.n_bytes:
+                raise GGUFError(
+                    f"tensor {name!r}: bytes {offset} to {offset + len(view)} are not within its "
+                    f"{tensor.n_bytes} in {tensor.type_name}"
+                )
+            at = tensor.offset + offset
+            padding = -end % self._source.alignment
+            if views and tensor.shard == shard and at in (end, end + padding):
+                views.append(memoryview(bytes(at - end)))
+            else:
+                self._write(shard, begin, views)
+                shard, begin, views = tensor.shard, at, []
+            views.append(view)
+            end = at + len(view)
+            written.append((name, len(view)))
+        self._write(shard, begin, views)
         with self._lock:
-            self._missing[name] -= len(view)
+            for name, n_bytes in written:
+                self._missing[name] -= n_bytes
+
+    def _write(self, shard: int, offset: int, views: Sequence[memoryview]) -> None:
+        if views:
+            self._files[shard].write_at(offset, *views)
 
     def written(self) -> GGUFFile:
         """Return what was written so far, open, as the file that it will be."""

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -17,8 +18,7 @@ R = TypeVar("R")
 # Fixed, so that sums are taken over the same chunks for any number of threads. The bytes of a
 # chunk, and what is made of them, stay in the second cache.
 CHUNK_WEIGHTS = 1 << 20
-# What a thread takes at once: chunks of large tensors, or many small tensors.
-BATCH_WEIGHTS = 1 << 22
+BATCH_RUNS = 4  # what a thread takes at once
 # What is looked at of a tensor to tell which formats are worth measuring.
 SAMPLE_SHARE, SAMPLE_WEIGHTS, SAMPLE_CHUNKS = 1 / 64, 1 << 16, 16
 
@@ -41,12 +41,15 @@ class Chunk:
     stop: int
 
 
-def batches(tensors: Iterable[Rows]) -> Iterator[list[Chunk]]:
+Run = list[Chunk]  # what is read, worked on and written at one go
+
+
+def runs(tensors: Iterable[Rows]) -> Iterator[Run]:
     """Yield all chunks in order: whole rows, about CHUNK_WEIGHTS weights each.
 
-    Chunks of small tensors come together, so that handing them out costs little.
+    Chunks of small tensors come together, as many as are no larger than one of a large tensor.
     """
-    batch: list[Chunk] = []
+    run: Run = []
     n_weights = 0
     for index, tensor in enumerate(tensors):
         n_rows, row_length = tensor.n_rows, tensor.row_length
@@ -54,15 +57,15 @@ def batches(tensors: Iterable[Rows]) -> Iterator[list[Chunk]]:
         for start in range(0, n_rows, step):
             stop = min(start + step, n_rows)
             n_weights += (stop - start) * row_length
-            if batch and n_weights > BATCH_WEIGHTS:
-                yield batch
-                batch, n_weights = [], (stop - start) * row_length
-            batch.append(Chunk(index, start, stop))
-    if batch:
-        yield batch
+            if run and n_weights > CHUNK_WEIGHTS:
+                yield run
+                run, n_weights = [], (stop - start) * row_length
+            run.append(Chunk(index, start, stop))
+    if run:
+        yield run
 
 
-def sample(tensors: Iterable[Rows]) -> Iterator[list[Chunk]]:
+def sample(tensors: Iterable[Rows]) -> Iterator[Run]:
     """Yield chunks of SAMPLE_CHUNKS ranges of rows spread over each tensor, of few weights in all.
 
     They hold SAMPLE_SHARE of the weights, SAMPLE_WEIGHTS at least: small tensors are taken whole.
@@ -77,15 +80,17 @@ def sample(tensors: Iterable[Rows]) -> Iterator[list[Chunk]]:
         yield [Chunk(index, a, min(a + step, b)) for a, b in zip(starts, ends, strict=True)]
 
 
-def map_chunks(
-    function: Callable[[Chunk], R], batches: Iterable[list[Chunk]], threads: int
-) -> Iterator[R]:
-    """Yield function(chunk) for the chunks of all batches, in order, computed by threads."""
+def map_chunks(function: Callable[[Chunk], R], runs: Iterable[Run], threads: int) -> Iterator[R]:
+    """Yield function(chunk) for the chunks of all runs, in order, computed by threads."""
+    for results in map_runs(lambda run: list(map(function, run)), runs, threads):
+        yield from results
 
-    def of_batch(batch: list[Chunk]) -> list[R]:
-        return [function(chunk) for chunk in batch]
 
-    for results in ordered_map(of_batch, batches, threads):
+def map_runs(function: Callable[[Run], R], runs: Iterable[Run], threads: int) -> Iterator[R]:
+    """Yield function(run) for all runs, in order, computed by threads."""
+    left = iter(runs)
+    batches = iter(lambda: list(islice(left, BATCH_RUNS)), [])
+    for results in ordered_map(lambda batch: list(map(function, batch)), batches, threads):
         yield from results
 
 

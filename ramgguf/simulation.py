@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from ramgguf import _core, formats
 from ramgguf.gguf_io import GGUFFile, TensorInfo
 from ramgguf.imatrix import Imatrix
-from ramgguf.parallel import Chunk, batches, map_chunks
+from ramgguf.parallel import Chunk, map_chunks, runs
 from ramgguf.weighing import Scale
 
 Rows = NDArray[np.uint8]
@@ -43,7 +43,7 @@ def simulated(
         after = out[chunk.start : chunk.stop]
         return scale.compare(tensor.type_name, rows, tensor.type_name, after, chunk.start)
 
-    stats = _core.RowStats.merged(list(map_chunks(convert, batches([tensor]), threads)))
+    stats = _core.RowStats.merged(list(map_chunks(convert, runs([tensor]), threads)))
     squares = scale.squares(stats)
     return out, scale.error(stats.errors[0]) / squares if squares else 0.0
 

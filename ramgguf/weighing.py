@@ -7,16 +7,19 @@ expert.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ramgguf import _core, formats, gptq, libggml
-from ramgguf.gguf_io import TensorInfo
+from ramgguf.gguf_io import GGUFFile, TensorInfo
 from ramgguf.gptq import Hessian
-from ramgguf.imatrix import Imatrix
+from ramgguf.imatrix import Imatrix, planned_imatrix
+from ramgguf.schema import Plan
 
 Rows = NDArray[np.uint8]
+Importance = NDArray[np.float32] | None
 
 
 @dataclass(frozen=True)
@@ -57,19 +60,7 @@ class Scale:
         self, names: Sequence[str], type_name: str, rows: Rows, start: int, encoder: str
     ) -> _core.RowStats:
         """Return what _core.measure finds in rows, the tensor's from row `start` on."""
-        if self.hessian is not None:
-            return self._measure_outputs(names, type_name, rows, encoder)
-        found = [
-            _core.measure(
-                list(names),
-                type_name,
-                rows[part],
-                encoder=_feedforward(encoder),
-                importance=importance,
-            )
-            for part, importance in self.parts(start, start + len(rows))
-        ]
-        return found[0] if len(found) == 1 else _core.RowStats.merged(found)
+        return measure([Piece(self, type_name, rows, start)], [names], encoder)[0]
 
     def encode(
         self,
@@ -89,44 +80,14 @@ class Scale:
         if out is None:
             out = np.empty(len(rows) * row_bytes, np.uint8)
         blocks = out.reshape(-1)[: len(rows) * row_bytes].reshape(len(rows), row_bytes)
-        if self.hessian is not None and encoder == "gptq" and to in gptq.FORMATS:
-            weights = _decoded(type_name, rows, row_length)
-            assert self.importance is not None  # wherever there is a Hessian
-            blocks[:] = gptq.encode(to, weights, self.hessian(), self.importance[0])
-            return blocks
-        for part, importance in self.parts(start, start + len(rows)):
-            if importance is not None and not formats.get(to).encodable:
-                blocks[part] = libggml.encode(
-                    to, _decoded(type_name, rows[part], row_length), importance
-                )
-                continue
-            _core.encode(
-                to,
-                type_name,
-                rows[part],
-                blocks[part],
-                encoder=_feedforward(encoder),
-                importance=importance,
-            )
+        encode([Piece(self, type_name, rows, start)], [to], [blocks], encoder)
         return blocks
 
     def compare(
         self, type_name: str, before: Rows, to: str, after: Rows, start: int
     ) -> _core.RowStats:
         """Return the error of rows `after` against `before`, added up as measure does."""
-        if self.hessian is not None:
-            length = formats.row_weights(type_name, before.shape[1])
-            weights = _decoded(type_name, before, length)
-            return self._compare_outputs(type_name, before, weights, to, after)
-        if not formats.get(to).encodable:
-            f = formats.get(to)
-            length = after.shape[1] // f.block_bytes * f.block_size
-            to, after = "F32", libggml.decode(to, after, length).view(np.uint8)
-        found = [
-            _core.compare(type_name, before[part], to, after[part], importance=importance)
-            for part, importance in self.parts(start, start + len(before))
-        ]
-        return found[0] if len(found) == 1 else _core.RowStats.merged(found)
+        return compare([Piece(self, type_name, before, start)], [to], [after])[0]
 
     def squares(self, stats: _core.RowStats) -> float:
         """Return the sum of squares that errors are a share of: weighed, if there is importance."""
@@ -168,6 +129,110 @@ class Scale:
 
     def _columns(self) -> NDArray[np.float32] | None:
         return None if self.importance is None else self.importance[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Rows of a tensor, uint8 (rows, bytes) of the type named, from its row `start` on."""
+
+    scale: Scale
+    type_name: str
+    rows: Rows
+    start: int
+
+    def parts(self) -> Iterator[tuple[slice, NDArray[np.float32] | None]]:
+        """Yield slices of the rows, each with its importance."""
+        return self.scale.parts(self.start, self.start + len(self.rows))
+
+    def weights(self) -> NDArray[np.float32]:
+        """Return what the rows stand for, float32 (rows, columns)."""
+        length = formats.row_weights(self.type_name, self.rows.shape[1])
+        return _decoded(self.type_name, self.rows, length)
+
+
+def measure(
+    pieces: Sequence[Piece], names: Sequence[Sequence[str]], encoder: str
+) -> list[_core.RowStats]:
+    """Return what _core.measure finds in each piece, in the formats named for it."""
+    jobs: list[tuple[Sequence[str], str, Rows, Importance]] = []
+    n_jobs = []
+    for piece, wanted in zip(pieces, names, strict=True):
+        before = len(jobs)
+        if piece.scale.hessian is None:
+            jobs += [(wanted, piece.type_name, piece.rows[p], w) for p, w in piece.parts()]
+        n_jobs.append(len(jobs) - before)
+    found = iter(_core.measure_many(jobs, encoder=_feedforward(encoder)))
+    return [
+        _merged(list(islice(found, n)))
+        if n
+        else piece.scale._measure_outputs(wanted, piece.type_name, piece.rows, encoder)
+        for piece, wanted, n in zip(pieces, names, n_jobs, strict=True)
+    ]
+
+
+def encode(
+    pieces: Sequence[Piece], to: Sequence[str], blocks: Sequence[Rows], encoder: str
+) -> None:
+    """Fill the blocks of every piece, uint8 (rows, bytes), with its rows in the format named."""
+    jobs: list[tuple[str, str, Rows, Rows, Importance]] = []
+    for piece, name, out in zip(pieces, to, blocks, strict=True):
+        scale = piece.scale
+        if scale.hessian is not None and encoder == "gptq" and name in gptq.FORMATS:
+            assert scale.importance is not None  # wherever there is a Hessian
+            out[:] = gptq.encode(name, piece.weights(), scale.hessian(), scale.importance[0])
+        elif scale.importance is not None and not formats.get(name).encodable:
+            weights = piece.weights()
+            for part, importance in piece.parts():
+                assert importance is not None
+                out[part] = libggml.encode(name, weights[part], importance)
+        else:
+            jobs += [(name, piece.type_name, piece.rows[p], out[p], w) for p, w in piece.parts()]
+    _core.encode_many(jobs, encoder=_feedforward(encoder))
+
+
+def compare(
+    pieces: Sequence[Piece], to: Sequence[str], after: Sequence[Rows]
+) -> list[_core.RowStats]:
+    """Return the error of the rows `after`, of the types named, against each piece."""
+    jobs: list[tuple[str, Rows, str, Rows, Importance]] = []
+    n_jobs = []
+    for piece, name, rows in zip(pieces, to, after, strict=True):
+        before = len(jobs)
+        if piece.scale.hessian is None:
+            known, decoded = _known(name, rows)
+            jobs += [
+                (piece.type_name, piece.rows[p], known, decoded[p], w) for p, w in piece.parts()
+            ]
+        n_jobs.append(len(jobs) - before)
+    found = iter(_core.compare_many(jobs))
+    return [
+        _merged(list(islice(found, n)))
+        if n
+        else piece.scale._compare_outputs(piece.type_name, piece.rows, piece.weights(), name, rows)
+        for piece, name, rows, n in zip(pieces, to, after, n_jobs, strict=True)
+    ]
+
+
+def planned_scales(file: GGUFFile, plan: Plan) -> list[Scale]:
+    """Return how every tensor's errors are weighed, as when the plan was made."""
+    imatrix = planned_imatrix(plan.imatrix)
+    return [
+        Scale.of(t, imatrix if a.format != a.source_format else None)
+        for t, a in zip(file.tensors, plan.assignments, strict=True)
+    ]
+
+
+def _known(to: str, rows: Rows) -> tuple[str, Rows]:
+    """Return the rows as the kernels know them: decoded, if their format is libggml's."""
+    f = formats.get(to)
+    if f.encodable:
+        return to, rows
+    length = rows.shape[1] // f.block_bytes * f.block_size
+    return "F32", libggml.decode(to, rows, length).view(np.uint8)
+
+
+def _merged(parts: list[_core.RowStats]) -> _core.RowStats:
+    return parts[0] if len(parts) == 1 else _core.RowStats.merged(parts)
 
 
 def _feedforward(encoder: str) -> str:

@@ -388,8 +388,10 @@ def test_weights_too_large_for_the_scales_are_flagged_and_refused(name: str) -> 
     error = _core.measure([name], "F32", x.view(np.uint8)).errors[0]
     assert error.scale_overflow
     assert error.sum_squared_error == np.inf
-    with pytest.raises(ValueError, match=f"row 3, column 99 is too large for {name}"):
-        encode(name, x)
+    out = np.zeros((5, formats.row_bytes(name, ROW)), np.uint8)
+    for encoder in ("rtn", "search"):
+        with pytest.raises(ValueError, match=f"row 3, column 99 is too large for {name}"):
+            _core.encode(name, "F32", x.view(np.uint8), out, encoder=encoder)
 
 
 @pytest.mark.parametrize("name", QUANTIZED)

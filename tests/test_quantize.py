@@ -207,7 +207,7 @@ def test_a_plan_of_another_model_is_refused(tmp_path: Path) -> None:
 
 def test_verification_notices_a_byte_that_is_not_as_planned(tmp_path: Path) -> None:
     from ramgguf.progress import Silent
-    from ramgguf.stages.quantize import verify
+    from ramgguf.stages.verify import verify
 
     source = write_model(tmp_path / "a.gguf", rng=np.random.default_rng(5))
     made = ramgguf.quantize(source, "5bpw", tmp_path / "b.gguf")

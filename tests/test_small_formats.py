@@ -16,7 +16,7 @@ from ramgguf.gguf_io import open_gguf
 from ramgguf.imatrix import load_imatrix
 from ramgguf.progress import Silent
 from ramgguf.sampling import MOST_ROWS, measure_sample, sampled_rows
-from ramgguf.stages import quantize as stage
+from ramgguf.stages import verify as stage
 from ramgguf.weighing import Scale
 from small_models import ARCHITECTURES, write_small_model
 from test_architectures import outputs

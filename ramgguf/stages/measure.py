@@ -1,51 +1,39 @@
 """From a model file to a Measurement: every tensor's rate–distortion curve, in one pass."""
 
 import hashlib
+import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
+from operator import itemgetter
 
-from ramgguf import _core, formats
-from ramgguf.candidates import TERNARY_NMSE, suited, tried
+from ramgguf import _core, formats, weighing
+from ramgguf.candidates import FLOAT_FORMATS, TERNARY_NMSE, Job, jobs_of, restricted, tried
 from ramgguf.errors import FormatError, PlanError
-from ramgguf.gguf_io import GGUFFile, TensorInfo
+from ramgguf.garbage import uncollected
+from ramgguf.gguf_io import GGUFFile
 from ramgguf.hub import origin_of
 from ramgguf.imatrix import Imatrix
-from ramgguf.parallel import Buffers, Chunk, batches, map_chunks, sample
+from ramgguf.parallel import Buffers, Run, map_runs, runs, sample
 from ramgguf.progress import Progress
-from ramgguf.roles import layer_of, never_quantized, role_of
+from ramgguf.roles import layer_of, role_of
 from ramgguf.sampling import SampledError, measure_samples
-from ramgguf.schema import Encoder, Measurement, Point, Source, TensorMeasurement
+from ramgguf.schema import Encoder, Measurement, Source, TensorMeasurement
 from ramgguf.version import __version__
-from ramgguf.weighing import Scale
-
-# What weights may be stored in to be quantized; Q8_0 only when asked for.
-FLOAT_FORMATS = ("F32", "F16", "BF16")
+from ramgguf.weighing import Piece
 
 
 @dataclass(frozen=True)
-class _Job:
-    """A tensor with its candidates and importance; `kept` says why it has no candidates.
+class _Measured:
+    """What was measured on a run of chunks: which tensors' they are, and what each holds.
 
-    sampled are candidates that are measured on a sample of the rows only.
+    There are no statistics of what is neither float nor Q8_0.
     """
 
-    tensor: TensorInfo
-    scale: Scale
-    candidates: tuple[str, ...]
-    sampled: tuple[str, ...]
-    excluded: dict[str, str]
-    kept: str | None
-
-
-@dataclass(frozen=True)
-class _Part:
-    """What was measured on one chunk; stats is None for a tensor that is not quantized."""
-
-    index: int
+    found: list[tuple[int, _core.RowStats]]
     n_bytes: int
     digest: bytes
-    stats: _core.RowStats | None
 
 
 def measure(
@@ -72,9 +60,9 @@ def measure(
     """
     start = time.perf_counter()
     names = tried(wanted, imatrix)
-    jobs = _jobs(file, names, imatrix, allow_requantize, tell_ternary=bool(wanted))
+    jobs = jobs_of(file, names, imatrix, allow_requantize, tell_ternary=bool(wanted))
     if only is not None:
-        jobs = [_restricted(job, only.get(job.tensor.name)) for job in jobs]
+        jobs = [restricted(job, only.get(job.tensor.name)) for job in jobs]
     if all(job.kept for job in jobs):
         raise PlanError(
             f"{file.paths[0]}: nothing to quantize ({jobs[0].kept or 'no tensors'}); "
@@ -82,22 +70,21 @@ def measure(
         )
     parts: list[list[_core.RowStats]] = [[] for _ in jobs]
     data, buffers = hashlib.sha256(), Buffers()
-    work = list((sample if sampled else batches)(file.tensors))
-    total = sum((c.stop - c.start) * jobs[c.index].tensor.row_bytes for b in work for c in b)
+    work = list((sample if sampled else runs)(file.tensors))
+    total = sum((c.stop - c.start) * jobs[c.index].tensor.row_bytes for run in work for c in run)
     progress.start("sample" if sampled else "measure", total, "bytes")
     try:
-        for part in map_chunks(
-            lambda c: _measure(file, jobs[c.index], c, encoder, buffers), work, threads
+        for measured in map_runs(
+            lambda run: _measure(file, jobs, run, encoder, buffers), work, threads
         ):
-            data.update(part.digest)
-            if part.stats is not None:
-                parts[part.index].append(part.stats)
-            progress.advance(part.n_bytes)
+            data.update(measured.digest)
+            for index, stats in measured.found:
+                parts[index].append(stats)
+            progress.advance(measured.n_bytes)
     finally:
         progress.finish()
     slow = [(job.tensor, job.scale, job.sampled) for job in jobs]
     of_samples = measure_samples(file, slow, threads=threads, progress=progress)
-    tied = not any(role_of(t.name, file.architecture) == "head" for t in file.tensors)
     return Measurement(
         ramgguf_version=__version__,
         source=_source(file, None if sampled else data.hexdigest()),
@@ -107,170 +94,130 @@ def measure(
         n_overhead_bytes=n_overhead_bytes,
         alignment=file.alignment,
         n_layers=file.n_layers,
-        tensors=tuple(
-            _tensor(file, *known, tied) for known in zip(jobs, parts, of_samples, strict=True)
-        ),
+        tensors=_tensors(file, jobs, parts, of_samples),
         seconds=time.perf_counter() - start,
     )
 
 
-@dataclass(frozen=True)
-class _Candidates:
-    """The smaller formats that rows of a kind suit, and why others do not."""
-
-    names: tuple[str, ...]
-    excluded: dict[str, str]
-
-
-def _candidates(
-    type_name: str, row_length: int, row_bytes: int, wanted: Sequence[str]
-) -> _Candidates:
-    names, excluded = [], {}
-    for name in wanted:
-        if name == type_name:
-            continue
-        if not formats.suits(name, row_length):
-            block = formats.get(name).block_size
-            excluded[name] = f"rows of {row_length} are no multiple of {block}"
-        elif formats.row_bytes(name, row_length) < row_bytes:
-            names.append(name)
-    return _Candidates(tuple(names), excluded)
-
-
-def _jobs(
-    file: GGUFFile,
-    wanted: Sequence[str],
-    imatrix: Imatrix | None,
-    allow_requantize: bool,
-    *,
-    tell_ternary: bool,
-) -> list[_Job]:
-    found: dict[tuple[str, int], _Candidates] = {}  # a model has few kinds of rows
-    jobs = []
-    for tensor in file.tensors:
-        kept = _reason_to_keep(file, tensor, allow_requantize)
-        if kept is not None:
-            jobs.append(_Job(tensor, Scale.of(tensor, None), (), (), {}, kept))
-            continue
-        kind = (tensor.type_name, tensor.row_length)
-        if kind not in found:
-            found[kind] = _candidates(*kind, tensor.row_bytes, wanted)
-        names, excluded = found[kind].names, found[kind].excluded
-        kept = None if names else "no smaller format suits its rows"
-        scale = Scale.of(tensor, imatrix if names else None)
-        split = suited(file, tensor, scale, names, tell_ternary=tell_ternary)
-        excluded = excluded | split.excluded
-        jobs.append(_Job(tensor, scale, split.measured, split.sampled, excluded, kept))
-    return jobs
-
-
-def _restricted(job: _Job, only: frozenset[str] | None) -> _Job:
-    if only is None:
-        return job
-    return replace(
-        job,
-        candidates=tuple(name for name in job.candidates if name in only),
-        sampled=tuple(name for name in job.sampled if name in only),
+def _measure(
+    file: GGUFFile, jobs: Sequence[Job], run: Run, encoder: str, buffers: Buffers
+) -> _Measured:
+    ranges = [(jobs[c.index].tensor, c.start, c.stop) for c in run]
+    rows, read = file.read_ranges(ranges, partial(buffers.take, "rows"))
+    digest = hashlib.sha256()
+    for data in read:
+        digest.update(data.data)
+    known = [
+        (jobs[c.index], c, data)
+        for c, data in zip(run, rows, strict=True)
+        if jobs[c.index].tensor.type_name in (*FLOAT_FORMATS, "Q8_0")
+    ]
+    stats = weighing.measure(
+        [Piece(job.scale, job.tensor.type_name, data, c.start) for job, c, data in known],
+        [job.candidates for job, _, _ in known],
+        encoder,
     )
-
-
-def _reason_to_keep(file: GGUFFile, tensor: TensorInfo, allow_requantize: bool) -> str | None:
-    if tensor.type_name == "Q8_0" and not allow_requantize:
-        return "already quantized to Q8_0 (--allow-requantize takes it as a source)"
-    if tensor.type_name not in (*FLOAT_FORMATS, "Q8_0"):
-        return f"copied: {tensor.type_name} is no source for quantization"
-    return never_quantized(tensor.name, tensor.shape, file.architecture)
-
-
-def _measure(file: GGUFFile, job: _Job, chunk: Chunk, encoder: str, buffers: Buffers) -> _Part:
-    n_bytes = (chunk.stop - chunk.start) * job.tensor.row_bytes
-    rows = file.read_rows(job.tensor, chunk.start, chunk.stop, buffers.take("rows", n_bytes))
-    stats = None
-    if job.tensor.type_name in (*FLOAT_FORMATS, "Q8_0"):
-        stats = job.scale.measure(job.candidates, job.tensor.type_name, rows, chunk.start, encoder)
-        if stats.first_nonfinite >= 0:
-            index = chunk.start * job.tensor.row_length + stats.first_nonfinite
+    for (job, c, _), found in zip(known, stats, strict=True):
+        if found.first_nonfinite >= 0:
+            index = c.start * job.tensor.row_length + found.first_nonfinite
             raise FormatError(
                 f"{file.paths[job.tensor.shard]}: {job.tensor.name}[{index}] is NaN or infinite; "
                 "the model is damaged or was converted wrongly"
             )
-    return _Part(chunk.index, rows.nbytes, hashlib.sha256(rows.data).digest(), stats)
+    return _Measured(
+        [(c.index, found) for (_, c, _), found in zip(known, stats, strict=True)],
+        sum(data.nbytes for data in rows),
+        digest.digest(),
+    )
 
 
-def _points(
-    job: _Job, total: _core.RowStats | None, of_samples: Mapping[str, SampledError | str]
-) -> tuple[tuple[Point, ...], dict[str, str]]:
-    """Return the tensor's points by ascending bytes, and why other formats are none."""
-    tensor, excluded = job.tensor, dict(job.excluded)
-    n_rows, row_length = tensor.n_rows, tensor.row_length
-    squares = job.scale.squares(total) if total else 0.0
-    points = [Point(format=tensor.type_name, n_bytes=tensor.n_bytes, nmse=0.0, max_error=0.0)]
-    for error in total.errors if total else ():
-        name = error.format
-        nmse = job.scale.error(error) / squares if squares else 0.0
-        if error.scale_overflow:
-            excluded[name] = "a block's scale would overflow F16"
-        elif name not in formats.TERNARY or nmse <= TERNARY_NMSE:
-            points.append(
-                Point(
-                    format=name,
-                    n_bytes=formats.row_bytes(name, row_length) * n_rows,
-                    nmse=nmse,
-                    max_error=error.max_error,
-                    plain_nmse=_plain_nmse(job, error.sum_squared_error, total),
-                )
-            )
-    for name, found in of_samples.items():
-        if isinstance(found, str):
-            excluded[name] = found
-            continue
-        point = Point(
-            format=name,
-            n_bytes=formats.row_bytes(name, row_length) * n_rows,
-            nmse=found.nmse,
-            max_error=found.max_error,
-            nmse_error=found.standard_error,
-            plain_nmse=found.plain_nmse,
+def _tensors(
+    file: GGUFFile,
+    jobs: Sequence[Job],
+    parts: Sequence[list[_core.RowStats]],
+    of_samples: Sequence[Mapping[str, SampledError | str]],
+) -> tuple[TensorMeasurement, ...]:
+    tied = not any(role_of(t.name, file.architecture) == "head" for t in file.tensors)
+    with uncollected():
+        return tuple(
+            _tensor(file, *known, tied) for known in zip(jobs, parts, of_samples, strict=True)
         )
-        points.append(point)
-    return tuple(sorted(points, key=lambda p: (p.n_bytes, p.nmse))), excluded
-
-
-def _plain_nmse(job: _Job, error: float, total: _core.RowStats | None) -> float | None:
-    """Return Σ(x−q)² / Σx² where the tensor's NMSE is another; None where it is this."""
-    if job.scale.importance is None or total is None:
-        return None
-    return error / total.sum_squares if total.sum_squares else 0.0
 
 
 def _tensor(
     file: GGUFFile,
-    job: _Job,
+    job: Job,
     parts: list[_core.RowStats],
     of_samples: Mapping[str, SampledError | str],
     tied: bool,
 ) -> TensorMeasurement:
     tensor = job.tensor
-    total = _core.RowStats.merged(parts) if parts else None
+    total = _core.RowStats.merged(parts) if len(parts) > 1 else next(iter(parts), None)
     points, excluded = _points(job, total, of_samples)
     role = role_of(tensor.name, file.architecture)
-    return TensorMeasurement(
-        name=tensor.name,
-        shape=tensor.shape,
-        role="tied_embedding" if role == "embedding" and tied else role,
-        layer=layer_of(tensor.name),
-        source_format=tensor.type_name,
-        n_bytes=tensor.n_bytes,
-        sum_squares=total.sum_squares if total else 0.0,
-        output_squares=job.scale.squares(total)
-        if total and job.scale.importance is not None
-        else None,
-        max_abs=total.max_abs if total else 0.0,
-        excess_kurtosis=_excess_kurtosis(total) if total else 0.0,
-        points=points,
-        excluded=excluded,
-        kept=job.kept,
+    weighed = total is not None and job.scale.importance is not None
+    # The points become Points in here: for themselves, that would take twice as long.
+    return TensorMeasurement.model_validate(
+        {
+            "name": tensor.name,
+            "shape": tensor.shape,
+            "role": "tied_embedding" if role == "embedding" and tied else role,
+            "layer": layer_of(tensor.name),
+            "source_format": tensor.type_name,
+            "n_bytes": tensor.n_bytes,
+            "sum_squares": total.sum_squares if total else 0.0,
+            "output_squares": job.scale.squares(total) if total and weighed else None,
+            "max_abs": total.max_abs if total else 0.0,
+            "excess_kurtosis": _excess_kurtosis(total) if total else 0.0,
+            "points": points,
+            "excluded": excluded,
+            "kept": job.kept,
+        }
     )
+
+
+def _points(
+    job: Job, total: _core.RowStats | None, of_samples: Mapping[str, SampledError | str]
+) -> tuple[tuple[dict[str, object], ...], dict[str, str]]:
+    """Return the fields of the tensor's points by ascending bytes, and why others are none."""
+    tensor, excluded = job.tensor, dict(job.excluded)
+    n_rows, row_length = tensor.n_rows, tensor.row_length
+    found: list[tuple[int, float, dict[str, object]]] = []
+
+    def add(name: str, n_bytes: int, nmse: float, **others: float | None) -> None:
+        found.append((n_bytes, nmse, {"format": name, "n_bytes": n_bytes, "nmse": nmse, **others}))
+
+    add(tensor.type_name, tensor.n_bytes, 0.0, max_error=0.0)
+    if total is not None:
+        squares = job.scale.squares(total) or math.inf
+        # Where the NMSE is weighed, that of the weights by themselves is known besides.
+        plain = None if job.scale.importance is None else total.sum_squares or math.inf
+        for name, squared, weighted, max_error, overflow in total.error_rows():
+            nmse = (squared if plain is None else weighted) / squares
+            if overflow:
+                excluded[name] = "a block's scale would overflow F16"
+            elif name not in formats.TERNARY or nmse <= TERNARY_NMSE:
+                add(
+                    name,
+                    formats.row_bytes(name, row_length) * n_rows,
+                    nmse,
+                    max_error=max_error,
+                    plain_nmse=plain and squared / plain,
+                )
+    for name, sampled in of_samples.items():
+        if isinstance(sampled, str):
+            excluded[name] = sampled
+            continue
+        add(
+            name,
+            formats.row_bytes(name, row_length) * n_rows,
+            sampled.nmse,
+            max_error=sampled.max_error,
+            nmse_error=sampled.standard_error,
+            plain_nmse=sampled.plain_nmse,
+        )
+    found.sort(key=itemgetter(0, 1))
+    return tuple(fields for _, _, fields in found), excluded
 
 
 def _excess_kurtosis(stats: _core.RowStats) -> float:

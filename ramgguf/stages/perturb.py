@@ -16,7 +16,7 @@ from ramgguf.gguf_layout import plan_layout
 from ramgguf.gguf_values import string, u32
 from ramgguf.gguf_write import GGUFOutput
 from ramgguf.imatrix import planned_imatrix
-from ramgguf.parallel import Chunk, batches, map_chunks
+from ramgguf.parallel import Chunk, map_chunks, runs
 from ramgguf.progress import Progress
 from ramgguf.schema import Assignment, Plan
 from ramgguf.version import __version__
@@ -66,7 +66,7 @@ def perturb(
 
     with sink:
         try:
-            for n_bytes in map_chunks(write, batches(file.tensors), threads):
+            for n_bytes in map_chunks(write, runs(file.tensors), threads):
                 progress.advance(n_bytes)
         finally:
             progress.finish()

@@ -1,29 +1,23 @@
-"""From a Plan to a file, and back: writing what was planned and checking what was written."""
+"""From a Plan to a file: writing what was planned."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
-from ramgguf import formats
-from ramgguf.errors import FormatError, GGUFError, PlanError
-from ramgguf.gguf_io import GGUFFile, TensorInfo
+from ramgguf import formats, weighing
+from ramgguf.errors import FormatError, PlanError
+from ramgguf.gguf_io import GGUFFile
 from ramgguf.gguf_layout import Layout, plan_layout
 from ramgguf.gguf_values import Value, string, u32, u64
 from ramgguf.gguf_write import GGUFOutput
 from ramgguf.hub import HubFile
-from ramgguf.imatrix import imatrix_keys, planned_imatrix
-from ramgguf.parallel import Buffers, Chunk, batches, map_chunks
+from ramgguf.imatrix import imatrix_keys
+from ramgguf.parallel import Buffers, Run, map_runs, runs
 from ramgguf.progress import Progress
-from ramgguf.sampling import written_sample
-from ramgguf.schema import Assignment, ImportanceSource, Plan
+from ramgguf.schema import ImportanceSource, Plan
 from ramgguf.version import __version__
-from ramgguf.weighing import Scale
-
-# Errors are sums in the same order as those measured, so the two agree to the last bits.
-NMSE_TOLERANCE = 1e-9
+from ramgguf.weighing import Piece, Rows, planned_scales
 
 
 @dataclass(frozen=True)
@@ -110,137 +104,64 @@ def write(
     file: GGUFFile, plan: Plan, output: GGUFOutput, *, threads: int, progress: Progress
 ) -> None:
     """Encode every tensor into the output. Raises FormatError for weights that do not fit."""
-    scales = _scales(file, plan)
+    scales = planned_scales(file, plan)
     buffers = Buffers()
 
-    def encode(chunk: Chunk) -> int:
-        tensor, to = file.tensors[chunk.index], plan.assignments[chunk.index].format
-        rows = _read(file, tensor, chunk, buffers, "source")
-        blocks = rows
-        if to != tensor.type_name:
-            scale, length = scales[chunk.index], tensor.row_length
-            out = buffers.take("blocks", len(rows) * formats.row_bytes(to, length))
-            try:
-                blocks = scale.encode(
-                    to, tensor.type_name, rows, chunk.start, length, plan.encoder, out
-                )
-            except ValueError as e:
-                raise FormatError(f"{tensor.name}: {e}") from None
-        output.write_at(tensor.name, chunk.start * blocks.shape[1], blocks)
-        return rows.nbytes
+    def encode(run: Run) -> int:
+        ranges = [(file.tensors[c.index], c.start, c.stop) for c in run]
+        rows, _ = file.read_ranges(ranges, partial(buffers.take, "source"))
+        planned = [plan.assignments[c.index] for c in run]
+        widths = [
+            0 if a.format == a.source_format else formats.row_bytes(a.format, t.row_length)
+            for a, (t, _, _) in zip(planned, ranges, strict=True)
+        ]
+        blocks = _blocks(widths, rows, buffers)
+        changed = [i for i, data in enumerate(blocks) if data is not rows[i]]
+        pieces = [
+            Piece(scales[run[i].index], planned[i].source_format, rows[i], run[i].start)
+            for i in changed
+        ]
+        to, into = [planned[i].format for i in changed], [blocks[i] for i in changed]
+        try:
+            weighing.encode(pieces, to, into, plan.encoder)
+        except ValueError:
+            _name_misfit([planned[i].name for i in changed], pieces, to, into, plan.encoder)
+            raise
+        output.write_pieces(
+            (a.name, c.start * data.shape[1], data)
+            for a, c, data in zip(planned, run, blocks, strict=True)
+        )
+        return sum(data.nbytes for data in rows)
 
     progress.start("quantize", sum(t.n_bytes for t in file.tensors), "bytes")
     try:
-        for n_bytes in map_chunks(encode, batches(file.tensors), threads):
+        for n_bytes in map_runs(encode, runs(file.tensors), threads):
             progress.advance(n_bytes)
     finally:
         progress.finish()
 
 
-def _read(
-    file: GGUFFile, tensor: TensorInfo, chunk: Chunk, buffers: Buffers, purpose: str
-) -> NDArray[np.uint8]:
-    n_bytes = (chunk.stop - chunk.start) * tensor.row_bytes
-    return file.read_rows(tensor, chunk.start, chunk.stop, buffers.take(purpose, n_bytes))
+def _blocks(widths: Sequence[int], rows: Sequence[Rows], buffers: Buffers) -> list[Rows]:
+    """Return memory for as many rows of so many bytes each; the rows themselves where that is 0."""
+    sizes = [len(data) * width for data, width in zip(rows, widths, strict=True)]
+    left = buffers.take("blocks", sum(sizes))
+    blocks = []
+    for data, size, width in zip(rows, sizes, widths, strict=True):
+        blocks.append(left[:size].reshape(-1, width) if width else data)
+        left = left[size:]
+    return blocks
 
 
-def _scales(file: GGUFFile, plan: Plan) -> list[Scale]:
-    """Return how every tensor's errors are weighed, as when the plan was made."""
-    imatrix = planned_imatrix(plan.imatrix)
-    return [
-        Scale.of(t, imatrix if a.format != a.source_format else None)
-        for t, a in zip(file.tensors, plan.assignments, strict=True)
-    ]
-
-
-def verify(
-    file: GGUFFile, plan: Plan, written: GGUFFile, *, threads: int, progress: Progress
-) -> float:
-    """Decode every tensor that was written and return the largest relative departure of its NMSE.
-
-    Raises GGUFError naming the tensor when a format, a copied byte or an error differs from the
-    plan's, or when the size is not the planned one.
-    """
-    # A plan of one file may be written as shards, which have headers of their own.
-    if len(written.paths) == 1 and written.n_bytes != plan.n_bytes:
-        raise GGUFError(
-            f"{written.paths[0]} has {written.n_bytes} bytes, the plan {plan.n_bytes}; "
-            "please report it"
-        )
-    squared, total = [0.0] * len(file.tensors), [0.0] * len(file.tensors)
-    compare = _Comparison(file, plan, written, _scales(file, plan), Buffers())
-    progress.start("verify", sum(t.n_bytes for t in file.tensors), "bytes")
-    try:
-        for part in map_chunks(compare, batches(file.tensors), threads):
-            squared[part.index] += part.squared_error
-            total[part.index] += part.squares
-            progress.advance(part.n_bytes)
-    finally:
-        progress.finish()
-    for i, planned in enumerate(plan.assignments):
-        if planned.format != planned.source_format and not formats.get(planned.format).encodable:
-            whole = squared[i] / total[i] if total[i] else 0.0
-            squared[i], total[i] = _sampled_nmse(compare, i, whole), 1.0
-    return max(map(_departure, plan.assignments, squared, total), default=0.0)
-
-
-def _sampled_nmse(compared: "_Comparison", index: int, whole_nmse: float) -> float:
-    """Return the NMSE of the rows that were measured; that of all rows must be of its kind."""
-    tensor, scale = compared.file.tensors[index], compared.scales[index]
-    found = written_sample(compared.file, tensor, scale, compared.written)
-    if not whole_nmse <= 2 * found.nmse + 10 * found.standard_error:
-        raise GGUFError(
-            f"{tensor.name}: NMSE {whole_nmse:.3e} was written, {found.nmse:.3e} ± "
-            f"{found.standard_error:.1e} was expected from a sample; please report it"
-        )
-    return found.nmse
-
-
-def _departure(planned: Assignment, squared_error: float, squares: float) -> float:
-    nmse = squared_error / squares if squares else 0.0
-    departure = abs(nmse - planned.nmse) / planned.nmse if planned.nmse else nmse
-    if departure > NMSE_TOLERANCE:
-        raise GGUFError(
-            f"{planned.name}: NMSE {nmse:.6e} was written, {planned.nmse:.6e} was planned"
-        )
-    return departure
-
-
-@dataclass(frozen=True, slots=True)
-class _Compared:
-    """What was compared of one chunk: source bytes, Σ(x−q)² and Σx², weighed by the scale."""
-
-    index: int
-    n_bytes: int
-    squared_error: float
-    squares: float
-
-
-@dataclass(frozen=True)
-class _Comparison:
-    """The source and what was written of it, to be compared chunk by chunk."""
-
-    file: GGUFFile
-    plan: Plan
-    written: GGUFFile
-    scales: Sequence[Scale]
-    buffers: Buffers
-
-    def __call__(self, chunk: Chunk) -> _Compared:
-        planned, source = self.plan.assignments[chunk.index], self.file.tensors[chunk.index]
-        target, scale = self.written.tensor(planned.name), self.scales[chunk.index]
-        if target.type_name != planned.format or target.shape != source.shape:
-            raise GGUFError(
-                f"{planned.name} was written as {target.type_name} {target.shape}, "
-                f"planned as {planned.format} {source.shape}"
-            )
-        before = _read(self.file, source, chunk, self.buffers, "before")
-        after = _read(self.written, target, chunk, self.buffers, "after")
-        if source.type_name == target.type_name:
-            if not np.array_equal(before, after):
-                raise GGUFError(f"{planned.name} was to be copied, and its bytes differ")
-            return _Compared(chunk.index, before.nbytes, 0.0, 1.0)
-        stats = scale.compare(source.type_name, before, target.type_name, after, chunk.start)
-        return _Compared(
-            chunk.index, before.nbytes, scale.error(stats.errors[0]), scale.squares(stats)
-        )
+def _name_misfit(
+    names: Sequence[str],
+    pieces: Sequence[Piece],
+    to: Sequence[str],
+    into: Sequence[Rows],
+    encoder: str,
+) -> None:
+    """Raise FormatError for the first piece that cannot be encoded, by the tensor's name."""
+    for name, piece, form, out in zip(names, pieces, to, into, strict=True):
+        try:
+            weighing.encode([piece], [form], [out], encoder)
+        except ValueError as e:
+            raise FormatError(f"{name}: {e}") from None

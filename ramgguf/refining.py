@@ -9,6 +9,7 @@ from ramgguf.imatrix import load_imatrix
 from ramgguf.objectives import costing
 from ramgguf.probe_tokens import Request, parse_tokens
 from ramgguf.progress import Progress, Silent
+from ramgguf.refine_tokens import Refining
 from ramgguf.schema import Measurement, Plan
 from ramgguf.sensitivities import Sensitivity
 from ramgguf.stages import refine as _refine
@@ -64,7 +65,7 @@ def refine(
             plan,
             measurement,
             used,
-            _refine.Refining(n_trials, request),
+            Refining(n_trials, request),
             at.opening,
             journal_path=at.journal,
             progress=progress or Silent(),

@@ -20,9 +20,10 @@ from ramgguf.objectives import costing
 from ramgguf.probe_tokens import Request, draw_sets, parse_tokens
 from ramgguf.progress import Silent
 from ramgguf.refine_journal import RefineJournal
+from ramgguf.refine_tokens import FIRST_SEQUENCE, Refining
 from ramgguf.schema import Measurement, Plan
 from ramgguf.simulation import simulated
-from ramgguf.stages.refine import FIRST_SEQUENCE, Refining, refine
+from ramgguf.stages.refine import refine
 from ramgguf.work.opening import passes_over
 from tiny_models import write_tiny_model
 

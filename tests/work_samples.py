@@ -10,11 +10,12 @@ from ramgguf.gguf_io import open_gguf
 from ramgguf.objectives import costing
 from ramgguf.probe_tokens import Request
 from ramgguf.progress import Progress, Silent
+from ramgguf.refine_tokens import Refining
 from ramgguf.results import EvalResult
 from ramgguf.schema import Measurement, Plan
 from ramgguf.sensitivities import Sensitivity
 from ramgguf.stages.evaluate import Evaluation, evaluate
-from ramgguf.stages.refine import Refining, refine
+from ramgguf.stages.refine import refine
 from ramgguf.stages.sensitivity import sensitivity
 from ramgguf.work.opening import passes_over
 

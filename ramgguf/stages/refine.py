@@ -9,10 +9,8 @@ second set by more than its standard error, and the result is reported over a th
 
 import itertools
 import math
-import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 
 from ramgguf.beliefs import Belief, Move
@@ -22,31 +20,19 @@ from ramgguf.knapsack import price
 from ramgguf.objectives import Costing
 from ramgguf.passes import Passes
 from ramgguf.plan_passes import PlanInPasses, TokenSet
-from ramgguf.probe_tokens import Request
 from ramgguf.problem import Problem
 from ramgguf.progress import Progress
-from ramgguf.refine_journal import Paired, RefineJournal, RefineSettings, Trial
+from ramgguf.refine_journal import Paired, RefineJournal, Trial
+from ramgguf.refine_tokens import Refining, same, settle
 from ramgguf.refinements import FormatChange, Refinement
 from ramgguf.schema import Measurement, Plan
 from ramgguf.token_statistics import standard_error
 from ramgguf.trial_copy import Floats
-from ramgguf.units import format_seconds
 
 # How far a tensor's share of a whole plan's KLD is from α · NMSE, beyond α's sampling error, and
 # how far where α was told by priors alone: relative standard deviations, docs/allocation.md.
 MODEL_ERROR = 0.3
 PRIOR_ERROR = 0.7
-# Sensitivities are measured on sequences 0, 1, …: these are others, even with the same seed.
-FIRST_SEQUENCE = 1000
-
-
-@dataclass(frozen=True)
-class Refining:
-    """What is wanted: trials, and the number of sequences to propose, accept and report on."""
-
-    n_trials: int
-    request: Request
-    sizes: tuple[int, int, int] = (2, 2, 4)
 
 
 def refine(
@@ -72,9 +58,9 @@ def refine(
     chosen = _chosen(problem, plan)
     with RefineJournal(journal_path) as journal, opening as passes:
         if journal.settings is None:
-            journal.begin(_settle(plan, wanted, passes, announce))
+            journal.begin(settle(plan, wanted, passes, announce))
         settings = journal.settings
-        if settings is None or not _same(settings, plan, wanted):
+        if settings is None or not same(settings, plan, wanted):
             raise PlanError(
                 f"{journal_path} is of another plan or choice of tokens; remove it to start anew"
             )
@@ -94,44 +80,6 @@ def refine(
         refined = run.result(settings.tokens, settings.seed, passes.cpus)
         run.check_restored()
         return refined
-
-
-def _settle(
-    plan: Plan, wanted: Refining, passes: Passes, announce: Callable[[str], None]
-) -> RefineSettings:
-    """Return the tokens; announces, before most are drawn, what they and the trials will cost."""
-    start = time.perf_counter()
-    first = passes.draw(wanted.request, range(FIRST_SEQUENCE, FIRST_SEQUENCE + 1))
-    drawing = time.perf_counter() - start
-    each = passes.seconds(first[0])
-    proposing, accepting, reporting = wanted.sizes
-    least = drawing * sum(wanted.sizes) + each * (
-        wanted.n_trials * proposing + 3 * sum(wanted.sizes)
-    )
-    most = least + each * wanted.n_trials * accepting
-    promise = (
-        f"{wanted.n_trials} swaps to try, proposed on {proposing} sequences of "
-        f"{wanted.request.n_ctx} tokens ({wanted.request.tokens}), accepted on {accepting} "
-        f"others, reported on {reporting} more: {format_seconds(least)} to {format_seconds(most)}"
-    )
-    announce(promise)
-    sets = passes.draw_sets(wanted.request, wanted.sizes, FIRST_SEQUENCE)
-    return RefineSettings(
-        plan_sha256=plan.sha256(),
-        budget=plan.budget,
-        tokens=wanted.request.tokens,
-        seed=wanted.request.seed,
-        ids=tuple(tuple(tuple(ids.tolist()) for ids in part) for part in sets),
-        fingerprint=passes.prepare([ids for part in sets for ids in part]),
-        promise=promise,
-    )
-
-
-def _same(settings: RefineSettings, plan: Plan, wanted: Refining) -> bool:
-    sizes = tuple(len(part) for part in settings.ids)
-    asked = (wanted.request.tokens, wanted.request.seed, wanted.sizes)
-    same_plan = (settings.plan_sha256, settings.budget) == (plan.sha256(), plan.budget)
-    return same_plan and (settings.tokens, settings.seed, sizes) == asked
 
 
 def _chosen(problem: Problem, plan: Plan) -> list[int]:

@@ -44,13 +44,11 @@ def _floats(tensor: TensorInfo, rows: Blocks) -> Floats:
     return out
 
 
-def _rounded(name: str, x: Floats) -> tuple[Blocks, Floats]:
-    """Return the blocks that rtn makes, and what they decode to."""
+def _rounded(name: str, x: Floats) -> Blocks:
+    """Return the blocks that rtn makes."""
     blocks = np.empty((len(x), formats.row_bytes(name, x.shape[1])), np.uint8)
     _core.encode(name, "F32", np.ascontiguousarray(x).view(np.uint8), blocks, encoder="rtn")
-    out = np.empty_like(x)
-    _core.decode(name, blocks, out)
-    return blocks, out
+    return blocks
 
 
 def clip(name: str, x: Floats) -> Blocks:
@@ -66,7 +64,8 @@ def clip(name: str, x: Floats) -> Blocks:
     least = np.full(x.size // block, np.inf)
     for share in _CLIPS:
         clipped = np.clip(groups, share * low, share * high).reshape(x.shape)
-        blocks, out = _rounded(name, clipped)
+        blocks, out = _rounded(name, clipped), np.empty_like(x)
+        _core.decode(name, blocks, out)
         error = np.square(x - out).reshape(len(least), block).sum(axis=1)
         better = error < least
         least = np.where(better, error, least)
@@ -78,7 +77,7 @@ def clip(name: str, x: Floats) -> Blocks:
 
 def half_quadratic(name: str, x: Floats) -> Blocks:
     """Return rtn's blocks, with the offsets of half-quadratic splitting where there are some."""
-    blocks, _ = _rounded(name, x)
+    blocks = _rounded(name, x)
     if name not in hqq.LAYOUTS:
         return blocks
     made = hqq.fitted(name, blocks.reshape(x.size // 256, -1), x.reshape(-1, 256))

@@ -29,23 +29,22 @@ from scipy.stats import bootstrap, kendalltau, spearmanr
 
 from provenance import provenance
 from ramgguf import formats
-from ramgguf.corpus import default_corpus
 from ramgguf.engine.probe import Probe
-from ramgguf.engine.wire import TokenIds
 from ramgguf.gguf_io import GGUFFile, TensorInfo, open_gguf
 from ramgguf.imatrix import load_imatrix
 from ramgguf.knapsack import Choice, solve
-from ramgguf.probe_tokens import Request, draw_sets
 from ramgguf.schema import Encoder
 from ramgguf.sensitivities import Sensitivity
 from ramgguf.simulation import simulated
 from ramgguf.token_statistics import standard_error
+from ramgguf.trial_copy import PlannedWeights
 from tensor_metrics import Metrics, Original
+from windows import Text
 
 Floats = NDArray[np.float64]
 
-TENSORS = Path("bench/results/metrics_tensors.jsonl")
-OUT = Path("bench/results/metrics.jsonl")
+RESULTS = Path(__file__).parent / "results"
+TENSORS, OUT = RESULTS / "metrics_tensors.jsonl", RESULTS / "metrics.jsonl"
 FORMATS = ("Q2_K", "Q3_K", "Q4_K", "Q6_K")  # rows of smol135 take others: --formats Q4_0 …
 SHARES = (0.15, 0.4)  # of the way from the smallest plan to the largest
 ENCODER: Encoder = "rtn"
@@ -60,15 +59,6 @@ def readings() -> list[dict[str, Any]]:
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
-def windows(probe: Probe, n: int, first: int) -> tuple[TokenIds, ...]:
-    """Return n windows of WikiText-2; those of another first are others."""
-    request = Request(
-        encoder=ENCODER, tokens="text", corpus=default_corpus(), n_ctx=probe.model.n_ctx
-    )
-    (sequences,) = draw_sets(probe.model, request, (n,), first)
-    return sequences
-
-
 def read(arguments: argparse.Namespace, file: GGUFFile, probe: Probe) -> None:
     """Append the KLD and the metrics of every tensor in every format."""
     model = arguments.source.stem
@@ -76,8 +66,7 @@ def read(arguments: argparse.Namespace, file: GGUFFile, probe: Probe) -> None:
     imatrix = load_imatrix(arguments.imatrix, arguments.hessian)
     known = Sensitivity.load(arguments.sensitivity).tensors
     alphas = {t.name: t.alpha for t in known if t.reading is not None}
-    sequences = windows(probe, arguments.n_seq, FIRST["read"])
-    reference = [probe.logits(ids) for ids in sequences]
+    text = Text.of(probe, arguments.n_seq, FIRST["read"])
     with TENSORS.open("a") as out:
         original: Original | None = None
         for name, format_name in ((n, f) for n in alphas for f in arguments.formats):
@@ -88,9 +77,7 @@ def read(arguments: argparse.Namespace, file: GGUFFile, probe: Probe) -> None:
                 original = Original.of(file, tensor, imatrix)
             data, _ = simulated(file, tensor, format_name, encoder=ENCODER)
             with probe.replaced(tensor, data):
-                kld = np.concatenate(
-                    [probe.divergence(s, r) for s, r in zip(sequences, reference, strict=True)]
-                )
+                kld = text.divergence(probe)
             found = original.metrics(data, alphas[name])
             row = {
                 "model": model,
@@ -109,8 +96,8 @@ def choose(arguments: argparse.Namespace, file: GGUFFile, probe: Probe) -> None:
     """Append the KLD of the plans that minimise each metric's sum."""
     rows = [r for r in readings() if r["model"] == arguments.source.stem]
     of_tensor = {n: list(g) for n, g in groupby(rows, key=lambda r: str(r["tensor"]))}
-    sequences = windows(probe, arguments.n_seq, FIRST["choose"])
-    reference = [probe.logits(ids) for ids in sequences]
+    text = Text.of(probe, arguments.n_seq, FIRST["choose"])
+    weights = PlannedWeights(file, probe, ENCODER, None, 1)
     tensors = [file.tensor(name) for name in of_tensor]
     sizes = [[_bytes(t, r["format"]) for r in of_tensor[t.name]] for t in tensors]
     smallest, largest = sum(map(min, sizes)), sum(map(max, sizes))
@@ -118,12 +105,9 @@ def choose(arguments: argparse.Namespace, file: GGUFFile, probe: Probe) -> None:
         budget = int(smallest + share * (largest - smallest))
         for metric in (*(n for n in NAMES if n != "excess_kurtosis"), "kld"):
             chosen = plan(tensors, of_tensor, metric, budget)
-            for tensor in tensors:
-                data, _ = simulated(file, tensor, chosen[tensor.name], encoder=ENCODER)
-                probe.put(tensor, data)
-            kld = np.concatenate(
-                [probe.divergence(s, r) for s, r in zip(sequences, reference, strict=True)]
-            )
+            for name, format_name in chosen.items():
+                weights.put(name, format_name)
+            kld = text.divergence(probe)
             add(
                 part="choose",
                 metric=metric,
@@ -184,23 +168,25 @@ def correlate() -> None:
 def linearity() -> None:
     """Append how KLD grows with NMSE from format to format, tensor by tensor.
 
-    slope is that of log KLD over log NMSE; α by another format is given in units of Q4_K's.
+    slope is that of log KLD over log NMSE; α by a format is given in units of Q4_K's, or of the
+    first format's where there is no Q4_K.
     """
     by_tensor: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
     for r in readings():
         if r["kld"] > 0:
             by_tensor.setdefault((r["model"], r["tensor"]), {})[r["format"]] = r
     for model in sorted({model for model, _ in by_tensor}):
-        found = [v for (m, _), v in by_tensor.items() if m == model and len(v) == len(FORMATS)]
-        if not found or set(found[0]) != set(FORMATS):
-            continue
-        logs = np.log([[[v[f]["nmse"], v[f]["kld"]] for f in FORMATS] for v in found])
+        own = [v for (m, _), v in by_tensor.items() if m == model]
+        names = list(dict.fromkeys(f for v in own for f in v))
+        found = [v for v in own if len(v) == len(names)]
+        logs = np.log([[[v[f]["nmse"], v[f]["kld"]] for f in names] for v in found])
         slopes = np.array([np.polyfit(x[:, 0], x[:, 1], 1)[0] for x in logs])
         add(part="linearity", model=model, n_tensors=len(found), slope=_quantiles(slopes))
         alphas = np.exp(logs[:, :, 1] - logs[:, :, 0])
-        for k, name in enumerate(FORMATS):
-            ratio = alphas[:, k] / alphas[:, FORMATS.index("Q4_K")]
-            add(part="linearity", model=model, format=name, alpha_of_q4_k=_quantiles(ratio))
+        unit = "Q4_K" if "Q4_K" in names else names[0]
+        for k, name in enumerate(names):
+            ratio = _quantiles(alphas[:, k] / alphas[:, names.index(unit)])
+            add(part="linearity", model=model, format=name, **{f"alpha_of_{unit.lower()}": ratio})
 
 
 def _quantiles(values: Floats) -> dict[str, float]:

@@ -20,7 +20,6 @@ import json
 import math
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -31,20 +30,20 @@ from scipy.stats import spearmanr
 import ramgguf
 from provenance import provenance
 from ramgguf import formats
-from ramgguf.corpus import default_corpus
 from ramgguf.engine.llama import LlamaModel, Logits
 from ramgguf.engine.probe import Probe
 from ramgguf.gguf_io import GGUFFile, open_gguf
-from ramgguf.probe_tokens import Request, draw_sets
 from ramgguf.schema import Measurement, Plan
 from ramgguf.sensitivities import Reading, Sensitivity
 from ramgguf.sensitivity_journal import Journal
 from ramgguf.simulation import simulated
 from ramgguf.token_statistics import standard_error
 from ramgguf.trial_copy import PlannedWeights
+from windows import Text
 
-OUT = Path("bench/results/sensitivity.jsonl")
+OUT = Path(__file__).parent / "results" / "sensitivity.jsonl"
 N_CTX, N_THREADS = 512, 1
+FIRST = 2000  # number of the first window
 LINEARITY_TENSORS = (
     "token_embd.weight",
     "blk.0.ffn_down.weight",
@@ -135,24 +134,6 @@ def enough(source: Path, paths: list[Path]) -> None:
             excess_median=round(float(np.median(excess)), 4),
             excess_worst=round(max(excess), 4),
         )
-
-
-@dataclass(frozen=True)
-class Text:
-    """Windows of WikiText-2, and the source's logits on them."""
-
-    sequences: tuple[NDArray[np.int32], ...]
-    reference: tuple[Logits, ...]
-
-    @classmethod
-    def of(cls, probe: Probe, n: int) -> "Text":
-        request = Request(encoder="rtn", tokens="text", corpus=default_corpus(), n_ctx=N_CTX)
-        (sequences,) = draw_sets(probe.model, request, (n,), 2000)
-        return cls(sequences, tuple(probe.logits(ids) for ids in sequences))
-
-    def divergence(self, probe: Probe) -> Floats:
-        pairs = zip(self.sequences, self.reference, strict=True)
-        return np.concatenate([probe.divergence(ids, logits) for ids, logits in pairs])
 
 
 def linearity(file: GGUFFile, probe: Probe, text: Text, sensitivity: Sensitivity) -> None:
@@ -274,7 +255,7 @@ def main() -> None:
         tempfile.TemporaryDirectory(dir=arguments.scratch) as scratch,
         Probe(file, Path(scratch), n_ctx=N_CTX, n_threads=N_THREADS) as probe,
     ):
-        text = Text.of(probe, arguments.n_seq)
+        text = Text.of(probe, arguments.n_seq, FIRST)
         if arguments.part == "linearity":
             linearity(file, probe, text, sensitivity)
         elif arguments.part == "plans":

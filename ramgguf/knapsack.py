@@ -208,7 +208,12 @@ class _Search:
         states = _States(*start, one, one - 1)
         order, up, down = self._order()
         self._look(states)
+        worthwhile, told_at = self._worthwhile(), self._gap
         for k, item in enumerate(order):
+            if self._gap < told_at:
+                worthwhile, told_at = self._worthwhile(), self._gap
+            if not worthwhile[item]:
+                continue
             rows = self._alternatives(item)
             states = self._pruned(self._branched(states, rows), up[k], down[k])
             if not len(states.room):
@@ -235,6 +240,16 @@ class _Search:
             return np.minimum.accumulate(later[::-1])[::-1]
 
         return order.tolist(), to_come(ups), to_come(downs)
+
+    def _worthwhile(self) -> NDArray[np.bool_]:
+        """Return which items have another row than the base that could be part of something better.
+
+        That is most items of a small problem, and few of a large one, whose gap is small.
+        """
+        better = self._rise + self._price * self._extra < self._gap
+        better[self._base] = False
+        found: NDArray[np.bool_] = np.logical_or.reduceat(better, self._starts)
+        return found
 
     def _alternatives(self, item: int) -> NDArray[np.intp]:
         """Return the item's rows, the base first, that could still be part of something better."""

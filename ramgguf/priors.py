@@ -6,6 +6,7 @@ a query matrix in the middle of the model.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from ramgguf.schema import Measurement, TensorMeasurement
 
@@ -71,13 +72,17 @@ class Shape:
 
 def prior(tensor: TensorMeasurement, shape: Shape) -> float:
     """Return π, the soft prior of a weight of this tensor."""
-    role = tensor.role
+    return _prior(tensor.role, tensor.layer, shape)
+
+
+@lru_cache(maxsize=4096)
+def _prior(role: str, layer: int | None, shape: Shape) -> float:
     for suffix in EXPERT_SUFFIXES:
         role = role.removesuffix(suffix)
     value = ROLE_PRIORS.get(role, 1.0)
     if role in SHARED_BY_HEADS:
         value *= shape.heads_per_kv
-    return value * _depth(DEPTH_PRIORS.get(role, NO_DEPTH), tensor.layer, shape.n_layers)
+    return value * _depth(DEPTH_PRIORS.get(role, NO_DEPTH), layer, shape.n_layers)
 
 
 def _depth(depth: DepthPrior, layer: int | None, n_layers: int | None) -> float:

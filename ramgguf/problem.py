@@ -198,6 +198,8 @@ def _tied(
 def _group(
     members: tuple[int, ...], candidates: Sequence[Candidates], alignment: int, cost: Cost
 ) -> Group:
+    if len(members) == 1:
+        return _group_of_one(members, candidates[0], alignment, cost)
     by_format = [{p.format: p for p in c.points} for c in candidates]
     common = [p.format for p in candidates[0].points if all(p.format in d for d in by_format)]
     if not common:
@@ -213,6 +215,17 @@ def _group(
         for row, shares in zip(points, costs, strict=True)
     )
     return Group(members, choices, points, costs)
+
+
+def _group_of_one(
+    members: tuple[int, ...], candidates: Candidates, alignment: int, cost: Cost
+) -> Group:
+    points = candidates.points
+    costs = [_point_cost(candidates, p, cost) for p in points]
+    choices = tuple(
+        Choice(padded(p.n_bytes, alignment), c) for p, c in zip(points, costs, strict=True)
+    )
+    return Group(members, choices, tuple((p,) for p in points), tuple((c,) for c in costs))
 
 
 def notes(problem: Problem) -> list[str]:

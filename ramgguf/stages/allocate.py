@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 from ramgguf.errors import BudgetError
+from ramgguf.garbage import uncollected
 from ramgguf.gguf_layout import padded
 from ramgguf.knapsack import Choice, Solution, smallest, solve
 from ramgguf.objectives import Costing
@@ -14,6 +15,7 @@ from ramgguf.units import format_bytes
 MAX_UNUSED = 0.001  # of the budget; what a plan leaves beyond it is explained
 
 
+@uncollected()
 def allocate(
     measurement: Measurement,
     budget: int,

@@ -33,7 +33,7 @@ $python -m pip list 2>/dev/null | grep -i -E '^(cmake|gguf|llama|numpy|pydantic 
 venv/bin/ramgguf --version
 
 files="units formats gguf_io gguf_write gguf_hostile line_file imatrix allocate knapsack frontier choices quantize
-    hostile_documents result_files robust logits memory gptq cli engine sensitivity evaluate"
+    hostile_documents result_files robust logits memory gptq runs cli engine sensitivity evaluate"
 # Not what is timed: other versions have other speeds.
 $python -P -m pytest -q -p no:cacheprovider -k 'not in_50_ms and not take_seconds' \
     $(for file in $files; do echo "tests/test_$file.py"; done)

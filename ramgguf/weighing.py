@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +21,7 @@ from ramgguf.schema import Plan
 
 Rows = NDArray[np.uint8]
 Importance = NDArray[np.float32] | None
+Job = TypeVar("Job")
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Scale:
         make = partial(hessians.factored, tensor.name, tensor.row_length)
         return Scale(found, tensor.n_rows // n_experts, make)
 
-    def parts(self, start: int, stop: int) -> Iterator[tuple[slice, NDArray[np.float32] | None]]:
+    def parts(self, start: int, stop: int) -> Iterator[tuple[slice, Importance]]:
         """Yield slices of the rows start to stop, counted from start, each with its importance."""
         if self.importance is None:
             yield slice(0, stop - start), None
@@ -140,9 +142,14 @@ class Piece:
     rows: Rows
     start: int
 
-    def parts(self) -> Iterator[tuple[slice, NDArray[np.float32] | None]]:
+    def parts(self) -> Iterator[tuple[slice, Importance]]:
         """Yield slices of the rows, each with its importance."""
         return self.scale.parts(self.start, self.start + len(self.rows))
+
+    def plain_parts(self) -> Iterator[tuple[slice, Importance]]:
+        """Yield the parts, none of them where a Hessian tells the error."""
+        if self.scale.hessian is None:
+            yield from self.parts()
 
     def weights(self) -> NDArray[np.float32]:
         """Return what the rows stand for, float32 (rows, columns)."""
@@ -154,20 +161,17 @@ def measure(
     pieces: Sequence[Piece], names: Sequence[Sequence[str]], encoder: str
 ) -> list[_core.RowStats]:
     """Return what _core.measure finds in each piece, in the formats named for it."""
-    jobs: list[tuple[Sequence[str], str, Rows, Importance]] = []
-    n_jobs = []
-    for piece, wanted in zip(pieces, names, strict=True):
-        before = len(jobs)
-        if piece.scale.hessian is None:
-            jobs += [(wanted, piece.type_name, piece.rows[p], w) for p, w in piece.parts()]
-        n_jobs.append(len(jobs) - before)
-    found = iter(_core.measure_many(jobs, encoder=_feedforward(encoder)))
-    return [
-        _merged(list(islice(found, n)))
-        if n
-        else piece.scale._measure_outputs(wanted, piece.type_name, piece.rows, encoder)
-        for piece, wanted, n in zip(pieces, names, n_jobs, strict=True)
+    jobs = [
+        [(wanted, piece.type_name, piece.rows[p], w) for p, w in piece.plain_parts()]
+        for piece, wanted in zip(pieces, names, strict=True)
     ]
+    return _found(
+        jobs,
+        partial(_core.measure_many, encoder=_feedforward(encoder)),
+        lambda i: pieces[i].scale._measure_outputs(
+            names[i], pieces[i].type_name, pieces[i].rows, encoder
+        ),
+    )
 
 
 def encode(
@@ -194,22 +198,30 @@ def compare(
     pieces: Sequence[Piece], to: Sequence[str], after: Sequence[Rows]
 ) -> list[_core.RowStats]:
     """Return the error of the rows `after`, of the types named, against each piece."""
-    jobs: list[tuple[str, Rows, str, Rows, Importance]] = []
-    n_jobs = []
+    jobs = []
     for piece, name, rows in zip(pieces, to, after, strict=True):
-        before = len(jobs)
-        if piece.scale.hessian is None:
-            known, decoded = _known(name, rows)
-            jobs += [
-                (piece.type_name, piece.rows[p], known, decoded[p], w) for p, w in piece.parts()
-            ]
-        n_jobs.append(len(jobs) - before)
-    found = iter(_core.compare_many(jobs))
+        parts = list(piece.plain_parts())
+        known, decoded = _known(name, rows) if parts else (name, rows)
+        jobs.append([(piece.type_name, piece.rows[p], known, decoded[p], w) for p, w in parts])
+    return _found(
+        jobs,
+        _core.compare_many,
+        lambda i: pieces[i].scale._compare_outputs(
+            pieces[i].type_name, pieces[i].rows, pieces[i].weights(), to[i], after[i]
+        ),
+    )
+
+
+def _found(
+    jobs: Sequence[Sequence[Job]],
+    run: Callable[[list[Job]], list[_core.RowStats]],
+    of_outputs: Callable[[int], _core.RowStats],
+) -> list[_core.RowStats]:
+    """Return what run finds in the jobs of every piece; of_outputs(i), where the i-th has none."""
+    found = iter(run([job for own in jobs for job in own]))
     return [
-        _merged(list(islice(found, n)))
-        if n
-        else piece.scale._compare_outputs(piece.type_name, piece.rows, piece.weights(), name, rows)
-        for piece, name, rows, n in zip(pieces, to, after, n_jobs, strict=True)
+        _merged(list(islice(found, len(own)))) if own else of_outputs(i)
+        for i, own in enumerate(jobs)
     ]
 
 

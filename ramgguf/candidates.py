@@ -6,6 +6,7 @@ from functools import cache
 
 from ramgguf import _core, formats, libggml
 from ramgguf.errors import FormatError
+from ramgguf.garbage import uncollected
 from ramgguf.gguf_io import GGUFFile, TensorInfo
 from ramgguf.imatrix import Imatrix
 from ramgguf.roles import never_quantized
@@ -123,6 +124,7 @@ def _smaller(type_name: str, row_length: int, row_bytes: int, wanted: Sequence[s
     return _Smaller(tuple(names), excluded)
 
 
+@uncollected()
 def jobs_of(
     file: GGUFFile,
     wanted: Sequence[str],

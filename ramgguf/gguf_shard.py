@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ramgguf._core import Header, HeaderError, scan_header
 from ramgguf.errors import GGUFError
+from ramgguf.garbage import uncollected
 from ramgguf.gguf_values import GGML_TYPES, GGML_TYPES_BY_ID, KeySpan, Metadata, TensorInfo
 
 _FIRST_READ = 1 << 22
@@ -41,10 +42,12 @@ class Shard:
         self.alignment = header.alignment
         self.version = header.version
         self.metadata = Metadata(self.head, map(KeySpan._make, header.keys))
-        self.tensors = tuple(
-            TensorInfo(name, shape, GGML_TYPES_BY_ID[kind].name, kind, n_bytes, number, offset)
-            for name, shape, kind, offset, n_bytes in header.tensors
-        )
+        with uncollected():
+            names = {kind: GGML_TYPES_BY_ID[kind].name for _, _, kind, _, _ in header.tensors}
+            self.tensors = tuple(
+                TensorInfo(name, shape, names[kind], kind, n_bytes, number, offset)
+                for name, shape, kind, offset, n_bytes in header.tensors
+            )
 
     def read(self, offset: int, buffer: memoryview) -> None:
         """Fill the buffer with tensor data from that offset of the file on.

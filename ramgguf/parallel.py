@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, pairwise
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -49,35 +49,49 @@ def runs(tensors: Iterable[Rows]) -> Iterator[Run]:
 
     Chunks of small tensors come together, as many as are no larger than one of a large tensor.
     """
-    run: Run = []
-    n_weights = 0
-    for index, tensor in enumerate(tensors):
-        n_rows, row_length = tensor.n_rows, tensor.row_length
-        step = max(1, CHUNK_WEIGHTS // row_length)
-        for start in range(0, n_rows, step):
-            stop = min(start + step, n_rows)
-            n_weights += (stop - start) * row_length
-            if run and n_weights > CHUNK_WEIGHTS:
-                yield run
-                run, n_weights = [], (stop - start) * row_length
-            run.append(Chunk(index, start, stop))
-    if run:
-        yield run
+    return _together(
+        (Chunk(index, start, min(start + step, tensor.n_rows)), tensor.row_length)
+        for index, tensor in enumerate(tensors)
+        for step in (max(1, CHUNK_WEIGHTS // tensor.row_length),)
+        for start in range(0, tensor.n_rows, step)
+    )
 
 
 def sample(tensors: Iterable[Rows]) -> Iterator[Run]:
     """Yield chunks of SAMPLE_CHUNKS ranges of rows spread over each tensor, of few weights in all.
 
     They hold SAMPLE_SHARE of the weights, SAMPLE_WEIGHTS at least: small tensors are taken whole.
+    Small chunks come together, as in runs.
     """
-    for index, tensor in enumerate(tensors):
-        n_rows, row_length = tensor.n_rows, tensor.row_length
-        wanted = max(SAMPLE_WEIGHTS, int(SAMPLE_SHARE * n_rows * row_length))
-        step = max(1, -(-wanted // (SAMPLE_CHUNKS * row_length)))
-        n_chunks = min(SAMPLE_CHUNKS, -(-n_rows // step))
-        starts = [i * n_rows // n_chunks for i in range(n_chunks)]
-        ends = [*starts[1:], n_rows]
-        yield [Chunk(index, a, min(a + step, b)) for a, b in zip(starts, ends, strict=True)]
+    return _together(
+        (chunk, tensor.row_length)
+        for index, tensor in enumerate(tensors)
+        for chunk in _sample_of(index, tensor.n_rows, tensor.row_length)
+    )
+
+
+def _sample_of(index: int, n_rows: int, row_length: int) -> Iterator[Chunk]:
+    wanted = max(SAMPLE_WEIGHTS, int(SAMPLE_SHARE * n_rows * row_length))
+    step = max(1, -(-wanted // (SAMPLE_CHUNKS * row_length)))
+    n_chunks = min(SAMPLE_CHUNKS, -(-n_rows // step))
+    starts = [i * n_rows // n_chunks for i in range(n_chunks)]
+    for start, end in pairwise([*starts, n_rows]):
+        yield Chunk(index, start, min(start + step, end))
+
+
+def _together(chunks: Iterable[tuple[Chunk, int]]) -> Iterator[Run]:
+    """Yield the chunks, given with their row length, in runs of up to CHUNK_WEIGHTS weights."""
+    run: Run = []
+    n_weights = 0
+    for chunk, row_length in chunks:
+        own = (chunk.stop - chunk.start) * row_length
+        if run and n_weights + own > CHUNK_WEIGHTS:
+            yield run
+            run, n_weights = [], 0
+        run.append(chunk)
+        n_weights += own
+    if run:
+        yield run
 
 
 def map_chunks(function: Callable[[Chunk], R], runs: Iterable[Run], threads: int) -> Iterator[R]:

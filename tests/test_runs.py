@@ -304,9 +304,22 @@ def test_other_data_have_another_digest(tmp_path: Path) -> None:
     assert digests[0] != digests[1]
 
 
-def test_samples_are_of_every_tensor() -> None:
-    tensors = [Shape(3, 64), Shape(9000, 4096)]
-    assert [{c.index for c in run} for run in sample(tensors)] == [{0}, {1}]
+def test_samples_are_spread_over_every_tensor_and_come_in_small_runs() -> None:
+    tensors = [Shape(3, 64), Shape(9000, 4096), Shape(128, 1 << 20), *[Shape(9, 256)] * 50]
+    found = list(sample(tensors))
+    chunks = [c for run in found for c in run]
+    assert [c.index for c in chunks] == sorted(c.index for c in chunks)
+    for i, tensor in enumerate(tensors):
+        own = [c for c in chunks if c.index == i]
+        n_rows = sum(c.stop - c.start for c in own)
+        share = n_rows / tensor.n_rows
+        assert share == 1 or n_rows * tensor.row_length >= parallel.SAMPLE_WEIGHTS
+        assert max(b.start - a.stop for a, b in itertools.pairwise([*own, own[-1]])) <= (
+            tensor.n_rows / len(own)
+        )
+    sizes = [sum((c.stop - c.start) * tensors[c.index].row_length for c in run) for run in found]
+    assert max(sizes) <= parallel.CHUNK_WEIGHTS  # however long the rows, a run is one of them
+    assert len(found[-1]) >= 50
 
 
 def test_the_collector_is_as_it_was_afterwards() -> None:

@@ -12,7 +12,7 @@ STAMP  := $(VENV)/.installed
 KERNEL_TESTS := $(patsubst %,tests/test_%.py,formats kernels search small_formats libggml logits weighing imatrix gptq \
 	quantize determinism end_to_end evaluate engine sensitivity calibrate calibrated_plans refine cli)
 
-.PHONY: all demo test test-neon test-aarch64 test-oldest sanitize lint tidy soak bench clean
+.PHONY: all demo test test-neon test-aarch64 test-oldest sanitize lint soak bench clean
 
 all: $(STAMP)
 
@@ -26,10 +26,6 @@ lint: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/clang-format --dry-run --Werror $(wildcard cpp/*.cpp cpp/*.h cpp/*/*.h)
-	VENV=$(VENV) sh tools/tidy.sh $(filter-out cpp/kernels%,$(wildcard cpp/*.cpp))
-
-# The kernels, too: minutes.
-tidy: $(STAMP)
 	VENV=$(VENV) sh tools/tidy.sh
 
 test: $(STAMP) lint

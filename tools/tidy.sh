@@ -1,6 +1,6 @@
 #!/bin/sh
 # Run clang-tidy (.clang-tidy) over the core: kernels at one ISA level, since all levels share their source.
-# usage: tools/tidy.sh [sources]      all of cpp/ unless given; the kernels' templates take a minute each
+# usage: tools/tidy.sh [sources]      all of cpp/ unless given; two to three minutes of one core
 set -eu
 cd "$(dirname "$0")/.."
 venv=$PWD/${VENV:-.venv}

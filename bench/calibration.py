@@ -6,8 +6,8 @@
 For every mix (Q3_K_M, Q4_K_M, Q5_K_M, made by llama.cpp itself): the mix, the mix that llama.cpp
 makes with each importance matrix, and plans that fit its bytes with measured α only, with each
 matrix only (by priors, and by two objectives of weighed errors), and with both; --hessian NAME=FILE
-adds error feedback. Scored on a text that no
-calibration saw. Appends a line per file to bench/results/calibration.jsonl.
+adds error feedback, in the formats of the last and in plans by its own errors. Scored on a text
+that no calibration saw. Appends a line per file to bench/results/calibration.jsonl.
 """
 
 import argparse
@@ -30,7 +30,10 @@ MIXES = ("Q4_K_M", "Q3_K_M", "Q5_K_M")
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a file is made: encoder, and what weighs its errors and its plan."""
+    """How a file is made: encoder, and what weighs its errors and its plan.
+
+    own: planned by the errors of gptq, where `quantize` plans by those of search.
+    """
 
     name: str
     encoder: Encoder
@@ -38,6 +41,7 @@ class Recipe:
     imatrix: Path | None = None
     hessian: Path | None = None
     objective: str | None = None
+    own: bool = False
 
 
 def recipes(arguments: argparse.Namespace) -> Iterator[Recipe]:
@@ -53,7 +57,8 @@ def recipes(arguments: argparse.Namespace) -> Iterator[Recipe]:
         if alpha:
             yield Recipe(f"alpha + imatrix {name}", "search", alpha, path)
         if name in hessians:
-            yield Recipe(f"alpha + gptq {name}", "gptq", alpha, path, hessians[name])
+            yield Recipe(f"alpha + gptq {name}", "gptq", alpha, path, hessians[name], own=True)
+            yield Recipe(f"alpha + imatrix {name} + gptq", "gptq", alpha, path, hessians[name])
 
 
 @cache
@@ -78,6 +83,8 @@ def make(arguments: argparse.Namespace, recipe: Recipe, budgets: dict[str, int])
     paths = {mix: folder / f"{tag}-{mix}.gguf" for mix in budgets}
     if all(path.exists() for path in paths.values()):
         return list(paths.values())
+    if recipe.encoder == "gptq" and not recipe.own:
+        return feed_back(arguments, recipe, budgets, paths)
     measured = measure(
         arguments.source, recipe.encoder, recipe.imatrix, recipe.hessian, arguments.threads,
         tuple(arguments.formats) if arguments.formats and recipe.hessian else None,
@@ -92,6 +99,21 @@ def make(arguments: argparse.Namespace, recipe: Recipe, budgets: dict[str, int])
             ramgguf.quantize(
                 arguments.source, n_bytes, paths[mix], measurement=measured, sensitivity=alpha,
                 objective=recipe.objective, verify=False, threads=arguments.threads,
+            )  # fmt: skip
+    return list(paths.values())
+
+
+def feed_back(
+    arguments: argparse.Namespace, recipe: Recipe, budgets: dict[str, int], paths: dict[str, Path]
+) -> list[Path]:
+    """Write the files as `quantize --encoder gptq` does: in the formats of the searched plans."""
+    assert recipe.sensitivity is not None
+    alpha = ramgguf.reweigh(recipe.sensitivity, arguments.source, recipe.imatrix)
+    for mix, n_bytes in budgets.items():
+        if not paths[mix].exists():
+            ramgguf.quantize(
+                arguments.source, n_bytes, paths[mix], encoder="gptq", imatrix=recipe.imatrix,
+                hessian=recipe.hessian, sensitivity=alpha, verify=False, threads=arguments.threads,
             )  # fmt: skip
     return list(paths.values())
 

@@ -12,8 +12,9 @@ from ramgguf import formats as _formats
 from ramgguf.calibrating import calibrate, perturb
 from ramgguf.corpus import Recipe, default_corpus, text_file
 from ramgguf.corpus import dataset as dataset_corpus
-from ramgguf.errors import EngineError, GGUFError, PlanError
-from ramgguf.files import refuse_existing, require_disk_space
+from ramgguf.destinations import check_destination, default_output
+from ramgguf.errors import EngineError, PlanError
+from ramgguf.feedback import fed_back, first_measure
 from ramgguf.format_sets import expand
 from ramgguf.gguf_io import GGUFFile, open_gguf
 from ramgguf.gguf_layout import planned_header_bytes
@@ -157,12 +158,15 @@ def quantize(
     Needs a budget, memory (with or without a budget) or a ready plan; a ready measurement saves
     measuring again; options are those of plan, imatrix and hessian are as in measure. Without a
     ready plan, refine is how many swaps of formats are tried by forward passes, whose cost announce
-    is told, on the workers of an executor if there is one. output is by default beside the model
-    and named after the plan's bits per weight.
+    is told, on the workers of an executor if there is one. With the encoder gptq and no ready plan
+    or measurement, formats are chosen by the errors of search, and a sensitivity must suit these:
+    without Hessians. output is by default beside the model and named after the plan's bits per
+    weight.
     Raises RamggufError; an older output is then untouched.
     """
     clock, n_threads, shown = Clock(), threads or default_threads(), progress or Silent()
     journal: Path | None = None
+    feed_back: Callable[[Plan], Plan] | None = None
     model = local_path(model)
     wanted_path = Path(output) if output is not None else beside(model, model.name)
     with open_gguf(model, kind_check=True) as file, ExitStack() as stack:
@@ -172,7 +176,7 @@ def quantize(
             most = None if budget is None else budget_bytes(budget, file.n_weights, file.n_bytes)
             room = Room.of(file, most, memory, stack)
             n_bytes = room.n_bytes
-            _check_destination(wanted_path, output is not None and not force, n_bytes)
+            check_destination(wanted_path, output is not None and not force, n_bytes)
             shards = partial(plan_for_shards, file, options, split_max_bytes)
 
             def plan_it(measured: Measurement) -> Plan:
@@ -187,17 +191,20 @@ def quantize(
                     _measure.measure,
                     file,
                     n_overhead_bytes=_overhead_bytes(file, weighed),
-                    wanted=expand(wanted) if (wanted := options.get("formats")) else None,
-                    encoder=encoder,
-                    imatrix=weighed,
                     allow_requantize=allow_requantize,
                     threads=n_threads,
                     progress=shown,
                 )
-                screens = encoder != "gptq" and file.n_weights >= MANY_WEIGHTS
+                wanted = expand(names) if (names := options.get("formats")) else None
                 measurement, made = measure_and_plan(
-                    measure_it, plan_it, options, clock.stage, screens=screens
+                    first_measure(measure_it, encoder, weighed, wanted),
+                    plan_it,
+                    options,
+                    clock.stage,
+                    screens=file.n_weights >= MANY_WEIGHTS,
                 )
+                if encoder == "gptq":
+                    feed_back = partial(fed_back, measure=measure_it, imatrix=weighed)
             if refine:
                 journal = refinement_journal(wanted_path, made)
                 with clock.stage("refine"):
@@ -214,6 +221,9 @@ def quantize(
                         progress=shown,
                         announce=announce,
                     )
+            if feed_back is not None:
+                with clock.stage("feed back"):
+                    made = feed_back(made)
         else:
             raise PlanError("either a budget, memory or a plan is needed, and not both")
         path = Path(output) if output is not None else default_output(model, made)
@@ -280,24 +290,6 @@ def evaluate(
         executor=executor,
         progress=progress,
     )
-
-
-def _check_destination(output: Path, must_be_new: bool, n_bytes: int) -> None:
-    """Raise GGUFError before any work when the output exists or cannot fit the disk."""
-    if must_be_new:
-        refuse_existing(output, force=False, error=GGUFError)
-    require_disk_space(output.parent, n_bytes, error=GGUFError)
-
-
-def default_output(model: Path, plan: Plan) -> Path:
-    """Return the path that says the plan's bits per weight: smol768-ram-4.41bpw.gguf.
-
-    It is beside the model, or in the current folder for a model from the hub.
-    """
-    stem = model.name.removesuffix(".gguf")
-    for suffix in ("f32", "f16", "bf16", "F32", "F16", "BF16"):
-        stem = stem.removesuffix(f"-{suffix}").removesuffix(f".{suffix}")
-    return beside(model, f"{stem}-ram-{plan.bpw:.2f}bpw.gguf")
 
 
 def _overhead_bytes(file: GGUFFile, imatrix: Imatrix | None) -> int:

@@ -9,11 +9,12 @@ import pytest
 
 import ramgguf
 from ramgguf import _core, formats
-from ramgguf.errors import ImatrixError, PlanError
+from ramgguf.errors import FormatError, ImatrixError, PlanError
+from ramgguf.feedback import fed_back
 from ramgguf.gguf_io import GGUFFile, open_gguf
 from ramgguf.imatrix import load_imatrix
 from ramgguf.priors import Shape, prior
-from ramgguf.schema import Encoder, Plan
+from ramgguf.schema import Encoder, Measurement, Plan
 from ramgguf.weighing import Scale
 from tiny_models import write_tiny_model
 
@@ -79,6 +80,45 @@ def test_the_planned_error_is_that_of_the_outputs(
             assert gram is not None
             found = _output_error(file, written, a.name, gram.astype(np.float64))
             assert found == pytest.approx(a.nmse, rel=1e-4)
+
+
+def test_error_feedback_takes_the_formats_of_the_searched_plan(
+    model: Path, files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    searched = ramgguf.quantize(
+        model, "6bpw", tmp_path / "s.gguf", imatrix=files[0], formats=FORMATS, threads=1
+    )
+    fed = ramgguf.quantize(
+        model, "6bpw", tmp_path / "g.gguf", encoder="gptq", imatrix=files[0], hessian=files[1],
+        formats=FORMATS, threads=1,
+    )  # fmt: skip
+    pairs = list(zip(searched.plan.assignments, fed.plan.assignments, strict=True))
+    assert all((a.format, a.cost) == (b.format, b.cost) for a, b in pairs)
+    changed = [(a, b) for a, b in pairs if a.format != a.source_format]
+    assert sum(a.nmse != b.nmse for a, b in changed) >= 15
+    assert fed.plan.encoder == "gptq"
+    assert fed.plan.imatrix == load_imatrix(*files).source
+    assert any("error feedback" in note for note in fed.plan.notes)
+    assert fed.worst_departure is not None
+    assert fed.worst_departure < 1e-9
+    assert fed.paths[0].read_bytes() != searched.paths[0].read_bytes()
+    # Its plan stands by itself.
+    again = ramgguf.quantize(model, from_plan=fed.plan, output=tmp_path / "a.gguf", threads=1)
+    assert again.paths[0].read_bytes() == fed.paths[0].read_bytes()
+
+
+def test_error_feedback_that_a_tensor_does_not_allow_is_told(
+    model: Path, files: tuple[Path, Path]
+) -> None:
+    searched = ramgguf.plan(ramgguf.measure(model, formats=FORMATS, threads=1), "6bpw")
+
+    def measure(**wanted: object) -> Measurement:
+        found = ramgguf.measure(model, formats=["Q8_0"], threads=1)
+        assert wanted["encoder"] == "gptq"
+        return found
+
+    with pytest.raises(FormatError, match=r"cannot be encoded in Q\d_\d by gptq: it was not"):
+        fed_back(searched, measure, None)
 
 
 def test_error_feedback_lowers_the_outputs_error(model: Path, files: tuple[Path, Path]) -> None:

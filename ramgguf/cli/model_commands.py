@@ -122,11 +122,12 @@ def quantize(
     if calibrate:
         weighed = calibrated(model, calibrate, threads, terminal, hessians=chosen == "gptq")
     with connected(workers) as executor:
+        feeds_back = chosen == "gptq" and not (plan_file or measurement)  # planned as by search
         sensed = load_or_measure(
             model,
             sensitivity,
-            encoder=chosen,
-            weighed=weighed,
+            encoder="search" if feeds_back else chosen,
+            weighed=Weighed(weighed.imatrix, None) if feeds_back else weighed,
             limit=sensitivity_time,
             threads=threads,
             executor=executor,

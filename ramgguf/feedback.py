@@ -23,11 +23,17 @@ def first_measure(
 ) -> Measure:
     """Return how what is planned with is measured: for gptq, what search would do.
 
-    Formats of libggml are left out then, as their errors are not known in terms of a Hessian.
+    Raises FormatError when formats of libggml are wanted then, as their errors are not known in
+    terms of a Hessian.
     """
     if encoder != "gptq":
         return partial(measure, encoder=encoder, imatrix=imatrix, wanted=wanted)
-    known = tuple(n for n in wanted or formats.offered() if formats.get(n).encodable)
+    known = wanted or formats.offered()
+    if others := [name for name in known if not formats.get(name).encodable]:
+        raise FormatError(
+            f"{', '.join(others)} cannot be planned for gptq: their errors are not known in terms "
+            "of a Hessian; leave these formats out"
+        )
     plain = None if imatrix is None else replace(imatrix, hessians=None)
     return partial(measure, encoder="search", imatrix=plain, wanted=known)
 

@@ -8,6 +8,8 @@
 
 #include <string.h>
 
+#include <type_traits>
+
 #include "float_mode.h"
 #include "formats/iq4_nl.h"
 #include "formats/iq4_xs.h"
@@ -51,13 +53,25 @@ struct alignas(64) Sweep {
     int32_t codes[kUnit];
 };
 
+// Search keeps codes within their range, but for Q8_0, whose scale is made for the largest weight;
+// what is fed back may make others larger.
+template <class F>
+RAMGGUF_INLINE auto level(const typename F::Fit& fit, Lanes x, int j) {
+    const auto code = Search<F>::quantize(fit, x, j);
+    if constexpr (std::is_same_v<F, Q8_0>) {
+        return clamp(code, -127.0f, 127.0f);
+    } else {
+        return code;
+    }
+}
+
 // Rounds columns begin .. end with the scales of fit, in turn, and hands on their errors.
 template <class F>
 RAMGGUF_INLINE void round_columns(const typename F::Fit& fit, const float* factor, int begin,
                                   int end, Sweep& sweep) {
     for (int k = begin; k < end; ++k) {
         const int j = k / kLanes;
-        const IntLanes code = to_int(Search<F>::quantize(fit, load(sweep.x + kLanes * j), j));
+        const IntLanes code = to_int(level<F>(fit, load(sweep.x + kLanes * j), j));
         alignas(64) int32_t codes[kLanes];
         alignas(64) float values[kLanes];
         store(codes, code);

@@ -50,15 +50,39 @@ class Hessian:
 
     def error(self, difference: Floats) -> float:
         """Return Σ eHeᵀ over the rows e of a difference: that of the output, per input."""
+        return float(self.errors(difference).sum())
+
+    def errors(self, difference: Floats) -> NDArray[np.float64]:
+        """Return eHeᵀ of each row e of a difference."""
         product = difference @ self.mean
-        return float(np.einsum("ij,ij->", product, difference, dtype=np.float64))
+        found: NDArray[np.float64] = np.einsum("ij,ij->i", product, difference, dtype=np.float64)
+        return found
 
 
 def encode(type_name: str, rows: Floats, hessian: Hessian, importance: Floats) -> NDArray[np.uint8]:
     """Return blocks of the rows, in a format of FORMATS; importance (columns) weighs scales.
 
-    Rows are rounded independently of each other. Raises ValueError where a scale would overflow.
+    Rows are rounded independently of each other. Where error feedback makes a row's output worse
+    than search does, the row is search's. Raises ValueError where a scale would overflow.
     """
+    swept = _swept(type_name, rows, hessian, importance)
+    searched = np.empty_like(swept)
+    raw = np.ascontiguousarray(rows, np.float32).view(np.uint8)
+    _core.encode(type_name, "F32", raw, searched, encoder="search", importance=importance)
+    worse = _errors(type_name, swept, rows, hessian) > _errors(type_name, searched, rows, hessian)
+    swept[worse] = searched[worse]
+    return swept
+
+
+def _errors(
+    type_name: str, blocks: NDArray[np.uint8], rows: Floats, hessian: Hessian
+) -> NDArray[np.float64]:
+    decoded = np.empty(rows.shape, np.float32)
+    _core.decode(type_name, blocks, decoded)
+    return hessian.errors(rows - decoded)
+
+
+def _swept(type_name: str, rows: Floats, hessian: Hessian, importance: Floats) -> NDArray[np.uint8]:
     n_rows, n_columns = rows.shape
     left = np.ascontiguousarray(rows, np.float32).copy()
     blocks = np.empty((n_rows, formats.row_bytes(type_name, n_columns)), np.uint8)

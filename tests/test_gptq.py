@@ -80,6 +80,38 @@ def test_the_outputs_error_falls_below_that_of_the_search(name: str) -> None:
     assert 0.01 < ratio < 0.9
 
 
+@pytest.mark.parametrize("name", sorted(gptq.FORMATS))
+def test_what_is_fed_back_stays_within_the_range_of_a_block(name: str) -> None:
+    """The second input is the first on a fifth of its scale, so it is given five times its error.
+
+    Its weight is the largest of the block that the scale is made for.
+    """
+    rng = np.random.default_rng(9)
+    x = rng.standard_normal((2000, 256)).astype(np.float32)
+    x[:, 1] = 0.2 * x[:, 0] + 0.01 * x[:, 1]
+    w = rng.uniform(-0.7, 0.7, (200, 256)).astype(np.float32)
+    w[:, 1] = np.where(np.arange(200) % 2, 1, -1)
+    hessian = Hessian.of(x.T @ x, 2000)
+    importance = np.ascontiguousarray(np.diag(hessian.mean))
+    swept = _decoded(name, gptq._swept(name, w, hessian, importance), 256)
+    assert (np.sign(swept[:, 1]) == np.sign(w[:, 1])).all()
+    assert np.abs(swept).max() < 3
+
+
+def test_no_row_comes_out_worse_than_searched() -> None:
+    """Inputs that hardly go together: what feedback brings is small, and not for every row."""
+    x = np.random.default_rng(1).standard_normal((6000, 256)).astype(np.float32)
+    w, flat = _weights(60, 256, 9), np.ones(256, np.float32)
+    hessian = Hessian.of(x.T @ x, 6000)
+    kept, swept = (
+        _decoded("Q4_0", f("Q4_0", w, hessian, flat), 256) for f in (gptq.encode, gptq._swept)
+    )
+    searched = _decoded("Q4_0", _searched("Q4_0", w, flat), 256)
+    errors = [hessian.errors(w - q) for q in (kept, swept, searched)]
+    assert (errors[1] > errors[2]).any()  # or there was nothing to keep out
+    np.testing.assert_allclose(errors[0], np.minimum(errors[1], errors[2]), rtol=1e-6)
+
+
 def test_every_column_is_rounded_to_the_level_nearest_to_what_feedback_made_of_it() -> None:
     n = 576  # two superblocks' worth and a quarter
     x, w = _correlated(n, 2000, 6), _weights(4, n, 6)

@@ -362,7 +362,7 @@ def test_a_full_disk_is_an_error_and_leaves_the_older_output(
 
     if noticed != "before":
         monkeypatch.setattr("ramgguf.gguf_write.require_disk_space", lambda *_, **__: None)
-        monkeypatch.setattr("ramgguf.api.require_disk_space", lambda *_, **__: None)
+        monkeypatch.setattr("ramgguf.destinations.require_disk_space", lambda *_, **__: None)
     if noticed == "when writing":
         monkeypatch.setattr(os, "posix_fallocate", unsupported)
     message = "needs" if noticed == "before" else "the disk is full"

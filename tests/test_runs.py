@@ -240,7 +240,7 @@ def test_one_bad_job_of_many_is_an_error() -> None:
         )
     with pytest.raises(ValueError, match="'Q4_9' is unknown"):
         _core.measure_many([(("Q4_K",), "F32", good, None), (("Q4_9",), "F32", good, None)])
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError):  # half a job, as only callers without a type checker can write
         _core.compare_many([("F32", good)])  # type: ignore[list-item]
 
 

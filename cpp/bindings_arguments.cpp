@@ -28,9 +28,11 @@ void fail(const std::string& message) {
 
 int find_format(const std::string& name) {
     const Kernels& k = kernels();
-    std::string known;
     for (int i = 0; i < k.n_formats; ++i) {
         if (name == k.formats[i].name) return i;
+    }
+    std::string known;
+    for (int i = 0; i < k.n_formats; ++i) {
         known += (i ? ", " : "") + std::string(k.formats[i].name);
     }
     fail("format '" + name + "' is unknown; known are " + known);

@@ -68,6 +68,7 @@ struct Measuring {
               const py::array& src, const py::object& importance, EncoderId id)
         : w(weights_of("src", src_type, src)), encoder(id), errors(names.size()) {
         set_importance(w, importance);
+        formats.reserve(names.size());
         for (const auto& name : names) {
             formats.push_back(find_format(name));
             check_block_size(w, formats.back());
@@ -82,6 +83,7 @@ struct Measuring {
     }
 
     RowStats tell() {
+        stats.errors.reserve(errors.size());
         for (size_t i = 0; i < errors.size(); ++i) {
             settle(errors[i]);
             stats.errors.push_back({kernels().formats[formats[i]].name, errors[i]});

@@ -54,13 +54,18 @@ RowStats joined(const std::vector<RowStats>& parts, double sum_squares,
     return all;
 }
 
-using ErrorRow = std::tuple<std::string, double, double, double, bool>;
+using ErrorRow = std::tuple<py::str, double, double, double, bool>;
+
+// The one Python string of that name, which every tensor's curve then shares.
+py::str interned(const std::string& name) {
+    return py::reinterpret_steal<py::str>(PyUnicode_InternFromString(name.c_str()));
+}
 
 std::vector<ErrorRow> error_rows(const RowStats& stats) {
     std::vector<ErrorRow> rows;
     rows.reserve(stats.errors.size());
     for (const FormatError& e : stats.errors) {
-        rows.emplace_back(e.format, e.sums.squares, e.sums.weighted_squares,
+        rows.emplace_back(interned(e.format), e.sums.squares, e.sums.weighted_squares,
                           std::sqrt(e.sums.max_square), e.sums.overflow);
     }
     return rows;

@@ -96,7 +96,7 @@ def _info_bytes(tensor: TensorInfo) -> int:
     return 24 + len(tensor.name.encode()) + 8 * len(tensor.shape)
 
 
-_Sized = tuple[TensorInfo, str, int]  # a tensor, its type, its padded bytes
+_Sized = tuple[TensorInfo, str, int, int]  # a tensor, its type, its bytes, and these padded
 
 
 def _pack(sized: list[_Sized], first: int, others: int, alignment: int, limit: int) -> list[int]:
@@ -107,7 +107,7 @@ def _pack(sized: list[_Sized], first: int, others: int, alignment: int, limit: i
     """
     counts = [0]
     header, data = first, 0
-    for tensor, _, n_bytes in sized:
+    for tensor, _, _, n_bytes in sized:
         info = _info_bytes(tensor)
         if counts[-1] and padded(header + info, alignment) + data + n_bytes > limit:
             counts.append(0)
@@ -122,14 +122,13 @@ def _shard(
 ) -> tuple[PlannedShard, list[PlannedTensor]]:
     parts = [struct.pack("<4sIQQ", b"GGUF", _VERSION, len(sized), len(records)), *records]
     offset = 0
-    for tensor, type_name, n_bytes in sized:
+    for tensor, type_name, _, n_bytes in sized:
         parts.append(_tensor_info(tensor, ggml_type(type_name).id, offset))
         offset += n_bytes
     header = b"".join(parts)
     header += bytes(padded(len(header), alignment) - len(header))
     planned, at = [], len(header)
-    for tensor, type_name, n_bytes in sized:
-        n_encoded = encoded_bytes(tensor, type_name)
+    for tensor, type_name, n_encoded, n_bytes in sized:
         planned.append(PlannedTensor(tensor.name, type_name, n_encoded, number, at))
         at += n_bytes
     return PlannedShard(path, header, at), planned
@@ -162,7 +161,8 @@ def plan_layout(
     sized = []
     for tensor in source.tensors:
         type_name = tensor_types.get(tensor.name, tensor.type_name)
-        sized.append((tensor, type_name, padded(encoded_bytes(tensor, type_name), alignment)))
+        n_encoded = encoded_bytes(tensor, type_name)
+        sized.append((tensor, type_name, n_encoded, padded(n_encoded, alignment)))
     records = _metadata(source, overrides)
     whole, planned = _shard(path, 0, records, sized, alignment)
     if split_max_bytes is None or whole.n_bytes <= split_max_bytes:

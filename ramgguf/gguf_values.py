@@ -4,7 +4,7 @@ import enum
 import math
 import struct
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -132,7 +132,7 @@ def string(value: str) -> Value:
     return Value(ValueType.STRING, value)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorInfo:
     """A tensor: shape is in ggml's order (row length first), offset is absolute in its shard."""
 
@@ -143,22 +143,21 @@ class TensorInfo:
     n_bytes: int
     shard: int
     offset: int
+    row_length: int = field(init=False, compare=False, repr=False)
+    n_rows: int = field(init=False, compare=False, repr=False)
+    row_bytes: int = field(init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        # Looked up for every chunk of every stage.
+        row_length, *others = self.shape
+        n_rows = math.prod(others)
+        object.__setattr__(self, "row_length", row_length)
+        object.__setattr__(self, "n_rows", n_rows)
+        object.__setattr__(self, "row_bytes", self.n_bytes // n_rows)
 
     @property
     def n_weights(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def row_length(self) -> int:
-        return self.shape[0]
-
-    @cached_property
-    def n_rows(self) -> int:
-        return math.prod(self.shape[1:])
-
-    @cached_property
-    def row_bytes(self) -> int:
-        return self.n_bytes // self.n_rows
+        return self.row_length * self.n_rows
 
 
 class KeySpan(NamedTuple):

@@ -3,6 +3,7 @@
 import hashlib
 import math
 import re
+from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field
@@ -35,12 +36,16 @@ class Source(_Value):
     hub: HubFile | None = None
 
 
-class Point(_Value):
+@dataclass(frozen=True, slots=True)
+class Point:
     """One point of a tensor's rate–distortion curve: its bytes and loss in a format.
 
     nmse_error is the standard error of an NMSE that was measured on a sample of the rows. Where
-    nmse is weighed by importance, plain_nmse is that of the weights by themselves.
+    nmse is weighed by importance, plain_nmse is that of the weights by themselves. A model may
+    have hundreds of thousands of points: they are small, and checked when they come from a file.
     """
+
+    __pydantic_config__ = _Value.model_config
 
     format: str
     n_bytes: Positive

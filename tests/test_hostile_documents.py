@@ -152,6 +152,25 @@ def test_a_frontier_that_does_not_fit_together_is_refused(what: str) -> None:
     assert _load(Frontier, text) is None
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("nmse", -0.5),
+        ("nmse", 1e101),
+        ("max_error", "0x1"),
+        ("max_error", None),
+        ("n_bytes", 0),
+        ("plain_nmse", -1.0),
+        ("surprise", 1),
+    ],
+)
+def test_points_that_cannot_be_are_refused(field: str, value: object) -> None:
+    edited = json.loads(made_documents.measurement().to_json())
+    edited["tensors"][0]["points"][1][field] = value
+    with pytest.raises(PlanError, match=rf"the file: tensors\.0\.points\.1\.{field}: "):
+        Measurement.from_json(json.dumps(edited), name="the file")
+
+
 @pytest.mark.parametrize("document", _DOCUMENTS, ids=lambda d: d.KIND)
 def test_documents_without_tensors_are_refused(document: Document) -> None:
     edited = json.loads(document.to_json())

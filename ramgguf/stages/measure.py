@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from operator import itemgetter
+from operator import attrgetter
 
 from ramgguf import _core, formats, weighing
 from ramgguf.candidates import FLOAT_FORMATS, TERNARY_NMSE, Job, jobs_of, restricted, tried
@@ -19,7 +19,7 @@ from ramgguf.parallel import Buffers, Run, map_runs, runs, sample
 from ramgguf.progress import Progress
 from ramgguf.roles import layer_of, role_of
 from ramgguf.sampling import SampledError, measure_samples
-from ramgguf.schema import Encoder, Measurement, Source, TensorMeasurement
+from ramgguf.schema import Encoder, Measurement, Point, Source, TensorMeasurement
 from ramgguf.version import __version__
 from ramgguf.weighing import Piece
 
@@ -156,38 +156,30 @@ def _tensor(
     points, excluded = _points(job, total, of_samples)
     role = role_of(tensor.name, file.architecture)
     weighed = total is not None and job.scale.importance is not None
-    # The points become Points in here: for themselves, that would take twice as long.
-    return TensorMeasurement.model_validate(
-        {
-            "name": tensor.name,
-            "shape": tensor.shape,
-            "role": "tied_embedding" if role == "embedding" and tied else role,
-            "layer": layer_of(tensor.name),
-            "source_format": tensor.type_name,
-            "n_bytes": tensor.n_bytes,
-            "sum_squares": total.sum_squares if total else 0.0,
-            "output_squares": job.scale.squares(total) if total and weighed else None,
-            "max_abs": total.max_abs if total else 0.0,
-            "excess_kurtosis": _excess_kurtosis(total) if total else 0.0,
-            "points": points,
-            "excluded": excluded,
-            "kept": job.kept,
-        }
+    return TensorMeasurement(
+        name=tensor.name,
+        shape=tensor.shape,
+        role="tied_embedding" if role == "embedding" and tied else role,
+        layer=layer_of(tensor.name),
+        source_format=tensor.type_name,
+        n_bytes=tensor.n_bytes,
+        sum_squares=total.sum_squares if total else 0.0,
+        output_squares=job.scale.squares(total) if total and weighed else None,
+        max_abs=total.max_abs if total else 0.0,
+        excess_kurtosis=_excess_kurtosis(total) if total else 0.0,
+        points=points,
+        excluded=excluded,
+        kept=job.kept,
     )
 
 
 def _points(
     job: Job, total: _core.RowStats | None, of_samples: Mapping[str, SampledError | str]
-) -> tuple[tuple[dict[str, object], ...], dict[str, str]]:
-    """Return the fields of the tensor's points by ascending bytes, and why others are none."""
+) -> tuple[tuple[Point, ...], dict[str, str]]:
+    """Return the tensor's points by ascending bytes, and why other formats are none."""
     tensor, excluded = job.tensor, dict(job.excluded)
     n_rows, row_length = tensor.n_rows, tensor.row_length
-    found: list[tuple[int, float, dict[str, object]]] = []
-
-    def add(name: str, n_bytes: int, nmse: float, **others: float | None) -> None:
-        found.append((n_bytes, nmse, {"format": name, "n_bytes": n_bytes, "nmse": nmse, **others}))
-
-    add(tensor.type_name, tensor.n_bytes, 0.0, max_error=0.0)
+    found = [Point(tensor.type_name, tensor.n_bytes, 0.0, 0.0)]
     if total is not None:
         squares = job.scale.squares(total) or math.inf
         # Where the NMSE is weighed, that of the weights by themselves is known besides.
@@ -197,27 +189,24 @@ def _points(
             if overflow:
                 excluded[name] = "a block's scale would overflow F16"
             elif name not in formats.TERNARY or nmse <= TERNARY_NMSE:
-                add(
-                    name,
-                    formats.row_bytes(name, row_length) * n_rows,
-                    nmse,
-                    max_error=max_error,
-                    plain_nmse=plain and squared / plain,
-                )
+                n_bytes = formats.row_bytes(name, row_length) * n_rows
+                found.append(Point(name, n_bytes, nmse, max_error, 0.0, plain and squared / plain))
     for name, sampled in of_samples.items():
         if isinstance(sampled, str):
             excluded[name] = sampled
             continue
-        add(
-            name,
-            formats.row_bytes(name, row_length) * n_rows,
-            sampled.nmse,
-            max_error=sampled.max_error,
-            nmse_error=sampled.standard_error,
-            plain_nmse=sampled.plain_nmse,
+        found.append(
+            Point(
+                name,
+                formats.row_bytes(name, row_length) * n_rows,
+                sampled.nmse,
+                sampled.max_error,
+                sampled.standard_error,
+                sampled.plain_nmse,
+            )
         )
-    found.sort(key=itemgetter(0, 1))
-    return tuple(fields for _, _, fields in found), excluded
+    found.sort(key=attrgetter("n_bytes", "nmse"))
+    return tuple(found), excluded
 
 
 def _excess_kurtosis(stats: _core.RowStats) -> float:

@@ -107,6 +107,36 @@ def test_error_feedback_takes_the_formats_of_the_searched_plan(
     assert again.paths[0].read_bytes() == fed.paths[0].read_bytes()
 
 
+def test_error_feedback_comes_after_refinement(
+    model: Path, files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    made = {}
+    for encoder, hessian in (("search", None), ("gptq", files[1])):
+        made[encoder] = ramgguf.quantize(
+            model, "40%", tmp_path / f"{encoder}.gguf", encoder=encoder, imatrix=files[0],
+            hessian=hessian, formats=FORMATS, objective="ram", refine=6, threads=1,
+        )  # fmt: skip
+    searched, fed = made["search"].plan, made["gptq"].plan
+    assert searched.refinement is not None
+    assert searched.refinement.swaps
+    assert fed.refinement is not None
+    assert fed.refinement.swaps == searched.refinement.swaps
+    assert [a.format for a in fed.assignments] == [a.format for a in searched.assignments]
+    assert fed.encoder == "gptq"
+    changed = [
+        (a, b)
+        for a, b in zip(searched.assignments, fed.assignments, strict=True)
+        if a.format != a.source_format
+    ]
+    assert sum(a.nmse != b.nmse for a, b in changed) >= 15
+    assert made["gptq"].worst_departure is not None
+    assert made["gptq"].worst_departure < 1e-9
+    assert made["gptq"].n_bytes == made["search"].n_bytes <= fed.budget
+    again = ramgguf.quantize(model, from_plan=fed, output=tmp_path / "a.gguf", threads=1)
+    assert again.paths[0].read_bytes() == made["gptq"].paths[0].read_bytes()
+    assert not list(tmp_path.glob("*.partial"))
+
+
 def test_error_feedback_that_a_tensor_does_not_allow_is_told(
     model: Path, files: tuple[Path, Path]
 ) -> None:

@@ -111,7 +111,8 @@ def test_error_feedback_comes_after_refinement(
     model: Path, files: tuple[Path, Path], tmp_path: Path
 ) -> None:
     made = {}
-    for encoder, hessian in (("search", None), ("gptq", files[1])):
+    ways: tuple[tuple[Encoder, Path | None], ...] = (("search", None), ("gptq", files[1]))
+    for encoder, hessian in ways:
         made[encoder] = ramgguf.quantize(
             model, "40%", tmp_path / f"{encoder}.gguf", encoder=encoder, imatrix=files[0],
             hessian=hessian, formats=FORMATS, objective="ram", refine=6, threads=1,

@@ -26,8 +26,9 @@ _STRETCH = 1 << 12  # of one distribution and scale
 class Shape:
     """What a model's size depends on; n_experts 0 makes a llama, else a qwen3moe.
 
-    n_slices cuts every matrix of a layer into that many tensors of its own, as checkpoints have it
-    in which each expert is a tensor; llama.cpp does not load those.
+    n_slices cuts every matrix of a layer, or only those of experts where there are any, into that
+    many tensors, as checkpoints have it in which each expert is a tensor of its own; llama.cpp does
+    not load those.
     """
 
     n_layers: int
@@ -68,11 +69,14 @@ def tensors(shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
         parts[f"ffn_gate{suffix}"] = parts[f"ffn_up{suffix}"] = (*experts, shape.ffn, width)
         parts[f"ffn_down{suffix}"] = (*experts, width, shape.ffn)
         for name, dims in parts.items():
-            if len(dims) == 1 or shape.n_slices == 1:
+            whole = len(dims) == 1 or (shape.n_experts and not name.endswith("_exps"))
+            if whole or shape.n_slices == 1:
                 yield f"blk.{i}.{name}.weight", dims
                 continue
+            n = dims[0] // shape.n_slices
             for k in range(shape.n_slices):
-                yield f"blk.{i}.{name}.{k}.weight", (dims[0] // shape.n_slices, *dims[1:])
+                sliced = dims[1:] if shape.n_experts and n == 1 else (n, *dims[1:])
+                yield f"blk.{i}.{name}.{k}.weight", sliced
     yield "output_norm.weight", (width,)
     yield "output.weight", (shape.n_vocab, width)
 

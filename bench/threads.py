@@ -1,6 +1,6 @@
 """What a second thread brings, and what many small tensors cost, stage by stage.
 
-    python bench/threads.py [--folder /tmp] [--runs 5]
+    python bench/threads.py [--folder /tmp] [--runs 5] [--shape experts]
 
 Models of the same number of random weights, in a few large tensors and in ever more, smaller ones,
 are measured, encoded and verified with one thread and with two, the two taking turns, after a run
@@ -16,6 +16,7 @@ import statistics
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -26,9 +27,15 @@ from provenance import provenance
 from ramgguf.schema import Encoder, Plan
 
 RESULTS = Path(__file__).parent / "results" / "threads.jsonl"
-# 294 matrices of 0.5 to 2 M weights in the layers; cut into slices, up to 18,816 tensors.
-SHAPE = random_models.Shape(42, 1024, 2048, 16, 8, 64, 4096)
-SLICES = (1, 4, 16, 64)
+# Each with the numbers of slices that it is cut into.
+SHAPES: Mapping[str, tuple[random_models.Shape, tuple[int, ...]]] = {
+    # 294 matrices of 0.5 to 2 M weights; cut, up to 18,816 tensors.
+    "matrices": (random_models.Shape(42, 1024, 2048, 16, 8, 64, 4096), (1, 4, 16, 64)),
+    # Experts of a sixth of those of a 30B-A3B, and as many of them: 10 GB.
+    "experts": (random_models.Shape(48, 1024, 256, 16, 4, 64, 4096, n_experts=128), (1, 128)),
+    # Four layers of a 30B-A3B.
+    "layers": (random_models.Shape(4, 2048, 768, 32, 4, 128, 4096, n_experts=128), (1, 128)),
+}
 CHUNK_BYTES = 2 << 20  # 2^20 weights of BF16: what a thread takes at a time
 
 
@@ -39,6 +46,7 @@ class Row:
     write and verify are one figure of CPU time, in the row of write.
     """
 
+    shape: str
     stage: str
     encoder: str
     n_tensors: int
@@ -92,7 +100,7 @@ def copy(source: Path, n_written: int, threads: int) -> float:
     return took
 
 
-def rows(source: Path, encoder: Encoder, runs: int) -> list[Row]:
+def rows(shape: str, source: Path, encoder: Encoder, runs: int) -> list[Row]:
     measured = ramgguf.measure(source, encoder=encoder)
     n = measured.n_weights
     cpu = time.process_time()
@@ -106,16 +114,20 @@ def rows(source: Path, encoder: Encoder, runs: int) -> list[Row]:
             cpu = time.process_time()
             seconds = copy(source, plan.n_bytes, threads)
             times["copy", threads].append(Times(seconds, time.process_time() - cpu))
-    found = [
-        Row("plan", encoder, len(measured.tensors), n, planning, planning, 1.0, 1e9 * planning / n)
-    ]
+    model = shape, encoder, len(measured.tensors), n
+    found = [_row("plan", model, planning, planning, planning)]
     for stage in ("measure", "write", "verify", "copy"):
         one, two = (statistics.median(t.wall for t in times[stage, k][1:]) for k in (1, 2))
         spent = statistics.median(t.cpu for t in times[stage, 1][1:])
-        found.append(
-            Row(stage, encoder, len(measured.tensors), n, one, two, one / two, 1e9 * spent / n)
-        )
+        found.append(_row(stage, model, one, two, spent))
     return found
+
+
+def _row(
+    stage: str, model: tuple[str, Encoder, int, int], one: float, two: float, spent: float
+) -> Row:
+    shape, encoder, n_tensors, n = model
+    return Row(shape, stage, encoder, n_tensors, n, one, two, one / two, 1e9 * spent / n)
 
 
 def main() -> None:
@@ -124,15 +136,19 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--note", default="", help="what else the machine was doing")
     parser.add_argument("--encoders", default="rtn")
-    parser.add_argument("--slices", default=",".join(map(str, SLICES)))
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="matrices")
+    parser.add_argument("--slices", help="default: all of the shape's, such as 1,4,16,64")
     arguments = parser.parse_args()
+    shape, slices = SHAPES[arguments.shape]
+    if arguments.slices:
+        slices = tuple(map(int, arguments.slices.split(",")))
     encoders: list[Encoder] = [e for e in ("rtn", "search") if e in arguments.encoders]
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder, RESULTS.open("a") as out:
-        for n_slices in map(int, arguments.slices.split(",")):
-            shape = replace(SHAPE, n_slices=n_slices)
-            source = random_models.write(Path(folder) / "random.gguf", shape)
+        for n_slices in slices:
+            cut = replace(shape, n_slices=n_slices)
+            source = random_models.write(Path(folder) / "random.gguf", cut)
             for encoder in encoders:
-                for row in rows(source, encoder, arguments.runs):
+                for row in rows(arguments.shape, source, encoder, arguments.runs):
                     print(row)
                     out.write(
                         json.dumps(asdict(row) | provenance() | {"note": arguments.note}) + "\n"

@@ -1,7 +1,5 @@
 """Many small tensors at one go: the same as one after the other, in fewer steps."""
 
-import contextlib
-import gc
 import itertools
 import os
 from dataclasses import dataclass
@@ -16,7 +14,6 @@ import ramgguf
 from ramgguf import _core, formats, parallel
 from ramgguf.errors import FormatError, GGUFError
 from ramgguf.files import AtomicFile
-from ramgguf.garbage import uncollected
 from ramgguf.gguf_io import open_gguf
 from ramgguf.gguf_layout import plan_layout
 from ramgguf.gguf_shard import Shard
@@ -320,18 +317,3 @@ def test_samples_are_spread_over_every_tensor_and_come_in_small_runs() -> None:
     sizes = [sum((c.stop - c.start) * tensors[c.index].row_length for c in run) for run in found]
     assert max(sizes) <= parallel.CHUNK_WEIGHTS  # however long the rows, a run is one of them
     assert len(found[-1]) >= 50
-
-
-def test_the_collector_is_as_it_was_afterwards() -> None:
-    assert gc.isenabled()
-    with contextlib.suppress(KeyError), uncollected():
-        assert not gc.isenabled()
-        raise KeyError
-    assert gc.isenabled()
-    gc.disable()
-    try:
-        with uncollected():
-            pass
-        assert not gc.isenabled()
-    finally:
-        gc.enable()

@@ -4,13 +4,15 @@ import contextlib
 import gc
 from collections.abc import Iterator
 
+MANY = 50_000  # looking so many values over takes some ten milliseconds
+
 
 @contextlib.contextmanager
 def uncollected() -> Iterator[None]:
     """Have cyclic garbage collected later: for code that makes many values and no cycles.
 
-    The collector looks at new values again and again, which takes longer than making them. What is
-    alive at the end counts as old: it is only looked at when everything is.
+    The collector looks at new values again and again, which takes longer than making them. When
+    MANY were made, what is alive at the end counts as old: it is looked at when everything is.
     """
     was_enabled = gc.isenabled()
     gc.disable()
@@ -18,7 +20,8 @@ def uncollected() -> Iterator[None]:
         yield
     finally:
         if was_enabled:
-            if gc.get_freeze_count() == 0:  # what somebody froze is to stay so
+            # What somebody froze is to stay so.
+            if gc.get_count()[0] >= MANY and gc.get_freeze_count() == 0:
                 gc.freeze()
                 gc.unfreeze()
             gc.enable()

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from ramgguf.garbage import uncollected
+from ramgguf.garbage import MANY, uncollected
 
 
 class _Cycle:
@@ -19,6 +19,7 @@ class _Cycle:
 
 @pytest.fixture(autouse=True)
 def collector() -> Iterator[None]:
+    gc.collect()
     yield
     gc.unfreeze()
     gc.enable()
@@ -34,9 +35,9 @@ def test_nothing_is_collected_meanwhile_and_everything_later() -> None:
     try:
         with uncollected():
             found = weakref.ref(_Cycle())
-            many: list[list[int]] = [[] for _ in range(100_000)]
+            many: list[list[int]] = [[] for _ in range(2 * MANY)]
             assert not collected
-        assert len(many) == 100_000
+        assert len(many) == 2 * MANY
         assert found() is not None
     finally:
         gc.callbacks.remove(note)
@@ -44,10 +45,11 @@ def test_nothing_is_collected_meanwhile_and_everything_later() -> None:
     assert found() is None
 
 
-def test_what_was_made_is_not_young() -> None:
+@pytest.mark.parametrize(("n", "young"), [(100, True), (2 * MANY, False)])
+def test_what_was_made_is_not_young_if_it_was_much(n: int, young: bool) -> None:
     with uncollected():
-        made: list[list[int]] = [[]]
-    assert not any(value is made for value in gc.get_objects(generation=0))
+        made: list[list[int]] = [[] for _ in range(n)]
+    assert any(value is made for value in gc.get_objects(generation=0)) == young
 
 
 @pytest.mark.parametrize("enabled", [True, False])
@@ -63,6 +65,6 @@ def test_what_is_frozen_stays_frozen() -> None:
     gc.freeze()
     frozen = gc.get_freeze_count()
     with uncollected():
-        made: list[list[int]] = [[]]
+        made: list[list[int]] = [[] for _ in range(2 * MANY)]
     assert gc.get_freeze_count() == frozen > 0
     assert made

@@ -5,7 +5,8 @@
 At the byte size of each of llama.cpp's mixes, every contender is made, scored through llama.cpp's
 real kernels on the same tokens of WikiText-2 (64 × 512, none of which measured a sensitivity drawn
 from the model itself), and added to a file of results; what is there already is not done again.
-On 2 idle cores smol768 takes about an hour. `--table` prints the results.
+On 2 idle cores smol768 takes about an hour, and two more with `--n-seq-random 64`, which scores
+the random plans on the same tokens as the others. `--table` prints the results.
 """
 
 import argparse
@@ -149,13 +150,27 @@ def table(rows: Sequence[Row]) -> Iterator[str]:
         yield "| | bytes | KLD | KLD / mix | corpus PPL | median PPL | predicted KLD |"
         yield "|---|---|---|---|---|---|---|"
         yield from (line(r, base) for r in of_mix if not r.contender.startswith("random"))
-        drawn = np.array([r.kld_mean for r in of_mix if r.contender.startswith("random")])
-        if len(drawn):
-            n_seq = next(r.n_seq for r in of_mix if r.contender.startswith("random"))
-            yield (
-                f"| {len(drawn)} random plans ({n_seq} sequences) | | {np.median(drawn):.4f} "
-                f"({drawn.min():.4f} to {drawn.max():.4f}) | | | | |"
-            )
+        drawn = [r for r in of_mix if r.contender.startswith("random")]
+        if drawn:
+            yield random_line(drawn, base)
+
+
+def random_line(drawn: Sequence[Row], base: Row) -> str:
+    """Return the table's line of all random plans: of each figure the median and the range."""
+    kld = np.array([r.kld_mean for r in drawn])
+    nll = np.stack([r.per_token[0] for r in drawn])
+    same = drawn[0].n_seq == base.n_seq
+    corpus, median = np.exp(nll.mean(1)), np.median(np.exp(nll), 1)
+    told = "" if same else f" ({drawn[0].n_seq} sequences)"
+    ratio = spread(kld / base.kld_mean) if same else ""
+    return (
+        f"| {len(drawn)} random plans, median and range{told} | | {spread(kld)} | "
+        f"{ratio} | {spread(corpus)} | {spread(median)} | |"
+    )
+
+
+def spread(values: FloatArray) -> str:
+    return f"{np.median(values):.4g} ({values.min():.4g} to {values.max():.4g})"
 
 
 def line(r: Row, base: Row) -> str:

@@ -9,8 +9,8 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 # What computes with the kernels: run once more at the lowest level of instructions.
-KERNEL_TESTS := $(patsubst %,tests/test_%.py,formats kernels search small_formats libggml logits weighing imatrix gptq \
-	quantize determinism end_to_end evaluate engine sensitivity calibrate calibrated_plans refine cli)
+KERNEL_TESTS := tests/cpp tests/quants tests/quantize tests/calibrate tests/sensitivity tests/refine tests/cli \
+	tests/plan/test_calibrated_plans.py tests/evaluate/test_evaluate.py tests/llama/test_engine.py
 
 .PHONY: all demo test test-neon test-aarch64 test-oldest sanitize lint soak bench clean
 
@@ -43,7 +43,7 @@ test-oldest: $(STAMP)
 
 # The NEON kernels in an emulator: needs g++-aarch64-linux-gnu and qemu-user.
 test-neon: $(STAMP)
-	RAMGGUF_TEST_NEON=1 $(BIN)/python -m pytest tests/test_neon.py
+	RAMGGUF_TEST_NEON=1 $(BIN)/python -m pytest tests/cpp/test_neon.py
 
 # The wheel for aarch64, cross-compiled and emulated: needs the same, Debian's apt and dpkg, and the network. Some ten minutes.
 test-aarch64: $(STAMP)
@@ -52,7 +52,7 @@ test-aarch64: $(STAMP)
 # Hours of work for the machine, not for CI: fuzzing, kills, and whatever else takes long.
 soak: $(STAMP)
 	VENV=$(VENV) sh tools/fuzz.sh 600
-	RAMGGUF_KILLS=60 $(BIN)/python -m pytest tests/test_faults.py tests/test_faults_engine.py
+	RAMGGUF_KILLS=60 $(BIN)/python -m pytest tests/core/test_faults.py tests/evaluate/test_faults_engine.py
 	$(BIN)/python bench/size.py --folder $(MODELS)
 
 bench: $(STAMP)

@@ -20,10 +20,11 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array, vstack
 
 from provenance import provenance
-from ramgguf.knapsack import Choice, smallest, solve
-from ramgguf.objectives import OBJECTIVES, costing
-from ramgguf.problem import Problem
-from ramgguf.schema import Constraints, Measurement
+from ramgguf.measure.result import Measurement
+from ramgguf.plan.knapsack import Choice, smallest, solve
+from ramgguf.plan.objectives import OBJECTIVES, costing
+from ramgguf.plan.problem import Problem
+from ramgguf.plan.result import Constraints
 
 Items = Sequence[Sequence[Choice]]
 

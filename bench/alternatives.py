@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 import half_quadratic as hqq
-from ramgguf import _core, formats
-from ramgguf.gguf_io import TensorInfo, open_gguf
+from ramgguf import _core
+from ramgguf.gguf.reader import TensorInfo, open_gguf
+from ramgguf.quants import formats
 
 Floats = NDArray[np.float32]
 Blocks = NDArray[np.uint8]

@@ -20,9 +20,10 @@ from pathlib import Path
 import ramgguf
 from llama_quantize import quantize
 from provenance import provenance
-from ramgguf.journal import read_results
-from ramgguf.results import EvalResult
-from ramgguf.schema import Encoder, Measurement
+from ramgguf.evaluate.journal import read_results
+from ramgguf.evaluate.result import EvalResult
+from ramgguf.measure.result import Measurement
+from ramgguf.quants.encoders import EncoderName
 from scores import kld_ratio, scores
 
 MIXES = ("Q4_K_M", "Q3_K_M", "Q5_K_M")
@@ -36,7 +37,7 @@ class Recipe:
     """
 
     name: str
-    encoder: Encoder
+    encoder: EncoderName
     sensitivity: Path | None = None
     imatrix: Path | None = None
     hessian: Path | None = None
@@ -64,7 +65,7 @@ def recipes(arguments: argparse.Namespace) -> Iterator[Recipe]:
 @cache
 def measure(
     source: Path,
-    encoder: Encoder,
+    encoder: EncoderName,
     imatrix: Path | None,
     hessian: Path | None,
     threads: int,

@@ -11,9 +11,10 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 import ramgguf
 from baselines import Flags, all_flags
 from llama_quantize import quantize
-from ramgguf.errors import PlanError
-from ramgguf.schema import Measurement, Plan, TensorMeasurement
-from ramgguf.sensitivities import Sensitivity
+from ramgguf.core.errors import PlanError
+from ramgguf.measure.result import Measurement, TensorMeasurement
+from ramgguf.plan.result import Plan
+from ramgguf.sensitivity.result import Sensitivity
 
 UNIFORM = ("Q2_K", "Q3_K", "IQ4_XS", "IQ4_NL", "Q4_K", "Q5_0", "Q5_K", "Q6_K", "Q8_0")
 LEAST = 0.93  # of the mix's bytes: less is not worth a try as best flags

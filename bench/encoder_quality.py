@@ -13,10 +13,10 @@ from pathlib import Path
 
 import ramgguf
 from provenance import provenance
-from ramgguf.schema import Encoder
+from ramgguf.quants.encoders import EncoderName
 
 BUDGETS_MB = (85, 104, 130, 160)
-ENCODERS: tuple[Encoder, ...] = ("rtn", "search")
+ENCODERS: tuple[EncoderName, ...] = ("rtn", "search")
 
 
 def main() -> None:
@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("--n-seq", type=int, default=12)
     parser.add_argument("--out", type=Path, default=Path("bench/results/encoder_quality.jsonl"))
     arguments = parser.parse_args()
-    made: list[tuple[Encoder, int, Path]] = []
+    made: list[tuple[EncoderName, int, Path]] = []
     with tempfile.TemporaryDirectory(dir=arguments.source.parent) as folder:
         for encoder in ENCODERS:
             measured = ramgguf.measure(arguments.source, encoder=encoder)

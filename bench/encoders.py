@@ -24,14 +24,16 @@ from alternatives import write_alternative
 from half_quadratic import LAYOUTS
 from provenance import provenance
 from ramgguf import _core
-from ramgguf.gguf_io import open_gguf
-from ramgguf.imatrix import load_imatrix
-from ramgguf.results import EvalResult
-from ramgguf.schema import Encoder, Measurement, Plan
+from ramgguf.evaluate.result import EvalResult
+from ramgguf.gguf.reader import open_gguf
+from ramgguf.measure.result import Measurement
+from ramgguf.plan.result import Plan
+from ramgguf.quants.encoders import EncoderName
+from ramgguf.quants.imatrix import load_imatrix
 from scores import kld_ratio, scores
 
 FORMATS = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
-OURS: dict[str, tuple[Encoder, bool]] = {
+OURS: dict[str, tuple[EncoderName, bool]] = {
     "rtn": ("rtn", False),
     "search": ("search", False),
     "search imatrix": ("search", True),

@@ -21,10 +21,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ramgguf import _core, formats
-from ramgguf.engine.system import cpu_name
-from ramgguf.gguf_io import open_gguf
-from ramgguf.version import __version__
+from ramgguf import _core
+from ramgguf.core.version import __version__
+from ramgguf.gguf.reader import open_gguf
+from ramgguf.llama.system import cpu_name
+from ramgguf.quants import formats
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import ggml_oracle

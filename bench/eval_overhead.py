@@ -18,15 +18,15 @@ from pathlib import Path
 import numpy as np
 
 from provenance import provenance
-from ramgguf.corpus import default_corpus
-from ramgguf.engine.client import Engine
+from ramgguf.core.corpus import default_corpus
+from ramgguf.llama.client import Engine
 
 _DECODE_ONLY = """
 import sys
 from pathlib import Path
 import numpy as np
 from ramgguf.engine import worker
-from ramgguf.engine.llama import LlamaModel
+from ramgguf.llama.model import LlamaModel
 paths, n_ctx, n_threads, safe = sys.argv[4:], int(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "1"
 models = [LlamaModel(Path(p), n_ctx=n_ctx, n_threads=n_threads, safe_kernels=safe) for p in paths]
 ids = np.arange(n_ctx) % 250 + 3

@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 
 import ramgguf
 from provenance import provenance
-from ramgguf import formats
-from ramgguf.engine.llama import LlamaModel
-from ramgguf.engine.system import system_info
+from ramgguf.llama.model import LlamaModel
+from ramgguf.llama.system import system_info
+from ramgguf.quants import formats
 
 N_PROMPT, N_GENERATED = 128, 8
 

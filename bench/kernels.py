@@ -27,9 +27,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ramgguf import _core, formats
-from ramgguf.engine.system import cpu_name
-from ramgguf.version import __version__
+from ramgguf import _core
+from ramgguf.core.version import __version__
+from ramgguf.llama.system import cpu_name
+from ramgguf.quants import formats
 
 RESULTS = Path(__file__).parent / "results" / "kernels.jsonl"
 ROW = 2048

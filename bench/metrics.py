@@ -28,16 +28,16 @@ from numpy.typing import NDArray
 from scipy.stats import bootstrap, kendalltau, spearmanr
 
 from provenance import provenance
-from ramgguf import formats
-from ramgguf.engine.probe import Probe
-from ramgguf.gguf_io import GGUFFile, TensorInfo, open_gguf
-from ramgguf.imatrix import load_imatrix
-from ramgguf.knapsack import Choice, solve
-from ramgguf.schema import Encoder
-from ramgguf.sensitivities import Sensitivity
-from ramgguf.simulation import simulated
-from ramgguf.token_statistics import standard_error
-from ramgguf.trial_copy import PlannedWeights
+from ramgguf.gguf.reader import GGUFFile, TensorInfo, open_gguf
+from ramgguf.llama.patched_model import Probe
+from ramgguf.llama.patched_weights import PlannedWeights
+from ramgguf.llama.token_statistics import standard_error
+from ramgguf.plan.knapsack import Choice, solve
+from ramgguf.quants import formats
+from ramgguf.quants.encoders import EncoderName
+from ramgguf.quants.imatrix import load_imatrix
+from ramgguf.quants.roundtrip import simulated
+from ramgguf.sensitivity.result import Sensitivity
 from tensor_metrics import Metrics, Original
 from windows import Text
 
@@ -47,7 +47,7 @@ RESULTS = Path(__file__).parent / "results"
 TENSORS, OUT = RESULTS / "metrics_tensors.jsonl", RESULTS / "metrics.jsonl"
 FORMATS = ("Q2_K", "Q3_K", "Q4_K", "Q6_K")  # rows of smol135 take others: --formats Q4_0 …
 SHARES = (0.15, 0.4)  # of the way from the smallest plan to the largest
-ENCODER: Encoder = "rtn"
+ENCODER: EncoderName = "rtn"
 FIRST = {"read": 3000, "choose": 4000}  # numbers of windows
 
 NAMES = tuple(Metrics.__dataclass_fields__)

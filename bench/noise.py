@@ -18,7 +18,7 @@ import numpy as np
 
 import ramgguf
 from provenance import provenance
-from ramgguf.results import EvalResult
+from ramgguf.evaluate.result import EvalResult
 from scores import scores
 
 AT_ONCE = 5  # noisy files on the disk, decoded beside one reference

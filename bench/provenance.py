@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from ramgguf.engine.system import cpu_name
+from ramgguf.llama.system import cpu_name
 
 
 def provenance() -> dict[str, str]:

@@ -22,10 +22,10 @@ import numpy as np
 import ramgguf
 from contenders import N_CTX, Contender, Field
 from provenance import provenance
-from ramgguf.engine.system import system_info
-from ramgguf.results import EvalResult
-from ramgguf.robust import FloatArray
-from ramgguf.sensitivities import Sensitivity
+from ramgguf.evaluate.result import EvalResult
+from ramgguf.evaluate.statistics import FloatArray
+from ramgguf.llama.system import system_info
+from ramgguf.sensitivity.result import Sensitivity
 
 MIXES = ("Q3_K_M", "Q4_K_S", "Q4_K_M", "Q5_K_M", "Q6_K")
 AT_ONCE = 8  # models decoded beside one reference; each holds its logits, 100 MB

@@ -21,9 +21,9 @@ from pathlib import Path
 import child
 import ramgguf
 from provenance import provenance
-from ramgguf import formats
-from ramgguf.gguf_io import open_gguf
-from ramgguf.schema import Encoder
+from ramgguf.gguf.reader import open_gguf
+from ramgguf.quants import formats
+from ramgguf.quants.encoders import EncoderName
 
 RESULTS = Path(__file__).parent / "results" / "quantize.jsonl"
 MIX = "Q4_K_M"
@@ -60,7 +60,9 @@ class Row:
     stages: dict[str, float]
 
 
-def runs(source: Path, folder: Path, encoders: Sequence[Encoder], threads: int) -> Iterator[Run]:
+def runs(
+    source: Path, folder: Path, encoders: Sequence[EncoderName], threads: int
+) -> Iterator[Run]:
     """Yield llama.cpp's run and then ours, which need its output."""
     theirs, ours = folder / "theirs.gguf", folder / "ours.gguf"
     python, script = sys.executable, str(Path(__file__).parent / "llama_quantize.py")
@@ -125,7 +127,7 @@ def main() -> None:
     parser.add_argument("--scratch", type=Path, help="folder for outputs, by default the source's")
     parser.add_argument("--note", default="", help="what else the machine was doing")
     arguments = parser.parse_args()
-    encoders: list[Encoder] = [e for e in ("rtn", "search") if e in arguments.encoders]
+    encoders: list[EncoderName] = [e for e in ("rtn", "search") if e in arguments.encoders]
     rows = []
     scratch = arguments.scratch or arguments.source.parent
     with tempfile.TemporaryDirectory(dir=scratch) as folder, RESULTS.open("a") as out:

@@ -14,10 +14,11 @@ from pathlib import Path
 import ramgguf
 from llama_quantize import quantize as llama_quantize
 from provenance import provenance
+from ramgguf.evaluate.result import EvalResult
+from ramgguf.measure.result import Measurement
+from ramgguf.plan.result import Plan
 from ramgguf.report.page import write_html
 from ramgguf.report.results import study_of
-from ramgguf.results import EvalResult
-from ramgguf.schema import Measurement, Plan
 
 RESULTS = Path(__file__).parent / "results"
 

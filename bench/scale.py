@@ -12,8 +12,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ramgguf.engine.llama import chunk_size
-from ramgguf.sensing_cost import FLOP_PER_THREAD_SECOND
+from ramgguf.llama.model import chunk_size
+from ramgguf.sensitivity.cost import FLOP_PER_THREAD_SECOND
 
 RESULTS = Path(__file__).parent / "results"
 

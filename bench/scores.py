@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ramgguf.results import EvalResult
+from ramgguf.evaluate.result import EvalResult
 
 _RESAMPLES = 10_000
 

@@ -29,16 +29,17 @@ from scipy.stats import spearmanr
 
 import ramgguf
 from provenance import provenance
-from ramgguf import formats
-from ramgguf.engine.llama import LlamaModel, Logits
-from ramgguf.engine.probe import Probe
-from ramgguf.gguf_io import GGUFFile, open_gguf
-from ramgguf.schema import Measurement, Plan
-from ramgguf.sensitivities import Reading, Sensitivity
-from ramgguf.sensitivity_journal import Journal
-from ramgguf.simulation import simulated
-from ramgguf.token_statistics import standard_error
-from ramgguf.trial_copy import PlannedWeights
+from ramgguf.gguf.reader import GGUFFile, open_gguf
+from ramgguf.llama.model import LlamaModel, Logits
+from ramgguf.llama.patched_model import Probe
+from ramgguf.llama.patched_weights import PlannedWeights
+from ramgguf.llama.token_statistics import standard_error
+from ramgguf.measure.result import Measurement
+from ramgguf.plan.result import Plan
+from ramgguf.quants import formats
+from ramgguf.quants.roundtrip import simulated
+from ramgguf.sensitivity.journal import Journal
+from ramgguf.sensitivity.result import Reading, Sensitivity
 from windows import Text
 
 OUT = Path(__file__).parent / "results" / "sensitivity.jsonl"

@@ -25,7 +25,7 @@ import numpy as np
 import child
 import random_models
 from provenance import provenance
-from ramgguf.gguf_io import open_gguf
+from ramgguf.gguf.reader import open_gguf
 
 RESULTS = Path(__file__).parent / "results" / "size.jsonl"
 FULL = random_models.SHAPES["qwen3moe-30B"]

@@ -6,9 +6,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ramgguf import _core
-from ramgguf.gguf_io import GGUFFile, TensorInfo
-from ramgguf.imatrix import Imatrix
-from ramgguf.weighing import Scale
+from ramgguf.gguf.reader import GGUFFile, TensorInfo
+from ramgguf.quants.codec import Scale
+from ramgguf.quants.imatrix import Imatrix
 
 Floats = NDArray[np.float64]
 

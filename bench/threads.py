@@ -24,7 +24,8 @@ from pathlib import Path
 import ramgguf
 import random_models
 from provenance import provenance
-from ramgguf.schema import Encoder, Plan
+from ramgguf.plan.result import Plan
+from ramgguf.quants.encoders import EncoderName
 
 RESULTS = Path(__file__).parent / "results" / "threads.jsonl"
 # Each with the numbers of slices that it is cut into.
@@ -65,7 +66,7 @@ class Times:
     cpu: float
 
 
-def timed(source: Path, plan: Plan, encoder: Encoder, threads: int) -> dict[str, Times]:
+def timed(source: Path, plan: Plan, encoder: EncoderName, threads: int) -> dict[str, Times]:
     """Return the times of each stage of one run."""
     wall, cpu = time.perf_counter(), time.process_time()
     ramgguf.measure(source, encoder=encoder, threads=threads)
@@ -100,7 +101,7 @@ def copy(source: Path, n_written: int, threads: int) -> float:
     return took
 
 
-def rows(shape: str, source: Path, encoder: Encoder, runs: int) -> list[Row]:
+def rows(shape: str, source: Path, encoder: EncoderName, runs: int) -> list[Row]:
     measured = ramgguf.measure(source, encoder=encoder)
     n = measured.n_weights
     cpu = time.process_time()
@@ -124,7 +125,7 @@ def rows(shape: str, source: Path, encoder: Encoder, runs: int) -> list[Row]:
 
 
 def _row(
-    stage: str, model: tuple[str, Encoder, int, int], one: float, two: float, spent: float
+    stage: str, model: tuple[str, EncoderName, int, int], one: float, two: float, spent: float
 ) -> Row:
     shape, encoder, n_tensors, n = model
     return Row(shape, stage, encoder, n_tensors, n, one, two, one / two, 1e9 * spent / n)
@@ -142,7 +143,7 @@ def main() -> None:
     shape, slices = SHAPES[arguments.shape]
     if arguments.slices:
         slices = tuple(map(int, arguments.slices.split(",")))
-    encoders: list[Encoder] = [e for e in ("rtn", "search") if e in arguments.encoders]
+    encoders: list[EncoderName] = [e for e in ("rtn", "search") if e in arguments.encoders]
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder, RESULTS.open("a") as out:
         for n_slices in slices:
             cut = replace(shape, n_slices=n_slices)

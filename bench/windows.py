@@ -5,11 +5,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ramgguf.corpus import default_corpus
-from ramgguf.engine.llama import Logits
-from ramgguf.engine.probe import Probe
-from ramgguf.engine.wire import TokenIds
-from ramgguf.probe_tokens import Request, draw_sets
+from ramgguf.core.corpus import default_corpus
+from ramgguf.llama.model import Logits
+from ramgguf.llama.patched_model import Probe
+from ramgguf.llama.protocol import TokenIds
+from ramgguf.llama.tokens import Request, draw_sets
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import ramgguf
-from ramgguf.errors import RamggufError
+from ramgguf.core.errors import RamggufError
 
 
 def fit(model: Path, output: Path, budget: str, memory: str | None, context: int) -> bool:

@@ -4,30 +4,23 @@
 >>> made = ramgguf.quantize("model-f16.gguf", budget="16GB")
 """
 
-from ramgguf.api import (
-    Quantized,
-    calibrate,
-    curve,
-    default_output,
-    diff,
-    evaluate,
-    explain,
-    follow,
-    measure,
-    perturb,
-    plan,
-    plan_on,
-    quantize,
-    reweigh,
-    sensitivity,
-)
-from ramgguf.api import refine_plan as refine
-from ramgguf.documents import drawn_by as _drawn_by
-from ramgguf.verdicts import check, compare
-from ramgguf.version import __version__
+from ramgguf.calibrate import calibrate
+from ramgguf.core.documents import drawn_by as _drawn_by
+from ramgguf.core.version import __version__
+from ramgguf.deploy import MemoryLimit, MemoryRequest, check
+from ramgguf.evaluate import compare, evaluate
+from ramgguf.measure import measure
+from ramgguf.plan import ByteLimit, SizeLimit, curve, diff, explain, follow, plan
+from ramgguf.quantize import Quantized, default_output, perturb, quantize
+from ramgguf.refine import refine
+from ramgguf.sensitivity import reweigh, sensitivity
 
 __all__ = [
+    "ByteLimit",
+    "MemoryLimit",
+    "MemoryRequest",
     "Quantized",
+    "SizeLimit",
     "__version__",
     "calibrate",
     "check",
@@ -41,7 +34,6 @@ __all__ = [
     "measure",
     "perturb",
     "plan",
-    "plan_on",
     "quantize",
     "refine",
     "reweigh",

@@ -6,7 +6,7 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
-from ramgguf.screens import KNOWN_TEXT
+from ramgguf.deploy.collapse_checks import KNOWN_TEXT
 from tiny_models import BOS, FEED_FORWARD, WIDTH, _add_tokenizer
 
 _FIRST_BYTE = 3  # of the tokens of tiny_models: after <unk>, <s>, </s>

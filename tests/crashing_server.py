@@ -4,8 +4,8 @@ import os
 import signal
 from typing import Any
 
-from ramgguf.engine import server
-from ramgguf.engine.server_wire import Serve
+from ramgguf.llama import server
+from ramgguf.llama.server_protocol import Serve
 
 _try = server._try
 

@@ -8,8 +8,8 @@ import os
 import signal
 from typing import Any
 
-from ramgguf.engine import worker
-from ramgguf.engine.llama import LlamaModel, Logits
+from ramgguf.llama import worker
+from ramgguf.llama.model import LlamaModel, Logits
 
 _init, _clear, _decode = LlamaModel.__init__, LlamaModel.clear, LlamaModel.decode
 _n_sequences: dict[str, int] = {}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from ramgguf import formats
+from ramgguf.quants import formats
 
 
 class _TypeTraits(ctypes.Structure):

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ramgguf.gguf_io import GGUFFile, TensorInfo
-from ramgguf.gguf_layout import Overrides, plan_layout
-from ramgguf.gguf_write import GGUFOutput
+from ramgguf.gguf.layout import Overrides, plan_layout
+from ramgguf.gguf.reader import GGUFFile, TensorInfo
+from ramgguf.gguf.writer import GGUFOutput
 
 CHUNK_BYTES = 1 << 24
 

@@ -9,16 +9,18 @@ import numpy as np
 import made_results
 import ramgguf
 import synthetic
-from ramgguf.check_result import Answer, CheckResult, Speed, Spread
-from ramgguf.curves import Frontier
-from ramgguf.journal import FailureRecord, RunRecord, SequenceRecord
-from ramgguf.recipes import Recipe
-from ramgguf.refine_journal import Paired, RefineSettings, Trial
-from ramgguf.refinements import FormatChange
-from ramgguf.results import EvalResult, encode_float32, quantiles
-from ramgguf.schema import Document, Measurement, MemoryUse, Plan, _Value
-from ramgguf.sensitivities import ProbeTokens, Reading, Sensitivity, TensorSensitivity
-from ramgguf.sensitivity_journal import Settings
+from ramgguf.core.documents import Document, FrozenModel
+from ramgguf.deploy.result import Answer, CheckResult, Speed, Spread
+from ramgguf.evaluate.journal import FailureRecord, RunRecord, SequenceRecord
+from ramgguf.evaluate.result import EvalResult, quantiles
+from ramgguf.llama.protocol import encode_float32
+from ramgguf.measure.result import Measurement
+from ramgguf.plan.frontier_result import Frontier
+from ramgguf.plan.recipes import Recipe
+from ramgguf.plan.result import FormatChange, MemoryUse, Plan
+from ramgguf.refine.journal import Paired, RefineSettings, Trial
+from ramgguf.sensitivity.journal import Settings
+from ramgguf.sensitivity.result import ProbeTokens, Reading, Sensitivity, TensorSensitivity
 
 Choose = Callable[[int], int]  # of so many
 
@@ -105,7 +107,7 @@ def documents() -> tuple[Document, ...]:
     )
 
 
-def _lines(*records: _Value) -> tuple[str, ...]:
+def _lines(*records: FrozenModel) -> tuple[str, ...]:
     return tuple(record.model_dump_json() for record in records)
 
 

@@ -2,15 +2,9 @@
 
 import numpy as np
 
-from ramgguf.schema import (
-    Assignment,
-    Constraints,
-    Measurement,
-    Plan,
-    Point,
-    Source,
-    TensorMeasurement,
-)
+from ramgguf.gguf.identity import Source
+from ramgguf.measure.result import Measurement, Point, TensorMeasurement
+from ramgguf.plan.result import Assignment, Constraints, Plan
 
 # bits per weight of the formats' blocks
 BPW = {

@@ -1,17 +1,19 @@
 """Evaluation results made from arrays, for tests of what is said about them."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from ramgguf.results import (
+from ramgguf.core.corpus import Text
+from ramgguf.evaluate.journal import Journal, SequenceRecord, run_id
+from ramgguf.evaluate.result import (
     EngineSettings,
     EvalResult,
     ModelFile,
     Protocol,
     SequenceScore,
-    Text,
     quantiles,
 )
 
@@ -120,3 +122,17 @@ def wild_ppl(seed: int = 0, n: int = 128, median: float = 8.7) -> npt.NDArray[np
     values = ordinary_ppl(seed, n, median)
     values[np.argsort(values)[-5:]] = (25_000, 33_000, 47_000, 62_000, 81_000)
     return values
+
+
+def journal(path: Path, result: EvalResult, *, n: int | None = None, fails: str = "") -> None:
+    """Append a run to the journal at path, as eval does, with the first n sequences."""
+    blank = result.model_copy(update={"sequences": (), "kld_quantiles": None})
+    with Journal(path, resume=True) as written:
+        run = run_id(blank)
+        written.announce(run, blank)
+        for s in result.sequences[:n]:
+            written.add(
+                SequenceRecord(run=run, index=s.index, score=s, seconds=2.0, decode_seconds=1.5)
+            )
+        if fails:
+            written.fail(run, fails)

@@ -4,7 +4,7 @@ The articles call exp of the mean NLL over all tokens the "mean" perplexity: it 
 here. Sizes are decimal gigabytes.
 """
 
-from ramgguf.leaderboard import Aggregate
+from ramgguf.evaluate.leaderboard import Aggregate
 
 # "The metric everyone trusts / mean perplexity is lying": table of GLM-4.7-Flash
 GLM_4_7_FLASH = (

@@ -4,7 +4,8 @@ import math
 
 import numpy as np
 
-from ramgguf.schema import Measurement, Point, Source, TensorMeasurement
+from ramgguf.gguf.identity import Source
+from ramgguf.measure.result import Measurement, Point, TensorMeasurement
 
 BPW = {
     "Q2_K": 2.625,

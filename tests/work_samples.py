@@ -5,22 +5,24 @@ from dataclasses import replace
 from pathlib import Path
 
 import ramgguf
-from ramgguf.corpus import Corpus, Recipe, default_corpus
-from ramgguf.gguf_io import open_gguf
-from ramgguf.objectives import costing
-from ramgguf.probe_tokens import Request
-from ramgguf.progress import Progress, Silent
-from ramgguf.refine_tokens import Refining
-from ramgguf.results import EvalResult
-from ramgguf.schema import Measurement, Plan
-from ramgguf.sensitivities import Sensitivity
-from ramgguf.stages.evaluate import Evaluation, evaluate
-from ramgguf.stages.refine import refine
-from ramgguf.stages.sensitivity import sensitivity
-from ramgguf.work.opening import passes_over
+from ramgguf.cluster.opening import passes_over
+from ramgguf.core.corpus import Corpus, default_corpus
+from ramgguf.core.progress import Progress, Silent
+from ramgguf.evaluate.evaluation import Evaluation, score_models
+from ramgguf.evaluate.protocol import EvalProtocol
+from ramgguf.evaluate.result import EvalResult
+from ramgguf.gguf.reader import open_gguf
+from ramgguf.llama.tokens import Request
+from ramgguf.measure.result import Measurement
+from ramgguf.plan.objectives import costing
+from ramgguf.plan.result import Plan
+from ramgguf.refine.swaps import refine_plan
+from ramgguf.refine.tokens import Refining
+from ramgguf.sensitivity.alpha import measure_alpha
+from ramgguf.sensitivity.result import Sensitivity
 
 QUICK = Request(encoder="rtn", n_sequences=2, n_ctx=64)
-RECIPE = Recipe(Corpus("excerpt", default_corpus().text[:6000]), n_ctx=64, n_seq=20)
+RECIPE = EvalProtocol(Corpus("excerpt", default_corpus().text[:6000]), n_ctx=64, n_seq=20)
 REFINING = Refining(6, Request(encoder="rtn", n_ctx=48), sizes=(2, 1, 1))
 
 
@@ -29,7 +31,7 @@ def measured(
 ) -> Sensitivity:
     """Return the model's sensitivity; the journal is in the folder."""
     with open_gguf(model) as file:
-        return sensitivity(
+        return measure_alpha(
             file,
             QUICK,
             passes_over(file, QUICK, scratch=folder, threads=1, executor=executor),
@@ -47,10 +49,10 @@ def scored(
     safe_kernels: bool | None = True,
 ) -> Evaluation:
     """Return the scores of the models against the first; what the journal has is kept."""
-    return evaluate(
+    return score_models(
         models,
         reference=models[0],
-        recipe=RECIPE,
+        protocol=RECIPE,
         threads=1,
         safe_kernels=safe_kernels,
         jsonl=journal,
@@ -90,7 +92,7 @@ def refined(
     plan, curves = made
     request = REFINING.request
     with open_gguf(model) as file:
-        return refine(
+        return refine_plan(
             file,
             plan,
             curves,

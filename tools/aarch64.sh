@@ -84,7 +84,7 @@ END
 
 # The wheel has no engine and no real model; and 5 s are allowed to a CPU, not to an emulator.
 run_tests() {
-    [ $# -gt 0 ] || set -- tests/test_formats.py tests/test_kernels.py tests/test_logits.py $("$host/python" -c '
+    [ $# -gt 0 ] || set -- tests/quants/test_formats.py tests/cpp/test_kernels.py tests/cpp/test_logits.py $("$host/python" -c '
 import re, tomllib
 print(*re.findall(r"tests/\S+", tomllib.load(open("pyproject.toml", "rb"))["tool"]["cibuildwheel"]["test-command"]))')
     "$python" -m pytest -q -p no:cacheprovider -k 'not costs_little' "$@"

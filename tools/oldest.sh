@@ -32,8 +32,9 @@ $python -V
 $python -m pip list 2>/dev/null | grep -i -E '^(cmake|gguf|llama|numpy|pydantic |rich|scipy|typer)'
 venv/bin/ramgguf --version
 
-files="units formats gguf_io gguf_write gguf_hostile line_file imatrix allocate knapsack frontier choices quantize
-    hostile_documents result_files robust logits memory gptq runs cli engine sensitivity evaluate"
 # Not what is timed: other versions have other speeds.
 $python -P -m pytest -q -p no:cacheprovider -k 'not in_50_ms and not take_seconds' \
-    $(for file in $files; do echo "tests/test_$file.py"; done)
+    tests/core tests/gguf/test_reader.py tests/gguf/test_writer.py tests/gguf/test_gguf_hostile.py tests/quants \
+    tests/cpp/test_logits.py tests/plan tests/quantize/test_quantize.py tests/evaluate/test_result_files.py \
+    tests/evaluate/test_statistics.py tests/evaluate/test_evaluate.py tests/deploy/test_memory.py tests/cli/test_cli.py \
+    tests/llama/test_engine.py tests/sensitivity/test_sensitivity.py

@@ -17,8 +17,8 @@ from ramgguf.cli import (
     sensitivity_commands,
     serve_commands,
 )
-from ramgguf.errors import RamggufError
-from ramgguf.version import __version__
+from ramgguf.core.errors import RamggufError
+from ramgguf.core.version import __version__
 
 app = typer.Typer(
     name="ramgguf",

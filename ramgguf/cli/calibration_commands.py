@@ -6,11 +6,11 @@ from typing import Annotated
 
 import typer
 
-from ramgguf import api
+import ramgguf as api
 from ramgguf.cli import options as opt
-from ramgguf.hub import beside
+from ramgguf.core.units import format_bytes, parse_size
+from ramgguf.gguf.hub import beside
 from ramgguf.report.calibration import print_calibration, summary
-from ramgguf.units import format_bytes, parse_size
 
 
 def register(app: typer.Typer) -> None:

@@ -5,12 +5,12 @@ from typing import Annotated
 
 import typer
 
-from ramgguf.cards import card as _card
 from ramgguf.cli import options as opt
-from ramgguf.errors import PlanError
-from ramgguf.files import write_atomically
+from ramgguf.core.errors import PlanError
+from ramgguf.core.files import write_atomically
+from ramgguf.core.units import format_bytes
 from ramgguf.report.card import model_card
-from ramgguf.units import format_bytes
+from ramgguf.report.card_sources import card as _card
 
 
 def register(app: typer.Typer) -> None:

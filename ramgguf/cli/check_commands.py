@@ -6,15 +6,14 @@ from typing import Annotated
 
 import typer
 
-from ramgguf.check_result import CheckResult
-from ramgguf.checking import CheckRequest
-from ramgguf.checking import check as _check
 from ramgguf.cli import memory_options as mem
 from ramgguf.cli import options as opt
-from ramgguf.footprint import parse_cache_types
-from ramgguf.footprint_formula import Shape
-from ramgguf.machine import Available, memory_limit
-from ramgguf.parallel import default_threads
+from ramgguf.core.machine import Available, memory_limit
+from ramgguf.core.parallel import default_threads
+from ramgguf.deploy.checking import CheckRequest, check_file
+from ramgguf.deploy.footprint import parse_cache_types
+from ramgguf.deploy.footprint_formula import Shape
+from ramgguf.deploy.result import CheckResult
 from ramgguf.report.check import markdown as _markdown
 from ramgguf.report.check import print_check, print_ratios
 
@@ -70,7 +69,7 @@ def check(
     shown = terminal.err.print if not quiet and terminal.err.is_terminal else lambda _: None
     paths = [terminal.fetched(m) for m in (model, against) if m is not None]
     reference = reference and terminal.fetched(reference)
-    results = [_check(path, request, reference=reference, announce=shown) for path in paths]
+    results = [check_file(path, request, reference=reference, announce=shown) for path in paths]
     if as_json:
         print(_json(results))
     elif markdown:

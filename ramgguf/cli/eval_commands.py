@@ -7,18 +7,18 @@ from typing import Annotated, Literal
 
 import typer
 
-from ramgguf import api
+import ramgguf as api
 from ramgguf.cli import options as opt
-from ramgguf.comparison import check_comparable, compare_published
-from ramgguf.errors import ResultError
-from ramgguf.leaderboard import Leaderboard
+from ramgguf.cluster.executors import connected
+from ramgguf.core.errors import ResultError
+from ramgguf.core.units import format_bytes
+from ramgguf.evaluate.comparison import check_comparable, compare_published
+from ramgguf.evaluate.leaderboard import Leaderboard
+from ramgguf.evaluate.result import EvalResult
+from ramgguf.evaluate.result_files import read_material
 from ramgguf.report.boards import board_csv, board_json, board_markdown, print_board
 from ramgguf.report.page import write_html
 from ramgguf.report.results import eval_csv, eval_json, eval_markdown, print_eval, study_of
-from ramgguf.result_files import read_material
-from ramgguf.results import EvalResult
-from ramgguf.units import format_bytes
-from ramgguf.work.executors import connected
 
 
 def register(app: typer.Typer) -> None:

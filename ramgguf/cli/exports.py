@@ -3,10 +3,10 @@
 from pathlib import Path
 
 from ramgguf.cli import options as opt
-from ramgguf.errors import PlanError
-from ramgguf.files import write_atomically
+from ramgguf.core.errors import PlanError
+from ramgguf.core.files import write_atomically
+from ramgguf.plan.result import Plan
 from ramgguf.report.tensor_types import imatrix_note, tensor_types
-from ramgguf.schema import Plan
 
 
 def export_plan(

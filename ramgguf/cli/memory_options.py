@@ -5,12 +5,13 @@ from typing import Annotated
 
 import typer
 
-from ramgguf.errors import BudgetError
-from ramgguf.footprint import parse_cache_types
-from ramgguf.footprint_formula import Shape
-from ramgguf.machine import available_memory
-from ramgguf.memory import MemoryRequest
-from ramgguf.units import parse_size
+from ramgguf.core.errors import BudgetError
+from ramgguf.core.machine import available_memory
+from ramgguf.core.units import parse_size
+from ramgguf.deploy import MemoryLimit, MemoryRequest
+from ramgguf.deploy.footprint import parse_cache_types
+from ramgguf.deploy.footprint_formula import Shape
+from ramgguf.plan import ByteLimit, SizeLimit
 
 Memory = Annotated[
     str | None,
@@ -81,3 +82,16 @@ def memory_request(
         vram=None if vram is None else parse_size(vram),
         n_gpu_layers=ngl,
     )
+
+
+def size_limit(
+    budget: str | None, request: MemoryRequest | None, model: Path | None = None
+) -> SizeLimit:
+    """Return the limit that a budget, memory or both set; one of them is given.
+
+    model is the one measured, by default where it was.
+    """
+    if request is not None:
+        return MemoryLimit(request, budget, model)
+    assert budget is not None
+    return ByteLimit(budget)

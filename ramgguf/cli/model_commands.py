@@ -6,17 +6,20 @@ from typing import Annotated
 
 import typer
 
-from ramgguf import api
+import ramgguf as api
 from ramgguf.cli import memory_options as mem
 from ramgguf.cli import options as opt
 from ramgguf.cli.exports import export_plan
 from ramgguf.cli.prepared import Weighed, calibrated
 from ramgguf.cli.sensitivity_commands import load_or_measure
-from ramgguf.hub import beside
+from ramgguf.cluster.executors import connected
+from ramgguf.core.units import format_seconds, parse_size
+from ramgguf.gguf.hub import beside
+from ramgguf.measure.result import Measurement
+from ramgguf.plan import DEFAULT_MIN_SQNR_DB
+from ramgguf.plan.result import Plan
+from ramgguf.quants.encoders import DEFAULT_ENCODER
 from ramgguf.report.plans import print_plan
-from ramgguf.schema import Measurement, Plan
-from ramgguf.units import format_seconds, parse_size
-from ramgguf.work.executors import connected
 
 
 def register(app: typer.Typer) -> None:
@@ -72,14 +75,14 @@ def quantize(
     vram: mem.Vram = None,
     ngl: mem.Ngl = None,
     formats: opt.Formats = None,
-    encoder: opt.EncoderOption = api.DEFAULT_ENCODER,
+    encoder: opt.EncoderOption = DEFAULT_ENCODER,
     imatrix: opt.ImatrixFile = None,
     hessian: opt.HessianFile = None,
     calibrate: opt.Calibrate = None,
     objective: opt.Objective = None,
     sensitivity: SensitivityOrMeasure = None,
     sensitivity_time: SensitivityTime = "20m",
-    min_sqnr: opt.MinSqnr = api.DEFAULT_MIN_SQNR_DB,
+    min_sqnr: opt.MinSqnr = DEFAULT_MIN_SQNR_DB,
     pin: opt.Pins = None,
     tie: opt.Ties = None,
     min_format: opt.MinFormats = None,
@@ -120,14 +123,14 @@ def quantize(
     model = terminal.fetched(model)
     weighed = Weighed(imatrix, hessian)
     if calibrate:
-        weighed = calibrated(model, calibrate, threads, terminal, hessians=chosen == "gptq")
+        weighed = calibrated(model, calibrate, threads, terminal, hessians=chosen.needs_hessian)
     with connected(workers) as executor:
-        feeds_back = chosen == "gptq" and not (plan_file or measurement)  # planned as by search
+        planned_by = chosen.plans_by if not (plan_file or measurement) else None
         sensed = load_or_measure(
             model,
             sensitivity,
-            encoder="search" if feeds_back else chosen,
-            weighed=Weighed(weighed.imatrix, None) if feeds_back else weighed,
+            encoder=planned_by or chosen.name,
+            weighed=Weighed(weighed.imatrix, None) if planned_by else weighed,
             limit=sensitivity_time,
             threads=threads,
             executor=executor,
@@ -135,13 +138,12 @@ def quantize(
         )
         made = api.quantize(
             model,
-            budget,
+            None if plan_file else mem.size_limit(budget, request, model),
             output,
-            memory=request,
             from_plan=Plan.load(plan_file) if plan_file else None,
             measurement=Measurement.load(measurement) if measurement else None,
             formats=opt.split_formats(formats),
-            encoder=chosen,
+            encoder=chosen.name,
             imatrix=weighed.imatrix,
             hessian=weighed.hessian,
             allow_requantize=allow_requantize,
@@ -197,7 +199,7 @@ def measure(
     model: opt.Model,
     output: opt.Output = None,
     formats: opt.Formats = None,
-    encoder: opt.EncoderOption = api.DEFAULT_ENCODER,
+    encoder: opt.EncoderOption = DEFAULT_ENCODER,
     imatrix: opt.ImatrixFile = None,
     hessian: opt.HessianFile = None,
     allow_requantize: opt.Requantize = False,
@@ -213,7 +215,7 @@ def measure(
     measured = api.measure(
         terminal.fetched(model),
         formats=opt.split_formats(formats),
-        encoder=opt.encoder(encoder),
+        encoder=opt.encoder(encoder).name,
         imatrix=imatrix,
         hessian=hessian,
         allow_requantize=allow_requantize,

@@ -8,14 +8,14 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from ramgguf import files
-from ramgguf.errors import PlanError
-from ramgguf.format_sets import expand
-from ramgguf.hub import local_path
-from ramgguf.progress import Progress, Silent
+from ramgguf.core import files
+from ramgguf.core.errors import PlanError
+from ramgguf.core.progress import Progress, Silent
+from ramgguf.gguf.hub import local_path
+from ramgguf.quants.encoders import ENCODERS, Encoder
+from ramgguf.quants.formats import expand
 from ramgguf.report.progress import Bars
 from ramgguf.report.terminal import PlainConsole
-from ramgguf.schema import Encoder
 
 Model = Annotated[
     Path,
@@ -40,7 +40,12 @@ Formats = Annotated[
 ]
 EncoderOption = Annotated[
     str,
-    typer.Option("--encoder", help="How blocks are fitted: search (least squares), rtn, or gptq."),
+    typer.Option(
+        "--encoder",
+        help="How blocks are fitted: "
+        + "; ".join(f"{e.name}, {e.summary}" for e in ENCODERS.values())
+        + ".",
+    ),
 ]
 ImatrixFile = Annotated[
     Path | None,
@@ -155,13 +160,11 @@ def split_formats(text: str | None) -> list[str] | None:
 
 def encoder(name: str) -> Encoder:
     """Return the encoder of this name; anything else is a usage error."""
-    if name == "rtn":
-        return "rtn"
-    if name == "search":
-        return "search"
-    if name == "gptq":
-        return "gptq"
-    raise typer.BadParameter(f"{name!r} is none of rtn, search, gptq", param_hint="--encoder")
+    if name not in ENCODERS:
+        raise typer.BadParameter(
+            f"{name!r} is none of {', '.join(ENCODERS)}", param_hint="--encoder"
+        )
+    return ENCODERS[name]
 
 
 def refuse_existing(*paths: Path | None, force: bool) -> None:

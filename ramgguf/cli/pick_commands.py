@@ -6,20 +6,21 @@ from typing import Annotated
 
 import typer
 
-from ramgguf import api
-from ramgguf.checking import CheckRequest
 from ramgguf.cli import memory_options as mem
 from ramgguf.cli import options as opt
 from ramgguf.cli.check_commands import limit
-from ramgguf.errors import PlanError
-from ramgguf.files import write_atomically
-from ramgguf.footprint import parse_cache_types
-from ramgguf.footprint_formula import Shape
-from ramgguf.parallel import default_threads
-from ramgguf.picking import Picked, PickRequest
-from ramgguf.picking import pick as _pick
-from ramgguf.planning import PlanOptions
-from ramgguf.report.curves import curve_svg
+from ramgguf.core.errors import PlanError
+from ramgguf.core.files import write_atomically
+from ramgguf.core.parallel import default_threads
+from ramgguf.deploy.checking import CheckRequest
+from ramgguf.deploy.footprint import parse_cache_types
+from ramgguf.deploy.footprint_formula import Shape
+from ramgguf.deploy.picking import Picked, PickRequest
+from ramgguf.deploy.picking import pick as _pick
+from ramgguf.plan import DEFAULT_MIN_SQNR_DB
+from ramgguf.plan.planning import PlanOptions
+from ramgguf.quants.encoders import DEFAULT_ENCODER
+from ramgguf.report.frontier import curve_svg
 
 
 def register(app: typer.Typer) -> None:
@@ -42,10 +43,10 @@ def pick(
         float, typer.Option("--min-speed", min=0, help="Tokens/s of generation, at least.")
     ] = 0.0,
     output: opt.Output = None,
-    encoder: opt.EncoderOption = api.DEFAULT_ENCODER,
+    encoder: opt.EncoderOption = DEFAULT_ENCODER,
     sensitivity: opt.SensitivityFile = None,
     formats: opt.Formats = None,
-    min_sqnr: opt.MinSqnr = api.DEFAULT_MIN_SQNR_DB,
+    min_sqnr: opt.MinSqnr = DEFAULT_MIN_SQNR_DB,
     n_seq: Annotated[
         int, typer.Option("--n-seq", min=0, help="Sequences of 512 tokens to score; 0 for none.")
     ] = 8,
@@ -66,7 +67,7 @@ def pick(
     picked = _pick(
         terminal.fetched(model),
         output,
-        PickRequest(trial, min_speed, opt.encoder(encoder), n_seq),
+        PickRequest(trial, min_speed, opt.encoder(encoder).name, n_seq),
         force=force,
         threads=threads,
         progress=terminal.progress,

@@ -6,23 +6,25 @@ from typing import Annotated
 
 import typer
 
-from ramgguf import api
+import ramgguf as api
 from ramgguf.cli import memory_options as mem
 from ramgguf.cli import options as opt
 from ramgguf.cli.exports import export_plan, export_types
-from ramgguf.curves import Frontier
-from ramgguf.errors import PlanError
-from ramgguf.explain import Explanation, PlanExplanation, Step
-from ramgguf.files import write_atomically
-from ramgguf.planning import PlanOptions
-from ramgguf.recipes import Change, Recipe
+from ramgguf.core.errors import PlanError
+from ramgguf.core.files import write_atomically
+from ramgguf.core.units import format_bytes
+from ramgguf.deploy import MemoryLimit
+from ramgguf.plan import DEFAULT_MIN_SQNR_DB
+from ramgguf.plan.explanation import Explanation, PlanExplanation, Step
+from ramgguf.plan.frontier_result import Frontier
+from ramgguf.plan.planning import PlanOptions
+from ramgguf.plan.recipes import Change, Recipe
+from ramgguf.plan.result import Plan
 from ramgguf.report.choices import print_difference, print_explanation, print_recipe
-from ramgguf.report.curves import curve_svg, print_curve
+from ramgguf.report.frontier import curve_svg, print_curve
 from ramgguf.report.memory import print_memory
 from ramgguf.report.plans import print_plan
 from ramgguf.report.tensor_types import recipe_types
-from ramgguf.schema import Plan
-from ramgguf.units import format_bytes
 
 
 def register(app: typer.Typer) -> None:
@@ -67,7 +69,7 @@ def plan(
     formats: opt.Formats = None,
     objective: opt.Objective = None,
     sensitivity: opt.SensitivityFile = None,
-    min_sqnr: opt.MinSqnr = api.DEFAULT_MIN_SQNR_DB,
+    min_sqnr: opt.MinSqnr = DEFAULT_MIN_SQNR_DB,
     pin: opt.Pins = None,
     tie: opt.Ties = None,
     min_format: opt.MinFormats = None,
@@ -97,12 +99,8 @@ def plan(
             ties=tie or (),
             min_formats=min_format or (),
         )
-        if request is not None:
-            made = api.plan_within(
-                measurement, request, budget, model=model and terminal.fetched(model), **options
-            )
-        elif budget is not None:
-            made = api.plan(measurement, budget, **options)
+        limit = mem.size_limit(budget, request, model and terminal.fetched(model))
+        made = api.plan(measurement, limit, **options)
     export_plan(made, output, export_tensor_types, terminal)
     if as_json:
         print(made.to_json())
@@ -134,7 +132,7 @@ def curve(
     formats: opt.Formats = None,
     objective: opt.Objective = None,
     sensitivity: opt.SensitivityFile = None,
-    min_sqnr: opt.MinSqnr = api.DEFAULT_MIN_SQNR_DB,
+    min_sqnr: opt.MinSqnr = DEFAULT_MIN_SQNR_DB,
     pin: opt.Pins = None,
     tie: opt.Ties = None,
     min_format: opt.MinFormats = None,
@@ -158,11 +156,11 @@ def curve(
             ties=tie or (),
             min_formats=min_format or (),
         )
-    plans = [api.plan_on(made, b) for b in budget or ()]
+    plans = [api.plan(made, b) for b in budget or ()]
     request = mem.memory_request(memory, fit, context, cache_type, parallel, vram, ngl)
     if request is not None:
         source_model = model and terminal.fetched(model)
-        plans.append(api.plan_on_within(made, request, model=source_model))
+        plans.append(api.plan(made, MemoryLimit(request, model=source_model)))
     if output is not None:
         made.save(output)
     if svg is not None:

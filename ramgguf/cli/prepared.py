@@ -4,10 +4,11 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from ramgguf import api
+import ramgguf as api
 from ramgguf.cli import options as opt
-from ramgguf.hub import beside
-from ramgguf.sensitivities import Sensitivity
+from ramgguf.gguf.hub import beside
+from ramgguf.quants.imatrix import weighed_by
+from ramgguf.sensitivity.result import Sensitivity
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def reweighed(
     found: Sensitivity, model: Path, weighed: Weighed, terminal: opt.Terminal
 ) -> Sensitivity:
     """Return the sensitivity per unit of the errors that the files weigh."""
-    imatrix = api.weighed_by(weighed.imatrix, weighed.hessian)
+    imatrix = weighed_by(weighed.imatrix, weighed.hessian)
     wanted = imatrix.source.identity if imatrix else None
     if wanted == (found.imatrix.identity if found.imatrix else None):
         return found

@@ -6,17 +6,17 @@ from typing import Annotated
 
 import typer
 
-from ramgguf import api
+import ramgguf as api
 from ramgguf.cli import options as opt
 from ramgguf.cli.prepared import Weighed, reweighed
-from ramgguf.errors import PlanError
-from ramgguf.hub import beside
-from ramgguf.probe_tokens import N_CTX
-from ramgguf.report.sensing import print_sensitivity
-from ramgguf.schema import Encoder
-from ramgguf.sensitivities import Sensitivity
-from ramgguf.units import parse_seconds
-from ramgguf.work.executors import connected
+from ramgguf.cluster.executors import connected
+from ramgguf.core.errors import PlanError
+from ramgguf.core.units import parse_seconds
+from ramgguf.gguf.hub import beside
+from ramgguf.llama.tokens import N_CTX
+from ramgguf.quants.encoders import DEFAULT_ENCODER, EncoderName
+from ramgguf.report.sensitivity import print_sensitivity
+from ramgguf.sensitivity.result import Sensitivity
 
 
 def register(app: typer.Typer) -> None:
@@ -41,7 +41,7 @@ def sensitivity(
     context: Annotated[
         int, typer.Option("--context", min=16, help="Tokens of each sequence.")
     ] = N_CTX,
-    encoder: opt.EncoderOption = api.DEFAULT_ENCODER,
+    encoder: opt.EncoderOption = DEFAULT_ENCODER,
     imatrix: opt.ImatrixFile = None,
     hessian: opt.HessianFile = None,
     seed: opt.TokenSeed = 0,
@@ -67,7 +67,7 @@ def sensitivity(
         found = api.sensitivity(
             terminal.fetched(model),
             tokens=tokens,
-            encoder=opt.encoder(encoder),
+            encoder=opt.encoder(encoder).name,
             imatrix=imatrix,
             hessian=hessian,
             n_sequences=sequences,
@@ -97,7 +97,7 @@ def load_or_measure(
     model: Path,
     asked: str | None,
     *,
-    encoder: Encoder,
+    encoder: EncoderName,
     weighed: Weighed,
     limit: str,
     threads: int | None,

@@ -9,14 +9,14 @@ from typing import Annotated
 
 import typer
 
-from ramgguf.check_result import CheckResult
 from ramgguf.cli import options as opt
 from ramgguf.cli.check_commands import limit
-from ramgguf.footprint import parse_cache_types
-from ramgguf.footprint_formula import Shape
-from ramgguf.parallel import default_threads
+from ramgguf.core.parallel import default_threads
+from ramgguf.deploy.footprint import parse_cache_types
+from ramgguf.deploy.footprint_formula import Shape
+from ramgguf.deploy.result import CheckResult
+from ramgguf.deploy.serving import Place, Server, Settings, checked_settings, planned_settings
 from ramgguf.report.serving import lines, summary
-from ramgguf.serving import Place, Server, Settings, checked_settings, planned_settings
 
 _CONTEXT = 4096
 

@@ -6,13 +6,13 @@ import json
 
 from rich.console import Console
 
-from ramgguf.leaderboard import CRITERIA, LABELS, Leaderboard
+from ramgguf.core.units import format_bytes
+from ramgguf.evaluate.leaderboard import CRITERIA, LABELS, Leaderboard
 from ramgguf.report.evaluation import ranking_grid
 from ramgguf.report.grid import Column, Grid, markdown_text, to_markdown
 from ramgguf.report.numbers import kld, ppl, with_interval
 from ramgguf.report.sentences import findings
 from ramgguf.report.terminal import print_grid, print_statements
-from ramgguf.units import format_bytes
 
 
 def board_grid(board: Leaderboard) -> Grid:

@@ -2,8 +2,8 @@
 
 from rich.console import Console
 
-from ramgguf.stages.calibrate import Calibration
-from ramgguf.units import format_bytes, format_seconds
+from ramgguf.calibrate.activations import Calibration
+from ramgguf.core.units import format_bytes, format_seconds
 
 
 def print_calibration(found: Calibration, out: Console) -> None:

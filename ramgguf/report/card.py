@@ -7,16 +7,16 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from ramgguf.cards import Card, CardFile
-from ramgguf.recipes import RecipeTensor
+from ramgguf.core.units import format_bytes
+from ramgguf.plan.recipes import RecipeTensor
+from ramgguf.plan.result import Plan
+from ramgguf.report.card_sources import Card, CardFile
 from ramgguf.report.check import markdown as check_markdown
 from ramgguf.report.grid import Column, Grid, markdown_text, to_markdown
 from ramgguf.report.memory import remarks
 from ramgguf.report.plans import optimality, prediction, refinement
 from ramgguf.report.results import eval_markdown
 from ramgguf.report.tensor_types import imatrix_note, recipe_types
-from ramgguf.schema import Plan
-from ramgguf.units import format_bytes
 
 
 def model_card(card: Card) -> str:

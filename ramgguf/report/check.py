@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 from rich.console import Console
 
-from ramgguf.check_result import CheckResult, Spread
+from ramgguf.core.units import format_bytes, format_seconds
+from ramgguf.deploy.result import CheckResult, Spread
 from ramgguf.report.grid import Column, Grid, to_rich
-from ramgguf.units import format_bytes, format_seconds
 
 _COLUMNS = (
     Column("", number=False),

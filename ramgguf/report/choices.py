@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from ramgguf.errors import PlanError
-from ramgguf.explain import Explanation, PlanExplanation, Step
-from ramgguf.recipes import Change, Difference, Recipe
-from ramgguf.units import format_bytes
+from ramgguf.core.errors import PlanError
+from ramgguf.core.units import format_bytes
+from ramgguf.plan.explanation import Explanation, PlanExplanation, Step
+from ramgguf.plan.recipes import Change, Difference, Recipe
 
 
 def print_explanation(explained: PlanExplanation, wanted: str | None, console: Console) -> None:

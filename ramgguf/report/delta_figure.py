@@ -7,6 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from ramgguf.evaluate.bootstrap import Estimate
+from ramgguf.evaluate.eval_report import Study
+from ramgguf.evaluate.summary import Summary
 from ramgguf.report.figures import (
     COLOURS,
     Figure,
@@ -17,9 +20,6 @@ from ramgguf.report.figures import (
     strip,
     told_score,
 )
-from ramgguf.study import Study
-from ramgguf.summary import Summary
-from ramgguf.uncertainty import Estimate
 
 
 def delta_nll(study: Study) -> Figure | None:

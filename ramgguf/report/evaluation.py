@@ -7,17 +7,17 @@ from collections.abc import Iterator
 
 from rich.console import Console
 
-from ramgguf.leaderboard import LABELS, Leaderboard
+from ramgguf.core.units import format_bytes
+from ramgguf.evaluate.bootstrap import Estimate
+from ramgguf.evaluate.eval_report import Study
+from ramgguf.evaluate.leaderboard import LABELS, Leaderboard
+from ramgguf.evaluate.result import EvalResult
+from ramgguf.evaluate.statistics import n_units
+from ramgguf.evaluate.summary import AgainstReference, Summary, losses
 from ramgguf.report.grid import Column, Grid, markdown_text, to_markdown
 from ramgguf.report.numbers import kld, p_value, percent, ppl, with_interval
 from ramgguf.report.sentences import findings, order
 from ramgguf.report.terminal import print_grid, print_statements
-from ramgguf.results import EvalResult
-from ramgguf.robust import n_units
-from ramgguf.study import Study
-from ramgguf.summary import AgainstReference, Summary, losses
-from ramgguf.uncertainty import Estimate
-from ramgguf.units import format_bytes
 
 PPL_TITLE = "Perplexity of sequences (95 % intervals)"
 

@@ -5,11 +5,11 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from ramgguf.errors import RamggufError
+from ramgguf.core.errors import RamggufError
+from ramgguf.evaluate.bootstrap import Estimate
+from ramgguf.evaluate.eval_report import Study
+from ramgguf.evaluate.result import SequenceScore
 from ramgguf.report.numbers import kld, ppl
-from ramgguf.results import SequenceScore
-from ramgguf.study import Study
-from ramgguf.uncertainty import Estimate
 
 Figure = Any  # plotly.graph_objects.Figure: plotly is an optional package without types
 

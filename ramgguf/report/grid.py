@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from rich.table import Table
 from rich.text import Text
 
-from ramgguf.errors import printable
+from ramgguf.core.errors import printable
 
 
 @dataclass(frozen=True)

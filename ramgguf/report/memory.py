@@ -2,9 +2,9 @@
 
 from rich.console import Console
 
+from ramgguf.core.units import format_bytes
+from ramgguf.plan.result import MemoryBudget, MemoryUse
 from ramgguf.report.grid import Column, Grid, to_rich
-from ramgguf.schema import MemoryBudget, MemoryUse
-from ramgguf.units import format_bytes
 
 _COLUMNS = ("weights", "cache", "compute", "overhead", "sum", "limit", "margin")
 

@@ -9,10 +9,19 @@ import statistics
 from collections.abc import Iterable
 from dataclasses import replace
 
-from ramgguf.check_result import CheckResult
-from ramgguf.curves import Frontier
-from ramgguf.leaderboard import Leaderboard
-from ramgguf.report import check, curves, memory, plans, sensing
+from ramgguf.core.units import format_bytes
+from ramgguf.deploy.result import CheckResult
+from ramgguf.evaluate.eval_report import Study
+from ramgguf.evaluate.evaluation import Evaluation
+from ramgguf.evaluate.leaderboard import Leaderboard
+from ramgguf.evaluate.result import EvalResult
+from ramgguf.gguf.identity import Source
+from ramgguf.measure.result import Measurement
+from ramgguf.plan.frontier_result import Frontier
+from ramgguf.plan.result import Plan
+from ramgguf.report import check, memory, plans
+from ramgguf.report import frontier as curves
+from ramgguf.report import sensitivity as sensing
 from ramgguf.report.boards import board_grid
 from ramgguf.report.evaluation import (
     perplexity_grid,
@@ -24,12 +33,7 @@ from ramgguf.report.evaluation import (
 from ramgguf.report.grid import Column, Grid, to_html
 from ramgguf.report.results import study_of
 from ramgguf.report.sentences import findings
-from ramgguf.results import EvalResult
-from ramgguf.schema import Measurement, Plan, Source
-from ramgguf.sensitivities import Sensitivity
-from ramgguf.stages.evaluate import Evaluation
-from ramgguf.study import Study
-from ramgguf.units import format_bytes
+from ramgguf.sensitivity.result import Sensitivity
 
 _STYLE = (
     ".ramgguf table td,.ramgguf table th{text-align:left;vertical-align:top;padding:.1em .7em}"

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 
-from ramgguf.uncertainty import Estimate
+from ramgguf.evaluate.bootstrap import Estimate
 
 
 def ppl(value: float) -> str:

@@ -8,8 +8,13 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from ramgguf.errors import ResultError
-from ramgguf.files import write_atomically
+from ramgguf.core.errors import ResultError
+from ramgguf.core.files import write_atomically
+from ramgguf.core.units import format_bytes
+from ramgguf.evaluate.eval_report import Study
+from ramgguf.evaluate.result import SequenceScore
+from ramgguf.measure.result import Measurement
+from ramgguf.plan.result import Plan
 from ramgguf.report import figures, plan_figures
 from ramgguf.report.delta_figure import delta_nll
 from ramgguf.report.evaluation import (
@@ -21,10 +26,6 @@ from ramgguf.report.evaluation import (
 )
 from ramgguf.report.grid import to_html
 from ramgguf.report.numbers import ppl
-from ramgguf.results import SequenceScore
-from ramgguf.schema import Measurement, Plan
-from ramgguf.study import Study
-from ramgguf.units import format_bytes
 
 _MAX_CARDS = 12
 _HARDEST = 4  # sequences shown when no model has an outlier

@@ -4,9 +4,10 @@ import html
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+from ramgguf.gguf.architecture import layer_of
+from ramgguf.measure.result import Measurement, TensorMeasurement
+from ramgguf.plan.result import Assignment, Plan
 from ramgguf.report.figures import Figure, figure, graph_objects
-from ramgguf.roles import layer_of
-from ramgguf.schema import Assignment, Measurement, Plan, TensorMeasurement
 
 _OUTSIDE = "–"  # the column of tensors that belong to no layer
 _MAX_LABELLED = 40  # columns that leave room for a number in each cell

@@ -5,15 +5,15 @@ from collections.abc import Iterable
 
 from rich.console import Console
 
-from ramgguf.objectives import DEFAULT_OBJECTIVE
-from ramgguf.parallel import default_threads
-from ramgguf.predictions import predict, source
-from ramgguf.refinements import Refinement
+from ramgguf.core.parallel import default_threads
+from ramgguf.core.units import format_bytes, format_seconds
+from ramgguf.plan.objectives import DEFAULT_OBJECTIVE
+from ramgguf.plan.predictions import predict, source
+from ramgguf.plan.result import Assignment, Plan, Refinement
+from ramgguf.quants.roundtrip import SOURCES
 from ramgguf.report.grid import Column, Grid, to_rich
 from ramgguf.report.memory import print_memory
-from ramgguf.schema import Assignment, Plan
-from ramgguf.sensing_cost import N_TOKENS, sensing_seconds
-from ramgguf.units import format_bytes, format_seconds
+from ramgguf.sensitivity.cost import N_TOKENS, sensitivity_seconds
 
 
 def role_grid(plan: Plan) -> Grid:
@@ -80,7 +80,7 @@ def print_plan(plan: Plan, console: Console, *, verbose: bool = False) -> None:
         )
     if plan.objective == DEFAULT_OBJECTIVE:
         threads = default_threads()
-        seconds = format_seconds(sensing_seconds(plan, threads))
+        seconds = format_seconds(sensitivity_seconds(_readable(plan), threads))
         console.print(
             "note: what matters was guessed from the tensors' roles; `--sensitivity measure` or "
             f"`ramgguf sensitivity` measures it, from {N_TOKENS} tokens in about {seconds} on "
@@ -125,3 +125,12 @@ def refinement(found: Refinement) -> str:
         f"{kld.n_tokens} tokens that decided nothing ({found.tokens}) {kld.before:.4f} → "
         f"{kld.after:.4f}, a change of {change:+.4f} ± {kld.error:.4f} nats per token"
     )
+
+
+def _readable(plan: Plan) -> list[int]:
+    """Return the weights of each tensor whose sensitivity can be measured."""
+    return [
+        a.n_weights
+        for a in plan.assignments
+        if a.source_format in SOURCES and (a.note is None or a.note.startswith("pinned"))
+    ]

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 import numpy as np
 from rich.console import Console
 
+from ramgguf.evaluate.eval_report import Study, study
+from ramgguf.evaluate.result import EvalResult
+from ramgguf.evaluate.statistics import OUTLIER_PPL
 from ramgguf.report import evaluation
-from ramgguf.results import EvalResult
-from ramgguf.robust import OUTLIER_PPL
-from ramgguf.study import Study, study
 
 _SEED = 42
 

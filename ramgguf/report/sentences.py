@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Sequence
 
-from ramgguf.leaderboard import (
+from ramgguf.evaluate.leaderboard import (
     LABELS,
     SIGNIFICANCE,
     Culprit,

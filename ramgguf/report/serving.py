@@ -3,8 +3,8 @@
 import json
 import shlex
 
-from ramgguf.serving import Server
-from ramgguf.units import format_bytes
+from ramgguf.core.units import format_bytes
+from ramgguf.deploy.serving import Server
 
 _QUESTION = "Why is the sky blue?"
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")

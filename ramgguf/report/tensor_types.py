@@ -9,10 +9,10 @@ tensor that none matches gets what the base type's mix gives it, so that the bas
 import string
 from collections.abc import Iterable
 
-from ramgguf.formats import with_importance
-from ramgguf.recipes import Recipe
-from ramgguf.roles import NEVER_QUANTIZED
-from ramgguf.schema import Plan
+from ramgguf.gguf.architecture import NEVER_QUANTIZED
+from ramgguf.plan.recipes import Recipe
+from ramgguf.plan.result import Plan
+from ramgguf.quants.formats import with_importance
 
 _PLAIN = frozenset(string.ascii_lowercase + string.digits + "_")
 # llama.cpp makes these of any type without an importance matrix.

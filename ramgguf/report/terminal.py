@@ -8,7 +8,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from ramgguf.errors import printable
+from ramgguf.core.errors import printable
 from ramgguf.report.grid import Grid, to_rich
 
 

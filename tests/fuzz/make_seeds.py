@@ -8,10 +8,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import numpy as np
 
 import gguf_samples
+import imatrix_samples
 import made_documents
-import test_imatrix
-import test_result_files
-from ramgguf.hessian import gram_name, new_hessians
+import made_results
+from ramgguf.quants.hessian import gram_name, new_hessians
 
 
 def main() -> None:
@@ -30,10 +30,10 @@ def main() -> None:
     result = made_documents.result()
     result.save(results / "result")
     (results / "journal").unlink(missing_ok=True)
-    test_result_files.journal(results / "journal", result)
+    made_results.journal(results / "journal", result)
     (results / "csv").write_text("model,n_bytes,mean_ppl\na,1000,8.5\nb,2000,7.5\n")
-    (imatrices / "dat").write_bytes(test_imatrix.sound_legacy())
-    test_imatrix.write_gguf(imatrices / "gguf", test_imatrix.sound_tensors())
+    (imatrices / "dat").write_bytes(imatrix_samples.sound_legacy())
+    imatrix_samples.write_gguf(imatrices / "gguf", imatrix_samples.sound_tensors())
     gram = folders["hessian"] / "gguf"
     with new_hessians(gram, {"a": "a", "b": "a"}, {"a": 4}, 10, force=True) as file:
         file.write(gram_name("a"), np.eye(4, dtype=np.float32))

@@ -16,35 +16,31 @@ import atheris
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import made_documents
-from ramgguf import (
-    check_result,
-    curves,
-    gguf_io,
-    gguf_shard,
-    gguf_values,
-    hessian,
-    imatrix,
-    journal,
-    line_file,
-    line_journal,
-    recipes,
-    result_files,
-    results,
-    schema,
-    sensitivities,
-)
-from ramgguf.errors import GGUFError, RamggufError
-from ramgguf.gguf_io import open_gguf, require_language_model
-from ramgguf.hessian import load_hessians
-from ramgguf.imatrix import load_imatrix
-from ramgguf.journal import Journal
-from ramgguf.recipes import Recipe
-from ramgguf.refine_journal import RefineJournal
+from ramgguf.core import line_file, line_journal
+from ramgguf.core.errors import GGUFError, RamggufError
+from ramgguf.deploy import result as check_result
+from ramgguf.evaluate import journal, result_files
+from ramgguf.evaluate import result as results
+from ramgguf.evaluate.journal import Journal
+from ramgguf.evaluate.result import EvalResult
+from ramgguf.evaluate.result_files import read_material
+from ramgguf.gguf import header as gguf_values
+from ramgguf.gguf import reader as gguf_io
+from ramgguf.gguf import shards as gguf_shard
+from ramgguf.gguf.reader import open_gguf, require_language_model
+from ramgguf.measure.result import Measurement
+from ramgguf.plan import frontier_result as curves
+from ramgguf.plan import recipes
+from ramgguf.plan import result as schema
+from ramgguf.plan.recipes import Recipe
+from ramgguf.plan.result import Plan
+from ramgguf.quants import hessian, imatrix
+from ramgguf.quants.hessian import load_hessians
+from ramgguf.quants.imatrix import load_imatrix
+from ramgguf.refine.journal import RefineJournal
 from ramgguf.report.results import eval_markdown
-from ramgguf.result_files import read_material
-from ramgguf.results import EvalResult
-from ramgguf.schema import Measurement, Plan
-from ramgguf.sensitivity_journal import Journal as SensitivityJournal
+from ramgguf.sensitivity import result as sensitivities
+from ramgguf.sensitivity.journal import Journal as SensitivityJournal
 
 _MODULES = (
     check_result, curves, gguf_io, gguf_shard, gguf_values, hessian, imatrix, journal, line_file,

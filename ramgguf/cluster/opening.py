@@ -1,0 +1,97 @@
+"""Where passes run: in this process, or on the workers of an executor if there is one."""
+
+import contextlib
+from collections.abc import Iterator
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from pathlib import Path
+
+from ramgguf.cluster.remote_runner import CrewPasses
+from ramgguf.cluster.worker_pool import Crew
+from ramgguf.core.errors import EngineError
+from ramgguf.core.parallel import default_threads
+from ramgguf.core.scratch import scratch_folder
+from ramgguf.gguf.hub import local_path
+from ramgguf.gguf.reader import GGUFFile, open_gguf
+from ramgguf.llama.forward import Passes
+from ramgguf.llama.local_runner import Workbench
+from ramgguf.llama.tokens import Request
+
+
+@dataclass(frozen=True)
+class Opened:
+    """An open model, what opens the passes over it, and where what they tell is kept."""
+
+    file: GGUFFile
+    opening: contextlib.AbstractContextManager[Passes]
+    journal: Path
+
+
+@contextlib.contextmanager
+def opened(
+    model: str | Path,
+    request: Request,
+    *,
+    folder: str | Path | None,
+    journal: str | Path | None,
+    threads: int | None,
+    executor: Executor | None,
+) -> Iterator[Opened]:
+    """Yield the model, ready for a request's passes.
+
+    folder takes the copies of the model, on workers if there is an executor; without a journal,
+    one is kept for the time being. Raises GGUFError for what is no model, EngineError when there is
+    no folder to write to.
+    """
+    copies = Path(folder) if folder is not None else None
+    with (
+        open_gguf(local_path(model), kind_check=True) as file,
+        scratch_folder(copies if executor is None else None, error=EngineError) as scratch,
+    ):
+        opening = passes_over(
+            file,
+            request,
+            scratch=scratch,
+            threads=threads or default_threads(),
+            executor=executor,
+            workers_folder=copies,
+        )
+        yield Opened(file, opening, Path(journal) if journal is not None else scratch / "journal")
+
+
+@contextlib.contextmanager
+def passes_over(
+    file: GGUFFile,
+    request: Request,
+    *,
+    scratch: Path,
+    threads: int,
+    executor: Executor | None = None,
+    workers_folder: Path | None = None,
+) -> Iterator[Passes]:
+    """Yield the passes that a request takes, with `threads` threads each.
+
+    scratch takes the copy of the model in this process, workers_folder those on workers. Raises
+    EngineError when llama.cpp or a worker fails.
+    """
+    if executor is None:
+        with Workbench(
+            file,
+            scratch,
+            n_ctx=request.n_ctx,
+            threads=threads,
+            encoder=request.encoder,
+            imatrix=request.imatrix,
+        ) as bench:
+            yield bench
+        return
+    with Crew(executor) as crew:
+        yield CrewPasses(
+            crew,
+            file,
+            n_ctx=request.n_ctx,
+            threads=threads,
+            encoder=request.encoder,
+            imatrix=request.imatrix,
+            folder=workers_folder,
+        )

@@ -1,0 +1,71 @@
+"""Sequences scored on the workers of an executor, each of which keeps the models open."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ramgguf.cluster.tasks import EngineKey, EngineRequest, OpenEngine, Task
+from ramgguf.cluster.worker_pool import Crew
+from ramgguf.gguf.identity import FileIdentity
+from ramgguf.gguf.reader import open_gguf
+from ramgguf.llama.protocol import (
+    Opened,
+    Score,
+    TokenIds,
+    Tokenize,
+    Tokenized,
+    pack_ids,
+    unpack_ids,
+)
+from ramgguf.llama.scorer import EngineOptions, Window, WindowScores
+
+
+class CrewScorer:
+    """Models scored together by a crew, one sequence a task."""
+
+    def __init__(
+        self,
+        crew: Crew,
+        models: Sequence[Path],
+        options: EngineOptions,
+    ) -> None:
+        self._crew = crew
+        self._label = " with ".join(str(path) for path in reversed(models))
+        self._key = EngineKey(tuple(_identity(path) for path in models), options)
+        opened = crew.ask(self._task("loading", OpenEngine())).answer
+        assert isinstance(opened, Opened)  # what OpenEngine is answered by
+        self.opened = opened
+
+    def tokenize(self, text: str, *, add_special: bool) -> tuple[TokenIds, NDArray[np.int64]]:
+        """Return the text's token ids and where each ends in its UTF-8 bytes."""
+        request = Tokenize(model=0, text=text, add_special=add_special)
+        found = self._crew.ask(self._task("tokenizing", request)).answer
+        assert isinstance(found, Tokenized)
+        return unpack_ids(found.ids), unpack_ids(found.ends).astype(np.int64)
+
+    def score(
+        self, windows: Sequence[Window], first_target: int, *, has_reference: bool
+    ) -> Iterator[WindowScores]:
+        """Yield the windows' scores, as workers finish them."""
+        tasks = []
+        for window in windows:
+            request = Score(
+                index=window.index,
+                ids=pack_ids(window.ids),
+                first_target=first_target,
+                has_reference=has_reference,
+            )
+            tasks.append(self._task(f"sequence {window.index}", request))
+        for position, done in self._crew.perform(tasks):
+            assert isinstance(done.answer, tuple)
+            yield WindowScores(windows[position], done.answer, done.worker.system.cpu)
+
+    def _task(self, what: str, request: EngineRequest) -> Task:
+        return self._crew.task(f"{self._label}: {what}", self._key, request)
+
+
+def _identity(path: Path) -> FileIdentity:
+    with open_gguf(path) as file:
+        return FileIdentity.of(file)

@@ -1,0 +1,88 @@
+"""What all values have in common, and those that are files: JSON with a schema name and version."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, ClassVar, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ramgguf.core.errors import PlanError
+from ramgguf.core.files import write_atomically
+
+_artists: list[Callable[[object], str | None]] = []
+
+
+def drawn_by(artist: Callable[[object], str | None]) -> None:
+    """Have artist draw values for notebooks: it returns HTML, or None for what it does not know.
+
+    The package's front door names one; values are below those rooms that know how to draw.
+    """
+    _artists[:] = [artist]
+
+
+class Drawn:
+    """A value that notebooks show as a table."""
+
+    def _repr_html_(self) -> str | None:
+        """Return the value as HTML, None where nothing draws it."""
+        return _artists[0](self) if _artists else None
+
+
+class FrozenModel(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+# Integers that JSON's numbers hold exactly everywhere; sums of them do not overflow 64 bits.
+_LARGEST = 2**53 - 1
+NonNegative = Annotated[int, Field(ge=0, le=_LARGEST)]
+Positive = Annotated[int, Field(gt=0, le=_LARGEST)]
+# Of finite numbers, those whose sums and products are finite, too.
+_HUGE = 1e100
+Number = Annotated[float, Field(ge=-_HUGE, le=_HUGE)]
+NonNegativeFloat = Annotated[float, Field(ge=0, le=_HUGE)]
+PositiveFloat = Annotated[float, Field(gt=0, le=_HUGE)]
+
+
+class Document(FrozenModel, Drawn):
+    """A value that is a file: `save` and `load` go through JSON and check name and version."""
+
+    KIND: ClassVar[str]
+    VERSION: ClassVar[int] = 1
+
+    def to_json(self) -> str:
+        """Return the JSON text, headed by its schema: {"schema": "ramgguf.plan/1", ...}."""
+        body = self.model_dump_json(indent=1, exclude_none=False)
+        return f'{{\n "schema": "ramgguf.{self.KIND}/{self.VERSION}",{body[1:]}\n'
+
+    @classmethod
+    def from_json(cls, text: str, *, name: str = "the text") -> Self:
+        """Return the value that to_json wrote. Raises PlanError that names what is wrong."""
+        import json
+
+        try:
+            data = json.loads(text)
+        except (ValueError, RecursionError) as e:
+            raise PlanError(f"{name} is not JSON ({e}); was it cut short?") from None
+        found = data.pop("schema", None) if isinstance(data, dict) else None
+        expected = f"ramgguf.{cls.KIND}/{cls.VERSION}"
+        if found != expected:
+            raise PlanError(f"{name}: schema is {found!r}, expected {expected!r}")
+        try:
+            return cls.model_validate_json(json.dumps(data))
+        except ValidationError as e:
+            first = e.errors()[0]
+            where = ".".join(str(p) for p in first["loc"])
+            raise PlanError(f"{name}: {where}: {first['msg']}") from None
+
+    def save(self, path: Path) -> None:
+        """Write the JSON to path, whole or not at all. Raises PlanError if it cannot be written."""
+        write_atomically(path, self.to_json().encode(), error=PlanError)
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Return the value in the file. Raises PlanError when it is unreadable or malformed."""
+        try:
+            text = path.read_text()
+        except (OSError, UnicodeDecodeError) as e:
+            raise PlanError(f"{path}: cannot be read: {e}") from None
+        return cls.from_json(text, name=str(path))

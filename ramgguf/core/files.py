@@ -1,0 +1,232 @@
+"""Files that appear under their names whole or not at all, and survive whatever stops their writer.
+
+A file is written to `.NAME.ramgguf-tmp` beside its target, which its writer holds locked (flock),
+flushed to disk and renamed. A temporary that nobody holds locked is an orphan of a process that was
+killed: the next writer in that folder removes it.
+"""
+
+import contextlib
+import errno
+import fcntl
+import os
+import shutil
+import stat
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from ramgguf.core.errors import RamggufError
+from ramgguf.core.units import format_bytes
+
+_SUFFIX = ".ramgguf-tmp"
+_MOST_VIEWS = 1024  # that the system writes at one go (IOV_MAX)
+_PATIENCE_SECONDS = 0.5  # another process may hold the lock for the moment that removing takes
+
+
+def temporary_path(path: Path) -> Path:
+    """Return the name under which path is written until it is complete."""
+    return path.with_name(f".{path.name}{_SUFFIX}")
+
+
+def _same_file(fd: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(fd), path.lstat())
+    except FileNotFoundError:
+        return False
+
+
+def _try_lock(fd: int) -> bool:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as e:
+        if e.errno not in (errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS):
+            raise
+        # This file system has no locks: nothing to protect the temporary with.
+    return True
+
+
+def _remove_if_orphaned(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            if stat.S_ISREG(os.fstat(fd).st_mode) and _try_lock(fd) and _same_file(fd, path):
+                path.unlink()
+        finally:
+            os.close(fd)
+
+
+def remove_orphans(folder: Path) -> None:
+    """Remove the temporaries that killed processes left in the folder."""
+    for path in folder.glob(f".*{_SUFFIX}"):
+        _remove_if_orphaned(path)
+
+
+def _create_locked(path: Path) -> int:
+    """Return a descriptor of the new, empty and locked file at path.
+
+    What an earlier process left there is removed, never written to: it may be a second name of a
+    finished output.
+    """
+    deadline = time.monotonic() + _PATIENCE_SECONDS
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    while True:
+        with contextlib.suppress(FileExistsError):
+            fd = os.open(path, flags, 0o666)
+            # Before it was locked, another process may have taken the file for an orphan.
+            if _try_lock(fd) and _same_file(fd, path):
+                return fd
+            os.close(fd)
+        _remove_if_orphaned(path)
+        if time.monotonic() > deadline:
+            raise BlockingIOError(errno.EAGAIN, "another process is writing it")
+        time.sleep(0.01)
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush the folder's entries to disk, where the system can."""
+    with contextlib.suppress(OSError):
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+@contextlib.contextmanager
+def _named(path: Path, error: type[RamggufError]) -> Iterator[None]:
+    try:
+        yield
+    except OSError as e:
+        if e.errno == errno.ENOSPC or e.errno == errno.EDQUOT:
+            raise error(f"{path}: the disk is full; free some space or write elsewhere") from None
+        raise error(f"{path}: cannot be written: {e.strerror or e}") from None
+
+
+class AtomicFile:
+    """A new file of n_bytes bytes, all zero as yet; it gets its name with commit.
+
+    Raises `error` when it cannot be written: the folder is missing, read-only or full, path exists
+    and force is not given, or another process is writing it.
+    """
+
+    def __init__(self, path: Path, n_bytes: int, *, force: bool, error: type[RamggufError]) -> None:
+        self.path = path
+        self.n_bytes = n_bytes
+        self._force = force
+        self._error = error
+        self._temporary = temporary_path(path)
+        refuse_existing(path, force=force, error=error)
+        with _named(path, error):
+            self._fd = _create_locked(self._temporary)
+        try:
+            with _named(path, error):
+                _reserve(self._fd, n_bytes)
+        except BaseException:
+            self.abort()
+            raise
+
+    def write_at(self, offset: int, *data: bytes | memoryview) -> None:
+        """Write data, one after the other, from that offset on; safe from any number of threads."""
+        views = [memoryview(d).cast("B") for d in data]
+        n_bytes = sum(map(len, views))
+        if offset < 0 or offset + n_bytes > self.n_bytes:
+            raise ValueError(f"{n_bytes} bytes at {offset} are outside of {self.n_bytes}")
+        with _named(self.path, self._error):
+            while views:
+                n = os.pwritev(self._fd, views[:_MOST_VIEWS], offset)
+                offset += n
+                while views and n >= len(views[0]):
+                    n -= len(views.pop(0))
+                if n:
+                    views[0] = views[0][n:]
+
+    def flush(self) -> None:
+        """Wait until everything that was written is on disk."""
+        with _named(self.path, self._error):
+            os.fsync(self._fd)
+
+    def remove_older(self) -> None:
+        """Remove what has the file's name, if it may be replaced."""
+        if self._force:
+            with _named(self.path, self._error):
+                self.path.unlink(missing_ok=True)
+            sync_folder(self.path.parent)
+
+    def commit(self) -> None:
+        """Flush the file and give it its name; raises `error` if that exists and may not."""
+        self.flush()
+        with _named(self.path, self._error):
+            if self._force:
+                self._temporary.replace(self.path)
+            else:
+                self._link()
+        os.close(self._fd)
+        self._fd = -1
+        sync_folder(self.path.parent)
+
+    def _link(self) -> None:
+        try:  # unlike a rename, a link never replaces what came into being meanwhile
+            os.link(self._temporary, self.path)
+        except FileExistsError:
+            refuse_existing(self.path, force=False, error=self._error)
+            raise
+        except OSError:  # a file system without links
+            refuse_existing(self.path, force=False, error=self._error)
+            self._temporary.replace(self.path)
+        else:
+            self._temporary.unlink()
+
+    def abort(self) -> None:
+        """Remove what was written; does nothing after commit."""
+        if self._fd >= 0:
+            with contextlib.suppress(OSError):
+                self._temporary.unlink()
+            os.close(self._fd)
+            self._fd = -1
+
+
+def _reserve(fd: int, n_bytes: int) -> None:
+    """Set the file's length and have its blocks reserved, where the file system can."""
+    if n_bytes == 0:
+        return
+    os.ftruncate(fd, n_bytes)
+    if hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(fd, 0, n_bytes)
+        except OSError as e:
+            if e.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                raise
+
+
+def refuse_existing(path: Path, *, force: bool, error: type[RamggufError]) -> None:
+    """Raise `error` if path exists and may not be replaced."""
+    if path.is_dir():
+        raise error(f"{path}: is a folder; name a file")
+    if not force and os.path.lexists(path):
+        raise error(f"{path}: exists; use --force to replace it")
+
+
+def require_disk_space(folder: Path, n_bytes: int, *, error: type[RamggufError]) -> None:
+    """Raise `error` if the folder's file system has less room than that, or there is no folder."""
+    try:
+        free = shutil.disk_usage(folder).free
+    except OSError as e:
+        raise error(f"{folder}: {e.strerror}") from None
+    if free < n_bytes:
+        raise error(
+            f"{folder}: has {format_bytes(free)} free and the output needs "
+            f"{format_bytes(n_bytes)}; free some space or write elsewhere"
+        )
+
+
+def write_atomically(path: Path, data: bytes, *, error: type[RamggufError]) -> None:
+    """Write a small file, whole or not at all, replacing what was there."""
+    remove_orphans(path.parent)
+    file = AtomicFile(path, len(data), force=True, error=error)
+    try:
+        file.write_at(0, data)
+        file.commit()
+    finally:
+        file.abort()

@@ -1,0 +1,70 @@
+"""A file of lines that grows while a run goes on, and from which a run that was killed goes on."""
+
+import fcntl
+import os
+from contextlib import suppress
+from pathlib import Path
+
+from ramgguf.core.errors import RamggufError
+
+
+def whole_lines(data: bytes) -> list[bytes]:
+    """Return the lines of data, without the last one if a kill cut it short."""
+    return data.split(b"\n")[:-1]
+
+
+class LineFile:
+    """The file at path, made if it is not there, locked so that one process alone adds lines.
+
+    lines are those that it holds; one that was cut short is overwritten by the first that is added,
+    and until then nothing of the file is touched. Raises `error` when it cannot be opened or
+    written, is full, or is in use by another process.
+    """
+
+    def __init__(self, path: Path, *, error: type[RamggufError]) -> None:
+        self.path = path
+        self._error = error
+        self._fd = -1
+        try:
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+            self._lock()
+            data = path.read_bytes()
+        except OSError as e:
+            self.close()
+            raise error(f"{path}: {e.strerror}") from None
+        except BaseException:
+            self.close()
+            raise
+        self.lines = whole_lines(data)
+        self._end = data.rfind(b"\n") + 1
+        if data[self._end : self._end + 1] not in (b"", b"{"):  # no line of ours, cut short or not
+            self.close()
+            raise error(f"{path}: ends in what is no line of JSON; name another file")
+
+    def append(self, line: bytes) -> None:
+        """Add a line, whole or not at all."""
+        view = memoryview(line + b"\n")
+        n_bytes = len(view)
+        try:
+            os.ftruncate(self._fd, self._end)
+            while view:
+                view = view[os.write(self._fd, view) :]
+        except OSError as e:
+            with suppress(OSError):
+                os.ftruncate(self._fd, self._end)
+            raise self._error(f"{self.path}: cannot be written: {e.strerror}") from None
+        self._end += n_bytes
+
+    def close(self) -> None:
+        """Close the file, which frees it for others."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise self._error(f"{self.path}: another process is writing it") from None
+        except OSError:
+            return  # a file system without locks: nothing to protect it with

@@ -1,0 +1,67 @@
+"""A file of what a long run was settled to do and has done so far, from which it can go on.
+
+One JSON object per line: the settings first, then the steps.
+"""
+
+from pathlib import Path
+from typing import Generic, Self, TypeVar
+
+from pydantic import ValidationError
+
+from ramgguf.core.documents import FrozenModel
+from ramgguf.core.errors import PlanError
+from ramgguf.core.line_file import LineFile
+
+S = TypeVar("S", bound=FrozenModel)
+T = TypeVar("T", bound=FrozenModel)
+
+
+class LineJournal(Generic[S, T]):
+    """Settings and steps of a run of this kind. Use as a context manager.
+
+    Raises PlanError when the file is something else, or another process is writing it.
+    """
+
+    def __init__(self, path: Path, settings: type[S], step: type[T], kind: str) -> None:
+        self.settings: S | None = None
+        self.steps: list[T] = []
+        self._path, self._types, self._kind = path, (settings, step), kind
+        self._file = LineFile(path, error=PlanError)
+        try:
+            self._read(self._file.lines)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def begin(self, settings: S) -> None:
+        """Record what the run does."""
+        self.settings = settings
+        self._write(settings)
+
+    def add(self, step: T) -> None:
+        """Record a step."""
+        self.steps.append(step)
+        self._write(step)
+
+    def _write(self, value: FrozenModel) -> None:
+        self._file.append(value.model_dump_json().encode())
+
+    def _read(self, lines: list[bytes]) -> None:
+        settings, step = self._types
+        try:
+            for number, line in enumerate(lines):
+                if number == 0:
+                    self.settings = settings.model_validate_json(line)
+                else:
+                    self.steps.append(step.model_validate_json(line))
+        except ValidationError as e:
+            raise PlanError(
+                f"{self._path}: line {number + 1} is not of a {self._kind} run "
+                f"({e.errors()[0]['msg']}); remove it or name another output"
+            ) from None

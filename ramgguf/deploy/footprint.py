@@ -1,0 +1,211 @@
+"""What a model would take in memory: asked of llama.cpp, or estimated where it cannot be asked."""
+
+import contextlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal, Self
+
+from ramgguf.core.errors import BudgetError, EngineError
+from ramgguf.deploy.footprint_formula import N_UBATCH, Shape, cache_bytes, compute_bytes
+from ramgguf.gguf.layout import encoded_bytes
+from ramgguf.gguf.reader import GGUFFile
+from ramgguf.gguf.stub_model import hollow_model
+from ramgguf.llama.child import Child
+from ramgguf.llama.sizes import Sizes, SizesOf
+from ramgguf.plan.result import MemoryUse
+
+CACHE_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "IQ4_NL")
+
+# Measured with llama-cpp-python 0.3.36 on Linux: the interpreter, its packages and libllama take
+# 80 MB before a model is loaded, and a vocabulary of 49,152 tokens 18 MB (docs/memory.md).
+_PROCESS_BYTES = 90_000_000
+_TOKEN_BYTES = 400
+
+_LAYER = re.compile(r"blk\.(\d+)\.")
+# What llama.cpp keeps beside the CPU whatever is offloaded: it looks rows up there.
+_INPUTS = ("token_embd", "token_types", "position_embd", "per_layer_token_embd")
+
+
+def parse_cache_types(text: str) -> tuple[str, str]:
+    """Return the types of keys and values that 'q8_0' or 'q8_0,f16' stands for."""
+    names = [name.strip().upper() for name in text.split(",")]
+    if len(names) > 2 or any(name not in CACHE_TYPES for name in names):
+        raise BudgetError(
+            f"cache type {text!r} is none; write one of {', '.join(CACHE_TYPES).lower()}, "
+            "or two for keys and values: q8_0,f16"
+        )
+    return names[0], names[-1]
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes in memory: of each layer, of what comes before and after the layers, of the rest.
+
+    layer_weights and layer_cache are by layer; output_copy is what the output layer takes again
+    where it is not on the embedding's device (tied embeddings). compute is llama.cpp's largest
+    graph.
+    """
+
+    shape: Shape
+    layer_weights: tuple[int, ...]
+    layer_cache: tuple[int, ...]
+    input_weights: int
+    output_weights: int
+    output_copy: int
+    compute: int
+    overhead: int
+    method: Literal["llama.cpp", "estimate"]
+    why_estimate: str | None = None
+
+    @property
+    def use(self) -> MemoryUse:
+        """All of it, without a GPU."""
+        return MemoryUse(
+            weights=sum(self.layer_weights) + self.input_weights + self.output_weights,
+            cache=sum(self.layer_cache),
+            compute=self.compute,
+            overhead=self.overhead,
+        )
+
+    def scaled(self, share: float) -> Self:
+        """Return the footprint with this share of every weight's bytes."""
+        return replace(
+            self,
+            layer_weights=tuple(int(share * n) for n in self.layer_weights),
+            input_weights=int(share * self.input_weights),
+            output_weights=int(share * self.output_weights),
+            output_copy=int(share * self.output_copy),
+        )
+
+
+class Scale:
+    """Asks for footprints of one model, as a plan would have it. Use as a context manager.
+
+    llama.cpp answers from a child process; where it cannot, the formula does, and says why.
+    """
+
+    def __init__(self, file: GGUFFile) -> None:
+        self._file = file
+        self._stack = contextlib.ExitStack()
+        self._child = self._stack.enter_context(Child("ramgguf.llama.sizes"))
+        self._hollow = contextlib.ExitStack()
+        self._hollow_of: tuple[Mapping[str, str], str] | None = None
+        self._why: str | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+        self._hollow.close()
+
+    def footprint(self, shape: Shape, tensor_types: Mapping[str, str]) -> Footprint:
+        """Return what the model takes with these types, the source's own for others.
+
+        Raises BudgetError when llama.cpp refuses the cache's types.
+        """
+        if self._why is None:
+            path = self._path(tensor_types)
+            try:
+                return _told(self._file, shape, tensor_types, self._ask(path, shape))
+            except EngineError as e:
+                self._why = str(e).splitlines()[0]
+                self._require_allowed(path, shape, self._why)
+        return _estimated(self._file, shape, tensor_types, self._why)
+
+    def _path(self, tensor_types: Mapping[str, str]) -> str:
+        """Return the path of a hollow model with these types, kept until others are wanted."""
+        if self._hollow_of is None or self._hollow_of[0] != tensor_types:
+            self._hollow.close()
+            path = self._hollow.enter_context(hollow_model(self._file, tensor_types))
+            self._hollow_of = (dict(tensor_types), str(path))
+        return self._hollow_of[1]
+
+    def _require_allowed(self, path: str, shape: Shape, why: str) -> None:
+        """Raise BudgetError if only the types of the cache are what llama.cpp refuses."""
+        if (shape.type_k, shape.type_v) == ("F16", "F16"):
+            return
+        with contextlib.suppress(EngineError):
+            self._ask(path, Shape(shape.n_ctx, shape.n_seq))
+            raise BudgetError(
+                f"{why}, though one of F16 would do; choose another --cache-type, such as "
+                f"{shape.type_k.lower()} for both"
+            )
+
+    def _ask(self, path: str, shape: Shape) -> Sizes:
+        return self._child.ask(
+            SizesOf(
+                path=path,
+                n_ctx=shape.n_ctx * shape.n_seq,
+                n_seq=shape.n_seq,
+                type_k=shape.type_k,
+                type_v=shape.type_v,
+            ),
+            Sizes,
+        )
+
+
+def _told(file: GGUFFile, shape: Shape, tensor_types: Mapping[str, str], sizes: Sizes) -> Footprint:
+    """Return the footprint that llama.cpp told; the formula only shares it among layers."""
+    estimate = _estimated(file, shape, tensor_types, "")
+    shares = estimate.layer_cache
+    if sum(shares) != sizes.cache:
+        n, total = len(shares), sum(shares)
+        shares = tuple(sizes.cache * s // total if total else sizes.cache // n for s in shares)
+        shares = (*shares[:-1], shares[-1] + sizes.cache - sum(shares)) if shares else ()
+    more = sizes.weights - estimate.use.weights  # derived or duplicated tensors
+    return Footprint(
+        shape=shape,
+        layer_weights=estimate.layer_weights,
+        layer_cache=shares,
+        input_weights=estimate.input_weights,
+        output_weights=max(0, estimate.output_weights + more),
+        output_copy=estimate.output_copy,
+        compute=sizes.compute,
+        overhead=_overhead(file, sizes.n_vocab, shape),
+        method="llama.cpp",
+    )
+
+
+def _estimated(
+    file: GGUFFile, shape: Shape, tensor_types: Mapping[str, str], why: str
+) -> Footprint:
+    layers = [0] * (file.n_layers or 0)
+    inputs = outputs = 0
+    embedding, tied = 0, True
+    for tensor in file.tensors:
+        n_bytes = encoded_bytes(tensor, tensor_types.get(tensor.name, tensor.type_name))
+        match = _LAYER.match(tensor.name)
+        if match and int(match[1]) < len(layers):
+            layers[int(match[1])] += n_bytes
+        elif tensor.name.startswith(_INPUTS):
+            inputs += n_bytes
+        else:
+            outputs += n_bytes
+        if tensor.name == "token_embd.weight":
+            embedding = n_bytes
+        tied = tied and tensor.name != "output.weight"
+    n_vocab = next((t.shape[1] for t in file.tensors if t.name == "token_embd.weight"), 0)
+    return Footprint(
+        shape=shape,
+        layer_weights=tuple(layers),
+        layer_cache=cache_bytes(file, shape),
+        input_weights=inputs,
+        output_weights=outputs,
+        output_copy=embedding if tied else 0,
+        compute=compute_bytes(file, shape),
+        overhead=_overhead(file, n_vocab, shape),
+        method="estimate",
+        why_estimate=why,
+    )
+
+
+def _overhead(file: GGUFFile, n_vocab: int, shape: Shape) -> int:
+    """Return what neither buffers nor files show: process, vocabulary, logits, work buffer.
+
+    The work buffer holds one batch's activations as the weights' kernels want them.
+    """
+    longest_row = max((t.row_length for t in file.tensors if len(t.shape) > 1), default=0)
+    logits = 4 * n_vocab * shape.n_seq
+    return _PROCESS_BYTES + _TOKEN_BYTES * n_vocab + logits + 2 * N_UBATCH * longest_row

@@ -1,0 +1,272 @@
+"""From memory to a budget: the plan whose file, cache and graph fit where the model shall run."""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from ramgguf.core.errors import BudgetError, PlanError
+from ramgguf.core.units import format_bytes
+from ramgguf.deploy.footprint import Footprint, Scale
+from ramgguf.deploy.footprint_formula import Shape
+from ramgguf.deploy.offload import Placed, most_layers, place, place_within
+from ramgguf.gguf.hub import local_path
+from ramgguf.gguf.layout import planned_header_bytes
+from ramgguf.gguf.reader import GGUFFile, open_gguf
+from ramgguf.plan.limits import ByteLimit, PlanAt, SourceSize
+from ramgguf.plan.result import MemoryBudget, Plan
+
+_MOST_ROUNDS = 24
+CONTEXT_STEP = 256  # what llama.cpp rounds contexts up to
+
+
+@dataclass(frozen=True)
+class MemoryRequest:
+    """What shall run, and in how much memory.
+
+    ram None is no limit; source says where its figure is from. With vram, as many layers go to the
+    GPU as fit there, or n_gpu_layers if given.
+    """
+
+    shape: Shape
+    ram: int | None
+    source: str = "--memory"
+    vram: int | None = None
+    n_gpu_layers: int | None = None
+
+
+class MemoryPlanner:
+    """Finds plans of one model that fit a request. Use as a context manager."""
+
+    def __init__(self, file: GGUFFile, request: MemoryRequest) -> None:
+        if request.ram is None and request.vram is None:
+            raise BudgetError("name the memory that may be used: --memory, --fit or --vram")
+        self._file, self._request = file, request
+        self._header_bytes = planned_header_bytes(file, {}, {})
+        self._scale = Scale(file)
+
+    def __enter__(self) -> "MemoryPlanner":
+        self._scale.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._scale.__exit__(*_)
+
+    def budget(self) -> int:
+        """Return the most bytes that a file can have, whatever its formats.
+
+        Raises BudgetError, which says what to change, when nothing is left for the weights.
+        """
+        request = self._request
+        footprint = self._scale.footprint(request.shape, {})
+        weights = footprint.use.weights
+        placed = self._place(footprint)
+        left = self._header_bytes
+        if request.ram is None:
+            left += max(0, (request.vram or 0) - placed.vram.total + placed.vram.weights)
+            left += placed.ram.weights  # at most: the embedding, which stays beside the CPU
+        else:
+            left += request.ram - footprint.use.total + weights
+            if request.vram is not None:
+                left += request.vram
+            elif placed.n_gpu_layers:
+                left = self._header_bytes + weights  # only RAM is limited; the loop lowers it
+        if left <= self._header_bytes:
+            raise self._too_small(None)
+        return left
+
+    def fit(self, plan_for: Callable[[int], Plan], most: int | None = None) -> Plan:
+        """Return the plan of plan_for, of the largest budget up to most, that fits the request.
+
+        Raises BudgetError, which says what to change, when even the smallest plan does not.
+        """
+        budget = self.budget() if most is None else min(most, self.budget())
+        for _ in range(_MOST_ROUNDS):
+            try:
+                made = plan_for(budget)
+            except BudgetError as e:
+                if e.smallest is None:
+                    raise
+                raise self._too_small(e.smallest) from None
+            footprint = self._scale.footprint(
+                self._request.shape, {a.name: a.format for a in made.assignments}
+            )
+            placed = self._place(footprint)
+            excess = self._excess(placed)
+            if excess <= 0:
+                record, notes = self._record(footprint, placed), (*self._notes(), *made.notes)
+                return made.model_copy(update={"memory": record, "notes": notes})
+            budget = min(budget, made.n_bytes) - excess
+            if budget <= self._header_bytes:
+                break
+        raise self._too_small(None)
+
+    def _notes(self) -> list[str]:
+        trained = self._file.metadata.integer(f"{self._file.architecture}.context_length")
+        n_ctx = self._request.shape.n_ctx
+        if trained is None or n_ctx <= trained:
+            return []
+        return [f"the model was trained for contexts of {trained} tokens, fewer than {n_ctx}"]
+
+    def _place(self, footprint: Footprint) -> Placed:
+        request = self._request
+        if request.n_gpu_layers is not None:
+            return place(footprint, request.n_gpu_layers)
+        if request.vram is None:
+            return place(footprint, 0)
+        if request.ram is None:
+            return place(footprint, most_layers(footprint))
+        return place_within(footprint, request.vram)
+
+    def _excess(self, placed: Placed) -> int:
+        """Return how much smaller the file must be; not positive when all fits.
+
+        Where layers are bound to a device, only its share of what the file loses is lost there.
+        """
+        request = self._request
+        floating = request.n_gpu_layers is None and request.ram is not None
+        n_weights = placed.ram.weights + placed.vram.weights
+        worst = 0
+        for limit, use in ((request.ram, placed.ram), (request.vram, placed.vram)):
+            if limit is not None and use.total > limit:
+                share = 1.0 if floating else max(use.weights, 1) / n_weights
+                worst = max(worst, math.ceil((use.total - limit) / share))
+        return worst
+
+    def _record(self, footprint: Footprint, placed: Placed) -> MemoryBudget:
+        request, shape = self._request, footprint.shape
+        offloads = request.vram is not None or request.n_gpu_layers is not None
+        return MemoryBudget(
+            limit=request.ram,
+            limit_source=request.source,
+            n_ctx=shape.n_ctx,
+            n_seq=shape.n_seq,
+            type_k=shape.type_k,
+            type_v=shape.type_v,
+            method=footprint.method,
+            why_estimate=footprint.why_estimate,
+            ram=placed.ram,
+            n_gpu_layers=placed.n_gpu_layers if offloads else None,
+            vram_limit=request.vram,
+            vram=placed.vram if offloads else None,
+        )
+
+    def _too_small(self, smallest: int | None) -> BudgetError:
+        """Return the error that names what takes the memory, and what would fit."""
+        request, shape = self._request, self._request.shape
+        use = self._scale.footprint(shape, {}).use
+        sequences = f" of each of {shape.n_seq} sequences" if shape.n_seq > 1 else ""
+        has = " and ".join(
+            f"{name} {format_bytes(n)}"
+            for name, n in (("memory", request.ram), ("vram", request.vram))
+            if n is not None
+        )
+        message = (
+            f"the model with a context of {shape.n_ctx} tokens{sequences} does not fit {has}: "
+            f"its cache takes {format_bytes(use.cache)}, compute buffers "
+            f"{format_bytes(use.compute)}, overhead {format_bytes(use.overhead)}"
+        )
+        if smallest is not None:
+            message += f", and the smallest plan is {format_bytes(smallest)}"
+        return BudgetError(f"{message}. {self._advice(smallest)}", smallest)
+
+    def _advice(self, known: int | None) -> str:
+        """Return what to change: the context, the cache's type, the memory, or the floor.
+
+        known is the smallest plan's bytes; until there is one, two bits per weight stand for it.
+        """
+        smallest = known or self._header_bytes + self._file.n_weights // 4
+        request, shape = self._request, self._request.shape
+        total = (request.ram or 0) + (request.vram or 0)
+        advice = []
+        longest = self.longest_context(smallest)
+        if 0 < longest < shape.n_ctx:
+            about = "The" if known else "At about 2 bits per weight, the"
+            advice.append(f"{about} largest context that fits is {longest}")
+        if shape.type_k not in ("Q8_0", "Q4_0"):
+            smaller = Shape(shape.n_ctx, shape.n_seq, "Q8_0", "Q8_0")
+            one, other = (self._scale.footprint(s, {}).use.cache for s in (shape, smaller))
+            if other < one:
+                advice.append(f"--cache-type q8_0 saves {format_bytes(one - other)}")
+        use = self._scale.footprint(shape, {}).use
+        needed = smallest + use.total - use.weights
+        if needed > total:
+            advice.append(f"or raise the memory to at least {format_bytes(needed * 1.002)}")
+        advice.append("a lower --min-sqnr or more --formats allow smaller plans")
+        return "; ".join(advice)
+
+    def longest_context(self, n_bytes: int) -> int:
+        """Return the longest context with which a file of so many bytes fits; 0 if none does.
+
+        The bytes are shared among the tensors as in the source.
+        """
+        shape = self._request.shape
+
+        def fits(n_ctx: int) -> bool:
+            tried = Shape(n_ctx, shape.n_seq, shape.type_k, shape.type_v)
+            footprint = self._scale.footprint(tried, {})
+            share = (n_bytes - self._header_bytes) / footprint.use.weights
+            return self._excess(self._place(footprint.scaled(share))) <= 0
+
+        low, high = 0, shape.n_ctx // CONTEXT_STEP
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if fits(middle * CONTEXT_STEP) else (low, middle - 1)
+        return low * CONTEXT_STEP
+
+
+@dataclass(frozen=True)
+class MemoryRoom:
+    """What memory leaves for the file of one model, and a budget if that is less."""
+
+    n_bytes: int
+    planner: MemoryPlanner
+
+    def plan(self, plan_at: PlanAt) -> Plan:
+        """Return the plan of this size, or the largest below it that fits the memory."""
+        return self.planner.fit(plan_at, self.n_bytes)
+
+
+@dataclass(frozen=True)
+class MemoryLimit:
+    """What fits the memory of a request, and the budget if one is given.
+
+    The header of the model tells how much its cache takes; model is where it is, by default where
+    it was measured.
+    """
+
+    request: MemoryRequest
+    budget: int | str | None = None
+    model: str | Path | None = None
+
+    @contextmanager
+    def room(self, source: SourceSize) -> Iterator[MemoryRoom]:
+        """Yield what the memory leaves.
+
+        Raises BudgetError with the longest context that fits when nothing is left, PlanError when
+        the model is another, or not there.
+        """
+        with (
+            _measured_model(source, self.model) as file,
+            MemoryPlanner(file, self.request) as planner,
+        ):
+            left = planner.budget()
+            if self.budget is not None:
+                left = min(left, ByteLimit(self.budget).n_bytes(source))
+            yield MemoryRoom(left, planner)
+
+
+def _measured_model(source: SourceSize, model: str | Path | None) -> GGUFFile:
+    """Return the open model that was measured; raises PlanError if it is another."""
+    path = source.path if model is None else local_path(model)
+    if not path.exists() and model is None:
+        raise PlanError(
+            f"{path}: the model that was measured is not there, and only its header tells how much "
+            "memory a context takes; name it with --model"
+        )
+    file = open_gguf(path)
+    if file.header_sha256 != source.header_sha256:
+        file.close()
+        raise PlanError(f"{path}: is not the model that was measured ({source.path})")
+    return file

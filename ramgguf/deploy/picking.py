@@ -1,0 +1,189 @@
+"""From a model to a file that is proven to run here: measure, plan, write, try, and score."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Unpack
+
+from ramgguf.core.errors import BudgetError, EngineError
+from ramgguf.core.progress import Progress
+from ramgguf.core.units import format_bytes, format_seconds
+from ramgguf.deploy.checking import CheckRequest, check_file
+from ramgguf.deploy.memory import MemoryLimit, MemoryRequest
+from ramgguf.deploy.result import CheckResult
+from ramgguf.evaluate import evaluate
+from ramgguf.evaluate.result import EvalResult
+from ramgguf.gguf.hub import local_path
+from ramgguf.measure import measure
+from ramgguf.plan import PlanOptions, curve
+from ramgguf.plan import plan as make_plan
+from ramgguf.plan.frontier_result import Frontier
+from ramgguf.plan.result import Plan
+from ramgguf.quantize import quantize
+from ramgguf.quants.encoders import DEFAULT_ENCODER, EncoderName
+
+_MOST_ROUNDS = 4
+_SLOWER = 0.97  # a file of half the bytes is not quite twice as fast
+
+
+@dataclass(frozen=True)
+class PickRequest:
+    """What is wanted of the file; min_speed is tokens per second of generation.
+
+    The score is taken on n_seq sequences of n_ctx tokens; n_seq 0 takes none.
+    """
+
+    trial: CheckRequest
+    min_speed: float = 0.0
+    encoder: EncoderName = DEFAULT_ENCODER
+    n_seq: int = 8
+    n_ctx: int = 512
+
+
+@dataclass(frozen=True)
+class Picked:
+    """The file that was chosen, and all that speaks for it; n_tried files were written for it."""
+
+    path: Path
+    plan: Plan
+    frontier: Frontier
+    trial: CheckResult
+    score: EvalResult | None
+    n_tried: int
+    request: PickRequest
+
+    def reasons(self) -> tuple[str, ...]:
+        """Return the choice in five lines: memory, size, trial, speed, quality."""
+        return (
+            self._memory(),
+            self._size(),
+            self._trial(),
+            self._speed(),
+            self._quality(),
+        )
+
+    def _memory(self) -> str:
+        use = self.trial.planned
+        rest = use.total - use.weights
+        return (
+            f"memory: {format_bytes(self.trial.limit)} less {format_bytes(rest)} of cache, buffers "
+            f"and overhead for {self.trial.n_ctx} tokens leave "
+            f"{format_bytes(self.trial.limit - rest)} for weights"
+        )
+
+    def _size(self) -> str:
+        frontier = self.frontier
+        ends = f"{format_bytes(frontier.start_bytes)} to {format_bytes(frontier.end_bytes)}"
+        return (
+            f"size: {format_bytes(self.plan.n_bytes)}, {self.plan.bpw:.2f} bpw, the best of "
+            f"{len(frontier.steps) + 1} optimal plans from {ends} that fits (try {self.n_tried})"
+        )
+
+    def _trial(self) -> str:
+        trial = self.trial
+        seconds = format_seconds(trial.load_seconds or 0.0)
+        return (
+            f"trial: loaded in {seconds}, {format_bytes(trial.peak_bytes or 0)} at its peak with "
+            f"the context full, {format_bytes(trial.margin or 0)} to spare; no sign of collapse"
+        )
+
+    def _speed(self) -> str:
+        speed = self.trial.speed
+        if speed is None:
+            return "speed: not measured"
+        asked = f", asked were {self.request.min_speed:g}" if self.request.min_speed else ""
+        found = speed.generation
+        return (
+            f"speed: {found.median:.1f} tokens/s ({found.low:.1f}–{found.high:.1f}){asked}; "
+            f"prompts {speed.prompt.median:.0f} tokens/s"
+        )
+
+    def _quality(self) -> str:
+        if self.score is None:
+            return "quality: not scored"
+        found = self.score
+        own = sum(s.nll_sum for s in found.sequences)
+        original = sum(s.reference_nll_sum or 0.0 for s in found.sequences)
+        ratio = math.exp((own - original) / max(1, found.n_scored))
+        return (
+            f"quality: KLD {found.kld_mean:.4f} nats per token and {ratio:.3f} × the perplexity of "
+            f"the original, on {len(found.sequences)} sequences of {self.request.n_ctx} tokens"
+        )
+
+
+def pick(
+    model: Path,
+    output: Path | None,
+    request: PickRequest,
+    *,
+    force: bool = False,
+    threads: int | None = None,
+    progress: Progress | None = None,
+    announce: Callable[[str], None] = lambda _: None,
+    **options: Unpack[PlanOptions],
+) -> Picked:
+    """Return the best file that fits, is fast enough and passes its trial; it is then written.
+
+    Where it is too slow or too large when tried, a smaller one is made, at most four times. Raises
+    BudgetError when none will do, with what was reached; the last one tried is left then.
+    """
+    model = local_path(model)
+    measurement = measure(
+        model, encoder=request.encoder, threads=threads, progress=progress,
+        formats=options.get("formats"),
+    )  # fmt: skip
+    frontier = curve(measurement, **options)
+    trial = request.trial
+    memory = MemoryRequest(trial.shape, trial.limit.n_bytes, trial.limit.source)
+    most: int | None = None
+    for n_tried in range(1, _MOST_ROUNDS + 1):
+        plan = make_plan(measurement, MemoryLimit(memory, most, model), **options)
+        announce(f"try {n_tried}: {format_bytes(plan.n_bytes)}, {plan.bpw:.2f} bpw")
+        made = quantize(
+            model, output=output, from_plan=plan, force=force or n_tried > 1, threads=threads,
+            progress=progress,
+        )  # fmt: skip
+        output = made.paths[0]
+        found = check_file(output, trial, announce=announce)
+        most = _smaller(found, plan, request)
+        if most is None:
+            score = _score(output, model, request, threads, progress)
+            return Picked(output, plan, frontier, found, score, n_tried, request)
+    raise BudgetError(f"{output}: {_reached(found, request)} after {_MOST_ROUNDS} tries")
+
+
+def _smaller(found: CheckResult, plan: Plan, request: PickRequest) -> int | None:
+    """Return how large the next try may be, None if this one will do."""
+    if found.failed_stage in ("load", "fill"):
+        return int(0.95 * plan.n_bytes)
+    if found.margin is not None and found.margin < 0:
+        return plan.n_bytes + found.margin
+    if not found.passed:
+        raise EngineError(
+            f"{found.path} fails its trial: {'; '.join(found.failures)}; a smaller one will not do "
+            "better: allow more memory, or a shorter context"
+        )
+    speed = found.speed.generation.median if found.speed else 0.0
+    if speed >= request.min_speed:
+        return None
+    return int(plan.n_bytes * speed / request.min_speed * _SLOWER)
+
+
+def _reached(found: CheckResult, request: PickRequest) -> str:
+    if found.speed is None:
+        return "it does not fit its memory"
+    reached = found.speed.generation.median
+    return f"{reached:.1f} tokens/s were reached, {request.min_speed:g} asked for"
+
+
+def _score(
+    path: Path, model: Path, request: PickRequest, threads: int | None, progress: Progress | None
+) -> EvalResult | None:
+    if request.n_seq == 0:
+        return None
+    found = evaluate(
+        [path], reference=model, n_ctx=request.n_ctx, n_seq=request.n_seq, threads=threads,
+        progress=progress,
+    )  # fmt: skip
+    return found.results[0] if found.results else None

@@ -1,1 +1,0 @@
-"""llama.cpp, through llama-cpp-python: `llama` runs it in this process, `client` in a child."""

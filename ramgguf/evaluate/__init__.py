@@ -1,0 +1,7 @@
+"""Evaluate: perplexity and KLD sequence by sequence, and what can be concluded from them."""
+
+from ramgguf.evaluate.comparison import compare
+from ramgguf.evaluate.evaluation import Evaluation, evaluate
+from ramgguf.evaluate.result import EvalResult
+
+__all__ = ["EvalResult", "Evaluation", "compare", "evaluate"]

@@ -1,0 +1,209 @@
+"""The file to which an evaluation writes each sequence as it finishes, and from which it goes on.
+
+One JSON object per line: a run (one model under one protocol) announces itself, then come its
+sequences.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+import numpy as np
+from pydantic import Field, TypeAdapter, ValidationError
+
+from ramgguf.core.documents import FrozenModel, NonNegativeFloat
+from ramgguf.core.errors import EngineError
+from ramgguf.core.line_file import LineFile, whole_lines
+from ramgguf.evaluate.result import BrokenSequence, EvalResult, Quantiles, SequenceScore, quantiles
+
+
+class RunRecord(FrozenModel):
+    """A run begins; result has everything but the sequences."""
+
+    record: Literal["run"] = "run"
+    run: str
+    result: EvalResult
+
+
+class SequenceRecord(FrozenModel):
+    """A sequence of a run is finished: its scores, or that its logits were broken.
+
+    cpu is the name of the CPU that computed it, where that is not the run's.
+    """
+
+    record: Literal["sequence"] = "sequence"
+    run: str
+    index: int
+    score: SequenceScore | None = None
+    broken: BrokenSequence | None = None
+    seconds: NonNegativeFloat
+    decode_seconds: NonNegativeFloat
+    cpu: str | None = None
+
+
+class FailureRecord(FrozenModel):
+    """A run ended early; what is missing is tried again when the evaluation is resumed."""
+
+    record: Literal["failure"] = "failure"
+    run: str
+    message: str
+
+
+Record = Annotated[RunRecord | SequenceRecord | FailureRecord, Field(discriminator="record")]
+_ADAPTER: TypeAdapter[RunRecord | SequenceRecord | FailureRecord] = TypeAdapter(Record)
+
+
+def run_id(result: EvalResult) -> str:
+    """Return what tells runs apart: a hash over what a result without sequences says, but notes.
+
+    Runs with the same one (same files, tokens, llama.cpp, CPU, settings) give the same numbers.
+    """
+    said = result.model_copy(update={"notes": ()}).model_dump_json(exclude={"cpus"})
+    return hashlib.sha256(said.encode()).hexdigest()[:16]
+
+
+def _but_cpu(result: EvalResult) -> EvalResult:
+    engine = result.engine.model_copy(update={"cpu": ""})
+    return result.model_copy(update={"notes": (), "engine": engine})
+
+
+def _kld_quantiles(sequences: Sequence[SequenceScore]) -> Quantiles | None:
+    found = [kld for s in sequences if (kld := s.kld_per_token()) is not None]
+    return quantiles(np.concatenate(found)) if found else None
+
+
+def read_results(path: Path) -> tuple[EvalResult, ...]:
+    """Return the results in a file that an evaluation wrote. Raises EngineError if it is none.
+
+    The file is not touched: the evaluation may still be writing it.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as e:
+        raise EngineError(f"{path}: {e.strerror}; expected what `ramgguf eval -o` writes") from None
+    journal = Journal(None, resume=False)
+    journal.load(path, whole_lines(data))
+    return journal.results()
+
+
+class Journal:
+    """Finished sequences by run; with a path, also on disk. Use as a context manager.
+
+    Raises EngineError when the file exists and resume is False, is no such file, or another process
+    is writing it.
+    """
+
+    def __init__(self, path: Path | None, *, resume: bool) -> None:
+        self._done: dict[str, dict[int, SequenceRecord]] = {}
+        self._announced: dict[str, EvalResult] = {}
+        self._failures: dict[str, str] = {}
+        self._file: LineFile | None = None
+        if path is None:
+            return
+        if path.exists() and not resume:
+            raise EngineError(f"{path} exists; add --resume to go on with it, or remove it")
+        self._file = LineFile(path, error=EngineError)
+        try:
+            self.load(path, self._file.lines)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def done(self, run: str) -> dict[int, SequenceRecord]:
+        """Return the run's finished sequences by index."""
+        return self._done.setdefault(run, {})
+
+    def begin(self, blank: EvalResult) -> tuple[str, EvalResult]:
+        """Return the run of which this is the result without sequences, and what it announced.
+
+        A run goes on where only the CPU's name is another: what kernels are chosen by are its
+        features, which the engine's settings tell.
+        """
+        run = run_id(blank)
+        if run not in self._announced:
+            wanted = _but_cpu(blank)
+            run = next((r for r, a in self._announced.items() if _but_cpu(a) == wanted), run)
+        self.announce(run, blank)
+        return run, self._announced[run]
+
+    def announce(self, run: str, result: EvalResult) -> None:
+        """Record that the run begins, once."""
+        if run not in self._announced:
+            self._announced[run] = result
+            self._write(RunRecord(run=run, result=result))
+
+    def add(self, record: SequenceRecord) -> None:
+        """Record a finished sequence."""
+        self.done(record.run)[record.index] = record
+        self._write(record)
+
+    def fail(self, run: str, message: str) -> None:
+        """Record why a run ended early."""
+        self._failures[run] = message
+        self._write(FailureRecord(run=run, message=message))
+
+    def result(self, run: str) -> EvalResult:
+        """Return the run's result: what was announced, with its finished sequences."""
+        blank = self._announced[run]
+        records = [record for _, record in sorted(self.done(run).items())]
+        sequences = tuple(r.score for r in records if r.score is not None)
+        broken = tuple(r.broken for r in records if r.broken is not None)
+        others = {r.cpu for r in records if r.cpu is not None}
+        missing = blank.protocol.n_seq - len(sequences) - len(broken)
+        return blank.model_copy(
+            update={
+                "sequences": sequences,
+                "broken": broken,
+                "cpus": tuple(sorted({blank.engine.cpu, *others})) if others else (),
+                "kld_quantiles": _kld_quantiles(sequences),
+                "failure": self._failures.get(run) if missing else None,
+                "seconds": sum(r.seconds for r in records),
+                "decode_seconds": sum(r.decode_seconds for r in records),
+            }
+        )
+
+    def results(self) -> tuple[EvalResult, ...]:
+        """Return the results of all models, each from its last run that scored a sequence.
+
+        A model of which no run scored one has a result without sequences.
+        """
+        last: dict[tuple[str, ...], EvalResult] = {}
+        for run in self._announced:
+            found = self.result(run)
+            model = found.model
+            protocol = found.protocol.model_dump_json()
+            key = (model.path, model.header_sha256, found.text.sha256, protocol)
+            if found.sequences or key not in last:
+                last[key] = found
+        return tuple(last.values())
+
+    def _write(self, record: RunRecord | SequenceRecord | FailureRecord) -> None:
+        if self._file is not None:
+            self._file.append(record.model_dump_json().encode())
+
+    def load(self, path: Path, lines: list[bytes]) -> None:
+        """Take over the records of these lines, which path holds."""
+        for number, line in enumerate(lines, start=1):
+            try:
+                record = _ADAPTER.validate_json(line)
+            except ValidationError as e:
+                what = e.errors()[0]["msg"]
+                raise EngineError(
+                    f"{path}: line {number} is no record of an evaluation ({what}); "
+                    "choose another file"
+                ) from None
+            match record:
+                case RunRecord():
+                    self._announced[record.run] = record.result
+                case SequenceRecord():
+                    self.done(record.run)[record.index] = record
+                case FailureRecord():
+                    self._failures[record.run] = record.message

@@ -1,0 +1,272 @@
+"""What an evaluation found: one value per model, whole enough to be compared without the model."""
+
+import hashlib
+import math
+from typing import Annotated, ClassVar, Literal, Self
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import Field, field_validator, model_validator
+
+from ramgguf.core.corpus import Text
+from ramgguf.core.documents import (
+    Document,
+    FrozenModel,
+    NonNegative,
+    NonNegativeFloat,
+    Number,
+    Positive,
+)
+from ramgguf.core.values import HubFile
+from ramgguf.llama.protocol import Float32Array, decode_float32
+
+
+class ModelFile(FrozenModel):
+    """Which file was scored. header_sha256 covers the bytes before the tensor data."""
+
+    path: str
+    n_bytes: Positive
+    header_sha256: str
+    architecture: str
+    file_type: str
+    name: str | None = None
+    n_weights: Positive
+    plan_sha256: str | None = None
+    hub: HubFile | None = None
+
+    @property
+    def label(self) -> str:
+        """The file's name without folder and suffix: what tables call the model."""
+        stem = self.path.replace("\\", "/").rsplit("/", 1)[-1]
+        return stem.removesuffix(".gguf")
+
+    @property
+    def bpw(self) -> float:
+        """Bits of file per weight."""
+        return 8 * self.n_bytes / self.n_weights
+
+
+class Protocol(FrozenModel):
+    """How the text became sequences and which of their tokens count.
+
+    A target is the token that a position predicts: target i is token i, predicted from tokens
+    0 … i−1. Targets first_target … n_ctx−1 of every sequence are scored. n_windows is how many
+    windows the text gave, n_seq how many were drawn; seed is None where none are drawn. bos says
+    that every sequence starts with BOS: in front of the text's own tokens, so that the last of
+    them falls off (ram), or in place of the first of them (llama).
+    """
+
+    name: Literal["ram", "llama"]
+    n_ctx: Positive
+    n_windows: Positive
+    n_seq: Positive
+    n_seq_wanted: Positive | None = None
+    seed: int | None
+    bos: bool
+    first_target: Positive
+
+    @property
+    def n_scored(self) -> int:
+        """Scored tokens per sequence."""
+        return self.n_ctx - self.first_target
+
+
+class EngineSettings(FrozenModel):
+    """What ran the model. Results whose compute settings differ are not ranked together."""
+
+    llama_cpp_python: str
+    llama_cpp_build: str
+    system_info: str
+    cpu: str
+    n_threads: Positive
+    n_batch: Positive
+    safe_kernels: bool
+
+
+class SequenceScore(FrozenModel):
+    """The scores of one sequence: sums over its scored tokens, in nats.
+
+    index is the window's place in the text, title the heading it falls under (its article),
+    text_start and text_end its span in the text's UTF-8 bytes, excerpt the start of that span.
+    The fields from kld_sum on are there when a reference was scored alongside: KLD is
+    KL(reference ‖ model), n_same_top counts equal most probable tokens, Δp is the probability of
+    the target under the model minus that under the reference. token_nll and token_kld are
+    base64 of little-endian float32, one per scored token; `without_tokens` drops them.
+    """
+
+    index: NonNegative
+    title: str | None = None
+    text_start: NonNegative
+    text_end: NonNegative
+    excerpt: str
+    n_scored: Positive
+    nll_sum: Number
+    token_nll: str | None = None
+    reference_nll_sum: Number | None = None
+    kld_sum: Number | None = None
+    kld_max: Number | None = None
+    n_same_top: NonNegative | None = None
+    delta_p_sum: Number | None = None
+    delta_p_squared_sum: NonNegativeFloat | None = None
+    token_kld: str | None = None
+
+    @field_validator("token_nll", "token_kld")
+    @classmethod
+    def _check_tokens(cls, text: str | None) -> str | None:
+        if text is not None and not np.isfinite(decode_float32(text)).all():
+            raise ValueError("NaN or infinity among the values")
+        return text
+
+    @model_validator(mode="after")
+    def _check_lengths(self) -> Self:
+        for values in (self.nll_per_token(), self.kld_per_token()):
+            if values is not None and len(values) != self.n_scored:
+                raise ValueError(f"{len(values)} values of {self.n_scored} scored tokens")
+        return self
+
+    @property
+    def mean_nll(self) -> float:
+        """Mean NLL of the scored tokens, nats."""
+        return self.nll_sum / self.n_scored
+
+    @property
+    def ppl(self) -> float:
+        """Sequence PPL, exp of the mean NLL; infinite where that overflows."""
+        return math.exp(self.mean_nll) if self.mean_nll < 709 else math.inf
+
+    def nll_per_token(self) -> Float32Array | None:
+        """Return the NLL of each scored token, or None where they were not kept."""
+        return None if self.token_nll is None else decode_float32(self.token_nll)
+
+    def kld_per_token(self) -> Float32Array | None:
+        """Return the KLD of each scored token, or None where they were not kept."""
+        return None if self.token_kld is None else decode_float32(self.token_kld)
+
+
+class BrokenSequence(FrozenModel):
+    """A sequence whose logits held NaN or inf at n_broken targets, target first_broken first.
+
+    It is reported and never averaged: such a model computes no probabilities there.
+    """
+
+    index: NonNegative
+    title: str | None = None
+    n_broken: Positive
+    first_broken: NonNegative
+
+
+class Quantiles(FrozenModel):
+    """Quantiles of a per-token quantity: value[i] at probability p[i] (linear interpolation)."""
+
+    p: tuple[Annotated[float, Field(ge=0, le=1)], ...]
+    value: tuple[Number, ...]
+
+    @model_validator(mode="after")
+    def _check_lengths(self) -> Self:
+        if len(self.p) != len(self.value):
+            raise ValueError(f"{len(self.p)} probabilities but {len(self.value)} values")
+        if missing := set(QUANTILES) - set(self.p):
+            raise ValueError(f"the quantiles at {sorted(missing)} are missing")
+        return self
+
+    def at(self, p: float) -> float:
+        """Return the quantile at p; raises KeyError where it was not computed."""
+        if p not in self.p:
+            raise KeyError(f"no quantile at {p}; there are {self.p}")
+        return self.value[self.p.index(p)]
+
+
+QUANTILES = (0.0, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 0.999, 1.0)
+
+
+class EvalResult(Document):
+    """The scores of one model on one text, sequence by sequence, in the order of the text.
+
+    sequences holds the finished ones and broken those with NaN or inf logits; failure says why
+    the others are missing (llama.cpp crashed). token_ids_sha256 is of
+    all sequences' token ids (little-endian int32), so two results with the same one scored the
+    same tokens. kld_quantiles are over all scored tokens of the finished sequences. cpus names the
+    CPUs that computed, where there were several.
+    """
+
+    KIND: ClassVar[str] = "eval"
+
+    ramgguf_version: str
+    model: ModelFile
+    reference: ModelFile | None = None
+    protocol: Protocol
+    text: Text
+    tokenizer_sha256: str
+    token_ids_sha256: str
+    engine: EngineSettings
+    sequences: tuple[SequenceScore, ...]
+    broken: tuple[BrokenSequence, ...] = ()
+    kld_quantiles: Quantiles | None = None
+    cpus: tuple[str, ...] = ()
+    failure: str | None = None
+    notes: tuple[str, ...] = ()
+    seconds: NonNegativeFloat = 0.0
+    decode_seconds: NonNegativeFloat = 0.0
+
+    @property
+    def n_scored(self) -> int:
+        """Scored tokens of all finished sequences."""
+        return sum(s.n_scored for s in self.sequences)
+
+    @property
+    def kld_mean(self) -> float:
+        """Mean KLD per token in nats; NaN where there was no reference."""
+        sums = [s.kld_sum for s in self.sequences if s.kld_sum is not None]
+        return sum(sums) / self.n_scored if len(sums) == len(self.sequences) > 0 else math.nan
+
+    @property
+    def complete(self) -> bool:
+        """Whether every sequence of the protocol was scored."""
+        return len(self.sequences) == self.protocol.n_seq
+
+    def without_tokens(self) -> Self:
+        """Return the result without per-token arrays: some kB instead of some MB."""
+        bare = {"token_nll": None, "token_kld": None}
+        slim = tuple(s.model_copy(update=bare) for s in self.sequences)
+        return self.model_copy(update={"sequences": slim})
+
+
+def incomparable(a: EvalResult, b: EvalResult) -> tuple[str, ...]:
+    """Return the reasons why a and b must not be ranked together; empty where they may be.
+
+    Thread counts and CPUs may differ: they change a mean NLL by rounding only. Batch sizes,
+    llama.cpp builds and kernels are settings of the measurement.
+    """
+    pairs = (
+        ("text", a.text.sha256, b.text.sha256),
+        ("protocol", _comparable_protocol(a.protocol), _comparable_protocol(b.protocol)),
+        ("tokenizer", a.tokenizer_sha256, b.tokenizer_sha256),
+        ("token ids", a.token_ids_sha256, b.token_ids_sha256),
+        ("llama.cpp build", a.engine.llama_cpp_build, b.engine.llama_cpp_build),
+        ("tokens per batch", str(a.engine.n_batch), str(b.engine.n_batch)),
+        ("safe kernels", str(a.engine.safe_kernels), str(b.engine.safe_kernels)),
+    )
+    return tuple(
+        f"{what}: {left} for {a.model.label}, {right} for {b.model.label}"
+        for what, left, right in pairs
+        if left != right
+    )
+
+
+def _comparable_protocol(p: Protocol) -> str:
+    drawn = f"seed {p.seed}" if p.seed is not None else "in order"
+    bos = "BOS" if p.bos else "no BOS"
+    return (
+        f"{p.name}, {p.n_seq} × {p.n_ctx} tokens, {drawn}, {bos}, scored from {p.first_target} on"
+    )
+
+
+def sha256_int32(ids: npt.ArrayLike) -> str:
+    """Return the sha256 of token ids as little-endian int32."""
+    return hashlib.sha256(np.asarray(ids, dtype="<i4").tobytes()).hexdigest()
+
+
+def quantiles(values: npt.ArrayLike) -> Quantiles:
+    """Return the QUANTILES of the values."""
+    found = np.quantile(np.asarray(values, dtype=np.float64), QUANTILES)
+    return Quantiles(p=QUANTILES, value=tuple(float(v) for v in found))

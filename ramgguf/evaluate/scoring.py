@@ -1,0 +1,284 @@
+"""Runs of models over the sequences of a text: groups that share a reference, crashes survived."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ramgguf.cluster.scorer import CrewScorer
+from ramgguf.cluster.worker_pool import Crew
+from ramgguf.core.errors import EngineError
+from ramgguf.core.progress import Progress
+from ramgguf.core.version import __version__
+from ramgguf.evaluate.journal import Journal, SequenceRecord
+from ramgguf.evaluate.protocol import EvalProtocol, Tokens, Windows
+from ramgguf.evaluate.result import (
+    BrokenSequence,
+    EngineSettings,
+    EvalResult,
+    ModelFile,
+    SequenceScore,
+    sha256_int32,
+)
+from ramgguf.llama.client import CrashError, Engine, ModelError
+from ramgguf.llama.protocol import Divergences, ModelInfo, Opened, Scored, encode_float32
+from ramgguf.llama.scorer import EngineOptions, EngineScorer, Scorer, Window
+
+# Models that are compared with one reference share its decoding as long as all fit in this.
+TOGETHER_BYTES = 8 * 10**9
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How models are scored together; stop_at_crash gives all of them up at the first crash."""
+
+    protocol: EvalProtocol
+    reference: ModelFile | None
+    threads: int
+    safe_kernels: bool
+    stop_at_crash: bool
+    verbose: bool
+
+
+@dataclass
+class Run:
+    """One model on its way to a result; blank is the result without sequences."""
+
+    file: ModelFile
+    blank: EvalResult | None = None
+    id: str = ""
+    failure: str | None = None
+
+    @property
+    def path(self) -> Path:
+        return Path(self.file.path)
+
+
+def score(
+    files: Sequence[ModelFile],
+    settings: Settings,
+    journal: Journal,
+    progress: Progress,
+    crew: Crew | None = None,
+) -> list[Run]:
+    """Return the runs of the models; their sequences are in the journal.
+
+    With a crew, its workers score the sequences.
+    A model that fails leaves its run with a failure, and the others go on; with stop_at_crash a
+    CrashError is raised instead.
+    """
+    runs = [Run(file) for file in files]
+    stage = _Stage(settings, journal, progress, len(runs), crew)
+    try:
+        for group in groups(runs, settings.reference):
+            stage.score_group(group)
+    finally:
+        progress.finish()
+    return runs
+
+
+def groups(runs: Sequence[Run], reference: ModelFile | None) -> list[list[Run]]:
+    """Return runs that are scored in one engine: with a reference, as many as fit together."""
+    if reference is None:
+        return [[run] for run in runs]
+    found: list[list[Run]] = []
+    room = 0
+    for run in runs:
+        if not found or run.file.n_bytes > room:
+            found.append([])
+            room = TOGETHER_BYTES - reference.n_bytes
+        found[-1].append(run)
+        room -= run.file.n_bytes
+    return found
+
+
+class _Stage:
+    """Scores one group of runs after the other."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        journal: Journal,
+        progress: Progress,
+        n_models: int,
+        crew: Crew | None,
+    ) -> None:
+        self._settings = settings
+        self._journal = journal
+        self._progress = progress
+        self._n_models = n_models
+        self._crew = crew
+        self._windows: dict[str, Windows] = {}
+
+    def score_group(self, group: list[Run]) -> None:
+        """Score the group's models; one that fails is left out and the rest go on."""
+        left = list(group)
+        while left:
+            loaded = self._loaded(left)
+            try:
+                with self._scorer(loaded) as scorer:
+                    self._score(scorer, left, loaded)
+                return
+            except ModelError as e:
+                failed = loaded[e.model]
+                for run in left:
+                    # Without its reference, no model can be scored as was asked.
+                    if failed in (run.file, self._settings.reference):
+                        run.failure = str(e)
+                        if run.blank is not None:
+                            self._journal.fail(run.id, str(e))
+                if isinstance(e, CrashError) and self._settings.stop_at_crash:
+                    raise
+                left = [run for run in left if run.failure is None]
+
+    def _loaded(self, group: list[Run]) -> list[ModelFile]:
+        """Return the files that the engine loads: the reference first, and once."""
+        reference = self._settings.reference
+        if reference is None:
+            return [run.file for run in group]
+        return [reference, *(run.file for run in group if run.file != reference)]
+
+    @contextmanager
+    def _scorer(self, loaded: list[ModelFile]) -> Iterator[Scorer]:
+        paths = [Path(file.path) for file in loaded]
+        n_ctx = self._settings.protocol.sequence_length
+        options = EngineOptions(
+            n_ctx, self._settings.threads, self._settings.safe_kernels, self._settings.verbose
+        )
+        if self._crew is not None:
+            yield CrewScorer(self._crew, paths, options)
+            return
+        with Engine(
+            paths,
+            n_ctx=n_ctx,
+            n_threads=options.n_threads,
+            safe_kernels=options.safe_kernels,
+            verbose=options.verbose,
+        ) as engine:
+            yield EngineScorer(engine)
+
+    def _score(self, scorer: Scorer, group: list[Run], loaded: list[ModelFile]) -> None:
+        windows = self._cut(scorer)
+        models = scorer.opened.models
+        for number, info in enumerate(models):
+            self._require_same_tokenizer(loaded[number], info, models[0])
+        for run in group:
+            if run.blank is None:
+                info = models[loaded.index(run.file)]
+                blank = self._blank(run, scorer.opened, info, windows)
+                run.id, run.blank = self._journal.begin(blank)
+                self._progress.advance(len(self._journal.done(run.id)))
+        waiting = [w for w in windows.windows if self._missing(group, w)]
+        has_reference = self._settings.reference is not None
+        first_target = windows.protocol.first_target
+        for found in scorer.score(waiting, first_target, has_reference=has_reference):
+            for run in self._missing(group, found.window):
+                number = loaded.index(run.file)
+                scored = found.scored[number]
+                if has_reference and number == 0:
+                    scored = against_itself(scored)
+                self._journal.add(self._record(run, found.window, scored, found.cpu))
+                self._progress.advance(1)
+
+    def _missing(self, group: list[Run], window: Window) -> list[Run]:
+        """Return the runs that the window is not scored for."""
+        return [run for run in group if window.index not in self._journal.done(run.id)]
+
+    def _cut(self, scorer: Scorer) -> Windows:
+        """Return the sequences for the tokenizer of the first model."""
+        protocol, vocab = self._settings.protocol, scorer.opened.models[0].vocab
+        if vocab.sha256 not in self._windows:
+            ids, ends = scorer.tokenize(protocol.text, add_special=protocol.add_special)
+            tokens = Tokens(ids, ends, vocab.bos, vocab.adds_bos)
+            first = not self._windows
+            windows = self._windows[vocab.sha256] = protocol.windows(tokens)
+            if first:
+                n = self._n_models * windows.protocol.n_seq
+                self._progress.start("evaluate", n, "sequences")
+        return self._windows[vocab.sha256]
+
+    def _require_same_tokenizer(self, file: ModelFile, info: ModelInfo, first: ModelInfo) -> None:
+        reference = self._settings.reference
+        if reference is not None and info.vocab.sha256 != first.vocab.sha256:
+            raise EngineError(
+                f"{file.path}: its tokenizer ({info.vocab.n_tokens} tokens) is not the reference's "
+                f"({first.vocab.n_tokens} tokens of {reference.path}); "
+                "only models with the same tokens can be compared token by token"
+            )
+
+    def _blank(self, run: Run, opened: Opened, info: ModelInfo, windows: Windows) -> EvalResult:
+        cut, protocol = self._settings.protocol, windows.protocol
+        notes = windows.notes
+        if protocol.n_ctx > info.n_ctx_train:
+            notes += (f"sequences of {protocol.n_ctx}, but trained on {info.n_ctx_train} tokens",)
+        return EvalResult(
+            ramgguf_version=__version__,
+            model=run.file,
+            reference=self._settings.reference,
+            protocol=protocol,
+            text=cut.corpus.identity,
+            tokenizer_sha256=info.vocab.sha256,
+            token_ids_sha256=sha256_int32(np.concatenate([w.ids for w in windows.windows])),
+            engine=EngineSettings(
+                llama_cpp_python=opened.system.llama_cpp_python,
+                llama_cpp_build=opened.system.build,
+                system_info=opened.system.system_info,
+                cpu=opened.system.cpu,
+                n_threads=self._settings.threads,
+                n_batch=opened.n_batch,
+                safe_kernels=self._settings.safe_kernels,
+            ),
+            sequences=(),
+            notes=notes,
+        )
+
+    def _record(self, run: Run, window: Window, scored: Scored, cpu: str) -> SequenceRecord:
+        corpus = self._settings.protocol.corpus
+        title = corpus.title_at((window.text_start + window.text_end) // 2)
+        broken = found = None
+        if scored.n_broken:
+            broken = BrokenSequence(
+                index=window.index,
+                title=title,
+                n_broken=scored.n_broken,
+                first_broken=scored.first_broken,
+            )
+        else:
+            found = SequenceScore(
+                index=window.index,
+                title=title,
+                text_start=window.text_start,
+                text_end=window.text_end,
+                excerpt=corpus.excerpt(window.text_start, window.text_end),
+                n_scored=scored.n_scored,
+                nll_sum=scored.nll_sum,
+                token_nll=scored.token_nll,
+                **({} if scored.divergences is None else dict(scored.divergences)),
+            )
+        return SequenceRecord(
+            run=run.id,
+            index=window.index,
+            score=found,
+            broken=broken,
+            seconds=scored.seconds,
+            decode_seconds=scored.decode_seconds,
+            cpu=None if run.blank is None or run.blank.engine.cpu == cpu else cpu,
+        )
+
+
+def against_itself(scored: Scored) -> Scored:
+    """Return a reference's own scores with what a comparison with itself gives: no divergence."""
+    if scored.n_broken:
+        return scored
+    none = Divergences(
+        reference_nll_sum=scored.nll_sum,
+        kld_sum=0.0,
+        kld_max=0.0,
+        n_same_top=scored.n_scored,
+        delta_p_sum=0.0,
+        delta_p_squared_sum=0.0,
+        token_kld=encode_float32(np.zeros(scored.n_scored)),
+    )
+    return scored.model_copy(update={"divergences": none})

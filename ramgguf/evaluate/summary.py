@@ -1,0 +1,202 @@
+"""What one evaluation says: statistics with intervals, the tail, the distance to a reference."""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ramgguf.core.errors import ResultError
+from ramgguf.evaluate.bootstrap import (
+    Difference,
+    Estimate,
+    delta_nll,
+    distribution,
+    estimate,
+    paired_difference,
+    resample,
+    wilcoxon_p,
+)
+from ramgguf.evaluate.result import EvalResult, SequenceScore
+from ramgguf.evaluate.statistics import (
+    DIVERGENCES,
+    OUTLIER_PPL,
+    STATISTICS,
+    IntArray,
+    SequenceDivergences,
+    SequenceLosses,
+    Tail,
+    outliers,
+    tail,
+)
+
+
+@dataclass(frozen=True)
+class KldQuantiles:
+    """Quantiles of the KLD over all scored tokens, nats; no interval is claimed for them."""
+
+    median: float
+    p90: float
+    p99: float
+    p999: float
+    maximum: float
+
+
+@dataclass(frozen=True, eq=False)
+class AgainstReference:
+    """How a model differs from the reference that scored the same tokens.
+
+    delta_nll has a value per sequence, nats per token; ppl_ratio is corpus PPL over the
+    reference's, delta_corpus_ppl their difference with its paired-bootstrap p-value.
+    """
+
+    label: str
+    reference_corpus_ppl: float
+    divergences: Mapping[str, Estimate]
+    quantiles: KldQuantiles | None
+    delta_nll: tuple[float, ...]
+    ppl_ratio: Estimate
+    delta_corpus_ppl: Difference
+    wilcoxon_p: float
+
+
+@dataclass(frozen=True, eq=False)
+class Summary:
+    """The statistics of one result. estimates has the names of robust.STATISTICS; outliers are
+    the sequences above outlier_ppl, worst first."""
+
+    label: str
+    result: EvalResult
+    estimates: Mapping[str, Estimate]
+    tail: Tail
+    outlier_ppl: float
+    outliers: tuple[SequenceScore, ...]
+    against: AgainstReference | None
+
+
+def summarize(
+    result: EvalResult,
+    rng: np.random.Generator,
+    *,
+    label: str | None = None,
+    outlier_ppl: float = OUTLIER_PPL,
+    n_resamples: int = 10_000,
+) -> Summary:
+    """Return the statistics of one result. Raises ResultError when no sequence was scored."""
+    sample = losses(result)
+    counts = resample(sample, rng, n_resamples)
+    return Summary(
+        label=label or result.model.label,
+        result=result,
+        estimates={name: estimate(s, sample, counts) for name, s in STATISTICS.items()},
+        tail=tail(sample),
+        outlier_ppl=outlier_ppl,
+        outliers=tuple(_chosen(result, None)[i] for i in outliers(sample, outlier_ppl)),
+        against=_against_reference(result, sample, counts),
+    )
+
+
+def _against_reference(
+    result: EvalResult, sample: SequenceLosses, counts: IntArray
+) -> AgainstReference | None:
+    reference, divergences = reference_losses(result), sequence_divergences(result)
+    if result.reference is None or reference is None or divergences is None:
+        return None
+    corpus = STATISTICS["corpus_ppl"]
+    ratio = corpus.of(sample) / corpus.of(reference)
+    low: float | None = None
+    high: float | None = None
+    if corpus.has_interval(sample):
+        drawn = distribution(corpus, sample, counts) / distribution(corpus, reference, counts)
+        low, high = (float(q) for q in np.quantile(drawn, (0.025, 0.975)))
+    return AgainstReference(
+        label=result.reference.label,
+        reference_corpus_ppl=corpus.of(reference),
+        divergences={k: estimate(s, divergences, counts) for k, s in DIVERGENCES.items()},
+        quantiles=_kld_quantiles(result),
+        delta_nll=tuple(float(d) for d in delta_nll(sample, reference)),
+        ppl_ratio=Estimate(ratio, low, high),
+        delta_corpus_ppl=paired_difference(corpus, sample, reference, counts),
+        wilcoxon_p=wilcoxon_p(sample, reference),
+    )
+
+
+def _kld_quantiles(result: EvalResult) -> KldQuantiles | None:
+    if result.kld_quantiles is None:
+        return None
+    at = result.kld_quantiles.at
+    return KldQuantiles(at(0.5), at(0.9), at(0.99), at(0.999), at(1.0))
+
+
+def losses(result: EvalResult, only: Collection[int] | None = None) -> SequenceLosses:
+    """Return the losses of the finished sequences, or of those whose index is in `only`."""
+    chosen = _chosen(result, only)
+    return SequenceLosses(
+        nll_sum=np.array([s.nll_sum for s in chosen]),
+        n_tokens=np.array([s.n_scored for s in chosen], dtype=np.int64),
+        group=_articles(chosen),
+    )
+
+
+def reference_losses(result: EvalResult) -> SequenceLosses | None:
+    """Return the reference's losses on the same sequences; None without a reference."""
+    chosen = _chosen(result, None)
+    sums = [s.reference_nll_sum for s in chosen if s.reference_nll_sum is not None]
+    if len(sums) != len(chosen):
+        return None
+    n_tokens = np.array([s.n_scored for s in chosen], dtype=np.int64)
+    return SequenceLosses(np.array(sums), n_tokens, _articles(chosen))
+
+
+def sequence_divergences(
+    result: EvalResult, only: Collection[int] | None = None
+) -> SequenceDivergences | None:
+    """Return the divergences of the finished sequences; None unless every one has them."""
+    chosen = _chosen(result, only)
+    rows = [
+        (s.n_scored, s.kld_sum, s.n_same_top, s.delta_p_sum, s.delta_p_squared_sum) for s in chosen
+    ]
+    if any(value is None for row in rows for value in row):
+        return None
+    columns = np.array(rows, dtype=np.float64).T
+    return SequenceDivergences(
+        n_tokens=columns[0].astype(np.int64),
+        kld_sum=columns[1],
+        n_same_top=columns[2].astype(np.int64),
+        delta_p_sum=columns[3],
+        delta_p_squared_sum=columns[4],
+        group=_articles(chosen),
+    )
+
+
+def _chosen(result: EvalResult, only: Collection[int] | None) -> tuple[SequenceScore, ...]:
+    chosen = sorted(
+        (s for s in result.sequences if only is None or s.index in only), key=lambda s: s.index
+    )
+    if not chosen:
+        why = f" ({result.failure})" if result.failure else ""
+        raise ResultError(f"{result.model.path}: no scored sequence to summarize{why}")
+    return tuple(chosen)
+
+
+def _articles(sequences: Sequence[SequenceScore]) -> IntArray | None:
+    """Return the article of each sequence as a number; None where the text names no articles."""
+    titles = [s.title for s in sequences]
+    if all(title is None for title in titles):
+        return None
+    numbers = {title: i for i, title in enumerate(dict.fromkeys(titles))}
+    return np.array([numbers[title] for title in titles], dtype=np.int64)
+
+
+def unique_labels(results: Sequence[EvalResult]) -> tuple[str, ...]:
+    """Return a label per result: the file's name, with as many folders as tell them apart."""
+    parts = [r.model.path.replace("\\", "/").removesuffix(".gguf").split("/") for r in results]
+    labels = [p[-1] for p in parts]
+    for depth in range(2, max(map(len, parts), default=1) + 1):
+        labels = [
+            "/".join(p[-depth:]) if labels.count(label) > 1 else label
+            for p, label in zip(parts, labels, strict=True)
+        ]
+    return tuple(
+        f"{label} ({labels[: i + 1].count(label)})" if labels.count(label) > 1 else label
+        for i, label in enumerate(labels)
+    )

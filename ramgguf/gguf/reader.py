@@ -1,0 +1,219 @@
+"""GGUF files read: header, metadata, and tensor data by ranges of rows; shards open as one file.
+
+Headers are read into memory once and never looked at again in the file. Tensor data are read with
+pread: a file that is cut short while in use is an error, where a memory map would end the process
+with SIGBUS, and what was read does not count as this process's memory.
+"""
+
+import contextlib
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ramgguf.core.errors import GGUFError
+from ramgguf.gguf.header import TensorInfo, ValueType
+from ramgguf.gguf.shards import Shard, require_whole, shard_paths
+
+__all__ = ["GGUFFile", "TensorInfo", "open_gguf", "open_shards", "require_language_model"]
+
+# What else comes as GGUF, by general.type or general.architecture.
+_OTHER_KINDS: Mapping[str, str] = {
+    "adapter": "a LoRA adapter; quantize the model that it adapts",
+    "mmproj": "a multimodal projector (mmproj); quantize the language model beside it",
+    "clip": "a multimodal projector (mmproj); quantize the language model beside it",
+    "imatrix": "an importance matrix; give it with --imatrix",
+    "controlvector": "a control vector",
+}
+
+
+# Where rows may lie in memory, and how far apart tensors may be to be read at one go.
+_ALIGNMENT, _MOST_PADDING = 32, 4096
+
+
+@dataclass(slots=True)
+class _Span:
+    """Bytes of a shard from begin to end (exclusive), and where they go in a buffer."""
+
+    shard: int
+    begin: int
+    end: int
+    place: int
+
+    def leads_to(self, shard: int, begin: int) -> bool:
+        """Return whether what begins there can be read together with this."""
+        near = shard == self.shard and 0 <= begin - self.end <= _MOST_PADDING
+        return near and (begin - self.begin) % _ALIGNMENT == 0
+
+
+class GGUFFile:
+    """An open GGUF file, or all shards of one. Reads are safe from any number of threads."""
+
+    def __init__(self, shards: tuple[Shard, ...]) -> None:
+        self._shards = shards
+        first = shards[0]
+        self.paths = tuple(s.path for s in shards)
+        self.n_bytes = sum(s.n_bytes for s in shards)
+        self.metadata = first.metadata
+        self.alignment = first.alignment
+        self.version = first.version
+        self.tensors = tuple(t for s in shards for t in s.tensors)
+        self._by_name: dict[str, TensorInfo] = {}
+        for tensor in self.tensors:
+            if self._by_name.setdefault(tensor.name, tensor) is not tensor:
+                path = self.paths[tensor.shard]
+                raise GGUFError(f"{path}: tensor {tensor.name!r} is in another shard, too")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, e: BaseException | None, at: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file; rows that were handed out stay valid."""
+        for shard in self._shards:
+            shard.close()
+
+    @cached_property
+    def architecture(self) -> str:
+        """general.architecture; raises GGUFError if it is missing."""
+        name = self.metadata.string("general.architecture")
+        if name is None:
+            raise GGUFError(f"{self.paths[0]}: general.architecture is missing; is this a model?")
+        return name
+
+    @property
+    def name(self) -> str | None:
+        """general.name, if the file has one."""
+        return self.metadata.string("general.name")
+
+    @property
+    def kv_types(self) -> Mapping[str, ValueType]:
+        """The value type of every metadata key."""
+        return self.metadata.types
+
+    @property
+    def n_layers(self) -> int | None:
+        """The architecture's block_count, if the file has one."""
+        return self.metadata.integer(f"{self.architecture}.block_count")
+
+    @property
+    def n_weights(self) -> int:
+        """Weights of all tensors."""
+        return sum(t.n_weights for t in self.tensors)
+
+    @cached_property
+    def header_sha256(self) -> str:
+        """SHA-256 of the header bytes of all shards, hexadecimal."""
+        digest = hashlib.sha256()
+        for shard in self._shards:
+            digest.update(memoryview(shard.head)[: shard.header_bytes])
+        return digest.hexdigest()
+
+    def tensor(self, name: str) -> TensorInfo:
+        """Return the tensor of that name; raises GGUFError if there is none."""
+        try:
+            return self._by_name[name]
+        except KeyError:
+            raise GGUFError(f"{self.paths[0]}: there is no tensor {name!r}") from None
+
+    def read_rows(
+        self, tensor: TensorInfo, start: int, stop: int, out: NDArray[np.uint8] | None = None
+    ) -> NDArray[np.uint8]:
+        """Return rows start to stop, copied, of shape (stop - start, row_bytes).
+
+        out, if given, is a contiguous buffer of at least that many bytes, which is filled and whose
+        head is returned. Raises GGUFError when the file ends early or cannot be read.
+        """
+        n_bytes = (stop - start) * tensor.row_bytes
+        buffer = np.empty(n_bytes, np.uint8) if out is None else out.reshape(-1)[:n_bytes]
+        if len(buffer) < n_bytes:
+            raise ValueError(f"a buffer of {len(buffer)} bytes cannot hold {n_bytes}")
+        self._shards[tensor.shard].read(tensor.offset + start * tensor.row_bytes, buffer.data)
+        return buffer.reshape(stop - start, tensor.row_bytes)
+
+    def read_ranges(
+        self,
+        ranges: Sequence[tuple[TensorInfo, int, int]],
+        take: Callable[[int], NDArray[np.uint8]],
+    ) -> tuple[list[NDArray[np.uint8]], list[NDArray[np.uint8]]]:
+        """Return the rows of every range (tensor, start, stop), and the bytes that were read.
+
+        All lie in the buffer of so many bytes that take returns. Ranges that follow each other in
+        the file are read at one go, with what pads them. Raises as read_rows does.
+        """
+        spans: list[_Span] = []
+        places, size = [], 0
+        for tensor, start, stop in ranges:
+            begin = tensor.offset + start * tensor.row_bytes
+            end = begin + (stop - start) * tensor.row_bytes
+            if not spans or not spans[-1].leads_to(tensor.shard, begin):
+                size += -size % _ALIGNMENT
+                spans.append(_Span(tensor.shard, begin, end, size))
+            spans[-1].end = end
+            places.append(spans[-1].place + begin - spans[-1].begin)
+            size = spans[-1].place + end - spans[-1].begin
+        buffer = take(size)
+        read = [buffer[s.place : s.place + s.end - s.begin] for s in spans]
+        for span, data in zip(spans, read, strict=True):
+            self._shards[span.shard].read(span.begin, data.data)
+        rows = []
+        for (tensor, start, stop), place in zip(ranges, places, strict=True):
+            n_bytes = (stop - start) * tensor.row_bytes
+            rows.append(buffer[place : place + n_bytes].reshape(stop - start, -1))
+        return rows, read
+
+    def require_unchanged(self) -> None:
+        """Raise GGUFError if a file was written to or cut short since it was opened."""
+        for shard in self._shards:
+            if shard.changed():
+                raise GGUFError(f"{shard.path}: the file was changed while it was being read")
+
+
+def require_language_model(file: GGUFFile) -> None:
+    """Raise GGUFError, by what it is, for a GGUF file that is no language model."""
+    path, metadata = file.paths[0], file.metadata
+    for key in ("general.type", "general.architecture"):
+        value = metadata.string(key)
+        if value is not None and value in _OTHER_KINDS:
+            raise GGUFError(f"{path}: is {_OTHER_KINDS[value]} ({key} is {value!r})")
+    if any(key.startswith("imatrix.") for key in metadata):
+        raise GGUFError(f"{path}: is {_OTHER_KINDS['imatrix']}")
+    if not file.tensors:
+        raise GGUFError(
+            f"{path}: holds a vocabulary only, no tensors: there is nothing to quantize"
+        )
+    _ = file.architecture
+
+
+def open_gguf(path: Path, *, kind_check: bool = False) -> GGUFFile:
+    """Return the open file; given one shard of a model, all shards as one file.
+
+    With kind_check, files that are no language models are refused. Raises GGUFError for whatever
+    is wrong with the file.
+    """
+    return open_shards(shard_paths(path), kind_check=kind_check)
+
+
+def open_shards(paths: Sequence[Path], *, kind_check: bool = False) -> GGUFFile:
+    """Return the files, whatever their names, as one: all shards of a model in their order."""
+    with contextlib.ExitStack() as opened:
+        shards = tuple(
+            opened.enter_context(contextlib.closing(Shard(p, number)))
+            for number, p in enumerate(paths)
+        )
+        require_whole(shards)
+        file = GGUFFile(shards)
+        if kind_check:
+            require_language_model(file)
+        opened.pop_all()
+    return file

@@ -1,0 +1,175 @@
+"""The parent's side of the engine: start the worker, ask, and say what happened when it dies."""
+
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import ValidationError
+
+from ramgguf.core.documents import FrozenModel
+from ramgguf.core.errors import EngineError
+from ramgguf.llama.child import Child, ChildDiedError, describe_exit
+from ramgguf.llama.protocol import (
+    Answer,
+    Failed,
+    Open,
+    Opened,
+    ResponseAdapter,
+    Score,
+    Scored,
+    Started,
+    TokenIds,
+    Tokenize,
+    Tokenized,
+    pack_ids,
+    unpack_ids,
+)
+
+A = TypeVar("A", bound=Answer)
+
+_WORKER: str | Sequence[str] = "ramgguf.llama.worker"
+
+
+class ModelError(EngineError):
+    """llama.cpp refused a model, or crashed: which model, in which sequence (None: loading)."""
+
+    def __init__(self, model: int, index: int | None, message: str) -> None:
+        super().__init__(message)
+        self.model = model
+        self.index = index
+
+
+class CrashError(ModelError):
+    """The worker process ended by itself; code is its exit status, negative for a signal."""
+
+    def __init__(self, model: int, index: int | None, message: str, code: int | None) -> None:
+        super().__init__(model, index, message)
+        self.code = code
+
+
+class Engine:
+    """Models loaded in a child process. Use as a context manager; leaving it ends the child.
+
+    Raises ModelError when llama.cpp refuses a model, CrashError when it crashes.
+    """
+
+    def __init__(
+        self,
+        models: Sequence[Path],
+        *,
+        n_ctx: int,
+        n_threads: int,
+        safe_kernels: bool = False,
+        verbose: bool = False,
+    ) -> None:
+        self._paths = tuple(models)
+        self._safe_kernels = safe_kernels
+        self._at = Started(model=0, index=None)
+        self._child = Child(_WORKER, on_stderr=sys.stderr.write if verbose else lambda _: None)
+        request = Open(
+            models=tuple(str(p) for p in models),
+            n_ctx=n_ctx,
+            n_threads=n_threads,
+            safe_kernels=safe_kernels,
+            verbose=verbose,
+        )
+        try:
+            self.opened = self.ask(request, Opened)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def pid(self) -> int:
+        """The child's process id."""
+        return self._child.pid
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, e: BaseException | None, at: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the child."""
+        self._child.close()
+
+    def ask(self, request: FrozenModel, answer: type[A]) -> A:
+        """Return the answer to a request; more answers to the same come from receive."""
+        self._send(request)
+        return self.receive(answer)
+
+    def receive(self, answer: type[A]) -> A:
+        """Return the next answer, which has to be of that type."""
+        found = self._receive()
+        if not isinstance(found, answer):
+            raise _unexpected(found)
+        return found
+
+    def tokenize(
+        self, text: str, *, add_special: bool, model: int = 0
+    ) -> tuple[TokenIds, npt.NDArray[np.int64]]:
+        """Return the text's token ids and where each ends in its UTF-8 bytes."""
+        found = self.ask(Tokenize(model=model, text=text, add_special=add_special), Tokenized)
+        return unpack_ids(found.ids), unpack_ids(found.ends).astype(np.int64)
+
+    def score(
+        self, index: int, ids: TokenIds, first_target: int, *, has_reference: bool
+    ) -> Iterator[Scored]:
+        """Yield the scores of the sequence, one for each model, in the models' order."""
+        request = Score(
+            index=index, ids=pack_ids(ids), first_target=first_target, has_reference=has_reference
+        )
+        return self.answers(request)
+
+    def answers(self, request: Score) -> Iterator[Scored]:
+        """Yield the answers to a request for scores, one for each model."""
+        self._send(request)
+        for _ in self._paths:
+            yield self.receive(Scored)
+
+    def _send(self, message: FrozenModel) -> None:
+        try:
+            self._child.send(message)
+        except ChildDiedError as e:
+            raise self._crash(e) from None
+
+    def _receive(self) -> Answer:
+        while line := self._child.receive():
+            try:
+                found = ResponseAdapter.validate_json(line)
+            except ValidationError:
+                break  # cut short by a crash in the middle of a line
+            if isinstance(found, Failed):
+                raise ModelError(self._at.model, self._at.index, found.message)
+            if not isinstance(found, Started):
+                return found
+            self._at = found
+        raise self._crash(self._child.died())
+
+    def _crash(self, died: ChildDiedError) -> CrashError:
+        """Return the end of the child as a crash of the model that it was at."""
+        path, index = self._paths[self._at.model], self._at.index
+        doing = "while loading" if index is None else f"in sequence {index}"
+        said = "".join(f"\n  {line}" for line in died.said)
+        hint = "; --safe-kernels avoids llama.cpp's repacked kernels"
+        if self._safe_kernels or -died.code in (signal.SIGBUS, signal.SIGKILL):
+            hint = ""
+        return CrashError(
+            self._at.model,
+            index,
+            f"{path}: llama.cpp crashed {doing}: {describe_exit(died.code)}{hint}"
+            + (f"; it said:{said}" if said else ""),
+            died.code,
+        )
+
+
+def _unexpected(found: FrozenModel) -> EngineError:
+    return EngineError(f"the engine answered {type(found).__name__}; this is a bug of ramgguf")

@@ -1,0 +1,92 @@
+"""Forward passes of a model some of whose tensors are as a format leaves them: what is asked for.
+
+Where they run is open: in this process (Workbench), or on the workers of an executor (CrewPasses).
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from ramgguf.llama.model import Logits
+from ramgguf.llama.patched_weights import Floats
+from ramgguf.llama.protocol import TokenIds
+from ramgguf.llama.tokens import Request
+
+# Of a sequence's logits, what is hashed to tell whether two machines compute alike.
+FINGERPRINT_STRIDE = 64
+
+Change = tuple[str, str]  # a tensor's name, and the format that it gets
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Sequences to decode while these tensors have these formats, all others their own."""
+
+    changes: tuple[Change, ...]
+    sequences: tuple[TokenIds, ...]
+
+
+@dataclass(frozen=True)
+class Found:
+    """KL(original ‖ changed) of every token in nats, sequence after sequence; the changes' NMSE."""
+
+    kld: Floats
+    nmse: tuple[float, ...]
+
+
+class Passes(Protocol):
+    """Passes over one model, with one context length, encoder and number of threads each."""
+
+    @property
+    def n_workers(self) -> int:
+        """How many passes run at the same time, as far as is known."""
+
+    @property
+    def n_vocab(self) -> int:
+        """Tokens in the model's vocabulary."""
+
+    @property
+    def build(self) -> str:
+        """Which llama.cpp runs."""
+
+    @property
+    def cpus(self) -> tuple[str, ...]:
+        """The names of the CPUs that have computed so far, sorted."""
+
+    def draw(self, request: Request, indices: Sequence[int]) -> tuple[TokenIds, ...]:
+        """Return the sequences of these numbers (probe_tokens.draw_sequences)."""
+
+    def draw_sets(
+        self, request: Request, sizes: Sequence[int], first: int
+    ) -> tuple[tuple[TokenIds, ...], ...]:
+        """Return sets of sequences (probe_tokens.draw_sets)."""
+
+    def seconds(self, ids: TokenIds) -> float:
+        """Return how long one pass over the sequence takes, its comparison included."""
+
+    def prepare(self, sequences: Sequence[TokenIds]) -> str:
+        """Return the fingerprint of what the original makes of the sequences.
+
+        The sequences of later passes are among these.
+        """
+
+    def run(self, wanted: Sequence[Wanted]) -> Iterator[tuple[int, Found]]:
+        """Yield, in any order, the position in `wanted` of a pass and what it found."""
+
+
+def fingerprint(logits: Logits) -> str:
+    """Return what tells the logits of a sequence from those of other kernels: a hash of some rows.
+
+    Rows depend on all weights, and any other kernel, build or file changes their last bits.
+    """
+    digest = hashlib.sha256(np.ascontiguousarray(logits[::FINGERPRINT_STRIDE]).tobytes())
+    digest.update(np.ascontiguousarray(logits[-1]).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def joint_fingerprint(parts: Sequence[str]) -> str:
+    """Return one fingerprint for several sequences."""
+    return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]

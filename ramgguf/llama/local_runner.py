@@ -1,0 +1,130 @@
+"""Passes in this process: a loaded copy of the model whose tensors are exchanged as is wanted."""
+
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+
+from ramgguf.gguf.reader import GGUFFile
+from ramgguf.llama.forward import Change, Found, Wanted, fingerprint, joint_fingerprint
+from ramgguf.llama.model import Logits
+from ramgguf.llama.patched_model import Probe
+from ramgguf.llama.patched_weights import PlannedWeights
+from ramgguf.llama.protocol import TokenIds
+from ramgguf.llama.system import cpu_name, system_info
+from ramgguf.llama.tokens import Request, draw_sequences, draw_sets
+from ramgguf.quants.imatrix import Imatrix
+
+# Logits of the original that are kept; more are computed again when they are needed.
+KEPT_LOGITS_BYTES = 8 << 30
+
+
+class Workbench:
+    """Passes over a copy of the file in `folder`, with `threads` threads. A context manager.
+
+    Raises EngineError when llama.cpp fails, GGUFError when the file is changed meanwhile.
+    """
+
+    n_workers = 1
+
+    def __init__(
+        self,
+        file: GGUFFile,
+        folder: Path,
+        *,
+        n_ctx: int,
+        threads: int,
+        encoder: str,
+        imatrix: Imatrix | None,
+    ) -> None:
+        self._file = file
+        self._probe = Probe(file, folder, n_ctx=n_ctx, n_threads=threads)
+        self._weights = PlannedWeights(file, self._probe, encoder, imatrix, threads)
+        self._formats: dict[str, str] = {}
+        self._nmse: dict[Change, float] = {}
+        self._references: dict[bytes, Logits] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, e: BaseException | None, at: TracebackType | None
+    ) -> None:
+        self._probe.__exit__(kind, e, at)
+
+    @property
+    def n_vocab(self) -> int:
+        """Tokens in the model's vocabulary."""
+        return self._probe.model.vocab.n_tokens
+
+    @property
+    def build(self) -> str:
+        """Which llama.cpp runs."""
+        return system_info().build
+
+    @property
+    def cpus(self) -> tuple[str, ...]:
+        """This machine's."""
+        return (cpu_name(),)
+
+    def draw(self, request: Request, indices: Sequence[int]) -> tuple[TokenIds, ...]:
+        """Return the sequences of these numbers."""
+        self._make(())
+        return draw_sequences(self._probe.model, request, indices)
+
+    def draw_sets(
+        self, request: Request, sizes: Sequence[int], first: int
+    ) -> tuple[tuple[TokenIds, ...], ...]:
+        """Return sets of sequences."""
+        self._make(())
+        return draw_sets(self._probe.model, request, sizes, first)
+
+    def seconds(self, ids: TokenIds) -> float:
+        """Return how long one pass over the sequence takes, its comparison included."""
+        reference = self._reference(ids)
+        start = time.perf_counter()
+        self._probe.divergence(ids, reference)
+        return time.perf_counter() - start
+
+    def prepare(self, sequences: Sequence[TokenIds]) -> str:
+        """Return the fingerprint of what the original makes of the sequences."""
+        return joint_fingerprint(self.fingerprints(sequences))
+
+    def fingerprints(self, sequences: Sequence[TokenIds]) -> list[str]:
+        """Return the fingerprint of each sequence."""
+        return [fingerprint(self._reference(ids)) for ids in sequences]
+
+    def run(self, wanted: Sequence[Wanted]) -> Iterator[tuple[int, Found]]:
+        """Yield what the passes find, in their order."""
+        for position, one in enumerate(wanted):
+            references = [self._reference(ids) for ids in one.sequences]
+            self._make(one.changes)
+            pairs = zip(one.sequences, references, strict=True)
+            kld = np.concatenate([self._probe.divergence(ids, logits) for ids, logits in pairs])
+            self._file.require_unchanged()
+            yield position, Found(kld, tuple(self._nmse[change] for change in one.changes))
+
+    def _make(self, changes: Sequence[Change]) -> None:
+        """Give the copy these formats, and the original's weights in all other tensors."""
+        wanted = dict(changes)
+        for name in [n for n in self._formats if n not in wanted]:
+            self._weights.put(name, self._file.tensor(name).type_name)
+            del self._formats[name]
+        for name, format_name in wanted.items():
+            if self._formats.get(name) != format_name:
+                nmse = self._weights.put(name, format_name)
+                self._nmse[name, format_name] = nmse
+                self._formats[name] = format_name
+
+    def _reference(self, ids: TokenIds) -> Logits:
+        """Return the original's logits; where they were not kept, the copy is the original now."""
+        key = ids.tobytes()
+        if key not in self._references:
+            self._make(())
+            self._references[key] = logits = self._probe.logits(ids)
+            while len(self._references) * logits.nbytes > max(KEPT_LOGITS_BYTES, logits.nbytes):
+                del self._references[next(iter(self._references))]
+        return self._references[key]

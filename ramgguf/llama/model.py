@@ -1,0 +1,280 @@
+"""llama.cpp in this process: load a model, tokenize, decode, read logits where they lie."""
+
+import ctypes
+import hashlib
+import time
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from types import ModuleType, TracebackType
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from ramgguf.core.errors import EngineError
+from ramgguf.llama.protocol import ModelInfo, TokenIds, VocabInfo
+from ramgguf.llama.system import llama_module
+
+Logits = npt.NDArray[np.float32]
+
+_MAX_CHUNK = 512
+_CHUNK_BYTES = 128 << 20  # of logits: 512 tokens up to a vocabulary of 65,536, then fewer
+
+
+def chunk_size(n_ctx: int, n_vocab: int) -> int:
+    """Return how many tokens are decoded at a time, so that their logits take ≤ 128 MiB."""
+    fits = _CHUNK_BYTES // (4 * n_vocab)
+    return max(1, min(n_ctx, _MAX_CHUNK, fits - fits % 32 if fits >= 32 else fits))
+
+
+class Vocab:
+    """A loaded model's tokenizer."""
+
+    def __init__(self, llama: ModuleType, model: Any) -> None:
+        self._llama = llama
+        self._vocab = llama.llama_model_get_vocab(model)
+        self.n_tokens: int = llama.llama_vocab_n_tokens(self._vocab)
+
+    @cached_property
+    def info(self) -> VocabInfo:
+        """BOS, and a hash over the tokenizer's type and all token texts."""
+        llama, vocab = self._llama, self._vocab
+        digest = hashlib.sha256(b"%d" % llama.llama_vocab_type(vocab))
+        for token in range(self.n_tokens):
+            text: bytes = llama.llama_vocab_get_text(vocab, token)
+            digest.update(b" %d " % len(text) + text)
+        return VocabInfo(
+            n_tokens=self.n_tokens,
+            bos=llama.llama_vocab_bos(vocab),
+            adds_bos=llama.llama_vocab_get_add_bos(vocab),
+            sha256=digest.hexdigest(),
+        )
+
+    def tokenize(self, text: bytes, *, add_special: bool) -> TokenIds:
+        """Return the text's token ids; special tokens written in the text are plain text.
+
+        add_special lets the tokenizer add what it adds to a prompt (BOS, EOS).
+        """
+        room = len(text) + 8
+        ids = np.empty(room, dtype=np.int32)
+        pointer = ids.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
+        n = self._llama.llama_tokenize(
+            self._vocab, text, len(text), pointer, room, add_special, False
+        )
+        if n < 0:
+            raise EngineError(f"the tokenizer failed on {len(text)} bytes of text (code {n})")
+        return ids[:n].copy()
+
+    def piece(self, token: int) -> bytes:
+        """Return the text of a token; control tokens have none."""
+        buffer = ctypes.create_string_buffer(512)
+        n = self._llama.llama_token_to_piece(self._vocab, token, buffer, 512, 0, False)
+        return buffer.raw[:n] if n > 0 else b""
+
+    def ends(self, ids: TokenIds, n_bytes: int) -> npt.NDArray[np.int64]:
+        """Return where in a text of n_bytes each of its tokens ends.
+
+        A tokenizer that puts a space in front of the text makes it one byte longer; for one that
+        rewrites its text, the positions are approximate.
+        """
+        unique, inverse = np.unique(ids, return_inverse=True)
+        lengths = np.array([len(self.piece(int(t))) for t in unique], dtype=np.int64)
+        ends = np.cumsum(lengths[inverse]) if len(ids) else np.zeros(0, dtype=np.int64)
+        if len(ends) and ends[-1] == n_bytes + 1:
+            ends = ends - 1
+        return np.clip(ends, 0, n_bytes)
+
+
+class LlamaModel:
+    """A model with one context, for one sequence at a time. Use as a context manager.
+
+    safe_kernels keeps llama.cpp from its extra buffer types (repacked weights, AMX), which crash
+    on some CPUs; all weights are then read straight from the file's mapped pages. eval_callback
+    (see tap) is asked about every node of a graph that is computed.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        n_ctx: int,
+        n_threads: int,
+        safe_kernels: bool = False,
+        verbose: bool = False,
+        eval_callback: Any = None,
+    ) -> None:
+        self.path = path
+        self.n_ctx = n_ctx
+        self.n_threads = n_threads
+        self._llama = llama = llama_module(verbose=verbose)
+        self._model: Any = None
+        self._context: Any = None
+        self._batch: Any = None
+        if not path.is_file():
+            raise EngineError(f"{path}: no such file")
+        parameters = llama.llama_model_default_params()
+        parameters.n_gpu_layers = 0
+        parameters.use_extra_bufts = not safe_kernels
+        self._model = llama.llama_model_load_from_file(str(path).encode(), parameters)
+        if not self._model:
+            raise EngineError(
+                f"{path}: llama.cpp cannot load it; run with -v to see why "
+                f"(llama-cpp-python {llama.__version__})"
+            )
+        self.vocab = Vocab(llama, self._model)
+        self.n_batch = chunk_size(n_ctx, self.vocab.n_tokens)
+        self.decode_seconds = 0.0
+        self._n_past = 0
+        try:
+            self._open_context(eval_callback)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open_context(self, eval_callback: Any) -> None:
+        llama = self._llama
+        parameters = llama.llama_context_default_params()
+        parameters.n_ctx = self.n_ctx
+        # Every token of a chunk may have logits; the defaults reserve room for one per sequence.
+        parameters.n_batch = parameters.n_ubatch = self.n_batch
+        parameters.n_outputs_max = parameters.n_outputs_max_per_seq = self.n_batch
+        parameters.n_threads = parameters.n_threads_batch = self.n_threads
+        if eval_callback is not None:
+            self._eval_callback = parameters.cb_eval = eval_callback  # must outlive the context
+        self._context = llama.llama_init_from_model(self._model, parameters)
+        if not self._context:
+            raise EngineError(f"{self.path}: llama.cpp cannot make a context of {self.n_ctx}")
+        self._batch = llama.llama_batch_init(self.n_batch, 0, 1)
+        self._tokens = view(self._batch.token, self.n_batch)
+        self._positions = view(self._batch.pos, self.n_batch)
+        self._wants_logits = view(self._batch.logits, self.n_batch)
+        view(self._batch.n_seq_id, self.n_batch)[:] = 1
+        for i in range(self.n_batch):
+            self._batch.seq_id[i][0] = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, e: BaseException | None, at: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the context and the model; views of logits become invalid."""
+        if self._batch is not None:
+            self._llama.llama_batch_free(self._batch)
+        if self._context:
+            self._llama.llama_free(self._context)
+        if self._model:
+            self._llama.llama_model_free(self._model)
+        self._batch = self._context = self._model = None
+
+    @property
+    def llama(self) -> ModuleType:
+        """The low-level module of llama-cpp-python."""
+        return self._llama
+
+    @property
+    def handle(self) -> Any:
+        """llama.cpp's model, for further contexts; they must be freed before it is closed."""
+        return self._model
+
+    @cached_property
+    def info(self) -> ModelInfo:
+        """What llama.cpp knows of the model."""
+        buffer = ctypes.create_string_buffer(256)
+        self._llama.llama_model_desc(self._model, buffer, 256)
+        return ModelInfo(
+            description=buffer.value.decode("utf-8", "replace"),
+            n_ctx_train=self._llama.llama_model_n_ctx_train(self._model),
+            vocab=self.vocab.info,
+        )
+
+    def clear(self) -> None:
+        """Forget the sequence: the next chunk starts at position 0."""
+        self._llama.llama_memory_clear(self._llama.llama_get_memory(self._context), True)
+        self._n_past = 0
+
+    def decode(self, tokens: npt.ArrayLike, *, first_output: int = 0) -> Logits:
+        """Return the logits (n, n_vocab) of a chunk's tokens from first_output on.
+
+        The chunk, of at most n_batch tokens, continues the sequence. The array is llama.cpp's own
+        memory: it is valid until the next decode, clear or close; copy what must live longer.
+        """
+        ids = np.asarray(tokens, dtype=np.int32)
+        n = len(ids)
+        if not 0 < n <= self.n_batch or self._n_past + n > self.n_ctx:
+            raise EngineError(
+                f"{self.path}: a chunk of {n} tokens after {self._n_past} does not fit a batch of "
+                f"{self.n_batch} and a context of {self.n_ctx}"
+            )
+        self._tokens[:n] = ids
+        self._positions[:n] = np.arange(self._n_past, self._n_past + n)
+        self._wants_logits[:n] = np.arange(n) >= first_output
+        self._batch.n_tokens = n
+        start = time.perf_counter()
+        code = self._llama.llama_decode(self._context, self._batch)
+        if code != 0:
+            raise EngineError(f"{self.path}: llama_decode failed with code {code}")
+        self._n_past += n
+        n_rows = max(0, n - first_output)
+        if n_rows == 0:
+            self.decode_seconds += time.perf_counter() - start
+            return np.empty((0, self.vocab.n_tokens), dtype=np.float32)
+        pointer = self._llama.llama_get_logits(self._context)  # waits for the computation's end
+        self.decode_seconds += time.perf_counter() - start
+        if not pointer:
+            raise EngineError(f"{self.path}: it gives no logits; is it a language model?")
+        return np.ctypeslib.as_array(pointer, shape=(n_rows, self.vocab.n_tokens))
+
+    def chunks(self, n_tokens: int) -> Iterator[tuple[int, int]]:
+        """Yield the bounds of the chunks in which a sequence of n_tokens is decoded."""
+        for start in range(0, n_tokens, self.n_batch):
+            yield start, min(start + self.n_batch, n_tokens)
+
+    def sample(
+        self,
+        prompt: npt.ArrayLike,
+        n_tokens: int,
+        rng: np.random.Generator,
+        *,
+        temperature: float = 1.0,
+    ) -> TokenIds:
+        """Return n_tokens drawn from the model itself after the prompt (not part of the result).
+
+        temperature 0 is greedy. The same generator state gives the same tokens on the same
+        machine, build and thread count.
+        """
+        self.clear()
+        logits: Logits | None = None
+        ids = np.asarray(prompt, dtype=np.int32)
+        for start, end in self.chunks(len(ids)):
+            logits = self.decode(ids[start:end], first_output=end - start - 1)
+        if logits is None:
+            raise EngineError("sampling needs a prompt of at least one token, such as BOS")
+        drawn = np.empty(n_tokens, dtype=np.int32)
+        for i in range(n_tokens):
+            drawn[i] = draw(logits[-1], rng, temperature)
+            if i + 1 < n_tokens:
+                logits = self.decode(drawn[i : i + 1])
+        return drawn
+
+
+def draw(logits: Logits, rng: np.random.Generator, temperature: float) -> int:
+    """Return a token id drawn from softmax(logits / temperature); greedy at temperature 0."""
+    if temperature == 0:
+        return int(np.argmax(logits))
+    scaled = logits.astype(np.float64) / temperature
+    cumulative = np.cumsum(np.exp(scaled - scaled.max()))
+    if not np.isfinite(cumulative[-1]):
+        raise EngineError("nothing can be drawn: logits are NaN or infinite")
+    found = np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right")
+    return min(int(found), len(logits) - 1)
+
+
+def view(pointer: Any, n: int) -> npt.NDArray[Any]:
+    """Return an array over n values of llama.cpp's memory at the pointer."""
+    array: npt.NDArray[Any] = np.ctypeslib.as_array(pointer, shape=(n,))
+    return array

@@ -1,0 +1,237 @@
+"""The messages between `client` and `worker`: one JSON object per line."""
+
+import base64
+from typing import Annotated, Literal
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import Field, TypeAdapter
+
+from ramgguf.core.documents import FrozenModel
+from ramgguf.core.values import TokenKind
+
+TokenIds = npt.NDArray[np.int32]
+
+
+class Open(FrozenModel):
+    """Load the models; answered by Opened."""
+
+    kind: Literal["open"] = "open"
+    models: tuple[str, ...]
+    n_ctx: int
+    n_threads: int
+    safe_kernels: bool
+    verbose: bool
+
+
+class Tokenize(FrozenModel):
+    """Tokenize a text with one model's tokenizer; answered by Tokenized."""
+
+    kind: Literal["tokenize"] = "tokenize"
+    model: int
+    text: str
+    add_special: bool
+
+
+class Score(FrozenModel):
+    """Score a sequence with every model; answered by Started and Scored for each.
+
+    With has_reference, model 0 is the reference of the others. Targets first_target … are scored.
+    """
+
+    kind: Literal["score"] = "score"
+    index: int
+    ids: str
+    first_target: int
+    has_reference: bool
+
+
+class Draw(FrozenModel):
+    """Draw sequences of these numbers (see probe_tokens); answered by Drawn for each.
+
+    name and text are those of the corpus for tokens of kind text.
+    """
+
+    kind: Literal["draw"] = "draw"
+    tokens: TokenKind
+    n_ctx: int
+    seed: int
+    indices: tuple[int, ...]
+    name: str = ""
+    text: str | None = None
+
+
+class TapWeights(FrozenModel):
+    """Watch what these weights are multiplied with, for grams with XᵀX; answered by Tapped."""
+
+    kind: Literal["tap"] = "tap"
+    names: tuple[str, ...]
+    grams: tuple[str, ...] = ()
+
+
+class Observe(FrozenModel):
+    """Decode a sequence under the tap; answered by Observed."""
+
+    kind: Literal["observe"] = "observe"
+    ids: str
+
+
+class Collect(FrozenModel):
+    """Write what the tap took into a folder; answered by Collected."""
+
+    kind: Literal["collect"] = "collect"
+    folder: str
+
+
+class VocabInfo(FrozenModel):
+    """What a tokenizer is: n_tokens, its special tokens, and a hash that tells tokenizers apart."""
+
+    n_tokens: int
+    bos: int
+    adds_bos: bool
+    sha256: str
+
+
+class ModelInfo(FrozenModel):
+    """What llama.cpp knows of a loaded model."""
+
+    description: str
+    n_ctx_train: int
+    vocab: VocabInfo
+
+
+class SystemInfo(FrozenModel):
+    """Which llama.cpp runs, and with which features of the CPU."""
+
+    llama_cpp_python: str
+    build: str
+    system_info: str
+    cpu: str
+
+
+class Opened(FrozenModel):
+    kind: Literal["opened"] = "opened"
+    models: tuple[ModelInfo, ...]
+    system: SystemInfo
+    n_batch: int
+
+
+class Tokenized(FrozenModel):
+    """Token ids, and where in the text's UTF-8 bytes each token ends."""
+
+    kind: Literal["tokenized"] = "tokenized"
+    ids: str
+    ends: str
+
+
+class Started(FrozenModel):
+    """The worker begins with this model and sequence (so that a crash can be named)."""
+
+    kind: Literal["started"] = "started"
+    model: int
+    index: int | None
+
+
+class Divergences(FrozenModel):
+    """Sums over a sequence's scored tokens, against the reference; token_kld as in results.py."""
+
+    reference_nll_sum: float
+    kld_sum: float
+    kld_max: float
+    n_same_top: int
+    delta_p_sum: float
+    delta_p_squared_sum: float
+    token_kld: str
+
+
+class Scored(FrozenModel):
+    """One model's scores of a sequence; n_broken targets, from first_broken on, had no numbers."""
+
+    kind: Literal["scored"] = "scored"
+    model: int
+    index: int
+    n_scored: int
+    nll_sum: float
+    token_nll: str
+    divergences: Divergences | None
+    n_broken: int
+    first_broken: int
+    seconds: float
+    decode_seconds: float
+
+
+class Drawn(FrozenModel):
+    """A sequence that was drawn."""
+
+    kind: Literal["drawn"] = "drawn"
+    ids: str
+    seconds: float
+
+
+class Tapped(FrozenModel):
+    """The tap is in place."""
+
+    kind: Literal["tapped"] = "tapped"
+
+
+class Observed(FrozenModel):
+    """A sequence was decoded under the tap."""
+
+    kind: Literal["observed"] = "observed"
+    seconds: float
+
+
+class CollectedSums(FrozenModel):
+    """A weight that was seen; owner is the first that has the same input, None for experts."""
+
+    name: str
+    owner: str | None
+
+
+class Collected(FrozenModel):
+    """What is in the folder: sums-N.npy and counts-N.npy of sums[N], gram-N.npy of grams[N]."""
+
+    kind: Literal["collected"] = "collected"
+    sums: tuple[CollectedSums, ...]
+    grams: tuple[str, ...]
+
+
+class Failed(FrozenModel):
+    """llama.cpp, or this package, refused: an error that has a message and no crash."""
+
+    kind: Literal["failed"] = "failed"
+    message: str
+
+
+AnyRequest = Open | Tokenize | Score | Draw | TapWeights | Observe | Collect
+Answer = Opened | Tokenized | Scored | Drawn | Tapped | Observed | Collected
+AnyResponse = Answer | Started | Failed
+RequestAdapter: TypeAdapter[AnyRequest] = TypeAdapter(
+    Annotated[AnyRequest, Field(discriminator="kind")]
+)
+ResponseAdapter: TypeAdapter[AnyResponse] = TypeAdapter(
+    Annotated[AnyResponse, Field(discriminator="kind")]
+)
+
+
+def pack_ids(ids: npt.ArrayLike) -> str:
+    """Return base64 of the ids as little-endian int32."""
+    return base64.b64encode(np.asarray(ids, dtype="<i4").tobytes()).decode("ascii")
+
+
+def unpack_ids(text: str) -> TokenIds:
+    """Return the ids that pack_ids wrote."""
+    return np.frombuffer(base64.b64decode(text), dtype="<i4").astype(np.int32)
+
+
+Float32Array = npt.NDArray[np.float32]
+
+
+def encode_float32(values: npt.ArrayLike) -> str:
+    """Return base64 of the values as little-endian float32."""
+    return base64.b64encode(np.asarray(values, dtype="<f4").tobytes()).decode("ascii")
+
+
+def decode_float32(text: str) -> Float32Array:
+    """Return the values that encode_float32 wrote. Raises ValueError for anything else."""
+    return np.frombuffer(base64.b64decode(text, validate=True), dtype="<f4").astype(np.float32)

@@ -1,0 +1,112 @@
+"""The child process with a Workbench in it: passes over a copy of a model, as they are wanted."""
+
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+from ramgguf.core.documents import FrozenModel
+from ramgguf.core.errors import EngineError
+from ramgguf.core.scratch import scratch_folder
+from ramgguf.gguf.reader import open_gguf
+from ramgguf.llama.child import answer_requests
+from ramgguf.llama.forward import Wanted
+from ramgguf.llama.local_runner import Workbench
+from ramgguf.llama.protocol import pack_ids, unpack_ids
+from ramgguf.llama.runner_protocol import (
+    AboutBench,
+    AnyBenchRequest,
+    BenchOpened,
+    BenchRequestAdapter,
+    Compare,
+    Compared,
+    DrawIds,
+    DrawnIds,
+    OpenBench,
+    Prepare,
+    Prepared,
+    pack_float64,
+)
+from ramgguf.llama.system import system_info
+from ramgguf.llama.tokens import wanted_by
+from ramgguf.quants.imatrix import planned_imatrix
+
+
+class BenchSession:
+    """The workbench, once it is open, and the answers to requests."""
+
+    def __init__(self) -> None:
+        self._stack = ExitStack()
+        self._bench: Workbench | None = None
+
+    def answer(self, request: AnyBenchRequest) -> FrozenModel:
+        """Return the answer to a request; the first opens the bench."""
+        if isinstance(request, OpenBench):
+            return self._open(request)
+        if self._bench is None:
+            raise EngineError("there is no workbench yet; this is a bug of ramgguf")
+        match request:
+            case AboutBench():
+                return _about(self._bench)
+            case DrawIds():
+                return _drawn(self._bench, request)
+            case Prepare():
+                ids = [unpack_ids(text) for text in request.ids]
+                return Prepared(fingerprints=tuple(self._bench.fingerprints(ids)))
+            case Compare():
+                return _compared(self._bench, request)
+
+    def _open(self, request: OpenBench) -> BenchOpened:
+        file = self._stack.enter_context(open_gguf(Path(request.path), kind_check=True))
+        parent = Path(request.folder) if request.folder is not None else None
+        # The copy has no name any more when the folder goes.
+        with scratch_folder(parent, error=EngineError) as folder:
+            self._bench = self._stack.enter_context(
+                Workbench(
+                    file,
+                    folder,
+                    n_ctx=request.n_ctx,
+                    threads=request.n_threads,
+                    encoder=request.encoder,
+                    imatrix=planned_imatrix(request.imatrix),
+                )
+            )
+        return _about(self._bench)
+
+
+def _about(bench: Workbench) -> BenchOpened:
+    return BenchOpened(system=system_info(), n_vocab=bench.n_vocab)
+
+
+def _drawn(bench: Workbench, request: DrawIds) -> DrawnIds:
+    wanted = wanted_by(request)
+    start = time.perf_counter()
+    if request.sizes:
+        sets = bench.draw_sets(wanted, request.sizes, request.first)
+        drawn = tuple(ids for part in sets for ids in part)
+    else:
+        drawn = bench.draw(wanted, request.indices)
+    seconds = time.perf_counter() - start
+    return DrawnIds(ids=tuple(pack_ids(ids) for ids in drawn), seconds=seconds)
+
+
+def _compared(bench: Workbench, request: Compare) -> Compared:
+    ids = tuple(unpack_ids(text) for text in request.ids)
+    bench.fingerprints([unpack_ids(text) for text in request.prepared])
+    fingerprints = tuple(bench.fingerprints(ids))
+    start = time.perf_counter()
+    ((_, found),) = bench.run([Wanted(request.changes, ids)])
+    return Compared(
+        kld=pack_float64(found.kld),
+        nmse=found.nmse,
+        fingerprints=fingerprints,
+        seconds=time.perf_counter() - start,
+    )
+
+
+def main() -> None:
+    """Answer requests until the parent goes."""
+    answer_requests(BenchRequestAdapter, BenchSession().answer)
+
+
+if __name__ == "__main__":
+    main()

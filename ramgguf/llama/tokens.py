@@ -1,0 +1,146 @@
+"""The tokens with which a model's sensitivity is measured: its own, random ones, or a text's."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ramgguf.core.corpus import Corpus, default_corpus, text_file
+from ramgguf.core.errors import EngineError
+from ramgguf.core.values import TokenKind
+from ramgguf.llama.model import LlamaModel
+from ramgguf.llama.protocol import Draw, TokenIds
+from ramgguf.llama.sampling import draw_together
+from ramgguf.quants.encoders import EncoderName
+from ramgguf.quants.imatrix import Imatrix
+
+N_CTX = 512
+TOGETHER = 8  # sequences that a model draws side by side
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is wanted. n_sequences None lets the time decide; corpus is for tokens of kind text.
+
+    imatrix weighs the encoder's errors, as it will those of the quantized model.
+    """
+
+    encoder: EncoderName
+    tokens: TokenKind = "self"
+    corpus: Corpus | None = None
+    n_sequences: int | None = None
+    n_ctx: int = N_CTX
+    seed: int = 0
+    seconds: float = 1200.0
+    imatrix: Imatrix | None = None
+
+
+def parse_tokens(text: str) -> tuple[TokenKind, Corpus | None]:
+    """Return what self, random, wikitext or a text file's name stands for.
+
+    Raises EngineError when it is none of these.
+    """
+    if text == "self":
+        return "self", None
+    if text == "random":
+        return "random", None
+    if text == "wikitext":
+        return "text", default_corpus()
+    path = Path(text)
+    if not path.exists():
+        raise EngineError(f"tokens {text!r} are none of self, random, wikitext, and no file")
+    return "text", text_file(path)
+
+
+def wanted_by(message: Draw) -> Request:
+    """Return which tokens a message asks for."""
+    return Request(
+        encoder="rtn",
+        tokens=message.tokens,
+        corpus=None if message.text is None else Corpus(message.name, message.text),
+        n_ctx=message.n_ctx,
+        seed=message.seed,
+    )
+
+
+def lots(indices: Iterable[int]) -> list[tuple[int, ...]]:
+    """Return the numbers of sequences in the lots in which they are drawn, wherever that is."""
+    numbers = tuple(indices)
+    return [numbers[i : i + TOGETHER] for i in range(0, len(numbers), TOGETHER)]
+
+
+def draw_sequences(
+    model: LlamaModel, request: Request, indices: Iterable[int]
+) -> tuple[TokenIds, ...]:
+    """Return the sequences of these numbers: request.n_ctx token ids each, told by seed and number.
+
+    The model's own are drawn side by side, in lots, and depend on their lot. Raises EngineError
+    when a text is too short, or missing.
+    """
+    return tuple(ids for lot in lots(indices) for ids in _draw_lot(model, request, lot))
+
+
+def _draw_lot(model: LlamaModel, request: Request, lot: Sequence[int]) -> Iterator[TokenIds]:
+    bos, n_vocab, length = model.vocab.info.bos, model.vocab.n_tokens, request.n_ctx - 1
+    rngs = [np.random.default_rng([request.seed, index]) for index in lot]
+    firsts = [bos if bos >= 0 else int(rng.integers(n_vocab)) for rng in rngs]
+    rest: Iterable[TokenIds]
+    if request.tokens == "random":
+        rest = [rng.integers(n_vocab, size=length, dtype=np.int32) for rng in rngs]
+    elif request.tokens == "text":
+        rest = [_text_tokens(model, request, rng) for rng in rngs]
+    elif len(lot) == 1:
+        rest = [model.sample(firsts, length, rngs[0])]
+    else:
+        rest = draw_together(model, firsts, length, rngs)
+    for first, ids in zip(firsts, rest, strict=True):
+        yield np.concatenate([np.array([first], np.int32), ids])
+
+
+def draw_sets(
+    model: LlamaModel, request: Request, sizes: Sequence[int], first: int
+) -> tuple[tuple[TokenIds, ...], ...]:
+    """Return sets of sequences, sizes[k] in the k-th; no token of a text is in two of them.
+
+    first is the number of the first sequence: sequences of other numbers are drawn independently.
+    Raises EngineError when a text is too short.
+    """
+    n = sum(sizes)
+    if request.tokens == "text":
+        drawn = _windows(model, request, n, first)
+    else:
+        drawn = draw_sequences(model, request, range(first, first + n))
+    ends = np.cumsum(sizes)
+    return tuple(drawn[end - size : end] for end, size in zip(ends, sizes, strict=True))
+
+
+def _windows(model: LlamaModel, request: Request, n: int, first: int) -> tuple[TokenIds, ...]:
+    """Return n windows of the text that do not overlap, each after BOS where there is one."""
+    rng = np.random.default_rng([request.seed, first])
+    bos, length = model.vocab.info.bos, request.n_ctx - 1
+    ids = _text_ids(model, request, n * length)
+    places = np.sort(rng.choice(len(ids) // length, n, replace=False))
+    rng.shuffle(places)
+    head = np.array([max(bos, 0)], np.int32)
+    return tuple(np.concatenate([head, ids[p * length : (p + 1) * length]]) for p in places)
+
+
+def _text_tokens(model: LlamaModel, request: Request, rng: np.random.Generator) -> TokenIds:
+    """Return a window of the text, from a place that rng draws."""
+    length = request.n_ctx - 1
+    ids = _text_ids(model, request, length)
+    start = int(rng.integers(len(ids) - length + 1))
+    return ids[start : start + length]
+
+
+def _text_ids(model: LlamaModel, request: Request, n_least: int) -> TokenIds:
+    """Return the text's tokens; raises EngineError when there are fewer than n_least."""
+    if request.corpus is None:
+        raise EngineError("tokens of kind text need a text")
+    ids = model.vocab.tokenize(request.corpus.bytes, add_special=False)
+    if len(ids) < n_least:
+        raise EngineError(
+            f"{request.corpus.name} has {len(ids)} tokens, {n_least} are needed; give a longer text"
+        )
+    return ids

@@ -1,0 +1,189 @@
+"""The child process that runs llama.cpp: requests on stdin, responses on what was stdout.
+
+llama.cpp can end its process (a failed assertion, a bad kernel); the parent lives on and knows
+from the last Started which model and sequence it was. When the parent goes, stdin ends and so
+does this process.
+"""
+
+import os
+import queue
+import sys
+import threading
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TextIO
+
+import numpy as np
+
+from ramgguf.core.documents import FrozenModel
+from ramgguf.core.errors import EngineError, RamggufError
+from ramgguf.llama.capture import Tap
+from ramgguf.llama.child import queue_lines
+from ramgguf.llama.model import LlamaModel
+from ramgguf.llama.observer import Observer
+from ramgguf.llama.protocol import (
+    Collect,
+    Divergences,
+    Draw,
+    Failed,
+    Observe,
+    Open,
+    Opened,
+    RequestAdapter,
+    Score,
+    Scored,
+    Started,
+    TapWeights,
+    Tokenize,
+    Tokenized,
+    encode_float32,
+    pack_ids,
+    unpack_ids,
+)
+from ramgguf.llama.scoring import RowPass, SequenceRecords, score_sequence
+from ramgguf.llama.system import system_info
+
+Send = Callable[[FrozenModel], None]
+
+
+class Session:
+    """The models that are loaded, and the answers to requests about them."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self._stack = ExitStack()
+        self._models: list[LlamaModel] = []
+        self._row_pass = RowPass(1)
+        self.observer = Observer(send, self._under_tap)
+
+    def open(self, request: Open) -> None:
+        """Load the models and answer what they are."""
+        self._request = request
+        for number, path in enumerate(request.models):
+            self._send(Started(model=number, index=None))
+            first = request.models.index(path)
+            if first < number:
+                self._models.append(self._models[first])
+                continue
+            self._models.append(self._stack.enter_context(self._load(number)))
+        self._row_pass = RowPass(request.n_threads)
+        self._send(
+            Opened(
+                models=tuple(m.info for m in self._models),
+                system=system_info(),
+                n_batch=self._models[0].n_batch,
+            )
+        )
+
+    def _load(self, number: int, tap: Tap | None = None) -> LlamaModel:
+        request = self._request
+        return LlamaModel(
+            Path(request.models[number]),
+            n_ctx=request.n_ctx,
+            n_threads=request.n_threads,
+            safe_kernels=request.safe_kernels,
+            verbose=request.verbose,
+            eval_callback=tap.callback if tap else None,
+        )
+
+    def _under_tap(self, tap: Tap) -> LlamaModel:
+        return self._load(0, tap)
+
+    def draw(self, request: Draw) -> None:
+        """Answer sequences that the first model draws."""
+        self.observer.draw(self._models[0], request)
+
+    def tokenize(self, request: Tokenize) -> None:
+        """Answer a text's token ids and where they end."""
+        vocab = self._models[request.model].vocab
+        text = request.text.encode()
+        ids = vocab.tokenize(text, add_special=request.add_special)
+        self._send(Tokenized(ids=pack_ids(ids), ends=pack_ids(vocab.ends(ids, len(text)))))
+
+    def score(self, request: Score) -> None:
+        """Answer each model's scores of a sequence."""
+        found = score_sequence(
+            self._models,
+            unpack_ids(request.ids),
+            request.first_target,
+            self._row_pass,
+            has_reference=request.has_reference,
+            on_model=lambda number: self._send(Started(model=number, index=request.index)),
+        )
+        for number, records in enumerate(found):
+            self._send(summarize(number, request.index, records))
+
+
+def summarize(model: int, index: int, records: SequenceRecords) -> Scored:
+    """Return the sums over a sequence's records; a sequence with broken targets has none."""
+    scores, against = records.scores, records.divergences
+    broken = scores["broken"] if against is None else against["broken"]
+    n_broken = int(np.count_nonzero(broken))
+    divergences = None
+    if against is not None and not n_broken:
+        divergences = Divergences(
+            reference_nll_sum=float(against["reference"]["nll"].sum()),
+            kld_sum=float(against["kld"].sum()),
+            kld_max=float(against["kld"].max()),
+            n_same_top=int(against["same_top"].sum()),
+            delta_p_sum=float(against["delta_p"].sum()),
+            delta_p_squared_sum=float(np.square(against["delta_p"]).sum()),
+            token_kld=encode_float32(against["kld"]),
+        )
+    return Scored(
+        model=model,
+        index=index,
+        n_scored=len(scores),
+        nll_sum=0.0 if n_broken else float(scores["nll"].sum()),
+        token_nll="" if n_broken else encode_float32(scores["nll"]),
+        divergences=divergences,
+        n_broken=n_broken,
+        first_broken=int(np.argmax(broken != 0)),
+        seconds=records.seconds,
+        decode_seconds=records.decode_seconds,
+    )
+
+
+def serve(lines: TextIO, out: TextIO) -> None:
+    """Answer requests until lines end."""
+
+    def send(message: FrozenModel) -> None:
+        out.write(message.model_dump_json() + "\n")
+        out.flush()
+
+    requests: queue.SimpleQueue[str] = queue.SimpleQueue()
+    threading.Thread(target=queue_lines, args=(lines, requests), daemon=True).start()
+    session = Session(send)
+    while True:
+        request = RequestAdapter.validate_json(requests.get())
+        try:
+            match request:
+                case Open():
+                    session.open(request)
+                case Tokenize():
+                    session.tokenize(request)
+                case Score():
+                    session.score(request)
+                case Draw():
+                    session.draw(request)
+                case TapWeights():
+                    session.observer.tap(request)
+                case Observe():
+                    session.observer.observe(request)
+                case Collect():
+                    session.observer.collect(request)
+        except (RamggufError, MemoryError, ValueError) as e:
+            message = str(e) if isinstance(e, EngineError) else f"{type(e).__name__}: {e}"
+            send(Failed(message=message))
+
+
+def main() -> None:
+    """Keep stdout for responses, and send what llama.cpp prints there to stderr."""
+    out = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    serve(sys.stdin, out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""Which formats are tried for a tensor, and why others are not."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+
+from ramgguf import _core
+from ramgguf.core.errors import FormatError
+from ramgguf.core.gc_paused import uncollected
+from ramgguf.gguf.architecture import never_quantized
+from ramgguf.gguf.reader import GGUFFile, TensorInfo
+from ramgguf.quants import formats
+from ramgguf.quants.codec import Scale
+from ramgguf.quants.encoders import libggml
+from ramgguf.quants.imatrix import Imatrix
+
+# What rounding a block's d to F16 costs, at most: (2^-11)^2.
+TERNARY_NMSE = 2.0**-22
+
+
+# What weights may be stored in to be quantized; Q8_0 only when asked for.
+FLOAT_FORMATS = ("F32", "F16", "BF16")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A tensor with its candidates and importance; `kept` says why it has no candidates.
+
+    sampled are candidates that are measured on a sample of the rows only.
+    """
+
+    tensor: TensorInfo
+    scale: Scale
+    candidates: tuple[str, ...]
+    sampled: tuple[str, ...]
+    excluded: dict[str, str]
+    kept: str | None
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The formats of a tensor: measured on all rows, or sampled; excluded says why others not."""
+
+    measured: tuple[str, ...]
+    sampled: tuple[str, ...]
+    excluded: dict[str, str]
+
+
+def tried(wanted: Sequence[str] | None, imatrix: Imatrix | None) -> tuple[str, ...]:
+    """Return the names of the formats to try, by default those that suit what is there.
+
+    Raises FormatError when one is wanted that needs an importance matrix and there is none, or
+    that needs libggml and it is not installed.
+    """
+    if not wanted:
+        extra = formats.with_importance() if imatrix and libggml.is_installed() else ()
+        return (*formats.offered(), *extra)
+    needing = [name for name in wanted if name in formats.with_importance()]
+    if needing and imatrix is None:
+        raise FormatError(
+            f"{', '.join(needing)} cannot be encoded without an importance matrix; give one with "
+            "--imatrix, or leave these formats out"
+        )
+    if needing:
+        libggml.require()
+    return tuple(wanted)
+
+
+def suited(
+    file: GGUFFile, tensor: TensorInfo, scale: Scale, names: Sequence[str], *, tell_ternary: bool
+) -> Candidates:
+    """Return those of the named formats that suit what the tensor holds and how it is weighed.
+
+    tell_ternary: the formats for ternary weights were asked for, so it is told why they are none.
+    """
+    ternary = any(name in names for name in formats.TERNARY) and _may_be_ternary(file, tensor)
+    weighed = scale.importance is not None
+    return _suited(tuple(names), ternary, tell_ternary, weighed, scale.hessian is not None)
+
+
+@cache
+def _suited(
+    names: tuple[str, ...], ternary: bool, tell_ternary: bool, weighed: bool, has_hessian: bool
+) -> Candidates:
+    measured, sampled, excluded = [], [], {}
+    for name in names:
+        if name in formats.TERNARY and not ternary:
+            if tell_ternary:
+                excluded[name] = "its weights are not ternary"
+        elif formats.get(name).encodable:
+            measured.append(name)
+        elif has_hessian:
+            # Its error would be another than that of the tensor's other formats.
+            excluded[name] = "its errors are not known in terms of a Hessian"
+        elif not weighed:
+            excluded[name] = "the importance matrix has no entry for it"
+        else:
+            sampled.append(name)
+    return Candidates(tuple(measured), tuple(sampled), excluded)
+
+
+def _may_be_ternary(file: GGUFFile, tensor: TensorInfo) -> bool:
+    """Return whether the first row is; that is enough to leave nearly all models out."""
+    stats = _core.measure(["TQ2_0"], tensor.type_name, file.read_rows(tensor, 0, 1))
+    return stats.errors[0].sum_squared_error <= TERNARY_NMSE * stats.sum_squares
+
+
+@dataclass(frozen=True)
+class _Smaller:
+    """The smaller formats that rows of a kind suit, and why others do not."""
+
+    names: tuple[str, ...]
+    excluded: dict[str, str]
+
+
+def _smaller(type_name: str, row_length: int, row_bytes: int, wanted: Sequence[str]) -> _Smaller:
+    names, excluded = [], {}
+    for name in wanted:
+        if name == type_name:
+            continue
+        if not formats.suits(name, row_length):
+            block = formats.get(name).block_size
+            excluded[name] = f"rows of {row_length} are no multiple of {block}"
+        elif formats.row_bytes(name, row_length) < row_bytes:
+            names.append(name)
+    return _Smaller(tuple(names), excluded)
+
+
+@uncollected()
+def jobs_of(
+    file: GGUFFile,
+    wanted: Sequence[str],
+    imatrix: Imatrix | None,
+    allow_requantize: bool,
+    *,
+    tell_ternary: bool,
+) -> list[Job]:
+    found: dict[tuple[str, int], _Smaller] = {}  # a model has few kinds of rows
+    jobs = []
+    for tensor in file.tensors:
+        kept = _reason_to_keep(file, tensor, allow_requantize)
+        if kept is not None:
+            jobs.append(Job(tensor, Scale.of(tensor, None), (), (), {}, kept))
+            continue
+        kind = (tensor.type_name, tensor.row_length)
+        if kind not in found:
+            found[kind] = _smaller(*kind, tensor.row_bytes, wanted)
+        names, excluded = found[kind].names, found[kind].excluded
+        kept = None if names else "no smaller format suits its rows"
+        scale = Scale.of(tensor, imatrix if names else None)
+        split = suited(file, tensor, scale, names, tell_ternary=tell_ternary)
+        excluded = excluded | split.excluded
+        jobs.append(Job(tensor, scale, split.measured, split.sampled, excluded, kept))
+    return jobs
+
+
+def restricted(job: Job, only: frozenset[str] | None) -> Job:
+    if only is None:
+        return job
+    return replace(
+        job,
+        candidates=tuple(name for name in job.candidates if name in only),
+        sampled=tuple(name for name in job.sampled if name in only),
+    )
+
+
+def _reason_to_keep(file: GGUFFile, tensor: TensorInfo, allow_requantize: bool) -> str | None:
+    if tensor.type_name == "Q8_0" and not allow_requantize:
+        return "already quantized to Q8_0 (--allow-requantize takes it as a source)"
+    if tensor.type_name not in (*FLOAT_FORMATS, "Q8_0"):
+        return f"copied: {tensor.type_name} is no source for quantization"
+    return never_quantized(tensor.name, tensor.shape, file.architecture)

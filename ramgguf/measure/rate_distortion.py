@@ -1,0 +1,277 @@
+"""From a model file to a Measurement: every tensor's rate–distortion curve, in one pass."""
+
+import hashlib
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from operator import attrgetter
+from pathlib import Path
+
+from ramgguf import _core
+from ramgguf.core.errors import FormatError, PlanError
+from ramgguf.core.gc_paused import uncollected
+from ramgguf.core.parallel import Buffers, Run, default_threads, map_runs, runs, sample
+from ramgguf.core.progress import Progress, Silent
+from ramgguf.core.version import __version__
+from ramgguf.gguf.architecture import layer_of, role_of
+from ramgguf.gguf.hub import local_path, origin_of
+from ramgguf.gguf.identity import Source
+from ramgguf.gguf.reader import GGUFFile, open_gguf
+from ramgguf.measure.candidates import FLOAT_FORMATS, TERNARY_NMSE, Job, jobs_of, restricted, tried
+from ramgguf.measure.result import Measurement, Point, TensorMeasurement
+from ramgguf.quants import codec, formats
+from ramgguf.quants.codec import Piece
+from ramgguf.quants.encoders import DEFAULT_ENCODER, EncoderName
+from ramgguf.quants.formats import expand
+from ramgguf.quants.formats import get as get_format
+from ramgguf.quants.imatrix import Imatrix, weighed_by
+from ramgguf.quants.output_metadata import overhead_bytes
+from ramgguf.quants.row_samples import SampledError, measure_samples
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """What was measured on a run of chunks: which tensors' they are, and what each holds.
+
+    There are no statistics of what is neither float nor Q8_0.
+    """
+
+    found: list[tuple[int, _core.RowStats]]
+    n_bytes: int
+    digest: bytes
+
+
+def measure_file(
+    file: GGUFFile,
+    *,
+    n_overhead_bytes: int,
+    wanted: Sequence[str] | None = None,
+    encoder: EncoderName = "rtn",
+    imatrix: Imatrix | None = None,
+    allow_requantize: bool = False,
+    sampled: bool = False,
+    only: Mapping[str, frozenset[str]] | None = None,
+    threads: int,
+    progress: Progress,
+) -> Measurement:
+    """Return bytes and error of every tensor in every format that its shape allows.
+
+    wanted names the formats to try (default: those that candidates.tried offers). With `sampled`,
+    statistics are those of some rows of each tensor; with `only`, a tensor named there is measured
+    in those formats, no others. n_overhead_bytes is what the output's header will take. Errors are
+    weighed by the importance that imatrix has. Raises FormatError for NaN or infinity in the
+    weights, naming tensor and index, and for a format that needs what is not there, ImatrixError
+    for an entry of another shape, and PlanError when nothing in the model can be quantized.
+    """
+    start = time.perf_counter()
+    names = tried(wanted, imatrix)
+    jobs = jobs_of(file, names, imatrix, allow_requantize, tell_ternary=bool(wanted))
+    if only is not None:
+        jobs = [restricted(job, only.get(job.tensor.name)) for job in jobs]
+    if all(job.kept for job in jobs):
+        raise PlanError(
+            f"{file.paths[0]}: nothing to quantize ({jobs[0].kept or 'no tensors'}); "
+            "a source in F32, F16 or BF16 is needed, or Q8_0 with --allow-requantize"
+        )
+    parts: list[list[_core.RowStats]] = [[] for _ in jobs]
+    data, buffers = hashlib.sha256(), Buffers()
+    work = list((sample if sampled else runs)(file.tensors))
+    total = sum((c.stop - c.start) * jobs[c.index].tensor.row_bytes for run in work for c in run)
+    progress.start("sample" if sampled else "measure", total, "bytes")
+    try:
+        for measured in map_runs(
+            lambda run: _measure(file, jobs, run, encoder, buffers), work, threads
+        ):
+            data.update(measured.digest)
+            for index, stats in measured.found:
+                parts[index].append(stats)
+            progress.advance(measured.n_bytes)
+    finally:
+        progress.finish()
+    slow = [(job.tensor, job.scale, job.sampled) for job in jobs]
+    of_samples = measure_samples(file, slow, threads=threads, progress=progress)
+    return Measurement(
+        ramgguf_version=__version__,
+        source=_source(file, None if sampled else data.hexdigest()),
+        encoder=encoder,
+        imatrix=imatrix.source if imatrix else None,
+        formats=names,
+        n_overhead_bytes=n_overhead_bytes,
+        alignment=file.alignment,
+        n_layers=file.n_layers,
+        tensors=_tensors(file, jobs, parts, of_samples),
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _measure(
+    file: GGUFFile, jobs: Sequence[Job], run: Run, encoder: str, buffers: Buffers
+) -> _Measured:
+    ranges = [(jobs[c.index].tensor, c.start, c.stop) for c in run]
+    rows, read = file.read_ranges(ranges, partial(buffers.take, "rows"))
+    digest = hashlib.sha256()
+    for data in read:
+        digest.update(data.data)
+    known = [
+        (jobs[c.index], c, data)
+        for c, data in zip(run, rows, strict=True)
+        if jobs[c.index].tensor.type_name in (*FLOAT_FORMATS, "Q8_0")
+    ]
+    stats = codec.measure(
+        [Piece(job.scale, job.tensor.type_name, data, c.start) for job, c, data in known],
+        [job.candidates for job, _, _ in known],
+        encoder,
+    )
+    for (job, c, _), found in zip(known, stats, strict=True):
+        if found.first_nonfinite >= 0:
+            index = c.start * job.tensor.row_length + found.first_nonfinite
+            raise FormatError(
+                f"{file.paths[job.tensor.shard]}: {job.tensor.name}[{index}] is NaN or infinite; "
+                "the model is damaged or was converted wrongly"
+            )
+    return _Measured(
+        [(c.index, found) for (_, c, _), found in zip(known, stats, strict=True)],
+        sum(data.nbytes for data in rows),
+        digest.digest(),
+    )
+
+
+def _tensors(
+    file: GGUFFile,
+    jobs: Sequence[Job],
+    parts: Sequence[list[_core.RowStats]],
+    of_samples: Sequence[Mapping[str, SampledError | str]],
+) -> tuple[TensorMeasurement, ...]:
+    tied = not any(role_of(t.name, file.architecture) == "head" for t in file.tensors)
+    with uncollected():
+        return tuple(
+            _tensor(file, *known, tied) for known in zip(jobs, parts, of_samples, strict=True)
+        )
+
+
+def _tensor(
+    file: GGUFFile,
+    job: Job,
+    parts: list[_core.RowStats],
+    of_samples: Mapping[str, SampledError | str],
+    tied: bool,
+) -> TensorMeasurement:
+    tensor = job.tensor
+    total = _core.RowStats.merged(parts) if len(parts) > 1 else next(iter(parts), None)
+    points, excluded = _points(job, total, of_samples)
+    role = role_of(tensor.name, file.architecture)
+    weighed = total is not None and job.scale.importance is not None
+    return TensorMeasurement(
+        name=tensor.name,
+        shape=tensor.shape,
+        role="tied_embedding" if role == "embedding" and tied else role,
+        layer=layer_of(tensor.name),
+        source_format=tensor.type_name,
+        n_bytes=tensor.n_bytes,
+        sum_squares=total.sum_squares if total else 0.0,
+        output_squares=job.scale.squares(total) if total and weighed else None,
+        max_abs=total.max_abs if total else 0.0,
+        excess_kurtosis=_excess_kurtosis(total) if total else 0.0,
+        points=points,
+        excluded=excluded,
+        kept=job.kept,
+    )
+
+
+def _points(
+    job: Job, total: _core.RowStats | None, of_samples: Mapping[str, SampledError | str]
+) -> tuple[tuple[Point, ...], dict[str, str]]:
+    """Return the tensor's points by ascending bytes, and why other formats are none."""
+    tensor, excluded = job.tensor, dict(job.excluded)
+    n_rows, row_length = tensor.n_rows, tensor.row_length
+    found = [Point(tensor.type_name, tensor.n_bytes, 0.0, 0.0)]
+    if total is not None:
+        squares = job.scale.squares(total) or math.inf
+        # Where the NMSE is weighed, that of the weights by themselves is known besides.
+        plain = None if job.scale.importance is None else total.sum_squares or math.inf
+        for name, squared, weighted, max_error, overflow in total.error_rows():
+            nmse = (squared if plain is None else weighted) / squares
+            if overflow:
+                excluded[name] = "a block's scale would overflow F16"
+            elif name not in formats.TERNARY or nmse <= TERNARY_NMSE:
+                n_bytes = formats.row_bytes(name, row_length) * n_rows
+                found.append(Point(name, n_bytes, nmse, max_error, 0.0, plain and squared / plain))
+    for name, sampled in of_samples.items():
+        if isinstance(sampled, str):
+            excluded[name] = sampled
+            continue
+        found.append(
+            Point(
+                name,
+                formats.row_bytes(name, row_length) * n_rows,
+                sampled.nmse,
+                sampled.max_error,
+                sampled.standard_error,
+                sampled.plain_nmse,
+            )
+        )
+    found.sort(key=attrgetter("n_bytes", "nmse"))
+    return tuple(found), excluded
+
+
+def _excess_kurtosis(stats: _core.RowStats) -> float:
+    """Return the fourth central moment over the squared variance, less 3; 0 for constants."""
+    n = stats.n_weights
+    mean, square = stats.sum / n, stats.sum_squares / n
+    variance = square - mean**2
+    if variance <= 1e-12 * square or square == 0:
+        return 0.0
+    cube, fourth = stats.sum_cubes / n, stats.sum_fourths / n
+    central = fourth - 4 * mean * cube + 6 * mean**2 * square - 3 * mean**4
+    return central / variance**2 - 3
+
+
+def _source(file: GGUFFile, data_sha256: str | None) -> Source:
+    return Source(
+        path=str(file.paths[0]),
+        n_bytes=file.n_bytes,
+        header_sha256=file.header_sha256,
+        data_sha256=data_sha256,
+        architecture=file.architecture,
+        name=file.name,
+        hub=origin_of(file.paths[0]),
+    )
+
+
+def measure(
+    model: str | Path,
+    *,
+    formats: Sequence[str] | None = None,
+    encoder: EncoderName = DEFAULT_ENCODER,
+    imatrix: str | Path | None = None,
+    hessian: str | Path | None = None,
+    allow_requantize: bool = False,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Measurement:
+    """Return the rate–distortion curves of all tensors of a GGUF model.
+
+    model is a path or hf://ORG/REPO/FILE.gguf, on the hub. formats are the names to try, by
+    default all that need no calibration data. imatrix is a file of llama-imatrix, GGUF or .dat:
+    errors are then weighed by the importance of the columns; with a file of Hessians they are those
+    of the outputs, and the encoder can be gptq.
+    Raises GGUFError for a file that is malformed or no language model, FormatError for weights that
+    are not finite or a format that does not exist, ImatrixError for an unfit imatrix.
+    """
+    wanted = None if formats is None else expand(formats)
+    for name in wanted or ():
+        get_format(name)
+    weighed = weighed_by(imatrix, hessian, encoder)
+    with open_gguf(local_path(model), kind_check=True) as file:
+        return measure_file(
+            file,
+            n_overhead_bytes=overhead_bytes(file, weighed.source if weighed else None),
+            wanted=wanted,
+            encoder=encoder,
+            imatrix=weighed,
+            allow_requantize=allow_requantize,
+            threads=threads or default_threads(),
+            progress=progress or Silent(),
+        )

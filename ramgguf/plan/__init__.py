@@ -1,0 +1,46 @@
+"""Plan: the format of every tensor, for a limit of size."""
+
+from ramgguf.plan.frontier_result import Frontier
+from ramgguf.plan.knapsack import Choice, efficient, price, smallest
+from ramgguf.plan.limits import ByteLimit, PlanAt, Room, SizeLimit, SourceSize, size_limit
+from ramgguf.plan.objectives import Costing, costing
+from ramgguf.plan.planning import (
+    DEFAULT_MIN_SQNR_DB,
+    PlanOptions,
+    curve,
+    diff,
+    explain,
+    follow,
+    plan,
+    problem,
+)
+from ramgguf.plan.problem import Problem
+from ramgguf.plan.recipes import Recipe
+from ramgguf.plan.result import Plan
+
+__all__ = [
+    "DEFAULT_MIN_SQNR_DB",
+    "ByteLimit",
+    "Choice",
+    "Costing",
+    "Frontier",
+    "Plan",
+    "PlanAt",
+    "PlanOptions",
+    "Problem",
+    "Recipe",
+    "Room",
+    "SizeLimit",
+    "SourceSize",
+    "costing",
+    "curve",
+    "diff",
+    "efficient",
+    "explain",
+    "follow",
+    "plan",
+    "price",
+    "problem",
+    "size_limit",
+    "smallest",
+]

@@ -1,0 +1,130 @@
+"""From a Measurement and a budget to a Plan."""
+
+import math
+from collections.abc import Iterator, Sequence
+
+from ramgguf.core.errors import BudgetError
+from ramgguf.core.gc_paused import uncollected
+from ramgguf.core.units import format_bytes
+from ramgguf.gguf.layout import padded
+from ramgguf.measure.result import Measurement
+from ramgguf.plan.knapsack import Choice, Solution, smallest, solve
+from ramgguf.plan.objectives import Costing
+from ramgguf.plan.problem import Candidates, Problem, notes
+from ramgguf.plan.result import Constraints, NextPercent, Plan
+
+MAX_UNUSED = 0.001  # of the budget; what a plan leaves beyond it is explained
+
+
+@uncollected()
+def allocate(
+    measurement: Measurement,
+    budget: int,
+    *,
+    costing: Costing,
+    constraints: Constraints,
+) -> Plan:
+    """Return the plan of least cost whose output file has at most `budget` bytes.
+
+    Raises BudgetError with the smallest feasible size when there is none, PlanError when a pin,
+    a tie or a format suits nothing.
+    """
+    problem = Problem.of(measurement, constraints, costing.cost)
+    items = problem.items
+    capacity = budget - measurement.n_overhead_bytes
+    if smallest(items) > capacity:
+        raise _too_small(problem, budget)
+    solution = solve(items, capacity)
+    assignments = problem.assignments(solution.chosen)
+    return Plan(
+        ramgguf_version=measurement.ramgguf_version,
+        source=measurement.source,
+        encoder=measurement.encoder,
+        imatrix=measurement.imatrix,
+        objective=costing.name,
+        budget=budget,
+        n_bytes=measurement.n_overhead_bytes + solution.n_bytes,
+        n_overhead_bytes=measurement.n_overhead_bytes,
+        total_cost=solution.cost,
+        total_cost_error=costing.total_error(assignments),
+        sensitivity_sha256=costing.sensitivity_sha256,
+        gap=solution.gap,
+        constraints=constraints,
+        assignments=assignments,
+        next_percent=_next_percent(items, solution, capacity, budget),
+        notes=(
+            *_unused(problem, solution, capacity, budget),
+            *notes(problem),
+            *costing.notes,
+        ),
+    )
+
+
+def _unused(problem: Problem, solution: Solution, room: int, budget: int) -> Iterator[str]:
+    """Yield why more than MAX_UNUSED of the budget is left, if it is."""
+    left = room - solution.n_bytes
+    if left <= MAX_UNUSED * budget:
+        return
+    said = f"{format_bytes(left)} of the budget are left: "
+    better = [
+        (choice.n_bytes - now.n_bytes, group, j)
+        for group, k in zip(problem.groups, solution.chosen, strict=True)
+        for now in (group.choices[k],)
+        for j, choice in enumerate(group.choices)
+        if choice.cost < now.cost
+    ]
+    if not better:
+        yield said + "every tensor has the best format that it may have"
+        return
+    extra, group, j = min(better, key=lambda b: b[0])
+    tensor, name = problem.candidates[group.members[0]].tensor, group.points[j][0].format
+    yield said + (
+        f"the smallest step that would help, {tensor.name} to {name}, takes {format_bytes(extra)}"
+    )
+
+
+def _next_percent(
+    items: Sequence[Sequence[Choice]], solution: Solution, capacity: int, budget: int
+) -> NextPercent:
+    larger = solve(items, capacity + budget // 100)
+    changes = sum(a != b for a, b in zip(solution.chosen, larger.chosen, strict=True))
+    return NextPercent(n_bytes=budget + budget // 100, total_cost=larger.cost, n_changes=changes)
+
+
+def _too_small(problem: Problem, budget: int) -> BudgetError:
+    """Return the error that says what would fit, with and without the floor, and what blocks it."""
+    measurement, constraints = problem.measurement, problem.constraints
+    safe = measurement.n_overhead_bytes + smallest(problem.items)
+    without = constraints.model_copy(update={"min_sqnr_db": -math.inf})
+    bare = measurement.n_overhead_bytes + smallest(
+        Problem.of(measurement, without, problem.cost).items
+    )
+    message = (
+        f"budget {format_bytes(budget)} ({budget} bytes) is below the smallest plan, "
+        f"{format_bytes(safe)} ({safe} bytes)"
+    )
+    if bare < safe:
+        message += (
+            f"; without the floor of {constraints.min_sqnr_db:g} dB it is "
+            f"{format_bytes(bare)} ({bare} bytes)"
+        )
+    held = ", ".join(
+        f"{c.tensor.name} {format_bytes(_least(c))}"
+        for c in sorted(problem.candidates, key=_least, reverse=True)[:3]
+    )
+    kept = sum(
+        padded(c.tensor.n_bytes, measurement.alignment)
+        for c in problem.candidates
+        if c.tensor.kept is not None
+    )
+    message += (
+        f". The largest tensors at their smallest are {held}; "
+        f"tensors that are never quantized take {format_bytes(kept)}, the header "
+        f"{format_bytes(measurement.n_overhead_bytes)}. Raise --budget, lower --min-sqnr, "
+        "drop pins or allow more formats with --formats"
+    )
+    return BudgetError(message, smallest=safe)
+
+
+def _least(candidates: Candidates) -> int:
+    return min(p.n_bytes for p in candidates.points)

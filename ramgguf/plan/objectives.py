@@ -1,0 +1,165 @@
+"""What a plan minimises: each objective gives the cost of one tensor in one format.
+
+The priors are soft: they scale a cost, they never forbid a format. Priors and published objectives
+were made for errors of the weights by themselves, and get these also where an importance matrix
+weighs what the encoder does: with weighed errors in their place plans are worse than without a
+matrix (docs/findings.md).
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+from ramgguf.core.errors import PlanError
+from ramgguf.measure.result import Measurement, Point, TensorMeasurement
+from ramgguf.plan.priors import Shape, prior
+from ramgguf.plan.result import Assignment
+from ramgguf.quants.imatrix import ImportanceSource
+from ramgguf.sensitivity.result import Sensitivity
+
+DEFAULT_OBJECTIVE = "weighted"
+SENSITIVITY = "sensitivity"
+
+Objective = Callable[[TensorMeasurement, Point, Shape], float]
+
+
+def weighted_nmse(tensor: TensorMeasurement, point: Point, shape: Shape) -> float:
+    """n · π · NMSE: the soft prior of the tensor's role and depth, times its number of weights."""
+    return tensor.n_weights * prior(tensor, shape) * point.unweighed
+
+
+def plain_nmse(tensor: TensorMeasurement, point: Point, shape: Shape) -> float:
+    """n · NMSE, without priors."""
+    return tensor.n_weights * point.unweighed
+
+
+def ram(tensor: TensorMeasurement, point: Point, shape: Shape) -> float:
+    """π · NRMSE as published: π is 10 for embedding and head, 3 first layer, 2 last layer, else 1.
+
+    Source: "Budget-Aware Compression for LLMs via Rate-Distortion Optimization", baa.ai 2026.
+    """
+    if tensor.role in {"embedding", "tied_embedding", "head"}:
+        published = 10.0
+    elif shape.is_first(tensor):
+        published = 3.0
+    else:
+        published = 2.0 if shape.is_last(tensor) else 1.0
+    return published * math.sqrt(point.unweighed)
+
+
+def activation_nmse(tensor: TensorMeasurement, point: Point, shape: Shape) -> float:
+    """n · π · NMSE weighed by importance: the output's relative error, for uncorrelated inputs."""
+    return tensor.n_weights * prior(tensor, shape) * point.nmse
+
+
+def output_error(tensor: TensorMeasurement, point: Point, shape: Shape) -> float:
+    """Squared error of the tensor's output per token, were its inputs uncorrelated.
+
+    Needs an importance matrix. A tensor without an entry is looked up, a row for each token: its
+    output's error is a row's.
+    """
+    squares = tensor.output_squares
+    if squares is None:
+        squares = tensor.sum_squares * tensor.row_length / tensor.n_weights
+    return squares * point.nmse
+
+
+OBJECTIVES: dict[str, Objective] = {
+    "weighted": weighted_nmse,
+    "nmse": plain_nmse,
+    "ram": ram,
+}
+
+# Those that need errors weighed by an importance matrix.
+WEIGHED: dict[str, Objective] = {"output": output_error, "activation": activation_nmse}
+
+
+Cost = Callable[[TensorMeasurement, Point], float]
+
+
+@dataclass(frozen=True)
+class Costing:
+    """An objective made ready for one model.
+
+    errors are the relative standard errors of the tensors' costs, known for sensitivities only;
+    sensitivity_sha256 tells which were used, notes what a plan made with them should say.
+    """
+
+    name: str
+    cost: Cost
+    errors: Mapping[str, float] = field(default_factory=dict)
+    sensitivity_sha256: str | None = None
+    notes: tuple[str, ...] = ()
+
+    def total_error(self, assignments: Iterable[Assignment]) -> float | None:
+        """Return the standard error of the total cost; None where it is not known.
+
+        All tensors were read with the same tokens, so their errors are taken to add up.
+        """
+        if not self.errors:
+            return None
+        return math.fsum(a.cost * self.errors.get(a.name, 0.0) for a in assignments)
+
+
+def costing(
+    name: str | None, measurement: Measurement, sensitivity: Sensitivity | None = None
+) -> Costing:
+    """Return the objective of this name for the model; None takes the best that is known.
+
+    That is `sensitivity` where there is one, else DEFAULT_OBJECTIVE. Raises PlanError for names
+    that are not known, and for a sensitivity that is missing or of another model.
+    """
+    if name is None:
+        name = DEFAULT_OBJECTIVE if sensitivity is None else SENSITIVITY
+    if name == SENSITIVITY:
+        return _by_sensitivity(measurement, sensitivity)
+    try:
+        objective = (OBJECTIVES | WEIGHED)[name]
+    except KeyError:
+        known = ", ".join([*OBJECTIVES, *WEIGHED, SENSITIVITY])
+        raise PlanError(f"objective {name!r} is unknown; known are {known}") from None
+    if name in WEIGHED and measurement.imatrix is None:
+        raise PlanError(f"the objective {name} needs errors that an importance matrix weighs")
+    shape = Shape.of(measurement)
+    return Costing(name, lambda tensor, point: objective(tensor, point, shape))
+
+
+def _by_sensitivity(measurement: Measurement, sensitivity: Sensitivity | None) -> Costing:
+    """Return α · NMSE: the KLD, in nats per token, that a tensor's quantization alone causes."""
+    if sensitivity is None:
+        raise PlanError("the objective sensitivity needs a file; give it with --sensitivity")
+    ours, theirs = measurement.source, sensitivity.source
+    if (ours.header_sha256, ours.n_bytes) != (theirs.header_sha256, theirs.n_bytes):
+        raise PlanError(f"the sensitivity is of {theirs.path}, another model than {ours.path}")
+    if _matrix(measurement.imatrix) != _matrix(sensitivity.imatrix):
+        raise PlanError(
+            f"the sensitivity was measured with {_told(sensitivity.imatrix)}, the curves with "
+            f"{_told(measurement.imatrix)}; errors weighed differently do not go together"
+        )
+    alpha = {t.name: t.alpha for t in sensitivity.tensors}
+    for tensor in measurement.tensors:
+        if tensor.kept is None and tensor.name not in alpha:
+            raise PlanError(f"{theirs.path}: {tensor.name} has no sensitivity; measure it again")
+    return Costing(
+        SENSITIVITY,
+        lambda tensor, point: alpha[tensor.name] * point.nmse,
+        {t.name: t.relative_error for t in sensitivity.tensors},
+        sensitivity.sha256(),
+        _other_encoder(measurement, sensitivity),
+    )
+
+
+def _other_encoder(measurement: Measurement, sensitivity: Sensitivity) -> tuple[str, ...]:
+    """Return a note where α was read with another encoder; a ratio, it is used all the same."""
+    ours, theirs = measurement.encoder, sensitivity.encoder
+    if ours == theirs:
+        return ()
+    return (f"sensitivities were measured with the encoder {theirs}, the errors with {ours}",)
+
+
+def _matrix(imatrix: ImportanceSource | None) -> str | None:
+    return None if imatrix is None else imatrix.identity
+
+
+def _told(imatrix: ImportanceSource | None) -> str:
+    return "no imatrix" if imatrix is None else f"the imatrix {imatrix.path}"

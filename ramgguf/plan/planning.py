@@ -1,0 +1,146 @@
+"""The Python interface to plans: they are made, compared and explained from numbers alone."""
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import TypedDict, Unpack
+
+from ramgguf.core.errors import PlanError
+from ramgguf.measure.result import Measurement
+from ramgguf.plan import allocate as _allocate
+from ramgguf.plan import frontier as _frontier
+from ramgguf.plan.explanation import PlanExplanation
+from ramgguf.plan.explanation import explain as _explain
+from ramgguf.plan.frontier_result import Frontier
+from ramgguf.plan.limits import PlanAt, SizeLimit, SourceSize, size_limit
+from ramgguf.plan.objectives import Costing, costing
+from ramgguf.plan.problem import Problem, parse_tie
+from ramgguf.plan.recipes import Difference, Recipe, pins_for
+from ramgguf.plan.recipes import diff as _diff
+from ramgguf.plan.result import Constraints, MinFormat, Pin, Plan
+from ramgguf.quants.formats import expand
+from ramgguf.sensitivity.result import Sensitivity
+
+DEFAULT_MIN_SQNR_DB = 9.0
+
+
+class PlanOptions(TypedDict, total=False):
+    """What is minimised, and what a plan must respect.
+
+    objective None is the best known: sensitivity where one is given (a value or its file), else
+    weighted. formats are those to choose from, or sets of them (None: all measured); pins are
+    'regex=FORMAT', min_formats 'role=FORMAT'; a tie is 'qkv', 'gate-up' or a list 'role,role'.
+    """
+
+    objective: str | None
+    sensitivity: Sensitivity | str | Path | None
+    min_sqnr_db: float
+    formats: Sequence[str] | None
+    pins: Sequence[str]
+    ties: Sequence[str]
+    min_formats: Sequence[str]
+
+
+def plan(
+    curves: Measurement | Frontier | str | Path,
+    budget: int | str | SizeLimit,
+    **options: Unpack[PlanOptions],
+) -> Plan:
+    """Return the plan of least cost whose output keeps to the budget.
+
+    curves is a Measurement, or its file; or a Frontier, whose own steps are then taken, without
+    solving again and without options. budget is bytes, text such as 16GB, 16GiB, 4.5bpw or 30%, or
+    any SizeLimit. Raises BudgetError with the smallest feasible size when nothing fits, PlanError
+    for options that do not suit the measurement.
+    """
+    if isinstance(curves, Frontier):
+        if options:
+            raise PlanError("a frontier was made with its options; plan from the measurement")
+        return _plan(curves, budget, partial(_frontier.plan_at, curves))
+    measurement = _loaded(curves)
+    return _plan(
+        measurement,
+        budget,
+        partial(
+            _allocate.allocate,
+            measurement,
+            costing=_costing(measurement, options),
+            constraints=_constraints(options),
+        ),
+    )
+
+
+def _plan(curves: Measurement | Frontier, limit: int | str | SizeLimit, plan_at: PlanAt) -> Plan:
+    source = SourceSize.measured(curves.source, curves.n_weights)
+    with size_limit(limit).room(source) as room:
+        return room.plan(plan_at)
+
+
+def follow(measurement: Measurement | str | Path, recipe: Recipe | str | Path) -> Plan:
+    """Return the plan that gives every tensor the format it has in a recipe, plan or GGUF file.
+
+    Raises PlanError when the shapes differ, or a format of the recipe was not measured.
+    """
+    measurement = _loaded(measurement)
+    if not isinstance(recipe, Recipe):
+        recipe = Recipe.read(Path(recipe))
+    made = plan(measurement, "1000%", pins=pins_for(recipe, measurement))
+    return made.model_copy(update={"budget": made.n_bytes, "next_percent": None})
+
+
+def curve(measurement: Measurement | str | Path, **options: Unpack[PlanOptions]) -> Frontier:
+    """Return the best plans of all sizes, up to 8.5 bits per weight; options are those of plan."""
+    measurement = _loaded(measurement)
+    return _frontier.frontier(
+        measurement,
+        costing=_costing(measurement, options),
+        constraints=_constraints(options),
+    )
+
+
+def explain(
+    plan: Plan,
+    measurement: Measurement | str | Path,
+    sensitivity: Sensitivity | str | Path | None = None,
+) -> PlanExplanation:
+    """Return why every tensor of a plan has its format, and what its next steps would bring."""
+    return _explain(plan, _loaded(measurement), _loaded_sensitivity(sensitivity))
+
+
+def diff(a: str | Path, b: str | Path) -> Difference:
+    """Return the tensors to which two plans, recipes or GGUF files give different formats."""
+    return _diff(Recipe.read(Path(a)), Recipe.read(Path(b)))
+
+
+def _loaded(measurement: Measurement | str | Path) -> Measurement:
+    if isinstance(measurement, Measurement):
+        return measurement
+    return Measurement.load(Path(measurement))
+
+
+def _loaded_sensitivity(sensitivity: Sensitivity | str | Path | None) -> Sensitivity | None:
+    if sensitivity is None or isinstance(sensitivity, Sensitivity):
+        return sensitivity
+    return Sensitivity.load(Path(sensitivity))
+
+
+def problem(measurement: Measurement, options: PlanOptions) -> Problem:
+    """Return the knapsack that plans with these options solve."""
+    cost = _costing(measurement, options).cost
+    return Problem.of(measurement, _constraints(options), cost)
+
+
+def _costing(measurement: Measurement, options: PlanOptions) -> Costing:
+    sensitivity = _loaded_sensitivity(options.get("sensitivity"))
+    return costing(options.get("objective"), measurement, sensitivity)
+
+
+def _constraints(options: PlanOptions) -> Constraints:
+    formats = options.get("formats")
+    return Constraints(
+        min_sqnr_db=options.get("min_sqnr_db", DEFAULT_MIN_SQNR_DB),
+        formats=None if formats is None else expand(formats),
+        pins=tuple(Pin.parse(pin) for pin in options.get("pins", ())),
+        ties=tuple(parse_tie(tie) for tie in options.get("ties", ())),
+        min_formats=tuple(MinFormat.parse(text) for text in options.get("min_formats", ())),
+    )

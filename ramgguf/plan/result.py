@@ -1,0 +1,208 @@
+"""A plan: the format of every tensor, what it costs, and how it was found; a value and its file."""
+
+import hashlib
+import re
+from typing import Annotated, ClassVar, Literal, Self
+
+from pydantic import Field
+
+from ramgguf.core.documents import (
+    Document,
+    FrozenModel,
+    NonNegative,
+    NonNegativeFloat,
+    Number,
+    Positive,
+)
+from ramgguf.core.errors import PlanError
+from ramgguf.gguf.identity import Source
+from ramgguf.quants.encoders import EncoderName
+from ramgguf.quants.imatrix import ImportanceSource
+
+
+class Pin(FrozenModel):
+    """Tensors whose name the pattern matches (re.search) must take this format."""
+
+    pattern: str
+    format: str
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Return the pin that 'regex=FORMAT' stands for; raises PlanError otherwise."""
+        pattern, equals, name = text.rpartition("=")
+        if not (equals and pattern and name):
+            raise PlanError(f"pin {text!r} is not of the form 'regex=FORMAT'")
+        try:
+            re.compile(pattern)
+        except re.error as e:
+            raise PlanError(f"pin {text!r}: {pattern!r} is not a regular expression: {e}") from None
+        return cls(pattern=pattern, format=name.upper())
+
+
+class MinFormat(FrozenModel):
+    """Tensors of the role must take no fewer bits per weight than this format has."""
+
+    role: str
+    format: str
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Return what 'role=FORMAT' stands for; raises PlanError otherwise."""
+        role, equals, name = text.partition("=")
+        if not (equals and role and name):
+            raise PlanError(f"minimum format {text!r} is not of the form 'role=FORMAT'")
+        return cls(role=role, format=name.upper())
+
+
+class Constraints(FrozenModel):
+    """What a plan must respect.
+
+    formats None allows every measured one; each tie lists the roles whose tensors of one layer
+    take the same format.
+    """
+
+    min_sqnr_db: Number = 9.0
+    formats: tuple[str, ...] | None = None
+    pins: tuple[Pin, ...] = ()
+    ties: tuple[tuple[str, ...], ...] = ()
+    min_formats: tuple[MinFormat, ...] = ()
+
+
+class Assignment(FrozenModel):
+    """What the plan gives one tensor; nmse is the measured one, cost its share of the objective."""
+
+    name: str
+    role: str
+    source_format: str
+    format: str
+    n_weights: Positive
+    n_bytes: Positive
+    nmse: NonNegativeFloat
+    cost: NonNegativeFloat
+    note: str | None = None
+
+
+class NextPercent(FrozenModel):
+    """What one percent more budget would buy: the cost then, and how many formats change."""
+
+    n_bytes: Positive
+    total_cost: NonNegativeFloat
+    n_changes: NonNegative
+
+
+class MemoryUse(FrozenModel):
+    """Bytes by purpose; cache is keys, values and recurrent state."""
+
+    weights: NonNegative = 0
+    cache: NonNegative = 0
+    compute: NonNegative = 0
+    overhead: NonNegative = 0
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.cache + self.compute + self.overhead
+
+
+class MemoryBudget(FrozenModel):
+    """How a plan's budget follows from memory, for n_seq sequences of n_ctx tokens each."""
+
+    limit: Positive | None
+    limit_source: str
+    n_ctx: Positive
+    n_seq: Positive
+    type_k: str
+    type_v: str
+    method: Literal["llama.cpp", "estimate"]
+    why_estimate: str | None = None
+    ram: MemoryUse
+    n_gpu_layers: NonNegative | None = None
+    vram_limit: Positive | None = None
+    vram: MemoryUse | None = None
+
+
+class FormatChange(FrozenModel):
+    """A tensor that a refinement gave another format."""
+
+    name: str
+    before: str
+    after: str
+
+
+class KLDChange(FrozenModel):
+    """Mean KLD in nats per token over some tokens, before and after a refinement.
+
+    error is the standard error of the difference; sha256 is over the tokens' ids.
+    """
+
+    n_tokens: Positive
+    sha256: str
+    before: NonNegativeFloat
+    after: NonNegativeFloat
+    error: NonNegativeFloat
+
+
+class Refinement(FrozenModel):
+    """How a plan was changed by trials: real KLD, weights decoded to the source's own type.
+
+    Swaps were proposed by what `proposal` told, and each was taken because it lowered the KLD over
+    `acceptance`; `report` are tokens that decided nothing. cpus names the CPUs that computed.
+    """
+
+    tokens: str
+    seed: NonNegative
+    n_tried: NonNegative
+    swaps: tuple[tuple[FormatChange, ...], ...]
+    proposal: KLDChange
+    acceptance: KLDChange
+    report: KLDChange
+    cpus: tuple[str, ...] = ()
+
+
+class Plan(Document):
+    """A format for every tensor, with what it costs, what it loses and how near the optimum it is.
+
+    n_bytes is the whole output file; gap is the proven relative optimality gap of the objective.
+    Under the objective sensitivity, total_cost is the predicted KLD in nats per token, with its
+    standard error; sensitivity_sha256 names the sensitivities.
+    """
+
+    KIND: ClassVar[str] = "plan"
+
+    ramgguf_version: str
+    source: Source
+    encoder: EncoderName
+    imatrix: ImportanceSource | None = None
+    objective: str
+    budget: Positive
+    n_bytes: Positive
+    n_overhead_bytes: NonNegative
+    total_cost: NonNegativeFloat
+    total_cost_error: NonNegativeFloat | None = None
+    sensitivity_sha256: str | None = None
+    gap: NonNegativeFloat
+    constraints: Constraints = Constraints()
+    assignments: Annotated[tuple[Assignment, ...], Field(min_length=1)]
+    next_percent: NextPercent | None = None
+    refinement: Refinement | None = None
+    memory: MemoryBudget | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def n_weights(self) -> int:
+        return sum(a.n_weights for a in self.assignments)
+
+    @property
+    def encoded(self) -> tuple[bool, ...]:
+        """Whether each tensor gets another format than it has in the source."""
+        return tuple(a.format != a.source_format for a in self.assignments)
+
+    @property
+    def bpw(self) -> float:
+        """Bits per weight of the tensors' data."""
+        return 8 * sum(a.n_bytes for a in self.assignments) / self.n_weights
+
+    def sha256(self) -> str:
+        """Return the hash of what decides the output's bytes: encoder and tensor–format pairs."""
+        encoder = f"{self.encoder} {self.imatrix.identity}" if self.imatrix else self.encoder
+        text = "\n".join([encoder, *(f"{a.name}={a.format}" for a in self.assignments)])
+        return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,7 @@
+"""Quantize: from a model and a limit to the file."""
+
+from ramgguf.quantize.output_paths import default_output
+from ramgguf.quantize.perturb import perturb
+from ramgguf.quantize.pipeline import Quantized, quantize
+
+__all__ = ["Quantized", "default_output", "perturb", "quantize"]

@@ -1,0 +1,123 @@
+"""From a model and a Plan to the model with noise as large as the plan's quantization errors.
+
+A control for "does quantization regularize": Gaussian noise with, for every row, the root mean
+square of that row's own quantization error. Noisy tensors are written in F32, so that no rounding
+comes on top.
+"""
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ramgguf import _core
+from ramgguf.core.parallel import Chunk, default_threads, map_chunks, runs
+from ramgguf.core.progress import Progress, Silent
+from ramgguf.core.version import __version__
+from ramgguf.gguf.header import string, u32
+from ramgguf.gguf.hub import local_path
+from ramgguf.gguf.layout import plan_layout
+from ramgguf.gguf.reader import GGUFFile, open_gguf
+from ramgguf.gguf.writer import GGUFOutput
+from ramgguf.plan.result import Assignment, Plan
+from ramgguf.quantize.write import check_source
+from ramgguf.quants.codec import Scale
+from ramgguf.quants.imatrix import planned_imatrix
+
+_ALL_F32 = 0  # llama.cpp's file type
+
+
+def perturb_file(
+    file: GGUFFile,
+    plan: Plan,
+    output: Path,
+    *,
+    seed: int,
+    force: bool,
+    threads: int,
+    progress: Progress,
+) -> Path:
+    """Write the model with noise in every tensor that the plan quantizes; return its path.
+
+    The plan's source has been checked. The same seed gives the same noise for any number of
+    threads. Raises GGUFError when the output cannot be written.
+    """
+    imatrix = planned_imatrix(plan.imatrix)
+    noisy = {a.name for a in plan.assignments if a.format != a.source_format}
+    overrides = {
+        "general.file_type": u32(_ALL_F32),
+        "ramgguf.version": string(__version__),
+        "ramgguf.noise_like": string(plan.sha256()),
+        "ramgguf.noise_seed": u32(seed),
+    }
+    types = {t.name: "F32" if t.name in noisy else t.type_name for t in file.tensors}
+    layout = plan_layout(output, file, types, overrides)
+    sink = GGUFOutput(layout, file, force=force)
+    progress.start("perturb", sum(t.n_bytes for t in file.tensors), "bytes")
+
+    def write(chunk: Chunk) -> int:
+        tensor, planned = file.tensors[chunk.index], plan.assignments[chunk.index]
+        rows = file.read_rows(tensor, chunk.start, chunk.stop)
+        data = rows
+        if tensor.name in noisy:
+            scale = Scale.of(tensor, imatrix)
+            rng = np.random.default_rng([seed, chunk.index, chunk.start])
+            data = _noisy(rows, chunk.start, tensor.row_length, planned, scale, plan.encoder, rng)
+        sink.write_at(tensor.name, chunk.start * data.shape[1], data)
+        return rows.nbytes
+
+    with sink:
+        try:
+            for n_bytes in map_chunks(write, runs(file.tensors), threads):
+                progress.advance(n_bytes)
+        finally:
+            progress.finish()
+        return sink.commit()[0]
+
+
+def _noisy(
+    rows: NDArray[np.uint8],
+    start: int,
+    row_length: int,
+    planned: Assignment,
+    scale: Scale,
+    encoder: str,
+    rng: np.random.Generator,
+) -> NDArray[np.uint8]:
+    """Return the rows in F32, each with noise of its own quantization error's root mean square."""
+    blocks = scale.encode(planned.format, planned.source_format, rows, start, row_length, encoder)
+    weights, rounded = np.empty((2, len(rows), row_length), np.float32)
+    _core.decode(planned.source_format, rows, weights)
+    _core.decode(planned.format, blocks, rounded)
+    rms = np.sqrt(np.mean(np.square(weights - rounded, dtype=np.float64), axis=1))
+    noise = rng.standard_normal(weights.shape, np.float32) * rms[:, None].astype(np.float32)
+    return np.ascontiguousarray(weights + noise).view(np.uint8)
+
+
+def perturb(
+    model: str | Path,
+    like: Plan | str | Path,
+    output: str | Path,
+    *,
+    seed: int = 0,
+    force: bool = False,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Write the model with Gaussian noise as large as a plan's quantization errors, row by row.
+
+    Tensors with noise are in F32. Raises PlanError when the plan is another model's, GGUFError when
+    the output cannot be written.
+    """
+    plan = like if isinstance(like, Plan) else Plan.load(Path(like))
+    with open_gguf(local_path(model), kind_check=True) as file:
+        check_source(file, plan)
+        return perturb_file(
+            file,
+            plan,
+            Path(output),
+            seed=seed,
+            force=force,
+            threads=threads or default_threads(),
+            progress=progress or Silent(),
+        )

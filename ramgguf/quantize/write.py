@@ -1,0 +1,143 @@
+"""From a Plan to a file: writing what was planned."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from ramgguf.core.errors import FormatError, PlanError
+from ramgguf.core.parallel import Buffers, Run, map_runs, runs
+from ramgguf.core.progress import Progress
+from ramgguf.gguf.header import Value
+from ramgguf.gguf.layout import Layout, plan_layout
+from ramgguf.gguf.reader import GGUFFile
+from ramgguf.gguf.writer import GGUFOutput
+from ramgguf.plan.result import Plan
+from ramgguf.quants import codec, formats
+from ramgguf.quants.codec import Piece, Rows, tensor_weights
+from ramgguf.quants.output_metadata import output_metadata
+
+
+@dataclass(frozen=True)
+class Destination:
+    """Where the output goes; split_max_bytes None writes one file."""
+
+    path: Path
+    force: bool = False
+    split_max_bytes: int | None = None
+
+
+def planned_metadata(plan: Plan) -> dict[str, Value]:
+    """Return the metadata that the planned output has and its source has not."""
+    by_format: dict[str, int] = {}
+    for a in plan.assignments:
+        by_format[a.format] = by_format.get(a.format, 0) + a.n_bytes
+    return output_metadata(
+        imatrix=plan.imatrix,
+        hub=plan.source.hub,
+        most_format=max(by_format, key=lambda name: by_format[name]),
+        budget=plan.budget,
+        plan_sha256=plan.sha256(),
+        data_sha256=plan.source.data_sha256,
+    )
+
+
+def planned_layout(file: GGUFFile, plan: Plan, destination: Destination) -> Layout:
+    """Return where every byte of the planned output goes."""
+    return plan_layout(
+        destination.path,
+        file,
+        {a.name: a.format for a in plan.assignments},
+        planned_metadata(plan),
+        split_max_bytes=destination.split_max_bytes,
+    )
+
+
+def check_source(file: GGUFFile, plan: Plan) -> None:
+    """Raise PlanError unless the plan was made for this model."""
+    if (file.header_sha256, file.n_bytes) != (plan.source.header_sha256, plan.source.n_bytes):
+        raise PlanError(
+            f"the plan was made from {plan.source.path} ({plan.source.n_bytes} bytes), and "
+            f"{file.paths[0]} ({file.n_bytes} bytes) is another model; plan again"
+        )
+    names = [t.name for t in file.tensors]
+    if names != [a.name for a in plan.assignments]:
+        raise PlanError(f"the plan's tensors are not those of {file.paths[0]}; plan again")
+
+
+def begin(file: GGUFFile, plan: Plan, destination: Destination) -> GGUFOutput:
+    """Return the planned output, which is to be written, verified and committed.
+
+    It appears under its name only with commit. Raises PlanError when the plan is another model's,
+    GGUFError when the output cannot be written.
+    """
+    check_source(file, plan)
+    layout = planned_layout(file, plan, destination)
+    return GGUFOutput(layout, file, force=destination.force)
+
+
+def write(
+    file: GGUFFile, plan: Plan, output: GGUFOutput, *, threads: int, progress: Progress
+) -> None:
+    """Encode every tensor into the output. Raises FormatError for weights that do not fit."""
+    scales = tensor_weights(file, plan.imatrix, plan.encoded)
+    buffers = Buffers()
+
+    def encode(run: Run) -> int:
+        ranges = [(file.tensors[c.index], c.start, c.stop) for c in run]
+        rows, _ = file.read_ranges(ranges, partial(buffers.take, "source"))
+        planned = [plan.assignments[c.index] for c in run]
+        widths = [
+            0 if a.format == a.source_format else formats.row_bytes(a.format, t.row_length)
+            for a, (t, _, _) in zip(planned, ranges, strict=True)
+        ]
+        blocks = _blocks(widths, rows, buffers)
+        changed = [i for i, data in enumerate(blocks) if data is not rows[i]]
+        pieces = [
+            Piece(scales[run[i].index], planned[i].source_format, rows[i], run[i].start)
+            for i in changed
+        ]
+        to, into = [planned[i].format for i in changed], [blocks[i] for i in changed]
+        try:
+            codec.encode(pieces, to, into, plan.encoder)
+        except ValueError:
+            _name_misfit([planned[i].name for i in changed], pieces, to, into, plan.encoder)
+            raise
+        output.write_pieces(
+            (a.name, c.start * data.shape[1], data)
+            for a, c, data in zip(planned, run, blocks, strict=True)
+        )
+        return sum(data.nbytes for data in rows)
+
+    progress.start("quantize", sum(t.n_bytes for t in file.tensors), "bytes")
+    try:
+        for n_bytes in map_runs(encode, runs(file.tensors), threads):
+            progress.advance(n_bytes)
+    finally:
+        progress.finish()
+
+
+def _blocks(widths: Sequence[int], rows: Sequence[Rows], buffers: Buffers) -> list[Rows]:
+    """Return memory for as many rows of so many bytes each; the rows themselves where that is 0."""
+    sizes = [len(data) * width for data, width in zip(rows, widths, strict=True)]
+    left = buffers.take("blocks", sum(sizes))
+    blocks = []
+    for data, size, width in zip(rows, sizes, widths, strict=True):
+        blocks.append(left[:size].reshape(-1, width) if width else data)
+        left = left[size:]
+    return blocks
+
+
+def _name_misfit(
+    names: Sequence[str],
+    pieces: Sequence[Piece],
+    to: Sequence[str],
+    into: Sequence[Rows],
+    encoder: str,
+) -> None:
+    """Raise FormatError for the first piece that cannot be encoded, by the tensor's name."""
+    for name, piece, form, out in zip(names, pieces, to, into, strict=True):
+        try:
+            codec.encode([piece], [form], [out], encoder)
+        except ValueError as e:
+            raise FormatError(f"{name}: {e}") from None

@@ -1,0 +1,73 @@
+"""GPTQ: columns rounded in turn, the later ones making up for the errors of the earlier.
+
+Frantar et al. 2022 (arXiv 2210.17323) with real ggml blocks: scales are fitted when the sweep
+enters a block or superblock. H is XᵀX of the weight's inputs; the error that counts is that of the
+output, Σ eHeᵀ over the rows e of W − Q.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ramgguf import _core
+from ramgguf.quants import formats
+from ramgguf.quants.encoders.encoder import Encoder
+from ramgguf.quants.hessian import Hessian
+
+UNIT = 256
+
+Floats = NDArray[np.float32]
+FORMATS = frozenset(_core.gptq_formats())
+
+
+def encode(type_name: str, rows: Floats, hessian: Hessian, importance: Floats) -> NDArray[np.uint8]:
+    """Return blocks of the rows, in a format of FORMATS; importance (columns) weighs scales.
+
+    Rows are rounded independently of each other. Where error feedback makes a row's output worse
+    than search does, the row is search's. Raises ValueError where a scale would overflow.
+    """
+    swept = _swept(type_name, rows, hessian, importance)
+    searched = np.empty_like(swept)
+    raw = np.ascontiguousarray(rows, np.float32).view(np.uint8)
+    _core.encode(type_name, "F32", raw, searched, encoder="search", importance=importance)
+    worse = _errors(type_name, swept, rows, hessian) > _errors(type_name, searched, rows, hessian)
+    swept[worse] = searched[worse]
+    return swept
+
+
+def _errors(
+    type_name: str, blocks: NDArray[np.uint8], rows: Floats, hessian: Hessian
+) -> NDArray[np.float64]:
+    decoded = np.empty(rows.shape, np.float32)
+    _core.decode(type_name, blocks, decoded)
+    return hessian.errors(rows - decoded)
+
+
+def _swept(type_name: str, rows: Floats, hessian: Hessian, importance: Floats) -> NDArray[np.uint8]:
+    n_rows, n_columns = rows.shape
+    left = np.ascontiguousarray(rows, np.float32).copy()
+    blocks = np.empty((n_rows, formats.row_bytes(type_name, n_columns)), np.uint8)
+    at = 0
+    for start in range(0, n_columns, UNIT):
+        stop = min(start + UNIT, n_columns)
+        factor = np.eye(UNIT, dtype=np.float32)
+        factor[: stop - start, : stop - start] = hessian.factor[start:stop, start:stop]
+        weights = np.zeros(UNIT, np.float32)
+        weights[: stop - start] = importance[start:stop]
+        out = np.empty((n_rows, formats.row_bytes(type_name, stop - start)), np.uint8)
+        errors = np.empty((n_rows, stop - start), np.float32)
+        _core.round_unit(type_name, left[:, start:stop], factor, weights, out, errors)
+        if stop < n_columns:
+            left[:, stop:] -= errors @ hessian.factor[start:stop, stop:]
+        blocks[:, at : at + out.shape[1]] = out
+        at += out.shape[1]
+    return blocks
+
+
+ENCODER = Encoder(
+    "gptq",
+    "error feedback (needs Hessians)",
+    kernel="search",
+    encode_output=encode,
+    output_formats=FORMATS,
+    plans_by="search",
+)

@@ -1,0 +1,137 @@
+"""The block formats that the core knows, and what ggml and llama.cpp call them."""
+
+from collections.abc import Iterable, Mapping
+from functools import cache, lru_cache
+from types import MappingProxyType
+
+from ramgguf import _core
+from ramgguf._core import BlockFormat
+from ramgguf.core.errors import FormatError
+
+# The layouts that block formats have had since ggml's quantization version 2 (GGML_QNT_VERSION).
+QUANTIZATION_VERSION = 2
+
+# `general.file_type` (enum llama_ftype of llama.h) of a model that is mostly of one format.
+# K-quants take the _M variety, which llama.cpp means by the plain name.
+_FILE_TYPES = MappingProxyType(
+    {
+        "F32": 0,
+        "F16": 1,
+        "Q4_0": 2,
+        "Q4_1": 3,
+        "Q8_0": 7,
+        "Q5_0": 8,
+        "Q5_1": 9,
+        "Q2_K": 10,
+        "Q3_K": 12,
+        "Q4_K": 15,
+        "Q5_K": 17,
+        "Q6_K": 18,
+        "IQ2_XXS": 19,
+        "IQ2_XS": 20,
+        "IQ3_XXS": 23,
+        "IQ1_S": 24,
+        "IQ4_NL": 25,
+        "IQ3_S": 26,
+        "IQ2_S": 28,
+        "IQ4_XS": 30,
+        "IQ1_M": 31,
+        "BF16": 32,
+        "TQ1_0": 36,
+        "TQ2_0": 37,
+        "MXFP4": 38,
+        "Q2_0": 41,
+    }
+)
+
+# Exact for models that were trained with weights of -d, 0 and d; of others they lose most.
+TERNARY = ("TQ1_0", "TQ2_0")
+# Only when asked for by name. MXFP4 has twice the error of IQ4_XS at the same size; Q2_0 is so
+# young that most installed copies of llama.cpp and of the gguf package refuse it.
+_ON_REQUEST = ("MXFP4", "Q2_0")
+
+
+@cache
+def _by_name() -> MappingProxyType[str, BlockFormat]:
+    return MappingProxyType({f.name: f for f in _core.formats()})
+
+
+def names() -> tuple[str, ...]:
+    """Return the names of the formats that the core has kernels for, in the order of ggml's ids."""
+    return tuple(f.name for f in _by_name().values() if f.encodable)
+
+
+def quantized() -> tuple[str, ...]:
+    """Return the names of those that quantize: blocks of more than one weight."""
+    return tuple(n for n in names() if _by_name()[n].block_size > 1)
+
+
+def offered() -> tuple[str, ...]:
+    """Return the names of those that are tried unless others are asked for."""
+    return tuple(n for n in quantized() if n not in _ON_REQUEST)
+
+
+def with_importance() -> tuple[str, ...]:
+    """Return the names of the formats that need an importance matrix and libggml."""
+    return tuple(f.name for f in _by_name().values() if not f.encodable)
+
+
+def get(name: str) -> BlockFormat:
+    """Return the format of this name; raises FormatError that lists the known ones."""
+    try:
+        return _by_name()[name]
+    except KeyError:
+        raise FormatError(
+            f"format {name!r} is unknown; known are {', '.join(_by_name())}"
+        ) from None
+
+
+def suits(name: str, row_length: int) -> bool:
+    """Return whether rows of row_length weights are whole blocks of the format."""
+    return row_length % get(name).block_size == 0
+
+
+@lru_cache(maxsize=4096)
+def row_bytes(name: str, row_length: int) -> int:
+    """Return the bytes of a row; raises FormatError when it is not made of whole blocks."""
+    f = get(name)
+    if row_length % f.block_size:
+        raise FormatError(
+            f"{name} has blocks of {f.block_size} weights, which rows of {row_length} are no "
+            "multiple of; choose a format with smaller blocks"
+        )
+    return row_length // f.block_size * f.block_bytes
+
+
+def row_weights(name: str, n_bytes: int) -> int:
+    """Return the weights of a row of n_bytes."""
+    f = get(name)
+    return n_bytes // f.block_bytes * f.block_size
+
+
+def file_type(name: str) -> int:
+    """Return `general.file_type` for a model whose bytes are mostly of this format."""
+    return _FILE_TYPES[get(name).name]
+
+
+# cpu-fast, from bench/results/format_speed.jsonl: at a prompt at least 75 % as fast as the fastest
+# format, and at generation at least 85 % as fast as the fastest of no fewer bits per weight.
+SETS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "cpu-fast": ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q4_0", "IQ4_NL"),
+        "k": ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
+        "linear": (
+            *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
+            *("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"),
+        ),
+    }
+)
+
+
+def expand(names: Iterable[str]) -> tuple[str, ...]:
+    """Return the formats in upper case, each set in its formats' place, none twice."""
+    found: dict[str, None] = {}
+    for name in names:
+        for member in SETS.get(name.lower(), (name.upper(),)):
+            found[member] = None
+    return tuple(found)

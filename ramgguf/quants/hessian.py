@@ -1,0 +1,183 @@
+"""Hessians of layers' outputs: XᵀX of what each weight is multiplied with, in a file of their own.
+
+GGUF with general.type `hessian`: OWNER.gram, F32, for every input; which weights have it stands in
+the metadata, since q, k and v, or gate and up, share theirs.
+"""
+
+import hashlib
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ramgguf.core.errors import ImatrixError
+from ramgguf.gguf.arrays import ArrayFile, Keys
+from ramgguf.gguf.header import string, u32
+from ramgguf.gguf.reader import GGUFFile, open_gguf
+
+_GRAM = ".gram"
+_KEPT = 4  # Hessians in memory: threads work on neighbouring tensors
+_WEIGHTS, _OWNERS, _N_TOKENS = "hessian.weights", "hessian.owners", "hessian.token_count"
+
+DAMPING = 0.01  # of the mean of H's diagonal: that of the paper's code
+
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Hessian:
+    """What error feedback needs of a weight's inputs.
+
+    mean is XᵀX over the number of inputs, (n, n); factor is U, upper triangular, with
+    (mean + damping)⁻¹ = UᵀU.
+    """
+
+    mean: Floats
+    factor: Floats
+
+    @staticmethod
+    def of(gram: Floats, n_tokens: int, damping: float = DAMPING) -> "Hessian":
+        """Return it for XᵀX over n_tokens inputs; inputs that never were active count as others."""
+        from scipy.linalg import cholesky
+        from scipy.linalg.lapack import dtrtri
+
+        mean = gram.astype(np.float64) / n_tokens
+        damped = mean.copy()
+        diagonal = damped.diagonal().copy()
+        typical = diagonal.mean() if diagonal.any() else 1.0
+        np.fill_diagonal(damped, np.where(diagonal > 0, diagonal, typical) + damping * typical)
+        # Of H with its order reversed the lower factor is, reversed, an upper R with H = RRᵀ;
+        # then H⁻¹ = UᵀU with U = R⁻¹.
+        lower = cholesky(damped[::-1, ::-1], lower=True, overwrite_a=True, check_finite=False)
+        upper, _ = dtrtri(np.asfortranarray(lower[::-1, ::-1]), lower=0)
+        factor = np.triu(upper).astype(np.float32)
+        return Hessian(mean.astype(np.float32), np.ascontiguousarray(factor))
+
+    def error(self, difference: Floats) -> float:
+        """Return Σ eHeᵀ over the rows e of a difference: that of the output, per input."""
+        return float(self.errors(difference).sum())
+
+    def errors(self, difference: Floats) -> NDArray[np.float64]:
+        """Return eHeᵀ of each row e of a difference."""
+        product = difference @ self.mean
+        found: NDArray[np.float64] = np.einsum("ij,ij->i", product, difference, dtype=np.float64)
+        return found
+
+
+@dataclass(frozen=True)
+class Hessians:
+    """An open file of Hessians; owners maps a weight's name to the one its input is kept under."""
+
+    path: Path
+    owners: Mapping[str, str]
+    n_tokens: int
+
+    @cached_property
+    def _file(self) -> GGUFFile:
+        return open_gguf(self.path)
+
+    @cached_property
+    def sha256(self) -> str:
+        """The hash of the file."""
+        with self.path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    @cached_property
+    def _lock(self) -> threading.Lock:
+        return threading.Lock()
+
+    @cached_property
+    def _recent(self) -> OrderedDict[str, Hessian]:
+        return OrderedDict()
+
+    def factored(self, name: str, n_columns: int) -> Hessian:
+        """Return what error feedback needs of the weight's inputs; the last few are kept."""
+        owner = self.owners[name]
+        with self._lock:
+            found = self._recent.pop(owner, None)
+            if found is None:
+                gram = self.get(name, n_columns)
+                assert gram is not None  # owners has its name
+                found = Hessian.of(gram, self.n_tokens)
+            self._recent[owner] = found
+            while len(self._recent) > _KEPT:
+                self._recent.popitem(last=False)
+            return found
+
+    def get(self, name: str, n_columns: int) -> NDArray[np.float32] | None:
+        """Return XᵀX (n_columns, n_columns) of the weight's input; None where there is none.
+
+        Raises ImatrixError when it is for other columns or not finite.
+        """
+        owner = self.owners.get(name)
+        if owner is None:
+            return None
+        tensor = self._file.tensor(owner + _GRAM)
+        if tensor.shape != (n_columns, n_columns) or tensor.type_name != "F32":
+            raise ImatrixError(
+                f"{self.path}: {owner}{_GRAM} is {tensor.type_name} {tensor.shape}, but {name} "
+                f"has {n_columns} columns; was it made with another model?"
+            )
+        gram = self._file.read_rows(tensor, 0, n_columns).view("<f4").astype(np.float32)
+        if not np.isfinite(gram).all():
+            raise ImatrixError(f"{self.path}: {owner}{_GRAM} is NaN or infinite")
+        return gram
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def load_hessians(path: Path) -> Hessians:
+    """Return the Hessians of the file. Raises ImatrixError or GGUFError when it holds none."""
+    with open_gguf(path) as file:
+        kind = file.metadata.string("general.type")
+        if kind != "hessian":
+            raise ImatrixError(f"{path}: general.type is {kind!r}, expected 'hessian'")
+        weights, owners = file.metadata.get(_WEIGHTS), file.metadata.get(_OWNERS)
+        n_tokens = file.metadata.integer(_N_TOKENS)
+        names = {t.name for t in file.tensors}
+    if not (isinstance(weights, tuple) and isinstance(owners, tuple) and n_tokens):
+        raise ImatrixError(f"{path}: the metadata do not say which weights have which input")
+    missing = [o for o in owners if o + _GRAM not in names]
+    if len(weights) != len(owners) or missing:
+        raise ImatrixError(f"{path}: {missing[:1]} is missing; was the file cut short?")
+    return Hessians(path, dict(zip(weights, owners, strict=True)), n_tokens)
+
+
+def new_hessians(
+    path: Path, owners: Mapping[str, str], sizes: Mapping[str, int], n_tokens: int, *, force: bool
+) -> ArrayFile:
+    """Return a new file with room for the gram of every owner; sizes are the owners' columns."""
+    keys: Keys = {
+        "general.type": string("hessian"),
+        _WEIGHTS: tuple(owners),
+        _OWNERS: tuple(owners.values()),
+        _N_TOKENS: u32(n_tokens),
+    }
+    shapes = {owner + _GRAM: (n, n) for owner, n in sizes.items()}
+    return ArrayFile(path, keys, shapes, force=force, error=ImatrixError)
+
+
+def gram_name(owner: str) -> str:
+    """Return the name under which an owner's gram is written."""
+    return owner + _GRAM
+
+
+def groups(sizes: Mapping[str, int], max_bytes: int) -> Sequence[tuple[str, ...]]:
+    """Return the owners in groups whose grams take at most max_bytes together (or one each)."""
+    found: list[list[str]] = []
+    used = max_bytes
+    for owner, n in sizes.items():
+        n_bytes = 4 * n * n
+        if used + n_bytes > max_bytes or not found:
+            found.append([])
+            used = 0
+        found[-1].append(owner)
+        used += n_bytes
+    return [tuple(group) for group in found]

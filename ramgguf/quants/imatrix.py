@@ -1,0 +1,362 @@
+"""Importance matrices as llama-imatrix writes them: how much each column of a weight counts.
+
+The importance of a column is the mean square of the activations that met it while a text was read.
+Two formats are read: GGUF (for every weight `NAME.in_sum2` and `NAME.counts`, one row per expert)
+and the older .dat (tools/imatrix/imatrix.cpp of llama.cpp, save_imatrix and save_imatrix_legacy).
+"""
+
+import hashlib
+import math
+import os
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ramgguf.core.documents import FrozenModel, NonNegative, Positive
+from ramgguf.core.errors import ImatrixError, PlanError
+from ramgguf.gguf.arrays import ArrayFile, Keys
+from ramgguf.gguf.header import Value, string, u32
+from ramgguf.gguf.reader import GGUFFile, open_gguf
+from ramgguf.quants.encoders import DEFAULT_ENCODER, ENCODERS
+from ramgguf.quants.hessian import Hessians, load_hessians
+
+
+class ImportanceSource(FrozenModel):
+    """Which importance matrix weighed the errors; n_entries and n_chunks are as the file says.
+
+    With a file of Hessians, errors are those of the outputs where it has an entry.
+    """
+
+    path: str
+    sha256: str
+    dataset: str | None = None
+    n_entries: Positive
+    n_chunks: NonNegative | None = None
+    hessian_path: str | None = None
+    hessian_sha256: str | None = None
+
+    @property
+    def identity(self) -> str:
+        """What tells errors that were weighed in one way from those weighed in another."""
+        return f"{self.sha256} {self.hessian_sha256}" if self.hessian_sha256 else self.sha256
+
+
+_SUMS, _COUNTS = ".in_sum2", ".counts"
+_LARGEST_FILE = 1 << 32  # that of a 1000B model has under 1 GiB
+_LONGEST_NAME = 1 << 12
+
+
+@dataclass(frozen=True)
+class Importance:
+    """The importance of the columns of one weight, per expert.
+
+    values has shape (n_experts, n_columns), float32, finite and not negative; n_experts is 1 for a
+    weight of two dimensions. n_unused tells how many experts saw no token; they have the mean of
+    the others.
+    """
+
+    name: str
+    values: NDArray[np.float32]
+    n_unused: int = 0
+
+
+@dataclass(frozen=True)
+class Imatrix:
+    """An importance matrix: entries by the weight's name, and where they come from.
+
+    hessians, where there are any, say how the inputs of a weight go together.
+    """
+
+    path: Path
+    entries: Mapping[str, Importance]
+    datasets: tuple[str, ...] = ()
+    n_chunks: int | None = None
+    hessians: Hessians | None = None
+
+    @cached_property
+    def source(self) -> ImportanceSource:
+        """What measurements and plans say of the matrix."""
+        return ImportanceSource(
+            path=str(self.path),
+            sha256=hashlib.sha256(self.path.read_bytes()).hexdigest(),
+            dataset=self.datasets[0] if self.datasets else None,
+            n_entries=len(self.entries),
+            n_chunks=self.n_chunks,
+            hessian_path=str(self.hessians.path) if self.hessians else None,
+            hessian_sha256=self.hessians.sha256 if self.hessians else None,
+        )
+
+    def importance(self, name: str, shape: Sequence[int]) -> NDArray[np.float32] | None:
+        """Return the importance of a tensor's columns, or None where there is no entry.
+
+        shape is in ggml's order, row length first. The result has shape (n_experts, row length),
+        where n_experts is the product of the dimensions after the second. Raises ImatrixError when
+        the entry is for another shape.
+        """
+        entry = self.entries.get(name)
+        if entry is None:
+            return None
+        n_columns, n_experts = shape[0], math.prod(shape[2:])
+        if entry.values.size == n_columns * n_experts:
+            return entry.values.reshape(n_experts, n_columns)
+        if entry.values.shape == (1, n_columns):
+            return np.broadcast_to(entry.values, (n_experts, n_columns))
+        raise ImatrixError(
+            f"{self.path}: entry {name!r} has {entry.values.size} values, but the tensor has "
+            f"{n_experts} x {n_columns} columns; was it made with another model?"
+        )
+
+
+def imatrix_keys(source: ImportanceSource) -> Mapping[str, Value]:
+    """Return the metadata that records the matrix in a model, as llama-quantize writes them."""
+    keys = {"quantize.imatrix.file": string(source.path)}
+    if source.dataset is not None:
+        keys["quantize.imatrix.dataset"] = string(source.dataset)
+    keys["quantize.imatrix.entries_count"] = u32(source.n_entries)
+    if source.n_chunks is not None:
+        keys["quantize.imatrix.chunks_count"] = u32(source.n_chunks)
+    return keys
+
+
+def planned_imatrix(source: ImportanceSource | None) -> Imatrix | None:
+    """Return the matrix that a plan was made with; raises ImatrixError when it has changed."""
+    if source is None:
+        return None
+    hessian = Path(source.hessian_path) if source.hessian_path else None
+    imatrix = load_imatrix(Path(source.path), hessian)
+    if imatrix.source.identity != source.identity:
+        which = source.path if imatrix.source.sha256 != source.sha256 else source.hessian_path
+        raise ImatrixError(f"{which}: is another file than the plan was made with; plan again")
+    return imatrix
+
+
+def load_imatrix(path: Path, hessian: Path | None = None) -> Imatrix:
+    """Return the importance matrix in the file, GGUF or .dat, with the Hessians of another file.
+
+    Raises ImatrixError or GGUFError that say what is wrong with it.
+    """
+    if hessian is not None:
+        return replace(load_imatrix(path), hessians=load_hessians(hessian))
+    try:
+        with path.open("rb") as file:
+            n_bytes = os.fstat(file.fileno()).st_size
+            if n_bytes > _LARGEST_FILE:
+                raise ImatrixError(f"{path}: has {n_bytes} bytes; this is no importance matrix")
+            is_gguf = file.read(4) == b"GGUF"
+            file.seek(0)
+            data = b"" if is_gguf else file.read(_LARGEST_FILE)
+    except OSError as e:
+        raise ImatrixError(f"{path}: cannot be read: {e.strerror}") from None
+    if not is_gguf:
+        return _read_legacy(path, data)
+    with open_gguf(path) as gguf:
+        return _read_gguf(path, gguf)
+
+
+# --- GGUF ---
+
+
+def _read_gguf(path: Path, file: GGUFFile) -> Imatrix:
+    kind = file.metadata.string("general.type")
+    if kind != "imatrix":
+        raise ImatrixError(f"{path}: general.type is {kind!r}, expected 'imatrix'")
+    names = [t.name.removesuffix(_SUMS) for t in file.tensors if t.name.endswith(_SUMS)]
+    entries: dict[str, Importance] = {}
+    for name in names:
+        counts = _floats(path, file, name + _COUNTS)
+        sums = _floats(path, file, name + _SUMS)
+        if len(counts) not in (1, len(sums)) or counts.shape[1] != 1:
+            raise ImatrixError(
+                f"{path}: entry {name!r} has sums for {len(sums)} experts, but counts of "
+                f"shape {counts.shape}"
+            )
+        entry = _mean_squares(name, sums, counts)
+        if entry is not None:
+            entries[name] = entry
+    datasets = file.metadata.get("imatrix.datasets")
+    return Imatrix(
+        path=path,
+        entries=_some(path, entries),
+        datasets=datasets if isinstance(datasets, tuple) else (),
+        n_chunks=_count(file.metadata.integer("imatrix.chunk_count")),
+    )
+
+
+def _floats(path: Path, file: GGUFFile, name: str) -> NDArray[np.float64]:
+    """Return an F32 tensor as rows, checked to be finite and not negative."""
+    tensor = next((t for t in file.tensors if t.name == name), None)
+    if tensor is None:
+        raise ImatrixError(f"{path}: tensor {name!r} is missing; was the file cut short?")
+    if tensor.type_name != "F32":
+        raise ImatrixError(f"{path}: tensor {name!r} is {tensor.type_name}, expected F32")
+    rows = _doubles(file.read_rows(tensor, 0, tensor.n_rows).view("<f4"))
+    _check(path, name, rows)
+    return rows
+
+
+def _mean_squares(
+    name: str, sums: NDArray[np.float64], counts: NDArray[np.float64]
+) -> Importance | None:
+    """Return the means; None when no expert saw a token."""
+    seen = np.broadcast_to(counts[:, 0] > 0, len(sums))
+    if not seen.any():
+        return None
+    means = sums / np.where(counts > 0, counts, 1)
+    means[~seen] = means[seen].mean(axis=0)
+    # What is left above a float's range is not a mean square of activations.
+    values = np.minimum(means, np.finfo(np.float32).max).astype(np.float32)
+    return Importance(name, values, n_unused=int((~seen).sum()))
+
+
+# --- .dat ---
+
+
+class _Bytes:
+    """A file's bytes, taken from the front; never beyond its end."""
+
+    def __init__(self, path: Path, data: bytes) -> None:
+        self._path, self._data, self._at = path, memoryview(data), 0
+
+    def left(self) -> int:
+        return len(self._data) - self._at
+
+    def take(self, n_bytes: int, what: str) -> memoryview:
+        if not 0 <= n_bytes <= self.left():
+            raise ImatrixError(
+                f"{self._path}: {what} would take {n_bytes} bytes at byte {self._at} of "
+                f"{len(self._data)}; this is no importance matrix, or it was cut short"
+            )
+        self._at += n_bytes
+        return self._data[self._at - n_bytes : self._at]
+
+    def integer(self, what: str) -> int:
+        (value,) = struct.unpack("<i", self.take(4, what))
+        return int(value)
+
+    def text(self, what: str) -> str:
+        n_bytes = self.integer(f"the length of {what}")
+        if n_bytes > _LONGEST_NAME:
+            raise ImatrixError(f"{self._path}: {what} has {n_bytes} bytes; this cannot be")
+        return str(self.take(n_bytes, what), "utf-8", errors="backslashreplace")
+
+
+def _read_legacy(path: Path, data: bytes) -> Imatrix:
+    """Read int32 n; n times a name, int32 calls, int32 count, floats; int32 chunks; a data set."""
+    source = _Bytes(path, data)
+    entries: dict[str, Importance] = {}
+    for i in range(source.integer("the number of entries")):
+        name = source.text(f"the name of entry {i}")
+        if name in entries:
+            raise ImatrixError(f"{path}: entry {name!r} is there twice")
+        n_calls = source.integer(f"the calls of {name!r}")
+        n_values = source.integer(f"the size of {name!r}")
+        raw = source.take(4 * n_values, f"entry {name!r}")
+        if n_values == 0:
+            raise ImatrixError(f"{path}: entry {name!r} is empty")
+        values = _doubles(np.frombuffer(raw, "<f4")) / max(n_calls, 1)
+        _check(path, name, values)
+        # One row: which values belong to which expert is known from the tensor's shape only.
+        entries[name] = Importance(name, values.astype(np.float32)[None])
+    n_chunks = source.integer("the number of chunks") if source.left() else None
+    dataset = source.text("the data set's name") if source.left() else ""
+    if source.left():
+        raise ImatrixError(f"{path}: {source.left()} bytes follow the end of the matrix")
+    return Imatrix(path, _some(path, entries), (dataset,) if dataset else (), _count(n_chunks))
+
+
+# --- both ---
+
+
+def _doubles(values: NDArray[np.float32]) -> NDArray[np.float64]:
+    with np.errstate(invalid="ignore"):  # a signalling NaN; it is refused by _check
+        return values.astype(np.float64)
+
+
+def _check(path: Path, name: str, values: NDArray[np.float64]) -> None:
+    bad = ~(np.isfinite(values) & (values >= 0))
+    if bad.any():
+        first = int(np.argmax(bad.reshape(-1)))
+        found = values.reshape(-1)[first]
+        raise ImatrixError(f"{path}: {name!r} holds {found} at {first}; expected a mean square")
+
+
+def _some(path: Path, entries: Mapping[str, Importance]) -> Mapping[str, Importance]:
+    if not entries:
+        raise ImatrixError(f"{path}: there are no entries; this is no importance matrix")
+    return entries
+
+
+def _count(n: int | None) -> int | None:
+    return n if n is not None and 0 <= n < 2**32 else None
+
+
+def weighed_by(
+    imatrix: str | Path | None,
+    hessian: str | Path | None = None,
+    encoder: str = DEFAULT_ENCODER,
+) -> Imatrix | None:
+    """Return the importance matrix of the file with the Hessians of the other, None without.
+
+    Raises PlanError when the encoder needs Hessians, ImatrixError when they stand alone.
+    """
+    if ENCODERS[encoder].needs_hessian and hessian is None:
+        raise PlanError(f"the encoder {encoder} needs Hessians; make them with calibrate --hessian")
+    if imatrix is None:
+        if hessian is not None:
+            raise ImatrixError("Hessians need the importance matrix that was made with them")
+        return None
+    return load_imatrix(Path(imatrix), Path(hessian) if hessian is not None else None)
+
+
+@dataclass(frozen=True)
+class InputSquares:
+    """Σx² of a weight's input, (n_experts, n_columns), and the inputs that each expert met.
+
+    counts has one entry per expert, or a single one for all.
+    """
+
+    sums: NDArray[np.float64]
+    counts: NDArray[np.int64]
+
+
+def write_imatrix(
+    path: Path,
+    entries: Mapping[str, InputSquares],
+    *,
+    dataset: str,
+    n_chunks: int,
+    chunk_size: int,
+    force: bool,
+) -> None:
+    """Write the matrix; names are stored in order, weights that met nothing are left out.
+
+    Raises ImatrixError when nothing was met, a sum is not finite or the file cannot be written.
+    """
+    arrays: dict[str, NDArray[np.float32]] = {}
+    for name in sorted(entries):
+        entry = entries[name]
+        if not np.isfinite(entry.sums).all():
+            raise ImatrixError(f"{name}: its inputs are NaN or infinite; is the model damaged?")
+        if entry.counts.any():
+            # A float's range is enough: what is beyond it is no sum of squares of activations.
+            limit = float(np.finfo(np.float32).max)
+            arrays[f"{name}.in_sum2"] = np.minimum(entry.sums, limit).astype(np.float32)
+            arrays[f"{name}.counts"] = entry.counts.astype(np.float32)[:, None]
+    if not arrays:
+        raise ImatrixError(f"{path}: no weight met any input; is it a language model?")
+    keys: Keys = {
+        "general.type": string("imatrix"),
+        "imatrix.datasets": (dataset,),
+        "imatrix.chunk_count": u32(n_chunks),
+        "imatrix.chunk_size": u32(chunk_size),
+    }
+    shapes = {name: array.shape for name, array in arrays.items()}
+    with ArrayFile(path, keys, shapes, force=force, error=ImatrixError) as file:
+        for name, array in arrays.items():
+            file.write(name, array)
+        file.commit()

@@ -1,0 +1,62 @@
+"""A tensor as its quantization would leave it, in the source's own type: decoded and rounded back.
+
+What runs on such weights differs from the quantized file in two ways only: kernels of quantized
+formats round activations, too, and values are rounded once more to F16 or BF16.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ramgguf import _core
+from ramgguf.core.parallel import Chunk, map_chunks, runs
+from ramgguf.gguf.reader import GGUFFile, TensorInfo
+from ramgguf.quants import formats
+from ramgguf.quants.codec import Scale
+from ramgguf.quants.imatrix import Imatrix
+
+Rows = NDArray[np.uint8]
+# Types that llama.cpp computes with as they are, so that any value can be put in their place.
+SOURCES = ("F32", "F16", "BF16")
+
+
+def simulated(
+    file: GGUFFile,
+    tensor: TensorInfo,
+    to: str,
+    *,
+    encoder: str,
+    imatrix: Imatrix | None = None,
+    threads: int = 1,
+) -> tuple[Rows, float]:
+    """Return the tensor quantized to a format and decoded again, and the NMSE of that.
+
+    The rows, uint8 (n_rows, row_bytes), are of the source's type, one of SOURCES. The NMSE is
+    weighed by the tensor's importance, where the matrix has some. Raises ImatrixError when that is
+    for another shape.
+    """
+    scale = Scale.of(tensor, imatrix)
+    out = np.empty((tensor.n_rows, tensor.row_bytes), np.uint8)
+
+    def convert(chunk: Chunk) -> _core.RowStats:
+        rows = file.read_rows(tensor, chunk.start, chunk.stop)
+        blocks = scale.encode(to, tensor.type_name, rows, chunk.start, tensor.row_length, encoder)
+        out[chunk.start : chunk.stop] = _decoded(blocks, to, tensor)
+        after = out[chunk.start : chunk.stop]
+        return scale.compare(tensor.type_name, rows, tensor.type_name, after, chunk.start)
+
+    stats = _core.RowStats.merged(list(map_chunks(convert, runs([tensor]), threads)))
+    squares = scale.squares(stats)
+    return out, scale.error(stats.errors[0]) / squares if squares else 0.0
+
+
+def _decoded(blocks: Rows, name: str, tensor: TensorInfo) -> Rows:
+    """Return quantized rows in the tensor's own type."""
+    if formats.get(name).name == tensor.type_name:
+        return blocks
+    values = np.empty((len(blocks), tensor.row_length), np.float32)
+    _core.decode(name, blocks, values)
+    if tensor.type_name == "F32":
+        return values.view(np.uint8)
+    rows = np.empty((len(blocks), tensor.row_bytes), np.uint8)
+    _core.encode(tensor.type_name, "F32", values.view(np.uint8), rows)
+    return rows

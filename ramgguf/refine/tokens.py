@@ -1,0 +1,62 @@
+"""Which tokens a refinement runs on, and what that will cost."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ramgguf.core.units import format_seconds
+from ramgguf.llama.forward import Passes
+from ramgguf.llama.tokens import Request
+from ramgguf.plan.result import Plan
+from ramgguf.refine.journal import RefineSettings
+
+# Sensitivities are measured on sequences 0, 1, …: these are others, even with the same seed.
+FIRST_SEQUENCE = 1000
+
+
+@dataclass(frozen=True)
+class Refining:
+    """What is wanted: trials, and the number of sequences to propose, accept and report on."""
+
+    n_trials: int
+    request: Request
+    sizes: tuple[int, int, int] = (2, 2, 4)
+
+
+def settle(
+    plan: Plan, wanted: Refining, passes: Passes, announce: Callable[[str], None]
+) -> RefineSettings:
+    """Return the tokens; announces, before most are drawn, what they and the trials will cost."""
+    start = time.perf_counter()
+    first = passes.draw(wanted.request, range(FIRST_SEQUENCE, FIRST_SEQUENCE + 1))
+    drawing = time.perf_counter() - start
+    each = passes.seconds(first[0])
+    proposing, accepting, reporting = wanted.sizes
+    least = drawing * sum(wanted.sizes) + each * (
+        wanted.n_trials * proposing + 3 * sum(wanted.sizes)
+    )
+    most = least + each * wanted.n_trials * accepting
+    promise = (
+        f"{wanted.n_trials} swaps to try, proposed on {proposing} sequences of "
+        f"{wanted.request.n_ctx} tokens ({wanted.request.tokens}), accepted on {accepting} "
+        f"others, reported on {reporting} more: {format_seconds(least)} to {format_seconds(most)}"
+    )
+    announce(promise)
+    sets = passes.draw_sets(wanted.request, wanted.sizes, FIRST_SEQUENCE)
+    return RefineSettings(
+        plan_sha256=plan.sha256(),
+        budget=plan.budget,
+        tokens=wanted.request.tokens,
+        seed=wanted.request.seed,
+        ids=tuple(tuple(tuple(ids.tolist()) for ids in part) for part in sets),
+        fingerprint=passes.prepare([ids for part in sets for ids in part]),
+        promise=promise,
+    )
+
+
+def same(settings: RefineSettings, plan: Plan, wanted: Refining) -> bool:
+    """Return whether they were settled for this plan and these wishes."""
+    sizes = tuple(len(part) for part in settings.ids)
+    asked = (wanted.request.tokens, wanted.request.seed, wanted.sizes)
+    same_plan = (settings.plan_sha256, settings.budget) == (plan.sha256(), plan.budget)
+    return same_plan and (settings.tokens, settings.seed, sizes) == asked

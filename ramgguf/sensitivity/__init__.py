@@ -1,0 +1,7 @@
+"""Sensitivity: how much the error of each tensor changes the model"s output."""
+
+from ramgguf.sensitivity.alpha import sensitivity
+from ramgguf.sensitivity.result import Sensitivity
+from ramgguf.sensitivity.reweighing import reweigh
+
+__all__ = ["Sensitivity", "reweigh", "sensitivity"]

@@ -1,0 +1,307 @@
+"""From a model file to a Sensitivity: what each tensor's quantization does to the model's output.
+
+α_t = KLD caused by quantizing tensor t alone ÷ its NMSE. The KLD of a whole plan is then about
+Σ α_t · NMSE_t (the linearity theorem of HIGGS, arXiv 2411.17525). Tokens sampled from the model
+itself serve as well as text, so no data are needed.
+"""
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+from ramgguf.cluster.opening import opened
+from ramgguf.core.errors import EngineError, PlanError
+from ramgguf.core.progress import Progress, Silent
+from ramgguf.core.units import format_seconds
+from ramgguf.core.version import __version__
+from ramgguf.gguf.architecture import layer_of, never_quantized, role_of
+from ramgguf.gguf.hub import origin_of
+from ramgguf.gguf.identity import Source
+from ramgguf.gguf.reader import GGUFFile, TensorInfo
+from ramgguf.llama.forward import Found, Passes, Wanted
+from ramgguf.llama.token_statistics import standard_error
+from ramgguf.llama.tokens import N_CTX, Request, parse_tokens
+from ramgguf.quants import formats
+from ramgguf.quants.encoders import EncoderName
+from ramgguf.quants.imatrix import ImportanceSource, weighed_by
+from ramgguf.quants.roundtrip import SOURCES
+from ramgguf.sensitivity.impute import Member, fill_in
+from ramgguf.sensitivity.journal import Journal, Settings
+from ramgguf.sensitivity.result import ProbeTokens, Reading, Sensitivity
+
+# The first that suits a tensor's rows is its probe: 4-bit errors are where plans are made.
+PROBE_FORMATS = ("Q4_K", "Q4_0")
+MAX_SEQUENCES = 4
+MAX_REFERENCE_BYTES = 4 << 30
+
+
+def measure_alpha(
+    file: GGUFFile,
+    request: Request,
+    opening: AbstractContextManager[Passes],
+    *,
+    journal_path: Path,
+    progress: Progress,
+    announce: Callable[[str], None] = lambda _: None,
+) -> Sensitivity:
+    """Return every quantizable tensor's α, measured by forward passes of llama.cpp.
+
+    opening gives the passes; journal_path takes the readings, from which a run that was killed goes
+    on, wherever its passes run. announce is told the planned cost before it is spent. Raises
+    EngineError when llama.cpp fails or the model does not come back unchanged.
+    """
+    start = time.perf_counter()
+    tensors = [t for t in file.tensors if _is_probed(file, t)]
+    if not tensors:
+        raise PlanError(f"{file.paths[0]}: no tensor can be probed; a source in F32, F16 or BF16")
+    with Journal(journal_path) as journal, opening as passes:
+        settings = journal.settings
+        if settings is None:
+            settings = _settle(file, request, passes, tensors, announce)
+            journal.begin(settings)
+        else:
+            announce(f"{settings.promise}; {len(journal.readings)} tensors are done")
+            _check_resumed(settings, file, request, journal_path)
+            _check_computed_alike(settings, passes, journal_path)
+        wanted = [t for t in tensors if t.name in set(settings.names)]
+        _read_all(file, wanted, passes, settings, journal, progress)
+        unchanged = Wanted((), settings.sequences)
+        if any(found.kld.any() for _, found in passes.run([unchanged])):
+            raise EngineError(f"{file.paths[0]}: the copy did not come back to the original")
+        readings = dict(journal.readings)
+        members = [_member(file, t) for t in tensors]
+        return Sensitivity(
+            ramgguf_version=__version__,
+            source=settings.source,
+            encoder=request.encoder,
+            imatrix=settings.imatrix,
+            engine=passes.build,
+            cpus=passes.cpus,
+            tokens=settings.tokens,
+            tensors=fill_in(members, readings),
+            seconds=time.perf_counter() - start,
+            notes=settings.notes,
+        )
+
+
+def _read_all(
+    file: GGUFFile,
+    wanted: Sequence[TensorInfo],
+    passes: Passes,
+    settings: Settings,
+    journal: Journal,
+    progress: Progress,
+) -> None:
+    """Add to the journal what the tensors' quantizations do to the output, one by one."""
+    left = [t for t in wanted if t.name not in journal.readings]
+    progress.start("sensitivity", len(wanted), "tensors")
+    try:
+        progress.advance(len(wanted) - len(left))
+        changed = [Wanted(((t.name, probe_format(t)),), settings.sequences) for t in left]
+        for position, found in passes.run(changed):
+            file.require_unchanged()
+            journal.add(_reading(left[position], found))
+            progress.advance(1)
+    finally:
+        progress.finish()
+
+
+def _reading(tensor: TensorInfo, found: Found) -> Reading:
+    return Reading(
+        name=tensor.name,
+        format=probe_format(tensor),
+        nmse=found.nmse[0],
+        kld=max(0.0, float(found.kld.mean())),
+        standard_error=standard_error(found.kld),
+    )
+
+
+def probe_format(tensor: TensorInfo) -> str:
+    """Return the format in which the tensor's sensitivity is read."""
+    return next(f for f in PROBE_FORMATS if formats.suits(f, tensor.row_length))
+
+
+def _is_probed(file: GGUFFile, tensor: TensorInfo) -> bool:
+    return (
+        tensor.type_name in SOURCES
+        and never_quantized(tensor.name, tensor.shape, file.architecture) is None
+        and any(formats.suits(f, tensor.row_length) for f in PROBE_FORMATS)
+    )
+
+
+def _member(file: GGUFFile, tensor: TensorInfo) -> Member:
+    role = role_of(tensor.name, file.architecture)
+    return Member(tensor.name, role, layer_of(tensor.name), tensor.n_weights)
+
+
+def _settle(
+    file: GGUFFile,
+    request: Request,
+    passes: Passes,
+    tensors: Sequence[TensorInfo],
+    announce: Callable[[str], None],
+) -> Settings:
+    """Return the tokens and tensors that fit the time, and a sentence about what is left out.
+
+    announce is told the cost before most of the tokens are drawn.
+    """
+    most = request.n_sequences or MAX_SEQUENCES
+    bytes_each = 4 * request.n_ctx * passes.n_vocab
+    most = max(1, min(most, MAX_REFERENCE_BYTES // bytes_each))
+    start = time.perf_counter()
+    sequences = passes.draw(request, range(1))
+    seconds_drawing = time.perf_counter() - start
+    seconds_each = passes.seconds(sequences[0]) / passes.n_workers
+    n_sequences, stride = most, 1
+    if request.n_sequences is None:
+        affordable = request.seconds / (seconds_each * (len(tensors) + 2) + seconds_drawing)
+        n_sequences = max(1, min(most, int(affordable)))
+        stride = max(1, math.ceil(n_sequences / affordable))
+    names = tuple(t.name for t in _strided(file, tensors, stride))
+    seconds = n_sequences * (seconds_each * len(names) + seconds_drawing)
+    promise = (
+        f"{len(names)} of {len(tensors)} tensors × {n_sequences} sequences of {request.n_ctx} "
+        f"tokens ({request.tokens}), about {format_seconds(seconds)}"
+    )
+    announce(promise)
+    sequences += passes.draw(request, range(1, n_sequences))
+    notes = []
+    if stride > 1:
+        notes.append(
+            f"to keep to {format_seconds(request.seconds)}, {len(names)} of {len(tensors)} tensors "
+            "were measured; those between are interpolated within their role"
+        )
+    digest = hashlib.sha256(b"".join(ids.tobytes() for ids in sequences)).hexdigest()
+    return Settings(
+        source=Source(
+            path=str(file.paths[0]),
+            n_bytes=file.n_bytes,
+            header_sha256=file.header_sha256,
+            architecture=file.architecture,
+            name=file.name,
+            hub=origin_of(file.paths[0]),
+        ),
+        encoder=request.encoder,
+        imatrix=request.imatrix.source if request.imatrix else None,
+        tokens=ProbeTokens(
+            kind=request.tokens,
+            n_sequences=n_sequences,
+            n_tokens=sum(len(ids) for ids in sequences),
+            seed=request.seed,
+            sha256=digest,
+            text=request.corpus.name if request.corpus else None,
+        ),
+        ids=tuple(tuple(int(i) for i in ids) for ids in sequences),
+        names=names,
+        fingerprint=passes.prepare(sequences),
+        promise=promise,
+        notes=tuple(notes),
+    )
+
+
+def _strided(file: GGUFFile, tensors: Sequence[TensorInfo], stride: int) -> Iterator[TensorInfo]:
+    """Yield the tensors outside of layers, and of every stride-th layer; both ends twice as dense.
+
+    The first two and the last two layers are unlike the others, and are always measured.
+    """
+    last = max((layer_of(t.name) or 0 for t in tensors), default=0)
+    for tensor in tensors:
+        layer = layer_of(tensor.name)
+        if layer is None or layer < 2 or layer > last - 2 or (layer - 2) % stride == 0:
+            yield tensor
+
+
+def _check_resumed(settings: Settings, file: GGUFFile, request: Request, path: Path) -> None:
+    """Raise PlanError when the journal is of another model, encoder or choice of tokens."""
+    same = (
+        settings.source.header_sha256 == file.header_sha256
+        and settings.source.n_bytes == file.n_bytes
+        and settings.encoder == request.encoder
+        and _sha(settings.imatrix) == _sha(request.imatrix.source if request.imatrix else None)
+        and (settings.tokens.kind, settings.tokens.seed) == (request.tokens, request.seed)
+        and request.n_sequences in (None, settings.tokens.n_sequences)
+        and {len(ids) for ids in settings.ids} == {request.n_ctx}
+    )
+    if not same:
+        raise PlanError(
+            f"{path} is of another model, encoder, imatrix or choice of tokens; "
+            "remove it to start anew"
+        )
+
+
+def _check_computed_alike(settings: Settings, passes: Passes, path: Path) -> None:
+    """Raise PlanError when the journal's readings are of kernels that compute otherwise."""
+    found = passes.prepare(settings.sequences)
+    if settings.fingerprint not in (None, found):
+        raise PlanError(
+            f"{path} was begun where llama.cpp computes other logits (another build, CPU or number "
+            "of threads); go on there, or remove it to start anew"
+        )
+
+
+def _sha(imatrix: ImportanceSource | None) -> str | None:
+    return None if imatrix is None else imatrix.identity
+
+
+DEFAULT_SECONDS = 1200.0
+
+
+def sensitivity(
+    model: str | Path,
+    *,
+    tokens: str = "self",
+    encoder: EncoderName = "search",
+    imatrix: str | Path | None = None,
+    hessian: str | Path | None = None,
+    n_sequences: int | None = None,
+    n_ctx: int = N_CTX,
+    seed: int = 0,
+    seconds: float = DEFAULT_SECONDS,
+    journal: str | Path | None = None,
+    folder: str | Path | None = None,
+    threads: int | None = None,
+    executor: Executor | None = None,
+    progress: Progress | None = None,
+    announce: Callable[[str], None] = lambda _: None,
+) -> Sensitivity:
+    """Return how much the error of each of the model's tensors changes its output.
+
+    encoder, imatrix and hessian are those that the model will be quantized with, as in quantize.
+    tokens is self (drawn from the model), random, wikitext, or a text file, in sequences of n_ctx.
+    n_sequences None takes as many, up to four, as fit the seconds; with a number, all tensors are
+    measured and two runs agree exactly. journal keeps every reading, and a run that was killed goes
+    on from it; folder takes a copy of the model meanwhile, by default the system's temporary
+    folder. announce is told what is going to be done, and for how long.
+
+    With an executor, the passes run on its workers (docs/scale.md), with `threads` threads each;
+    folder is then theirs. Equal kernels and threads give equal numbers.
+
+    Raises GGUFError, ImatrixError, PlanError for a model or journal that does not suit,
+    EngineError when llama.cpp is missing or fails.
+    """
+    kind, corpus = parse_tokens(tokens)
+    request = Request(
+        encoder=encoder,
+        tokens=kind,
+        corpus=corpus,
+        n_sequences=n_sequences,
+        n_ctx=n_ctx,
+        seed=seed,
+        seconds=seconds,
+        imatrix=weighed_by(imatrix, hessian, encoder),
+    )
+    with opened(
+        model, request, folder=folder, journal=journal, threads=threads, executor=executor
+    ) as at:
+        return measure_alpha(
+            at.file,
+            request,
+            at.opening,
+            journal_path=at.journal,
+            progress=progress or Silent(),
+            announce=announce,
+        )

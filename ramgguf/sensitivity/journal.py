@@ -1,0 +1,47 @@
+"""The file to which a sensitivity run writes each reading, and from which it goes on."""
+
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from ramgguf.core.documents import FrozenModel
+from ramgguf.core.line_journal import LineJournal
+from ramgguf.gguf.identity import Source
+from ramgguf.llama.protocol import TokenIds
+from ramgguf.quants.encoders import EncoderName
+from ramgguf.quants.imatrix import ImportanceSource
+from ramgguf.sensitivity.result import ProbeTokens, Reading
+
+
+class Settings(FrozenModel):
+    """What a run was settled to do: tokens, tensors, and what was promised about its cost.
+
+    fingerprint is of the unchanged model's logits: where another one is found, numbers differ.
+    """
+
+    source: Source
+    encoder: EncoderName
+    imatrix: ImportanceSource | None = None
+    tokens: ProbeTokens
+    ids: tuple[tuple[int, ...], ...]
+    names: tuple[str, ...]
+    fingerprint: str | None = None
+    promise: str
+    notes: tuple[str, ...]
+
+    @cached_property
+    def sequences(self) -> tuple[TokenIds, ...]:
+        """The token ids, one array per sequence."""
+        return tuple(np.array(ids, np.int32) for ids in self.ids)
+
+
+class Journal(LineJournal[Settings, Reading]):
+    """Settings, and readings by the tensor's name."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, Settings, Reading, "sensitivity")
+
+    @property
+    def readings(self) -> dict[str, Reading]:
+        return {r.name: r for r in self.steps}

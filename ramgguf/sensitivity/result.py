@@ -1,0 +1,87 @@
+"""How much each tensor's error matters, as a value: α in nats of KLD per unit of NMSE."""
+
+import hashlib
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from ramgguf.core.documents import Document, FrozenModel, NonNegative, NonNegativeFloat, Positive
+from ramgguf.core.values import TokenKind
+from ramgguf.gguf.identity import Source
+from ramgguf.quants.encoders import EncoderName
+from ramgguf.quants.imatrix import ImportanceSource
+
+Origin = Literal["measured", "interpolated", "idle", "role"]
+
+
+class ProbeTokens(FrozenModel):
+    """The tokens that were decoded; sha256 is over their ids, text names the file for kind text."""
+
+    kind: TokenKind
+    n_sequences: Positive
+    n_tokens: Positive
+    seed: NonNegative
+    sha256: str
+    text: str | None = None
+
+
+class Reading(FrozenModel):
+    """One tensor replaced by its quantization in `format`: NMSE, mean KLD in nats per token.
+
+    standard_error is of the mean, from means of blocks of neighbouring tokens.
+    """
+
+    name: str
+    format: str
+    nmse: NonNegativeFloat
+    kld: NonNegativeFloat
+    standard_error: NonNegativeFloat
+
+    @property
+    def alpha(self) -> float:
+        """Nats per unit of NMSE; 0 when the quantization is lossless."""
+        return self.kld / self.nmse if self.nmse > 0 else 0.0
+
+
+class TensorSensitivity(FrozenModel):
+    """What a tensor's α is taken to be, with its relative standard error, and where it is from.
+
+    measured: from its reading, shrunk to its role's median by the reading's error. interpolated:
+    from its role's readings in the layers around it. idle: the tokens never exercised it, so it
+    has its role's median. role: nothing was read near it, so it has the role's median, too.
+    """
+
+    name: str
+    role: str
+    layer: NonNegative | None
+    n_weights: Positive
+    alpha: NonNegativeFloat
+    relative_error: NonNegativeFloat
+    origin: Origin
+    reading: Reading | None = None
+
+
+class Sensitivity(Document):
+    """The sensitivities of all tensors that can be quantized, in the order of the file.
+
+    With an importance matrix, α is per unit of the NMSE that it weighs. cpus names the CPUs that
+    computed.
+    """
+
+    KIND: ClassVar[str] = "sensitivity"
+
+    ramgguf_version: str
+    source: Source
+    encoder: EncoderName
+    imatrix: ImportanceSource | None = None
+    engine: str
+    cpus: tuple[str, ...] = ()
+    tokens: ProbeTokens
+    tensors: Annotated[tuple[TensorSensitivity, ...], Field(min_length=1)]
+    seconds: NonNegativeFloat = 0.0
+    notes: tuple[str, ...] = ()
+
+    def sha256(self) -> str:
+        """Return the hash of the αs, by which a plan names what it was made with."""
+        text = "\n".join(f"{t.name}={t.alpha!r}" for t in self.tensors)
+        return hashlib.sha256(text.encode()).hexdigest()

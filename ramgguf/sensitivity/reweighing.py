@@ -1,0 +1,70 @@
+"""From a Sensitivity to one whose errors are weighed in another way, without running the model."""
+
+from pathlib import Path
+
+from ramgguf.core.errors import PlanError
+from ramgguf.core.progress import Progress, Silent
+from ramgguf.gguf.hub import local_path
+from ramgguf.gguf.reader import GGUFFile, open_gguf
+from ramgguf.quants.codec import Scale
+from ramgguf.quants.imatrix import Imatrix, planned_imatrix, weighed_by
+from ramgguf.quants.roundtrip import simulated
+from ramgguf.sensitivity.impute import Member, fill_in
+from ramgguf.sensitivity.result import Reading, Sensitivity
+
+
+def reweighed(
+    file: GGUFFile, sensitivity: Sensitivity, imatrix: Imatrix | None, progress: Progress
+) -> Sensitivity:
+    """Return the sensitivities per unit of the error that another importance matrix weighs.
+
+    Nothing is measured again: the KLD of a reading is that of one quantization, which is made once
+    more, and its error is weighed in the other way. Raises PlanError for another model.
+    """
+    theirs = sensitivity.source
+    if (file.header_sha256, file.n_bytes) != (theirs.header_sha256, theirs.n_bytes):
+        raise PlanError(f"the sensitivity is of {theirs.path}, another model than {file.paths[0]}")
+    before = planned_imatrix(sensitivity.imatrix)
+    known = [t.reading for t in sensitivity.tensors if t.reading is not None]
+    readings: dict[str, Reading] = {}
+    progress.start("reweigh", len(known), "tensors")
+    try:
+        for reading in known:
+            tensor = file.tensor(reading.name)
+            data, _ = simulated(
+                file, tensor, reading.format, encoder=sensitivity.encoder, imatrix=before
+            )
+            scale = Scale.of(tensor, imatrix)
+            rows = file.read_rows(tensor, 0, tensor.n_rows)
+            stats = scale.compare(tensor.type_name, rows, tensor.type_name, data, 0)
+            squares = scale.squares(stats)
+            error = scale.error(stats.errors[0]) / squares if squares else 0.0
+            readings[tensor.name] = reading.model_copy(update={"nmse": error})
+            progress.advance(1)
+    finally:
+        progress.finish()
+    members = [Member(t.name, t.role, t.layer, t.n_weights) for t in sensitivity.tensors]
+    update = {
+        "imatrix": imatrix.source if imatrix else None,
+        "tensors": fill_in(members, readings),
+    }
+    return sensitivity.model_copy(update=update)
+
+
+def reweigh(
+    sensitivity: Sensitivity | str | Path,
+    model: str | Path,
+    imatrix: str | Path | None,
+    *,
+    hessian: str | Path | None = None,
+    progress: Progress | None = None,
+) -> Sensitivity:
+    """Return sensitivities per unit of the error that the importance matrix weighs, unmeasured.
+
+    The readings' quantizations are made again and their errors weighed anew; no model is run.
+    Raises PlanError when the sensitivity is of another model.
+    """
+    if not isinstance(sensitivity, Sensitivity):
+        sensitivity = Sensitivity.load(Path(sensitivity))
+    with open_gguf(local_path(model), kind_check=True) as file:
+        return reweighed(file, sensitivity, weighed_by(imatrix, hessian), progress or Silent())

@@ -1,0 +1,214 @@
+"""Reading what eval, plan and measure wrote; and the commands compare and report."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+import published
+from made_plans import made_measurement, made_plan
+from made_results import N_TOKENS, eval_result, journal, ordinary_ppl, wild_ppl
+from ramgguf.cli.app import app
+from ramgguf.core.errors import RamggufError, ResultError
+from ramgguf.evaluate.comparison import check_comparable, compare_published
+from ramgguf.evaluate.result import quantiles
+from ramgguf.evaluate.result_files import read_material
+from ramgguf.llama.protocol import encode_float32
+from ramgguf.report.boards import board_csv
+from ramgguf.report.results import eval_json
+
+
+def test_a_journal_gives_back_its_results(tmp_path: Path) -> None:
+    a, b = eval_result("a", ordinary_ppl(1)), eval_result("b", ordinary_ppl(2))
+    klds = np.random.default_rng(3).gamma(1, 0.1, (128, N_TOKENS))
+    with_tokens = tuple(
+        s.model_copy(update={"token_kld": encode_float32(k)})
+        for s, k in zip(b.sequences, klds, strict=True)
+    )
+    b = b.model_copy(update={"sequences": with_tokens})
+    path = tmp_path / "scores.jsonl"
+    journal(path, a)
+    journal(path, b)
+    found = read_material([path]).results
+    assert [r.model.label for r in found] == ["a", "b"]
+    assert [r.sequences for r in found] == [a.sequences, b.sequences]
+    assert found[0].kld_quantiles is None
+    assert found[1].kld_quantiles == quantiles(klds.astype(np.float32).ravel())
+    assert (found[0].seconds, found[0].decode_seconds) == (256.0, 192.0)
+
+
+def test_a_line_cut_short_by_a_kill_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "scores.jsonl"
+    a = eval_result("a", ordinary_ppl(1))
+    journal(path, a)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-20])
+    (found,) = read_material([path]).results
+    assert found.sequences == a.sequences[:-1]
+    assert path.read_bytes() == whole[:-20]  # reading changes nothing
+
+
+def test_a_failed_run_keeps_its_sequences_and_its_failure(tmp_path: Path) -> None:
+    path = tmp_path / "scores.jsonl"
+    journal(path, eval_result("a", ordinary_ppl(1)), n=5, fails="died of SIGSEGV in sequence 5")
+    (found,) = read_material([path]).results
+    assert len(found.sequences) == 5
+    assert found.failure == "died of SIGSEGV in sequence 5"
+
+
+def test_of_two_runs_of_a_model_the_last_that_scored_counts(tmp_path: Path) -> None:
+    path = tmp_path / "scores.jsonl"
+    a = eval_result("a", ordinary_ppl(1))
+    safe = a.model_copy(update={"engine": a.engine.model_copy(update={"safe_kernels": True})})
+    journal(path, a, n=2, fails="died")
+    journal(path, safe)
+    (found,) = read_material([path]).results
+    assert found.engine.safe_kernels
+    assert len(found.sequences) == 128
+    assert found.failure is None
+
+
+def test_every_kind_of_file_is_told_by_its_content(tmp_path: Path) -> None:
+    measured = made_measurement(1)
+    plan = made_plan(measured)
+    a, b = eval_result("a", ordinary_ppl(1)), eval_result("b", ordinary_ppl(2))
+    measured.save(tmp_path / "curves.json")
+    plan.save(tmp_path / "chosen.json")
+    a.save(tmp_path / "a.json")
+    text = eval_json([b])
+    (tmp_path / "both.json").write_text(text, encoding="utf-8")
+    found = read_material([tmp_path / f"{n}.json" for n in ("curves", "chosen", "a", "both")])
+    assert found.results == (a, b)
+    assert found.plans == (("chosen", plan),)
+    assert found.measurements == (("curves", measured),)
+
+
+@pytest.mark.parametrize(
+    "figures", [published.GLM_4_7_FLASH, published.QWEN3_30B_A3B, published.LLAMA_4_SCOUT]
+)
+def test_published_figures_survive_their_csv(tmp_path: Path, figures: tuple[object, ...]) -> None:
+    path = tmp_path / "figures.csv"
+    path.write_text(board_csv(compare_published(figures)))  # type: ignore[arg-type]
+    assert set(read_material([path]).aggregates) == set(figures)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("x.json", "{", "is not JSON"),
+        ("x.json", "[]", "schema is ''; expected what eval, plan or measure wrote"),
+        ("x.json", '{"schema": "ramgguf.plan/9"}', "schema is 'ramgguf.plan/9'"),
+        ("x.json", '{"schema": "ramgguf.eval/1"}', "Field required"),
+        ("x.jsonl", "hello\n", "line 1 is no record"),
+        ("x.jsonl", "", "has no evaluation"),
+        ("x.csv", "", "has no column 'model'"),
+        ("x.csv", "name,ppl\na,1\n", "has no column 'model'"),
+        ("x.csv", "model,corpus_ppl\na,-1\n", "corpus_ppl of a is '-1'"),
+        ("x.csv", "model,corpus_ppl\na,nan\n", "corpus_ppl of a is 'nan'"),
+        ("x.csv", "model,corpus_ppl\na,ten\n", "corpus_ppl of a is 'ten'"),
+    ],
+)
+def test_other_files_are_refused_by_name(
+    tmp_path: Path, name: str, text: str, message: str
+) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(RamggufError, match=message) as raised:
+        read_material([tmp_path / name])
+    assert name in str(raised.value)
+
+
+def test_missing_and_binary_files_are_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(ResultError, match=r"nowhere\.json cannot be read"):
+        read_material([tmp_path / "nowhere.json"])
+    (tmp_path / "x.json").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ResultError, match=r"x\.json cannot be read"):
+        read_material([tmp_path / "x.json"])
+
+
+# --- the commands ---
+
+
+def run(*arguments: str | Path) -> str:
+    outcome = CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False)
+    assert outcome.exit_code == 0, outcome.output
+    return outcome.output
+
+
+@pytest.fixture
+def scores(tmp_path: Path) -> Path:
+    path = tmp_path / "scores.jsonl"
+    journal(path, eval_result("tame", ordinary_ppl(1) * 1.1))
+    journal(path, eval_result("wild", wild_ppl(1)))
+    return path
+
+
+def test_compare_prints_rankings_and_findings(scores: Path) -> None:
+    text = run("compare", scores)
+    assert "wild < tame" in text
+    assert "5 sequences cause it" in text
+    assert "wild is heavy-tailed" in text
+
+
+def test_compare_writes_each_form(scores: Path) -> None:
+    assert json.loads(run("compare", scores, "--json"))["rankings"]["median_ppl"][0] == "wild"
+    assert run("compare", scores, "--markdown").startswith("### Evaluation")
+    assert run("compare", scores, "--csv").splitlines()[1].startswith("tame,")
+    assert run("compare", scores, "--outlier", "1", "--csv").splitlines()[1].count(",1.0,128,") == 1
+
+
+def test_compare_judges_published_figures(tmp_path: Path) -> None:
+    path = tmp_path / "glm.csv"
+    path.write_text(board_csv(compare_published(published.GLM_4_7_FLASH)))
+    text = run("compare", path)
+    assert "Full inversion: corpus PPL ranks RAM < RAM v1 < BF16" in text
+    assert "significant is unknown" in text
+    assert "58.2 GB" in text
+    assert json.loads(run("compare", path, "--json"))["rankings"]["corpus_ppl"][0] == "RAM"
+    assert "| BF16 | 58.2 GB | 11.344 |" in run("compare", path, "--markdown")
+
+
+def test_compare_refuses_what_may_not_be_ranked_together(tmp_path: Path, scores: Path) -> None:
+    other = eval_result("other", ordinary_ppl(3)).model_copy(update={"tokenizer_sha256": "x"})
+    other.save(tmp_path / "other.json")
+    with pytest.raises(ResultError, match="may not be ranked together"):
+        run("compare", scores, tmp_path / "other.json")
+    figures = tmp_path / "figures.csv"
+    figures.write_text("model,corpus_ppl\na,1\n")
+    with pytest.raises(ResultError, match="published figures have no sequences"):
+        run("compare", scores, figures)
+    made_measurement(1).save(tmp_path / "curves.json")
+    with pytest.raises(ResultError, match="at least one result"):
+        run("compare", tmp_path / "curves.json")
+
+
+def test_report_draws_a_page_and_overwrites_only_when_told(tmp_path: Path, scores: Path) -> None:
+    pytest.importorskip("plotly")
+    made_measurement(1).save(tmp_path / "curves.json")
+    page = tmp_path / "page.html"
+    run("report", scores, tmp_path / "curves.json", "-o", page)
+    assert page.read_text().startswith("<!doctype html>")
+    with pytest.raises(RamggufError, match="--force"):
+        run("report", scores, "-o", page)
+    assert "Rate–distortion" in page.read_text()
+    run("report", scores, "-o", page, "--force")
+    assert "Rate–distortion" not in page.read_text()
+
+
+@pytest.mark.parametrize("style", [[], ["--markdown"], ["--json"]])
+def test_compare_names_a_model_that_finished_no_sequence(tmp_path: Path, style: list[str]) -> None:
+    path = tmp_path / "scores.jsonl"
+    journal(path, eval_result("a", ordinary_ppl(1)))
+    journal(path, eval_result("b", ordinary_ppl(2)), n=0, fails="died of SIGSEGV while loading")
+    found = CliRunner().invoke(app, ["compare", str(path), *style])
+    assert found.exit_code == 0, found.output
+    assert "died of SIGSEGV while loading" in found.output.replace("\n", " ")
+
+
+def test_results_of_different_batch_sizes_are_not_ranked_together() -> None:
+    a = eval_result("a", ordinary_ppl(1))
+    b = eval_result("b", ordinary_ppl(2))
+    doubled = b.engine.model_copy(update={"n_batch": b.engine.n_batch * 2})
+    with pytest.raises(ResultError, match="tokens per batch: 2048 for a, 4096 for b"):
+        check_comparable([a, b.model_copy(update={"engine": doubled})])

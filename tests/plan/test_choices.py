@@ -1,0 +1,260 @@
+"""Ties, minimum formats, explanations, recipes and differences of plans."""
+
+import io
+import json
+import re
+from pathlib import Path
+
+import pytest
+import typer
+from rich.console import Console
+from typer.testing import CliRunner
+
+import ramgguf
+from ramgguf.cli import plan_commands
+from ramgguf.core.errors import PlanError
+from ramgguf.plan.recipes import Recipe, pins_for
+from ramgguf.plan.result import Plan
+from ramgguf.quants import formats
+from ramgguf.quants.formats import SETS, expand
+from ramgguf.report.plans import print_plan
+from ramgguf.report.tensor_types import recipe_types
+from ramgguf.sensitivity.cost import sensitivity_seconds
+from synthetic import measurement
+
+MODEL = measurement()
+BUDGET = ramgguf.curve(MODEL).start_bytes * 3 // 2
+
+
+def _formats(plan: Plan, pattern: str) -> dict[str, str]:
+    return {a.name: a.format for a in plan.assignments if re.search(pattern, a.name)}
+
+
+def test_tied_tensors_of_a_layer_take_one_format() -> None:
+    free = ramgguf.plan(MODEL, BUDGET)
+    tied = ramgguf.plan(MODEL, BUDGET, ties=["qkv", "gate-up"])
+    for layer in range(4):
+        for pattern in (rf"blk\.{layer}\.attn_[qkv]\.", rf"blk\.{layer}\.ffn_(gate|up)\."):
+            assert len(set(_formats(tied, pattern).values())) == 1
+    assert len(set(_formats(free, r"blk\.\d\.attn_[qkv]\.").values())) > 1
+    assert tied.n_bytes <= BUDGET
+    assert tied.total_cost > free.total_cost  # a constraint never helps
+    assert tied.total_cost == pytest.approx(sum(a.cost for a in tied.assignments))
+
+
+def test_roles_can_be_tied_by_a_list() -> None:
+    tied = ramgguf.plan(MODEL, BUDGET, ties=["attn_output,ffn_down"])
+    for layer in range(4):
+        assert len(set(_formats(tied, rf"blk\.{layer}\.(attn_output|ffn_down)").values())) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ties": ["attn_q"]}, "fewer than two roles"),
+        ({"ties": ["attn_q,attn_qkv"]}, "suits fewer than two of the roles"),
+        ({"ties": ["qkv"], "pins": [r"0\.attn_q=Q4_K", r"0\.attn_k=Q5_K"]}, "untie them"),
+        ({"min_formats": ["attn_v"]}, "not of the form 'role=FORMAT'"),
+        ({"min_formats": ["attn_w=Q4_K"]}, "there is no role 'attn_w'"),
+    ],
+)
+def test_constraints_that_contradict_are_refused(
+    options: dict[str, list[str]], message: str
+) -> None:
+    with pytest.raises(PlanError, match=re.escape(message)):
+        ramgguf.plan(MODEL, BUDGET, **options)  # type: ignore[arg-type]
+
+
+def test_a_role_keeps_its_minimum_format() -> None:
+    plan = ramgguf.plan(MODEL, BUDGET, min_formats=["ffn_gate=Q5_K"])
+    assert set(_formats(plan, "ffn_gate").values()) <= {"Q5_K", "Q6_K", "Q8_0", "F16"}
+    assert set(_formats(plan, "ffn_up").values()) & {"Q2_K", "Q3_K", "Q4_K", "Q4_0"}
+    assert plan.n_bytes <= BUDGET
+
+
+def test_an_explanation_s_steps_are_what_the_measurement_says() -> None:
+    plan = ramgguf.plan(MODEL, BUDGET)
+    explained = ramgguf.explain(plan, MODEL)
+    assert explained.price > 0
+    for e, tensor in zip(explained.tensors, MODEL.tensors, strict=True):
+        points = {p.format: p for p in tensor.points}
+        for step in (e.up, e.down):
+            if step is not None:
+                assert abs(step.n_bytes - points[step.format].n_bytes + e.assignment.n_bytes) < 32
+        if e.assignment.note is None and e.up is not None and e.down is not None:
+            # An optimal plan: no step up pays more than a step down would cost, beyond rounding.
+            assert e.up.rate < e.down.rate
+
+
+def test_steps_up_pay_less_than_the_price_and_steps_down_cost_more() -> None:
+    frontier = ramgguf.curve(MODEL)
+    plan = ramgguf.plan(frontier, frontier.steps[len(frontier.steps) // 2].n_bytes)
+    explained = ramgguf.explain(plan, MODEL)
+    for e in explained.tensors:
+        if e.up is not None:
+            assert e.up.rate <= explained.price * (1 + 1e-6)
+        if e.down is not None:
+            assert e.down.rate >= explained.price * (1 - 1e-6)
+
+
+def test_an_explanation_names_floor_pin_and_tie() -> None:
+    plan = ramgguf.plan(MODEL, BUDGET, pins=["blk.0.attn_v=Q6_K"], ties=["gate-up"])
+    explained = {e.assignment.name: e for e in ramgguf.explain(plan, MODEL).tensors}
+    whole = ramgguf.explain(plan, MODEL)
+    assert whole.reason(explained["blk.0.attn_v.weight"]) == "no choice: pinned to Q6_K"
+    assert explained["blk.1.ffn_up.weight"].tied == ("blk.1.ffn_gate.weight",)
+    strict = ramgguf.plan(MODEL, 2 * BUDGET, min_sqnr_db=15)
+    barred = ramgguf.explain(strict, MODEL).tensors[0].barred
+    assert any(b.format == "Q2_K" and "below the floor of 15 dB" in b.reason for b in barred)
+
+
+def test_a_plan_of_another_model_is_not_explained() -> None:
+    plan = ramgguf.plan(MODEL, BUDGET)
+    other = MODEL.model_copy(
+        update={"source": MODEL.source.model_copy(update={"header_sha256": "1" * 64})}
+    )
+    with pytest.raises(PlanError, match="another model"):
+        ramgguf.explain(plan, other)
+    with pytest.raises(PlanError, match="search encoder"):
+        ramgguf.explain(plan, MODEL.model_copy(update={"encoder": "search"}))
+
+
+def test_a_recipe_gives_another_measurement_the_same_formats(tmp_path: Path) -> None:
+    plan, other = ramgguf.plan(MODEL, BUDGET), measurement(seed=7)
+    path = tmp_path / "plan.json"
+    plan.save(path)
+    followed = ramgguf.follow(other, path)
+    assert [a.format for a in followed.assignments] == [a.format for a in plan.assignments]
+    assert followed.n_bytes == followed.budget == plan.n_bytes
+    recipe = Recipe.read(path)
+    recipe.save(tmp_path / "recipe.json")
+    assert Recipe.read(tmp_path / "recipe.json") == recipe
+
+
+def test_a_recipe_of_other_shapes_is_refused_by_the_tensor() -> None:
+    recipe = Recipe.of_plan(ramgguf.plan(MODEL, BUDGET), "plan.json")
+    with pytest.raises(PlanError, match=r"token_embd\.weight.*same shapes"):
+        pins_for(recipe, measurement(d=512))
+    with pytest.raises(PlanError, match=r"no tensor blk\.4\."):
+        pins_for(recipe, measurement(n_layers=5))
+
+
+def test_a_difference_lists_what_changed_and_balances_its_bytes(tmp_path: Path) -> None:
+    a, b = ramgguf.plan(MODEL, BUDGET), ramgguf.plan(MODEL, 2 * BUDGET)
+    for name, plan in (("a", a), ("b", b)):
+        plan.save(tmp_path / name)
+    found = ramgguf.diff(tmp_path / "a", tmp_path / "b")
+    changed = {
+        x.name for x, y in zip(a.assignments, b.assignments, strict=True) if x.format != y.format
+    }
+    assert {c.name for c in found.changes} == changed
+    assert found.n_same + len(found.changes) == len(a.assignments)
+    weights = [sum(x.n_bytes for x in p.assignments) for p in (a, b)]
+    assert sum(c.n_bytes for c in found.changes) == weights[1] - weights[0]
+
+
+def test_files_that_are_neither_plan_nor_gguf_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    path.write_text('{"schema": "ramgguf.measurement/1"}')
+    with pytest.raises(PlanError, match="measurement"):
+        Recipe.read(path)
+    with pytest.raises(PlanError, match="cannot be read"):
+        Recipe.read(tmp_path / "nowhere")
+
+
+def test_a_recipe_s_tensor_types_name_one_tensor_each() -> None:
+    plan = ramgguf.plan(MODEL, BUDGET)
+    lines = recipe_types(Recipe.of_plan(plan, "p")).splitlines()
+    for line in lines:
+        pattern, _, name = line.rpartition("=")
+        matching = [a for a in plan.assignments if re.search(pattern, a.name)]
+        assert [a.format.lower() for a in matching] == [name]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("choices")
+    MODEL.save(folder / "m.json")
+    for name, share in (("a", 1), ("b", 2)):
+        ramgguf.plan(MODEL, share * BUDGET).save(folder / f"{name}.json")
+    return folder
+
+
+COMMANDS = typer.Typer()
+plan_commands.register(COMMANDS)
+
+
+def _run(*arguments: str | Path) -> str:
+    result = CliRunner().invoke(COMMANDS, [str(a) for a in arguments])
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def test_the_commands_print_what_the_functions_return(files: Path) -> None:
+    frontier = json.loads(_run("curve", files / "m.json", "--json"))
+    assert frontier["start_bytes"] == ramgguf.curve(MODEL).start_bytes
+    explained = json.loads(_run("explain", files / "a.json", "-m", files / "m.json", "--json"))
+    assert len(explained["tensors"]) == len(MODEL.tensors)
+    found = json.loads(_run("diff", files / "a.json", files / "b.json", "--json"))
+    assert len(found["changes"]) == len(ramgguf.diff(files / "a.json", files / "b.json").changes)
+    assert "ffn_down" in _run("recipe", files / "a.json")
+    assert "× the price" in _run(
+        "explain", files / "a.json", "blk.1.attn_v.weight", "-m", files / "m.json"
+    )
+    assert "tensors differ" in _run("diff", files / "a.json", files / "b.json", "-v")
+
+
+def test_a_saved_frontier_answers_budgets_and_draws(files: Path) -> None:
+    saved, picture = files / "f.json", files / "f.svg"
+    _run("curve", files / "m.json", "-o", saved)
+    text = _run("curve", saved, "-b", str(BUDGET), "--svg", picture)
+    assert "asked for" in text
+    assert picture.read_text().startswith("<svg")
+
+
+def test_planning_prints_nothing_not_even_from_native_code(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    for percent in (30, 40, 50):
+        ramgguf.plan(MODEL, f"{percent}%", objective="nmse", min_sqnr_db=0)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_plan_by_priors_says_how_long_measuring_would_take() -> None:
+    plan = ramgguf.plan(MODEL, BUDGET)
+    sizes = [a.n_weights for a in plan.assignments]
+    one, two = sensitivity_seconds(sizes, 1), sensitivity_seconds(sizes, 2)
+    assert one == pytest.approx(2 * two)
+    assert one > 0
+    console = Console(record=True, width=300, file=io.StringIO())
+    print_plan(plan, console)
+    assert "`--sensitivity measure`" in console.export_text()
+    console = Console(record=True, width=300, file=io.StringIO())
+    print_plan(ramgguf.plan(MODEL, BUDGET, objective="nmse"), console)
+    assert "--sensitivity" not in console.export_text()
+
+
+def test_a_set_stands_for_its_formats() -> None:
+    assert expand(["k", "Q8_0", "q4_k"]) == ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
+    for members in SETS.values():
+        assert set(members) <= set(formats.quantized())
+    measured = {p.format for t in MODEL.tensors for p in t.points}
+    assert set(SETS["k"]) <= measured
+    plan = ramgguf.plan(MODEL, BUDGET, formats=["k"])
+    assert plan.constraints.formats == SETS["k"]
+    assert {a.format for a in plan.assignments} <= {*SETS["k"], "F16", "F32"}
+
+
+def test_the_fast_formats_are_those_that_were_measured_to_be() -> None:
+    results = Path(__file__).parents[2] / "bench/results/format_speed.jsonl"
+    rows = [json.loads(line) for line in results.read_text().splitlines()]
+    speeds = {r["format"]: (r["prompt_tokens_per_s"], r["generated_tokens_per_s"]) for r in rows}
+    names = [name for name in speeds if name != "F16"]
+    fastest = max(speeds[name][0] for name in names)
+    fast = set()
+    for name in names:
+        bits = formats.get(name).bpw
+        rivals = [speeds[n][1] for n in names if formats.get(n).bpw >= bits]
+        if speeds[name][0] >= 0.75 * fastest and speeds[name][1] >= 0.85 * max(rivals):
+            fast.add(name)
+    assert fast == set(SETS["cpu-fast"])

@@ -1,0 +1,329 @@
+"""From model to file on small models: sources of every kind, shards, damage, and verification."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType as Kind
+from gguf import GGUFReader, GGUFWriter
+from gguf.quants import dequantize, quantize
+from numpy.typing import NDArray
+
+import ramgguf
+from gguf_samples import write_model
+from ramgguf.core.errors import BudgetError, FormatError, GGUFError, PlanError
+from ramgguf.gguf.reader import open_gguf
+from ramgguf.measure.result import Measurement
+from ramgguf.quantize import pipeline, preselection
+from ramgguf.quants.encoders import EncoderName
+
+Float32 = NDArray[np.float32]
+
+
+def write(path: Path, tensors: dict[str, tuple[Float32, Kind]], n_layers: int = 1) -> Path:
+    """Write a llama-like model of these tensors, each in its type."""
+    out = GGUFWriter(path, "llama")
+    out.add_block_count(n_layers)
+    for name, (weights, qtype) in tensors.items():
+        if qtype in (Kind.F32, Kind.F16):
+            out.add_tensor(name, weights.astype(np.float16 if qtype == Kind.F16 else np.float32))
+        else:
+            out.add_tensor(name, quantize(weights, qtype), raw_dtype=qtype)
+    out.write_header_to_file()
+    out.write_kv_data_to_file()
+    out.write_tensors_to_file()
+    out.close()
+    return path
+
+
+def random(*shape: int, seed: int = 0) -> Float32:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def decoded(path: Path) -> dict[str, Float32]:
+    """Return all tensors as gguf decodes them."""
+    return {
+        t.name: np.array(t.data)
+        if t.tensor_type == Kind.F32
+        else dequantize(t.data, t.tensor_type).reshape(tuple(reversed(t.shape.tolist())))
+        for t in GGUFReader(path).tensors
+    }
+
+
+@pytest.mark.parametrize("source_type", [Kind.F32, Kind.F16, Kind.BF16])
+def test_planned_errors_are_those_of_the_written_weights(source_type: Kind, tmp_path: Path) -> None:
+    weights = random(64, 512)
+    name = "blk.0.ffn_up.weight"
+    source = write(tmp_path / "a.gguf", {name: (weights, source_type)})
+    made = ramgguf.quantize(source, "5bpw", tmp_path / "b.gguf")
+    (assignment,) = made.plan.assignments
+    before = decoded(source)[name].astype(np.float64)
+    error = before - decoded(made.paths[0])[name]
+    nmse = float((error**2).sum() / (before**2).sum())
+    assert assignment.nmse == pytest.approx(nmse, rel=1e-5)
+    assert 0.001 < nmse < 0.01
+
+
+def test_measured_statistics_are_those_of_numpy(tmp_path: Path) -> None:
+    from scipy import stats
+
+    weights = np.random.default_rng(1).standard_t(5, (40, 512)).astype(np.float32)
+    source = write(tmp_path / "a.gguf", {"blk.0.ffn_up.weight": (weights, Kind.F32)})
+    (tensor,) = ramgguf.measure(source).tensors
+    assert tensor.sum_squares == pytest.approx(float((weights.astype(np.float64) ** 2).sum()))
+    assert tensor.max_abs == np.abs(weights).max()
+    assert tensor.excess_kurtosis == pytest.approx(stats.kurtosis(weights, axis=None), rel=1e-4)
+    assert (tensor.shape, tensor.layer, tensor.role) == ((512, 40), 0, "ffn_up")
+
+
+def test_experts_are_one_item_measured_over_all_slices(tmp_path: Path) -> None:
+    weights = random(3, 64, 256)
+    weights[2] *= 100  # one expert dominates
+    name = "blk.0.ffn_down_exps.weight"
+    source = write(tmp_path / "a.gguf", {name: (weights, Kind.F16)})
+    (tensor,) = ramgguf.measure(source, formats=["Q4_0"], encoder="rtn").tensors
+    point = next(p for p in tensor.points if p.format == "Q4_0")
+    before = decoded(source)[name].astype(np.float64)
+    after = dequantize(quantize(before.astype(np.float32), Kind.Q4_0), Kind.Q4_0)
+    assert point.n_bytes == weights.size * 18 // 32
+    assert point.nmse == pytest.approx(((before - after) ** 2).sum() / (before**2).sum(), rel=1e-5)
+
+
+def test_rows_decide_which_formats_are_candidates_and_the_plan_says_so(tmp_path: Path) -> None:
+    source = write(
+        tmp_path / "a.gguf",
+        {
+            "blk.0.ffn_up.weight": (random(32, 576), Kind.F16),
+            "blk.0.ffn_gate.weight": (random(32, 33), Kind.F16),
+        },
+    )
+    measured = ramgguf.measure(source)
+    up, gate = measured.tensors
+    assert {p.format for p in up.points} == {
+        "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "F16",
+    }  # fmt: skip
+    assert [p.format for p in gate.points] == ["F16"]
+    notes = "\n".join(ramgguf.plan(measured, "100%").notes)
+    assert "rows of 576 are no multiple of 256" in notes
+    assert "no smaller format suits its rows" in notes
+
+
+def test_a_scale_that_overflows_f16_makes_a_format_no_candidate(tmp_path: Path) -> None:
+    weights = random(8, 256)
+    weights[3, 7] = 3e6  # Q8_0 divides by 127, Q4_0 by 8: one overflows, one does not
+    name = "blk.0.ffn_up.weight"
+    source = write(tmp_path / "a.gguf", {name: (weights, Kind.F32)})
+    (tensor,) = ramgguf.measure(source, formats=["Q4_0", "Q8_0"]).tensors
+    assert {p.format for p in tensor.points} == {"Q8_0", "F32"}
+    assert "overflow F16" in tensor.excluded["Q4_0"]
+    with pytest.raises(PlanError, match="overflow F16"):
+        ramgguf.plan(ramgguf.measure(source), "100%", pins=["ffn_up=Q4_0"])
+
+
+def test_q8_0_is_a_source_only_when_asked(tmp_path: Path) -> None:
+    name = "blk.0.ffn_up.weight"
+    source = write(tmp_path / "a.gguf", {name: (random(64, 512), Kind.Q8_0)})
+    with pytest.raises(PlanError, match="--allow-requantize"):
+        ramgguf.measure(source)
+    made = ramgguf.quantize(source, "60%", tmp_path / "b.gguf", allow_requantize=True)
+    (assignment,) = made.plan.assignments
+    assert assignment.source_format == "Q8_0"
+    before, after = decoded(source)[name], decoded(made.paths[0])[name]
+    nmse = float(((before - after) ** 2).sum() / (before**2).sum())
+    assert assignment.nmse == pytest.approx(nmse, rel=1e-5)
+
+
+def test_other_types_are_copied_and_it_is_said(tmp_path: Path) -> None:
+    tensors = {
+        "blk.0.ffn_up.weight": (random(64, 512), Kind.F16),
+        "blk.0.ffn_gate.weight": (random(64, 512), Kind.Q5_0),
+        "blk.0.ffn_norm.weight": (random(512), Kind.F32),
+    }
+    source = write(tmp_path / "a.gguf", tensors)
+    made = ramgguf.quantize(source, "70%", tmp_path / "b.gguf")
+    assert any("copied: Q5_0 is no source" in note for note in made.plan.notes)
+    with open_gguf(source) as a, open_gguf(made.paths[0]) as b:
+        for name in ("blk.0.ffn_gate.weight", "blk.0.ffn_norm.weight"):
+            before, after = a.tensor(name), b.tensor(name)
+            rows = (a.read_rows(before, 0, before.n_rows), b.read_rows(after, 0, after.n_rows))
+            assert np.array_equal(*rows)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_weights_that_are_no_numbers_are_reported_by_name_and_index(
+    value: float, tmp_path: Path
+) -> None:
+    weights = random(64, 512)
+    weights[5, 3] = value
+    source = write(tmp_path / "a.gguf", {"blk.0.ffn_up.weight": (weights, Kind.F16)})
+    with pytest.raises(FormatError, match=rf"blk\.0\.ffn_up\.weight\[{5 * 512 + 3}\]"):
+        ramgguf.quantize(source, "5bpw", tmp_path / "b.gguf")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.gguf"]
+
+
+def test_threads_and_isa_levels_do_not_change_a_byte(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ramgguf import _core
+    from ramgguf.core import parallel
+
+    monkeypatch.setattr(parallel, "CHUNK_WEIGHTS", 1 << 12)  # many chunks
+    source = write_model(tmp_path / "a.gguf", rng=np.random.default_rng(2))
+    first = ramgguf.quantize(source, "5bpw", tmp_path / "b.gguf", threads=1)
+    active = _core.isa()
+    try:
+        for isa in _core.supported_isas():
+            _core.set_isa(isa)
+            for threads in (1, 3):
+                again = ramgguf.quantize(
+                    source, "5bpw", tmp_path / "c.gguf", threads=threads, force=True
+                )
+                assert again.measurement is not None
+                assert first.measurement is not None
+                assert again.measurement.tensors == first.measurement.tensors
+                assert again.paths[0].read_bytes() == first.paths[0].read_bytes()
+    finally:
+        _core.set_isa(active)
+
+
+def test_shards_fit_the_budget_together_and_hold_the_same_tensors(tmp_path: Path) -> None:
+    source = write_model(tmp_path / "a.gguf", rng=np.random.default_rng(3), n_layers=4)
+    whole = ramgguf.quantize(source, "5bpw", tmp_path / "b.gguf")
+    budget = whole.plan.budget
+    split = ramgguf.quantize(source, budget, tmp_path / "c.gguf", split_max_bytes=budget // 3)
+    assert len(split.paths) >= 3
+    assert sum(p.stat().st_size for p in split.paths) == split.n_bytes <= budget
+    assert split.worst_departure == 0
+    with open_gguf(split.paths[-1]) as file:
+        assert {t.name: t.type_name for t in file.tensors} == {
+            a.name: a.format for a in split.plan.assignments
+        }
+
+
+def test_a_plan_of_another_model_is_refused(tmp_path: Path) -> None:
+    one = write_model(tmp_path / "one.gguf", rng=np.random.default_rng(4))
+    other = write_model(tmp_path / "other.gguf", rng=np.random.default_rng(4), n_layers=3)
+    plan = ramgguf.plan(ramgguf.measure(one), "5bpw")
+    with pytest.raises(PlanError, match="another model"):
+        ramgguf.quantize(other, from_plan=plan, output=tmp_path / "out.gguf")
+
+
+def test_verification_notices_a_byte_that_is_not_as_planned(tmp_path: Path) -> None:
+    from ramgguf.core.progress import Silent
+    from ramgguf.quantize.verify import verify
+
+    source = write_model(tmp_path / "a.gguf", rng=np.random.default_rng(5))
+    made = ramgguf.quantize(source, "5bpw", tmp_path / "b.gguf")
+    with open_gguf(made.paths[0]) as file:
+        offsets = [t.offset + t.n_bytes // 2 for t in file.tensors]
+    data = bytearray(made.paths[0].read_bytes())
+    for offset in offsets:
+        data[offset] ^= 0x40
+        made.paths[0].write_bytes(data)
+        data[offset] ^= 0x40
+        with (
+            open_gguf(source) as file,
+            open_gguf(made.paths[0]) as written,
+            pytest.raises(GGUFError, match=r"NMSE|bytes differ"),
+        ):
+            verify(file, made.plan, written, threads=1, progress=Silent())
+
+
+def test_nothing_is_overwritten_without_force_and_before_any_work(tmp_path: Path) -> None:
+    source = write_model(tmp_path / "a.gguf", rng=np.random.default_rng(6))
+    older = tmp_path / "b.gguf"
+    older.write_bytes(b"older")
+    with pytest.raises(GGUFError, match="--force"):
+        ramgguf.quantize(source, "5bpw", older)
+    with pytest.raises(GGUFError, match="source"):
+        ramgguf.quantize(source, "5bpw", source, force=True)
+    assert older.read_bytes() == b"older"
+    ramgguf.quantize(source, "5bpw", older, force=True)
+    assert older.read_bytes()[:4] == b"GGUF"
+
+
+def test_too_little_disk_is_said_before_work_starts(tmp_path: Path) -> None:
+    source = write_model(tmp_path / "a.gguf", rng=np.random.default_rng(7))
+    with pytest.raises(GGUFError, match="free"):
+        ramgguf.quantize(source, "900TB", tmp_path / "b.gguf")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.gguf"]
+
+
+def test_a_plan_or_a_budget_but_not_both(tmp_path: Path) -> None:
+    source = write_model(tmp_path / "a.gguf", rng=np.random.default_rng(8))
+    plan = ramgguf.plan(ramgguf.measure(source), "5bpw")
+    for budget, from_plan in ((None, None), ("5bpw", plan)):
+        with pytest.raises(PlanError, match="either"):
+            ramgguf.quantize(source, budget, tmp_path / "b.gguf", from_plan=from_plan)
+    with pytest.raises(BudgetError):
+        ramgguf.quantize(source, -5, tmp_path / "b.gguf")
+
+
+def test_a_measurement_survives_its_file_and_serves_again(tmp_path: Path) -> None:
+    source = write_model(tmp_path / "a.gguf", rng=np.random.default_rng(9))
+    measured = ramgguf.measure(source)
+    measured.save(tmp_path / "m.json")
+    assert Measurement.load(tmp_path / "m.json") == measured
+    again = ramgguf.quantize(source, "5bpw", tmp_path / "b.gguf", measurement=measured)
+    fresh = ramgguf.quantize(source, "5bpw", tmp_path / "c.gguf")
+    assert again.paths[0].read_bytes() == fresh.paths[0].read_bytes()
+
+
+def test_the_default_name_says_the_bits(tmp_path: Path) -> None:
+    source = write_model(tmp_path / "tiny-F16.gguf", rng=np.random.default_rng(10))
+    made = ramgguf.quantize(source, "6bpw")
+    assert made.paths[0].name == f"tiny-ram-{made.plan.bpw:.2f}bpw.gguf"
+
+
+def _large(path: Path) -> Path:
+    """Write a model whose tensors are not taken whole by a sample."""
+    rng = np.random.default_rng(11)
+    names = [
+        f"blk.{i}.{part}.weight" for i in range(3) for part in ("ffn_up", "ffn_down", "attn_v")
+    ]
+    tensors = {
+        name: (
+            rng.standard_t(4, (512, 512)).astype(np.float32) * float(rng.uniform(0.5, 2)),
+            Kind.F16,
+        )
+        for name in names
+    }
+    return write(path, tensors, n_layers=3)
+
+
+@pytest.mark.parametrize(
+    ("encoder", "budget"),
+    [*(("search", b) for b in ("2.7bpw", "4.4bpw", "5.6bpw", "8bpw")), ("rtn", "4.4bpw")],
+)
+def test_what_a_sample_leaves_out_is_in_no_better_plan(
+    encoder: EncoderName, budget: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "MANY_WEIGHTS", 0)
+    source = _large(tmp_path / "a.gguf")
+    everything = ramgguf.measure(source, encoder=encoder)
+    best = ramgguf.plan(everything, budget, min_sqnr_db=0)
+    made = ramgguf.quantize(source, budget, tmp_path / "b.gguf", encoder=encoder, min_sqnr_db=0)
+    assert made.measurement is not None
+    assert made.plan.n_bytes <= best.budget
+    # Of so few tensors, formats far from the others fill the last bytes of the best plan.
+    assert best.total_cost * (1 - 1e-9) <= made.plan.total_cost <= best.total_cost * 1.05
+    points = {t.name: {p.format: p for p in t.points} for t in everything.tensors}
+    for tensor in made.measurement.tensors:
+        assert 1 < len(tensor.points) < len(points[tensor.name])
+        assert all(p == points[tensor.name][p.format] for p in tensor.points)
+    assert any("sample" in note for note in made.plan.notes)
+
+
+def test_everything_is_measured_when_what_the_sample_chose_does_not_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "MANY_WEIGHTS", 0)
+    source = _large(tmp_path / "a.gguf")
+    names = [t.name for t in ramgguf.measure(source, formats=["Q8_0"]).tensors]
+    chosen = dict.fromkeys(names, frozenset({"Q8_0"}))
+    monkeypatch.setattr(preselection, "worth_measuring", lambda *_: chosen)
+    made = ramgguf.quantize(source, "5bpw", tmp_path / "b.gguf", encoder="search", min_sqnr_db=0)
+    assert made.plan.n_bytes <= made.plan.budget
+    assert "F16" not in {a.format for a in made.plan.assignments}
+    with pytest.raises(BudgetError, match="below the smallest plan"):
+        ramgguf.quantize(source, "1bpw", tmp_path / "c.gguf", encoder="search")

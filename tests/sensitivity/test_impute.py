@@ -1,0 +1,104 @@
+"""From readings to an α for every tensor: noise is drawn in, outliers are kept, zeros are not."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ramgguf.core.errors import EngineError
+from ramgguf.sensitivity.impute import Member, fill_in
+from ramgguf.sensitivity.result import Reading, TensorSensitivity
+
+N = 1000
+
+
+def _members(n_layers: int, role: str = "ffn_up") -> list[Member]:
+    return [Member(f"blk.{i}.{role}.weight", role, i, N) for i in range(n_layers)]
+
+
+def _reading(member: Member, alpha: float, error: float = 0.0) -> Reading:
+    """Return a reading of α nats per NMSE, with a relative standard error."""
+    kld = alpha * 0.01
+    return Reading(name=member.name, format="Q4_0", nmse=0.01, kld=kld, standard_error=error * kld)
+
+
+def _filled(members: list[Member], readings: list[Reading]) -> dict[str, TensorSensitivity]:
+    return {t.name: t for t in fill_in(members, {r.name: r for r in readings})}
+
+
+def test_exact_readings_are_kept() -> None:
+    members = _members(6)
+    alphas = [1.0, 2.0, 5.0, 0.5, 80.0, 1.5]
+    found = _filled(members, [_reading(m, a) for m, a in zip(members, alphas, strict=True)])
+    assert [found[m.name].alpha for m in members] == pytest.approx(alphas)
+    assert {t.origin for t in found.values()} == {"measured"}
+
+
+def test_noisy_readings_come_nearer_to_the_truth() -> None:
+    rng = np.random.default_rng(0)
+    members = _members(200)
+    truth = np.exp(rng.normal(0, 0.2, len(members)))
+    noisy = truth * np.exp(rng.normal(0, 0.5, len(members)))
+    found = _filled(members, [_reading(m, a, 0.5) for m, a in zip(members, noisy, strict=True)])
+    shrunk = np.array([found[m.name].alpha for m in members])
+    before = float(np.sqrt(np.mean(np.log(noisy / truth) ** 2)))
+    after = float(np.sqrt(np.mean(np.log(shrunk / truth) ** 2)))
+    assert 0.3 * before < after < 0.75 * before
+
+
+def test_a_reading_far_out_and_sure_is_kept() -> None:
+    members = _members(20)
+    alphas = [1.0 + 0.01 * i for i in range(19)] + [30.0]
+    found = _filled(members, [_reading(m, a, 0.1) for m, a in zip(members, alphas, strict=True)])
+    assert found[members[-1].name].alpha == pytest.approx(30, rel=0.05)
+
+
+def test_layers_between_are_interpolated_in_the_logarithm() -> None:
+    members = _members(9)
+    found = _filled(members, [_reading(members[0], 1.0), _reading(members[8], 16.0)])
+    assert found["blk.4.ffn_up.weight"].alpha == pytest.approx(4)
+    assert found["blk.2.ffn_up.weight"].alpha == pytest.approx(2)
+    assert found["blk.2.ffn_up.weight"].origin == "interpolated"
+
+
+def test_idle_tensors_get_their_role_s_median_and_not_zero() -> None:
+    members = _members(5)
+    readings = [_reading(m, a) for m, a in zip(members, [1.0, 3.0, 9.0, 3.0, 0.0], strict=True)]
+    last = _filled(members, readings)["blk.4.ffn_up.weight"]
+    assert last.alpha == pytest.approx(3)
+    assert last.origin == "idle"
+
+
+def test_roles_without_readings_get_the_median_per_weight() -> None:
+    members = [*_members(3), Member("output.weight", "head", None, 10 * N)]
+    found = _filled(members, [_reading(m, 2.0) for m in members[:3]])
+    assert found["output.weight"].alpha == pytest.approx(20)
+    assert found["output.weight"].origin == "role"
+
+
+def test_a_model_that_nothing_changes_is_an_error() -> None:
+    members = _members(3)
+    with pytest.raises(EngineError, match="did not read the copy"):
+        _filled(members, [_reading(m, 0.0) for m in members])
+
+
+@given(
+    st.lists(
+        st.tuples(st.floats(1e-6, 1e6), st.floats(0, 5)),
+        min_size=1,
+        max_size=12,
+    )
+)
+def test_alphas_stay_between_the_smallest_and_the_largest_reading(
+    readings: list[tuple[float, float]],
+) -> None:
+    members = _members(len(readings) + 2)
+    made = [_reading(m, a, e) for m, (a, e) in zip(members[1:], readings, strict=False)]
+    found = fill_in(members, {r.name: r for r in made})
+    low, high = min(a for a, _ in readings), max(a for a, _ in readings)
+    assert [t.name for t in found] == [m.name for m in members]
+    for t in found:
+        assert low * (1 - 1e-6) <= t.alpha <= high * (1 + 1e-6)
+        assert math.isfinite(t.relative_error)

@@ -29,8 +29,8 @@ from scipy.stats import bootstrap, kendalltau, spearmanr
 
 from provenance import provenance
 from ramgguf.gguf.reader import GGUFFile, TensorInfo, open_gguf
-from ramgguf.llama.patched_model import Probe
-from ramgguf.llama.patched_weights import PlannedWeights
+from ramgguf.llama.patched_model import PatchedModel
+from ramgguf.llama.patched_weights import PatchedWeights
 from ramgguf.llama.token_statistics import standard_error
 from ramgguf.plan.knapsack import Choice, solve
 from ramgguf.quants import formats
@@ -59,7 +59,7 @@ def readings() -> list[dict[str, Any]]:
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
-def read(arguments: argparse.Namespace, file: GGUFFile, probe: Probe) -> None:
+def read(arguments: argparse.Namespace, file: GGUFFile, probe: PatchedModel) -> None:
     """Append the KLD and the metrics of every tensor in every format."""
     model = arguments.source.stem
     done = {(r["model"], r["tensor"], r["format"]) for r in readings()}
@@ -92,12 +92,12 @@ def read(arguments: argparse.Namespace, file: GGUFFile, probe: Probe) -> None:
             out.flush()
 
 
-def choose(arguments: argparse.Namespace, file: GGUFFile, probe: Probe) -> None:
+def choose(arguments: argparse.Namespace, file: GGUFFile, probe: PatchedModel) -> None:
     """Append the KLD of the plans that minimise each metric's sum."""
     rows = [r for r in readings() if r["model"] == arguments.source.stem]
     of_tensor = {n: list(g) for n, g in groupby(rows, key=lambda r: str(r["tensor"]))}
     text = Text.of(probe, arguments.n_seq, FIRST["choose"])
-    weights = PlannedWeights(file, probe, ENCODER, None, 1)
+    weights = PatchedWeights(file, probe, ENCODER, None, 1)
     tensors = [file.tensor(name) for name in of_tensor]
     sizes = [[_bytes(t, r["format"]) for r in of_tensor[t.name]] for t in tensors]
     smallest, largest = sum(map(min, sizes)), sum(map(max, sizes))
@@ -232,7 +232,7 @@ def main() -> None:
     with (
         open_gguf(arguments.source) as file,
         tempfile.TemporaryDirectory(dir=arguments.scratch) as scratch,
-        Probe(file, Path(scratch), n_ctx=arguments.n_ctx, n_threads=1) as probe,
+        PatchedModel(file, Path(scratch), n_ctx=arguments.n_ctx, n_threads=1) as probe,
     ):
         if arguments.part == "read":
             read(arguments, file, probe)

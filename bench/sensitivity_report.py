@@ -31,8 +31,8 @@ import ramgguf
 from provenance import provenance
 from ramgguf.gguf.reader import GGUFFile, open_gguf
 from ramgguf.llama.model import LlamaModel, Logits
-from ramgguf.llama.patched_model import Probe
-from ramgguf.llama.patched_weights import PlannedWeights
+from ramgguf.llama.patched_model import PatchedModel
+from ramgguf.llama.patched_weights import PatchedWeights
 from ramgguf.llama.token_statistics import standard_error
 from ramgguf.measure.result import Measurement
 from ramgguf.plan.result import Plan
@@ -137,7 +137,7 @@ def enough(source: Path, paths: list[Path]) -> None:
         )
 
 
-def linearity(file: GGUFFile, probe: Probe, text: Text, sensitivity: Sensitivity) -> None:
+def linearity(file: GGUFFile, probe: PatchedModel, text: Text, sensitivity: Sensitivity) -> None:
     """Add what some tensors do in every format, alone."""
     for name in LINEARITY_TENSORS:
         tensor = file.tensor(name)
@@ -180,10 +180,10 @@ def predicted(plan: Plan, sensitivity: Sensitivity) -> float:
     return math.fsum(alpha.get(a.name, 0.0) * a.nmse for a in plan.assignments)
 
 
-def run_plans(file: GGUFFile, probe: Probe, text: Text, sensitivity: Sensitivity) -> None:
+def run_plans(file: GGUFFile, probe: PatchedModel, text: Text, sensitivity: Sensitivity) -> None:
     """Add the KLD of whole plans, weights decoded, beside Σ α · NMSE."""
     measurement = ramgguf.measure(file.paths[0], encoder=sensitivity.encoder, threads=N_THREADS)
-    weights = PlannedWeights(file, probe, sensitivity.encoder, None, N_THREADS)
+    weights = PatchedWeights(file, probe, sensitivity.encoder, None, N_THREADS)
     for name, plan in whole_plans(measurement, sensitivity):
         if done("plans", name):
             continue
@@ -254,7 +254,7 @@ def main() -> None:
     with (
         open_gguf(source) as file,
         tempfile.TemporaryDirectory(dir=arguments.scratch) as scratch,
-        Probe(file, Path(scratch), n_ctx=N_CTX, n_threads=N_THREADS) as probe,
+        PatchedModel(file, Path(scratch), n_ctx=N_CTX, n_threads=N_THREADS) as probe,
     ):
         text = Text.of(probe, arguments.n_seq, FIRST)
         if arguments.part == "linearity":

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from ramgguf import _core
 from ramgguf.gguf.reader import GGUFFile, TensorInfo
-from ramgguf.quants.codec import Scale
+from ramgguf.quants.codec import ErrorWeights
 from ramgguf.quants.imatrix import Imatrix
 
 Floats = NDArray[np.float64]
@@ -43,9 +43,9 @@ class Original:
     rows: NDArray[np.uint8]
     weights: Floats
     excess_kurtosis: float
-    plain: Scale
-    activation: Scale
-    output: Scale
+    plain: ErrorWeights
+    activation: ErrorWeights
+    output: ErrorWeights
 
     @classmethod
     def of(cls, file: GGUFFile, tensor: TensorInfo, imatrix: Imatrix) -> "Original":
@@ -53,9 +53,9 @@ class Original:
         x = _decoded(tensor, rows)
         squares = np.square(x - x.mean())
         kurtosis = float(np.mean(np.square(squares)) / np.mean(squares) ** 2 - 3)
-        output = Scale.of(tensor, imatrix)
-        activation = Scale(output.importance, output.rows_per_expert)
-        return cls(tensor, rows, x, kurtosis, Scale.of(tensor, None), activation, output)
+        output = ErrorWeights.of(tensor, imatrix)
+        activation = ErrorWeights(output.importance, output.rows_per_expert)
+        return cls(tensor, rows, x, kurtosis, ErrorWeights.of(tensor, None), activation, output)
 
     def metrics(self, data: NDArray[np.uint8], alpha: float) -> Metrics:
         """Return the metrics of the tensor with data in its place."""

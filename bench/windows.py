@@ -7,9 +7,9 @@ from numpy.typing import NDArray
 
 from ramgguf.core.corpus import default_corpus
 from ramgguf.llama.model import Logits
-from ramgguf.llama.patched_model import Probe
+from ramgguf.llama.patched_model import PatchedModel
 from ramgguf.llama.protocol import TokenIds
-from ramgguf.llama.tokens import Request, draw_sets
+from ramgguf.llama.tokens import TokenRequest, draw_sets
 
 
 @dataclass(frozen=True)
@@ -20,15 +20,15 @@ class Text:
     reference: tuple[Logits, ...]
 
     @classmethod
-    def of(cls, probe: Probe, n: int, first: int) -> "Text":
+    def of(cls, probe: PatchedModel, n: int, first: int) -> "Text":
         """Return n windows from number `first` on; those of numbers far apart are others."""
-        request = Request(
+        request = TokenRequest(
             encoder="rtn", tokens="text", corpus=default_corpus(), n_ctx=probe.model.n_ctx
         )
         (sequences,) = draw_sets(probe.model, request, (n,), first)
         return cls(sequences, tuple(probe.logits(ids) for ids in sequences))
 
-    def divergence(self, probe: Probe) -> NDArray[np.float64]:
+    def divergence(self, probe: PatchedModel) -> NDArray[np.float64]:
         """Return the KLD of every token as the probe's weights are now, in nats."""
         pairs = zip(self.sequences, self.reference, strict=True)
         return np.concatenate([probe.divergence(ids, logits) for ids, logits in pairs])

@@ -5,14 +5,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import ramgguf
-from ramgguf.cluster.opening import passes_over
+from ramgguf.cluster.runners import open_runner
 from ramgguf.core.corpus import Corpus, default_corpus
 from ramgguf.core.progress import Progress, Silent
 from ramgguf.evaluate.evaluation import Evaluation, score_models
 from ramgguf.evaluate.protocol import EvalProtocol
 from ramgguf.evaluate.result import EvalResult
 from ramgguf.gguf.reader import open_gguf
-from ramgguf.llama.tokens import Request
+from ramgguf.llama.tokens import TokenRequest
 from ramgguf.measure.result import Measurement
 from ramgguf.plan.objectives import costing
 from ramgguf.plan.result import Plan
@@ -21,9 +21,9 @@ from ramgguf.refine.tokens import Refining
 from ramgguf.sensitivity.alpha import measure_alpha
 from ramgguf.sensitivity.result import Sensitivity
 
-QUICK = Request(encoder="rtn", n_sequences=2, n_ctx=64)
+QUICK = TokenRequest(encoder="rtn", n_sequences=2, n_ctx=64)
 RECIPE = EvalProtocol(Corpus("excerpt", default_corpus().text[:6000]), n_ctx=64, n_seq=20)
-REFINING = Refining(6, Request(encoder="rtn", n_ctx=48), sizes=(2, 1, 1))
+REFINING = Refining(6, TokenRequest(encoder="rtn", n_ctx=48), sizes=(2, 1, 1))
 
 
 def measured(
@@ -34,7 +34,7 @@ def measured(
         return measure_alpha(
             file,
             QUICK,
-            passes_over(file, QUICK, scratch=folder, threads=1, executor=executor),
+            open_runner(file, QUICK, scratch=folder, threads=1, executor=executor),
             journal_path=folder / "journal",
             progress=progress or Silent(),
         )
@@ -98,7 +98,7 @@ def refined(
             curves,
             costing(plan.objective, curves),
             replace(REFINING, n_trials=n_trials),
-            passes_over(file, request, scratch=folder, threads=1, executor=executor),
+            open_runner(file, request, scratch=folder, threads=1, executor=executor),
             journal_path=folder / "journal",
             progress=progress or Silent(),
         )

@@ -32,7 +32,7 @@ from ramgguf.llama.protocol import (
     Tapped,
     TapWeights,
 )
-from ramgguf.llama.tokens import N_CTX, Request, parse_tokens
+from ramgguf.llama.tokens import N_CTX, TokenRequest, parse_tokens
 from ramgguf.quants.hessian import gram_name, groups, new_hessians
 from ramgguf.quants.imatrix import InputSquares, write_imatrix
 
@@ -44,8 +44,8 @@ MAX_GRAM_BYTES = 4 << 30
 class Outputs:
     """Where the importance matrix goes, and the Hessians of the weights whose name a regex finds.
 
-    At most max_gram_bytes of Hessians are in memory at a time; each lot is one more reading of the
-    tokens.
+    At most max_gram_bytes of Hessians are in memory at a time; the tokens are read once more for
+    every such batch.
     """
 
     imatrix: Path
@@ -74,7 +74,7 @@ class Calibration:
 
 def calibrate_file(
     file: GGUFFile,
-    request: Request,
+    request: TokenRequest,
     outputs: Outputs,
     *,
     threads: int,
@@ -126,7 +126,7 @@ def calibrate_file(
     )
 
 
-def dataset_name(request: Request) -> str:
+def dataset_name(request: TokenRequest) -> str:
     """Return what the matrix says of its tokens."""
     text = request.corpus.name if request.corpus else f"{request.tokens}-drawn tokens"
     return f"{text}, seed {request.seed}"
@@ -142,7 +142,7 @@ class _Run:
     def __init__(
         self,
         engine: Engine,
-        request: Request,
+        request: TokenRequest,
         folder: Path,
         progress: Progress,
         announce: Callable[[str], None],
@@ -226,7 +226,7 @@ def _write_hessians(
     owners: Mapping[str, str],
     weights: Mapping[str, TensorInfo],
 ) -> int:
-    """Write XᵀX of the wanted weights' inputs, in lots that fit the memory; return how many."""
+    """Write XᵀX of the wanted weights' inputs, in batches that fit the memory; return how many."""
     if outputs.hessian is None:
         return 0
     try:
@@ -280,7 +280,7 @@ def calibrate(
     missing or fails.
     """
     kind, corpus = parse_tokens(tokens)
-    request = Request(
+    request = TokenRequest(
         encoder="rtn",
         tokens=kind,
         corpus=corpus,

@@ -44,7 +44,7 @@ def calibrate(
         str, typer.Option("--hessian-tensors", help="Only of weights whose name this regex finds.")
     ] = ".",
     hessian_memory: Annotated[
-        str, typer.Option("--hessian-memory", help="Read the tokens in lots that take this.")
+        str, typer.Option("--hessian-memory", help="Read the tokens in batches that take this.")
     ] = "4GiB",
     force: opt.Force = False,
     threads: opt.Threads = None,

@@ -12,7 +12,7 @@ from ramgguf.core.machine import Available, memory_limit
 from ramgguf.core.parallel import default_threads
 from ramgguf.deploy.checking import CheckRequest, check_file
 from ramgguf.deploy.footprint import parse_cache_types
-from ramgguf.deploy.footprint_formula import Shape
+from ramgguf.deploy.footprint_formula import ContextShape
 from ramgguf.deploy.result import CheckResult
 from ramgguf.report.check import markdown as _markdown
 from ramgguf.report.check import print_check, print_ratios
@@ -61,7 +61,7 @@ def check(
     """
     terminal = opt.Terminal.make(quiet=quiet, as_json=as_json or markdown)
     request = CheckRequest(
-        Shape(context, 1, *parse_cache_types(cache_type)),
+        ContextShape(context, 1, *parse_cache_types(cache_type)),
         limit(memory),
         n_threads=threads or default_threads(),
         n_repeats=repeats,

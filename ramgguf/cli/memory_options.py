@@ -10,7 +10,7 @@ from ramgguf.core.machine import available_memory
 from ramgguf.core.units import parse_size
 from ramgguf.deploy import MemoryLimit, MemoryRequest
 from ramgguf.deploy.footprint import parse_cache_types
-from ramgguf.deploy.footprint_formula import Shape
+from ramgguf.deploy.footprint_formula import ContextShape
 from ramgguf.plan import ByteLimit, SizeLimit
 
 Memory = Annotated[
@@ -76,7 +76,7 @@ def memory_request(
         if ram == 0:
             raise BudgetError(f"{source} leaves no memory")
     return MemoryRequest(
-        Shape(context, parallel, *parse_cache_types(cache_type)),
+        ContextShape(context, parallel, *parse_cache_types(cache_type)),
         ram=ram,
         source=source,
         vram=None if vram is None else parse_size(vram),

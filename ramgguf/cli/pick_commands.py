@@ -14,7 +14,7 @@ from ramgguf.core.files import write_atomically
 from ramgguf.core.parallel import default_threads
 from ramgguf.deploy.checking import CheckRequest
 from ramgguf.deploy.footprint import parse_cache_types
-from ramgguf.deploy.footprint_formula import Shape
+from ramgguf.deploy.footprint_formula import ContextShape
 from ramgguf.deploy.picking import Picked, PickRequest
 from ramgguf.deploy.picking import pick as _pick
 from ramgguf.plan import DEFAULT_MIN_SQNR_DB
@@ -60,7 +60,7 @@ def pick(
     terminal = opt.Terminal.make(quiet=quiet, as_json=as_json)
     opt.refuse_existing(output, svg, force=force)
     trial = CheckRequest(
-        Shape(context, 1, *parse_cache_types(cache_type)),
+        ContextShape(context, 1, *parse_cache_types(cache_type)),
         limit(memory),
         n_threads=threads or default_threads(),
     )

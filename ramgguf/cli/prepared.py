@@ -7,7 +7,7 @@ from pathlib import Path
 import ramgguf as api
 from ramgguf.cli import options as opt
 from ramgguf.gguf.hub import beside
-from ramgguf.quants.imatrix import weighed_by
+from ramgguf.quants.imatrix import load_importance
 from ramgguf.sensitivity.result import Sensitivity
 
 
@@ -49,7 +49,7 @@ def reweighed(
     found: Sensitivity, model: Path, weighed: Weighed, terminal: opt.Terminal
 ) -> Sensitivity:
     """Return the sensitivity per unit of the errors that the files weigh."""
-    imatrix = weighed_by(weighed.imatrix, weighed.hessian)
+    imatrix = load_importance(weighed.imatrix, weighed.hessian)
     wanted = imatrix.source.identity if imatrix else None
     if wanted == (found.imatrix.identity if found.imatrix else None):
         return found

@@ -13,7 +13,7 @@ from ramgguf.cli import options as opt
 from ramgguf.cli.check_commands import limit
 from ramgguf.core.parallel import default_threads
 from ramgguf.deploy.footprint import parse_cache_types
-from ramgguf.deploy.footprint_formula import Shape
+from ramgguf.deploy.footprint_formula import ContextShape
 from ramgguf.deploy.result import CheckResult
 from ramgguf.deploy.serving import Place, Server, Settings, checked_settings, planned_settings
 from ramgguf.report.serving import lines, summary
@@ -89,7 +89,7 @@ def serve(
     if check is None:
         settings = planned_settings(
             model,
-            Shape(context or _CONTEXT, 1, *parse_cache_types(cache_type or "f16")),
+            ContextShape(context or _CONTEXT, 1, *parse_cache_types(cache_type or "f16")),
             limit(memory),
             n_threads=threads or default_threads(),
             force=force,

@@ -1,4 +1,4 @@
-"""Passes on the workers of an executor, each of which keeps a copy of the model open."""
+"""ForwardRunner on the workers of an executor, each of which keeps a copy of the model open."""
 
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -6,38 +6,37 @@ from pathlib import Path
 
 import numpy as np
 
-from ramgguf.cluster.tasks import BenchKey, BenchRequest, Task
-from ramgguf.cluster.worker_pool import Crew
+from ramgguf.cluster.tasks import RunnerKey, RunnerRequest, Task
+from ramgguf.cluster.worker_pool import WorkerPool
 from ramgguf.core.errors import EngineError
 from ramgguf.gguf.identity import FileIdentity
 from ramgguf.gguf.reader import GGUFFile
-from ramgguf.llama.forward import Found, Wanted, joint_fingerprint
+from ramgguf.llama.forward import ForwardRequest, ForwardResult, joint_fingerprint
 from ramgguf.llama.protocol import TokenIds, pack_ids, unpack_ids
 from ramgguf.llama.runner_protocol import (
     AboutBench,
-    BenchOpened,
     Compare,
     Compared,
     DrawIds,
     DrawnIds,
     Prepare,
     Prepared,
+    RunnerOpened,
     unpack_float64,
 )
-from ramgguf.llama.tokens import Request, lots
+from ramgguf.llama.tokens import TokenRequest, batches
 from ramgguf.quants.imatrix import Imatrix, ImportanceSource
 
 
-class CrewPasses:
-    """Passes by a crew. folder is where workers make their copies of the model, None: where their
-    system keeps temporary files.
+class RemoteRunner:
+    """Forward passes on the workers of a pool.
 
-    Raises EngineError when the logits of the unchanged model differ from worker to worker.
+    folder is where workers copy the model to; None takes their temporary folder.
     """
 
     def __init__(
         self,
-        crew: Crew,
+        pool: WorkerPool,
         file: GGUFFile,
         *,
         n_ctx: int,
@@ -46,8 +45,8 @@ class CrewPasses:
         imatrix: Imatrix | None,
         folder: Path | None,
     ) -> None:
-        self._crew = crew
-        self._key = BenchKey(
+        self._pool = pool
+        self._key = RunnerKey(
             model=FileIdentity.of(file),
             n_ctx=n_ctx,
             n_threads=threads,
@@ -61,12 +60,12 @@ class CrewPasses:
     @property
     def n_workers(self) -> int:
         """How many passes run at the same time, as far as the executor tells."""
-        return self._crew.n_workers
+        return self._pool.n_workers
 
     @cached_property
-    def _opened(self) -> BenchOpened:
-        answer = self._crew.ask(self._task("loading", AboutBench())).answer
-        assert isinstance(answer, BenchOpened)  # what AboutBench is answered by
+    def _opened(self) -> RunnerOpened:
+        answer = self._pool.ask(self._task("loading", AboutBench())).answer
+        assert isinstance(answer, RunnerOpened)  # what AboutBench is answered by
         return answer
 
     @property
@@ -82,27 +81,27 @@ class CrewPasses:
     @property
     def cpus(self) -> tuple[str, ...]:
         """The names of the CPUs that have computed so far, sorted."""
-        return self._crew.cpus
+        return self._pool.cpus
 
-    def draw(self, request: Request, indices: Sequence[int]) -> tuple[TokenIds, ...]:
-        """Return the sequences of these numbers, drawn in the lots of one machine."""
+    def draw(self, request: TokenRequest, indices: Sequence[int]) -> tuple[TokenIds, ...]:
+        """Return the sequences of these numbers, drawn in the batches of one machine."""
         tasks = [
-            self._draw(request, f"sequences {lot[0]} to {lot[-1]}", indices=lot)
-            for lot in lots(indices)
+            self._draw(request, f"sequences {batch[0]} to {batch[-1]}", indices=batch)
+            for batch in batches(indices)
         ]
         drawn: dict[int, list[TokenIds]] = {}
-        for position, done in self._crew.perform(tasks):
+        for position, done in self._pool.perform(tasks):
             assert isinstance(done.answer, DrawnIds)
             drawn[position] = [unpack_ids(ids) for ids in done.answer.ids]
         return tuple(ids for i in range(len(tasks)) for ids in drawn[i])
 
     def draw_sets(
-        self, request: Request, sizes: Sequence[int], first: int
+        self, request: TokenRequest, sizes: Sequence[int], first: int
     ) -> tuple[tuple[TokenIds, ...], ...]:
         """Return sets of sequences; those of a text are drawn together, so as not to overlap."""
         if request.tokens == "text":
             task = self._draw(request, "sets of sequences", sizes=tuple(sizes), first=first)
-            answer = self._crew.ask(task).answer
+            answer = self._pool.ask(task).answer
             assert isinstance(answer, DrawnIds)
             drawn = tuple(unpack_ids(ids) for ids in answer.ids)
         else:
@@ -112,7 +111,7 @@ class CrewPasses:
 
     def seconds(self, ids: TokenIds) -> float:
         """Return how long one pass over the sequence takes on a worker."""
-        answer = self._crew.ask(self._task("an unchanged pass", Compare(ids=(pack_ids(ids),))))
+        answer = self._pool.ask(self._task("an unchanged pass", Compare(ids=(pack_ids(ids),))))
         assert isinstance(answer.answer, Compared)
         return answer.answer.seconds
 
@@ -123,24 +122,24 @@ class CrewPasses:
             self._task(f"sequence {k}, unchanged", Prepare(ids=(ids,)))
             for k, ids in enumerate(self._prepared)
         ]
-        for position, done in self._crew.perform(tasks):
+        for position, done in self._pool.perform(tasks):
             assert isinstance(done.answer, Prepared)
             found = done.answer.fingerprints[0]
             self._check(self._prepared[position], found, done.worker.name)
         return joint_fingerprint([self._fingerprints[ids][0] for ids in self._prepared])
 
-    def run(self, wanted: Sequence[Wanted]) -> Iterator[tuple[int, Found]]:
+    def run(self, wanted: Sequence[ForwardRequest]) -> Iterator[tuple[int, ForwardResult]]:
         """Yield what passes find, as workers finish them."""
         tasks = [self._compare(one) for one in wanted]
-        for position, done in self._crew.perform(tasks):
+        for position, done in self._pool.perform(tasks):
             request, answer = tasks[position].request, done.answer
             assert isinstance(request, Compare)
             assert isinstance(answer, Compared)
             for ids, found in zip(request.ids, answer.fingerprints, strict=True):
                 self._check(ids, found, done.worker.name)
-            yield position, Found(unpack_float64(answer.kld), answer.nmse)
+            yield position, ForwardResult(unpack_float64(answer.kld), answer.nmse)
 
-    def _compare(self, wanted: Wanted) -> Task:
+    def _compare(self, wanted: ForwardRequest) -> Task:
         ids = tuple(pack_ids(part) for part in wanted.sequences)
         numbers = [str(self._prepared.index(i)) for i in ids if i in self._prepared]
         changed = f"{len(wanted.changes)} tensors changed"
@@ -152,7 +151,7 @@ class CrewPasses:
 
     def _draw(
         self,
-        request: Request,
+        request: TokenRequest,
         what: str,
         *,
         indices: tuple[int, ...] = (),
@@ -172,8 +171,8 @@ class CrewPasses:
         )
         return self._task(f"drawing {what}", drawing)
 
-    def _task(self, label: str, request: BenchRequest) -> Task:
-        return self._crew.task(f"{self._key.model.path}: {label}", self._key, request)
+    def _task(self, label: str, request: RunnerRequest) -> Task:
+        return self._pool.task(f"{self._key.model.path}: {label}", self._key, request)
 
     def _check(self, ids: str, found: str, worker: str) -> None:
         """Raise EngineError unless the unchanged model gives the same logits on every worker."""

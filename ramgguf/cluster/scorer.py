@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ramgguf.cluster.tasks import EngineKey, EngineRequest, OpenEngine, Task
-from ramgguf.cluster.worker_pool import Crew
+from ramgguf.cluster.worker_pool import WorkerPool
 from ramgguf.gguf.identity import FileIdentity
 from ramgguf.gguf.reader import open_gguf
 from ramgguf.llama.protocol import (
@@ -22,26 +22,26 @@ from ramgguf.llama.protocol import (
 from ramgguf.llama.scorer import EngineOptions, Window, WindowScores
 
 
-class CrewScorer:
-    """Models scored together by a crew, one sequence a task."""
+class RemoteScorer:
+    """Models scored together by a pool, one sequence a task."""
 
     def __init__(
         self,
-        crew: Crew,
+        pool: WorkerPool,
         models: Sequence[Path],
         options: EngineOptions,
     ) -> None:
-        self._crew = crew
+        self._pool = pool
         self._label = " with ".join(str(path) for path in reversed(models))
         self._key = EngineKey(tuple(_identity(path) for path in models), options)
-        opened = crew.ask(self._task("loading", OpenEngine())).answer
+        opened = pool.ask(self._task("loading", OpenEngine())).answer
         assert isinstance(opened, Opened)  # what OpenEngine is answered by
         self.opened = opened
 
     def tokenize(self, text: str, *, add_special: bool) -> tuple[TokenIds, NDArray[np.int64]]:
         """Return the text's token ids and where each ends in its UTF-8 bytes."""
         request = Tokenize(model=0, text=text, add_special=add_special)
-        found = self._crew.ask(self._task("tokenizing", request)).answer
+        found = self._pool.ask(self._task("tokenizing", request)).answer
         assert isinstance(found, Tokenized)
         return unpack_ids(found.ids), unpack_ids(found.ends).astype(np.int64)
 
@@ -58,12 +58,12 @@ class CrewScorer:
                 has_reference=has_reference,
             )
             tasks.append(self._task(f"sequence {window.index}", request))
-        for position, done in self._crew.perform(tasks):
+        for position, done in self._pool.perform(tasks):
             assert isinstance(done.answer, tuple)
             yield WindowScores(windows[position], done.answer, done.worker.system.cpu)
 
     def _task(self, what: str, request: EngineRequest) -> Task:
-        return self._crew.task(f"{self._label}: {what}", self._key, request)
+        return self._pool.task(f"{self._label}: {what}", self._key, request)
 
 
 def _identity(path: Path) -> FileIdentity:

@@ -14,12 +14,12 @@ from typing import Protocol
 
 from ramgguf.cluster.tasks import (
     Answer,
-    BenchKey,
-    BenchRequest,
     EngineKey,
     EngineRequest,
     Key,
     OpenEngine,
+    RunnerKey,
+    RunnerRequest,
 )
 from ramgguf.core.errors import EngineError
 from ramgguf.gguf.identity import same_file
@@ -28,7 +28,6 @@ from ramgguf.llama.client import Engine
 from ramgguf.llama.protocol import Score, SystemInfo, Tokenize, Tokenized
 from ramgguf.llama.runner_protocol import (
     AboutBench,
-    BenchOpened,
     Compare,
     Compared,
     DrawIds,
@@ -36,10 +35,11 @@ from ramgguf.llama.runner_protocol import (
     OpenBench,
     Prepare,
     Prepared,
+    RunnerOpened,
 )
 
 IDLE_SECONDS = 1800.0  # a copy of a large model takes long to make
-_BENCH_WORKER = "ramgguf.llama.runner_worker"
+_RUNNER_WORKER = "ramgguf.llama.runner_worker"
 
 
 class Tool(Protocol):
@@ -47,16 +47,16 @@ class Tool(Protocol):
 
     system: SystemInfo
 
-    def perform(self, request: BenchRequest | EngineRequest) -> Answer: ...
+    def perform(self, request: RunnerRequest | EngineRequest) -> Answer: ...
     def close(self) -> None: ...
 
 
-class BenchTool:
+class RunnerTool:
     """A workbench in a child process."""
 
-    def __init__(self, key: BenchKey) -> None:
+    def __init__(self, key: RunnerKey) -> None:
         same_file(key.model).close()
-        self._child = Child(_BENCH_WORKER)
+        self._child = Child(_RUNNER_WORKER)
         opening = OpenBench(
             path=key.model.path,
             n_ctx=key.n_ctx,
@@ -66,16 +66,16 @@ class BenchTool:
             folder=key.folder,
         )
         try:
-            self.system = self._child.ask(opening, BenchOpened).system
+            self.system = self._child.ask(opening, RunnerOpened).system
         except BaseException:
             self.close()
             raise
 
-    def perform(self, request: BenchRequest | EngineRequest) -> Answer:
+    def perform(self, request: RunnerRequest | EngineRequest) -> Answer:
         """Return the child's answer."""
         match request:
             case AboutBench():
-                return self._child.ask(request, BenchOpened)
+                return self._child.ask(request, RunnerOpened)
             case DrawIds():
                 return self._child.ask(request, DrawnIds)
             case Prepare():
@@ -104,7 +104,7 @@ class EngineTool:
         )
         self.system = self._engine.opened.system
 
-    def perform(self, request: BenchRequest | EngineRequest) -> Answer:
+    def perform(self, request: RunnerRequest | EngineRequest) -> Answer:
         """Return the engine's answer."""
         match request:
             case OpenEngine():
@@ -132,7 +132,7 @@ class _Kept:
             self.tool.close()
 
 
-class Tools:
+class SessionCache:
     """The tools of this process."""
 
     def __init__(self) -> None:
@@ -151,7 +151,7 @@ class Tools:
         kept = self._take(key, run)
         try:
             if kept.tool is None:
-                kept.tool = BenchTool(key) if isinstance(key, BenchKey) else EngineTool(key)
+                kept.tool = RunnerTool(key) if isinstance(key, RunnerKey) else EngineTool(key)
             if kept.over:
                 raise EngineError("the run is over")
             yield kept.tool
@@ -206,6 +206,6 @@ class Tools:
             kept.close()
 
 
-TOOLS = Tools()
-atexit.register(TOOLS.close)
-os.register_at_fork(after_in_child=TOOLS.forget)
+SESSIONS = SessionCache()
+atexit.register(SESSIONS.close)
+os.register_at_fork(after_in_child=SESSIONS.forget)

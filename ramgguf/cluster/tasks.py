@@ -7,23 +7,23 @@ from ramgguf.gguf.identity import FileIdentity
 from ramgguf.llama.protocol import Opened, Score, Scored, SystemInfo, Tokenize, Tokenized
 from ramgguf.llama.runner_protocol import (
     AboutBench,
-    BenchOpened,
     Compare,
     Compared,
     DrawIds,
     DrawnIds,
     Prepare,
     Prepared,
+    RunnerOpened,
 )
 from ramgguf.llama.scorer import EngineOptions
 from ramgguf.quants.imatrix import ImportanceSource
 
 
 @dataclass(frozen=True)
-class BenchKey:
+class RunnerKey:
     """A workbench that a worker keeps open: a copy of the model, made in `folder`, and settings.
 
-    Passes over the same model with the same settings give the same numbers on equal kernels.
+    ForwardRunner over the same model with the same settings give the same numbers on equal kernels.
     """
 
     model: FileIdentity
@@ -47,11 +47,11 @@ class OpenEngine:
     """Ask only what is open: answered by Opened."""
 
 
-Key = BenchKey | EngineKey
-BenchRequest = AboutBench | DrawIds | Prepare | Compare
+Key = RunnerKey | EngineKey
+RunnerRequest = AboutBench | DrawIds | Prepare | Compare
 EngineRequest = OpenEngine | Tokenize | Score
-BenchAnswer = BenchOpened | DrawnIds | Prepared | Compared
-Answer = BenchAnswer | Opened | Tokenized | tuple[Scored, ...]
+RunnerAnswer = RunnerOpened | DrawnIds | Prepared | Compared
+Answer = RunnerAnswer | Opened | Tokenized | tuple[Scored, ...]
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Task:
 
     label: str
     key: Key
-    request: BenchRequest | EngineRequest
+    request: RunnerRequest | EngineRequest
     run: str
     version: str
 

@@ -6,7 +6,7 @@ import socket
 import sys
 from typing import Literal
 
-from ramgguf.cluster.session_cache import TOOLS
+from ramgguf.cluster.session_cache import SESSIONS
 from ramgguf.cluster.tasks import Done, Failed, Task, WorkerInfo
 from ramgguf.core.errors import RamggufError
 from ramgguf.core.version import __version__
@@ -21,7 +21,7 @@ def perform(task: Task) -> Done | Failed:
         found = f"has ramgguf {__version__}, expected {task.version}; install the same everywhere"
         return Failed(name, "error", found)
     try:
-        with TOOLS.use(task.key, task.run) as tool:
+        with SESSIONS.use(task.key, task.run) as tool:
             return Done(WorkerInfo(name, tool.system), tool.perform(task.request))
     except CrashError as e:
         return Failed(name, _kind(e.code), str(e), e.model, e.index)

@@ -1,4 +1,4 @@
-"""The crew's side: hand tasks to an executor, take answers as they come, check who gave them."""
+"""The pool's side: hand tasks to an executor, take answers as they come, check who gave them."""
 
 import uuid
 from collections import Counter
@@ -9,14 +9,14 @@ from types import TracebackType
 from typing import Self
 
 from ramgguf.cluster.dask_executor import DaskExecutor
-from ramgguf.cluster.session_cache import TOOLS
+from ramgguf.cluster.session_cache import SESSIONS
 from ramgguf.cluster.tasks import (
-    BenchRequest,
     Done,
     EngineKey,
     EngineRequest,
     Failed,
     Key,
+    RunnerRequest,
     Task,
     WorkerInfo,
 )
@@ -28,7 +28,7 @@ from ramgguf.llama.client import CrashError, ModelError
 MAX_TRIES = 3  # of a task whose child is killed from outside, by the system short of memory say
 
 
-class Crew:
+class WorkerPool:
     """The workers of an executor, for one run. Use as a context manager.
 
     Leaving it closes what workers in this process keep open; those elsewhere close it after a
@@ -48,7 +48,7 @@ class Crew:
         self, kind: type[BaseException] | None, e: BaseException | None, at: TracebackType | None
     ) -> None:
         self._cancel()
-        TOOLS.close(self._run)
+        SESSIONS.close(self._run)
 
     @property
     def n_workers(self) -> int:
@@ -62,7 +62,7 @@ class Crew:
         """The names of the CPUs that have computed so far, sorted."""
         return tuple(sorted({w.system.cpu for w in self._workers.values()}))
 
-    def task(self, label: str, key: Key, request: BenchRequest | EngineRequest) -> Task:
+    def task(self, label: str, key: Key, request: RunnerRequest | EngineRequest) -> Task:
         """Return a task of this run."""
         return Task(label, key, request, self._run, __version__)
 

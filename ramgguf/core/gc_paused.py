@@ -8,7 +8,7 @@ MANY = 10_000  # looking so many values over takes milliseconds
 
 
 @contextlib.contextmanager
-def uncollected() -> Iterator[None]:
+def gc_paused() -> Iterator[None]:
     """Have cyclic garbage collected later: for code that makes many values and no cycles.
 
     The collector looks at new values again and again, which takes longer than making them. When

@@ -17,8 +17,8 @@ from ramgguf.deploy.collapse_checks import (
     perplexity,
     signs,
 )
-from ramgguf.deploy.footprint import Footprint, Scale, parse_cache_types
-from ramgguf.deploy.footprint_formula import Shape
+from ramgguf.deploy.footprint import Footprint, FootprintEstimator, parse_cache_types
+from ramgguf.deploy.footprint_formula import ContextShape
 from ramgguf.deploy.memory import MemoryPlanner, MemoryRequest
 from ramgguf.deploy.result import Answer, CheckResult, Speed, Spread, Stage
 from ramgguf.gguf.hub import local_path
@@ -48,7 +48,7 @@ Announce = Callable[[str], None]
 class CheckRequest:
     """How a file is tried: its limit, its context, and how much is timed and said."""
 
-    shape: Shape
+    shape: ContextShape
     limit: Available
     n_threads: int
     n_repeats: int = 5
@@ -90,7 +90,7 @@ def check_file(
     path = local_path(path)
     reference = None if reference is None else local_path(reference)
     with open_gguf(path, kind_check=True) as file:
-        with Scale(file) as scale:
+        with FootprintEstimator(file) as scale:
             planned = scale.footprint(request.shape, {})
         found = _Found()
         limits = limiter(request.limit.n_bytes)
@@ -287,8 +287,10 @@ def _advice(file: GGUFFile, request: CheckRequest) -> tuple[str, ...]:
     if 0 < longest < shape.n_ctx:
         advice.append(f"a context of at most {longest} tokens: --context {longest}")
     if shape.type_k in ("F16", "F32", "BF16"):
-        with Scale(file) as scale:
-            smaller = scale.footprint(Shape(shape.n_ctx, shape.n_seq, "Q8_0", "Q8_0"), {}).use
+        with FootprintEstimator(file) as scale:
+            smaller = scale.footprint(
+                ContextShape(shape.n_ctx, shape.n_seq, "Q8_0", "Q8_0"), {}
+            ).use
         fits = ", which fits" if smaller.total <= limit else ""
         advice.append(
             f"a smaller cache: --cache-type q8_0 needs {format_bytes(smaller.total)}{fits}"
@@ -317,7 +319,7 @@ def check(
     GGUFError for a file that is none, EngineError when llama.cpp is missing.
     """
     request = CheckRequest(
-        Shape(context, 1, *parse_cache_types(cache_type)),
+        ContextShape(context, 1, *parse_cache_types(cache_type)),
         memory_limit(memory),
         n_threads=threads or default_threads(),
         n_repeats=repeats,

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Literal, Self
 
 from ramgguf.core.errors import BudgetError, EngineError
-from ramgguf.deploy.footprint_formula import N_UBATCH, Shape, cache_bytes, compute_bytes
+from ramgguf.deploy.footprint_formula import N_UBATCH, ContextShape, cache_bytes, compute_bytes
 from ramgguf.gguf.layout import encoded_bytes
 from ramgguf.gguf.reader import GGUFFile
-from ramgguf.gguf.stub_model import hollow_model
+from ramgguf.gguf.stub_model import stub_model
 from ramgguf.llama.child import Child
 from ramgguf.llama.sizes import Sizes, SizesOf
 from ramgguf.plan.result import MemoryUse
@@ -47,7 +47,7 @@ class Footprint:
     graph.
     """
 
-    shape: Shape
+    shape: ContextShape
     layer_weights: tuple[int, ...]
     layer_cache: tuple[int, ...]
     input_weights: int
@@ -79,7 +79,7 @@ class Footprint:
         )
 
 
-class Scale:
+class FootprintEstimator:
     """Asks for footprints of one model, as a plan would have it. Use as a context manager.
 
     llama.cpp answers from a child process; where it cannot, the formula does, and says why.
@@ -100,7 +100,7 @@ class Scale:
         self._stack.close()
         self._hollow.close()
 
-    def footprint(self, shape: Shape, tensor_types: Mapping[str, str]) -> Footprint:
+    def footprint(self, shape: ContextShape, tensor_types: Mapping[str, str]) -> Footprint:
         """Return what the model takes with these types, the source's own for others.
 
         Raises BudgetError when llama.cpp refuses the cache's types.
@@ -118,22 +118,22 @@ class Scale:
         """Return the path of a hollow model with these types, kept until others are wanted."""
         if self._hollow_of is None or self._hollow_of[0] != tensor_types:
             self._hollow.close()
-            path = self._hollow.enter_context(hollow_model(self._file, tensor_types))
+            path = self._hollow.enter_context(stub_model(self._file, tensor_types))
             self._hollow_of = (dict(tensor_types), str(path))
         return self._hollow_of[1]
 
-    def _require_allowed(self, path: str, shape: Shape, why: str) -> None:
+    def _require_allowed(self, path: str, shape: ContextShape, why: str) -> None:
         """Raise BudgetError if only the types of the cache are what llama.cpp refuses."""
         if (shape.type_k, shape.type_v) == ("F16", "F16"):
             return
         with contextlib.suppress(EngineError):
-            self._ask(path, Shape(shape.n_ctx, shape.n_seq))
+            self._ask(path, ContextShape(shape.n_ctx, shape.n_seq))
             raise BudgetError(
                 f"{why}, though one of F16 would do; choose another --cache-type, such as "
                 f"{shape.type_k.lower()} for both"
             )
 
-    def _ask(self, path: str, shape: Shape) -> Sizes:
+    def _ask(self, path: str, shape: ContextShape) -> Sizes:
         return self._child.ask(
             SizesOf(
                 path=path,
@@ -146,7 +146,9 @@ class Scale:
         )
 
 
-def _told(file: GGUFFile, shape: Shape, tensor_types: Mapping[str, str], sizes: Sizes) -> Footprint:
+def _told(
+    file: GGUFFile, shape: ContextShape, tensor_types: Mapping[str, str], sizes: Sizes
+) -> Footprint:
     """Return the footprint that llama.cpp told; the formula only shares it among layers."""
     estimate = _estimated(file, shape, tensor_types, "")
     shares = estimate.layer_cache
@@ -169,7 +171,7 @@ def _told(file: GGUFFile, shape: Shape, tensor_types: Mapping[str, str], sizes: 
 
 
 def _estimated(
-    file: GGUFFile, shape: Shape, tensor_types: Mapping[str, str], why: str
+    file: GGUFFile, shape: ContextShape, tensor_types: Mapping[str, str], why: str
 ) -> Footprint:
     layers = [0] * (file.n_layers or 0)
     inputs = outputs = 0
@@ -201,7 +203,7 @@ def _estimated(
     )
 
 
-def _overhead(file: GGUFFile, n_vocab: int, shape: Shape) -> int:
+def _overhead(file: GGUFFile, n_vocab: int, shape: ContextShape) -> int:
     """Return what neither buffers nor files show: process, vocabulary, logits, work buffer.
 
     The work buffer holds one batch's activations as the weights' kernels want them.

@@ -31,7 +31,7 @@ _ENCODERS = ("bert", "t5encoder", "nomic-bert", "jina-bert", "neo-bert", "modern
 
 
 @dataclass(frozen=True)
-class Shape:
+class ContextShape:
     """A context: n_ctx tokens of each of n_seq sequences, and the types of its caches."""
 
     n_ctx: int
@@ -66,7 +66,7 @@ class Header:
         return list(default)
 
 
-def cache_bytes(file: GGUFFile, shape: Shape) -> tuple[int, ...]:
+def cache_bytes(file: GGUFFile, shape: ContextShape) -> tuple[int, ...]:
     """Return what each layer keeps of the context: keys and values, or recurrent state."""
     header = Header(file)
     n = header.n_layers
@@ -107,7 +107,7 @@ def _state_bytes(header: Header) -> int:
     return 4 * (conv * (inner + 2 * n_groups * state) + state * inner)
 
 
-def _attention_bytes(header: Header, shape: Shape) -> list[int]:
+def _attention_bytes(header: Header, shape: ContextShape) -> list[int]:
     """Return what each layer's keys and values take, a window's worth where that is all it has."""
     n = header.n_layers
     heads = header.per_layer("attention.head_count", [1] * n)
@@ -152,7 +152,7 @@ def _padded(n: int) -> int:
     return -(-n // _CELL_PADDING) * _CELL_PADDING
 
 
-def compute_bytes(file: GGUFFile, shape: Shape) -> int:
+def compute_bytes(file: GGUFFile, shape: ContextShape) -> int:
     """Return about what one batch's activations take: logits or the widest layer, and the mask.
 
     llama.cpp's own figure depends on its graph: an estimate that is right to a factor of 1.5.
@@ -174,7 +174,7 @@ def compute_bytes(file: GGUFFile, shape: Shape) -> int:
     return N_UBATCH * (4 * widest + per_cell * _mask_cells(header, shape))
 
 
-def _mask_cells(header: Header, shape: Shape) -> int:
+def _mask_cells(header: Header, shape: ContextShape) -> int:
     """Return the cells of the caches that a batch is masked against, in F16."""
     if header.architecture in _RECURRENT:
         return 0

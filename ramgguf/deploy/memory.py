@@ -8,13 +8,13 @@ from pathlib import Path
 
 from ramgguf.core.errors import BudgetError, PlanError
 from ramgguf.core.units import format_bytes
-from ramgguf.deploy.footprint import Footprint, Scale
-from ramgguf.deploy.footprint_formula import Shape
+from ramgguf.deploy.footprint import Footprint, FootprintEstimator
+from ramgguf.deploy.footprint_formula import ContextShape
 from ramgguf.deploy.offload import Placed, most_layers, place, place_within
 from ramgguf.gguf.hub import local_path
 from ramgguf.gguf.layout import planned_header_bytes
 from ramgguf.gguf.reader import GGUFFile, open_gguf
-from ramgguf.plan.limits import ByteLimit, PlanAt, SourceSize
+from ramgguf.plan import ByteLimit, PlanAt, SourceSize
 from ramgguf.plan.result import MemoryBudget, Plan
 
 _MOST_ROUNDS = 24
@@ -29,7 +29,7 @@ class MemoryRequest:
     GPU as fit there, or n_gpu_layers if given.
     """
 
-    shape: Shape
+    shape: ContextShape
     ram: int | None
     source: str = "--memory"
     vram: int | None = None
@@ -44,7 +44,7 @@ class MemoryPlanner:
             raise BudgetError("name the memory that may be used: --memory, --fit or --vram")
         self._file, self._request = file, request
         self._header_bytes = planned_header_bytes(file, {}, {})
-        self._scale = Scale(file)
+        self._scale = FootprintEstimator(file)
 
     def __enter__(self) -> "MemoryPlanner":
         self._scale.__enter__()
@@ -185,7 +185,7 @@ class MemoryPlanner:
             about = "The" if known else "At about 2 bits per weight, the"
             advice.append(f"{about} largest context that fits is {longest}")
         if shape.type_k not in ("Q8_0", "Q4_0"):
-            smaller = Shape(shape.n_ctx, shape.n_seq, "Q8_0", "Q8_0")
+            smaller = ContextShape(shape.n_ctx, shape.n_seq, "Q8_0", "Q8_0")
             one, other = (self._scale.footprint(s, {}).use.cache for s in (shape, smaller))
             if other < one:
                 advice.append(f"--cache-type q8_0 saves {format_bytes(one - other)}")
@@ -204,7 +204,7 @@ class MemoryPlanner:
         shape = self._request.shape
 
         def fits(n_ctx: int) -> bool:
-            tried = Shape(n_ctx, shape.n_seq, shape.type_k, shape.type_v)
+            tried = ContextShape(n_ctx, shape.n_seq, shape.type_k, shape.type_v)
             footprint = self._scale.footprint(tried, {})
             share = (n_bytes - self._header_bytes) / footprint.use.weights
             return self._excess(self._place(footprint.scaled(share))) <= 0

@@ -12,8 +12,8 @@ from ramgguf.core.errors import BudgetError, EngineError, ResultError
 from ramgguf.core.machine import Available
 from ramgguf.core.units import format_bytes
 from ramgguf.deploy.collapse_checks import KNOWN_TEXT
-from ramgguf.deploy.footprint import Scale
-from ramgguf.deploy.footprint_formula import Shape
+from ramgguf.deploy.footprint import FootprintEstimator
+from ramgguf.deploy.footprint_formula import ContextShape
 from ramgguf.deploy.memory import CONTEXT_STEP, MemoryPlanner, MemoryRequest
 from ramgguf.deploy.result import CheckResult
 from ramgguf.gguf.reader import GGUFFile, open_gguf
@@ -38,7 +38,7 @@ class Settings:
 
     path: Path
     alias: str
-    shape: Shape
+    shape: ContextShape
     n_threads: int
     chat_format: str | None
     needed: int
@@ -48,7 +48,7 @@ class Settings:
 
 
 def planned_settings(
-    path: Path, shape: Shape, limit: Available, *, n_threads: int, force: bool = False
+    path: Path, shape: ContextShape, limit: Available, *, n_threads: int, force: bool = False
 ) -> Settings:
     """Return the settings for a context, planned to fit the limit.
 
@@ -56,7 +56,7 @@ def planned_settings(
     """
     shape = _whole(shape)
     with open_gguf(path, kind_check=True) as file:
-        with Scale(file) as scale:
+        with FootprintEstimator(file) as scale:
             footprint = scale.footprint(shape, {})
         needed = footprint.use.total + _SERVER_BYTES
         if needed > limit.n_bytes and not force:
@@ -83,7 +83,7 @@ def checked_settings(
             raise ResultError(
                 f"{path} failed its check: {'; '.join(result.failures)}; --force serves it anyway"
             )
-        shape = _whole(Shape(result.n_ctx, 1, result.type_k, result.type_v))
+        shape = _whole(ContextShape(result.n_ctx, 1, result.type_k, result.type_v))
         needed = (result.peak_bytes or result.planned.total) + _SERVER_BYTES
         if needed > limit.n_bytes and not force:
             raise BudgetError(_too_large(file, shape, needed, limit))
@@ -93,7 +93,7 @@ def checked_settings(
         return _settings(file, path, shape, result.n_threads, needed, by, result)
 
 
-def _whole(shape: Shape) -> Shape:
+def _whole(shape: ContextShape) -> ContextShape:
     """Return the shape with the context that llama.cpp makes of it."""
     return replace(shape, n_ctx=-(-shape.n_ctx // CONTEXT_STEP) * CONTEXT_STEP)
 
@@ -101,7 +101,7 @@ def _whole(shape: Shape) -> Shape:
 def _settings(
     file: GGUFFile,
     path: Path,
-    shape: Shape,
+    shape: ContextShape,
     n_threads: int,
     needed: int,
     needed_by: Literal["measured", "llama.cpp", "estimate"],
@@ -121,7 +121,7 @@ def _settings(
     )
 
 
-def _too_large(file: GGUFFile, shape: Shape, needed: int, limit: Available) -> str:
+def _too_large(file: GGUFFile, shape: ContextShape, needed: int, limit: Available) -> str:
     """Return the line that says what does not fit, and what would."""
     left = limit.n_bytes - _SERVER_BYTES
     longest = 0

@@ -19,7 +19,7 @@ from ramgguf.evaluate.leaderboard import (
     Reversal,
     Row,
 )
-from ramgguf.evaluate.paired_tests import Evidence
+from ramgguf.evaluate.paired_tests import PairedTests
 from ramgguf.evaluate.result import EvalResult, incomparable
 from ramgguf.evaluate.statistics import OUTLIER_PPL
 
@@ -62,7 +62,7 @@ def compare_results(
     ranked, shared, notes = _ranked_together(results)
     # enough resamples that the smallest possible p survives the correction over all pairs
     n_pairs = len(ranked) * (len(ranked) - 1) // 2
-    evidence = Evidence(ranked, shared, rng, max(n_resamples, min(400 * n_pairs, 100_000)))
+    evidence = PairedTests(ranked, shared, rng, max(n_resamples, min(400 * n_pairs, 100_000)))
     rows = evidence.rows(outlier_ppl)
     found = tuple(evidence.disagreement(*parted) for parted in _disagreeing(rows))
     board = _leaderboard(rows, found, n_sequences=len(shared), notes=(*notes, *evidence.notes))

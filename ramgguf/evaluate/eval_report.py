@@ -14,7 +14,7 @@ from ramgguf.evaluate.summary import Summary, summarize, unique_labels
 
 
 @dataclass(frozen=True, eq=False)
-class Study:
+class EvalReport:
     """Summaries in the order of the results; the leaderboard, or why there is none.
 
     failures names the results without a single scored sequence, and what stopped them.
@@ -27,13 +27,13 @@ class Study:
     outlier_ppl: float
 
 
-def study(
+def eval_report(
     results: Sequence[EvalResult],
     rng: np.random.Generator,
     *,
     outlier_ppl: float = OUTLIER_PPL,
     n_resamples: int = 10_000,
-) -> Study:
+) -> EvalReport:
     """Return summaries and leaderboard of the results.
 
     Results that must not be ranked together are summarized all the same, and refusal says why.
@@ -55,4 +55,4 @@ def study(
         board = compare_results(results, rng, outlier_ppl=outlier_ppl, n_resamples=n_resamples)
     except ResultError as e:
         refusal = str(e)
-    return Study(summaries, board, refusal, failures, outlier_ppl)
+    return EvalReport(summaries, board, refusal, failures, outlier_ppl)

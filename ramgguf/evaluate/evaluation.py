@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from ramgguf.cluster.worker_pool import Crew
+from ramgguf.cluster.worker_pool import WorkerPool
 from ramgguf.core.corpus import dataset as dataset_corpus
 from ramgguf.core.corpus import default_corpus, text_file
 from ramgguf.core.documents import Drawn
@@ -70,13 +70,13 @@ def score_models(
     shown = progress or Silent()
     note = None
     with Journal(jsonl, resume=resume) as journal, ExitStack() as stack:
-        crew = None if executor is None else stack.enter_context(Crew(executor))
+        pool = None if executor is None else stack.enter_context(WorkerPool(executor))
         try:
-            runs = score(files, settings, journal, shown, crew)
+            runs = score(files, settings, journal, shown, pool)
         except CrashError as e:
             note = f"scored without llama.cpp's repacked kernels, because: {e}"
             settings = replace(settings, safe_kernels=True, stop_at_crash=False)
-            runs = score(files, settings, journal, shown, crew)
+            runs = score(files, settings, journal, shown, pool)
         results = [_result(run, journal, note) for run in runs]
     failures = tuple(dict.fromkeys(run.failure for run in runs if run.failure is not None))
     if not any(r is not None and (r.sequences or r.broken) for r in results):

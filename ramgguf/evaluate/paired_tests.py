@@ -44,7 +44,7 @@ _LIKE_THE_WORST = 0.25  # a sequence with this much of the worst one's influence
 Pair = tuple[str, str]
 
 
-class Evidence:
+class PairedTests:
     """Results on the sequences they share, resampled together."""
 
     def __init__(

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ramgguf.cluster.scorer import CrewScorer
-from ramgguf.cluster.worker_pool import Crew
+from ramgguf.cluster.scorer import RemoteScorer
+from ramgguf.cluster.worker_pool import WorkerPool
 from ramgguf.core.errors import EngineError
 from ramgguf.core.progress import Progress
 from ramgguf.core.version import __version__
@@ -61,16 +61,16 @@ def score(
     settings: Settings,
     journal: Journal,
     progress: Progress,
-    crew: Crew | None = None,
+    pool: WorkerPool | None = None,
 ) -> list[Run]:
     """Return the runs of the models; their sequences are in the journal.
 
-    With a crew, its workers score the sequences.
+    With a pool, its workers score the sequences.
     A model that fails leaves its run with a failure, and the others go on; with stop_at_crash a
     CrashError is raised instead.
     """
     runs = [Run(file) for file in files]
-    stage = _Stage(settings, journal, progress, len(runs), crew)
+    stage = _Stage(settings, journal, progress, len(runs), pool)
     try:
         for group in groups(runs, settings.reference):
             stage.score_group(group)
@@ -103,13 +103,13 @@ class _Stage:
         journal: Journal,
         progress: Progress,
         n_models: int,
-        crew: Crew | None,
+        pool: WorkerPool | None,
     ) -> None:
         self._settings = settings
         self._journal = journal
         self._progress = progress
         self._n_models = n_models
-        self._crew = crew
+        self._pool = pool
         self._windows: dict[str, Windows] = {}
 
     def score_group(self, group: list[Run]) -> None:
@@ -147,8 +147,8 @@ class _Stage:
         options = EngineOptions(
             n_ctx, self._settings.threads, self._settings.safe_kernels, self._settings.verbose
         )
-        if self._crew is not None:
-            yield CrewScorer(self._crew, paths, options)
+        if self._pool is not None:
+            yield RemoteScorer(self._pool, paths, options)
             return
         with Engine(
             paths,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ramgguf._core import Header, HeaderError, scan_header
 from ramgguf.core.errors import GGUFError
-from ramgguf.core.gc_paused import uncollected
+from ramgguf.core.gc_paused import gc_paused
 from ramgguf.gguf.header import GGML_TYPES, GGML_TYPES_BY_ID, KeySpan, Metadata, TensorInfo
 
 _FIRST_READ = 1 << 22
@@ -42,7 +42,7 @@ class Shard:
         self.alignment = header.alignment
         self.version = header.version
         self.metadata = Metadata(self.head, map(KeySpan._make, header.keys))
-        with uncollected():
+        with gc_paused():
             names = {kind: GGML_TYPES_BY_ID[kind].name for _, _, kind, _, _ in header.tensors}
             self.tensors = tuple(
                 TensorInfo(name, shape, names[kind], kind, n_bytes, number, offset)

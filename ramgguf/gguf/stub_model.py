@@ -15,7 +15,7 @@ from ramgguf.gguf.reader import GGUFFile
 
 
 @contextmanager
-def hollow_model(source: GGUFFile, tensor_types: Mapping[str, str]) -> Iterator[Path]:
+def stub_model(source: GGUFFile, tensor_types: Mapping[str, str]) -> Iterator[Path]:
     """Yield the path of a hollow model in the source's shapes and these types, removed after use.
 
     Tensors that are not named keep their type. Raises GGUFError when it cannot be written.

@@ -1,6 +1,6 @@
-"""Forward passes of a model some of whose tensors are as a format leaves them: what is asked for.
+"""The interface of forward passes over a model some of whose tensors are quantized.
 
-Where they run is open: in this process (Workbench), or on the workers of an executor (CrewPasses).
+A runner executes them: LocalRunner in this process, RemoteRunner on the workers of an executor.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ import numpy as np
 from ramgguf.llama.model import Logits
 from ramgguf.llama.patched_weights import Floats
 from ramgguf.llama.protocol import TokenIds
-from ramgguf.llama.tokens import Request
+from ramgguf.llama.tokens import TokenRequest
 
 # Of a sequence's logits, what is hashed to tell whether two machines compute alike.
 FINGERPRINT_STRIDE = 64
@@ -22,7 +22,7 @@ Change = tuple[str, str]  # a tensor's name, and the format that it gets
 
 
 @dataclass(frozen=True)
-class Wanted:
+class ForwardRequest:
     """Sequences to decode while these tensors have these formats, all others their own."""
 
     changes: tuple[Change, ...]
@@ -30,15 +30,15 @@ class Wanted:
 
 
 @dataclass(frozen=True)
-class Found:
+class ForwardResult:
     """KL(original ‖ changed) of every token in nats, sequence after sequence; the changes' NMSE."""
 
     kld: Floats
     nmse: tuple[float, ...]
 
 
-class Passes(Protocol):
-    """Passes over one model, with one context length, encoder and number of threads each."""
+class ForwardRunner(Protocol):
+    """ForwardRunner over one model, with one context length, encoder and number of threads each."""
 
     @property
     def n_workers(self) -> int:
@@ -56,11 +56,11 @@ class Passes(Protocol):
     def cpus(self) -> tuple[str, ...]:
         """The names of the CPUs that have computed so far, sorted."""
 
-    def draw(self, request: Request, indices: Sequence[int]) -> tuple[TokenIds, ...]:
+    def draw(self, request: TokenRequest, indices: Sequence[int]) -> tuple[TokenIds, ...]:
         """Return the sequences of these numbers (probe_tokens.draw_sequences)."""
 
     def draw_sets(
-        self, request: Request, sizes: Sequence[int], first: int
+        self, request: TokenRequest, sizes: Sequence[int], first: int
     ) -> tuple[tuple[TokenIds, ...], ...]:
         """Return sets of sequences (probe_tokens.draw_sets)."""
 
@@ -73,7 +73,7 @@ class Passes(Protocol):
         The sequences of later passes are among these.
         """
 
-    def run(self, wanted: Sequence[Wanted]) -> Iterator[tuple[int, Found]]:
+    def run(self, wanted: Sequence[ForwardRequest]) -> Iterator[tuple[int, ForwardResult]]:
         """Yield, in any order, the position in `wanted` of a pass and what it found."""
 
 

@@ -1,4 +1,4 @@
-"""Passes in this process: a loaded copy of the model whose tensors are exchanged as is wanted."""
+"""Forward passes in this process, by a loaded copy of the model whose tensors are patched."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -9,21 +9,27 @@ from typing import Self
 import numpy as np
 
 from ramgguf.gguf.reader import GGUFFile
-from ramgguf.llama.forward import Change, Found, Wanted, fingerprint, joint_fingerprint
+from ramgguf.llama.forward import (
+    Change,
+    ForwardRequest,
+    ForwardResult,
+    fingerprint,
+    joint_fingerprint,
+)
 from ramgguf.llama.model import Logits
-from ramgguf.llama.patched_model import Probe
-from ramgguf.llama.patched_weights import PlannedWeights
+from ramgguf.llama.patched_model import PatchedModel
+from ramgguf.llama.patched_weights import PatchedWeights
 from ramgguf.llama.protocol import TokenIds
 from ramgguf.llama.system import cpu_name, system_info
-from ramgguf.llama.tokens import Request, draw_sequences, draw_sets
+from ramgguf.llama.tokens import TokenRequest, draw_sequences, draw_sets
 from ramgguf.quants.imatrix import Imatrix
 
 # Logits of the original that are kept; more are computed again when they are needed.
 KEPT_LOGITS_BYTES = 8 << 30
 
 
-class Workbench:
-    """Passes over a copy of the file in `folder`, with `threads` threads. A context manager.
+class LocalRunner:
+    """ForwardRunner over a copy of the file in `folder`, with `threads` threads. A context manager.
 
     Raises EngineError when llama.cpp fails, GGUFError when the file is changed meanwhile.
     """
@@ -41,8 +47,8 @@ class Workbench:
         imatrix: Imatrix | None,
     ) -> None:
         self._file = file
-        self._probe = Probe(file, folder, n_ctx=n_ctx, n_threads=threads)
-        self._weights = PlannedWeights(file, self._probe, encoder, imatrix, threads)
+        self._probe = PatchedModel(file, folder, n_ctx=n_ctx, n_threads=threads)
+        self._weights = PatchedWeights(file, self._probe, encoder, imatrix, threads)
         self._formats: dict[str, str] = {}
         self._nmse: dict[Change, float] = {}
         self._references: dict[bytes, Logits] = {}
@@ -70,13 +76,13 @@ class Workbench:
         """This machine's."""
         return (cpu_name(),)
 
-    def draw(self, request: Request, indices: Sequence[int]) -> tuple[TokenIds, ...]:
+    def draw(self, request: TokenRequest, indices: Sequence[int]) -> tuple[TokenIds, ...]:
         """Return the sequences of these numbers."""
         self._make(())
         return draw_sequences(self._probe.model, request, indices)
 
     def draw_sets(
-        self, request: Request, sizes: Sequence[int], first: int
+        self, request: TokenRequest, sizes: Sequence[int], first: int
     ) -> tuple[tuple[TokenIds, ...], ...]:
         """Return sets of sequences."""
         self._make(())
@@ -97,7 +103,7 @@ class Workbench:
         """Return the fingerprint of each sequence."""
         return [fingerprint(self._reference(ids)) for ids in sequences]
 
-    def run(self, wanted: Sequence[Wanted]) -> Iterator[tuple[int, Found]]:
+    def run(self, wanted: Sequence[ForwardRequest]) -> Iterator[tuple[int, ForwardResult]]:
         """Yield what the passes find, in their order."""
         for position, one in enumerate(wanted):
             references = [self._reference(ids) for ids in one.sequences]
@@ -105,7 +111,7 @@ class Workbench:
             pairs = zip(one.sequences, references, strict=True)
             kld = np.concatenate([self._probe.divergence(ids, logits) for ids, logits in pairs])
             self._file.require_unchanged()
-            yield position, Found(kld, tuple(self._nmse[change] for change in one.changes))
+            yield position, ForwardResult(kld, tuple(self._nmse[change] for change in one.changes))
 
     def _make(self, changes: Sequence[Change]) -> None:
         """Give the copy these formats, and the original's weights in all other tensors."""

@@ -23,7 +23,7 @@ from ramgguf.llama.protocol import (
     pack_ids,
     unpack_ids,
 )
-from ramgguf.llama.tokens import draw_sequences, lots, wanted_by
+from ramgguf.llama.tokens import batches, draw_sequences, wanted_by
 
 
 class Observer:
@@ -47,12 +47,12 @@ class Observer:
         self._model = self._tap = None
 
     def draw(self, model: LlamaModel, request: Draw) -> None:
-        """Answer the sequences of these numbers, with each one's share of its lot's time."""
+        """Answer the sequences of these numbers, with each one's share of its batch's time."""
         wanted = wanted_by(request)
-        for lot in lots(request.indices):
+        for batch in batches(request.indices):
             start = time.perf_counter()
-            drawn = draw_sequences(model, wanted, lot)
-            seconds = (time.perf_counter() - start) / len(lot)
+            drawn = draw_sequences(model, wanted, batch)
+            seconds = (time.perf_counter() - start) / len(batch)
             for ids in drawn:
                 self._send(Drawn(ids=pack_ids(ids), seconds=seconds))
 

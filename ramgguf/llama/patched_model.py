@@ -22,7 +22,7 @@ from ramgguf.llama.protocol import TokenIds
 from ramgguf.llama.scoring import RowPass
 
 
-class Probe:
+class PatchedModel:
     """A model loaded from a copy of its file in `folder`. Use as a context manager.
 
     The copy takes as much disk as the model. It loses its name once it is loaded, so that nothing

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from ramgguf.core.errors import PlanError
 from ramgguf.gguf.reader import GGUFFile
-from ramgguf.llama.patched_model import Probe
+from ramgguf.llama.patched_model import PatchedModel
 from ramgguf.quants.imatrix import Imatrix
 from ramgguf.quants.roundtrip import SOURCES, simulated
 
@@ -15,11 +15,11 @@ Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class PlannedWeights:
+class PatchedWeights:
     """The copy's tensors, written as formats would leave them."""
 
     file: GGUFFile
-    probe: Probe
+    probe: PatchedModel
     encoder: str
     imatrix: Imatrix | None
     threads: int

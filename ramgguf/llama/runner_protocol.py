@@ -1,4 +1,4 @@
-"""The messages between a worker and its child with a Workbench: one JSON object per line."""
+"""The messages between a worker and its child with a LocalRunner: one JSON object per line."""
 
 import base64
 from typing import Annotated, Literal
@@ -13,7 +13,7 @@ from ramgguf.quants.imatrix import ImportanceSource
 
 
 class OpenBench(FrozenModel):
-    """Load a copy of the model, made in `folder`; answered by BenchOpened."""
+    """Load a copy of the model, made in `folder`; answered by RunnerOpened."""
 
     kind: Literal["open"] = "open"
     path: str
@@ -25,12 +25,12 @@ class OpenBench(FrozenModel):
 
 
 class AboutBench(FrozenModel):
-    """Ask again what is open; answered by BenchOpened."""
+    """Ask again what is open; answered by RunnerOpened."""
 
     kind: Literal["about"] = "about"
 
 
-class BenchOpened(FrozenModel):
+class RunnerOpened(FrozenModel):
     """Which llama.cpp runs the copy; tokens in the model's vocabulary."""
 
     kind: Literal["opened"] = "opened"
@@ -91,7 +91,7 @@ class Compared(FrozenModel):
 
 
 AnyBenchRequest = OpenBench | AboutBench | DrawIds | Prepare | Compare
-BenchRequestAdapter: TypeAdapter[AnyBenchRequest] = TypeAdapter(
+RunnerRequestAdapter: TypeAdapter[AnyBenchRequest] = TypeAdapter(
     Annotated[AnyBenchRequest, Field(discriminator="kind")]
 )
 

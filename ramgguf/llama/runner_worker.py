@@ -1,4 +1,4 @@
-"""The child process with a Workbench in it: passes over a copy of a model, as they are wanted."""
+"""The child process with a LocalRunner in it: passes over a copy of a model, as they are wanted."""
 
 import time
 from contextlib import ExitStack
@@ -9,14 +9,12 @@ from ramgguf.core.errors import EngineError
 from ramgguf.core.scratch import scratch_folder
 from ramgguf.gguf.reader import open_gguf
 from ramgguf.llama.child import answer_requests
-from ramgguf.llama.forward import Wanted
-from ramgguf.llama.local_runner import Workbench
+from ramgguf.llama.forward import ForwardRequest
+from ramgguf.llama.local_runner import LocalRunner
 from ramgguf.llama.protocol import pack_ids, unpack_ids
 from ramgguf.llama.runner_protocol import (
     AboutBench,
     AnyBenchRequest,
-    BenchOpened,
-    BenchRequestAdapter,
     Compare,
     Compared,
     DrawIds,
@@ -24,6 +22,8 @@ from ramgguf.llama.runner_protocol import (
     OpenBench,
     Prepare,
     Prepared,
+    RunnerOpened,
+    RunnerRequestAdapter,
     pack_float64,
 )
 from ramgguf.llama.system import system_info
@@ -31,12 +31,12 @@ from ramgguf.llama.tokens import wanted_by
 from ramgguf.quants.imatrix import planned_imatrix
 
 
-class BenchSession:
+class RunnerSession:
     """The workbench, once it is open, and the answers to requests."""
 
     def __init__(self) -> None:
         self._stack = ExitStack()
-        self._bench: Workbench | None = None
+        self._bench: LocalRunner | None = None
 
     def answer(self, request: AnyBenchRequest) -> FrozenModel:
         """Return the answer to a request; the first opens the bench."""
@@ -55,13 +55,13 @@ class BenchSession:
             case Compare():
                 return _compared(self._bench, request)
 
-    def _open(self, request: OpenBench) -> BenchOpened:
+    def _open(self, request: OpenBench) -> RunnerOpened:
         file = self._stack.enter_context(open_gguf(Path(request.path), kind_check=True))
         parent = Path(request.folder) if request.folder is not None else None
         # The copy has no name any more when the folder goes.
         with scratch_folder(parent, error=EngineError) as folder:
             self._bench = self._stack.enter_context(
-                Workbench(
+                LocalRunner(
                     file,
                     folder,
                     n_ctx=request.n_ctx,
@@ -73,11 +73,11 @@ class BenchSession:
         return _about(self._bench)
 
 
-def _about(bench: Workbench) -> BenchOpened:
-    return BenchOpened(system=system_info(), n_vocab=bench.n_vocab)
+def _about(bench: LocalRunner) -> RunnerOpened:
+    return RunnerOpened(system=system_info(), n_vocab=bench.n_vocab)
 
 
-def _drawn(bench: Workbench, request: DrawIds) -> DrawnIds:
+def _drawn(bench: LocalRunner, request: DrawIds) -> DrawnIds:
     wanted = wanted_by(request)
     start = time.perf_counter()
     if request.sizes:
@@ -89,12 +89,12 @@ def _drawn(bench: Workbench, request: DrawIds) -> DrawnIds:
     return DrawnIds(ids=tuple(pack_ids(ids) for ids in drawn), seconds=seconds)
 
 
-def _compared(bench: Workbench, request: Compare) -> Compared:
+def _compared(bench: LocalRunner, request: Compare) -> Compared:
     ids = tuple(unpack_ids(text) for text in request.ids)
     bench.fingerprints([unpack_ids(text) for text in request.prepared])
     fingerprints = tuple(bench.fingerprints(ids))
     start = time.perf_counter()
-    ((_, found),) = bench.run([Wanted(request.changes, ids)])
+    ((_, found),) = bench.run([ForwardRequest(request.changes, ids)])
     return Compared(
         kld=pack_float64(found.kld),
         nmse=found.nmse,
@@ -105,7 +105,7 @@ def _compared(bench: Workbench, request: Compare) -> Compared:
 
 def main() -> None:
     """Answer requests until the parent goes."""
-    answer_requests(BenchRequestAdapter, BenchSession().answer)
+    answer_requests(RunnerRequestAdapter, RunnerSession().answer)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ TOGETHER = 8  # sequences that a model draws side by side
 
 
 @dataclass(frozen=True)
-class Request:
+class TokenRequest:
     """What is wanted. n_sequences None lets the time decide; corpus is for tokens of kind text.
 
     imatrix weighs the encoder's errors, as it will those of the quantized model.
@@ -53,9 +53,9 @@ def parse_tokens(text: str) -> tuple[TokenKind, Corpus | None]:
     return "text", text_file(path)
 
 
-def wanted_by(message: Draw) -> Request:
+def wanted_by(message: Draw) -> TokenRequest:
     """Return which tokens a message asks for."""
-    return Request(
+    return TokenRequest(
         encoder="rtn",
         tokens=message.tokens,
         corpus=None if message.text is None else Corpus(message.name, message.text),
@@ -64,33 +64,33 @@ def wanted_by(message: Draw) -> Request:
     )
 
 
-def lots(indices: Iterable[int]) -> list[tuple[int, ...]]:
-    """Return the numbers of sequences in the lots in which they are drawn, wherever that is."""
+def batches(indices: Iterable[int]) -> list[tuple[int, ...]]:
+    """Return the numbers of sequences in the batches in which they are drawn, wherever that is."""
     numbers = tuple(indices)
     return [numbers[i : i + TOGETHER] for i in range(0, len(numbers), TOGETHER)]
 
 
 def draw_sequences(
-    model: LlamaModel, request: Request, indices: Iterable[int]
+    model: LlamaModel, request: TokenRequest, indices: Iterable[int]
 ) -> tuple[TokenIds, ...]:
     """Return the sequences of these numbers: request.n_ctx token ids each, told by seed and number.
 
-    The model's own are drawn side by side, in lots, and depend on their lot. Raises EngineError
-    when a text is too short, or missing.
+    The model's own are drawn side by side, in batches, and depend on their batch. Raises
+    EngineError when a text is too short, or missing.
     """
-    return tuple(ids for lot in lots(indices) for ids in _draw_lot(model, request, lot))
+    return tuple(ids for batch in batches(indices) for ids in _draw_lot(model, request, batch))
 
 
-def _draw_lot(model: LlamaModel, request: Request, lot: Sequence[int]) -> Iterator[TokenIds]:
+def _draw_lot(model: LlamaModel, request: TokenRequest, batch: Sequence[int]) -> Iterator[TokenIds]:
     bos, n_vocab, length = model.vocab.info.bos, model.vocab.n_tokens, request.n_ctx - 1
-    rngs = [np.random.default_rng([request.seed, index]) for index in lot]
+    rngs = [np.random.default_rng([request.seed, index]) for index in batch]
     firsts = [bos if bos >= 0 else int(rng.integers(n_vocab)) for rng in rngs]
     rest: Iterable[TokenIds]
     if request.tokens == "random":
         rest = [rng.integers(n_vocab, size=length, dtype=np.int32) for rng in rngs]
     elif request.tokens == "text":
         rest = [_text_tokens(model, request, rng) for rng in rngs]
-    elif len(lot) == 1:
+    elif len(batch) == 1:
         rest = [model.sample(firsts, length, rngs[0])]
     else:
         rest = draw_together(model, firsts, length, rngs)
@@ -99,7 +99,7 @@ def _draw_lot(model: LlamaModel, request: Request, lot: Sequence[int]) -> Iterat
 
 
 def draw_sets(
-    model: LlamaModel, request: Request, sizes: Sequence[int], first: int
+    model: LlamaModel, request: TokenRequest, sizes: Sequence[int], first: int
 ) -> tuple[tuple[TokenIds, ...], ...]:
     """Return sets of sequences, sizes[k] in the k-th; no token of a text is in two of them.
 
@@ -115,7 +115,7 @@ def draw_sets(
     return tuple(drawn[end - size : end] for end, size in zip(ends, sizes, strict=True))
 
 
-def _windows(model: LlamaModel, request: Request, n: int, first: int) -> tuple[TokenIds, ...]:
+def _windows(model: LlamaModel, request: TokenRequest, n: int, first: int) -> tuple[TokenIds, ...]:
     """Return n windows of the text that do not overlap, each after BOS where there is one."""
     rng = np.random.default_rng([request.seed, first])
     bos, length = model.vocab.info.bos, request.n_ctx - 1
@@ -126,7 +126,7 @@ def _windows(model: LlamaModel, request: Request, n: int, first: int) -> tuple[T
     return tuple(np.concatenate([head, ids[p * length : (p + 1) * length]]) for p in places)
 
 
-def _text_tokens(model: LlamaModel, request: Request, rng: np.random.Generator) -> TokenIds:
+def _text_tokens(model: LlamaModel, request: TokenRequest, rng: np.random.Generator) -> TokenIds:
     """Return a window of the text, from a place that rng draws."""
     length = request.n_ctx - 1
     ids = _text_ids(model, request, length)
@@ -134,7 +134,7 @@ def _text_tokens(model: LlamaModel, request: Request, rng: np.random.Generator) 
     return ids[start : start + length]
 
 
-def _text_ids(model: LlamaModel, request: Request, n_least: int) -> TokenIds:
+def _text_ids(model: LlamaModel, request: TokenRequest, n_least: int) -> TokenIds:
     """Return the text's tokens; raises EngineError when there are fewer than n_least."""
     if request.corpus is None:
         raise EngineError("tokens of kind text need a text")

@@ -6,11 +6,11 @@ from functools import cache
 
 from ramgguf import _core
 from ramgguf.core.errors import FormatError
-from ramgguf.core.gc_paused import uncollected
+from ramgguf.core.gc_paused import gc_paused
 from ramgguf.gguf.architecture import never_quantized
 from ramgguf.gguf.reader import GGUFFile, TensorInfo
 from ramgguf.quants import formats
-from ramgguf.quants.codec import Scale
+from ramgguf.quants.codec import ErrorWeights
 from ramgguf.quants.encoders import libggml
 from ramgguf.quants.imatrix import Imatrix
 
@@ -30,7 +30,7 @@ class Job:
     """
 
     tensor: TensorInfo
-    scale: Scale
+    scale: ErrorWeights
     candidates: tuple[str, ...]
     sampled: tuple[str, ...]
     excluded: dict[str, str]
@@ -67,7 +67,12 @@ def tried(wanted: Sequence[str] | None, imatrix: Imatrix | None) -> tuple[str, .
 
 
 def suited(
-    file: GGUFFile, tensor: TensorInfo, scale: Scale, names: Sequence[str], *, tell_ternary: bool
+    file: GGUFFile,
+    tensor: TensorInfo,
+    scale: ErrorWeights,
+    names: Sequence[str],
+    *,
+    tell_ternary: bool,
 ) -> Candidates:
     """Return those of the named formats that suit what the tensor holds and how it is weighed.
 
@@ -126,7 +131,7 @@ def _smaller(type_name: str, row_length: int, row_bytes: int, wanted: Sequence[s
     return _Smaller(tuple(names), excluded)
 
 
-@uncollected()
+@gc_paused()
 def jobs_of(
     file: GGUFFile,
     wanted: Sequence[str],
@@ -140,14 +145,14 @@ def jobs_of(
     for tensor in file.tensors:
         kept = _reason_to_keep(file, tensor, allow_requantize)
         if kept is not None:
-            jobs.append(Job(tensor, Scale.of(tensor, None), (), (), {}, kept))
+            jobs.append(Job(tensor, ErrorWeights.of(tensor, None), (), (), {}, kept))
             continue
         kind = (tensor.type_name, tensor.row_length)
         if kind not in found:
             found[kind] = _smaller(*kind, tensor.row_bytes, wanted)
         names, excluded = found[kind].names, found[kind].excluded
         kept = None if names else "no smaller format suits its rows"
-        scale = Scale.of(tensor, imatrix if names else None)
+        scale = ErrorWeights.of(tensor, imatrix if names else None)
         split = suited(file, tensor, scale, names, tell_ternary=tell_ternary)
         excluded = excluded | split.excluded
         jobs.append(Job(tensor, scale, split.measured, split.sampled, excluded, kept))

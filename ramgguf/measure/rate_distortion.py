@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ramgguf import _core
 from ramgguf.core.errors import FormatError, PlanError
-from ramgguf.core.gc_paused import uncollected
+from ramgguf.core.gc_paused import gc_paused
 from ramgguf.core.parallel import Buffers, Run, default_threads, map_runs, runs, sample
 from ramgguf.core.progress import Progress, Silent
 from ramgguf.core.version import __version__
@@ -26,7 +26,7 @@ from ramgguf.quants.codec import Piece
 from ramgguf.quants.encoders import DEFAULT_ENCODER, EncoderName
 from ramgguf.quants.formats import expand
 from ramgguf.quants.formats import get as get_format
-from ramgguf.quants.imatrix import Imatrix, weighed_by
+from ramgguf.quants.imatrix import Imatrix, load_importance
 from ramgguf.quants.output_metadata import overhead_bytes
 from ramgguf.quants.row_samples import SampledError, measure_samples
 
@@ -145,7 +145,7 @@ def _tensors(
     of_samples: Sequence[Mapping[str, SampledError | str]],
 ) -> tuple[TensorMeasurement, ...]:
     tied = not any(role_of(t.name, file.architecture) == "head" for t in file.tensors)
-    with uncollected():
+    with gc_paused():
         return tuple(
             _tensor(file, *known, tied) for known in zip(jobs, parts, of_samples, strict=True)
         )
@@ -263,7 +263,7 @@ def measure(
     wanted = None if formats is None else expand(formats)
     for name in wanted or ():
         get_format(name)
-    weighed = weighed_by(imatrix, hessian, encoder)
+    weighed = load_importance(imatrix, hessian, encoder)
     with open_gguf(local_path(model), kind_check=True) as file:
         return measure_file(
             file,

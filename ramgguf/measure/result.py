@@ -38,7 +38,7 @@ class Point:
     plain_nmse: NonNegativeFloat | None = None
 
     @property
-    def unweighed(self) -> float:
+    def unweighted(self) -> float:
         """The NMSE of the weights by themselves, where it is known."""
         return self.nmse if self.plain_nmse is None else self.plain_nmse
 

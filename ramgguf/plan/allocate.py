@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 from ramgguf.core.errors import BudgetError
-from ramgguf.core.gc_paused import uncollected
+from ramgguf.core.gc_paused import gc_paused
 from ramgguf.core.units import format_bytes
 from ramgguf.gguf.layout import padded
 from ramgguf.measure.result import Measurement
@@ -16,7 +16,7 @@ from ramgguf.plan.result import Constraints, NextPercent, Plan
 MAX_UNUSED = 0.001  # of the budget; what a plan leaves beyond it is explained
 
 
-@uncollected()
+@gc_paused()
 def allocate(
     measurement: Measurement,
     budget: int,

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from ramgguf.core.errors import PlanError
 from ramgguf.measure.result import Measurement, Point, TensorMeasurement
-from ramgguf.plan.priors import Shape, prior
+from ramgguf.plan.priors import ModelShape, prior
 from ramgguf.plan.result import Assignment
 from ramgguf.quants.imatrix import ImportanceSource
 from ramgguf.sensitivity.result import Sensitivity
@@ -20,20 +20,20 @@ from ramgguf.sensitivity.result import Sensitivity
 DEFAULT_OBJECTIVE = "weighted"
 SENSITIVITY = "sensitivity"
 
-Objective = Callable[[TensorMeasurement, Point, Shape], float]
+Objective = Callable[[TensorMeasurement, Point, ModelShape], float]
 
 
-def weighted_nmse(tensor: TensorMeasurement, point: Point, shape: Shape) -> float:
+def weighted_nmse(tensor: TensorMeasurement, point: Point, shape: ModelShape) -> float:
     """n · π · NMSE: the soft prior of the tensor's role and depth, times its number of weights."""
-    return tensor.n_weights * prior(tensor, shape) * point.unweighed
+    return tensor.n_weights * prior(tensor, shape) * point.unweighted
 
 
-def plain_nmse(tensor: TensorMeasurement, point: Point, shape: Shape) -> float:
+def plain_nmse(tensor: TensorMeasurement, point: Point, shape: ModelShape) -> float:
     """n · NMSE, without priors."""
-    return tensor.n_weights * point.unweighed
+    return tensor.n_weights * point.unweighted
 
 
-def ram(tensor: TensorMeasurement, point: Point, shape: Shape) -> float:
+def ram(tensor: TensorMeasurement, point: Point, shape: ModelShape) -> float:
     """π · NRMSE as published: π is 10 for embedding and head, 3 first layer, 2 last layer, else 1.
 
     Source: "Budget-Aware Compression for LLMs via Rate-Distortion Optimization", baa.ai 2026.
@@ -44,15 +44,15 @@ def ram(tensor: TensorMeasurement, point: Point, shape: Shape) -> float:
         published = 3.0
     else:
         published = 2.0 if shape.is_last(tensor) else 1.0
-    return published * math.sqrt(point.unweighed)
+    return published * math.sqrt(point.unweighted)
 
 
-def activation_nmse(tensor: TensorMeasurement, point: Point, shape: Shape) -> float:
+def activation_nmse(tensor: TensorMeasurement, point: Point, shape: ModelShape) -> float:
     """n · π · NMSE weighed by importance: the output's relative error, for uncorrelated inputs."""
     return tensor.n_weights * prior(tensor, shape) * point.nmse
 
 
-def output_error(tensor: TensorMeasurement, point: Point, shape: Shape) -> float:
+def output_error(tensor: TensorMeasurement, point: Point, shape: ModelShape) -> float:
     """Squared error of the tensor's output per token, were its inputs uncorrelated.
 
     Needs an importance matrix. A tensor without an entry is looked up, a row for each token: its
@@ -120,7 +120,7 @@ def costing(
         raise PlanError(f"objective {name!r} is unknown; known are {known}") from None
     if name in WEIGHED and measurement.imatrix is None:
         raise PlanError(f"the objective {name} needs errors that an importance matrix weighs")
-    shape = Shape.of(measurement)
+    shape = ModelShape.of(measurement)
     return Costing(name, lambda tensor, point: objective(tensor, point, shape))
 
 

@@ -50,14 +50,14 @@ NO_DEPTH = DepthPrior()
 
 
 @dataclass(frozen=True)
-class Shape:
+class ModelShape:
     """What priors need to know of the whole model; heads_per_kv is query heads per KV head."""
 
     n_layers: int | None
     heads_per_kv: float = 1.0
 
     @classmethod
-    def of(cls, measurement: Measurement) -> "Shape":
+    def of(cls, measurement: Measurement) -> "ModelShape":
         """Return the shape, with heads_per_kv from the sizes of the Q and K matrices."""
         n_q = sum(t.n_weights for t in measurement.tensors if t.role == "attn_q")
         n_k = sum(t.n_weights for t in measurement.tensors if t.role == "attn_k")
@@ -70,13 +70,13 @@ class Shape:
         return tensor.layer is not None and tensor.layer == (self.n_layers or 0) - 1
 
 
-def prior(tensor: TensorMeasurement, shape: Shape) -> float:
+def prior(tensor: TensorMeasurement, shape: ModelShape) -> float:
     """Return π, the soft prior of a weight of this tensor."""
     return _prior(tensor.role, tensor.layer, shape)
 
 
 @lru_cache(maxsize=4096)
-def _prior(role: str, layer: int | None, shape: Shape) -> float:
+def _prior(role: str, layer: int | None, shape: ModelShape) -> float:
     for suffix in EXPERT_SUFFIXES:
         role = role.removesuffix(suffix)
     value = ROLE_PRIORS.get(role, 1.0)

@@ -21,7 +21,7 @@ from ramgguf.gguf.reader import GGUFFile, open_gguf
 from ramgguf.gguf.writer import GGUFOutput
 from ramgguf.plan.result import Assignment, Plan
 from ramgguf.quantize.write import check_source
-from ramgguf.quants.codec import Scale
+from ramgguf.quants.codec import ErrorWeights
 from ramgguf.quants.imatrix import planned_imatrix
 
 _ALL_F32 = 0  # llama.cpp's file type
@@ -60,7 +60,7 @@ def perturb_file(
         rows = file.read_rows(tensor, chunk.start, chunk.stop)
         data = rows
         if tensor.name in noisy:
-            scale = Scale.of(tensor, imatrix)
+            scale = ErrorWeights.of(tensor, imatrix)
             rng = np.random.default_rng([seed, chunk.index, chunk.start])
             data = _noisy(rows, chunk.start, tensor.row_length, planned, scale, plan.encoder, rng)
         sink.write_at(tensor.name, chunk.start * data.shape[1], data)
@@ -80,7 +80,7 @@ def _noisy(
     start: int,
     row_length: int,
     planned: Assignment,
-    scale: Scale,
+    scale: ErrorWeights,
     encoder: str,
     rng: np.random.Generator,
 ) -> NDArray[np.uint8]:

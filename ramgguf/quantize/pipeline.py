@@ -25,7 +25,7 @@ from ramgguf.quantize.verify import verify as verify_file
 from ramgguf.quantize.write import Destination, begin, write
 from ramgguf.quants.encoders import DEFAULT_ENCODER, ENCODERS, EncoderName
 from ramgguf.quants.formats import expand
-from ramgguf.quants.imatrix import weighed_by
+from ramgguf.quants.imatrix import load_importance
 from ramgguf.quants.output_metadata import overhead_bytes
 from ramgguf.refine import refine as refine_plan
 from ramgguf.refine import refinement_journal
@@ -161,7 +161,7 @@ class _Run:
             if measurement is not None:
                 with self._clock.stage("plan"):
                     return measurement, plan_it(measurement)
-            weighed = weighed_by(self._imatrix, self._hessian, self._encoder.name)
+            weighed = load_importance(self._imatrix, self._hessian, self._encoder.name)
             measure = partial(
                 measure_file,
                 self._file,

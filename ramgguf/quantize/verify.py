@@ -13,7 +13,7 @@ from ramgguf.gguf.reader import GGUFFile, TensorInfo
 from ramgguf.plan.result import Assignment, Plan
 from ramgguf.quants import codec as weighing
 from ramgguf.quants import formats
-from ramgguf.quants.codec import Piece, Scale, tensor_weights
+from ramgguf.quants.codec import ErrorWeights, Piece, tensor_weights
 from ramgguf.quants.row_samples import written_sample
 
 # Errors are sums in the same order as those measured, so the two agree to the last bits.
@@ -93,7 +93,7 @@ class _Comparison:
     file: GGUFFile
     plan: Plan
     written: GGUFFile
-    scales: Sequence[Scale]
+    scales: Sequence[ErrorWeights]
     buffers: Buffers
 
     def __call__(self, run: Run) -> list[_Compared]:

@@ -26,7 +26,7 @@ Job = TypeVar("Job")
 
 
 @dataclass(frozen=True)
-class Scale:
+class ErrorWeights:
     """How the errors of a tensor are weighed: importance (experts, columns), or all alike.
 
     With a Hessian (made when it is first needed), the error is that of the tensor's output.
@@ -37,15 +37,15 @@ class Scale:
     hessian: Callable[[], Hessian] | None = None
 
     @staticmethod
-    def of(tensor: TensorInfo, imatrix: Imatrix | None) -> "Scale":
+    def of(tensor: TensorInfo, imatrix: Imatrix | None) -> "ErrorWeights":
         """Return the tensor's; raises ImatrixError when its entry is for another shape."""
         found = imatrix.importance(tensor.name, tensor.shape) if imatrix else None
         n_experts = 1 if found is None else len(found)
         hessians = imatrix.hessians if imatrix else None
         if found is None or hessians is None or tensor.name not in hessians.owners:
-            return Scale(found, tensor.n_rows // n_experts)
+            return ErrorWeights(found, tensor.n_rows // n_experts)
         make = partial(hessians.factored, tensor.name, tensor.row_length)
-        return Scale(found, tensor.n_rows // n_experts, make)
+        return ErrorWeights(found, tensor.n_rows // n_experts, make)
 
     def parts(self, start: int, stop: int) -> Iterator[tuple[slice, Importance]]:
         """Yield slices of the rows start to stop, counted from start, each with its importance."""
@@ -138,7 +138,7 @@ class Scale:
 class Piece:
     """Rows of a tensor, uint8 (rows, bytes) of the type named, from its row `start` on."""
 
-    scale: Scale
+    scale: ErrorWeights
     type_name: str
     rows: Rows
     start: int
@@ -231,11 +231,11 @@ def _found(
 
 def tensor_weights(
     file: GGUFFile, source: ImportanceSource | None, encoded: Sequence[bool]
-) -> list[Scale]:
+) -> list[ErrorWeights]:
     """Return how every tensor's errors are weighed: by the matrix where it is encoded."""
     imatrix = planned_imatrix(source)
     return [
-        Scale.of(t, imatrix if changed else None)
+        ErrorWeights.of(t, imatrix if changed else None)
         for t, changed in zip(file.tensors, encoded, strict=True)
     ]
 

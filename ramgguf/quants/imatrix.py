@@ -295,7 +295,7 @@ def _count(n: int | None) -> int | None:
     return n if n is not None and 0 <= n < 2**32 else None
 
 
-def weighed_by(
+def load_importance(
     imatrix: str | Path | None,
     hessian: str | Path | None = None,
     encoder: str = DEFAULT_ENCODER,

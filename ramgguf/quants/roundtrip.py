@@ -11,7 +11,7 @@ from ramgguf import _core
 from ramgguf.core.parallel import Chunk, map_chunks, runs
 from ramgguf.gguf.reader import GGUFFile, TensorInfo
 from ramgguf.quants import formats
-from ramgguf.quants.codec import Scale
+from ramgguf.quants.codec import ErrorWeights
 from ramgguf.quants.imatrix import Imatrix
 
 Rows = NDArray[np.uint8]
@@ -34,7 +34,7 @@ def simulated(
     weighed by the tensor's importance, where the matrix has some. Raises ImatrixError when that is
     for another shape.
     """
-    scale = Scale.of(tensor, imatrix)
+    scale = ErrorWeights.of(tensor, imatrix)
     out = np.empty((tensor.n_rows, tensor.row_bytes), np.uint8)
 
     def convert(chunk: Chunk) -> _core.RowStats:

@@ -17,7 +17,7 @@ from ramgguf.core.errors import FormatError
 from ramgguf.core.parallel import ordered_map
 from ramgguf.core.progress import Progress
 from ramgguf.gguf.reader import GGUFFile, TensorInfo
-from ramgguf.quants.codec import Scale
+from ramgguf.quants.codec import ErrorWeights
 from ramgguf.quants.encoders import libggml
 
 MOST_ROWS = 512
@@ -55,7 +55,9 @@ def sampled_rows(n_rows: int, row_length: int, n_experts: int) -> Rows:
     return np.minimum(rows, n_rows - 1)
 
 
-def measure_sample(file: GGUFFile, tensor: TensorInfo, scale: Scale, name: str) -> SampledError:
+def measure_sample(
+    file: GGUFFile, tensor: TensorInfo, scale: ErrorWeights, name: str
+) -> SampledError:
     """Return the error of a format of libggml; raises ValueError for weights that do not fit."""
 
     def encoded(x: Floats, importance: Floats, _: slice) -> Floats:
@@ -67,7 +69,7 @@ def measure_sample(file: GGUFFile, tensor: TensorInfo, scale: Scale, name: str) 
 
 def measure_samples(
     file: GGUFFile,
-    tensors: Sequence[tuple[TensorInfo, Scale, Sequence[str]]],
+    tensors: Sequence[tuple[TensorInfo, ErrorWeights, Sequence[str]]],
     *,
     threads: int,
     progress: Progress,
@@ -96,7 +98,7 @@ def measure_samples(
 
 
 def written_sample(
-    file: GGUFFile, tensor: TensorInfo, scale: Scale, written: GGUFFile
+    file: GGUFFile, tensor: TensorInfo, scale: ErrorWeights, written: GGUFFile
 ) -> SampledError:
     """Return the error of the same rows as they are in another file."""
     target = written.tensor(tensor.name)
@@ -109,7 +111,7 @@ def written_sample(
     return _sampled_error(file, tensor, scale, read)
 
 
-def _sample_of(tensor: TensorInfo, scale: Scale) -> Rows:
+def _sample_of(tensor: TensorInfo, scale: ErrorWeights) -> Rows:
     if scale.importance is None:
         raise FormatError(f"{tensor.name}: the importance matrix has no entry for it")
     return sampled_rows(tensor.n_rows, tensor.row_length, len(scale.importance))
@@ -118,7 +120,7 @@ def _sample_of(tensor: TensorInfo, scale: Scale) -> Rows:
 def _sampled_error(
     file: GGUFFile,
     tensor: TensorInfo,
-    scale: Scale,
+    scale: ErrorWeights,
     decoded: Callable[[Floats, Floats, slice], Floats],
 ) -> SampledError:
     """Return the error of what decoded(rows, importance, which of the sample) gives for rows."""
@@ -157,7 +159,7 @@ def _ratio(
     return nmse, math.sqrt(variance) / total
 
 
-def _by_expert(sample: Rows, scale: Scale) -> Iterator[tuple[slice, Floats]]:
+def _by_expert(sample: Rows, scale: ErrorWeights) -> Iterator[tuple[slice, Floats]]:
     """Yield the slices of the sample that share an expert, with its importance."""
     assert scale.importance is not None  # _sample_of has looked
     experts = sample // scale.rows_per_expert

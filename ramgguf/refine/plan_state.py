@@ -7,7 +7,7 @@ import numpy as np
 
 from ramgguf.core.errors import PlanError
 from ramgguf.gguf.reader import GGUFFile
-from ramgguf.llama.forward import Change, Passes, Wanted
+from ramgguf.llama.forward import Change, ForwardRequest, ForwardRunner
 from ramgguf.llama.patched_weights import Floats
 from ramgguf.llama.protocol import TokenIds
 from ramgguf.llama.token_statistics import standard_error
@@ -15,10 +15,10 @@ from ramgguf.plan.result import FormatChange, KLDChange
 from ramgguf.quants.roundtrip import SOURCES
 
 
-class PlanInPasses:
+class PlanState:
     """The formats that the next passes run with, and what passes ahead of their time found."""
 
-    def __init__(self, file: GGUFFile, passes: Passes) -> None:
+    def __init__(self, file: GGUFFile, passes: ForwardRunner) -> None:
         self.file = file
         self._passes = passes
         self._formats: dict[str, str] = {}
@@ -37,7 +37,7 @@ class PlanInPasses:
     def divergence(self, sequences: Sequence[TokenIds]) -> Floats:
         """Return the KLD of every token of the sequences, each decoded by a pass of its own."""
         changes = self._after(())
-        self._run([Wanted(changes, (ids,)) for ids in sequences])
+        self._run([ForwardRequest(changes, (ids,)) for ids in sequences])
         return np.concatenate([self._known.pop((changes, ids.tobytes())) for ids in sequences])
 
     def look_ahead(
@@ -50,7 +50,7 @@ class PlanInPasses:
         first, *_ = states = [self._after(swap) for swap in swaps]
         if any((first, ids.tobytes()) not in self._known for ids in sequences):
             self._known.clear()
-            self._run([Wanted(changes, (ids,)) for changes in states for ids in sequences])
+            self._run([ForwardRequest(changes, (ids,)) for changes in states for ids in sequences])
 
     def _after(self, swap: Sequence[FormatChange]) -> tuple[Change, ...]:
         """Return what differs from the original after a swap."""
@@ -60,7 +60,7 @@ class PlanInPasses:
                 del formats[change.name]
         return tuple(sorted(formats.items()))
 
-    def _run(self, wanted: Sequence[Wanted]) -> None:
+    def _run(self, wanted: Sequence[ForwardRequest]) -> None:
         """Keep what those of the passes find that were not run yet, each of one sequence."""
         new = [w for w in wanted if (w.changes, w.sequences[0].tobytes()) not in self._known]
         for position, found in self._passes.run(new):
@@ -71,7 +71,7 @@ class PlanInPasses:
 class TokenSet:
     """One set of sequences, and the KLD of each token as the plan stands."""
 
-    def __init__(self, sequences: Sequence[TokenIds], planned: PlanInPasses) -> None:
+    def __init__(self, sequences: Sequence[TokenIds], planned: PlanState) -> None:
         self._sequences, self._planned = sequences, planned
         self.before: Floats | None = None
         self.now: Floats | None = None

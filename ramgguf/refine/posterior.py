@@ -79,7 +79,7 @@ def _neighbours(item: Sequence[Choice], now: int) -> list[int]:
     return smaller[-N_NEIGHBOURS:] + larger[:N_NEIGHBOURS]
 
 
-class Belief:
+class Posterior:
     """The factors' mean and covariance; errors are the relative standard errors of the items."""
 
     def __init__(self, scale: float, errors: Sequence[float]) -> None:

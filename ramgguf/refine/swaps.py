@@ -14,21 +14,21 @@ from concurrent.futures import Executor
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from ramgguf.cluster.opening import opened
+from ramgguf.cluster.runners import opened
 from ramgguf.core.errors import EngineError, PlanError
 from ramgguf.core.progress import Progress, Silent
 from ramgguf.gguf.reader import GGUFFile
-from ramgguf.llama.forward import Passes
+from ramgguf.llama.forward import ForwardRunner
 from ramgguf.llama.patched_weights import Floats
 from ramgguf.llama.token_statistics import standard_error
-from ramgguf.llama.tokens import Request, parse_tokens
+from ramgguf.llama.tokens import TokenRequest, parse_tokens
 from ramgguf.measure.result import Measurement
 from ramgguf.plan import Costing, Problem, costing, price
 from ramgguf.plan.result import FormatChange, Plan, Refinement
 from ramgguf.quants.imatrix import load_imatrix
 from ramgguf.refine.journal import Paired, RefineJournal, Trial
-from ramgguf.refine.plan_state import PlanInPasses, TokenSet
-from ramgguf.refine.posterior import Belief, Move
+from ramgguf.refine.plan_state import PlanState, TokenSet
+from ramgguf.refine.posterior import Move, Posterior
 from ramgguf.refine.tokens import Refining, same, settle
 from ramgguf.sensitivity.result import Sensitivity
 
@@ -44,7 +44,7 @@ def refine_plan(
     measurement: Measurement,
     costing: Costing,
     wanted: Refining,
-    opening: AbstractContextManager[Passes],
+    opening: AbstractContextManager[ForwardRunner],
     *,
     journal_path: Path,
     progress: Progress,
@@ -75,7 +75,7 @@ def refine_plan(
             )
         if journal.steps:
             announce(f"{settings.promise}; {len(journal.steps)} are tried")
-        planned = PlanInPasses(file, passes)
+        planned = PlanState(file, passes)
         sets = [TokenSet(part, planned) for part in settings.sets]
         width = max(1, passes.n_workers // wanted.sizes[0])
         run = _Run(problem, plan, chosen, costing, planned, sets, width)
@@ -106,7 +106,7 @@ class _Run:
         plan: Plan,
         chosen: list[int],
         costing: Costing,
-        weights: PlanInPasses,
+        weights: PlanState,
         sets: list[TokenSet],
         width: int,
     ) -> None:
@@ -119,7 +119,7 @@ class _Run:
             part.current()
         total = sum(self._group_cost(i) for i in range(len(self._chosen)))
         kld = float(sets[0].current().mean())
-        self._belief = Belief(kld / total if total > 0 else 0.0, self._errors())
+        self._belief = Posterior(kld / total if total > 0 else 0.0, self._errors())
         self._price = price(problem.items, plan.budget - plan.n_overhead_bytes)
         self._tried: set[tuple[FormatChange, ...]] = set()
         self._swaps: list[tuple[FormatChange, ...]] = []
@@ -306,7 +306,9 @@ def refine(
     weighed = load_imatrix(Path(imatrix)) if imatrix is not None else None
     if (weighed.source.identity if weighed else None) != (plan.imatrix and plan.imatrix.identity):
         raise PlanError("the plan was made with another importance matrix, or none; give the same")
-    request = Request(encoder=plan.encoder, tokens=kind, corpus=corpus, seed=seed, imatrix=weighed)
+    request = TokenRequest(
+        encoder=plan.encoder, tokens=kind, corpus=corpus, seed=seed, imatrix=weighed
+    )
     with opened(
         model, request, folder=folder, journal=journal, threads=threads, executor=executor
     ) as at:

@@ -5,8 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ramgguf.core.units import format_seconds
-from ramgguf.llama.forward import Passes
-from ramgguf.llama.tokens import Request
+from ramgguf.llama.forward import ForwardRunner
+from ramgguf.llama.tokens import TokenRequest
 from ramgguf.plan.result import Plan
 from ramgguf.refine.journal import RefineSettings
 
@@ -19,12 +19,12 @@ class Refining:
     """What is wanted: trials, and the number of sequences to propose, accept and report on."""
 
     n_trials: int
-    request: Request
+    request: TokenRequest
     sizes: tuple[int, int, int] = (2, 2, 4)
 
 
 def settle(
-    plan: Plan, wanted: Refining, passes: Passes, announce: Callable[[str], None]
+    plan: Plan, wanted: Refining, passes: ForwardRunner, announce: Callable[[str], None]
 ) -> RefineSettings:
     """Return the tokens; announces, before most are drawn, what they and the trials will cost."""
     start = time.perf_counter()

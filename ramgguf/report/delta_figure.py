@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ramgguf.evaluate.bootstrap import Estimate
-from ramgguf.evaluate.eval_report import Study
+from ramgguf.evaluate.eval_report import EvalReport
 from ramgguf.evaluate.summary import Summary
 from ramgguf.report.figures import (
     COLOURS,
@@ -22,7 +22,7 @@ from ramgguf.report.figures import (
 )
 
 
-def delta_nll(study: Study) -> Figure | None:
+def delta_nll(study: EvalReport) -> Figure | None:
     """Return ΔNLL of every sequence against the reference, a row per model; None without one."""
     rows = [(i, s, s.against) for i, s in enumerate(study.summaries) if s.against is not None]
     if not rows:

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from ramgguf.core.units import format_bytes
 from ramgguf.evaluate.bootstrap import Estimate
-from ramgguf.evaluate.eval_report import Study
+from ramgguf.evaluate.eval_report import EvalReport
 from ramgguf.evaluate.leaderboard import LABELS, Leaderboard
 from ramgguf.evaluate.result import EvalResult
 from ramgguf.evaluate.statistics import n_units
@@ -22,7 +22,7 @@ from ramgguf.report.terminal import print_grid, print_statements
 PPL_TITLE = "Perplexity of sequences (95 % intervals)"
 
 
-def perplexity_grid(study: Study) -> Grid:
+def perplexity_grid(study: EvalReport) -> Grid:
     """Return a row per model: size, corpus PPL first, then what a mean hides."""
     columns = (
         Column("model", number=False),
@@ -60,7 +60,7 @@ def _perplexity_row(s: Summary) -> tuple[str, ...]:
     )
 
 
-def reference_grid(study: Study) -> Grid | None:
+def reference_grid(study: EvalReport) -> Grid | None:
     """Return a row per model that was scored against a reference; None if none was."""
     rows = tuple(_reference_row(s, s.against) for s in study.summaries if s.against is not None)
     if not rows:
@@ -128,7 +128,7 @@ def protocol_line(result: EvalResult) -> str:
     )
 
 
-def statements(study: Study) -> tuple[str, ...]:
+def statements(study: EvalReport) -> tuple[str, ...]:
     """Return what is to be said beside the tables: findings, refusals, failures, notes."""
     said = list(findings(study.board)) if study.board else []
     if study.refusal and len(study.summaries) > 1:
@@ -145,12 +145,12 @@ def statements(study: Study) -> tuple[str, ...]:
     return tuple(said)
 
 
-def protocol_lines(study: Study) -> tuple[str, ...]:
+def protocol_lines(study: EvalReport) -> tuple[str, ...]:
     """Return how the results were measured, once for each way."""
     return tuple(dict.fromkeys(protocol_line(s.result) for s in study.summaries))
 
 
-def print_study(study: Study, console: Console) -> None:
+def print_study(study: EvalReport, console: Console) -> None:
     """Print the tables, the rankings where there are some to compare, and the findings."""
     if study.summaries:
         print_grid(console, perplexity_grid(study))
@@ -165,7 +165,7 @@ def print_study(study: Study, console: Console) -> None:
     print_statements(console, (*statements(study), *protocol_lines(study)))
 
 
-def study_markdown(study: Study) -> str:
+def study_markdown(study: EvalReport) -> str:
     """Return the tables and findings as markdown, ready for a model card."""
     grids = [perplexity_grid(study), reference_grid(study)]
     if study.board and len(study.board.rows) > 1:
@@ -179,7 +179,7 @@ def study_markdown(study: Study) -> str:
     return "\n".join(("### Evaluation\n", *tables, items))
 
 
-def study_csv(study: Study) -> str:
+def study_csv(study: EvalReport) -> str:
     """Return a row per model with every statistic in full precision; an absent one is empty."""
     rows = [dict(_flat(s)) for s in study.summaries]
     names = list(dict.fromkeys(name for row in rows for name in row))
@@ -190,7 +190,7 @@ def study_csv(study: Study) -> str:
     return out.getvalue()
 
 
-def study_json(study: Study) -> dict[str, object]:
+def study_json(study: EvalReport) -> dict[str, object]:
     """Return statistics, rankings and findings as JSON values; NaN and infinity become null."""
     rankings = study.board.rankings if study.board else ()
     return {

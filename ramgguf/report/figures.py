@@ -7,7 +7,7 @@ from typing import Any
 
 from ramgguf.core.errors import RamggufError
 from ramgguf.evaluate.bootstrap import Estimate
-from ramgguf.evaluate.eval_report import Study
+from ramgguf.evaluate.eval_report import EvalReport
 from ramgguf.evaluate.result import SequenceScore
 from ramgguf.report.numbers import kld, ppl
 
@@ -90,7 +90,7 @@ def style(i: int) -> dict[str, Any]:
     return {"color": COLOURS[i % len(COLOURS)], "symbol": SYMBOLS[i % len(SYMBOLS)]}
 
 
-def ppl_by_size(study: Study) -> Figure:
+def ppl_by_size(study: EvalReport) -> Figure:
     """Return corpus PPL (filled) and median PPL (open) against file size, with intervals."""
     go = graph_objects()
     fig = figure("file size (GB)", "perplexity", 420)
@@ -121,7 +121,7 @@ def ppl_by_size(study: Study) -> Figure:
     return fig
 
 
-def _references_elsewhere(study: Study) -> list[tuple[str, float]]:
+def _references_elsewhere(study: EvalReport) -> list[tuple[str, float]]:
     """Return the references that are not among the models themselves, with their corpus PPL."""
     known = {s.result.model.header_sha256 for s in study.summaries}
     found = {
@@ -132,7 +132,7 @@ def _references_elsewhere(study: Study) -> list[tuple[str, float]]:
     return list(found.items())
 
 
-def kld_by_size(study: Study) -> Figure | None:
+def kld_by_size(study: EvalReport) -> Figure | None:
     """Return mean KLD against file size on a logarithmic axis; None without a reference."""
     go = graph_objects()
     fig = figure("file size (GB)", "mean KLD (nats per token)", 420)
@@ -181,7 +181,7 @@ def _told(found: Estimate, write: Any) -> str:
     return f"{write(found.value)} (95 %: {write(found.low)} to {write(found.high)})"
 
 
-def ppl_distribution(study: Study) -> Figure:
+def ppl_distribution(study: EvalReport) -> Figure:
     """Return every sequence's PPL, a row per model; outliers are named, corpus PPL is marked."""
     go = graph_objects()
     fig = figure("sequence perplexity (logarithmic)", "", height(len(study.summaries)))

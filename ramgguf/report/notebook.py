@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from ramgguf.core.units import format_bytes
 from ramgguf.deploy.result import CheckResult
-from ramgguf.evaluate.eval_report import Study
+from ramgguf.evaluate.eval_report import EvalReport
 from ramgguf.evaluate.evaluation import Evaluation
 from ramgguf.evaluate.leaderboard import Leaderboard
 from ramgguf.evaluate.result import EvalResult
@@ -140,7 +140,7 @@ def _evaluation(results: Iterable[EvalResult], failures: Iterable[str] = ()) -> 
     return _drawn("", _study_grids(study), told)
 
 
-def _study_grids(study: Study) -> list[Grid]:
+def _study_grids(study: EvalReport) -> list[Grid]:
     grids = [perplexity_grid(study)] if study.summaries else []
     if (against := reference_grid(study)) is not None:
         grids.append(against)

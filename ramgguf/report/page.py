@@ -11,7 +11,7 @@ from typing import Any
 from ramgguf.core.errors import ResultError
 from ramgguf.core.files import write_atomically
 from ramgguf.core.units import format_bytes
-from ramgguf.evaluate.eval_report import Study
+from ramgguf.evaluate.eval_report import EvalReport
 from ramgguf.evaluate.result import SequenceScore
 from ramgguf.measure.result import Measurement
 from ramgguf.plan.result import Plan
@@ -38,7 +38,7 @@ _POLICY = (
 
 def write_html(
     path: Path,
-    study: Study,
+    study: EvalReport,
     plans: Sequence[tuple[str, Plan]] = (),
     measurements: Sequence[tuple[str, Measurement]] = (),
 ) -> None:
@@ -51,7 +51,7 @@ def write_html(
 
 
 def page(
-    study: Study,
+    study: EvalReport,
     plans: Sequence[tuple[str, Plan]] = (),
     measurements: Sequence[tuple[str, Measurement]] = (),
 ) -> str:
@@ -83,7 +83,7 @@ def _asset(name: str) -> str:
 # --- evaluations ---
 
 
-def _evaluation(study: Study) -> Iterator[str]:
+def _evaluation(study: EvalReport) -> Iterator[str]:
     if not study.summaries:
         return
     yield "".join(f'<p class="soft">{html.escape(line)}</p>\n' for line in protocol_lines(study))
@@ -120,7 +120,7 @@ def _evaluation(study: Study) -> Iterator[str]:
         yield _figure(delta, "Change of NLL per sequence")
 
 
-def _legend(study: Study) -> str:
+def _legend(study: EvalReport) -> str:
     """Return each model's sign and colour, which are the same in every figure."""
     signs, colours = figures.SIGNS, figures.COLOURS
     items = "".join(
@@ -131,7 +131,7 @@ def _legend(study: Study) -> str:
     return f'<p class="legend">{items}</p>\n'
 
 
-def _cards(study: Study) -> Iterator[str]:
+def _cards(study: EvalReport) -> Iterator[str]:
     """Yield the outliers with their text, or the hardest sequences where there are none."""
     scores = [{x.index: x for x in s.result.sequences} for s in study.summaries]
     worst: dict[int, SequenceScore] = {}
@@ -159,7 +159,7 @@ def _cards(study: Study) -> Iterator[str]:
     yield "</div>\n"
 
 
-def _any_outlier(study: Study) -> bool:
+def _any_outlier(study: EvalReport) -> bool:
     return any(s.outliers for s in study.summaries)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 from rich.console import Console
 
-from ramgguf.evaluate.eval_report import Study, study
+from ramgguf.evaluate.eval_report import EvalReport, eval_report
 from ramgguf.evaluate.result import EvalResult
 from ramgguf.evaluate.statistics import OUTLIER_PPL
 from ramgguf.report import evaluation
@@ -18,9 +18,9 @@ from ramgguf.report import evaluation
 _SEED = 42
 
 
-def study_of(results: Sequence[EvalResult], outlier_ppl: float = OUTLIER_PPL) -> Study:
+def study_of(results: Sequence[EvalResult], outlier_ppl: float = OUTLIER_PPL) -> EvalReport:
     """Return the study of the results, always with the same resamples."""
-    return study(results, np.random.default_rng(_SEED), outlier_ppl=outlier_ppl)
+    return eval_report(results, np.random.default_rng(_SEED), outlier_ppl=outlier_ppl)
 
 
 def print_eval(

@@ -13,7 +13,7 @@ from concurrent.futures import Executor
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from ramgguf.cluster.opening import opened
+from ramgguf.cluster.runners import opened
 from ramgguf.core.errors import EngineError, PlanError
 from ramgguf.core.progress import Progress, Silent
 from ramgguf.core.units import format_seconds
@@ -22,14 +22,14 @@ from ramgguf.gguf.architecture import layer_of, never_quantized, role_of
 from ramgguf.gguf.hub import origin_of
 from ramgguf.gguf.identity import Source
 from ramgguf.gguf.reader import GGUFFile, TensorInfo
-from ramgguf.llama.forward import Found, Passes, Wanted
+from ramgguf.llama.forward import ForwardRequest, ForwardResult, ForwardRunner
 from ramgguf.llama.token_statistics import standard_error
-from ramgguf.llama.tokens import N_CTX, Request, parse_tokens
+from ramgguf.llama.tokens import N_CTX, TokenRequest, parse_tokens
 from ramgguf.quants import formats
 from ramgguf.quants.encoders import EncoderName
-from ramgguf.quants.imatrix import ImportanceSource, weighed_by
+from ramgguf.quants.imatrix import ImportanceSource, load_importance
 from ramgguf.quants.roundtrip import SOURCES
-from ramgguf.sensitivity.impute import Member, fill_in
+from ramgguf.sensitivity.impute import Member, impute
 from ramgguf.sensitivity.journal import Journal, Settings
 from ramgguf.sensitivity.result import ProbeTokens, Reading, Sensitivity
 
@@ -41,8 +41,8 @@ MAX_REFERENCE_BYTES = 4 << 30
 
 def measure_alpha(
     file: GGUFFile,
-    request: Request,
-    opening: AbstractContextManager[Passes],
+    request: TokenRequest,
+    opening: AbstractContextManager[ForwardRunner],
     *,
     journal_path: Path,
     progress: Progress,
@@ -69,7 +69,7 @@ def measure_alpha(
             _check_computed_alike(settings, passes, journal_path)
         wanted = [t for t in tensors if t.name in set(settings.names)]
         _read_all(file, wanted, passes, settings, journal, progress)
-        unchanged = Wanted((), settings.sequences)
+        unchanged = ForwardRequest((), settings.sequences)
         if any(found.kld.any() for _, found in passes.run([unchanged])):
             raise EngineError(f"{file.paths[0]}: the copy did not come back to the original")
         readings = dict(journal.readings)
@@ -82,7 +82,7 @@ def measure_alpha(
             engine=passes.build,
             cpus=passes.cpus,
             tokens=settings.tokens,
-            tensors=fill_in(members, readings),
+            tensors=impute(members, readings),
             seconds=time.perf_counter() - start,
             notes=settings.notes,
         )
@@ -91,7 +91,7 @@ def measure_alpha(
 def _read_all(
     file: GGUFFile,
     wanted: Sequence[TensorInfo],
-    passes: Passes,
+    passes: ForwardRunner,
     settings: Settings,
     journal: Journal,
     progress: Progress,
@@ -101,7 +101,7 @@ def _read_all(
     progress.start("sensitivity", len(wanted), "tensors")
     try:
         progress.advance(len(wanted) - len(left))
-        changed = [Wanted(((t.name, probe_format(t)),), settings.sequences) for t in left]
+        changed = [ForwardRequest(((t.name, probe_format(t)),), settings.sequences) for t in left]
         for position, found in passes.run(changed):
             file.require_unchanged()
             journal.add(_reading(left[position], found))
@@ -110,7 +110,7 @@ def _read_all(
         progress.finish()
 
 
-def _reading(tensor: TensorInfo, found: Found) -> Reading:
+def _reading(tensor: TensorInfo, found: ForwardResult) -> Reading:
     return Reading(
         name=tensor.name,
         format=probe_format(tensor),
@@ -140,8 +140,8 @@ def _member(file: GGUFFile, tensor: TensorInfo) -> Member:
 
 def _settle(
     file: GGUFFile,
-    request: Request,
-    passes: Passes,
+    request: TokenRequest,
+    passes: ForwardRunner,
     tensors: Sequence[TensorInfo],
     announce: Callable[[str], None],
 ) -> Settings:
@@ -215,7 +215,7 @@ def _strided(file: GGUFFile, tensors: Sequence[TensorInfo], stride: int) -> Iter
             yield tensor
 
 
-def _check_resumed(settings: Settings, file: GGUFFile, request: Request, path: Path) -> None:
+def _check_resumed(settings: Settings, file: GGUFFile, request: TokenRequest, path: Path) -> None:
     """Raise PlanError when the journal is of another model, encoder or choice of tokens."""
     same = (
         settings.source.header_sha256 == file.header_sha256
@@ -233,7 +233,7 @@ def _check_resumed(settings: Settings, file: GGUFFile, request: Request, path: P
         )
 
 
-def _check_computed_alike(settings: Settings, passes: Passes, path: Path) -> None:
+def _check_computed_alike(settings: Settings, passes: ForwardRunner, path: Path) -> None:
     """Raise PlanError when the journal's readings are of kernels that compute otherwise."""
     found = passes.prepare(settings.sequences)
     if settings.fingerprint not in (None, found):
@@ -284,7 +284,7 @@ def sensitivity(
     EngineError when llama.cpp is missing or fails.
     """
     kind, corpus = parse_tokens(tokens)
-    request = Request(
+    request = TokenRequest(
         encoder=encoder,
         tokens=kind,
         corpus=corpus,
@@ -292,7 +292,7 @@ def sensitivity(
         n_ctx=n_ctx,
         seed=seed,
         seconds=seconds,
-        imatrix=weighed_by(imatrix, hessian, encoder),
+        imatrix=load_importance(imatrix, hessian, encoder),
     )
     with opened(
         model, request, folder=folder, journal=journal, threads=threads, executor=executor

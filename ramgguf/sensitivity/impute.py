@@ -38,7 +38,7 @@ class _Known:
     error: float
 
 
-def fill_in(
+def impute(
     members: Sequence[Member], readings: Mapping[str, Reading]
 ) -> tuple[TensorSensitivity, ...]:
     """Return an α for every member, from the readings of some.

@@ -6,10 +6,10 @@ from ramgguf.core.errors import PlanError
 from ramgguf.core.progress import Progress, Silent
 from ramgguf.gguf.hub import local_path
 from ramgguf.gguf.reader import GGUFFile, open_gguf
-from ramgguf.quants.codec import Scale
-from ramgguf.quants.imatrix import Imatrix, planned_imatrix, weighed_by
+from ramgguf.quants.codec import ErrorWeights
+from ramgguf.quants.imatrix import Imatrix, load_importance, planned_imatrix
 from ramgguf.quants.roundtrip import simulated
-from ramgguf.sensitivity.impute import Member, fill_in
+from ramgguf.sensitivity.impute import Member, impute
 from ramgguf.sensitivity.result import Reading, Sensitivity
 
 
@@ -34,7 +34,7 @@ def reweighed(
             data, _ = simulated(
                 file, tensor, reading.format, encoder=sensitivity.encoder, imatrix=before
             )
-            scale = Scale.of(tensor, imatrix)
+            scale = ErrorWeights.of(tensor, imatrix)
             rows = file.read_rows(tensor, 0, tensor.n_rows)
             stats = scale.compare(tensor.type_name, rows, tensor.type_name, data, 0)
             squares = scale.squares(stats)
@@ -46,7 +46,7 @@ def reweighed(
     members = [Member(t.name, t.role, t.layer, t.n_weights) for t in sensitivity.tensors]
     update = {
         "imatrix": imatrix.source if imatrix else None,
-        "tensors": fill_in(members, readings),
+        "tensors": impute(members, readings),
     }
     return sensitivity.model_copy(update=update)
 
@@ -67,4 +67,4 @@ def reweigh(
     if not isinstance(sensitivity, Sensitivity):
         sensitivity = Sensitivity.load(Path(sensitivity))
     with open_gguf(local_path(model), kind_check=True) as file:
-        return reweighed(file, sensitivity, weighed_by(imatrix, hessian), progress or Silent())
+        return reweighed(file, sensitivity, load_importance(imatrix, hessian), progress or Silent())

@@ -251,7 +251,7 @@ def test_the_file_is_read_back_by_us_and_by_gguf(tiny: Path, tmp_path: Path) -> 
 
 
 def test_hessians_taken_in_lots_are_the_same(tiny: Path, tmp_path: Path) -> None:
-    paths = [tmp_path / "one.gguf", tmp_path / "lots.gguf"]
+    paths = [tmp_path / "one.gguf", tmp_path / "batches.gguf"]
     for path, n_bytes in zip(paths, (1 << 30, 4 * 128 * 128 + 4 * 64 * 64), strict=True):
         ramgguf.calibrate(
             tiny, path.with_suffix(".imatrix"), n_sequences=1, n_ctx=32, hessian=path,
@@ -335,8 +335,8 @@ def test_a_request_before_a_tap_is_an_error(tiny: Path) -> None:
 
 
 def test_the_data_set_is_named_after_its_tokens() -> None:
-    from ramgguf.llama.tokens import Request
+    from ramgguf.llama.tokens import TokenRequest
 
-    request = Request(encoder="rtn", tokens="random", seed=7)
+    request = TokenRequest(encoder="rtn", tokens="random", seed=7)
     assert dataset_name(request) == "random-drawn tokens, seed 7"
     assert dataset_name(replace(request, seed=8)) == "random-drawn tokens, seed 8"

@@ -1,4 +1,4 @@
-"""Passes given to executors: threads, processes, and some that lose tasks or answer wrongly."""
+"""Forward passes on executors: threads, processes, and some that lose tasks or answer wrongly."""
 
 import os
 import signal
@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from ramgguf.cli import eval_commands, model_commands
 from ramgguf.cluster import session_cache as tools
 from ramgguf.cluster.executors import connected
-from ramgguf.cluster.tasks import BenchKey, Done, EngineKey, Failed, Task
+from ramgguf.cluster.tasks import Done, EngineKey, Failed, RunnerKey, Task
 from ramgguf.core.errors import EngineError, PlanError
 from ramgguf.evaluate.journal import read_results
 from ramgguf.gguf.identity import FileIdentity, same_file
@@ -57,8 +57,8 @@ def expected(here: Path) -> Sensitivity:
 def pool() -> Iterator[ThreadPoolExecutor]:
     with ThreadPoolExecutor(2) as pool:
         yield pool
-    assert not tools.TOOLS._idle  # a run that is over keeps nothing open here
-    assert not tools.TOOLS._busy
+    assert not tools.SESSIONS._idle  # a run that is over keeps nothing open here
+    assert not tools.SESSIONS._busy
 
 
 class Through(Executor):
@@ -123,15 +123,15 @@ def test_a_task_whose_child_is_killed_thrice_is_a_failure_that_names_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     name, left = "blk.1.ffn_up.weight", [n_losses]
-    perform = tools.BenchTool.perform
+    perform = tools.RunnerTool.perform
 
-    def deadly(self: tools.BenchTool, request: Any) -> Any:
+    def deadly(self: tools.RunnerTool, request: Any) -> Any:
         if isinstance(request, Compare) and request.changes[:1] == ((name, "Q4_0"),) and left[0]:
             left[0] -= 1
             os.kill(self._child.pid, signal.SIGKILL)
         return perform(self, request)
 
-    monkeypatch.setattr(tools.BenchTool, "perform", deadly)
+    monkeypatch.setattr(tools.RunnerTool, "perform", deadly)
     if n_losses < 3:
         assert timeless(measured(model, tmp_path, pool)) == expected
         return
@@ -184,7 +184,7 @@ def test_a_worker_that_does_not_see_the_model_is_named_in_one_line(
 
     def found_at(path: Path) -> str:
         def elsewhere(perform: Perform, task: Task) -> Done | Failed:
-            assert isinstance(task.key, BenchKey)
+            assert isinstance(task.key, RunnerKey)
             key = replace(task.key, model=replace(task.key.model, path=str(path)))
             return perform(replace(task, key=key))
 
@@ -261,9 +261,9 @@ def test_an_interrupt_cancels_and_closes_and_the_run_can_go_on(
     with pytest.raises(KeyboardInterrupt):
         measured(model, tmp_path, pool, Interrupting(3))
     deadline = time.monotonic() + 60
-    while tools.TOOLS._busy and time.monotonic() < deadline:
+    while tools.SESSIONS._busy and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not tools.TOOLS._busy  # children in the middle of a pass were ended
+    assert not tools.SESSIONS._busy  # children in the middle of a pass were ended
     assert (tmp_path / "journal").read_bytes().count(b"\n") < 1 + len(expected.tensors)
     assert timeless(measured(model, tmp_path, pool)) == expected
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from ramgguf.core.gc_paused import MANY, uncollected
+from ramgguf.core.gc_paused import MANY, gc_paused
 
 
 class _Cycle:
@@ -33,7 +33,7 @@ def test_nothing_is_collected_meanwhile_and_everything_later() -> None:
 
     gc.callbacks.append(note)
     try:
-        with uncollected():
+        with gc_paused():
             found = weakref.ref(_Cycle())
             many: list[list[int]] = [[] for _ in range(2 * MANY)]
             assert not collected
@@ -47,7 +47,7 @@ def test_nothing_is_collected_meanwhile_and_everything_later() -> None:
 
 @pytest.mark.parametrize(("n", "young"), [(100, True), (2 * MANY, False)])
 def test_what_was_made_is_not_young_if_it_was_much(n: int, young: bool) -> None:
-    with uncollected():
+    with gc_paused():
         made: list[list[int]] = [[] for _ in range(n)]
     assert any(value is made for value in gc.get_objects(generation=0)) == young
 
@@ -55,7 +55,7 @@ def test_what_was_made_is_not_young_if_it_was_much(n: int, young: bool) -> None:
 @pytest.mark.parametrize("enabled", [True, False])
 def test_the_collector_is_left_as_it_was(enabled: bool) -> None:
     (gc.enable if enabled else gc.disable)()
-    with contextlib.suppress(KeyError), uncollected():
+    with contextlib.suppress(KeyError), gc_paused():
         assert not gc.isenabled()
         raise KeyError
     assert gc.isenabled() == enabled
@@ -64,7 +64,7 @@ def test_the_collector_is_left_as_it_was(enabled: bool) -> None:
 def test_what_is_frozen_stays_frozen() -> None:
     gc.freeze()
     frozen = gc.get_freeze_count()
-    with uncollected():
+    with gc_paused():
         made: list[list[int]] = [[] for _ in range(2 * MANY)]
     assert gc.get_freeze_count() == frozen > 0
     assert made

@@ -16,7 +16,7 @@ from ramgguf.gguf.reader import open_gguf
 from ramgguf.measure.candidates import suited, tried
 from ramgguf.quantize import verify as stage
 from ramgguf.quants import formats
-from ramgguf.quants.codec import Scale
+from ramgguf.quants.codec import ErrorWeights
 from ramgguf.quants.encoders import libggml
 from ramgguf.quants.imatrix import load_imatrix
 from ramgguf.quants.row_samples import MOST_ROWS, measure_sample, sampled_rows
@@ -181,7 +181,7 @@ def test_a_tensor_without_an_entry_has_none_of_these_formats(tmp_path: Path) -> 
 
 def test_a_tensor_weighed_by_a_hessian_has_none_of_these_formats(tmp_path: Path) -> None:
     source = write_small_model(tmp_path / "source.gguf", LLAMA)
-    scale = Scale(np.ones((1, 256), np.float32), 512, lambda: pytest.fail("not needed"))
+    scale = ErrorWeights(np.ones((1, 256), np.float32), 512, lambda: pytest.fail("not needed"))
     with open_gguf(source) as file:
         tensor = file.tensor("blk.0.ffn_up.weight")
         found = suited(file, tensor, scale, ("IQ2_XS", "Q4_K"), tell_ternary=False)
@@ -204,7 +204,7 @@ def test_the_standard_error_is_that_of_the_sample(tmp_path: Path) -> None:
     w = np.exp(rng.standard_normal((1, 256))).astype(np.float32)
     with open_gguf(tmp_path / "model.gguf") as file:
         tensor = file.tensor("blk.0.ffn_up.weight")
-        found = measure_sample(file, tensor, Scale(w, 2048), "IQ3_XXS")
+        found = measure_sample(file, tensor, ErrorWeights(w, 2048), "IQ3_XXS")
     q = libggml.decode("IQ3_XXS", libggml.encode("IQ3_XXS", x, w[0]), 256)
     x64 = x.astype(np.float64)
     errors, squares = ((x64 - q) ** 2) @ w[0], (x64**2) @ w[0]

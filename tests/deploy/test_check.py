@@ -13,7 +13,7 @@ from ramgguf.core.errors import EngineError, GGUFError
 from ramgguf.core.machine import Available
 from ramgguf.deploy.checking import CheckRequest, check_file
 from ramgguf.deploy.collapse_checks import KNOWN_TEXT, distinct_share, perplexity, signs
-from ramgguf.deploy.footprint_formula import Shape
+from ramgguf.deploy.footprint_formula import ContextShape
 from ramgguf.deploy.result import CheckResult, Spread
 from ramgguf.llama.child import Child
 from ramgguf.llama.limits import limiter
@@ -26,7 +26,7 @@ ENOUGH = Available(500_000_000, "a test")
 
 
 def _request(n_ctx: int = 512, limit: Available = ENOUGH) -> CheckRequest:
-    return CheckRequest(Shape(n_ctx), limit, n_threads=1, n_repeats=2, n_prompt=64)
+    return CheckRequest(ContextShape(n_ctx), limit, n_threads=1, n_repeats=2, n_prompt=64)
 
 
 @pytest.fixture(scope="module")

@@ -13,12 +13,12 @@ from typer.testing import CliRunner
 import ramgguf
 from ramgguf.cli.app import app
 from ramgguf.core.errors import BudgetError, EngineError, PlanError
-from ramgguf.deploy.footprint import CACHE_TYPES, Footprint, Scale, parse_cache_types
-from ramgguf.deploy.footprint_formula import Shape, cache_bytes, compute_bytes
+from ramgguf.deploy.footprint import CACHE_TYPES, Footprint, FootprintEstimator, parse_cache_types
+from ramgguf.deploy.footprint_formula import ContextShape, cache_bytes, compute_bytes
 from ramgguf.deploy.memory import MemoryLimit, MemoryRequest
 from ramgguf.deploy.offload import most_layers, place, place_within
 from ramgguf.gguf.reader import open_gguf
-from ramgguf.gguf.stub_model import hollow_model
+from ramgguf.gguf.stub_model import stub_model
 from ramgguf.llama.child import Child, ChildDiedError
 from ramgguf.llama.sizes import Sizes, SizesOf
 from ramgguf.measure.result import Measurement
@@ -52,10 +52,10 @@ def _windowed(out: GGUFWriter) -> None:
 _NORMS = _weights(post_attention_norm=(WIDTH,), post_ffw_norm=(WIDTH,))
 WINDOWED = Architecture("gemma2", _windowed, lambda _: ATTENTION | DENSE | _NORMS, TIED)
 SHAPES = (
-    Shape(4096),
-    Shape(1000, 1, "Q8_0", "Q8_0"),
-    Shape(3000, 3, "Q8_0", "Q8_0"),
-    Shape(2048, 2, "BF16", "BF16"),
+    ContextShape(4096),
+    ContextShape(1000, 1, "Q8_0", "Q8_0"),
+    ContextShape(3000, 3, "Q8_0", "Q8_0"),
+    ContextShape(2048, 2, "BF16", "BF16"),
 )
 
 
@@ -80,7 +80,7 @@ def measurement(llama: Path) -> Measurement:
     return ramgguf.measure(llama, threads=1)
 
 
-def _really(sizer: Child, path: Path, shape: Shape) -> Sizes:
+def _really(sizer: Child, path: Path, shape: ContextShape) -> Sizes:
     """Return what llama.cpp takes when it loads the weights and allocates all buffers."""
     return sizer.ask(
         SizesOf(
@@ -95,7 +95,7 @@ def _really(sizer: Child, path: Path, shape: Shape) -> Sizes:
     )
 
 
-def _shapes(architecture: Architecture) -> list[Shape]:
+def _shapes(architecture: Architecture) -> list[ContextShape]:
     """Return the contexts to try: llama.cpp's graph of T5 aborts with more than one sequence."""
     return [s for s in SHAPES if s.n_seq == 1 or not architecture.has_encoder]
 
@@ -108,7 +108,7 @@ def test_planned_sizes_are_what_llama_cpp_allocates(
     target = tmp_path / "target.gguf"
     made = ramgguf.quantize(source, "6bpw", target, min_sqnr_db=0, threads=1, verify=False)
     types = {a.name: a.format for a in made.plan.assignments}
-    with open_gguf(source) as file, Scale(file) as scale:
+    with open_gguf(source) as file, FootprintEstimator(file) as scale:
         for shape in _shapes(architecture):
             planned, real = scale.footprint(shape, types), _really(sizer, target, shape)
             assert planned.method == "llama.cpp"
@@ -129,19 +129,19 @@ def test_the_formula_knows_the_cache_and_roughly_the_graph(
             assert 0.6 < compute_bytes(file, shape) / real.compute < 1.8
 
 
-def _fitted(measurement: Measurement, shape: Shape, limit: int) -> Plan:
+def _fitted(measurement: Measurement, shape: ContextShape, limit: int) -> Plan:
     return plan(measurement, MemoryLimit(MemoryRequest(shape, limit)), min_sqnr_db=0)
 
 
-def _limit(path: Path, shape: Shape, n_bytes: int) -> int:
+def _limit(path: Path, shape: ContextShape, n_bytes: int) -> int:
     """Return the memory that leaves n_bytes for the weights."""
-    with open_gguf(path) as file, Scale(file) as scale:
+    with open_gguf(path) as file, FootprintEstimator(file) as scale:
         use = scale.footprint(shape, {}).use
     return use.total - use.weights + n_bytes
 
 
 def test_a_hollow_model_takes_no_disk_and_is_as_long_as_the_real_one(llama: Path) -> None:
-    with open_gguf(llama) as file, hollow_model(file, {"token_embd.weight": "Q4_0"}) as path:
+    with open_gguf(llama) as file, stub_model(file, {"token_embd.weight": "Q4_0"}) as path:
         status = path.stat()
         embedding = file.tensor("token_embd.weight")
         assert status.st_size < file.n_bytes - embedding.n_bytes // 2
@@ -151,9 +151,9 @@ def test_a_hollow_model_takes_no_disk_and_is_as_long_as_the_real_one(llama: Path
     assert not path.exists()
 
 
-@pytest.mark.parametrize("shape", [Shape(4096), Shape(2000, 3, "Q8_0", "Q8_0")])
+@pytest.mark.parametrize("shape", [ContextShape(4096), ContextShape(2000, 3, "Q8_0", "Q8_0")])
 def test_a_plan_uses_the_memory_it_is_given_and_no_more(
-    shape: Shape, llama: Path, measurement: Measurement, tmp_path: Path
+    shape: ContextShape, llama: Path, measurement: Measurement, tmp_path: Path
 ) -> None:
     limit = _limit(llama, shape, 1_300_000)
     made = _fitted(measurement, shape, limit)
@@ -169,17 +169,17 @@ def test_a_plan_uses_the_memory_it_is_given_and_no_more(
 def test_a_longer_context_leaves_less_and_a_smaller_cache_more(
     llama: Path, measurement: Measurement
 ) -> None:
-    limit = _limit(llama, Shape(4096), 1_500_000)
+    limit = _limit(llama, ContextShape(4096), 1_500_000)
 
-    def n_bytes(shape: Shape) -> int:
+    def n_bytes(shape: ContextShape) -> int:
         return _fitted(measurement, shape, limit).n_bytes
 
-    plain = n_bytes(Shape(4096))
-    assert n_bytes(Shape(4352)) < plain < n_bytes(Shape(4096, 1, "Q8_0", "Q8_0"))
+    plain = n_bytes(ContextShape(4096))
+    assert n_bytes(ContextShape(4352)) < plain < n_bytes(ContextShape(4096, 1, "Q8_0", "Q8_0"))
 
 
 def test_a_budget_caps_what_memory_leaves(llama: Path, measurement: Measurement) -> None:
-    request = MemoryRequest(Shape(512), 10**9)
+    request = MemoryRequest(ContextShape(512), 10**9)
     made = plan(measurement, MemoryLimit(request, 1_200_000), min_sqnr_db=0)
     assert made.n_bytes <= made.budget == 1_200_000
 
@@ -187,9 +187,9 @@ def test_a_budget_caps_what_memory_leaves(llama: Path, measurement: Measurement)
 def test_a_context_that_is_too_long_is_refused_with_the_longest_that_fits(
     llama: Path, measurement: Measurement
 ) -> None:
-    limit = _limit(llama, Shape(6000), 1_000_000)
+    limit = _limit(llama, ContextShape(6000), 1_000_000)
     with pytest.raises(BudgetError, match="largest context that fits is") as caught:
-        plan(measurement, MemoryLimit(MemoryRequest(Shape(50_000), limit)), min_sqnr_db=0)
+        plan(measurement, MemoryLimit(MemoryRequest(ContextShape(50_000), limit)), min_sqnr_db=0)
     message = str(caught.value)
     assert "--cache-type q8_0 saves" in message
     assert "raise the memory to at least" in message
@@ -202,21 +202,23 @@ def test_the_longest_context_named_fits_and_the_next_one_does_not(
 ) -> None:
     options = PlanOptions(min_sqnr_db=0, pins=["weight=Q2_K"])
     smallest = plan(measurement, "100%", **options).n_bytes
-    limit = _limit(llama, Shape(4096), smallest - 100_000)
+    limit = _limit(llama, ContextShape(4096), smallest - 100_000)
     with pytest.raises(BudgetError, match="and the smallest plan is") as caught:
-        plan(measurement, MemoryLimit(MemoryRequest(Shape(4096), limit)), **options)
+        plan(measurement, MemoryLimit(MemoryRequest(ContextShape(4096), limit)), **options)
     longest = int(str(caught.value).partition("context that fits is ")[2].partition(";")[0])
-    assert plan(measurement, MemoryLimit(MemoryRequest(Shape(longest), limit)), **options).memory
+    assert plan(
+        measurement, MemoryLimit(MemoryRequest(ContextShape(longest), limit)), **options
+    ).memory
     with pytest.raises(BudgetError):
-        plan(measurement, MemoryLimit(MemoryRequest(Shape(longest + 256), limit)), **options)
+        plan(measurement, MemoryLimit(MemoryRequest(ContextShape(longest + 256), limit)), **options)
 
 
 def test_what_llama_cpp_cannot_load_is_estimated_and_says_so(tmp_path: Path) -> None:
     architecture = ARCHITECTURES[0]
     unknown = Architecture("llamoid", architecture.describe, architecture.layer, UNTIED)
     path = write_small_model(tmp_path / "unknown.gguf", unknown)
-    with open_gguf(path) as file, Scale(file) as scale:
-        footprint = scale.footprint(Shape(4096), {})
+    with open_gguf(path) as file, FootprintEstimator(file) as scale:
+        footprint = scale.footprint(ContextShape(4096), {})
     assert footprint.method == "estimate"
     assert footprint.why_estimate == "hollow.gguf: llama.cpp cannot load it"
     assert footprint.use.cache == 4096 * 2 * 2 * 2 * 128
@@ -227,10 +229,10 @@ def test_cache_types_that_llama_cpp_refuses_are_errors(tmp_path: Path) -> None:
     path = write_small_model(tmp_path / "mla.gguf", deepseek)
     with (
         open_gguf(path) as file,
-        Scale(file) as scale,
+        FootprintEstimator(file) as scale,
         pytest.raises(BudgetError, match="Q8_0 and Q4_0, though one of F16 would do"),
     ):
-        scale.footprint(Shape(512, 1, "Q8_0", "Q4_0"), {})
+        scale.footprint(ContextShape(512, 1, "Q8_0", "Q4_0"), {})
 
 
 def test_cache_types_are_one_or_two_of_those_llama_cpp_has() -> None:
@@ -243,7 +245,7 @@ def test_cache_types_are_one_or_two_of_those_llama_cpp_has() -> None:
 
 
 FOOTPRINT = Footprint(
-    shape=Shape(1000),
+    shape=ContextShape(1000),
     layer_weights=(100, 200, 300),
     layer_cache=(10, 0, 30),
     input_weights=50,
@@ -280,7 +282,7 @@ def test_the_most_layers_that_fit_are_offloaded() -> None:
 
 
 def test_a_plan_for_ram_and_gpu_fits_both(llama: Path, measurement: Measurement) -> None:
-    shape = Shape(1024)
+    shape = ContextShape(1024)
     for ngl in (None, 2):
         request = MemoryRequest(
             shape, _limit(llama, shape, 600_000), vram=507_500_000, n_gpu_layers=ngl
@@ -297,7 +299,7 @@ def test_a_plan_for_ram_and_gpu_fits_both(llama: Path, measurement: Measurement)
 
 
 def test_a_gpu_alone_takes_all_layers(measurement: Measurement) -> None:
-    request = MemoryRequest(Shape(1024), None, vram=510_000_000)
+    request = MemoryRequest(ContextShape(1024), None, vram=510_000_000)
     memory = plan(measurement, MemoryLimit(request), min_sqnr_db=0).memory
     assert memory is not None
     assert memory.vram is not None
@@ -311,7 +313,7 @@ def test_a_model_that_was_moved_is_asked_for_and_another_one_refused(
     moved = measurement.model_copy(
         update={"source": measurement.source.model_copy(update={"path": "/nowhere.gguf"})}
     )
-    request = MemoryRequest(Shape(512), 10**9)
+    request = MemoryRequest(ContextShape(512), 10**9)
     with pytest.raises(PlanError, match="name it with --model"):
         plan(moved, MemoryLimit(request), min_sqnr_db=0)
     assert plan(moved, MemoryLimit(request, model=llama), min_sqnr_db=0).memory is not None
@@ -324,19 +326,19 @@ def test_a_child_that_is_killed_is_an_error_that_names_the_signal(llama: Path) -
     with Child("ramgguf.llama.sizes") as child:
         os.kill(child.pid, signal.SIGKILL)
         with pytest.raises(ChildDiedError, match="signal SIGKILL") as caught:
-            _really(child, llama, Shape(256))
+            _really(child, llama, ContextShape(256))
         assert caught.value.code == -signal.SIGKILL
 
 
 def test_a_failure_in_the_child_is_an_error_and_the_child_lives_on(llama: Path) -> None:
     with Child("ramgguf.llama.sizes") as child:
         with pytest.raises(EngineError, match=r"nowhere\.gguf: llama\.cpp cannot load it"):
-            _really(child, Path("/nowhere.gguf"), Shape(256))
-        assert _really(child, llama, Shape(256)).n_vocab == 320
+            _really(child, Path("/nowhere.gguf"), ContextShape(256))
+        assert _really(child, llama, ContextShape(256)).n_vocab == 320
 
 
 def test_quantize_writes_a_file_that_fits_the_memory(llama: Path, tmp_path: Path) -> None:
-    limit = _limit(llama, Shape(1024), 1_400_000)
+    limit = _limit(llama, ContextShape(1024), 1_400_000)
     target = tmp_path / "out.gguf"
     command = ["quantize", str(llama), "-o", str(target), "--memory", str(limit), "--min-sqnr", "0"]
     done = CliRunner().invoke(app, [*command, "--context", "1024", "--threads", "1"])
@@ -354,7 +356,7 @@ def test_the_curve_marks_the_plan_that_fits_the_memory(
 ) -> None:
     path = tmp_path / "m.rd.json"
     measurement.save(path)
-    options = ["--memory", str(_limit(llama, Shape(1024), 1_400_000)), "--context", "1024"]
+    options = ["--memory", str(_limit(llama, ContextShape(1024), 1_400_000)), "--context", "1024"]
     done = CliRunner().invoke(app, ["curve", str(path), "--min-sqnr", "0", *options])
     assert done.exit_code == 0, done.output
     assert "margin" in done.output

@@ -11,7 +11,7 @@ from ramgguf.cli.app import app
 from ramgguf.core.errors import BudgetError, EngineError
 from ramgguf.core.machine import Available
 from ramgguf.deploy.checking import CheckRequest
-from ramgguf.deploy.footprint_formula import Shape
+from ramgguf.deploy.footprint_formula import ContextShape
 from ramgguf.deploy.picking import PickRequest, pick
 
 pytest.importorskip("llama_cpp")
@@ -25,7 +25,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _request(min_speed: float = 0.0, n_seq: int = 0) -> PickRequest:
-    trial = CheckRequest(Shape(128), LIMIT, n_threads=1, n_repeats=1, n_prompt=32, n_said=32)
+    trial = CheckRequest(ContextShape(128), LIMIT, n_threads=1, n_repeats=1, n_prompt=32, n_said=32)
     return PickRequest(trial, min_speed, n_seq=n_seq)
 
 

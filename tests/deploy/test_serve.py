@@ -24,7 +24,7 @@ from ramgguf.core.errors import BudgetError, EngineError, ResultError
 from ramgguf.core.machine import Available
 from ramgguf.deploy.checking import CheckRequest, check_file
 from ramgguf.deploy.collapse_checks import KNOWN_TEXT
-from ramgguf.deploy.footprint_formula import Shape
+from ramgguf.deploy.footprint_formula import ContextShape
 from ramgguf.deploy.result import CheckResult
 from ramgguf.deploy.serving import Place, Server, Settings, checked_settings, planned_settings
 from ramgguf.llama import server as engine_server
@@ -255,7 +255,7 @@ def _children(pid: int) -> list[int]:
 @pytest.fixture(scope="module")
 def checked(model: Path) -> CheckResult:
     request = CheckRequest(
-        Shape(256, 1, "Q8_0", "Q8_0"), ENOUGH, n_threads=1, n_repeats=1, n_prompt=32
+        ContextShape(256, 1, "Q8_0", "Q8_0"), ENOUGH, n_threads=1, n_repeats=1, n_prompt=32
     )
     return check_file(model, request)
 
@@ -323,9 +323,9 @@ def test_what_does_not_fit_is_refused_in_one_line_with_what_would(model: Path) -
     assert line.startswith("error: chat.gguf with a context of 262144 tokens needs")
     longest = int(line.partition("--context ")[2].partition(";")[0])
     room = Available(150_000_000, "--memory")
-    fits = planned_settings(model, Shape(longest), room, n_threads=1)
+    fits = planned_settings(model, ContextShape(longest), room, n_threads=1)
     assert 130_000_000 < fits.needed <= room.n_bytes
-    forced = planned_settings(model, Shape(1 << 18), room, n_threads=1, force=True)
+    forced = planned_settings(model, ContextShape(1 << 18), room, n_threads=1, force=True)
     assert forced.needed > room.n_bytes
 
 
@@ -341,7 +341,7 @@ FREE = Place(port=0)
 
 
 def _server(model: Path, place: Place = FREE, **options: Any) -> Server:
-    settings = Settings(model, "chat", Shape(256), 1, None, 1, "estimate")
+    settings = Settings(model, "chat", ContextShape(256), 1, None, 1, "estimate")
     return Server(settings, place, **options)
 
 
@@ -433,7 +433,7 @@ def test_kernels_and_context_are_imposed_where_llama_cpp_python_has_no_setting()
 
 def test_other_machines_are_warned_of() -> None:
     settings = SimpleNamespace(
-        shape=Shape(64),
+        shape=ContextShape(64),
         checked=None,
         n_threads=1,
         chat_format=None,

@@ -33,7 +33,7 @@ from ramgguf.evaluate.protocol import EvalProtocol
 from ramgguf.evaluate.result import EvalResult
 from ramgguf.gguf.reader import open_gguf
 from ramgguf.llama.client import CrashError, Engine
-from ramgguf.llama.patched_model import Probe
+from ramgguf.llama.patched_model import PatchedModel
 from ramgguf.quants.hessian import load_hessians
 from ramgguf.quants.imatrix import load_imatrix
 from ramgguf.sensitivity.result import Sensitivity
@@ -332,16 +332,16 @@ def test_a_source_changed_while_its_sensitivity_is_read_is_an_error(
 ) -> None:
     model = write_tiny_model(tmp_path / "m.gguf", weight_type="F16")
     journal = tmp_path / "journal"
-    divergence, n_passes = Probe.divergence, 0
+    divergence, n_passes = PatchedModel.divergence, 0
 
-    def disturbed(self: Probe, *arguments: object) -> NDArray[np.float64]:
+    def disturbed(self: PatchedModel, *arguments: object) -> NDArray[np.float64]:
         nonlocal n_passes
         n_passes += 1
         if n_passes == 4:
             os.utime(model, ns=(1, 1))
         return divergence(self, *arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Probe, "divergence", disturbed)
+    monkeypatch.setattr(PatchedModel, "divergence", disturbed)
     with pytest.raises(GGUFError, match=r"m\.gguf: the file was changed while it was being read"):
         ramgguf.sensitivity(model, tokens="random", n_sequences=1, journal=journal, threads=1)
     assert 1 < _count_lines(journal) < 5  # the reading of that moment is not kept

@@ -12,7 +12,7 @@ import ramgguf
 from ramgguf.core.errors import BudgetError, PlanError
 from ramgguf.gguf.layout import padded
 from ramgguf.plan.objectives import OBJECTIVES, ram
-from ramgguf.plan.priors import Shape, prior
+from ramgguf.plan.priors import ModelShape, prior
 from ramgguf.plan.result import Plan
 from ramgguf.report.tensor_types import tensor_types
 from synthetic import BPW, measurement
@@ -131,7 +131,7 @@ def test_only_the_formats_asked_for_are_used() -> None:
 
 
 def test_the_published_objective_has_the_published_priors() -> None:
-    shape = Shape.of(MODEL)
+    shape = ModelShape.of(MODEL)
     by_name = {t.name: t for t in MODEL.tensors}
     priors = {
         "token_embd.weight": 10,
@@ -145,7 +145,7 @@ def test_the_published_objective_has_the_published_priors() -> None:
 
 
 def test_priors_know_roles_heads_depth_and_experts() -> None:
-    shape = Shape(n_layers=8, heads_per_kv=4)
+    shape = ModelShape(n_layers=8, heads_per_kv=4)
     down = next(t for t in MODEL.tensors if t.role == "ffn_down")
 
     def of(role: str, layer: int | None) -> float:

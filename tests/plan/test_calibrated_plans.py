@@ -12,11 +12,11 @@ from ramgguf import _core
 from ramgguf.core.errors import FormatError, ImatrixError, PlanError
 from ramgguf.gguf.reader import GGUFFile, open_gguf
 from ramgguf.measure.result import Measurement
-from ramgguf.plan.priors import Shape, prior
+from ramgguf.plan.priors import ModelShape, prior
 from ramgguf.plan.result import Plan
 from ramgguf.quantize.feedback import fed_back
 from ramgguf.quants import formats
-from ramgguf.quants.codec import Scale
+from ramgguf.quants.codec import ErrorWeights
 from ramgguf.quants.encoders import ENCODERS, EncoderName
 from ramgguf.quants.imatrix import load_imatrix
 from tiny_models import write_tiny_model
@@ -183,7 +183,7 @@ def test_a_tensor_without_a_hessian_is_searched(model: Path, files: tuple[Path, 
     with open_gguf(model) as file:
         tensor = file.tensor("token_embd.weight")
         rows = file.read_rows(tensor, 0, tensor.n_rows)
-        scale = Scale.of(tensor, imatrix)
+        scale = ErrorWeights.of(tensor, imatrix)
         assert scale.hessian is None
         made = [
             scale.encode("Q4_0", "F16", rows, 0, tensor.row_length, encoder)
@@ -230,7 +230,7 @@ def test_sensitivities_follow_the_error_that_is_weighed(
     found = ramgguf.measure(model, imatrix=files[0], formats=["Q4_0"], threads=1)
     expected = {t.name: p.nmse for t in found.tensors for p in t.points if p.format == "Q4_0"}
     assert errors.keys() == expected.keys()
-    # A reading's errors are those of the unweighed encoder, so they are somewhat larger.
+    # A reading's errors are those of the unweighted encoder, so they are somewhat larger.
     ratios = np.array([errors[n] / expected[n] for n in errors if n != "token_embd.weight"])
     assert 1.0 < np.median(ratios) < 1.3
     plan = ramgguf.plan(found, "8bpw", sensitivity=weighed, min_sqnr_db=0)
@@ -285,19 +285,19 @@ def test_priors_get_the_errors_of_the_weights_by_themselves(
         for a in plan.assignments:
             point = points[a.name, a.format]
             assert a.nmse == point.nmse
-            assert a.cost == pytest.approx(a.n_weights * point.unweighed)
+            assert a.cost == pytest.approx(a.n_weights * point.unweighted)
             if a.format == a.source_format or not formats.get(a.format).encodable:
                 continue
             x, q = before.tensor(a.name), after.tensor(a.name)
             rows = before.read_rows(x, 0, x.n_rows), after.read_rows(q, 0, q.n_rows)
             stats = _core.compare(x.type_name, rows[0], q.type_name, rows[1])
             expected = stats.errors[0].sum_squared_error / stats.sum_squares
-            assert point.unweighed == pytest.approx(expected, rel=1e-9)
+            assert point.unweighted == pytest.approx(expected, rel=1e-9)
     weighed = [p for p in points.values() if p.plain_nmse is not None and p.nmse]
     assert any(p.plain_nmse != p.nmse for p in weighed)
     relative = ramgguf.plan(found, "6bpw", objective="activation", min_sqnr_db=0)
     tensors = {t.name: t for t in found.tensors}
-    shape = Shape.of(found)
+    shape = ModelShape.of(found)
     for a in relative.assignments:
         assert a.cost == pytest.approx(a.n_weights * prior(tensors[a.name], shape) * a.nmse)
 

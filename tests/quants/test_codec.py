@@ -13,7 +13,7 @@ import ramgguf
 from ramgguf import _core
 from ramgguf.core.errors import ImatrixError
 from ramgguf.gguf.reader import open_gguf
-from ramgguf.quants.codec import Scale
+from ramgguf.quants.codec import ErrorWeights
 from ramgguf.quants.imatrix import load_imatrix
 
 Floats = NDArray[np.float32]
@@ -141,7 +141,7 @@ def test_a_matrix_of_another_model_is_refused_by_name(case: Case) -> None:
 def test_rows_are_weighed_by_their_own_expert(case: Case, start: int) -> None:
     with open_gguf(case.model) as file:
         tensor = file.tensor(EXPERTS)
-        scale = Scale.of(tensor, load_imatrix(case.imatrix))
+        scale = ErrorWeights.of(tensor, load_imatrix(case.imatrix))
         rows = file.read_rows(tensor, start, 90)
     blocks = scale.encode("Q4_K", "F32", rows, start, 256, "search")
     for row in range(start, 90):

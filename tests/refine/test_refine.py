@@ -11,26 +11,26 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 import ramgguf
-from ramgguf.cluster.opening import passes_over
+from ramgguf.cluster.runners import open_runner
 from ramgguf.core.errors import EngineError, PlanError
 from ramgguf.core.progress import Silent
 from ramgguf.gguf.reader import open_gguf
 from ramgguf.llama.model import LlamaModel
-from ramgguf.llama.tokens import Request, draw_sets, parse_tokens
+from ramgguf.llama.tokens import TokenRequest, draw_sets, parse_tokens
 from ramgguf.measure.result import Measurement
 from ramgguf.plan.knapsack import Choice
 from ramgguf.plan.objectives import costing
 from ramgguf.plan.result import Plan
 from ramgguf.quants.roundtrip import simulated
 from ramgguf.refine.journal import RefineJournal
-from ramgguf.refine.posterior import Belief, Move, improvement
+from ramgguf.refine.posterior import Move, Posterior, improvement
 from ramgguf.refine.swaps import refine_plan
 from ramgguf.refine.tokens import FIRST_SEQUENCE, Refining
 from tiny_models import write_tiny_model
 
 pytest.importorskip("llama_cpp")
 FORMATS = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"]
-WANTED = Refining(12, Request(encoder="search", n_ctx=48), sizes=(1, 1, 1))
+WANTED = Refining(12, TokenRequest(encoder="search", n_ctx=48), sizes=(1, 1, 1))
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def _refined(
             curves,
             costing(plan.objective, curves),
             replace(WANTED, n_trials=n_trials),
-            passes_over(file, WANTED.request, scratch=folder, threads=1),
+            open_runner(file, WANTED.request, scratch=folder, threads=1),
             journal_path=folder / "journal",
             progress=Silent(),
         )
@@ -201,14 +201,14 @@ def _move(*costs: float) -> Move:
 
 
 def test_what_is_observed_is_believed_in_proportion_to_its_surety() -> None:
-    belief = Belief(2.0, [0.5, 0.5, 0.5])
+    belief = Posterior(2.0, [0.5, 0.5, 0.5])
     move = _move(1.0, -1.0)
     assert belief.expected(move) == pytest.approx((0.0, 2**0.5))
     belief.observe(move, -0.8, error=1e-6)
     assert belief.expected(move)[0] == pytest.approx(-0.8, abs=1e-5)
     assert belief.expected(move)[1] < 1e-5
     assert belief.mean[2] == 2.0  # nothing was said of the third
-    unsure = Belief(2.0, [0.5, 0.5, 0.5])
+    unsure = Posterior(2.0, [0.5, 0.5, 0.5])
     unsure.observe(move, -0.8, error=2**0.5)
     assert unsure.expected(move)[0] == pytest.approx(-0.4)
 
@@ -230,7 +230,7 @@ def test_every_proposal_fits_and_changes_two_or_three_items(seed: int, room: int
         for _ in range(5)
     ]
     chosen = rng.integers(0, 4, 5).tolist()
-    belief = Belief(1.0, rng.uniform(0.1, 1, 5).tolist())
+    belief = Posterior(1.0, rng.uniform(0.1, 1, 5).tolist())
     moves = list(itertools.islice(belief.proposals(items, chosen, room, 0.1), 50))
     assert len({m.changes for m in moves}) == len(moves)
     for move in moves:
@@ -247,7 +247,7 @@ def test_windows_of_a_text_do_not_overlap(model: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("".join(f"{i:05d} " for i in range(500)))
     kind, corpus = parse_tokens(str(text))
-    request = Request(encoder="search", tokens=kind, corpus=corpus, n_ctx=49)
+    request = TokenRequest(encoder="search", tokens=kind, corpus=corpus, n_ctx=49)
     with LlamaModel(model, n_ctx=49, n_threads=1, safe_kernels=True) as loaded:
         sets = draw_sets(loaded, request, (2, 3, 4), 1000)
         ids = [s for part in sets for s in part]

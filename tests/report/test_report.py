@@ -20,7 +20,7 @@ from rich.console import Console
 from made_plans import made_measurement, made_plan
 from made_results import eval_result, ordinary_ppl, wild_ppl
 from ramgguf.evaluate.bootstrap import Estimate
-from ramgguf.evaluate.eval_report import Study, study
+from ramgguf.evaluate.eval_report import EvalReport, eval_report
 from ramgguf.evaluate.result import EvalResult
 from ramgguf.report import evaluation, results
 from ramgguf.report.figures import log_ticks
@@ -54,11 +54,11 @@ def three_models() -> list[EvalResult]:
 
 
 @pytest.fixture(scope="module")
-def three() -> Study:
-    return study(three_models(), np.random.default_rng(0), n_resamples=1000)
+def three() -> EvalReport:
+    return eval_report(three_models(), np.random.default_rng(0), n_resamples=1000)
 
 
-def printed(made: Study, *, terminal: bool, width: int) -> str:
+def printed(made: EvalReport, *, terminal: bool, width: int) -> str:
     out = io.StringIO()
     console = Console(
         file=out, force_terminal=terminal, width=width, color_system=None, highlight=False
@@ -70,7 +70,7 @@ def printed(made: Study, *, terminal: bool, width: int) -> str:
 # --- terminal ---
 
 
-def test_a_pipe_gets_every_column_on_one_line_per_model(three: Study) -> None:
+def test_a_pipe_gets_every_column_on_one_line_per_model(three: EvalReport) -> None:
     lines = printed(three, terminal=False, width=80).splitlines()
     (heading,) = [line for line in lines if line.startswith("model") and "P95" in line]
     for column in ("size", "bpw", "corpus PPL", "median PPL", "P99", "MAD", "PPL > 100", "tail"):
@@ -82,7 +82,9 @@ def test_a_pipe_gets_every_column_on_one_line_per_model(three: Study) -> None:
 
 
 @pytest.mark.parametrize("width", [60, 80, 100, 140, 250])
-def test_a_terminal_is_never_overrun_and_told_what_is_left_out(three: Study, width: int) -> None:
+def test_a_terminal_is_never_overrun_and_told_what_is_left_out(
+    three: EvalReport, width: int
+) -> None:
     text = printed(three, terminal=True, width=width)
     assert max(map(len, text.splitlines())) <= width
     for line in text.splitlines():
@@ -92,7 +94,7 @@ def test_a_terminal_is_never_overrun_and_told_what_is_left_out(three: Study, wid
     assert text.count("wild") > 2
 
 
-def test_the_same_results_always_print_the_same(three: Study) -> None:
+def test_the_same_results_always_print_the_same(three: EvalReport) -> None:
     models = three_models()
     assert results.eval_csv(models) == results.eval_csv(models)
     out = io.StringIO()
@@ -110,7 +112,9 @@ def test_file_names_are_not_taken_for_markup() -> None:
 
 def test_results_that_may_not_be_ranked_are_shown_with_the_reason() -> None:
     a, b = eval_result("a", ordinary_ppl()), eval_result("b", ordinary_ppl(1))
-    made = study([a, b.model_copy(update={"tokenizer_sha256": "other"})], np.random.default_rng(0))
+    made = eval_report(
+        [a, b.model_copy(update={"tokenizer_sha256": "other"})], np.random.default_rng(0)
+    )
     text = printed(made, terminal=False, width=80)
     assert made.board is None
     assert "ranked by" not in text
@@ -121,7 +125,7 @@ def test_results_that_may_not_be_ranked_are_shown_with_the_reason() -> None:
 def test_a_model_without_scores_is_named_beside_the_others() -> None:
     a, b = eval_result("a", ordinary_ppl()), eval_result("b", ordinary_ppl(1))
     dead = b.model_copy(update={"sequences": (), "failure": "died of SIGSEGV in sequence 0"})
-    text = printed(study([a, dead], np.random.default_rng(0)), terminal=False, width=80)
+    text = printed(eval_report([a, dead], np.random.default_rng(0)), terminal=False, width=80)
     assert "b: no sequence was scored (died of SIGSEGV in sequence 0)." in text
     assert "light-tailed" in text
 
@@ -129,7 +133,7 @@ def test_a_model_without_scores_is_named_beside_the_others() -> None:
 # --- markdown, CSV, JSON ---
 
 
-def test_markdown_has_a_row_per_model_and_equal_columns(three: Study) -> None:
+def test_markdown_has_a_row_per_model_and_equal_columns(three: EvalReport) -> None:
     text = evaluation.study_markdown(three)
     tables = [block for block in text.split("\n\n") if block.startswith("|")]
     assert len(tables) == 3
@@ -153,7 +157,7 @@ def test_markdown_text_survives_being_rendered(text: str) -> None:
     assert "<" not in re.sub(r"\\<", "", markdown_text(text))
 
 
-def test_csv_has_full_precision_and_leaves_unknown_values_empty(three: Study) -> None:
+def test_csv_has_full_precision_and_leaves_unknown_values_empty(three: EvalReport) -> None:
     rows = list(csv.DictReader(io.StringIO(evaluation.study_csv(three))))
     assert [r["model"] for r in rows] == ["f16", "good", "wild"]
     for row, summary in zip(rows, three.summaries, strict=True):
@@ -244,7 +248,7 @@ def structure(text: str) -> _Structure:
 
 
 @pytest.fixture(scope="module")
-def whole_page(three: Study) -> str:
+def whole_page(three: EvalReport) -> str:
     measured = made_measurement(6)
     plans = [("tight", made_plan(measured)), ("roomy", made_plan(measured, 1))]
     return page(three, plans, [("made", measured)])
@@ -261,7 +265,7 @@ def test_the_page_refers_to_nothing_outside_itself(whole_page: str) -> None:
     assert policies[0].startswith("default-src 'none'")
 
 
-def test_the_page_says_what_the_terminal_says(whole_page: str, three: Study) -> None:
+def test_the_page_says_what_the_terminal_says(whole_page: str, three: EvalReport) -> None:
     text = structure(whole_page).text
     for statement in (*evaluation.statements(three), *evaluation.protocol_lines(three)):
         assert statement in text
@@ -277,7 +281,7 @@ def test_hostile_names_and_texts_stay_text(tmp_path: Path) -> None:
     measured = made_measurement(1)
     renamed = measured.tensors[0].model_copy(update={"name": HOSTILE, "role": HOSTILE})
     measured = measured.model_copy(update={"tensors": (renamed, *measured.tensors[1:])})
-    made = study([wild], np.random.default_rng(0), n_resamples=100)
+    made = eval_report([wild], np.random.default_rng(0), n_resamples=100)
     text = page(made, [(HOSTILE, made_plan(measured))], [(HOSTILE, measured)])
     found = structure(text)
     assert [a for t, a in found.elements if "onerror" in a or t == "img"] == []
@@ -287,7 +291,7 @@ def test_hostile_names_and_texts_stay_text(tmp_path: Path) -> None:
     assert "alert(1)" in found.text
 
 
-def test_identical_input_gives_an_identical_page(whole_page: str, three: Study) -> None:
+def test_identical_input_gives_an_identical_page(whole_page: str, three: EvalReport) -> None:
     measured = made_measurement(6)
     plans = [("tight", made_plan(measured)), ("roomy", made_plan(measured, 1))]
     assert page(three, plans, [("made", measured)]) == whole_page
@@ -295,13 +299,13 @@ def test_identical_input_gives_an_identical_page(whole_page: str, three: Study) 
 
 def test_a_page_of_plans_alone_needs_no_evaluation() -> None:
     measured = made_measurement(2)
-    nothing = study([], np.random.default_rng(0))
+    nothing = eval_report([], np.random.default_rng(0))
     text = structure(page(nothing, [("p", made_plan(measured))], [("m", measured)])).text
     assert "Where the bits go" in text
     assert "Every sequence" not in text
 
 
-def test_the_file_is_replaced_whole(tmp_path: Path, three: Study) -> None:
+def test_the_file_is_replaced_whole(tmp_path: Path, three: EvalReport) -> None:
     target = tmp_path / "report.html"
     target.write_text("old")
     write_html(target, three)
@@ -385,7 +389,7 @@ def test_a_browser_runs_nothing_from_hostile_names(tmp_path: Path) -> None:
     renamed = measured.tensors[0].model_copy(update={"name": HOSTILE})
     measured = measured.model_copy(update={"tensors": (renamed, *measured.tensors[1:])})
     wild = eval_result(HOSTILE, wild_ppl(), titles=[HOSTILE] * 128)
-    made = study([wild], np.random.default_rng(0), n_resamples=100)
+    made = eval_report([wild], np.random.default_rng(0), n_resamples=100)
     plans = [(HOSTILE, made_plan(measured))]
     dom = rendered(page(made, plans, [(HOSTILE, measured)]), tmp_path)
     elements = structure(dom).elements

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ramgguf.core.errors import EngineError
-from ramgguf.sensitivity.impute import Member, fill_in
+from ramgguf.sensitivity.impute import Member, impute
 from ramgguf.sensitivity.result import Reading, TensorSensitivity
 
 N = 1000
@@ -25,7 +25,7 @@ def _reading(member: Member, alpha: float, error: float = 0.0) -> Reading:
 
 
 def _filled(members: list[Member], readings: list[Reading]) -> dict[str, TensorSensitivity]:
-    return {t.name: t for t in fill_in(members, {r.name: r for r in readings})}
+    return {t.name: t for t in impute(members, {r.name: r for r in readings})}
 
 
 def test_exact_readings_are_kept() -> None:
@@ -96,7 +96,7 @@ def test_alphas_stay_between_the_smallest_and_the_largest_reading(
 ) -> None:
     members = _members(len(readings) + 2)
     made = [_reading(m, a, e) for m, (a, e) in zip(members[1:], readings, strict=False)]
-    found = fill_in(members, {r.name: r for r in made})
+    found = impute(members, {r.name: r for r in made})
     low, high = min(a for a, _ in readings), max(a for a, _ in readings)
     assert [t.name for t in found] == [m.name for m in members]
     for t in found:

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 import ramgguf
 from ramgguf import _core
 from ramgguf.cli import model_commands, sensitivity_commands
-from ramgguf.cluster.opening import passes_over
+from ramgguf.cluster.runners import open_runner
 from ramgguf.core.corpus import Corpus
 from ramgguf.core.errors import PlanError
 from ramgguf.core.progress import Silent
@@ -24,14 +24,14 @@ from ramgguf.core.values import TokenKind
 from ramgguf.gguf.reader import open_gguf
 from ramgguf.llama.model import LlamaModel
 from ramgguf.llama.token_statistics import standard_error
-from ramgguf.llama.tokens import Request
+from ramgguf.llama.tokens import TokenRequest
 from ramgguf.quants.encoders import EncoderName
 from ramgguf.sensitivity.alpha import measure_alpha
 from ramgguf.sensitivity.result import Sensitivity
 from tiny_models import write_tiny_model
 
 pytest.importorskip("llama_cpp")
-QUICK = Request(encoder="rtn", n_sequences=2, n_ctx=64)
+QUICK = TokenRequest(encoder="rtn", n_sequences=2, n_ctx=64)
 
 
 @pytest.fixture(scope="module")
@@ -39,12 +39,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_model(tmp_path_factory.mktemp("model") / "tiny.gguf", weight_type="F16")
 
 
-def _measured(model: Path, folder: Path, request: Request = QUICK) -> Sensitivity:
+def _measured(model: Path, folder: Path, request: TokenRequest = QUICK) -> Sensitivity:
     with open_gguf(model) as file:
         return measure_alpha(
             file,
             request,
-            passes_over(file, request, scratch=folder, threads=1),
+            open_runner(file, request, scratch=folder, threads=1),
             journal_path=folder / "journal",
             progress=Silent(),
         )
@@ -123,7 +123,7 @@ def test_two_runs_with_one_seed_agree_exactly_and_another_seed_does_not(
     assert again.sha256() == measured.sha256()
     (tmp_path / "other").mkdir()
     other = _measured(
-        model, tmp_path / "other", Request(encoder="rtn", n_sequences=2, n_ctx=64, seed=1)
+        model, tmp_path / "other", TokenRequest(encoder="rtn", n_sequences=2, n_ctx=64, seed=1)
     )
     assert other.tokens.sha256 != measured.tokens.sha256
     assert other.tensors != measured.tensors
@@ -133,7 +133,9 @@ def test_two_runs_with_one_seed_agree_exactly_and_another_seed_does_not(
 def test_other_tokens_can_be_used(model: Path, tmp_path: Path, kind: TokenKind) -> None:
     corpus = Corpus("letters", "the quick brown fox " * 50) if kind == "text" else None
     found = _measured(
-        model, tmp_path, Request(encoder="rtn", tokens=kind, corpus=corpus, n_sequences=1, n_ctx=64)
+        model,
+        tmp_path,
+        TokenRequest(encoder="rtn", tokens=kind, corpus=corpus, n_sequences=1, n_ctx=64),
     )
     assert found.tokens.kind == kind
     assert found.tokens.n_tokens == 64
@@ -143,7 +145,7 @@ def test_other_tokens_can_be_used(model: Path, tmp_path: Path, kind: TokenKind) 
 def test_a_short_time_measures_fewer_tensors_and_says_so(tmp_path: Path) -> None:
     model = write_tiny_model(tmp_path / "deep.gguf", weight_type="F16", n_layers=12)
     (tmp_path / "run").mkdir()
-    found = _measured(model, tmp_path / "run", Request(encoder="rtn", n_ctx=64, seconds=1e-3))
+    found = _measured(model, tmp_path / "run", TokenRequest(encoder="rtn", n_ctx=64, seconds=1e-3))
     origins = {t.layer: t.origin for t in found.tensors if t.role == "ffn_down"}
     assert origins[0] == origins[1] == origins[10] == origins[11] == "measured"
     assert "interpolated" in origins.values()
@@ -194,9 +196,9 @@ def test_a_killed_run_goes_on_where_it_was(
 def test_a_journal_of_something_else_is_refused(model: Path, tmp_path: Path) -> None:
     _measured(model, tmp_path)
     with pytest.raises(PlanError, match="another model, encoder, imatrix or choice of tokens"):
-        _measured(model, tmp_path, Request(encoder="rtn", n_sequences=2, n_ctx=64, seed=5))
+        _measured(model, tmp_path, TokenRequest(encoder="rtn", n_sequences=2, n_ctx=64, seed=5))
     with pytest.raises(PlanError, match="choice of tokens"):
-        _measured(model, tmp_path, Request(encoder="rtn", n_sequences=2, n_ctx=32))
+        _measured(model, tmp_path, TokenRequest(encoder="rtn", n_sequences=2, n_ctx=32))
     (tmp_path / "journal").write_text('{"record": "run"}\n')
     with pytest.raises(PlanError, match="line 1 is not of a sensitivity run"):
         _measured(model, tmp_path)

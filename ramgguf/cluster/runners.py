@@ -6,16 +6,16 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
 
-from ramgguf.cluster.remote_runner import CrewPasses
-from ramgguf.cluster.worker_pool import Crew
+from ramgguf.cluster.remote_runner import RemoteRunner
+from ramgguf.cluster.worker_pool import WorkerPool
 from ramgguf.core.errors import EngineError
 from ramgguf.core.parallel import default_threads
 from ramgguf.core.scratch import scratch_folder
 from ramgguf.gguf.hub import local_path
 from ramgguf.gguf.reader import GGUFFile, open_gguf
-from ramgguf.llama.forward import Passes
-from ramgguf.llama.local_runner import Workbench
-from ramgguf.llama.tokens import Request
+from ramgguf.llama.forward import ForwardRunner
+from ramgguf.llama.local_runner import LocalRunner
+from ramgguf.llama.tokens import TokenRequest
 
 
 @dataclass(frozen=True)
@@ -23,14 +23,14 @@ class Opened:
     """An open model, what opens the passes over it, and where what they tell is kept."""
 
     file: GGUFFile
-    opening: contextlib.AbstractContextManager[Passes]
+    opening: contextlib.AbstractContextManager[ForwardRunner]
     journal: Path
 
 
 @contextlib.contextmanager
 def opened(
     model: str | Path,
-    request: Request,
+    request: TokenRequest,
     *,
     folder: str | Path | None,
     journal: str | Path | None,
@@ -48,7 +48,7 @@ def opened(
         open_gguf(local_path(model), kind_check=True) as file,
         scratch_folder(copies if executor is None else None, error=EngineError) as scratch,
     ):
-        opening = passes_over(
+        opening = open_runner(
             file,
             request,
             scratch=scratch,
@@ -60,22 +60,22 @@ def opened(
 
 
 @contextlib.contextmanager
-def passes_over(
+def open_runner(
     file: GGUFFile,
-    request: Request,
+    request: TokenRequest,
     *,
     scratch: Path,
     threads: int,
     executor: Executor | None = None,
     workers_folder: Path | None = None,
-) -> Iterator[Passes]:
+) -> Iterator[ForwardRunner]:
     """Yield the passes that a request takes, with `threads` threads each.
 
     scratch takes the copy of the model in this process, workers_folder those on workers. Raises
     EngineError when llama.cpp or a worker fails.
     """
     if executor is None:
-        with Workbench(
+        with LocalRunner(
             file,
             scratch,
             n_ctx=request.n_ctx,
@@ -85,9 +85,9 @@ def passes_over(
         ) as bench:
             yield bench
         return
-    with Crew(executor) as crew:
-        yield CrewPasses(
-            crew,
+    with WorkerPool(executor) as pool:
+        yield RemoteRunner(
+            pool,
             file,
             n_ctx=request.n_ctx,
             threads=threads,

@@ -8,6 +8,8 @@ MODELS ?= models
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
+CPP_SOURCES := $(shell find cpp -name "*.cpp" -o -name "*.h")
+
 # What computes with the kernels: run once more at the lowest level of instructions.
 KERNEL_TESTS := $(patsubst %,tests/test_%.py,formats kernels search small_formats libggml logits weighing imatrix gptq \
 	quantize determinism end_to_end evaluate engine sensitivity calibrate calibrated_plans refine cli)
@@ -16,7 +18,7 @@ KERNEL_TESTS := $(patsubst %,tests/test_%.py,formats kernels search small_format
 
 all: $(STAMP)
 
-$(STAMP): pyproject.toml CMakeLists.txt tools/install.sh tools/llama_wheel.sh $(wildcard cpp/*.cpp cpp/*.h cpp/*.def cpp/*/*.h)
+$(STAMP): pyproject.toml CMakeLists.txt tools/install.sh tools/llama_wheel.sh $(CPP_SOURCES) $(shell find cpp -name "*.def" -o -name "*.in")
 	PYTHON=$(PYTHON) VENV=$(VENV) sh tools/install.sh
 	touch $@
 
@@ -25,7 +27,7 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/clang-format --dry-run --Werror $(wildcard cpp/*.cpp cpp/*.h cpp/*/*.h)
+	$(BIN)/clang-format --dry-run --Werror $(CPP_SOURCES)
 	VENV=$(VENV) sh tools/tidy.sh
 
 test: $(STAMP) lint

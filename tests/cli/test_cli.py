@@ -13,6 +13,7 @@ import pytest
 import ramgguf
 from gguf_samples import write_model
 from interruptible import unwatched
+from ramgguf import _core
 from ramgguf.measure.result import Measurement
 from ramgguf.plan.result import Plan
 
@@ -116,8 +117,12 @@ def test_every_command_explains_itself_with_an_example() -> None:
         assert f"Example: ramgguf {command}" in " ".join(shown.split())
 
 
-def test_the_version_is_that_of_the_package() -> None:
-    assert run("--version").stdout.strip() == ramgguf.__version__ == metadata.version("ramgguf")
+def test_the_version_names_the_package_the_build_and_the_isa_level() -> None:
+    assert ramgguf.__version__ == metadata.version("ramgguf")
+    shown = run("--version").stdout
+    assert shown.startswith(f"ramgguf {ramgguf.__version__} (")
+    assert _core.compiler in shown
+    assert f"ISA level {_core.isa()} of" in shown
 
 
 def test_ctrl_c_leaves_an_older_output_and_the_source_untouched(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from ramgguf.core.parallel import default_threads
 from ramgguf.core.progress import Progress, Silent
 from ramgguf.core.scratch import scratch_folder
 from ramgguf.core.units import format_bytes, format_seconds
-from ramgguf.gguf.architecture import never_quantized
+from ramgguf.gguf.architecture import is_looked_up, never_quantized
 from ramgguf.gguf.hub import local_path
 from ramgguf.gguf.reader import GGUFFile, TensorInfo, open_gguf
 from ramgguf.llama.client import Engine
@@ -105,13 +105,14 @@ def calibrate_file(
         owners = {s.name: s.owner for s in found.sums if s.owner is not None}
         n_grams = 0
         if outputs.hessian is not None:
-            n_grams = _write_hessians(run, sequences, outputs, owners, weights)
+            n_grams = _write_hessians(run, sequences, outputs, owners, weights, file.sample_sha256)
     write_imatrix(
         outputs.imatrix,
         entries,
         dataset=dataset_name(request),
         n_chunks=n_sequences,
         chunk_size=request.n_ctx,
+        model_sample=file.sample_sha256,
         force=outputs.force,
     )
     return Calibration(
@@ -133,7 +134,10 @@ def dataset_name(request: TokenRequest) -> str:
 
 
 def _is_weight(file: GGUFFile, tensor: TensorInfo) -> bool:
-    return never_quantized(tensor.name, tensor.shape, file.architecture) is None
+    """Return whether the tensor is a matrix that may be quantized, and meets activations."""
+    return never_quantized(
+        tensor.name, tensor.shape, file.architecture
+    ) is None and not is_looked_up(tensor.name, tied=file.has_tied_embedding)
 
 
 class _Run:
@@ -225,6 +229,7 @@ def _write_hessians(
     outputs: Outputs,
     owners: Mapping[str, str],
     weights: Mapping[str, TensorInfo],
+    model_sample: str,
 ) -> int:
     """Write XᵀX of the wanted weights' inputs, in batches that fit the memory; return how many."""
     if outputs.hessian is None:
@@ -243,7 +248,12 @@ def _write_hessians(
             f"{format_bytes(outputs.max_gram_bytes)} allowed; leave that weight out"
         )
     with new_hessians(
-        outputs.hessian, wanted, sizes, run.n_tokens(sequences), force=outputs.force
+        outputs.hessian,
+        wanted,
+        sizes,
+        run.n_tokens(sequences),
+        model_sample=model_sample,
+        force=outputs.force,
     ) as file:
         for group in groups(sizes, outputs.max_gram_bytes):
             found = run.grams(run.observe(sequences, group, group))

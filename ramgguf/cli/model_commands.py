@@ -216,3 +216,5 @@ def measure(
         f"{measured.n_weights:,} weights, in {format_seconds(measured.seconds)} "
         f"({rate:,.0f} M weights/s)"
     )
+    for note in measured.notes:
+        terminal.out.print(f"note: {note}", soft_wrap=True)

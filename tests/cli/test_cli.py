@@ -62,7 +62,7 @@ def test_json_is_one_document_and_nothing_else(model: Path, tmp_path: Path) -> N
     assert result["n_bytes"] == (tmp_path / "b.gguf").stat().st_size <= result["budget"]
     assert result["verified"] is True
     measured = json.loads(run("measure", model, "-o", tmp_path / "m.json", "--json").stdout)
-    assert measured["schema"] == "ramgguf.measurement/1"
+    assert measured["schema"] == "ramgguf.measurement/2"
     planned = json.loads(run("plan", tmp_path / "m.json", "-b", "5bpw", "--json").stdout)
     assert planned["schema"].startswith("ramgguf.plan/")
 

@@ -25,7 +25,7 @@ class FileIdentity:
     path: str
     n_bytes: int
     header_sha256: str
-    sample_sha256: str
+    sample_sha256: str | None
 
     @classmethod
     def of(cls, file: GGUFFile) -> "FileIdentity":

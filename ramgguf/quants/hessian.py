@@ -171,19 +171,19 @@ def new_hessians(
     sizes: Mapping[str, int],
     n_tokens: int,
     *,
-    model_sample: str,
+    model_sample: str | None = None,
     force: bool,
 ) -> ArrayFile:
     """Return a new file with room for the gram of every owner; sizes are the owners' columns.
 
-    model_sample is the sample_sha256 of the model.
+    model_sample is the sample_sha256 of the model, to which they are then bound.
     """
     keys: Keys = {
         "general.type": string("hessian"),
         _WEIGHTS: tuple(owners),
         _OWNERS: tuple(owners.values()),
         _N_TOKENS: u32(n_tokens),
-        MODEL_SAMPLE_KEY: string(model_sample),
+        **({} if model_sample is None else {MODEL_SAMPLE_KEY: string(model_sample)}),
     }
     shapes = {owner + _GRAM: (n, n) for owner, n in sizes.items()}
     return ArrayFile(path, keys, shapes, force=force, error=ImatrixError)

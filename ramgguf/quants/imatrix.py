@@ -371,12 +371,12 @@ def write_imatrix(
     dataset: str,
     n_chunks: int,
     chunk_size: int,
-    model_sample: str,
+    model_sample: str | None = None,
     force: bool,
 ) -> None:
     """Write the matrix; names are stored in order, weights that met nothing are left out.
 
-    model_sample is the sample_sha256 of the model, to which the matrix is bound.
+    model_sample is the sample_sha256 of the model, to which the matrix is then bound.
 
     Raises ImatrixError when nothing was met, a sum is not finite or the file cannot be written.
     """
@@ -397,7 +397,7 @@ def write_imatrix(
         "imatrix.datasets": (dataset,),
         "imatrix.chunk_count": u32(n_chunks),
         "imatrix.chunk_size": u32(chunk_size),
-        MODEL_SAMPLE_KEY: string(model_sample),
+        **({} if model_sample is None else {MODEL_SAMPLE_KEY: string(model_sample)}),
     }
     shapes = {name: array.shape for name, array in arrays.items()}
     with ArrayFile(path, keys, shapes, force=force, error=ImatrixError) as file:

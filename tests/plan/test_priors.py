@@ -41,7 +41,7 @@ def _model(
     extra: Mapping[str, tuple[int, ...]] | None = None,
 ) -> Measurement:
     """Return a measurement of n_layers blocks of these parts, and of what is outside of them."""
-    shapes = {f"{part}.weight": (D, 32000) for part in outside}
+    shapes: dict[str, tuple[int, ...]] = {f"{part}.weight": (D, 32000) for part in outside}
     shapes |= {
         f"blk.{i}.{part}.weight": shape for i in range(n_layers) for part, shape in parts.items()
     }

@@ -18,7 +18,7 @@ from ramgguf.core.parallel import default_threads
 from ramgguf.core.progress import Progress, Silent
 from ramgguf.core.scratch import scratch_folder
 from ramgguf.core.units import format_bytes, format_seconds
-from ramgguf.gguf.architecture import is_looked_up, never_quantized
+from ramgguf.gguf.architecture import is_multiplied
 from ramgguf.gguf.hub import local_path
 from ramgguf.gguf.reader import GGUFFile, TensorInfo, open_gguf
 from ramgguf.llama.client import Engine
@@ -90,7 +90,12 @@ def calibrate_file(
     for path in (outputs.imatrix, outputs.hessian):
         if path is not None:
             refuse_existing(path, force=outputs.force, error=ImatrixError)
-    weights = {t.name: t for t in file.tensors if _is_weight(file, t)}
+    tied = file.has_tied_embedding
+    weights = {
+        t.name: t
+        for t in file.tensors
+        if is_multiplied(t.name, t.shape, file.architecture, tied=tied)
+    }
     n_sequences = request.n_sequences or N_SEQUENCES
     with (
         Engine(
@@ -131,13 +136,6 @@ def dataset_name(request: TokenRequest) -> str:
     """Return what the matrix says of its tokens."""
     text = request.corpus.name if request.corpus else f"{request.tokens}-drawn tokens"
     return f"{text}, seed {request.seed}"
-
-
-def _is_weight(file: GGUFFile, tensor: TensorInfo) -> bool:
-    """Return whether the tensor is a matrix that may be quantized, and meets activations."""
-    return never_quantized(
-        tensor.name, tensor.shape, file.architecture
-    ) is None and not is_looked_up(tensor.name, tied=file.has_tied_embedding)
 
 
 class _Run:

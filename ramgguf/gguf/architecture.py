@@ -217,6 +217,11 @@ def is_looked_up(name: str, *, tied: bool) -> bool:
     return PARTS.get(part_of(name), _OTHER).looked_up
 
 
+def is_multiplied(name: str, shape: tuple[int, ...], arch: str, *, tied: bool) -> bool:
+    """Return whether the tensor is a matrix that may be quantized and meets activations."""
+    return never_quantized(name, shape, arch) is None and not is_looked_up(name, tied=tied)
+
+
 def is_input(name: str) -> bool:
     """Return whether llama.cpp keeps the tensor beside the CPU whatever is offloaded."""
     parsed = parse_name(name)

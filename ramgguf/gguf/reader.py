@@ -138,8 +138,8 @@ class GGUFFile:
         """SHA-256 over a sample of the tensors' data, hexadecimal: tells models of one shape apart.
 
         The first and the last 4 KiB of every tensor; of more than 2,048 tensors, the first only.
-        Changes that leave all of these alone are not seen. Raises GGUFError when the file ends early
-        or cannot be read.
+        Changes that leave all of these alone are not seen. Raises GGUFError when the file ends
+        early or cannot be read.
         """
         digest = hashlib.sha256()
         n_spans = max(1, min(_MOST_SPANS, _ALL_SPANS // max(1, len(self.tensors))))

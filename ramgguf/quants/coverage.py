@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from ramgguf.core.errors import ImatrixError
-from ramgguf.gguf.architecture import is_looked_up, never_quantized
+from ramgguf.gguf.architecture import is_multiplied
 from ramgguf.gguf.reader import GGUFFile, TensorInfo
 from ramgguf.quants.imatrix import Imatrix
 
@@ -106,8 +106,7 @@ def coverage_notes(file: GGUFFile, imatrix: Imatrix | None) -> tuple[str, ...]:
 
 
 def _is_multiplied(file: GGUFFile, tensor: TensorInfo) -> bool:
-    kept = never_quantized(tensor.name, tensor.shape, file.architecture)
-    return kept is None and not is_looked_up(tensor.name, tied=file.has_tied_embedding)
+    return is_multiplied(tensor.name, tensor.shape, file.architecture, tied=file.has_tied_embedding)
 
 
 def _listed(names: tuple[str, ...]) -> str:

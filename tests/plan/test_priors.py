@@ -2,12 +2,16 @@
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 
+import numpy as np
 import pytest
-from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, MODEL_TENSORS
+from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, MODEL_TENSORS, GGUFWriter
 from gguf.constants import TENSOR_NAMES
 
+import ramgguf
 from ramgguf.gguf.architecture import role_of
+from ramgguf.gguf.reader import open_gguf
 from ramgguf.measure.result import Measurement, Point, TensorMeasurement
 from ramgguf.plan.priors import DEPTH_PRIORS, PART_PRIORS, ModelShape, prior
 from synthetic import SOURCE
@@ -190,6 +194,30 @@ def test_a_draft_block_that_only_the_metadata_tell_has_no_ends() -> None:
     found = _priors(_model(DENSE, n_layers=9, n_blocks=8))  # the trunk has 8 of 9 layers
     assert found["blk.7.ffn_down"] == 10 * PART_PRIORS["ffn_down"]
     assert found["blk.8.ffn_down"] == PART_PRIORS["ffn_down"]
+
+
+def test_a_file_with_a_draft_block_is_measured_and_read_up_to_its_trunk(tmp_path: Path) -> None:
+    from ramgguf.sensitivity.alpha import _strided
+
+    out = GGUFWriter(tmp_path / "draft.gguf", "glm4moe")
+    out.add_block_count(9)
+    out.add_uint32("glm4moe.nextn_predict_layers", 1)
+    rows = np.random.default_rng(0).standard_normal((8, 256)).astype(np.float16)
+    names = [f"blk.{i}.ffn_down.weight" for i in range(9)]
+    for name in ("token_embd.weight", "output.weight", *names, "blk.8.nextn.eh_proj.weight"):
+        out.add_tensor(name, rows)
+    out.write_header_to_file()
+    out.write_kv_data_to_file()
+    out.write_tensors_to_file()
+    out.close()
+    measured = ramgguf.measure(tmp_path / "draft.gguf", formats=["Q8_0"])
+    assert measured.n_layers == 8
+    of = _priors(measured)
+    assert of["blk.7.ffn_down"] == 10 * PART_PRIORS["ffn_down"]
+    assert of["blk.8.ffn_down"] == PART_PRIORS["ffn_down"]
+    with open_gguf(tmp_path / "draft.gguf") as file:
+        read = [t.name for t in _strided(file, file.tensors, 3)]
+    assert read == ["token_embd.weight", "output.weight", *(names[i] for i in (0, 1, 2, 5, 6, 7))]
 
 
 def test_embeddings_by_layer_are_no_tied_embedding() -> None:

@@ -52,16 +52,18 @@ def measure_alpha(
 
     opening gives the passes; journal_path takes the readings, from which a run that was killed goes
     on, wherever its passes run. announce is told the planned cost before it is spent. Raises
-    EngineError when llama.cpp fails or the model does not come back unchanged.
+    ImatrixError for another model's matrix, EngineError when llama.cpp fails or the model does not
+    come back unchanged.
     """
     start = time.perf_counter()
     tensors = [t for t in file.tensors if _is_probed(file, t)]
     if not tensors:
         raise PlanError(f"{file.paths[0]}: no tensor can be probed; a source in F32, F16 or BF16")
+    coverage = coverage_notes(file, request.imatrix)
     with Journal(journal_path) as journal, opening as passes:
         settings = journal.settings
         if settings is None:
-            settings = _settle(file, request, passes, tensors, announce)
+            settings = _settle(file, request, passes, tensors, coverage, announce)
             journal.begin(settings)
         else:
             announce(f"{settings.promise}; {len(journal.readings)} tensors are done")
@@ -143,6 +145,7 @@ def _settle(
     request: TokenRequest,
     passes: ForwardRunner,
     tensors: Sequence[TensorInfo],
+    coverage: Sequence[str],
     announce: Callable[[str], None],
 ) -> Settings:
     """Return the tokens and tensors that fit the time, and a sentence about what is left out.
@@ -169,7 +172,7 @@ def _settle(
     )
     announce(promise)
     sequences += passes.draw(request, range(1, n_sequences))
-    notes = list(coverage_notes(file, request.imatrix))
+    notes = list(coverage)
     if stride > 1:
         notes.append(
             f"to keep to {format_seconds(request.seconds)}, {len(names)} of {len(tensors)} tensors "

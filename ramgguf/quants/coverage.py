@@ -56,8 +56,8 @@ class Coverage:
 def coverage(file: GGUFFile, imatrix: Imatrix | None) -> Coverage | None:
     """Return what the matrix has for the model; None without a matrix.
 
-    Raises ImatrixError when it was made from another model, or has an entry for none of this
-    model's matrices; and where that is so of the Hessians.
+    Raises ImatrixError when it was made from another model, has an entry for none of this model's
+    matrices, or one for other columns; and where one of the first two is so of the Hessians.
     """
     if imatrix is None:
         return None
@@ -73,6 +73,11 @@ def coverage(file: GGUFFile, imatrix: Imatrix | None) -> Coverage | None:
             )
     tensors = [t for t in file.tensors if _is_multiplied(file, t)]
     entries = {t.name: imatrix.entry_for(t.name, t.shape) for t in tensors}
+    for t in tensors:
+        try:
+            imatrix.importance(t.name, t.shape)
+        except ImatrixError as e:
+            raise ImatrixError(f"{e} The model is {model}") from None
     missing = tuple(name for name, entry in entries.items() if entry is None)
     if tensors and len(missing) == len(tensors):
         raise ImatrixError(

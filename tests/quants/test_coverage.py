@@ -138,6 +138,13 @@ def test_a_matrix_of_another_model_is_refused_and_both_are_named(
     assert not (tmp_path / "o.gguf").exists()
 
 
+def test_an_entry_for_other_columns_names_both_files(tmp_path: Path) -> None:
+    model, imatrix = _model(tmp_path / "m.gguf", SEPARATE), tmp_path / "i.dat"
+    imatrix.write_bytes(legacy(legacy_entry("blk.0.attn_q.weight", 1, floats(1, 2))))
+    with pytest.raises(ImatrixError, match=r"i\.dat: entry 'blk.0.attn_q.weight' has 2.*m\.gguf"):
+        ramgguf.measure(model, imatrix=imatrix)
+
+
 @pytest.mark.parametrize(
     ("parts", "entries"),
     [

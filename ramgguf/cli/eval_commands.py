@@ -12,7 +12,8 @@ from ramgguf.cli import options as opt
 from ramgguf.cluster.executors import connected
 from ramgguf.core.errors import ResultError
 from ramgguf.core.units import format_bytes
-from ramgguf.evaluate.comparison import check_comparable, compare_published
+from ramgguf.evaluate.common_sequences import check_comparable
+from ramgguf.evaluate.comparison import compare_published
 from ramgguf.evaluate.leaderboard import Leaderboard
 from ramgguf.evaluate.result import EvalResult
 from ramgguf.evaluate.result_files import read_material
@@ -178,7 +179,7 @@ def compare(
             " compare the CSV files on their own"
         )
     if material.aggregates:
-        _show_published(compare_published(material.aggregates), terminal, style)
+        _show_published(compare_published(material.aggregates, material.notes), terminal, style)
         return
     check_comparable(material.results)
     _show(material.results, terminal, outlier, style)

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from ramgguf.evaluate.bootstrap import Estimate
 from ramgguf.evaluate.eval_report import EvalReport
+from ramgguf.evaluate.intervals import Estimate
 from ramgguf.evaluate.summary import Summary
 from ramgguf.report.figures import (
     COLOURS,

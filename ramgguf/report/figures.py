@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from ramgguf.core.errors import RamggufError
-from ramgguf.evaluate.bootstrap import Estimate
 from ramgguf.evaluate.eval_report import EvalReport
+from ramgguf.evaluate.intervals import Estimate
 from ramgguf.evaluate.result import SequenceScore
 from ramgguf.report.numbers import kld, ppl
 

@@ -19,8 +19,8 @@ from rich.console import Console
 
 from made_plans import made_measurement, made_plan
 from made_results import eval_result, ordinary_ppl, wild_ppl
-from ramgguf.evaluate.bootstrap import Estimate
 from ramgguf.evaluate.eval_report import EvalReport, eval_report
+from ramgguf.evaluate.intervals import Estimate
 from ramgguf.evaluate.result import EvalResult
 from ramgguf.report import evaluation, results
 from ramgguf.report.figures import log_ticks
@@ -55,7 +55,7 @@ def three_models() -> list[EvalResult]:
 
 @pytest.fixture(scope="module")
 def three() -> EvalReport:
-    return eval_report(three_models(), np.random.default_rng(0), n_resamples=1000)
+    return eval_report(three_models())
 
 
 def printed(made: EvalReport, *, terminal: bool, width: int) -> str:
@@ -100,7 +100,7 @@ def test_the_same_results_always_print_the_same(three: EvalReport) -> None:
     out = io.StringIO()
     results.print_eval(models, Console(file=out))
     assert "Protocol ram: 128 windows of 2048 tokens" in out.getvalue()
-    assert "intervals by bootstrap over 43 articles" in out.getvalue()
+    assert "intervals over 43 articles" in out.getvalue()
 
 
 def test_file_names_are_not_taken_for_markup() -> None:
@@ -141,7 +141,8 @@ def test_markdown_has_a_row_per_model_and_equal_columns(three: EvalReport) -> No
         widths = {len(re.findall(r"(?<!\\)\|", line)) for line in table.strip().splitlines()}
         assert len(widths) == 1
     assert [len(t.strip().splitlines()) - 2 for t in tables[:2]] == [3, 2]
-    assert "- wild is heavy-tailed" in text
+    assert "Distrust mean PPL of wild: the tail is heavy" in text
+    assert text.startswith("### Evaluation\n\ngood: ")
 
 
 @settings(deadline=None)  # the first example waits for an import

@@ -203,7 +203,9 @@ MeasurementFiles = Annotated[
 Page = Annotated[Path, typer.Option("--output", "-o", help="The HTML page.")]
 AnyFiles = Annotated[
     list[Path],
-    typer.Argument(metavar="FILES...", help="Results of eval, plans and measurements."),
+    typer.Argument(
+        metavar="FILES...", help="Results of eval, published tables, plans and measurements."
+    ),
 ]
 
 
@@ -221,7 +223,10 @@ def report(
     opt.refuse_existing(output, force=force)
     material = read_material([*files, *(plan or ()), *(measurement or ())])
     made = study_of(material.results, outlier)
-    write_html(output, made, material.plans, material.measurements)
+    published = (
+        compare_published(material.aggregates, material.notes) if material.aggregates else None
+    )
+    write_html(output, made, material.plans, material.measurements, published)
     terminal.out.print(f"wrote {output} ({format_bytes(output.stat().st_size)})", soft_wrap=True)
 
 

@@ -143,7 +143,7 @@ def _size(said: str, heading: str, label: str, name: str) -> int | None:
         text += "GiB" if "gib" in heading.lower() else "GB"
     try:
         return int(float(text)) if re.fullmatch(r"[\d.e+]+", text) else parse_size(text)
-    except (ValueError, RamggufError):
+    except (ValueError, OverflowError, RamggufError):
         raise ResultError(
             f"{name}: the size of {label} is {said!r}, expected bytes or 16 GB"
         ) from None

@@ -75,7 +75,8 @@ class Document(FrozenModel, Drawn):
         except ValidationError as e:
             first = e.errors()[0]
             where = ".".join(str(p) for p in first["loc"])
-            raise PlanError(f"{name}: {where}: {first['msg']}") from None
+            what = first["msg"].removeprefix("Value error, ")
+            raise PlanError(": ".join(filter(None, (name, where, what)))) from None
 
     def save(self, path: Path) -> None:
         """Write the JSON to path, whole or not at all. Raises PlanError if it cannot be written."""

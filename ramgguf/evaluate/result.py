@@ -97,6 +97,9 @@ class EngineSettings(FrozenModel):
     safe_kernels: bool
 
 
+_ROUNDING = 1e-5  # nats per token by which a sum of losses may be below 0
+
+
 class SequenceScore(FrozenModel):
     """The scores of one sequence: sums over its scored tokens, in nats.
 
@@ -130,6 +133,16 @@ class SequenceScore(FrozenModel):
         if text is not None and not np.isfinite(decode_float32(text)).all():
             raise ValueError("NaN or infinity among the values")
         return text
+
+    @model_validator(mode="after")
+    def _check_signs(self) -> Self:
+        for what in ("nll_sum", "reference_nll_sum", "kld_sum"):
+            value = getattr(self, what)
+            if value is not None and value < -_ROUNDING * self.n_scored:
+                raise ValueError(f"{what} of sequence {self.index} is {value:g}, expected ≥ 0")
+        if self.n_same_top is not None and self.n_same_top > self.n_scored:
+            raise ValueError(f"{self.n_same_top} equal top tokens of {self.n_scored} scored")
+        return self
 
     @model_validator(mode="after")
     def _check_lengths(self) -> Self:
@@ -222,6 +235,18 @@ class EvalResult(Document):
     notes: tuple[str, ...] = ()
     seconds: NonNegativeFloat = 0.0
     decode_seconds: NonNegativeFloat = 0.0
+
+    @model_validator(mode="after")
+    def _check_places(self) -> Self:
+        places = [s.index for s in self.sequences] + [b.index for b in self.broken]
+        twice = (
+            sorted({i for i in places if places.count(i) > 1})
+            if len(set(places)) < len(places)
+            else []
+        )
+        if twice:
+            raise ValueError(f"sequence {twice[0]} is there twice")
+        return self
 
     @property
     def n_scored(self) -> int:

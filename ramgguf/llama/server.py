@@ -12,7 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, TypeAdapter
 
@@ -218,7 +218,7 @@ class Engine:
         if isinstance(biased, dict):
             self._require_ids(tuple(int(i) for i in biased))
         self._n_generated = 0
-        reason = "length"
+        reason: Literal["stop", "length", "cancelled"] = "length"
         grammar = request.grammar and self._llama.LlamaGrammar.from_string(request.grammar)
         options: dict[str, Any] = dict(request.sampling)
         try:

@@ -305,8 +305,8 @@ _SCRIPT = """
 import sys
 from pathlib import Path
 from ramgguf.core.corpus import Corpus, default_corpus
-from ramgguf.evaluate.protocol import EvalProtocol
 from ramgguf.evaluate.evaluation import score_models
+from ramgguf.evaluate.protocol import EvalProtocol
 protocol = EvalProtocol(Corpus("excerpt", default_corpus().text[:8000]), n_ctx=64, n_seq=110)
 models = [Path(p) for p in sys.argv[2:]]
 journal = Path(sys.argv[1])

@@ -113,7 +113,7 @@ def difference(found: Identified, expected: Identified) -> str | None:
         return "its header's SHA-256 is {}…, expected {}…".format(*hashes)
     if expected.sample_sha256 is None or found.sample_sha256 in (None, expected.sample_sha256):
         return None
-    return "the same header and size, but other weights"
+    return "the same header, but other weights"
 
 
 def require_model(what: str, source: Source, model: GGUFFile | Source) -> None:

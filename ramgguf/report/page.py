@@ -14,6 +14,7 @@ from ramgguf.core.units import format_bytes
 from ramgguf.evaluate.eval_report import EvalReport
 from ramgguf.evaluate.leaderboard import Leaderboard
 from ramgguf.evaluate.result import SequenceScore
+from ramgguf.gguf.identity import difference
 from ramgguf.measure.result import Measurement
 from ramgguf.plan.result import Plan
 from ramgguf.report import figures, plan_figures
@@ -229,11 +230,7 @@ def _measurements(
     if nmse:
         figures.logarithmic("y", base, nmse)
     for i, (label, measurement) in enumerate(measurements):
-        same = [
-            (name, p)
-            for name, p in plans
-            if p.source.header_sha256 == measurement.source.header_sha256
-        ]
+        same = [(name, p) for name, p in plans if difference(p.source, measurement.source) is None]
         yield (
             f"<h3>{html.escape(label)}</h3>\n"
             f'<p><label for="tensor-{i}">Tensor</label> <select id="tensor-{i}"></select></p>\n'

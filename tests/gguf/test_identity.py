@@ -26,7 +26,7 @@ from ramgguf.sensitivity.result import ProbeTokens, Reading, Sensitivity, Tensor
 from tiny_models import write_tiny_model
 
 FORMATS = ["Q4_0", "Q8_0"]
-OTHER_WEIGHTS = "the same header and size, but other weights"
+OTHER_WEIGHTS = "the same header, but other weights"
 
 
 @pytest.fixture(scope="module")

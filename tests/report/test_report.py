@@ -311,6 +311,25 @@ def test_a_page_of_plans_alone_needs_no_evaluation() -> None:
     assert "Every sequence" not in text
 
 
+def test_curves_show_the_plans_of_their_own_model_only() -> None:
+    measured, nothing = made_measurement(2), eval_report([], np.random.default_rng(0))
+    plan = made_plan(measured)
+
+    def sampled(sha256: str) -> dict[str, object]:
+        return {"source": measured.source.model_copy(update={"sample_sha256": sha256})}
+
+    curves = measured.model_copy(update=sampled("a"))
+    one, twin = (
+        page(nothing, [("p", plan.model_copy(update=sampled(s)))], [("m", curves)])
+        for s in ("a", "b")
+    )
+    none = page(nothing, [], [("m", curves)])
+    data = [
+        text[text.index('id="curves-0"') :].partition("</script>")[0] for text in (one, twin, none)
+    ]
+    assert data[0] != data[1] == data[2]
+
+
 def test_the_file_is_replaced_whole(tmp_path: Path, three: EvalReport) -> None:
     target = tmp_path / "report.html"
     target.write_text("old")

@@ -14,6 +14,7 @@ import numpy as np
 
 from ramgguf.core.errors import EngineError, ImatrixError
 from ramgguf.core.files import refuse_existing
+from ramgguf.core.inputs import protected
 from ramgguf.core.parallel import default_threads
 from ramgguf.core.progress import Progress, Silent
 from ramgguf.core.scratch import scratch_folder
@@ -262,6 +263,7 @@ def _write_hessians(
     return len(sizes)
 
 
+@protected()
 def calibrate(
     model: str | Path,
     output: str | Path,

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from ramgguf.core.documents import FrozenModel, Positive
 from ramgguf.core.errors import EngineError
+from ramgguf.core.inputs import read_text
 
 
 class Text(FrozenModel):
@@ -81,12 +82,7 @@ def text_file(path: Path) -> Corpus:
     """
     if path.suffix == ".parquet":
         return dataset("parquet", split="train", files=path)
-    try:
-        return Corpus(path.name, path.read_bytes().decode("utf-8"))
-    except OSError as e:
-        raise EngineError(f"{path}: cannot be read: {e.strerror}") from None
-    except UnicodeDecodeError as e:
-        raise EngineError(f"{path}: byte {e.start} is not UTF-8; expected a text file") from None
+    return Corpus(path.name, read_text(path, error=EngineError))
 
 
 def dataset(name: str, *, split: str, files: Path | None = None) -> Corpus:

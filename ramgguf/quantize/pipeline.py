@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Unpack
 
 from ramgguf.core.errors import PlanError
+from ramgguf.core.inputs import protected
 from ramgguf.core.parallel import default_threads
 from ramgguf.core.progress import Clock, Progress, Silent
 from ramgguf.gguf.hub import beside, local_path
@@ -49,6 +50,7 @@ class Quantized:
     seconds: dict[str, float]
 
 
+@protected()
 def quantize(
     model: str | Path,
     budget: int | str | SizeLimit | None = None,
@@ -153,7 +155,8 @@ class _Run:
         with ExitStack() as stack:
             room = stack.enter_context(limit.room(SourceSize.of(self._file)))
             wanted = self._output or beside(self._model, self._model.name)
-            check_destination(wanted, self._output is not None and not self._force, room.n_bytes)
+            most = min(room.n_bytes, self._file.n_bytes)  # a budget may be more than the source
+            check_destination(wanted, self._output is not None and not self._force, most)
             shards = partial(plan_for_shards, self._file, self._options, self._split_max_bytes)
 
             def plan_it(measured: Measurement) -> Plan:

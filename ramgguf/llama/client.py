@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from ramgguf.core.documents import FrozenModel
 from ramgguf.core.errors import EngineError
-from ramgguf.llama.child import Child, ChildDiedError, describe_exit
+from ramgguf.llama.child import Child, ChildDiedError, describe_exit, quoted
 from ramgguf.llama.protocol import (
     Answer,
     Failed,
@@ -158,7 +158,6 @@ class Engine:
         """Return the end of the child as a crash of the model that it was at."""
         path, index = self._paths[self._at.model], self._at.index
         doing = "while loading" if index is None else f"in sequence {index}"
-        said = "".join(f"\n  {line}" for line in died.said)
         hint = "; --safe-kernels avoids llama.cpp's repacked kernels"
         if self._safe_kernels or -died.code in (signal.SIGBUS, signal.SIGKILL):
             hint = ""
@@ -166,7 +165,7 @@ class Engine:
             self._at.model,
             index,
             f"{path}: llama.cpp crashed {doing}: {describe_exit(died.code)}{hint}"
-            + (f"; it said:{said}" if said else ""),
+            f"{quoted(died.said)}",
             died.code,
         )
 

@@ -26,7 +26,7 @@ def test_no_passage_of_one_part_is_in_another_nor_in_the_text_that_eval_scores()
     # Every 120 characters of the held-out parts are looked for in the others.
     whole = {part: "\n".join(_text(d) for d in documents() if d.part == part) for part in PARTS}
     licence = ("opyright", "icense", "MIT")
-    others = {
+    others: dict[Part, str] = {
         "gate": whole["calibrate"] + default_corpus().text,
         "score": whole["calibrate"] + whole["gate"] + default_corpus().text,
     }

@@ -8,6 +8,8 @@ MODELS ?= models
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
+CPP_SOURCES := $(shell find cpp -name "*.cpp" -o -name "*.h")
+
 # What computes with the kernels: run once more at the lowest level of instructions.
 KERNEL_TESTS := tests/cpp tests/quants tests/quantize tests/calibrate tests/sensitivity tests/refine tests/cli \
 	tests/plan/test_calibrated_plans.py tests/evaluate/test_evaluate.py tests/llama/test_engine.py
@@ -16,7 +18,7 @@ KERNEL_TESTS := tests/cpp tests/quants tests/quantize tests/calibrate tests/sens
 
 all: $(STAMP)
 
-$(STAMP): pyproject.toml CMakeLists.txt tools/install.sh tools/llama_wheel.sh $(wildcard cpp/*.cpp cpp/*.h cpp/*.def cpp/*/*.h)
+$(STAMP): pyproject.toml CMakeLists.txt tools/install.sh tools/llama_wheel.sh $(CPP_SOURCES) $(shell find cpp -name "*.def" -o -name "*.in")
 	PYTHON=$(PYTHON) VENV=$(VENV) sh tools/install.sh
 	touch $@
 
@@ -25,7 +27,7 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/clang-format --dry-run --Werror $(wildcard cpp/*.cpp cpp/*.h cpp/*/*.h)
+	$(BIN)/clang-format --dry-run --Werror $(CPP_SOURCES)
 	VENV=$(VENV) sh tools/tidy.sh
 
 test: $(STAMP) lint

@@ -6,10 +6,10 @@
 #include <cstdlib>
 #include <vector>
 
-#include "kernels.h"
+#include "kernels/codec.h"
 
 namespace ramgguf::RAMGGUF_ISA {
-extern const Kernels kernels;
+extern const Codec codec;
 }
 
 namespace {
@@ -18,16 +18,15 @@ void put(const void* data, size_t n) {
     if (std::fwrite(data, 1, n, stdout) != n) std::exit(1);
 }
 
-void put_level(const ramgguf::Kernels& kernels, const ramgguf::Weights& w, int encoder,
-               int format) {
+void put_level(const ramgguf::Codec& codec, const ramgguf::Weights& w, int encoder, int format) {
     const auto id = static_cast<ramgguf::EncoderId>(encoder);
-    const ramgguf::FormatInfo& info = kernels.formats[format];
+    const ramgguf::FormatInfo& info = codec.formats[format];
     std::vector<uint8_t> bytes((size_t)(w.n / info.block_size * info.block_bytes));
-    kernels.encode(w, id, format, bytes.data());
+    codec.encode(w, id, format, bytes.data());
     put(bytes.data(), bytes.size());
     ramgguf::WeightSums sums;
     ramgguf::ErrorSums error;
-    kernels.measure(w, id, &format, 1, sums, &error);
+    codec.measure(w, id, &format, 1, sums, &error);
     const double numbers[] = {sums.sum,
                               sums.squares,
                               sums.cubes,
@@ -37,7 +36,7 @@ void put_level(const ramgguf::Kernels& kernels, const ramgguf::Weights& w, int e
                               __builtin_sqrt(error.max_square)};
     put(numbers, sizeof numbers);
     std::vector<float> floats((size_t)w.n);
-    kernels.decode({format, bytes.data(), w.n, w.row_length, nullptr}, floats.data());
+    codec.decode({format, bytes.data(), w.n, w.row_length, nullptr}, floats.data());
     put(floats.data(), floats.size() * sizeof(float));
 }
 
@@ -50,11 +49,11 @@ int main(int argc, char** argv) {
     if (!file) return 1;
     const auto n = (int64_t)std::fread(x.data(), sizeof(float), x.size(), file);
     std::fclose(file);
-    const auto& kernels = ramgguf::RAMGGUF_ISA::kernels;
+    const auto& codec = ramgguf::RAMGGUF_ISA::codec;
     const ramgguf::Weights w{0, (const uint8_t*)x.data(), n, std::atoll(argv[2]), nullptr};
     for (int encoder = 0; encoder < ramgguf::kEncoders; ++encoder) {
-        for (int format = 0; format < kernels.n_formats; ++format) {
-            put_level(kernels, w, encoder, format);
+        for (int format = 0; format < codec.n_formats; ++format) {
+            put_level(codec, w, encoder, format);
         }
     }
 }

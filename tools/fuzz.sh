@@ -16,7 +16,7 @@ targets="gguf documents edits results journals imatrix hessian"
 mkdir -p "$work/header" "$work/findings"
 "$python" tests/fuzz/make_seeds.py "$work/seeds"
 "$clangxx" -std=c++17 -g -O1 -Wall -Wextra -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all \
-    tests/fuzz/header_fuzzer.cpp cpp/gguf_header.cpp -o "$work/header_fuzzer"
+    -Icpp tests/fuzz/header_fuzzer.cpp cpp/gguf/header.cpp -o "$work/header_fuzzer"
 # Time on a busy machine is not the unit's own: the slowest one is printed, and only 5 s are a finding.
 limits="-timeout=5 -max_total_time=$seconds -print_final_stats=1 -artifact_prefix=$work/findings/"
 "$work/header_fuzzer" $limits -malloc_limit_mb=64 -dict=tests/fuzz/gguf.dict "$work/header" "$work/seeds/gguf" \

@@ -1,6 +1,6 @@
 // BF16 (ggml id 30), 16 bpw: the upper half of a float; nearest-even.
 #pragma once
-#include "f32.h"
+#include "formats/f32.h"
 
 namespace ramgguf::RAMGGUF_ISA {
 
@@ -21,6 +21,13 @@ struct BF16 {
     }
     static RAMGGUF_INLINE IntLanes quantize(const Fit&, Lanes x, int) { return f32_to_bf16(x); }
     static RAMGGUF_INLINE Lanes reconstruct(const Fit&, IntLanes q, int) { return bf16_to_f32(q); }
+
+    // Vector by vector: with the codes of a whole unit in between, measuring took a fifth longer.
+    static RAMGGUF_INLINE void decode(const uint8_t* in, float* out) {
+        for (int j = 0; j < kVectors; ++j) {
+            store(out + kLanes * j, bf16_to_f32(load_u16(in + 2 * kLanes * j)));
+        }
+    }
 
     static RAMGGUF_INLINE void pack(const Fit&, const IntLanes (&q)[kVectors], uint8_t* out) {
         for (int j = 0; j < kVectors; ++j) store_u16(out + 32 * j, q[j]);

@@ -1,6 +1,6 @@
 // F16 (ggml id 1), 16 bpw: an IEEE binary16 in two bytes; nearest-even, 65520 and more overflow.
 #pragma once
-#include "f32.h"
+#include "formats/f32.h"
 
 namespace ramgguf::RAMGGUF_ISA {
 
@@ -21,6 +21,11 @@ struct F16 {
     }
     static RAMGGUF_INLINE IntLanes quantize(const Fit&, Lanes x, int) { return f32_to_f16(x); }
     static RAMGGUF_INLINE Lanes reconstruct(const Fit&, IntLanes q, int) { return f16_to_f32(q); }
+
+    // Some CPUs convert while they load.
+    static RAMGGUF_INLINE void decode(const uint8_t* in, float* out) {
+        for (int j = 0; j < kVectors; ++j) store(out + kLanes * j, load_f16(in + 2 * kLanes * j));
+    }
 
     static RAMGGUF_INLINE void pack(const Fit&, const IntLanes (&q)[kVectors], uint8_t* out) {
         for (int j = 0; j < kVectors; ++j) store_u16(out + 32 * j, q[j]);

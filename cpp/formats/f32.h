@@ -1,6 +1,6 @@
 // F32 (ggml id 0), 32 bpw: a float in four bytes.
 #pragma once
-#include "unit.h"
+#include "formats/shared/unit.h"
 
 namespace ramgguf::RAMGGUF_ISA {
 

@@ -9,13 +9,14 @@
 // Layout of ggml-common.h (block_iq4_nl). RTN: d puts the weight of largest magnitude on -127;
 // weights take the nearest value under the rounded d.
 #pragma once
-#include "blocks32.h"
-#include "iq4.h"
+#include "formats/shared/blocks32.h"
+#include "formats/shared/iq4.h"
 
 namespace ramgguf::RAMGGUF_ISA {
 
 struct IQ4_NL {
     static constexpr int block_size = 32;
+    static constexpr bool scalar_codes = true;
     static constexpr bool has_offset = false;
 
     struct Block {
@@ -25,6 +26,9 @@ struct IQ4_NL {
     static_assert(sizeof(Block) == 18, "IQ4_NL is 18 bytes per 32 weights");
 
     using Fit = Blocks32Fit;
+    using Levels = Iq4Levels;
+    using Search = LinearBlockSearch<IQ4_NL>;
+    static constexpr Grid plain_grid{12, -30.0f, 6.0f}, weighted_grid{16, -30.0f, 6.0f};
 
     static RAMGGUF_INLINE void rtn(const float* x, Fit& fit) {
         fit.set_scale(first_extreme_of_blocks(x) * broadcast(1.0f / -127.0f));

@@ -11,13 +11,14 @@
 //
 // Layout of ggml-common.h (block_iq4_xs). Encoder: symmetric.h, with the nearest value for a code.
 #pragma once
-#include "iq4.h"
-#include "symmetric.h"
+#include "formats/shared/iq4.h"
+#include "formats/shared/symmetric.h"
 
 namespace ramgguf::RAMGGUF_ISA {
 
 struct IQ4_XS {
     static constexpr int block_size = 256;
+    static constexpr bool scalar_codes = true;
 
     struct Block {
         uint16_t d, scales_h;
@@ -27,6 +28,9 @@ struct IQ4_XS {
     static_assert(sizeof(Block) == 136, "IQ4_XS is 136 bytes per 256 weights");
 
     using Fit = SymmetricFit<32, -32, -127>;
+    using Levels = Iq4Levels;
+    using Search = SymmetricSearch<IQ4_XS>;
+    static constexpr Grid plain_grid{12, -30.0f, 6.0f}, weighted_grid{16, -30.0f, 6.0f};
 
     static RAMGGUF_INLINE void rtn(const float* x, Fit& fit) { fit.rtn(x); }
     static RAMGGUF_INLINE Lanes quantize(const Fit& fit, Lanes x, int j) {

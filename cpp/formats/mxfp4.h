@@ -9,7 +9,7 @@
 // specification 1.0, the scale half. RTN, as in the specification: the largest magnitude's power of
 // two takes the largest value's (8); weights take the nearest value, of two as near the smaller.
 #pragma once
-#include "unit.h"
+#include "formats/shared/least_squares.h"
 
 namespace ramgguf::RAMGGUF_ISA {
 
@@ -55,14 +55,13 @@ struct MXFP4 {
             overflow = false;
         }
 
-        // 2^(128 - e); the 2^128 of e = 0 is taken as 2^127, which only weights meet that are
-        // smaller than any normal float.
+        // 2^(128 - e), but 2^127 for e = 0: only blocks of denormal floats have that exponent.
         static RAMGGUF_INLINE Lanes inverse_of(IntLanes exponents) {
             return from_bits((broadcast(255) - max(exponents, broadcast(1))) << 23);
         }
     };
 
-    // The exponents that RTN takes for blocks with these largest magnitudes.
+    // RTN's exponents for blocks with these largest magnitudes.
     static RAMGGUF_INLINE IntLanes exponents_for(Lanes largest) {
         return max((bits(largest) >> 23) - broadcast(2), broadcast(0));
     }
@@ -98,6 +97,55 @@ struct MXFP4 {
         }
         fit.scale.set(half_power(load(fit.e)));
     }
+
+    // The best of three exponents: RTN's, one more, one less.
+    struct Search {
+        static constexpr int kUnits = 2;
+
+        template <bool weighted>
+        __attribute__((noinline)) static void fit(const float* x, const float* importance,
+                                                  int n_units, Fit* fits) {
+            Tile<32, weighted> tile;
+            load_tile<32, 1>(x, importance, n_units, tile);
+            Lanes largest = broadcast(0.0f);
+            for (int i = 0; i < 32; ++i) largest = max(largest, abs(tile.x[i]));
+            const IntLanes middle = exponents_for(largest);
+            IntLanes best = middle;
+            Lanes least = broadcast(0x1p100f);
+            constexpr int moves[3] = {0, 1, -1};
+            for (const int move : moves) {
+                const IntLanes e = max(middle + broadcast(move), broadcast(0));
+                const Lanes error = error_under(tile, Fit::inverse_of(e));
+                // In the units of the middle power.
+                const Lanes comparable = error * broadcast(move == 0  ? 1.0f
+                                                           : move > 0 ? 4.0f
+                                                                      : 0.25f);
+                const Mask better = comparable < least;
+                least = select(better, comparable, least);
+                best = select(better, e, best);
+            }
+            for (int unit = 0; unit < n_units; ++unit) {
+                fits[unit].set(bits(lanes_of_unit(from_bits(best), unit)));
+            }
+        }
+
+        static RAMGGUF_INLINE Lanes quantize(const Fit& fit, Lanes x, int j) {
+            return MXFP4::quantize(fit, x, j);
+        }
+
+      private:
+        template <bool weighted>
+        static RAMGGUF_INLINE Lanes error_under(const Tile<32, weighted>& tile,
+                                                Lanes inverse_scale) {
+            Lanes error = broadcast(0.0f);
+            for (int i = 0; i < 32; ++i) {
+                const Lanes t = abs(tile.x[i]) * inverse_scale;
+                const Lanes off = t - look_up(kFp4Values, truncate(nearest_fp4(t)));
+                error = error + tile.weigh(i, off) * off;
+            }
+            return error;
+        }
+    };
 };
 
 }  // namespace ramgguf::RAMGGUF_ISA

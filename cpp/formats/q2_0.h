@@ -10,7 +10,7 @@
 // the largest magnitude, so the block becomes ternary; weights are rounded, ties away from zero,
 // with the scale before it is rounded to F16.
 #pragma once
-#include "blocks32.h"
+#include "formats/shared/blocks32.h"
 
 namespace ramgguf::RAMGGUF_ISA {
 
@@ -24,8 +24,40 @@ struct Q2_0 {
     };
     static_assert(sizeof(Block) == 18, "Q2_0 is 18 bytes per 64 weights");
 
-    // Both halves of a block have their scale: lanes 2b and 2b+1.
+    // Lanes 2b and 2b+1 both have the scale of block b, one for each half.
     using Fit = Blocks32Fit;
+    using Levels = IntegerLevels<-1, 2>;
+    // One of the steps puts the extreme weight on -1, so ternary blocks are found exactly.
+    static constexpr Grid plain_grid{7, -0.75f, 0.25f}, weighted_grid{9, -0.75f, 0.25f};
+
+    struct Search {
+        static constexpr int kUnits = 4;
+
+        template <bool weighted>
+        __attribute__((noinline)) static void fit(const float* x, const float* importance,
+                                                  int n_units, Fit* fits) {
+            if (n_units == 3) {  // a tile has one, two or four
+                fit<weighted>(x, importance, 2, fits);
+                fit<weighted>(x + 2 * kUnit, weighted ? importance + 2 * kUnit : nullptr, 1,
+                              fits + 2);
+                return;
+            }
+            Tile<64, weighted> tile;
+            load_tile<64, 1>(x, importance, n_units, tile);
+            PerBlock scales;
+            scales.set(fit_linear<Levels>(tile, kGrid<Q2_0, weighted>).scale);
+            for (int unit = 0; unit < n_units; ++unit) {
+                PerBlock halves;
+                for (int b = 0; b < kLanes; ++b) halves.v[b] = scales.v[4 * unit + b / 2 % 4];
+                fits[unit].set_scale(halves.all());
+                fits[unit].inverse.set(inverse_or_zero(fits[unit].scale.all()));
+            }
+        }
+
+        static RAMGGUF_INLINE Lanes quantize(const Fit& fit, Lanes x, int j) {
+            return Levels::nearest(x * fit.inverse.at(j / 2)) + broadcast(1.0f);
+        }
+    };
 
     static RAMGGUF_INLINE void rtn(const float* x, Fit& fit) {
         const auto larger = [](Lanes a, Lanes b) { return max(abs(a), abs(b)); };

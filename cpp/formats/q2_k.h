@@ -10,12 +10,13 @@
 //
 // Layout of ggml-common.h (block_q2_K). Encoder: affine.h.
 #pragma once
-#include "affine.h"
+#include "formats/shared/affine.h"
 
 namespace ramgguf::RAMGGUF_ISA {
 
 struct Q2_K {
     static constexpr int block_size = 256;
+    static constexpr bool scalar_codes = true;
 
     struct Block {
         uint8_t scales[16];
@@ -25,6 +26,8 @@ struct Q2_K {
     static_assert(sizeof(Block) == 84, "Q2_K is 84 bytes per 256 weights");
 
     using Fit = AffineFit<16, 15, 3>;
+    using Search = AffineSearch<Q2_K>;
+    static constexpr Grid plain_grid{6, -1.0f, 0.3f}, weighted_grid{12, -2.0f, 0.4f};
 
     static RAMGGUF_INLINE void rtn(const float* x, Fit& fit) { fit.rtn(x); }
     static RAMGGUF_INLINE Lanes quantize(const Fit& fit, Lanes x, int j) {

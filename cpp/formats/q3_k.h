@@ -13,12 +13,13 @@
 //
 // Layout of ggml-common.h (block_q3_K). Encoder: symmetric.h.
 #pragma once
-#include "symmetric.h"
+#include "formats/shared/symmetric.h"
 
 namespace ramgguf::RAMGGUF_ISA {
 
 struct Q3_K {
     static constexpr int block_size = 256;
+    static constexpr bool scalar_codes = true;
 
     struct Block {
         uint8_t hmask[32];
@@ -29,6 +30,9 @@ struct Q3_K {
     static_assert(sizeof(Block) == 110, "Q3_K is 110 bytes per 256 weights");
 
     using Fit = SymmetricFit<16, -32, -4>;
+    using Levels = IntegerLevels<-4, 3>;
+    using Search = SymmetricSearch<Q3_K>;
+    static constexpr Grid plain_grid{2, 0.0f, 0.5f}, weighted_grid{8, -0.6f, 0.4f};
 
     static RAMGGUF_INLINE void rtn(const float* x, Fit& fit) { fit.rtn(x); }
     static RAMGGUF_INLINE Lanes quantize(const Fit& fit, Lanes x, int j) {

@@ -10,12 +10,13 @@
 // quantize_row_q4_0_ref: d puts the weight of largest magnitude on code 0, and weights are rounded
 // with the scale before it is rounded to F16.
 #pragma once
-#include "blocks32.h"
+#include "formats/shared/blocks32.h"
 
 namespace ramgguf::RAMGGUF_ISA {
 
 struct Q4_0 {
     static constexpr int block_size = 32;
+    static constexpr bool scalar_codes = true;
     static constexpr bool has_offset = false;
 
     struct Block {
@@ -25,6 +26,9 @@ struct Q4_0 {
     static_assert(sizeof(Block) == 18, "Q4_0 is 18 bytes per 32 weights");
 
     using Fit = Blocks32Fit;
+    using Levels = IntegerLevels<-8, 7>;
+    using Search = LinearBlockSearch<Q4_0>;
+    static constexpr Grid plain_grid{8, -1.0f, 0.4f}, weighted_grid{12, -1.0f, 0.4f};
 
     static RAMGGUF_INLINE void rtn(const float* x, Fit& fit) {
         const Lanes d = first_extreme_of_blocks(x) * broadcast(-0.125f);

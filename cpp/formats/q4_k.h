@@ -9,12 +9,13 @@
 //
 // Layout of ggml-common.h (block_q4_K); of the 12 bytes see affine.h. Encoder: affine.h.
 #pragma once
-#include "affine.h"
+#include "formats/shared/affine.h"
 
 namespace ramgguf::RAMGGUF_ISA {
 
 struct Q4_K {
     static constexpr int block_size = 256;
+    static constexpr bool scalar_codes = true;
 
     struct Block {
         uint16_t d, dmin;
@@ -24,6 +25,8 @@ struct Q4_K {
     static_assert(sizeof(Block) == 144, "Q4_K is 144 bytes per 256 weights");
 
     using Fit = AffineFit<32, 63, 15>;
+    using Search = AffineSearch<Q4_K>;
+    static constexpr Grid plain_grid{8, -2.0f, 0.4f}, weighted_grid{16, -3.0f, 0.4f};
 
     static RAMGGUF_INLINE void rtn(const float* x, Fit& fit) { fit.rtn(x); }
     static RAMGGUF_INLINE Lanes quantize(const Fit& fit, Lanes x, int j) {

@@ -10,12 +10,13 @@
 // quantize_row_q5_0_ref: d puts the weight of largest magnitude on code 0, and weights are rounded
 // with the scale before it is rounded to F16.
 #pragma once
-#include "blocks32.h"
+#include "formats/shared/blocks32.h"
 
 namespace ramgguf::RAMGGUF_ISA {
 
 struct Q5_0 {
     static constexpr int block_size = 32;
+    static constexpr bool scalar_codes = true;
     static constexpr bool has_offset = false;
 
     struct Block {
@@ -26,6 +27,9 @@ struct Q5_0 {
     static_assert(sizeof(Block) == 22, "Q5_0 is 22 bytes per 32 weights");
 
     using Fit = Blocks32Fit;
+    using Levels = IntegerLevels<-16, 15>;
+    using Search = LinearBlockSearch<Q5_0>;
+    static constexpr Grid plain_grid{8, -2.0f, 0.4f}, weighted_grid{16, -5.0f, 0.6f};
 
     static RAMGGUF_INLINE void rtn(const float* x, Fit& fit) {
         const Lanes d = first_extreme_of_blocks(x) * broadcast(-0.0625f);

@@ -10,12 +10,13 @@
 // quantize_row_q5_1_ref: the range of the block in 31 steps, and weights are rounded with the scale
 // and minimum before they are rounded to F16.
 #pragma once
-#include "blocks32.h"
+#include "formats/shared/blocks32.h"
 
 namespace ramgguf::RAMGGUF_ISA {
 
 struct Q5_1 {
     static constexpr int block_size = 32;
+    static constexpr bool scalar_codes = true;
     static constexpr bool has_offset = true;
 
     struct Block {
@@ -26,6 +27,8 @@ struct Q5_1 {
     static_assert(sizeof(Block) == 24, "Q5_1 is 24 bytes per 32 weights");
 
     using Fit = Blocks32Fit;
+    using Search = AffineBlockSearch<Q5_1, 31>;
+    static constexpr Grid plain_grid{10, -1.0f, 0.2f}, weighted_grid{20, -3.0f, 0.3f};
 
     static RAMGGUF_INLINE void rtn(const float* x, Fit& fit) {
         const Lanes ranges = ranges_of_blocks32(x), other = exchange<8>(ranges);

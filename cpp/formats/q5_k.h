@@ -10,12 +10,13 @@
 //
 // Layout of ggml-common.h (block_q5_K); of the 12 bytes see affine.h. Encoder: affine.h.
 #pragma once
-#include "affine.h"
+#include "formats/shared/affine.h"
 
 namespace ramgguf::RAMGGUF_ISA {
 
 struct Q5_K {
     static constexpr int block_size = 256;
+    static constexpr bool scalar_codes = true;
 
     struct Block {
         uint16_t d, dmin;
@@ -26,6 +27,8 @@ struct Q5_K {
     static_assert(sizeof(Block) == 176, "Q5_K is 176 bytes per 256 weights");
 
     using Fit = AffineFit<32, 63, 31>;
+    using Search = AffineSearch<Q5_K>;
+    static constexpr Grid plain_grid{8, -2.0f, 0.4f}, weighted_grid{16, -3.0f, 0.4f};
 
     static RAMGGUF_INLINE void rtn(const float* x, Fit& fit) { fit.rtn(x); }
     static RAMGGUF_INLINE Lanes quantize(const Fit& fit, Lanes x, int j) {

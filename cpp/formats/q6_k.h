@@ -11,12 +11,13 @@
 //
 // Layout of ggml-common.h (block_q6_K). Encoder: symmetric.h.
 #pragma once
-#include "symmetric.h"
+#include "formats/shared/symmetric.h"
 
 namespace ramgguf::RAMGGUF_ISA {
 
 struct Q6_K {
     static constexpr int block_size = 256;
+    static constexpr bool scalar_codes = true;
 
     struct Block {
         uint8_t ql[128];
@@ -27,6 +28,9 @@ struct Q6_K {
     static_assert(sizeof(Block) == 210, "Q6_K is 210 bytes per 256 weights");
 
     using Fit = SymmetricFit<16, -128, -32>;
+    using Levels = IntegerLevels<-32, 31>;
+    using Search = SymmetricSearch<Q6_K>;
+    static constexpr Grid plain_grid{5, -2.0f, 0.6f}, weighted_grid{12, -3.0f, 0.5f};
 
     static RAMGGUF_INLINE void rtn(const float* x, Fit& fit) { fit.rtn(x); }
     static RAMGGUF_INLINE Lanes quantize(const Fit& fit, Lanes x, int j) {

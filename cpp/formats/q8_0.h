@@ -10,12 +10,13 @@
 // quantize_row_q8_0_ref: d is the largest magnitude / 127, and weights are rounded, ties away from
 // zero, with the scale before it is rounded to F16.
 #pragma once
-#include "blocks32.h"
+#include "formats/shared/blocks32.h"
 
 namespace ramgguf::RAMGGUF_ISA {
 
 struct Q8_0 {
     static constexpr int block_size = 32;
+    static constexpr bool scalar_codes = true;
     static constexpr bool has_offset = false;
 
     struct Block {
@@ -25,6 +26,7 @@ struct Q8_0 {
     static_assert(sizeof(Block) == 34, "Q8_0 is 34 bytes per 32 weights");
 
     using Fit = Blocks32Fit;
+    static constexpr float largest_code = 127;  // quantize gives more for larger weights
 
     static RAMGGUF_INLINE void rtn(const float* x, Fit& fit) {
         const auto larger = [](Lanes a, Lanes b) { return max(abs(a), abs(b)); };

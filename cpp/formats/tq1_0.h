@@ -13,7 +13,7 @@
 //
 // Layout of ggml-common.h (block_tq1_0). Encoder: ternary.h.
 #pragma once
-#include "ternary.h"
+#include "formats/shared/ternary.h"
 
 namespace ramgguf::RAMGGUF_ISA {
 

@@ -9,7 +9,7 @@
 //
 // Layout of ggml-common.h (block_tq2_0). Encoder: ternary.h.
 #pragma once
-#include "ternary.h"
+#include "formats/shared/ternary.h"
 
 namespace ramgguf::RAMGGUF_ISA {
 

@@ -1,6 +1,6 @@
 // Comparing lanes, and choosing between them: masks, select, min, max.
 #pragma once
-#include "vector.h"
+#include "lanes/vector.h"
 
 namespace ramgguf::RAMGGUF_ISA {
 

@@ -1,6 +1,6 @@
 // Lanes of floats from and to integers, bytes and 16-bit words.
 #pragma once
-#include "vector.h"
+#include "lanes/vector.h"
 
 namespace ramgguf::RAMGGUF_ISA {
 

@@ -1,6 +1,6 @@
 // Reductions: of one vector, and of sixteen at once.
 #pragma once
-#include "choose.h"
+#include "lanes/choose.h"
 
 namespace ramgguf::RAMGGUF_ISA {
 

@@ -1,6 +1,6 @@
 // Looking up in small tables.
 #pragma once
-#include "vector.h"
+#include "lanes/vector.h"
 
 namespace ramgguf::RAMGGUF_ISA {
 

@@ -1,6 +1,6 @@
 // Sums of float lanes in double.
 #pragma once
-#include "vector.h"
+#include "lanes/vector.h"
 
 namespace ramgguf::RAMGGUF_ISA {
 

@@ -1,5 +1,6 @@
 """Options that say in how much memory a model shall run, and with what context."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -51,37 +52,45 @@ SourceModel = Annotated[
 ]
 
 
-def memory_request(
-    memory: str | None,
-    fit: bool,
-    context: int | None,
-    cache_type: str,
-    parallel: int,
-    vram: str | None,
-    ngl: int | None,
-) -> MemoryRequest | None:
-    """Return what the options ask for, None if they do not; wrong combinations are usage errors."""
-    if memory is not None and fit:
-        raise typer.BadParameter("give either --memory or --fit", param_hint="--fit")
-    if memory is None and not fit and vram is None:
-        if context is not None or ngl is not None or parallel != 1:
-            raise typer.BadParameter("only with --memory, --fit or --vram", param_hint="--context")
-        return None
-    if context is None:
-        raise typer.BadParameter("say how long a context shall fit", param_hint="--context")
-    ram, source = (None, "not limited") if memory is None else (parse_size(memory), "--memory")
-    if fit:
-        available = available_memory()
-        ram, source = available.n_bytes, available.source
-        if ram == 0:
-            raise BudgetError(f"{source} leaves no memory")
-    return MemoryRequest(
-        ContextShape(context, parallel, *parse_cache_types(cache_type)),
-        ram=ram,
-        source=source,
-        vram=None if vram is None else parse_size(vram),
-        n_gpu_layers=ngl,
-    )
+@dataclass(frozen=True)
+class MemoryOptions:
+    """What shall run, and in how much memory."""
+
+    memory: Memory = None
+    fit: Fit = False
+    context: Context = None
+    cache_type: CacheType = "f16"
+    parallel: Parallel = 1
+    vram: Vram = None
+    ngl: Ngl = None
+
+    def request(self) -> MemoryRequest | None:
+        """Return what the options ask for, None if they do not; raises usage errors."""
+        if self.memory is not None and self.fit:
+            raise typer.BadParameter("give either --memory or --fit", param_hint="--fit")
+        if self.memory is None and not self.fit and self.vram is None:
+            if self.context is not None or self.ngl is not None or self.parallel != 1:
+                raise typer.BadParameter(
+                    "only with --memory, --fit or --vram", param_hint="--context"
+                )
+            return None
+        if self.context is None:
+            raise typer.BadParameter("say how long a context shall fit", param_hint="--context")
+        ram, source = None, "not limited"
+        if self.memory is not None:
+            ram, source = parse_size(self.memory), "--memory"
+        if self.fit:
+            available = available_memory()
+            ram, source = available.n_bytes, available.source
+            if ram == 0:
+                raise BudgetError(f"{source} leaves no memory")
+        return MemoryRequest(
+            ContextShape(self.context, self.parallel, *parse_cache_types(self.cache_type)),
+            ram=ram,
+            source=source,
+            vram=None if self.vram is None else parse_size(self.vram),
+            n_gpu_layers=self.ngl,
+        )
 
 
 def size_limit(

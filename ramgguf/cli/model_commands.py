@@ -10,13 +10,13 @@ import ramgguf as api
 from ramgguf.cli import memory_options as mem
 from ramgguf.cli import options as opt
 from ramgguf.cli.exports import export_plan
+from ramgguf.cli.groups import grouped
 from ramgguf.cli.prepared import Weighed, calibrated
 from ramgguf.cli.sensitivity_commands import load_or_measure
 from ramgguf.cluster.executors import connected
 from ramgguf.core.units import format_seconds, parse_size
 from ramgguf.gguf.hub import beside
 from ramgguf.measure.result import Measurement
-from ramgguf.plan import DEFAULT_MIN_SQNR_DB
 from ramgguf.plan.result import Plan
 from ramgguf.quants.encoders import DEFAULT_ENCODER
 from ramgguf.report.plans import print_plan
@@ -25,7 +25,7 @@ from ramgguf.report.plans import print_plan
 def register(app: typer.Typer) -> None:
     """Add these commands to the application."""
     app.command("quantize", epilog="Example: ramgguf quantize model-f16.gguf --budget 16GB")(
-        quantize
+        grouped(quantize)
     )
     app.command("measure", epilog="Example: ramgguf measure model-f16.gguf -o model.rd.json")(
         measure
@@ -67,25 +67,14 @@ def quantize(
     model: opt.Model,
     budget: opt.OptionalBudget = None,
     output: opt.Output = None,
-    memory: mem.Memory = None,
-    fit: mem.Fit = False,
-    context: mem.Context = None,
-    cache_type: mem.CacheType = "f16",
-    parallel: mem.Parallel = 1,
-    vram: mem.Vram = None,
-    ngl: mem.Ngl = None,
-    formats: opt.Formats = None,
+    memory: mem.MemoryOptions = mem.MemoryOptions(),  # noqa: B008 (frozen)
+    choice: opt.PlanChoice = opt.PlanChoice(),  # noqa: B008 (frozen)
     encoder: opt.EncoderOption = DEFAULT_ENCODER,
     imatrix: opt.ImatrixFile = None,
     hessian: opt.HessianFile = None,
     calibrate: opt.Calibrate = None,
-    objective: opt.Objective = None,
     sensitivity: SensitivityOrMeasure = None,
     sensitivity_time: SensitivityTime = "20m",
-    min_sqnr: opt.MinSqnr = DEFAULT_MIN_SQNR_DB,
-    pin: opt.Pins = None,
-    tie: opt.Ties = None,
-    min_format: opt.MinFormats = None,
     plan_file: PlanFile = None,
     measurement: MeasurementFile = None,
     allow_requantize: opt.Requantize = False,
@@ -104,7 +93,7 @@ def quantize(
     """Write the best mixed-precision GGUF that fits a budget."""
     terminal = opt.Terminal.make(quiet=quiet, as_json=as_json)
     opt.refuse_existing(save_plan, export_tensor_types, force=force)
-    request = mem.memory_request(memory, fit, context, cache_type, parallel, vram, ngl)
+    request = memory.request()
     if (budget is None and request is None) == (plan_file is None):
         raise typer.BadParameter("give either --budget, --memory or --plan", param_hint="--budget")
     if refine and plan_file:
@@ -142,17 +131,10 @@ def quantize(
             output,
             from_plan=Plan.load(plan_file) if plan_file else None,
             measurement=Measurement.load(measurement) if measurement else None,
-            formats=opt.split_formats(formats),
             encoder=chosen.name,
             imatrix=weighed.imatrix,
             hessian=weighed.hessian,
             allow_requantize=allow_requantize,
-            objective=objective,
-            sensitivity=sensed,
-            min_sqnr_db=min_sqnr,
-            pins=pin or (),
-            ties=tie or (),
-            min_formats=min_format or (),
             refine=refine,
             split_max_bytes=parse_size(split_max_size) if split_max_size else None,
             force=force,
@@ -161,6 +143,7 @@ def quantize(
             executor=executor,
             progress=terminal.progress,
             announce=terminal.announce,
+            **choice.options(sensed),
         )
     export_plan(made.plan, save_plan, export_tensor_types, terminal)
     if as_json:

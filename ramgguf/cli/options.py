@@ -12,10 +12,12 @@ from ramgguf.core import files
 from ramgguf.core.errors import PlanError
 from ramgguf.core.progress import Progress, Silent
 from ramgguf.gguf.hub import local_path
+from ramgguf.plan import DEFAULT_MIN_SQNR_DB, PlanOptions
 from ramgguf.quants.encoders import ENCODERS, Encoder
 from ramgguf.quants.formats import expand
 from ramgguf.report.progress import Bars
 from ramgguf.report.terminal import PlainConsole
+from ramgguf.sensitivity import Sensitivity
 
 Model = Annotated[
     Path,
@@ -157,6 +159,30 @@ class Terminal:
         """Say what is going to be done, and for how long, unless nothing but results is wanted."""
         if self.announces:
             self.err.print(text, soft_wrap=True)
+
+
+@dataclass(frozen=True)
+class PlanChoice:
+    """What is minimised, and what a plan must respect."""
+
+    formats: Formats = None
+    objective: Objective = None
+    min_sqnr: MinSqnr = DEFAULT_MIN_SQNR_DB
+    pin: Pins = None
+    tie: Ties = None
+    min_format: MinFormats = None
+
+    def options(self, sensitivity: Sensitivity | Path | None = None) -> PlanOptions:
+        """Return these as options of `plan`."""
+        return PlanOptions(
+            objective=self.objective,
+            sensitivity=sensitivity,
+            min_sqnr_db=self.min_sqnr,
+            formats=split_formats(self.formats),
+            pins=self.pin or (),
+            ties=self.tie or (),
+            min_formats=self.min_format or (),
+        )
 
 
 def split_formats(text: str | None) -> list[str] | None:

@@ -10,14 +10,13 @@ import ramgguf as api
 from ramgguf.cli import memory_options as mem
 from ramgguf.cli import options as opt
 from ramgguf.cli.exports import export_plan, export_types
+from ramgguf.cli.groups import grouped
 from ramgguf.core.errors import PlanError
 from ramgguf.core.files import write_atomically
 from ramgguf.core.units import format_bytes
 from ramgguf.deploy import MemoryLimit
-from ramgguf.plan import DEFAULT_MIN_SQNR_DB
 from ramgguf.plan.explanation import Explanation, PlanExplanation, Step
 from ramgguf.plan.frontier_result import Frontier
-from ramgguf.plan.planning import PlanOptions
 from ramgguf.plan.recipes import Change, Recipe
 from ramgguf.plan.result import Plan
 from ramgguf.report.choices import print_difference, print_explanation, print_recipe
@@ -30,10 +29,10 @@ from ramgguf.report.tensor_types import recipe_types
 def register(app: typer.Typer) -> None:
     """Add these commands to the application."""
     app.command("plan", epilog="Example: ramgguf plan model.rd.json --budget 4.5bpw -o plan.json")(
-        plan
+        grouped(plan)
     )
     app.command("curve", epilog="Example: ramgguf curve model.rd.json --budget 104MB --svg c.svg")(
-        curve
+        grouped(curve)
     )
     app.command("explain", epilog="Example: ramgguf explain plan.json --measurement model.rd.json")(
         explain
@@ -57,22 +56,11 @@ def plan(
     measurement: Annotated[Path, typer.Argument(metavar="MEASUREMENT", help="From measure.")],
     budget: opt.OptionalBudget = None,
     output: opt.Output = None,
-    memory: mem.Memory = None,
-    fit: mem.Fit = False,
-    context: mem.Context = None,
-    cache_type: mem.CacheType = "f16",
-    parallel: mem.Parallel = 1,
-    vram: mem.Vram = None,
-    ngl: mem.Ngl = None,
+    memory: mem.MemoryOptions = mem.MemoryOptions(),  # noqa: B008 (frozen)
     model: mem.SourceModel = None,
     recipe: RecipeFile = None,
-    formats: opt.Formats = None,
-    objective: opt.Objective = None,
+    choice: opt.PlanChoice = opt.PlanChoice(),  # noqa: B008 (frozen)
     sensitivity: opt.SensitivityFile = None,
-    min_sqnr: opt.MinSqnr = DEFAULT_MIN_SQNR_DB,
-    pin: opt.Pins = None,
-    tie: opt.Ties = None,
-    min_format: opt.MinFormats = None,
     export_tensor_types: opt.ExportTypes = None,
     force: opt.Force = False,
     as_json: opt.AsJson = False,
@@ -82,7 +70,7 @@ def plan(
     """Choose a format for every tensor so that the output fits a budget."""
     terminal = opt.Terminal.make(quiet=quiet, as_json=as_json)
     opt.refuse_existing(output, export_tensor_types, force=force)
-    request = mem.memory_request(memory, fit, context, cache_type, parallel, vram, ngl)
+    request = memory.request()
     if (budget is None and request is None) == (recipe is None):
         raise typer.BadParameter(
             "give either --budget, --memory or --recipe", param_hint="--budget"
@@ -90,17 +78,8 @@ def plan(
     if recipe is not None:
         made = api.follow(measurement, recipe)
     else:
-        options = PlanOptions(
-            objective=objective,
-            sensitivity=sensitivity,
-            min_sqnr_db=min_sqnr,
-            formats=opt.split_formats(formats),
-            pins=pin or (),
-            ties=tie or (),
-            min_formats=min_format or (),
-        )
         limit = mem.size_limit(budget, request, model and terminal.fetched(model))
-        made = api.plan(measurement, limit, **options)
+        made = api.plan(measurement, limit, **choice.options(sensitivity))
     export_plan(made, output, export_tensor_types, terminal)
     if as_json:
         print(made.to_json())
@@ -120,22 +99,11 @@ def curve(
         typer.Option("--budget", "-b", help="Also show the plan of this size; repeatable."),
     ] = None,
     output: opt.Output = None,
-    memory: mem.Memory = None,
-    fit: mem.Fit = False,
-    context: mem.Context = None,
-    cache_type: mem.CacheType = "f16",
-    parallel: mem.Parallel = 1,
-    vram: mem.Vram = None,
-    ngl: mem.Ngl = None,
+    memory: mem.MemoryOptions = mem.MemoryOptions(),  # noqa: B008 (frozen)
     model: mem.SourceModel = None,
     svg: Annotated[Path | None, typer.Option("--svg", help="Draw the curve here.")] = None,
-    formats: opt.Formats = None,
-    objective: opt.Objective = None,
+    choice: opt.PlanChoice = opt.PlanChoice(),  # noqa: B008 (frozen)
     sensitivity: opt.SensitivityFile = None,
-    min_sqnr: opt.MinSqnr = DEFAULT_MIN_SQNR_DB,
-    pin: opt.Pins = None,
-    tie: opt.Ties = None,
-    min_format: opt.MinFormats = None,
     force: opt.Force = False,
     as_json: opt.AsJson = False,
     quiet: opt.Quiet = False,
@@ -146,18 +114,9 @@ def curve(
     if _is_frontier(source):
         made = Frontier.load(source)
     else:
-        made = api.curve(
-            source,
-            objective=objective,
-            sensitivity=sensitivity,
-            min_sqnr_db=min_sqnr,
-            formats=opt.split_formats(formats),
-            pins=pin or (),
-            ties=tie or (),
-            min_formats=min_format or (),
-        )
+        made = api.curve(source, **choice.options(sensitivity))
     plans = [api.plan(made, b) for b in budget or ()]
-    request = mem.memory_request(memory, fit, context, cache_type, parallel, vram, ngl)
+    request = memory.request()
     if request is not None:
         source_model = model and terminal.fetched(model)
         plans.append(api.plan(made, MemoryLimit(request, model=source_model)))

@@ -80,10 +80,12 @@ def draw_sequences(
     The model's own are drawn side by side, in batches, and depend on their batch. Raises
     EngineError when a text is too short, or missing.
     """
-    return tuple(ids for batch in batches(indices) for ids in _draw_lot(model, request, batch))
+    return tuple(ids for batch in batches(indices) for ids in _draw_batch(model, request, batch))
 
 
-def _draw_lot(model: LlamaModel, request: TokenRequest, batch: Sequence[int]) -> Iterator[TokenIds]:
+def _draw_batch(
+    model: LlamaModel, request: TokenRequest, batch: Sequence[int]
+) -> Iterator[TokenIds]:
     bos, n_vocab, length = model.vocab.info.bos, model.vocab.n_tokens, request.n_ctx - 1
     rngs = [np.random.default_rng([request.seed, index]) for index in batch]
     firsts = [bos if bos >= 0 else int(rng.integers(n_vocab)) for rng in rngs]

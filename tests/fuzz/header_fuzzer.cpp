@@ -2,7 +2,7 @@
 // Built and run by tools/fuzz.sh.
 #include <cstdlib>
 
-#include "../../cpp/gguf_header.h"
+#include "gguf/header.h"
 
 namespace {
 

@@ -27,7 +27,7 @@ def test_the_source_distribution_has_every_source(shipped: dict[str, int]) -> No
     sources = [
         path.relative_to(ROOT).as_posix()
         for folder, patterns in {
-            "cpp": ("*.cpp", "*.h", "*.def"),
+            "cpp": ("*.cpp", "*.h", "*.def", "*.in"),
             "ramgguf": ("*.py", "*.pyi", "*.txt", "*.md", "*.css", "*.js", "py.typed"),
         }.items()
         for pattern in patterns

@@ -118,7 +118,7 @@ def test_error_feedback_comes_after_refinement(
     for encoder, hessian in ways:
         made[encoder] = ramgguf.quantize(
             model, "40%", tmp_path / f"{encoder}.gguf", encoder=encoder, imatrix=files[0],
-            hessian=hessian, formats=FORMATS, objective="ram", refine=6, threads=1,
+            hessian=hessian, formats=FORMATS, objective="ram", refine=48, threads=1,
         )  # fmt: skip
     searched, fed = made["search"].plan, made["gptq"].plan
     assert searched.refinement is not None

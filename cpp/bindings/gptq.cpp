@@ -1,0 +1,95 @@
+#include <pybind11/numpy.h>
+#include <pybind11/stl.h>
+
+#include <string>
+#include <vector>
+
+#include "bindings/arguments.h"
+#include "bindings/bindings.h"
+#include "dispatch/dispatch.h"
+
+namespace py = pybind11;
+
+namespace ramgguf {
+namespace {
+
+constexpr py::ssize_t kUnit = 256;
+using Floats = py::array_t<float, py::array::c_style>;
+using Bytes = py::array_t<uint8_t, py::array::c_style>;
+
+std::vector<std::string> gptq_formats() {
+    std::vector<std::string> names;
+    for (int i = 0; i < codec().n_formats; ++i) {
+        if (active_level().gptq->supports(i)) names.emplace_back(codec().formats[i].name);
+    }
+    return names;
+}
+
+int find(const std::string& name) {
+    const int format = find_format(name);
+    if (active_level().gptq->supports(format)) return format;
+    std::string known;
+    for (const std::string& other : gptq_formats()) known += (known.empty() ? "" : ", ") + other;
+    fail("format '" + name + "' has no error feedback; known are " + known);
+}
+
+int64_t block_bytes(int format, py::ssize_t n_columns) {
+    const FormatInfo& info = codec().formats[format];
+    if (n_columns % info.block_size) {
+        fail(std::to_string(n_columns) + " columns are no whole blocks of " + info.name);
+    }
+    return n_columns / info.block_size * info.block_bytes;
+}
+
+void check(bool sound, const std::string& message) {
+    if (!sound) fail(message);
+}
+
+// The distance of x's rows in floats. x may be a slice of columns of a C-contiguous matrix.
+py::ssize_t row_stride(const py::array_t<float>& x) {
+    check(x.ndim() == 2 && x.shape(1) >= 1 && x.shape(1) <= kUnit,
+          "x must have the shape (rows, up to 256 columns)");
+    check(x.shape(1) == 1 || x.strides(1) == (py::ssize_t)sizeof(float),
+          "the columns of x must lie side by side");
+    check(x.strides(0) % (py::ssize_t)sizeof(float) == 0 && x.strides(0) > 0,
+          "the rows of x must lie in order");
+    return x.strides(0) / (py::ssize_t)sizeof(float);
+}
+
+void round_unit(const std::string& format, py::array_t<float>& x, const Floats& factor,
+                const Floats& importance, Bytes& out, Floats& errors) {
+    const int number = find(format);
+    const py::ssize_t stride = row_stride(x), n_rows = x.shape(0), n = x.shape(1);
+    check(factor.ndim() == 2 && factor.shape(0) == kUnit && factor.shape(1) == kUnit,
+          "factor must have the shape (256, 256)");
+    check(importance.ndim() == 1 && importance.shape(0) == kUnit,
+          "importance must have 256 entries");
+    const int64_t n_bytes = block_bytes(number, n);
+    check(out.ndim() == 2 && out.shape(0) == n_rows && out.shape(1) == n_bytes,
+          "out must have the shape (rows, " + std::to_string(n_bytes) + ")");
+    check(errors.ndim() == 2 && errors.shape(0) == n_rows && errors.shape(1) == n,
+          "errors must have the shape of x");
+    const GptqRows rows = {x.mutable_data(), n_rows,        stride,
+                           (int)n,           factor.data(), importance.data()};
+    uint8_t* bytes = out.mutable_data();
+    float* found = errors.mutable_data();
+    int64_t overflow = -1;
+    {
+        py::gil_scoped_release release;
+        overflow = active_level().gptq->round(number, rows, bytes, n_bytes, found);
+    }
+    check(overflow < 0,
+          "a scale of row " + std::to_string(overflow) + " would overflow F16 in " + format);
+}
+
+}  // namespace
+
+void bind_gptq(py::module_& m) {
+    m.def("round_unit", &round_unit, py::arg("format"), py::arg("x").noconvert(),
+          py::arg("factor").noconvert(), py::arg("importance").noconvert(),
+          py::arg("out").noconvert(), py::arg("errors").noconvert(),
+          "Round a unit of columns one by one, with error feedback, into blocks of a format.");
+    m.def("gptq_formats", &gptq_formats, "The formats that round_unit supports.");
+}
+
+}  // namespace ramgguf

@@ -1,0 +1,30 @@
+// Which ISA level runs: the best that the CPU has, or the one that RAMGGUF_ISA names.
+#pragma once
+#include <string>
+#include <vector>
+
+#include "kernels/codec.h"
+#include "kernels/gptq.h"
+#include "kernels/gram.h"
+#include "logits/logits.h"
+
+namespace ramgguf {
+
+struct Level {
+    const char* name;
+    const Codec* codec;
+    const Logits* logits;
+    const Gram* gram;
+    const Gptq* gptq;
+};
+
+// Levels that were compiled and that this CPU runs, best first; never empty.
+const std::vector<Level>& supported_levels();
+
+const Level& active_level();
+
+// Makes `name` (a level's name, "baseline" for the lowest, "" for the best) the active level;
+// throws std::invalid_argument.
+void set_level(const std::string& name);
+
+}  // namespace ramgguf

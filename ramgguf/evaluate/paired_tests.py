@@ -27,7 +27,7 @@ from ramgguf.evaluate.leaderboard import (
     Row,
     Tie,
 )
-from ramgguf.evaluate.result import EvalResult
+from ramgguf.evaluate.result import EvalResult, n_files
 from ramgguf.evaluate.statistics import (
     DIVERGENCES,
     STATISTICS,
@@ -76,7 +76,7 @@ class PairedTests:
 
     @property
     def _n_references(self) -> int:
-        return len({r.reference.header_sha256 for r in self._results if r.reference is not None})
+        return n_files(r.reference for r in self._results if r.reference is not None)
 
     @property
     def notes(self) -> tuple[str, ...]:

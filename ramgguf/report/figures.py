@@ -9,6 +9,7 @@ from ramgguf.core.errors import RamggufError
 from ramgguf.evaluate.bootstrap import Estimate
 from ramgguf.evaluate.eval_report import EvalReport
 from ramgguf.evaluate.result import SequenceScore
+from ramgguf.gguf.identity import difference
 from ramgguf.report.numbers import kld, ppl
 
 Figure = Any  # plotly.graph_objects.Figure: plotly is an optional package without types
@@ -123,11 +124,13 @@ def ppl_by_size(study: EvalReport) -> Figure:
 
 def _references_elsewhere(study: EvalReport) -> list[tuple[str, float]]:
     """Return the references that are not among the models themselves, with their corpus PPL."""
-    known = {s.result.model.header_sha256 for s in study.summaries}
+    known = [s.result.model for s in study.summaries]
     found = {
         s.against.label: s.against.reference_corpus_ppl
         for s in study.summaries
-        if s.against and s.result.reference and s.result.reference.header_sha256 not in known
+        if s.against
+        and (reference := s.result.reference)
+        and all(difference(reference, model) is not None for model in known)
     }
     return list(found.items())
 

@@ -58,8 +58,8 @@ Calibrate = Annotated[
     str | None,
     typer.Option(
         "--calibrate",
-        help="Weigh errors by what the weights meet: on tokens the model draws (self), random "
-        "ones, wikitext, or a text file.",
+        help="Weigh errors by what the weights meet, on tokens of these sources: self (drawn from "
+        "the model), mix (texts of the package), random, wikitext, FILE, or self,mix,FILE:2.",
     ),
 ]
 HessianFile = Annotated[
@@ -99,6 +99,14 @@ Requantize = Annotated[
 ]
 Tokens = Annotated[
     str, typer.Option("--tokens", help="self (drawn from the model), random, wikitext, or a file.")
+]
+TokenSources = Annotated[
+    str,
+    typer.Option(
+        "--tokens",
+        help="self (drawn from the model), mix (texts of the package), random, wikitext, a file, "
+        "or several with weights: self,mix,FILE:2.",
+    ),
 ]
 TokenSeed = Annotated[int, typer.Option("--seed", min=0, help="Seed of the tokens.")]
 Threads = Annotated[

@@ -35,10 +35,15 @@ _TITLE = re.compile(rb"^ = (?P<title>[^=\n][^\n]*?) = $", re.MULTILINE)
 
 @dataclass(frozen=True)
 class Corpus:
-    """A text with a name for reports."""
+    """A text with a name for reports.
+
+    has_control_tokens says that control tokens written in it (<|im_start|>) stand for themselves,
+    as in a chat that a template rendered; elsewhere they are text like any other.
+    """
 
     name: str
     text: str
+    has_control_tokens: bool = False
 
     @cached_property
     def bytes(self) -> bytes:

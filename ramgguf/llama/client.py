@@ -114,10 +114,13 @@ class Engine:
         return found
 
     def tokenize(
-        self, text: str, *, add_special: bool, model: int = 0
+        self, text: str, *, add_special: bool, model: int = 0, control_tokens: bool = False
     ) -> tuple[TokenIds, npt.NDArray[np.int64]]:
         """Return the text's token ids and where each ends in its UTF-8 bytes."""
-        found = self.ask(Tokenize(model=model, text=text, add_special=add_special), Tokenized)
+        request = Tokenize(
+            model=model, text=text, add_special=add_special, control_tokens=control_tokens
+        )
+        found = self.ask(request, Tokenized)
         return unpack_ids(found.ids), unpack_ids(found.ends).astype(np.int64)
 
     def score(

@@ -14,6 +14,7 @@ from ramgguf.core.errors import PlanError
 from ramgguf.core.progress import Progress, Silent
 from ramgguf.gguf.hub import local_path
 from ramgguf.plan import DEFAULT_MIN_SQNR_DB, PlanOptions
+from ramgguf.quantize import EFFORTS, Effort
 from ramgguf.quants.encoders import ENCODERS, Encoder
 from ramgguf.quants.formats import expand
 from ramgguf.report.progress import Bars
@@ -214,6 +215,13 @@ def encoder(name: str) -> Encoder:
             f"{name!r} is none of {', '.join(ENCODERS)}", param_hint="--encoder"
         )
     return ENCODERS[name]
+
+
+def effort(name: str) -> Effort:
+    """Return the effort of this name; anything else is a usage error."""
+    if name not in EFFORTS:
+        raise typer.BadParameter(f"{name!r} is none of {', '.join(EFFORTS)}", param_hint="--effort")
+    return name
 
 
 def refuse_existing(*paths: Path | None, force: bool) -> None:

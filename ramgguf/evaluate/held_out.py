@@ -20,13 +20,14 @@ from ramgguf.core.mix import Part
 from ramgguf.core.parallel import default_threads
 from ramgguf.core.progress import Progress, Silent
 from ramgguf.core.version import __version__
-from ramgguf.evaluate.bootstrap import Estimate
+from ramgguf.evaluate.intervals import Estimate
 from ramgguf.evaluate.statistics import MIN_UNITS, FloatArray
 from ramgguf.gguf.hub import local_path
 from ramgguf.gguf.reader import open_gguf
 from ramgguf.llama.client import CrashError, Engine
 from ramgguf.llama.domains import domain_corpora
 from ramgguf.llama.protocol import Scored, TokenIds
+from ramgguf.llama.system import llama_installed
 
 N_CTX = 256
 FIRST_TARGET = 8
@@ -128,6 +129,11 @@ def resamples(domains: Sequence[str], n_resamples: int = N_RESAMPLES) -> FloatAr
         mine = [i for i, d in enumerate(domains) if d == domain]
         counts[:, mine] = rng.multinomial(len(mine), np.full(len(mine), 1 / len(mine)), n_resamples)
     return counts
+
+
+def scores_here() -> bool:
+    """Return whether files can be scored here: whether llama.cpp is installed."""
+    return llama_installed()
 
 
 def score_held_out(

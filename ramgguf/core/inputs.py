@@ -16,7 +16,7 @@ from ramgguf.core.errors import RamggufError
 FileKey = tuple[int, int]  # device and inode
 
 
-@dataclass
+@dataclass(eq=False)
 class _Run:
     inputs: dict[FileKey, Path] = field(default_factory=dict)
     written: set[FileKey] = field(default_factory=set)

@@ -12,8 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
+from ramgguf.calibrate.sources import TokenSource, parse_sources, shares
 from ramgguf.core.errors import EngineError, ImatrixError
 from ramgguf.core.files import refuse_existing
+from ramgguf.core.inputs import protected
 from ramgguf.core.parallel import default_threads
 from ramgguf.core.progress import Progress, Silent
 from ramgguf.core.scratch import scratch_folder
@@ -32,7 +34,7 @@ from ramgguf.llama.protocol import (
     Tapped,
     TapWeights,
 )
-from ramgguf.llama.tokens import N_CTX, TokenRequest, parse_tokens
+from ramgguf.llama.tokens import N_CTX, TokenRequest
 from ramgguf.quants.hessian import gram_name, groups, new_hessians
 from ramgguf.quants.imatrix import InputSquares, write_imatrix
 
@@ -75,6 +77,7 @@ class Calibration:
 def calibrate_file(
     file: GGUFFile,
     request: TokenRequest,
+    sources: Sequence[TokenSource],
     outputs: Outputs,
     *,
     threads: int,
@@ -83,6 +86,7 @@ def calibrate_file(
 ) -> Calibration:
     """Write the importance matrix of the model, and Hessians if wanted; return what was written.
 
+    The sources share the sequences by their weights; what else the request says is for all.
     announce is told the cost once the first sequence shows it. Raises EngineError when llama.cpp
     fails, ImatrixError when nothing can be written; then no file is left.
     """
@@ -104,7 +108,11 @@ def calibrate_file(
         scratch_folder(None, error=EngineError) as folder,
     ):
         run = _Run(engine, request, folder, progress, announce)
-        sequences = run.draw(n_sequences)
+        sequences = [
+            ids
+            for source, n in zip(sources, shares(sources, n_sequences), strict=True)
+            for ids in run.draw(source, n)
+        ]
         found = run.observe(sequences, tuple(weights))
         entries = run.sums(found)
         owners = {s.name: s.owner for s in found.sums if s.owner is not None}
@@ -114,7 +122,7 @@ def calibrate_file(
     write_imatrix(
         outputs.imatrix,
         entries,
-        dataset=dataset_name(request),
+        dataset=dataset_name(sources, request.seed),
         n_chunks=n_sequences,
         chunk_size=request.n_ctx,
         model_sample=file.sample_sha256,
@@ -132,10 +140,12 @@ def calibrate_file(
     )
 
 
-def dataset_name(request: TokenRequest) -> str:
+def dataset_name(sources: Sequence[TokenSource], seed: int) -> str:
     """Return what the matrix says of its tokens."""
-    text = request.corpus.name if request.corpus else f"{request.tokens}-drawn tokens"
-    return f"{text}, seed {request.seed}"
+    named = [s.corpus.name if s.corpus else f"{s.kind}-drawn tokens" for s in sources]
+    weights = [f" {s.weight:.0%}" if len(sources) > 1 else "" for s in sources]
+    told = " + ".join(name + weight for name, weight in zip(named, weights, strict=True))
+    return f"{told}, seed {seed}"
 
 
 class _Run:
@@ -155,25 +165,29 @@ class _Run:
         self._progress = progress
         self._announce = announce
 
-    def draw(self, n_sequences: int) -> Sequence[str]:
-        """Return the sequences, packed."""
-        request, corpus = self._request, self._request.corpus
+    def draw(self, source: TokenSource, n_sequences: int) -> Sequence[str]:
+        """Return sequences of the source, packed."""
+        if n_sequences == 0:
+            return []
+        request, corpus = self._request, source.corpus
         asked = Draw(
-            tokens=request.tokens,
+            tokens=source.kind,
             n_ctx=request.n_ctx,
             seed=request.seed,
             indices=tuple(range(n_sequences)),
             name=corpus.name if corpus else "",
             text=corpus.text if corpus else None,
+            control_tokens=corpus is not None and corpus.has_control_tokens,
         )
         drawn: list[str] = []
         self._progress.start("draw tokens", n_sequences, "sequences")
         try:
             found = self._engine.ask(asked, Drawn)
-            self._announce(
-                f"{n_sequences} sequences of {request.n_ctx} tokens ({request.tokens}), about "
-                f"{format_seconds(n_sequences * found.seconds)} to draw"
-            )
+            if source.kind == "self":
+                self._announce(
+                    f"{n_sequences} sequences of {request.n_ctx} tokens (self), about "
+                    f"{format_seconds(n_sequences * found.seconds)} to draw"
+                )
             drawn.append(found.ids)
             self._progress.advance(1)
             for _ in range(1, n_sequences):
@@ -262,6 +276,7 @@ def _write_hessians(
     return len(sizes)
 
 
+@protected()
 def calibrate(
     model: str | Path,
     output: str | Path,
@@ -280,22 +295,15 @@ def calibrate(
 ) -> Calibration:
     """Write the model's importance matrix (llama.cpp's GGUF format) and return what was written.
 
-    tokens is self (drawn from the model), random, wikitext, or a text file; n_sequences of n_ctx
+    tokens is self (drawn from the model), mix (the package's texts of several domains), random,
+    wikitext, a text file, or several of these with weights: self,mix,FILE:2. n_sequences of n_ctx
     are read. hessian also takes XᵀX of the inputs of the weights whose name hessian_pattern finds.
     announce is told the cost once it is known.
 
     Raises GGUFError, ImatrixError for outputs that cannot be written, EngineError when llama.cpp is
     missing or fails.
     """
-    kind, corpus = parse_tokens(tokens)
-    request = TokenRequest(
-        encoder="rtn",
-        tokens=kind,
-        corpus=corpus,
-        n_sequences=n_sequences,
-        n_ctx=n_ctx,
-        seed=seed,
-    )
+    request = TokenRequest(encoder="rtn", n_sequences=n_sequences, n_ctx=n_ctx, seed=seed)
     outputs = Outputs(
         Path(output),
         Path(hessian) if hessian is not None else None,
@@ -307,6 +315,7 @@ def calibrate(
         return calibrate_file(
             file,
             request,
+            parse_sources(tokens, file),
             outputs,
             threads=threads or default_threads(),
             progress=progress or Silent(),

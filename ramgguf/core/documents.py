@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ramgguf.core.errors import PlanError
 from ramgguf.core.files import write_atomically
+from ramgguf.core.inputs import read_text
 
 _artists: list[Callable[[object], str | None]] = []
 
@@ -85,8 +86,4 @@ class Document(FrozenModel, Drawn):
     @classmethod
     def load(cls, path: Path) -> Self:
         """Return the value in the file. Raises PlanError when it is unreadable or malformed."""
-        try:
-            text = path.read_text()
-        except (OSError, UnicodeDecodeError) as e:
-            raise PlanError(f"{path}: cannot be read: {e}") from None
-        return cls.from_json(text, name=str(path))
+        return cls.from_json(read_text(path, error=PlanError), name=str(path))

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Unpack
 
 from ramgguf.core.errors import PlanError
+from ramgguf.core.inputs import protected
 from ramgguf.core.parallel import default_threads
 from ramgguf.core.progress import Clock, Progress, Silent
+from ramgguf.evaluate.held_out import HeldOutScore
 from ramgguf.gguf.hub import beside, local_path
 from ramgguf.gguf.identity import require_model
 from ramgguf.gguf.reader import GGUFFile, open_gguf
@@ -38,7 +40,8 @@ class Quantized:
 
     measurement is None when the plan was given, and may lack formats that a sample of a tensor
     showed not to be worth their bytes. worst_departure is the largest relative difference between
-    planned and written NMSE, None when the output was not verified.
+    planned and written NMSE, None when the output was not verified. score is on held-out text,
+    None where none was asked for, or llama.cpp could not score.
     """
 
     paths: tuple[Path, ...]
@@ -47,9 +50,11 @@ class Quantized:
     measurement: Measurement | None
     worst_departure: float | None
     seconds: dict[str, float]
+    score: HeldOutScore | None = None
 
 
-def quantize(
+@protected()
+def quantize_once(
     model: str | Path,
     budget: int | str | SizeLimit | None = None,
     output: str | Path | None = None,
@@ -70,17 +75,7 @@ def quantize(
     announce: Callable[[str], None] = lambda _: None,
     **options: Unpack[PlanOptions],
 ) -> Quantized:
-    """Write the best GGUF that keeps to the budget and return what was made.
-
-    Needs a budget (bytes, text such as 16GB, 4.5bpw or 30%, or a SizeLimit) or a ready plan. A
-    ready measurement saves measuring again. options are those of plan; imatrix and hessian are as
-    in measure. Without a ready plan, refine is how many swaps of formats are tried by forward
-    passes, on the workers of an executor if there is one; announce gets their cost. An encoder that
-    plans by another one's errors (gptq by those of search) chooses formats by these, if there is no
-    ready plan or measurement; a sensitivity must suit these: without Hessians. output is by default
-    beside the model and named after the plan's bits per weight.
-    Raises RamggufError; an older output is then untouched.
-    """
+    """Write what these options say and return what was made; effort.quantize explains them."""
     if (budget is None) == (from_plan is None):
         raise PlanError("either a budget, memory or a plan is needed, and not both")
     model = local_path(model)
@@ -153,7 +148,8 @@ class _Run:
         with ExitStack() as stack:
             room = stack.enter_context(limit.room(SourceSize.of(self._file)))
             wanted = self._output or beside(self._model, self._model.name)
-            check_destination(wanted, self._output is not None and not self._force, room.n_bytes)
+            most = min(room.n_bytes, self._file.n_bytes)  # a budget may be more than the source
+            check_destination(wanted, self._output is not None and not self._force, most)
             shards = partial(plan_for_shards, self._file, self._options, self._split_max_bytes)
 
             def plan_it(measured: Measurement) -> Plan:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from ramgguf.core.documents import FrozenModel, NonNegative, Positive
 from ramgguf.core.errors import ImatrixError, PlanError
+from ramgguf.core.inputs import reading
 from ramgguf.gguf.architecture import sharers
 from ramgguf.gguf.arrays import ArrayFile, Keys
 from ramgguf.gguf.header import Value, string, u32
@@ -186,6 +187,7 @@ def load_imatrix(path: Path, hessian: Path | None = None) -> Imatrix:
             n_bytes = os.fstat(file.fileno()).st_size
             if n_bytes > _LARGEST_FILE:
                 raise ImatrixError(f"{path}: has {n_bytes} bytes; this is no importance matrix")
+            reading(path)
             is_gguf = file.read(4) == b"GGUF"
             file.seek(0)
             data = b"" if is_gguf else file.read(_LARGEST_FILE)

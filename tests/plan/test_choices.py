@@ -19,7 +19,6 @@ from ramgguf.quants import formats
 from ramgguf.quants.formats import SETS, expand
 from ramgguf.report.plans import print_plan
 from ramgguf.report.tensor_types import recipe_types
-from ramgguf.sensitivity.cost import sensitivity_seconds
 from synthetic import measurement
 
 MODEL = measurement()
@@ -264,12 +263,8 @@ def test_planning_prints_nothing_not_even_from_native_code(
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_plan_by_priors_says_how_long_measuring_would_take() -> None:
+def test_a_plan_by_priors_says_so_and_what_measures() -> None:
     plan = ramgguf.plan(MODEL, BUDGET)
-    sizes = [a.n_weights for a in plan.assignments]
-    one, two = sensitivity_seconds(sizes, 1), sensitivity_seconds(sizes, 2)
-    assert one == pytest.approx(2 * two)
-    assert one > 0
     console = Console(record=True, width=300, file=io.StringIO())
     print_plan(plan, console)
     assert "`--sensitivity measure`" in console.export_text()

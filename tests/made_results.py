@@ -39,12 +39,14 @@ def eval_result(
     titles: Sequence[str] | None = None,
     indices: Sequence[int] | None = None,
     reference: tuple[str, npt.ArrayLike] | None = None,
+    reference_bytes: int = 1_000_000,
     kld: npt.ArrayLike | None = None,
     n_seq: int | None = None,
 ) -> EvalResult:
     """Return a result of 2,047 scored tokens per sequence with these sequence PPL.
 
-    reference gives its label and sequence PPL; then kld is the mean KLD of each sequence.
+    reference gives its label and sequence PPL, reference_bytes its file's size; then kld is the
+    mean KLD of each sequence.
     """
     values = np.asarray(ppl, dtype=np.float64)
     n = len(values)
@@ -66,7 +68,7 @@ def eval_result(
     return EvalResult(
         ramgguf_version="0.1.0",
         model=model_file(label, n_bytes),
-        reference=None if reference is None else model_file(reference[0]),
+        reference=None if reference is None else model_file(reference[0], reference_bytes),
         protocol=Protocol(
             name="ram",
             n_ctx=N_TOKENS + 1,

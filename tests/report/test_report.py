@@ -44,7 +44,7 @@ def three_models() -> list[EvalResult]:
     rng = np.random.default_rng(2)
     wild = base * np.exp(rng.normal(0.05, 0.02, 128))
     wild[[7, 80]] = (300.0, 25_000.0)
-    kept = {"titles": titles, "reference": ("f16", base)}
+    kept = {"titles": titles, "reference": ("f16", base), "reference_bytes": 4_000_000}
     return [
         eval_result("f16", base, titles=titles, n_bytes=4_000_000),
         eval_result(

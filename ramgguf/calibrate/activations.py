@@ -18,7 +18,7 @@ from ramgguf.core.parallel import default_threads
 from ramgguf.core.progress import Progress, Silent
 from ramgguf.core.scratch import scratch_folder
 from ramgguf.core.units import format_bytes, format_seconds
-from ramgguf.gguf.architecture import never_quantized
+from ramgguf.gguf.architecture import is_multiplied
 from ramgguf.gguf.hub import local_path
 from ramgguf.gguf.reader import GGUFFile, TensorInfo, open_gguf
 from ramgguf.llama.client import Engine
@@ -90,7 +90,12 @@ def calibrate_file(
     for path in (outputs.imatrix, outputs.hessian):
         if path is not None:
             refuse_existing(path, force=outputs.force, error=ImatrixError)
-    weights = {t.name: t for t in file.tensors if _is_weight(file, t)}
+    tied = file.has_tied_embedding
+    weights = {
+        t.name: t
+        for t in file.tensors
+        if is_multiplied(t.name, t.shape, file.architecture, tied=tied)
+    }
     n_sequences = request.n_sequences or N_SEQUENCES
     with (
         Engine(
@@ -105,13 +110,14 @@ def calibrate_file(
         owners = {s.name: s.owner for s in found.sums if s.owner is not None}
         n_grams = 0
         if outputs.hessian is not None:
-            n_grams = _write_hessians(run, sequences, outputs, owners, weights)
+            n_grams = _write_hessians(run, sequences, outputs, owners, weights, file.sample_sha256)
     write_imatrix(
         outputs.imatrix,
         entries,
         dataset=dataset_name(request),
         n_chunks=n_sequences,
         chunk_size=request.n_ctx,
+        model_sample=file.sample_sha256,
         force=outputs.force,
     )
     return Calibration(
@@ -130,10 +136,6 @@ def dataset_name(request: TokenRequest) -> str:
     """Return what the matrix says of its tokens."""
     text = request.corpus.name if request.corpus else f"{request.tokens}-drawn tokens"
     return f"{text}, seed {request.seed}"
-
-
-def _is_weight(file: GGUFFile, tensor: TensorInfo) -> bool:
-    return never_quantized(tensor.name, tensor.shape, file.architecture) is None
 
 
 class _Run:
@@ -225,6 +227,7 @@ def _write_hessians(
     outputs: Outputs,
     owners: Mapping[str, str],
     weights: Mapping[str, TensorInfo],
+    model_sample: str,
 ) -> int:
     """Write XᵀX of the wanted weights' inputs, in batches that fit the memory; return how many."""
     if outputs.hessian is None:
@@ -243,7 +246,12 @@ def _write_hessians(
             f"{format_bytes(outputs.max_gram_bytes)} allowed; leave that weight out"
         )
     with new_hessians(
-        outputs.hessian, wanted, sizes, run.n_tokens(sequences), force=outputs.force
+        outputs.hessian,
+        wanted,
+        sizes,
+        run.n_tokens(sequences),
+        model_sample=model_sample,
+        force=outputs.force,
     ) as file:
         for group in groups(sizes, outputs.max_gram_bytes):
             found = run.grams(run.observe(sequences, group, group))

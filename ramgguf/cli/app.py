@@ -6,6 +6,7 @@ import sys
 
 import typer
 
+from ramgguf import _core
 from ramgguf.cli import (
     calibration_commands,
     card_command,
@@ -32,9 +33,15 @@ app = typer.Typer(
 
 
 @app.callback(invoke_without_command=True)
-def _root(version: bool = typer.Option(False, "--version", help="Print the version.")) -> None:
+def _root(
+    version: bool = typer.Option(False, "--version", help="Print version, build and ISA level."),
+) -> None:
     if version:
-        typer.echo(__version__)
+        levels = ", ".join(_core.supported_isas())
+        typer.echo(
+            f"ramgguf {__version__} (core built by {_core.compiler}; ISA level {_core.isa()} of "
+            f"{levels})"
+        )
         raise typer.Exit
 
 

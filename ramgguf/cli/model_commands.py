@@ -104,6 +104,23 @@ def quantize(
         )
     if imatrix and calibrate:
         raise typer.BadParameter("give one importance matrix", param_hint="--imatrix")
+    if plan_file:
+        others = {
+            "--encoder": encoder != DEFAULT_ENCODER,
+            "--hessian": hessian is not None,
+            "--sensitivity": sensitivity is not None,
+            "--allow-requantize": allow_requantize,
+        }
+        idle = [*choice.given(), *(name for name, given in others.items() if given)]
+        opt.refuse_idle(idle, "a ready plan is followed as it is")
+    if measurement:
+        others = {
+            "--encoder": encoder != DEFAULT_ENCODER and sensitivity != "measure",
+            "--hessian": hessian is not None,
+            "--allow-requantize": allow_requantize,
+        }
+        idle = [name for name, given in others.items() if given]
+        opt.refuse_idle(idle, "a ready measurement says itself how it was made")
     if workers and not (refine or sensitivity == "measure"):
         raise typer.BadParameter(
             "workers run passes: of --refine or --sensitivity measure", param_hint="--executor"
@@ -216,3 +233,5 @@ def measure(
         f"{measured.n_weights:,} weights, in {format_seconds(measured.seconds)} "
         f"({rate:,.0f} M weights/s)"
     )
+    for note in measured.notes:
+        terminal.out.print(f"note: {note}", soft_wrap=True)

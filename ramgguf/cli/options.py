@@ -1,7 +1,8 @@
 """Options that several commands share, so that each is spelled and explained once."""
 
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated
 
@@ -175,6 +176,20 @@ class PlanChoice:
             ties=self.tie or (),
             min_formats=self.min_format or (),
         )
+
+    def given(self) -> list[str]:
+        """Return the options that were given, as they are spelled."""
+        default = PlanChoice()
+        changed = (
+            f.name for f in fields(self) if getattr(self, f.name) != getattr(default, f.name)
+        )
+        return [f"--{name.replace('_', '-')}" for name in changed]
+
+
+def refuse_idle(given: Iterable[str], why: str) -> None:
+    """Raise a usage error that says why the options given would have no effect; none, no error."""
+    if names := ", ".join(given):
+        raise typer.BadParameter(f"{why}: {names} would have no effect", param_hint=names)
 
 
 def split_formats(text: str | None) -> list[str] | None:

@@ -103,6 +103,7 @@ def check_file(
             path=str(path),
             n_bytes=file.n_bytes,
             header_sha256=file.header_sha256,
+            sample_sha256=file.sample_sha256,
             name=file.name,
             n_ctx=request.shape.n_ctx,
             type_k=request.shape.type_k,

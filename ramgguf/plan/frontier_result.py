@@ -73,6 +73,7 @@ class Frontier(Document):
     """
 
     KIND: ClassVar[str] = "frontier"
+    VERSION: ClassVar[int] = 2  # 2: source.sample_sha256
 
     ramgguf_version: str
     source: Source

@@ -12,6 +12,7 @@ from ramgguf.core.errors import PlanError
 from ramgguf.core.parallel import default_threads
 from ramgguf.core.progress import Clock, Progress, Silent
 from ramgguf.gguf.hub import beside, local_path
+from ramgguf.gguf.identity import require_model
 from ramgguf.gguf.reader import GGUFFile, open_gguf
 from ramgguf.measure import measure_file
 from ramgguf.measure.result import Measurement
@@ -22,7 +23,7 @@ from ramgguf.quantize.output_paths import check_destination, default_output
 from ramgguf.quantize.preselection import MANY_WEIGHTS, measure_and_plan
 from ramgguf.quantize.shard_plans import plan_for_shards
 from ramgguf.quantize.verify import verify as verify_file
-from ramgguf.quantize.write import Destination, begin, write
+from ramgguf.quantize.write import Destination, begin, settled, write
 from ramgguf.quants.encoders import DEFAULT_ENCODER, ENCODERS, EncoderName
 from ramgguf.quants.formats import expand
 from ramgguf.quants.imatrix import load_importance
@@ -159,6 +160,7 @@ class _Run:
                 return room.plan(partial(shards, measured))
 
             if measurement is not None:
+                require_model("the measurement", measurement.source, self._file)
                 with self._clock.stage("plan"):
                     return measurement, plan_it(measurement)
             weighed = load_importance(self._imatrix, self._hessian, self._encoder.name)
@@ -214,6 +216,7 @@ class _Run:
         """Write and verify the planned output."""
         path = self._output or default_output(self._model, plan)
         destination = Destination(path, self._force, self._split_max_bytes)
+        plan = settled(self._file, plan, destination)
         clock, shown = self._clock, self._progress
         worst = None
         with begin(self._file, plan, destination) as out:

@@ -19,6 +19,7 @@ from numpy_llama import Forward
 from ramgguf import _core
 from ramgguf.calibrate.activations import dataset_name
 from ramgguf.core.errors import EngineError
+from ramgguf.gguf.architecture import is_looked_up, sharers
 from ramgguf.gguf.reader import open_gguf
 from ramgguf.llama import ggml
 from ramgguf.llama.capture import Sums, Taken, Tap, add_dense, add_routed
@@ -131,6 +132,27 @@ def test_every_architecture_is_calibrated_without_harm(name: str, tmp_path: Path
         assert sums.counts.sum() > 0
 
 
+@pytest.mark.parametrize("name", [a.name for a in ARCHITECTURES if not a.has_encoder])
+def test_the_table_agrees_with_the_graph_on_what_reads_what(name: str, tmp_path: Path) -> None:
+    path = write_small_model(tmp_path / "m.gguf", next(a for a in ARCHITECTURES if a.name == name))
+    ids = np.random.default_rng(4).integers(N_VOCAB, size=24, dtype=np.int32)
+    with open_gguf(path) as file:
+        tied = file.has_tied_embedding
+    tap = Tap(_weights(path))
+    with LlamaModel(path, n_ctx=64, n_threads=1, eval_callback=tap.callback) as model:
+        model.decode(ids)
+        tap.check()
+    found = tap.taken.sums
+    for weight, sums in found.items():
+        assert not is_looked_up(weight, tied=tied)
+        for other in sharers(weight):
+            if other in found:
+                np.testing.assert_array_equal(found[other].squares, sums.squares)
+    pairs = {(w, o) for w in found for o in sharers(w) if o in found}
+    fused = {"phi3", "gpt2", "mamba", "mamba2", "rwkv7"}
+    assert bool(pairs) == (name not in fused)
+
+
 def test_matrices_of_a_weight_take_those_of_the_input_in_turn() -> None:
     x = np.random.default_rng(5).standard_normal((2, 4, 3, 8), np.float32)
     sums = Sums(np.zeros((2, 8)), np.zeros(1, np.int64))
@@ -231,7 +253,11 @@ def test_the_file_is_read_back_by_us_and_by_gguf(tiny: Path, tmp_path: Path) -> 
     found = ramgguf.calibrate(
         tiny, path, n_sequences=2, n_ctx=32, seed=3, hessian=hessian, threads=1
     )
-    assert (found.n_entries, found.n_tokens, found.missed) == (15, 64, ("token_embd.weight",))
+    assert (found.n_entries, found.n_tokens, found.missed) == (
+        15,
+        64,
+        (),
+    )  # the embedding is looked up
     imatrix = load_imatrix(path)
     assert imatrix.datasets == ("self-drawn tokens, seed 3",)
     assert (imatrix.n_chunks, len(imatrix.entries)) == (2, 15)

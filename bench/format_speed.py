@@ -4,7 +4,7 @@
     python bench/format_speed.py models/smol768-f16.gguf --files models/uniform
 
 The first line makes the files, the second times them: all models are loaded at once, and every
-round times each of them, so that what else the machine does meets all alike. Rows with medians and
+round times each of them, so that other load on the machine affects all alike. Rows with medians and
 ranges over the rounds are added to bench/results/format_speed.jsonl. Seconds are the process's CPU
 time on one thread, which a busy machine disturbs less than the clock.
 """

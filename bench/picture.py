@@ -1,4 +1,4 @@
-"""The README's picture: KLD against file size, llama.cpp's files and ours, from bench/results.
+"""The README's picture: KLD against file size, llama.cpp's files and ramgguf's, from bench/results.
 
     python bench/picture.py --results bench/results/quality.jsonl --out docs/quality.svg
 

@@ -1,4 +1,4 @@
-"""The picture of bench/results/sensitivity.jsonl: how well Σ α · NMSE told the KLD of whole plans.
+"""The picture of bench/results/sensitivity.jsonl: how well Σ α · NMSE predicts KLD.
 
     python bench/sensitivity_picture.py
 

@@ -1,4 +1,4 @@
-"""What can be said of a tensor's quantization without running the model on it."""
+"""Metrics of a tensor's quantization that need no forward pass."""
 
 from dataclasses import dataclass
 

@@ -2,7 +2,7 @@
 // quantizes their weights with those fits.
 //
 //   Rtn         scales from the range of a block, without a search: Format::rtn
-//   Searching   scales by least squares, weighed by importance where there is any: Format::Search,
+//   Searching   scales by least squares, weighted by importance where there is any: Format::Search,
 //               or Rtn for a format that has no Search
 #pragma once
 #include <type_traits>

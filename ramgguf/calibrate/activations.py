@@ -1,4 +1,4 @@
-"""From a model to its importance matrix, and to Hessians: what its weights are multiplied with.
+"""Importance matrices and Hessians of a model, from the inputs of its weights.
 
 llama.cpp decodes tokens in a child process; an evaluation callback adds up the inputs of every
 matrix multiplication. With tokens drawn from the model itself no data are needed.
@@ -87,7 +87,7 @@ def calibrate_file(
     """Write the importance matrix of the model, and Hessians if wanted; return what was written.
 
     The sources share the sequences by their weights; what else the request says is for all.
-    announce is told the cost once the first sequence shows it. Raises EngineError when llama.cpp
+    announce gets the estimated cost after the first sequence. Raises EngineError when llama.cpp
     fails, ImatrixError when nothing can be written; then no file is left.
     """
     start = time.perf_counter()
@@ -251,7 +251,7 @@ def _write_hessians(
     except re.error as e:
         raise ImatrixError(f"{outputs.pattern!r} is not a regular expression: {e}") from None
     if not wanted:
-        raise ImatrixError(f"no weight that meets inputs has a name like {outputs.pattern!r}")
+        raise ImatrixError(f"no weight with inputs has a name like {outputs.pattern!r}")
     sizes = {owner: weights[owner].row_length for owner in wanted.values()}
     largest = 4 * max(sizes.values()) ** 2
     if largest > outputs.max_gram_bytes:
@@ -298,7 +298,7 @@ def calibrate(
     tokens is self (drawn from the model), mix (the package's texts of several domains), random,
     wikitext, a text file, or several of these with weights: self,mix,FILE:2. n_sequences of n_ctx
     are read. hessian also takes XᵀX of the inputs of the weights whose name hessian_pattern finds.
-    announce is told the cost once it is known.
+    announce gets the cost once it is known.
 
     Raises GGUFError, ImatrixError for outputs that cannot be written, EngineError when llama.cpp is
     missing or fails.

@@ -87,8 +87,8 @@ def _end(number: int, _: object) -> None:
 
 def _prepare() -> None:
     """Make standard streams safe to print to, and have signals clean up."""
-    # A large model is many thousand small values, and no cycles: looking for some is a quarter of
-    # the time that they take.
+    # A large model makes many small values and no cycles; looking for cycles takes a quarter of
+    # the time that the values take.
     gc.set_threshold(200_000)
     while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:  # no output may become file 0, 1 or 2
         pass

@@ -169,7 +169,7 @@ def compare(
     as_csv: AsCsv = False,
     quiet: opt.Quiet = False,
 ) -> None:
-    """Rank results by corpus, mean and median PPL and by KLD, and say where rankings part."""
+    """Rank results by corpus, mean and median PPL and by KLD, and say where rankings differ."""
     style = _Style(as_json, as_markdown, as_csv)
     terminal = opt.Terminal.make(quiet=quiet, as_json=style.for_programs)
     material = read_material(files)

@@ -191,7 +191,7 @@ def diff(
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
 ) -> None:
-    """Compare two plans or two GGUF files tensor by tensor, whoever made them."""
+    """Compare two plans or two GGUF files tensor by tensor."""
     terminal = opt.Terminal.make(quiet=quiet, as_json=as_json)
     difference = api.diff(terminal.fetched(a), terminal.fetched(b))
     if as_json:

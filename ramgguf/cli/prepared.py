@@ -13,7 +13,7 @@ from ramgguf.sensitivity.result import Sensitivity
 
 @dataclass(frozen=True)
 class Weighed:
-    """The files by which errors are weighed."""
+    """The files that weight the errors."""
 
     imatrix: Path | None = None
     hessian: Path | None = None

@@ -106,7 +106,7 @@ def load_or_measure(
 ) -> Sensitivity | None:
     """Return what `--sensitivity` asks for; what is measured is kept beside the model.
 
-    One whose errors were weighed otherwise is reweighed. A run that was killed goes on from the
+    A sensitivity with other error weights is converted. A run that was killed goes on from the
     file beside it, and one that was finished is used again.
     """
     if asked is None:

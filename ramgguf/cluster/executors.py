@@ -49,11 +49,11 @@ def _dask(name: str, host: str, port: int) -> Iterator[Executor]:
         raise EngineError(
             f"{name}: distributed cannot be imported ({e}); pip install 'ramgguf[cluster]'"
         ) from None
-    # What it logs of lost connections is said by our own errors.
+    # Our own errors report lost connections.
     logging.getLogger("distributed").setLevel(logging.CRITICAL)
     address = f"{host}:{port}"
     try:
-        # Dask tries again and again; that nobody listens is known at once.
+        # Dask retries for long; a closed port is an error at once.
         socket.create_connection((host.strip("[]"), port), timeout=CONNECT_SECONDS).close()
         client = distributed.Client(
             f"tcp://{address}", timeout=ANSWER_SECONDS, set_as_default=False

@@ -52,7 +52,7 @@ class Tool(Protocol):
 
 
 class RunnerTool:
-    """A workbench in a child process."""
+    """A local runner in a child process."""
 
     def __init__(self, key: RunnerKey) -> None:
         same_file(key.model).close()
@@ -82,7 +82,7 @@ class RunnerTool:
                 return self._child.ask(request, Prepared)
             case Compare():
                 return self._child.ask(request, Compared)
-        raise EngineError(f"a workbench cannot {type(request).__name__}; this is a bug of ramgguf")
+        raise EngineError(f"a runner cannot {type(request).__name__}; this is a bug of ramgguf")
 
     def close(self) -> None:
         """End the child; its copy of the model goes with it."""
@@ -127,19 +127,19 @@ class _Kept:
         self.over = False
 
     def close(self) -> None:
-        """Close the tool, if it is open."""
+        """Close the session, if it is open."""
         if self.tool is not None:
             self.tool.close()
 
 
 class SessionCache:
-    """The tools of this process."""
+    """The open sessions of this process."""
 
     def __init__(self) -> None:
         self.forget()
 
     def forget(self) -> None:
-        """Begin without tools: a process that was forked leaves them to the one it is of."""
+        """Begin without sessions: a forked process leaves them to its parent."""
         self._lock = threading.Lock()
         self._idle: list[_Kept] = []
         self._busy: list[_Kept] = []
@@ -161,12 +161,12 @@ class SessionCache:
         self._give_back(kept)
 
     def close(self, run: str | None = None) -> None:
-        """Close the tools that a run used last, in use or not; all of them without a run."""
+        """Close the sessions that a run used last, busy or not; without a run, all of them."""
         with self._lock:
             ending = [k for k in (*self._idle, *self._busy) if run in (None, k.run)]
             self._idle = [k for k in self._idle if k not in ending]
             for kept in ending:
-                kept.over = True  # what is at work or being opened is not used again
+                kept.over = True  # a busy session, or one being opened, is not handed out
         for kept in ending:
             kept.close()
 
@@ -191,7 +191,7 @@ class SessionCache:
         with self._lock:
             self._busy.remove(kept)
             if kept.over:
-                return  # whoever said so has closed it, too
+                return  # the caller that reports this has closed it
             self._idle.append(kept)
             if self._timer is not None:
                 self._timer.cancel()

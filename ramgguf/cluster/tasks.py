@@ -21,7 +21,7 @@ from ramgguf.quants.imatrix import ImportanceSource
 
 @dataclass(frozen=True)
 class RunnerKey:
-    """A workbench that a worker keeps open: a copy of the model, made in `folder`, and settings.
+    """A local runner that a worker keeps open: a copy of the model, made in `folder`, and settings.
 
     ForwardRunner over the same model with the same settings give the same numbers on equal kernels.
     """

@@ -37,7 +37,7 @@ class FrozenModel(BaseModel):
 _LARGEST = 2**53 - 1
 NonNegative = Annotated[int, Field(ge=0, le=_LARGEST)]
 Positive = Annotated[int, Field(gt=0, le=_LARGEST)]
-# Of finite numbers, those whose sums and products are finite, too.
+# Finite numbers whose sums and products are finite as well.
 _HUGE = 1e100
 Number = Annotated[float, Field(ge=-_HUGE, le=_HUGE)]
 NonNegativeFloat = Annotated[float, Field(ge=0, le=_HUGE)]

@@ -1,10 +1,10 @@
-"""Making many values at once without the garbage collector looking them all over."""
+"""Make many values at once without the garbage collector scanning them."""
 
 import contextlib
 import gc
 from collections.abc import Iterator
 
-MANY = 10_000  # looking so many values over takes milliseconds
+MANY = 10_000  # scanning that many values takes milliseconds
 
 
 @contextlib.contextmanager
@@ -20,7 +20,7 @@ def gc_paused() -> Iterator[None]:
         yield
     finally:
         if was_enabled:
-            # What somebody froze is to stay so.
+            # Objects that the caller froze stay frozen.
             if gc.get_count()[0] >= MANY and gc.get_freeze_count() == 0:
                 gc.freeze()
                 gc.unfreeze()

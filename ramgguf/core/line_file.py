@@ -1,4 +1,4 @@
-"""A file of lines that grows while a run goes on, and from which a run that was killed goes on."""
+"""A file of lines that grows during a run; a killed run continues from it."""
 
 import fcntl
 import os

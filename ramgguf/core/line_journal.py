@@ -1,4 +1,4 @@
-"""A file of what a long run was settled to do and has done so far, from which it can go on.
+"""A file with a long run's settings and finished steps; a killed run continues from it.
 
 One JSON object per line: the settings first, then the steps.
 """

@@ -19,7 +19,7 @@ R = TypeVar("R")
 # chunk, and what is made of them, stay in the second cache.
 CHUNK_WEIGHTS = 1 << 20
 BATCH_RUNS = 4  # what a thread takes at once
-# What is looked at of a tensor to tell which formats are worth measuring.
+# The sample of a tensor that selects the formats to measure.
 SAMPLE_SHARE, SAMPLE_WEIGHTS, SAMPLE_CHUNKS = 1 / 64, 1 << 16, 16
 
 

@@ -1,4 +1,4 @@
-"""How long-running stages tell what they are doing: a protocol that any front end can fill."""
+"""Progress of long stages: a protocol that any front end implements."""
 
 import time
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Signs that a model has collapsed, in what it says. They find wrecks, not small losses.
+"""Signs that a model has collapsed, in its answers. They find broken models, not small losses.
 
 The bounds lie far from what working models show: docs/check.md has the measured values.
 """
@@ -29,7 +29,7 @@ PROMPTS = (
     "Write a Python function that returns the n-th Fibonacci number.",
 )
 
-# The paragraph's perplexity per token: working models show 5 to 60, wrecks hundreds to thousands.
+# The paragraph's perplexity per token: working models show 5 to 60, broken ones 100s to 1000s.
 WORST_KNOWN_PPL = 200.0
 # How much more surprising the reference finds an answer than its own, in nats per token.
 WORST_SURPRISE = 2.0

@@ -111,7 +111,7 @@ class FootprintEstimator:
         return _estimated(self._file, shape, tensor_types, self._why)
 
     def _path(self, tensor_types: Mapping[str, str]) -> str:
-        """Return the path of a hollow model with these types, kept until others are wanted."""
+        """Return the path of a stub model with these types; it is kept until the types change."""
         if self._hollow_of is None or self._hollow_of[0] != tensor_types:
             self._hollow.close()
             path = self._hollow.enter_context(stub_model(self._file, tensor_types))
@@ -145,7 +145,7 @@ class FootprintEstimator:
 def _told(
     file: GGUFFile, shape: ContextShape, tensor_types: Mapping[str, str], sizes: Sizes
 ) -> Footprint:
-    """Return the footprint that llama.cpp told; the formula only shares it among layers."""
+    """Return llama.cpp's footprint; the formula only divides it among layers."""
     estimate = _estimated(file, shape, tensor_types, "")
     shares = estimate.layer_cache
     if sum(shares) != sizes.cache:

@@ -17,16 +17,16 @@ from ramgguf.gguf.reader import GGUFFile
 N_UBATCH = 512
 _CELL_PADDING = 256
 
-# Whose layers all keep a recurrent state and nothing else.
+# Architectures whose layers keep a recurrent state and nothing else.
 _RECURRENT = frozenset({"mamba", "mamba2", "rwkv6", "rwkv6qwen2", "rwkv7", "arwkv7"})
-# Whose layers have both, attention and a state.
+# Architectures whose layers have both attention and a state.
 _BOTH = frozenset({"falcon-h1"})
-# Every so-manieth layer attends fully, the others to a window, where the file does not say.
+# Default where the file does not say: every n-th layer has full attention, the others a window.
 _WINDOW_PERIODS = {
     "gemma2": 2, "gemma3": 6, "gemma3n": 5, "gemma-embedding": 6, "cohere2": 4, "gpt-oss": 2,
     "exaone4": 4, "olmo2": 4, "smallthinker": 4,
 }  # fmt: skip
-# Every so-manieth layer attends, the others are recurrent, where the file does not say.
+# Default where the file does not say: every n-th layer has attention, the others are recurrent.
 _ATTENTION_PERIODS = {"qwen3next": 4, "qwen35": 4, "qwen35moe": 4}
 _ENCODERS = ("bert", "t5encoder", "nomic-bert", "jina-bert", "neo-bert", "modern-bert", "eurobert")
 

@@ -29,7 +29,7 @@ _SLOWER = 0.97  # a file of half the bytes is not quite twice as fast
 
 @dataclass(frozen=True)
 class PickRequest:
-    """What is wanted of the file; min_speed is tokens per second of generation.
+    """The requirements on the file; min_speed is tokens per second of generation.
 
     The score is taken on n_seq sequences of n_ctx tokens; n_seq 0 takes none.
     """
@@ -43,7 +43,7 @@ class PickRequest:
 
 @dataclass(frozen=True)
 class Picked:
-    """The file that was chosen, and all that speaks for it; n_tried files were written for it."""
+    """The chosen file and the evidence for it; n_tried files were written."""
 
     path: Path
     plan: Plan

@@ -183,7 +183,7 @@ class Place:
 class Server:
     """A running server. Use as a context manager, which starts it; leaving it ends it.
 
-    Raises EngineError when it cannot start; announce is told what takes long or goes wrong.
+    Raises EngineError when it cannot start; announce gets a line for what takes long or goes wrong.
     """
 
     def __init__(
@@ -280,7 +280,7 @@ class Server:
             self._child.kill()
 
     def wait(self) -> None:
-        """Return when it has ended as it was told. Raises EngineError when it ended by itself."""
+        """Wait for the requested end. Raises EngineError when the server ends by itself."""
         code = self._child.wait()
         if not self._stops:
             raise EngineError(f"the server ended with {describe_exit(code)}")

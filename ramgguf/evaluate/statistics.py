@@ -18,7 +18,7 @@ FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 
 OUTLIER_PPL = 100.0
-MIN_UNITS = 8  # fewer sequences or articles than this say nothing about their own spread
+MIN_UNITS = 8  # fewer sequences or articles do not allow an estimate of their spread
 MIN_BEYOND = 5  # sequences that must lie beyond a quantile before it gets an interval
 HEAVY_TAIL_INDEX = 2.0  # below it, PPL has no finite variance
 _MAX_NLL = 700.0  # exp of it, and sums of many such, are still finite doubles
@@ -175,7 +175,7 @@ def quantile(values: FloatArray, counts: FloatArray, q: float) -> FloatArray:
     return np.asarray((below + (position - low) * (above - below))[..., 0])
 
 
-# --- which there are, and for which an interval is honest ---
+# --- the registries, and which statistics get an interval ---
 
 
 def unit_numbers(sample: Sample) -> IntArray:

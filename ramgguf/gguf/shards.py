@@ -140,7 +140,7 @@ def require_whole(shards: tuple[Shard, ...]) -> None:
         *((shard, "split.tensors.count", n_tensors) for shard in shards),
     ]
     for shard, key, expected in expectations:
-        # A file by itself need not say that it is whole.
+        # A file without split.count is the only shard.
         if len(shards) == 1 and key not in shard.metadata:
             continue
         found = shard.metadata.integer(key)

@@ -1,4 +1,4 @@
-"""Hollow models: a header as a plan will write it, and a hole of the right length for the data.
+"""Stub models: the header that a plan will write, and a hole of the right length for the data.
 
 They take a few megabytes of disk whatever the model's size, and are enough for llama.cpp to say
 how much memory the real file would take.
@@ -16,7 +16,7 @@ from ramgguf.gguf.reader import GGUFFile
 
 @contextmanager
 def stub_model(source: GGUFFile, tensor_types: Mapping[str, str]) -> Iterator[Path]:
-    """Yield the path of a hollow model in the source's shapes and these types, removed after use.
+    """Yield the path of a stub model in the source's shapes and these types, removed after use.
 
     Tensors that are not named keep their type. Raises GGUFError when it cannot be written.
     """
@@ -29,7 +29,7 @@ def stub_model(source: GGUFFile, tensor_types: Mapping[str, str]) -> Iterator[Pa
                 out.truncate(shard.n_bytes)
         except OSError as e:
             raise GGUFError(
-                f"{path}: a hollow model of {shard.n_bytes} bytes cannot be written: {e.strerror}; "
+                f"{path}: a stub model of {shard.n_bytes} bytes cannot be written: {e.strerror}; "
                 "does the folder for temporary files (TMPDIR) allow files with holes?"
             ) from None
         yield path

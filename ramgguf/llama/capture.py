@@ -1,4 +1,4 @@
-"""What the weights of a model are multiplied with: sums over the activations of every decode.
+"""Sums over the inputs of a model's weights, for every decode.
 
 llama.cpp's scheduler asks the tap about every node of a graph before and after computing it
 (cb_eval of the context's parameters). For a matrix multiplication with a wanted weight the float32

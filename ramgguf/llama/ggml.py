@@ -96,7 +96,7 @@ def library() -> ctypes.CDLL:
 
 @dataclass(frozen=True)
 class Operations:
-    """The numbers of the operations that meet weights, in the installed ggml's enum ggml_op."""
+    """The numbers of the operations that multiply weights, in the installed ggml's enum ggml_op."""
 
     mul_mat: int
     mul_mat_id: int
@@ -131,7 +131,7 @@ def _scratch(ggml: ctypes.CDLL) -> Iterator[int]:
 
 
 class _Probes:
-    """Tensors made for the purpose: an F16 weight, F32 activations, and what meets them."""
+    """Tensors for the layout check: an F16 weight, F32 activations, and their products."""
 
     def __init__(self, ggml: ctypes.CDLL, memory: int) -> None:
         self._ggml = ggml

@@ -43,7 +43,7 @@ def _runs(command: Sequence[str]) -> bool:
 
 # An rlimit counts what is asked for, touched or not, and that differs from run to run: with one
 # thread, allocators and stacks ask for 20 to 40 MB that nobody touches, and a limit without room
-# for that ends a process that fits. Who uses the room is told by peak_bytes.
+# for that ends a process that fits. peak_bytes shows a process that uses the room.
 _UNTOUCHED_BYTES = 64 << 20
 _STACK_BYTES = 8 << 20
 

@@ -1,4 +1,4 @@
-"""The child process with a LocalRunner in it: passes over a copy of a model, as they are wanted."""
+"""The child process with a LocalRunner in it: passes over a copy of a model, on request."""
 
 import time
 from contextlib import ExitStack
@@ -32,7 +32,7 @@ from ramgguf.quants.imatrix import planned_imatrix
 
 
 class RunnerSession:
-    """The workbench, once it is open, and the answers to requests."""
+    """The local runner, once it is open, and the answers to requests."""
 
     def __init__(self) -> None:
         self._stack = ExitStack()
@@ -43,7 +43,7 @@ class RunnerSession:
         if isinstance(request, OpenBench):
             return self._open(request)
         if self._bench is None:
-            raise EngineError("there is no workbench yet; this is a bug of ramgguf")
+            raise EngineError("there is no local runner yet; this is a bug of ramgguf")
         match request:
             case AboutBench():
                 return _about(self._bench)

@@ -10,7 +10,7 @@ from pydantic import Field, JsonValue
 from ramgguf.core.documents import FrozenModel
 from ramgguf.llama.protocol import SystemInfo
 
-GRACE_SECONDS = 5  # for what is being answered when the server is told to end
+GRACE_SECONDS = 5  # for requests in flight when the server is asked to end
 
 
 class Serve(FrozenModel):

@@ -79,7 +79,7 @@ class Talk(FrozenModel):
 
 
 class Asked(FrozenModel):
-    """An answer: its tokens, its bytes in hexadecimal, whether it ended by itself."""
+    """An answer: its tokens, its bytes in hexadecimal, whether the model ended it."""
 
     prompt: str
     prompt_ids: tuple[int, ...]

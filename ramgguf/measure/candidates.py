@@ -74,9 +74,9 @@ def suited(
     *,
     tell_ternary: bool,
 ) -> Candidates:
-    """Return those of the named formats that suit what the tensor holds and how it is weighed.
+    """Return those of the named formats that suit the tensor's values and its error weights.
 
-    tell_ternary: the formats for ternary weights were asked for, so it is told why they are none.
+    tell_ternary: the ternary formats were requested, so the note says why they do not suit.
     """
     ternary = any(name in names for name in formats.TERNARY) and _may_be_ternary(file, tensor)
     weighed = scale.importance is not None
@@ -95,7 +95,7 @@ def _suited(
         elif formats.get(name).encodable:
             measured.append(name)
         elif has_hessian:
-            # Its error would be another than that of the tensor's other formats.
+            # Its error is not comparable with that of the tensor's other formats.
             excluded[name] = "its errors are not known in terms of a Hessian"
         elif not weighed:
             excluded[name] = "the importance matrix has no entry for it"

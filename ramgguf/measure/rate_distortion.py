@@ -198,7 +198,7 @@ def _points(
     found = [Point(tensor.type_name, tensor.n_bytes, 0.0, 0.0)]
     if total is not None:
         squares = job.scale.squares(total) or math.inf
-        # Where the NMSE is weighed, that of the weights by themselves is known besides.
+        # Where the NMSE is weighted, the unweighted NMSE is kept as well.
         plain = None if job.scale.importance is None else total.sum_squares or math.inf
         for name, squared, weighted, max_error, overflow in total.error_rows():
             nmse = (squared if plain is None else weighted) / squares
@@ -252,7 +252,7 @@ def measure(
 
     model is a path or hf://ORG/REPO/FILE.gguf, on the hub. formats are the names to try, by
     default all that need no calibration data. imatrix is a file of llama-imatrix, GGUF or .dat:
-    errors are then weighed by the importance of the columns; with a file of Hessians they are those
+    errors are then weighted by column importance; with a file of Hessians they are those
     of the outputs, and the encoder can be gptq.
     Raises GGUFError for a file that is malformed or no language model, FormatError for weights that
     are not finite or a format that does not exist, ImatrixError for an unfit imatrix.

@@ -24,7 +24,7 @@ class Point:
     """One point of a tensor's rate–distortion curve: its bytes and loss in a format.
 
     nmse_error is the standard error of an NMSE that was measured on a sample of the rows. Where
-    nmse is weighed by importance, plain_nmse is that of the weights by themselves. A model may
+    nmse is weighted by importance, plain_nmse is unweighted. A model may
     have hundreds of thousands of points: they are small, and checked when they come from a file.
     """
 

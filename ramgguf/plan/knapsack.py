@@ -42,7 +42,7 @@ def solve(
 
     The Lagrangian relaxation bounds the cost from below and a greedy repair from above; between
     the two, partial selections are enumerated item by item, those nearest to the break of the
-    relaxation first, and dropped when another is no larger and no dearer or when their bound is no
+    relaxation first, and dropped when another is as small and as cheap or when their bound is no
     better than what was found (Pisinger, A minimal algorithm for the multiple-choice knapsack
     problem, European Journal of Operational Research 83, 1995). Of more than max_states the least
     promising are dropped, and the best bound among them limits what is proven. Takes no clock and
@@ -195,7 +195,7 @@ class _Search:
         self._starts = table.starts
         self._ends = np.append(self._starts[1:], len(table.item))
         self._trail: list[tuple[NDArray[np.int32], NDArray[np.int32]]] = []
-        # What was dropped for want of space may be as good as this, and no better.
+        # A state that was dropped for lack of space is at best as good as this.
         self._dropped = gap
 
     def run(self) -> tuple[NDArray[np.intp] | None, float]:

@@ -2,7 +2,7 @@
 
 The priors are soft: they scale a cost, they never forbid a format. Priors and published objectives
 were made for errors of the weights by themselves, and get these also where an importance matrix
-weighs what the encoder does: with weighed errors in their place plans are worse than without a
+weights the encoder's errors: with weighted errors plans are worse than without a
 matrix (docs/findings.md).
 """
 
@@ -71,7 +71,7 @@ OBJECTIVES: dict[str, Objective] = {
     "ram": ram,
 }
 
-# Those that need errors weighed by an importance matrix.
+# Objectives that need errors weighted by an importance matrix.
 WEIGHED: dict[str, Objective] = {"output": output_error, "activation": activation_nmse}
 
 
@@ -134,7 +134,7 @@ def _by_sensitivity(measurement: Measurement, sensitivity: Sensitivity | None) -
     if _matrix(measurement.imatrix) != _matrix(sensitivity.imatrix):
         raise PlanError(
             f"the sensitivity was measured with {_told(sensitivity.imatrix)}, the curves with "
-            f"{_told(measurement.imatrix)}; errors weighed differently do not go together"
+            f"{_told(measurement.imatrix)}; errors with different weights cannot be combined"
         )
     alpha = {t.name: t.alpha for t in sensitivity.tensors}
     for tensor in measurement.tensors:

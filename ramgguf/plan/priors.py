@@ -1,4 +1,4 @@
-"""How much a weight's error is likely to matter, told from its role and depth alone.
+"""Priors: how much a weight's error is likely to matter, from its role and depth alone.
 
 The numbers are rounded medians of sensitivities measured on one network (SmolLM2-135M);
 docs/allocation.md has the table they come from, and its limits. They are relative to a weight of

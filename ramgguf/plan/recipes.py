@@ -27,7 +27,7 @@ class RecipeTensor(FrozenModel):
 
 
 class Recipe(Document):
-    """The formats of a model's tensors, whoever chose them."""
+    """The formats of a model's tensors, from any tool."""
 
     KIND: ClassVar[str] = "recipe"
 

@@ -144,7 +144,7 @@ class KLDChange(FrozenModel):
 class Refinement(FrozenModel):
     """How a plan was changed by trials: real KLD, weights decoded to the source's own type.
 
-    Swaps were proposed by what `proposal` told, and each was taken because it lowered the KLD over
+    Swaps were proposed by the `proposal` tokens, and each was taken because it lowered the KLD over
     `acceptance`; `report` are tokens that decided nothing. cpus names the CPUs that computed.
     """
 

@@ -1,6 +1,6 @@
 """Plans for error feedback: formats chosen by the errors of search, encoded by gptq.
 
-GPTQ's own errors are told on the tokens that they were minimised on, and promise more than other
+GPTQ's own errors are measured on the tokens they were minimised on, and promise more than other
 text keeps: plans by them are worse than its rounding of a searched plan (docs/findings.md).
 """
 

@@ -11,8 +11,8 @@ from ramgguf.measure.result import Measurement
 from ramgguf.plan import DEFAULT_MIN_SQNR_DB, PlanOptions, price, problem, smallest
 from ramgguf.plan.result import Plan
 
-MANY_WEIGHTS = 1 << 26  # of fewer, measuring everything takes no time to speak of
-NOTE = "a sample of each tensor told which formats to measure; the gap is among these"
+MANY_WEIGHTS = 1 << 26  # below this, measuring everything takes a second or less
+NOTE = "a sample of each tensor selected the formats to measure; the gap is among these"
 
 # A bit more or less changes what a byte buys by a factor of 4.
 _PRICE_RANGE = np.geomspace(1 / 3, 3, 9)
@@ -63,7 +63,7 @@ def measure_and_plan(
 def worth_measuring(
     sampled: Measurement, n_bytes: int, options: PlanOptions
 ) -> dict[str, frozenset[str]]:
-    """Return, by tensor, the formats that a plan of about n_bytes may take, told from a sample.
+    """Return, by tensor, the formats that a plan of about n_bytes may take, judged by a sample.
 
     These are the best ones at a third to three times the price per byte that the sample comes to,
     with an SQNR floor a little lower and a little higher.

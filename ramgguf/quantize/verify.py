@@ -78,7 +78,7 @@ def _departure(planned: Assignment, squared_error: float, squares: float) -> flo
 
 @dataclass(frozen=True, slots=True)
 class _Compared:
-    """What was compared of one chunk: source bytes, Σ(x−q)² and Σx², weighed by the scale."""
+    """What was compared of one chunk: source bytes, Σ(x−q)² and Σx², weighted by the importance."""
 
     index: int
     n_bytes: int

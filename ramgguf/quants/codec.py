@@ -1,4 +1,4 @@
-"""Measuring, encoding and comparing rows of a tensor, weighed by its importance if there is any.
+"""Measuring, encoding and comparing rows of a tensor, weighted by its importance if there is any.
 
 An expert tensor has importance of its own for every expert, so a chunk of rows is taken expert by
 expert.
@@ -27,7 +27,7 @@ Job = TypeVar("Job")
 
 @dataclass(frozen=True)
 class ErrorWeights:
-    """How the errors of a tensor are weighed: importance (experts, columns), or all alike.
+    """The error weights of a tensor: importance (experts, columns), or one for all.
 
     With a Hessian (made when it is first needed), the error is that of the tensor's output.
     """
@@ -115,7 +115,7 @@ class ErrorWeights:
             try:
                 blocks = self.encode(name, type_name, rows, 0, length, encoder)
                 part = self._compare_outputs(type_name, rows, weights, name, blocks)
-            except ValueError:  # a scale that overflows: measure says so, and of what format
+            except ValueError:  # a scale that overflows: measure reports it with the format
                 part = _core.measure([name], type_name, rows, importance=self._columns())
             found.append(part)
             errors.append(part.errors[0].weighted_squared_error)
@@ -232,7 +232,7 @@ def _found(
 def tensor_weights(
     file: GGUFFile, source: ImportanceSource | None, encoded: Sequence[bool]
 ) -> list[ErrorWeights]:
-    """Return how every tensor's errors are weighed: by the matrix where it is encoded."""
+    """Return the error weights of every tensor: the matrix, where the tensor is encoded."""
     imatrix = planned_imatrix(source)
     return [
         ErrorWeights.of(t, imatrix if changed else None)

@@ -44,7 +44,7 @@ _FILE_TYPES = MappingProxyType(
     }
 )
 
-# Exact for models that were trained with weights of -d, 0 and d; of others they lose most.
+# Exact for models trained with weights of -d, 0 and d; for others the least accurate.
 TERNARY = ("TQ1_0", "TQ2_0")
 # Only when asked for by name. MXFP4 has twice the error of IQ4_XS at the same size; Q2_0 is so
 # young that most installed copies of llama.cpp and of the gguf package refuse it.

@@ -45,7 +45,7 @@ class ImportanceSource(FrozenModel):
 
     @property
     def identity(self) -> str:
-        """What tells errors that were weighed in one way from those weighed in another."""
+        """The identity of these error weights: errors with different ones must not be compared."""
         return f"{self.sha256} {self.hessian_sha256}" if self.hessian_sha256 else self.sha256
 
 

@@ -161,7 +161,7 @@ def _ratio(
 
 def _by_expert(sample: Rows, scale: ErrorWeights) -> Iterator[tuple[slice, Floats]]:
     """Yield the slices of the sample that share an expert, with its importance."""
-    assert scale.importance is not None  # _sample_of has looked
+    assert scale.importance is not None  # _sample_of has checked
     experts = sample // scale.rows_per_expert
     starts: Sequence[int] = [0, *(np.flatnonzero(np.diff(experts)) + 1).tolist(), len(sample)]
     for start, stop in pairwise(starts):

@@ -34,7 +34,7 @@ from ramgguf.refine.tokens import Refining, same, settle
 from ramgguf.sensitivity.result import Sensitivity
 
 # How far a tensor's share of a whole plan's KLD is from α · NMSE, beyond α's sampling error, and
-# how far where α was told by priors alone: relative standard deviations, docs/allocation.md.
+# under priors alone: relative standard deviations, docs/allocation.md.
 MODEL_ERROR = 0.3
 PRIOR_ERROR = 0.7
 
@@ -135,7 +135,7 @@ class _Run:
             for _ in range(n_trials):
                 moves = self._next()
                 if not moves:
-                    break  # nothing is left that promises anything
+                    break  # no swap has an expected improvement
                 move, swap = moves[0], self._swap(moves[0])
                 trial = next(done, None)
                 if trial is None:
@@ -163,7 +163,7 @@ class _Run:
     def _look_ahead(self, moves: list[Move]) -> None:
         """Let idle workers run what is likely to be proposed after the first of the moves."""
         if len(moves) > 1:
-            self._sets[0].current()  # before others have other formats
+            self._sets[0].current()  # before other tensors change
             self._sets[0].look_ahead([self._swap(move) for move in moves])
 
     def _trial(self, move: Move, swap: tuple[FormatChange, ...]) -> Trial:
@@ -292,7 +292,7 @@ def refine(
     more bytes than the plan's budget, and no higher KLD over the tokens that swaps are accepted
     on; its `refinement` says what was swapped, and the KLD over tokens that decided nothing.
     tokens are as in sensitivity; journal keeps every trial, and a run that was killed goes on from
-    it; folder takes a copy of the model meanwhile. announce is told the cost before it is spent.
+    it; folder takes a copy of the model meanwhile. announce gets the cost before it is spent.
     executor is as in sensitivity.
 
     Raises GGUFError, ImatrixError, PlanError for what does not belong together, EngineError when

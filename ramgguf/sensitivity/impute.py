@@ -91,7 +91,7 @@ def _drawn(known: _Known, median: float, own: float) -> tuple[float, float]:
     if noise == 0:
         return known.log, 0.0
     distance = (known.log - median) ** 2
-    own = max(own, distance - noise)  # an outlier by more than its error is no noise
+    own = max(own, distance - noise)  # further out than its error: not noise
     if own <= 0:
         return median, known.error
     weight = own / (own + noise)

@@ -183,7 +183,8 @@ def test_an_explicit_step_and_an_effort_that_decides_exclude_each_other(tiny: Pa
 
 def test_quantize_ends_with_what_was_measured(tiny: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.gguf"
-    found = CliRunner().invoke(app, ["quantize", str(tiny), "--budget", "45%", "-o", str(out)])
+    asked = ["quantize", str(tiny), "--budget", "45%", "-o", str(out), "--score"]
+    found = CliRunner().invoke(app, asked)
     assert found.exit_code == 0, found.output
     assert "measured against the source on" in found.output
     assert "languages" in found.output

@@ -77,11 +77,11 @@ def open_runner(
     workers. Raises EngineError when llama.cpp or a worker fails.
     """
     with contextlib.ExitStack() as stack:
-        folder = workers_folder
+        folder, is_here = workers_folder, executor is None
         if executor is None:
             executor, folder = stack.enter_context(ThreadPoolExecutor(1)), scratch
         yield RemoteRunner(
-            stack.enter_context(WorkerPool(executor)),
+            stack.enter_context(WorkerPool(executor, is_here=is_here)),
             file,
             n_ctx=request.n_ctx,
             threads=threads,

@@ -3,13 +3,7 @@
 import uuid
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import (
-    BrokenExecutor,
-    CancelledError,
-    Executor,
-    Future,
-    ThreadPoolExecutor,
-)
+from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future
 from queue import SimpleQueue
 from types import TracebackType
 from typing import Self
@@ -41,10 +35,9 @@ class WorkerPool:
     while, or use it for the next run. Raises EngineError when workers are not of one kind.
     """
 
-    def __init__(self, executor: Executor) -> None:
+    def __init__(self, executor: Executor, *, is_here: bool = False) -> None:
         self._executor = DaskExecutor.instead_of(executor)
-        # Threads of this process: who failed needs no name.
-        self._is_here = isinstance(executor, ThreadPoolExecutor)
+        self._is_here = is_here  # one thread of this process: who failed needs no name
         self._run = uuid.uuid4().hex
         self._workers: dict[str, WorkerInfo] = {}
         self._waiting: dict[Future[Done | Failed], int] = {}

@@ -76,9 +76,13 @@ def _create_locked(path: Path) -> int:
     while True:
         with contextlib.suppress(FileExistsError):
             fd = os.open(path, flags, 0o666)
-            # Before it was locked, another process may have taken the file for an orphan.
-            if _try_lock(fd) and _same_file(fd, path):
-                return fd
+            try:
+                # Before it was locked, another process may have taken the file for an orphan.
+                if _try_lock(fd) and _same_file(fd, path):
+                    return fd
+            except BaseException:  # Ctrl-C
+                path.unlink(missing_ok=True)
+                raise
             os.close(fd)
         kind = _other_kind(path)
         if kind is not None:
@@ -276,10 +280,14 @@ def refuse_input(path: Path, *, error: type[RamggufError]) -> None:
         raise error(f"{path}: is an input of this command ({read}); write elsewhere")
 
 
+def _free_bytes(folder: Path) -> int:
+    return shutil.disk_usage(folder).free
+
+
 def require_disk_space(folder: Path, n_bytes: int, *, error: type[RamggufError]) -> None:
     """Raise `error` if the folder's file system has less room than that, or there is no folder."""
     try:
-        free = shutil.disk_usage(folder).free
+        free = _free_bytes(folder)
     except OSError as e:
         raise error(f"{folder}: {e.strerror}") from None
     if free < n_bytes:

@@ -20,12 +20,9 @@ _URL = re.compile(r"https?:/{1,2}")
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def not_gguf(data: bytes) -> str:
-    """Return what a file is that begins with data and has no GGUF magic."""
-    for head, is_other in _HEADS:
-        if head.match(data):
-            return is_other
-    return "is no GGUF file: it lacks the magic"
+def not_gguf(data: bytes) -> str | None:
+    """Return what a file is that begins with data, if it is a known kind other than GGUF."""
+    return next((is_other for head, is_other in _HEADS if head.match(data)), None)
 
 
 def folder(path: Path) -> str:

@@ -97,9 +97,7 @@ class Shard:
         except OSError as e:
             raise GGUFError(f"{self.path}: cannot be read: {e.strerror}") from None
         except HeaderError as e:
-            if not data.startswith(b"GGUF"):
-                raise GGUFError(f"{self.path}: {other_files.not_gguf(data)}") from None
-            raise GGUFError(f"{self.path}: {e}") from None
+            raise GGUFError(f"{self.path}: {other_files.not_gguf(data) or e}") from None
         if header is None and len(data) < length:
             raise GGUFError(f"{self.path}: was cut short while it was being opened")
         return data, header

@@ -106,8 +106,11 @@ class Frontier(Document):
         n_bytes = self.start_bytes
         for step in self.steps:
             group = self.groups[step.group] if step.group < len(self.groups) else None
-            if group is None or step.choice >= len(group.choices) or step.n_bytes <= n_bytes:
+            if group is None or not 0 < step.choice < len(group.choices):
                 raise ValueError(f"there is no step to {step.n_bytes} bytes")
+            before, after = group.choices[step.choice - 1], group.choices[step.choice]
+            if n_bytes + after.n_bytes - before.n_bytes != step.n_bytes:
+                raise ValueError(f"a step to {step.n_bytes} bytes does not follow {n_bytes}")
             n_bytes = step.n_bytes
         if self.knees and max(self.knees) >= len(self.steps):
             raise ValueError("a knee is at no step")

@@ -174,7 +174,7 @@ def test_overlong_headers_are_refused(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
-    for name, message in (("missing", "No such file"), (".", "regular"), ("fifo", "regular")):
+    for name, message in (("missing", "No such file"), (".", "is a folder"), ("fifo", "regular")):
         with pytest.raises(GGUFError, match=message):
             open_gguf(tmp_path / name)
 

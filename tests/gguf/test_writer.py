@@ -394,7 +394,7 @@ def test_an_orphan_that_is_a_second_name_of_a_finished_file_is_never_written_to(
     finished.write_text("finished")
     temporary_path(finished).hardlink_to(finished)
     temporary_path(other).symlink_to(finished)
-    with pytest.raises(GGUFError, match="another process is writing it"):
+    with pytest.raises(GGUFError, match="is a link; remove it"):
         AtomicFile(other, 100, force=False, error=GGUFError)
     AtomicFile(finished, 100, force=True, error=GGUFError).abort()
     assert finished.read_text() == "finished"

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 import ramgguf
 from gguf_samples import write_model
+from ramgguf.core import files
 from ramgguf.core.errors import BudgetError, FormatError, GGUFError, PlanError
 from ramgguf.gguf.reader import open_gguf
 from ramgguf.measure.result import Measurement
@@ -242,10 +243,16 @@ def test_nothing_is_overwritten_without_force_and_before_any_work(tmp_path: Path
     assert older.read_bytes()[:4] == b"GGUF"
 
 
-def test_too_little_disk_is_said_before_work_starts(tmp_path: Path) -> None:
+def test_too_little_disk_is_said_before_work_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = write_model(tmp_path / "a.gguf", rng=np.random.default_rng(7))
+    monkeypatch.setattr(files, "_free_bytes", lambda _: source.stat().st_size - 1)
     with pytest.raises(GGUFError, match="free"):
         ramgguf.quantize(source, "900TB", tmp_path / "b.gguf")
+    # A budget beyond the disk's room is no error: the output is smaller.
+    ramgguf.quantize(source, "40%", tmp_path / "c.gguf", min_sqnr_db=-99)
+    (tmp_path / "c.gguf").unlink()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.gguf"]
 
 

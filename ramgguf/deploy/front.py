@@ -137,6 +137,18 @@ class Api:
         self._grammar_turn = asyncio.Lock()
         self._n_admitted = 0
 
+    async def try_template(self) -> None:
+        """Compile the file's template. Raises EngineError for one that cannot be."""
+        loaded = self._model.loaded
+        assert loaded is not None  # the caller has loaded it
+        try:
+            await self._templates.start(loaded.chat)
+        except RequestError as e:
+            raise EngineError(
+                f"{self._path}: llama.cpp cannot serve it ({e.message}); --chat-format chatml "
+                "serves it without its chat template"
+            ) from None
+
     def app(self) -> Any:
         """Return the ASGI application, behind Starlette's checks of hosts and origins."""
         from starlette.applications import Starlette
@@ -562,8 +574,22 @@ async def serve(front: Front, say: Callable[[BaseModel], None]) -> None:
             f"the server's packages cannot be imported ({e}); pip install 'ramgguf[server]'"
         ) from None
     listener = bind(front.serve.host, front.serve.port)
+    servers: list[Any] = []
+    loop = asyncio.get_running_loop()
+
+    def end() -> None:
+        while sys.stdin.readline():
+            pass
+        if servers:
+            loop.call_soon_threadsafe(setattr, servers[0], "should_exit", True)
+            time.sleep(GRACE_SECONDS + 2)
+        os._exit(0)
+
+    threading.Thread(target=end, daemon=True).start()
     model = Model(front.worker, front.serve, front.limits)
     loaded = await model.start()
+    api = Api(front, model)
+    await api.try_template()
 
     class Server(uvicorn.Server):  # type: ignore[misc]
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -576,7 +602,7 @@ async def serve(front: Front, say: Callable[[BaseModel], None]) -> None:
             """The command has them; this process ends with its stdin."""
 
     config = uvicorn.Config(
-        Api(front, model).app(),
+        api.app(),
         lifespan="off",
         log_level="info" if front.serve.verbose else "error",
         limit_concurrency=_CONNECTIONS,
@@ -586,18 +612,8 @@ async def serve(front: Front, say: Callable[[BaseModel], None]) -> None:
         ws="none",
         proxy_headers=False,
     )
-    server = Server(config)
-    loop = asyncio.get_running_loop()
-
-    def end() -> None:
-        while sys.stdin.readline():
-            pass
-        loop.call_soon_threadsafe(setattr, server, "should_exit", True)
-        time.sleep(GRACE_SECONDS + 2)
-        os._exit(0)
-
-    threading.Thread(target=end, daemon=True).start()
-    await server.serve(sockets=[listener])
+    servers.append(Server(config))
+    await servers[0].serve(sockets=[listener])
 
 
 def main() -> None:

@@ -284,6 +284,11 @@ class Templates:
             raise RequestError(500, error if line else "the chat template cannot be compiled")
         return process
 
+    async def start(self, chat: ChatFormat) -> None:
+        """Start the process. Raises RequestError where the template cannot be compiled."""
+        async with self._turn:
+            self._process = await self._started(chat)
+
     async def render(self, chat: ChatFormat, request: Render) -> Rendered:
         """Return the prompt of a chat. Raises RequestError where the template makes none."""
         seconds = self._limits.template_seconds

@@ -66,7 +66,7 @@ def result() -> EvalResult:
     found = made_results.eval_result(
         "m", [8.0, 9.0, 400.0], reference=("base", [7.0, 8.0, 9.0]), kld=[0.1, 0.2, 0.3]
     )
-    few = {"n_scored": 4, "token_kld": encode_float32(np.full(4, 0.5, np.float32))}
+    few = {"n_scored": 4, "n_same_top": 3, "token_kld": encode_float32(np.full(4, 0.5, np.float32))}
     sequences = [s.model_copy(update={**few, "nll_sum": 4 * s.mean_nll}) for s in found.sequences]
     update = {"sequences": tuple(sequences), "kld_quantiles": quantiles([0.1, 0.2])}
     return found.model_copy(update=update)

@@ -12,7 +12,8 @@ from ramgguf.cli import options as opt
 from ramgguf.cluster.executors import connected
 from ramgguf.core.errors import ResultError
 from ramgguf.core.units import format_bytes
-from ramgguf.evaluate.comparison import check_comparable, compare_published
+from ramgguf.evaluate.common_sequences import check_comparable
+from ramgguf.evaluate.comparison import compare_published
 from ramgguf.evaluate.leaderboard import Leaderboard
 from ramgguf.evaluate.result import EvalResult
 from ramgguf.evaluate.result_files import read_material
@@ -178,7 +179,7 @@ def compare(
             " compare the CSV files on their own"
         )
     if material.aggregates:
-        _show_published(compare_published(material.aggregates), terminal, style)
+        _show_published(compare_published(material.aggregates, material.notes), terminal, style)
         return
     check_comparable(material.results)
     _show(material.results, terminal, outlier, style)
@@ -202,7 +203,9 @@ MeasurementFiles = Annotated[
 Page = Annotated[Path, typer.Option("--output", "-o", help="The HTML page.")]
 AnyFiles = Annotated[
     list[Path],
-    typer.Argument(metavar="FILES...", help="Results of eval, plans and measurements."),
+    typer.Argument(
+        metavar="FILES...", help="Results of eval, published tables, plans and measurements."
+    ),
 ]
 
 
@@ -220,7 +223,10 @@ def report(
     opt.refuse_existing(output, force=force)
     material = read_material([*files, *(plan or ()), *(measurement or ())])
     made = study_of(material.results, outlier)
-    write_html(output, made, material.plans, material.measurements)
+    published = (
+        compare_published(material.aggregates, material.notes) if material.aggregates else None
+    )
+    write_html(output, made, material.plans, material.measurements, published)
     terminal.out.print(f"wrote {output} ({format_bytes(output.stat().st_size)})", soft_wrap=True)
 
 

@@ -83,8 +83,7 @@ def checked_settings(
     when what it took is more than the limit.
     """
     with open_gguf(path, kind_check=True) as file:
-        known = result.header_sha256 or file.header_sha256  # older results do not tell
-        if (file.n_bytes, file.header_sha256) != (result.n_bytes, known):
+        if result.differs(file) is not None:
             raise ResultError(
                 f"the check is of another file, {result.path} ({result.n_bytes:,} bytes), not "
                 f"{path} ({file.n_bytes:,} bytes); run: ramgguf check {path} --json"

@@ -6,18 +6,21 @@ from dataclasses import dataclass
 import numpy as np
 
 from ramgguf.core.errors import ResultError
-from ramgguf.evaluate.comparison import compare_results
+from ramgguf.evaluate.common_sequences import common_sequences, is_reference, partial_line
+from ramgguf.evaluate.comparison import compare_common
 from ramgguf.evaluate.leaderboard import Leaderboard
 from ramgguf.evaluate.result import EvalResult
+from ramgguf.evaluate.significance import N_RESAMPLES
 from ramgguf.evaluate.statistics import OUTLIER_PPL
 from ramgguf.evaluate.summary import Summary, summarize, unique_labels
 
 
 @dataclass(frozen=True, eq=False)
 class EvalReport:
-    """Summaries in the order of the results; the leaderboard, or why there is none.
+    """Summaries as the leaderboard's rows stand; the leaderboard, or why there is none.
 
-    failures names the results without a single scored sequence, and what stopped them.
+    failures names the results without a single scored sequence, and what stopped them; partial
+    those that lack sequences of their protocol.
     """
 
     summaries: tuple[Summary, ...]
@@ -25,34 +28,40 @@ class EvalReport:
     refusal: str | None
     failures: tuple[str, ...]
     outlier_ppl: float
+    partial: tuple[str, ...] = ()
 
 
 def eval_report(
     results: Sequence[EvalResult],
-    rng: np.random.Generator,
+    rng: np.random.Generator | None = None,
     *,
     outlier_ppl: float = OUTLIER_PPL,
-    n_resamples: int = 10_000,
+    n_resamples: int = N_RESAMPLES,
 ) -> EvalReport:
-    """Return summaries and leaderboard of the results.
+    """Return summaries and leaderboard of the results, all on the sequences that they share.
 
-    Results that must not be ranked together are summarized all the same, and refusal says why.
+    Results that must not be ranked together are summarized on their own, and refusal says why.
     """
-    labels = unique_labels(results)
-    summaries = tuple(
-        summarize(r, rng, label=label, outlier_ppl=outlier_ppl, n_resamples=n_resamples)
-        for label, r in zip(labels, results, strict=True)
-        if r.sequences
-    )
     failures = tuple(
         f"{label}: no sequence was scored" + (f" ({r.failure})" if r.failure else "")
-        for label, r in zip(labels, results, strict=True)
+        for label, r in zip(unique_labels(results), results, strict=True)
         if not r.sequences
     )
-    board: Leaderboard | None = None
-    refusal: str | None = None
     try:
-        board = compare_results(results, rng, outlier_ppl=outlier_ppl, n_resamples=n_resamples)
+        common = common_sequences(results)
     except ResultError as e:
-        refusal = str(e)
-    return EvalReport(summaries, board, refusal, failures, outlier_ppl)
+        alone = [r for r in results if r.sequences]
+        partial = tuple(p for r in alone if (p := partial_line(r)) is not None)
+        found = _summaries(alone, outlier_ppl)
+        return EvalReport(found, None, str(e), failures, outlier_ppl, partial)
+    board = compare_common(common, rng, outlier_ppl=outlier_ppl, n_resamples=n_resamples)
+    by_label = {s.label: s for s in _summaries(common.results, outlier_ppl)}
+    ordered = tuple(by_label[row.label] for row in board.rows)
+    return EvalReport(ordered, board, None, failures, outlier_ppl, common.partial)
+
+
+def _summaries(results: Sequence[EvalResult], outlier_ppl: float) -> tuple[Summary, ...]:
+    return tuple(
+        summarize(r, label=label, outlier_ppl=outlier_ppl, is_reference=is_reference(r, results))
+        for label, r in zip(unique_labels(results), results, strict=True)
+    )

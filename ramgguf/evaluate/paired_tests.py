@@ -1,33 +1,34 @@
-"""Per-sequence evidence behind a leaderboard: paired differences, and which sequences decide."""
+"""Paired tests of all models of a comparison, and which sequences decide between them."""
 
 import itertools
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from dataclasses import replace
 
 import numpy as np
 
-from ramgguf.evaluate.bootstrap import (
-    CountArray,
-    Difference,
-    Estimate,
-    difference,
-    distribution,
-    estimate,
-    holm,
-    resample,
-    wilcoxon_p,
-)
+from ramgguf.evaluate.common_sequences import is_reference
+from ramgguf.evaluate.influence import influential_sequences
+from ramgguf.evaluate.intervals import CountArray, Estimate, distribution, estimate
 from ramgguf.evaluate.leaderboard import (
     CRITERIA,
     SIGNIFICANCE,
-    Culprit,
     Disagreement,
+    InfluentialSequence,
+    Pair,
     Ranking,
     Reversal,
     Row,
     Tie,
+    ranking,
 )
-from ramgguf.evaluate.result import EvalResult
+from ramgguf.evaluate.result import EvalResult, n_files
+from ramgguf.evaluate.significance import (
+    PairedSequences,
+    Ratio,
+    holm,
+    paired_ratio,
+    paired_sequences,
+)
 from ramgguf.evaluate.statistics import (
     DIVERGENCES,
     STATISTICS,
@@ -38,45 +39,32 @@ from ramgguf.evaluate.statistics import (
 )
 from ramgguf.evaluate.summary import losses, sequence_divergences, unique_labels
 
-_MAX_CULPRITS = 0.1  # of the sequences; more of them are the text, not an exception
-_LIKE_THE_WORST = 0.25  # a sequence with this much of the worst one's influence is named with it
-
-Pair = tuple[str, str]
+Labels = tuple[str, str]
 
 
 class PairedTests:
-    """Results on the sequences they share, resampled together."""
+    """Results on one set of sequences: their values, ratios, and what decides between them."""
 
     def __init__(
-        self,
-        results: Sequence[EvalResult],
-        shared: Sequence[int],
-        rng: np.random.Generator,
-        n_resamples: int,
+        self, results: Sequence[EvalResult], rng: np.random.Generator, n_resamples: int
     ) -> None:
         self.labels = unique_labels(results)
-        self._results = tuple(results)
-        self._shared = frozenset(shared)
-        self._losses = {
-            label: losses(r, self._shared) for label, r in zip(self.labels, results, strict=True)
-        }
-        self._counts = resample(self._losses[self.labels[0]], rng, n_resamples)
-        self._drawn: dict[tuple[str, str], FloatArray] = {}
-        self._tests: dict[str, Mapping[Pair, Difference]] = {}
+        self._results = dict(zip(self.labels, results, strict=True))
+        self._losses = {label: losses(r) for label, r in self._results.items()}
+        self._divergences = self._comparable_divergences()
+        self._n = len(results[0].sequences)
+        self._rng, self._n_resamples = rng, n_resamples
+        self.pairs = self._pairs()
 
-    @cached_property
-    def _divergences(self) -> Mapping[str, SequenceDivergences]:
+    def _comparable_divergences(self) -> Mapping[str, SequenceDivergences]:
         if self._n_references > 1:
             return {}
-        found = {
-            label: sequence_divergences(r, self._shared)
-            for label, r in zip(self.labels, self._results, strict=True)
-        }
+        found = {label: sequence_divergences(r) for label, r in self._results.items()}
         return {label: d for label, d in found.items() if d is not None}
 
     @property
     def _n_references(self) -> int:
-        return len({r.reference.header_sha256 for r in self._results if r.reference is not None})
+        return n_files(r.reference for r in self._results.values() if r.reference is not None)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -87,6 +75,7 @@ class PairedTests:
 
     def rows(self, outlier_ppl: float) -> list[Row]:
         """Return a row per result, with intervals."""
+        everyone = tuple(self._results.values())
         return [
             Row(
                 label=label,
@@ -95,48 +84,36 @@ class PairedTests:
                     c: self._estimate(c, label) for c in CRITERIA if label in self._samples(c)
                 },
                 n_outliers=len(outliers(self._losses[label], outlier_ppl)),
+                is_reference=is_reference(r, everyone),
             )
-            for label, r in zip(self.labels, self._results, strict=True)
+            for label, r in self._results.items()
         ]
 
-    def disagreement(self, first: Ranking, second: Ranking, pairs: Sequence[Pair]) -> Disagreement:
-        """Return the disagreement with its significance, its culprits, and what is left of it."""
+    def disagreement(
+        self, first: Ranking, second: Ranking, reversed_pairs: Sequence[Labels]
+    ) -> Disagreement:
+        """Return the disagreement with its significance, its causes, and what is left of it."""
         x, y = first.criterion, second.criterion
-        reversals = tuple(
-            Reversal(
-                better=a,
-                worse=b,
-                difference_first=self._test(x)[a, b],
-                difference_second=self._test(y)[a, b],
-                wilcoxon_p=wilcoxon_p(self._losses[a], self._losses[b]),
-            )
-            for a, b in pairs
-        )
-        # every pair has its own culprits; those that few pairs share still belong to the story
-        removed = sorted(set().union(*(self._culprits(x, y, pair) for pair in pairs)))
+        reversals = tuple(self._reversal(x, y, pair) for pair in reversed_pairs)
+        # every pair has its own causes; those that few pairs share still belong to the story
+        removed = sorted({i for r in reversals for i in r.influential})
         if not removed:
             return Disagreement(first, second, reversals)
         kept = np.ones((1, self._n))
         kept[0, removed] = 0
         without = (self._rerank(first, kept), self._rerank(second, kept))
-        culprits = tuple(self._culprit(i) for i in removed)
-        return Disagreement(first, second, reversals, culprits, without)
+        named = tuple(self._influential(i, reversals) for i in removed)
+        return Disagreement(first, second, reversals, named, without)
 
     def ties(self, rankings: Sequence[Ranking]) -> tuple[Tie, ...]:
         """Return the neighbours in a ranking that its criterion does not tell apart."""
         return tuple(
-            Tie(ranking.criterion, a, b, found)
-            for ranking in rankings
-            for a, b in itertools.pairwise(ranking.order)
-            if (found := self._test(ranking.criterion)[a, b]).p is not None
+            Tie(r.criterion, a, b, found)
+            for r in rankings
+            for a, b in itertools.pairwise(r.order)
+            if (found := self._pair(a, b).ratios[r.criterion]).p is not None
             and found.p >= SIGNIFICANCE
         )
-
-    # --- values ---
-
-    @property
-    def _n(self) -> int:
-        return len(self._shared)
 
     def _samples(self, criterion: str) -> Mapping[str, SequenceLosses | SequenceDivergences]:
         return self._divergences if criterion in DIVERGENCES else self._losses
@@ -149,96 +126,78 @@ class PairedTests:
 
     def _estimate(self, criterion: str, label: str) -> Estimate:
         if criterion in DIVERGENCES:
-            return estimate(DIVERGENCES[criterion], self._divergences[label], self._counts)
-        return estimate(STATISTICS[criterion], self._losses[label], self._counts)
+            return estimate(DIVERGENCES[criterion], self._divergences[label])
+        return estimate(STATISTICS[criterion], self._losses[label])
 
-    def _difference(self, criterion: str, pair: Pair, counts: CountArray) -> FloatArray:
-        a, b = pair
-        return self._values(criterion, a, counts) - self._values(criterion, b, counts)
+    def _rerank(self, old: Ranking, counts: FloatArray) -> Ranking:
+        values = {a: float(self._values(old.criterion, a, counts)[0]) for a in old.order}
+        return ranking(old.criterion, values)
 
-    def _rerank(self, ranking: Ranking, counts: FloatArray) -> Ranking:
-        values = {a: float(self._values(ranking.criterion, a, counts)[0]) for a in ranking.order}
-        return Ranking(ranking.criterion, tuple(sorted(ranking.order, key=values.__getitem__)))
+    # --- pairs ---
 
-    # --- significance ---
+    def _pairs(self) -> tuple[Pair, ...]:
+        labels = list(itertools.combinations(self.labels, 2))
+        raw = [Pair(a, b, self._ratios(a, b), self._paired(a, b)) for a, b in labels]
+        signs = _corrected([p.sequences.p_sign for p in raw])
+        ranks = _corrected([p.sequences.p_wilcoxon for p in raw])
+        ratios = [dict(p.ratios) for p in raw]
+        for c in CRITERIA:
+            known = [r for r in ratios if c in r and r[c].p is not None]
+            for r, p in zip(known, _corrected([r[c].p or 0.0 for r in known]), strict=True):
+                r[c] = replace(r[c], p=p)
+        return tuple(
+            Pair(p.a, p.b, r, replace(p.sequences, p_sign=sign, p_wilcoxon=rank))
+            for p, r, sign, rank in zip(raw, ratios, signs, ranks, strict=True)
+        )
 
-    def _test(self, criterion: str) -> Mapping[Pair, Difference]:
-        """Return the differences of all pairs of models, p corrected for their number."""
-        if criterion not in self._tests:
-            labels = tuple(self._samples(criterion))
-            raw = {p: self._raw(criterion, p) for p in itertools.permutations(labels, 2)}
-            once = list(itertools.combinations(labels, 2))
-            known = [p for p in once if raw[p].p is not None]
-            corrected = holm(np.array([raw[p].p for p in known], dtype=np.float64))
-            p_of = {frozenset(p): float(c) for p, c in zip(known, corrected, strict=True)}
-            self._tests[criterion] = {
-                pair: Difference(d.value, d.low, d.high, p_of.get(frozenset(pair)))
-                for pair, d in raw.items()
-            }
-        return self._tests[criterion]
+    def _paired(self, a: str, b: str) -> PairedSequences:
+        return paired_sequences(self._losses[a], self._losses[b])
 
-    def _raw(self, criterion: str, pair: Pair) -> Difference:
-        ones = np.ones((1, self._n))
-        value = float(self._difference(criterion, pair, ones)[0])
-        if not all(self._has_interval(criterion, label) for label in pair):
-            return Difference(value)
-        a, b = (self._resampled(criterion, label) for label in pair)
-        return difference(value, a - b)
+    def _ratios(self, a: str, b: str) -> dict[str, Ratio]:
+        found = {
+            c: paired_ratio(
+                STATISTICS[c], self._losses[a], self._losses[b], self._rng, self._n_resamples
+            )
+            for c in CRITERIA
+            if c in STATISTICS
+        }
+        if a in self._divergences and b in self._divergences:
+            kld = DIVERGENCES["mean_kld"]
+            found["mean_kld"] = paired_ratio(kld, self._divergences[a], self._divergences[b])
+        return found
 
-    def _has_interval(self, criterion: str, label: str) -> bool:
-        if criterion in DIVERGENCES:
-            return DIVERGENCES[criterion].has_interval(self._divergences[label])
-        return STATISTICS[criterion].has_interval(self._losses[label])
-
-    def _resampled(self, criterion: str, label: str) -> FloatArray:
-        key = (criterion, label)
-        if key not in self._drawn:
-            self._drawn[key] = self._values(criterion, label, self._counts)
-        return self._drawn[key]
+    def _pair(self, a: str, b: str) -> Pair:
+        return next(p for p in self.pairs if {p.a, p.b} == {a, b}).of(a)
 
     # --- causes ---
 
-    def _culprits(self, x: str, y: str, pair: Pair) -> set[int]:
-        """Return positions of the fewest sequences without which x and y agree about the pair.
+    def _reversal(self, x: str, y: str, labels: Labels) -> Reversal:
+        a, b = labels
+        pair = self._pair(a, b)
 
-        Empty when a tenth of the sequences is not enough. Where each criterion has such sequences,
-        those that stand out more from the others are the cause. Quantiles are not searched:
-        removing a sequence moves them wherever it lies.
-        """
-        found = [
-            self._pullers(c, x, y, pair)
-            for c in (x, y)
-            if c in DIVERGENCES or STATISTICS[c].quantile is None
-        ]
-        return max(found, default=(0.0, set[int]()), key=lambda f: f[0])[1]
+        def difference(criterion: str, counts: FloatArray) -> FloatArray:
+            return self._values(criterion, a, counts) - self._values(criterion, b, counts)
 
-    def _pullers(self, criterion: str, x: str, y: str, pair: Pair) -> tuple[float, set[int]]:
-        """Return the sequences that pull the criterion its way, and how far they stand out."""
-        n_most = max(1, int(_MAX_CULPRITS * self._n))
-        if n_most >= self._n:
-            return 0.0, set()
-        whole = float(self._difference(criterion, pair, np.ones((1, self._n)))[0])
-        influence = whole - self._difference(criterion, pair, 1 - np.eye(self._n))
-        influence = influence * np.sign(whole)
-        order = np.argsort(-influence, kind="stable")
-        kept = np.ones((n_most, self._n))
-        for k in range(n_most):
-            kept[k, order[: k + 1]] = 0
-        agree = self._difference(x, pair, kept) * self._difference(y, pair, kept) > 0
-        if not agree.any():
-            return 0.0, set()
-        fewest = int(np.argmax(agree)) + 1
-        n_alike = int(np.count_nonzero(influence >= _LIKE_THE_WORST * influence[order[0]]))
-        if fewest < n_alike <= n_most and agree[n_alike - 1]:
-            fewest = n_alike
-        typical = float(np.median(np.abs(influence))) or np.finfo(np.float64).tiny
-        return influence[order[0]] / typical, {int(i) for i in order[:fewest]}
+        return Reversal(
+            better=a,
+            worse=b,
+            ratio_first=pair.ratios[x],
+            ratio_second=pair.ratios[y],
+            sequences=pair.sequences,
+            influential=influential_sequences(x, y, self._n, difference),
+        )
 
-    def _culprit(self, position: int) -> Culprit:
-        index = sorted(self._shared)[position]
+    def _influential(self, i: int, reversals: Sequence[Reversal]) -> InfluentialSequence:
+        """Return the sequence with the pair, among those that it decides, that it parts most."""
         found = {
-            label: next(s for s in r.sequences if s.index == index)
-            for label, r in zip(self.labels, self._results, strict=True)
+            label: sorted(r.sequences, key=lambda s: s.index)[i]
+            for label, r in self._results.items()
         }
-        first = found[self.labels[0]]
-        return Culprit(first, {label: s.ppl for label, s in found.items()})
+        decided = [(r.better, r.worse) for r in reversals if i in r.influential]
+        pair = max(decided, key=lambda p: abs(found[p[0]].mean_nll - found[p[1]].mean_nll))
+        ppl = {label: s.ppl for label, s in found.items()}
+        return InfluentialSequence(found[pair[0]], ppl, pair)
+
+
+def _corrected(p: Sequence[float]) -> list[float]:
+    return [float(x) for x in holm(np.array(p, dtype=np.float64))] if p else []

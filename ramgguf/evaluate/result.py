@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from collections.abc import Iterable
 from typing import Annotated, ClassVar, Literal, Self
 
 import numpy as np
@@ -22,11 +23,16 @@ from ramgguf.llama.protocol import Float32Array, decode_float32
 
 
 class ModelFile(FrozenModel):
-    """Which file was scored. header_sha256 covers the bytes before the tensor data."""
+    """Which file was scored.
+
+    header_sha256 covers the bytes before the tensor data, sample_sha256 a sample of the data (None
+    in files of versions that did not take one).
+    """
 
     path: str
     n_bytes: Positive
     header_sha256: str
+    sample_sha256: str | None = None
     architecture: str
     file_type: str
     name: str | None = None
@@ -44,6 +50,14 @@ class ModelFile(FrozenModel):
     def bpw(self) -> float:
         """Bits of file per weight."""
         return 8 * self.n_bytes / self.n_weights
+
+
+def n_files(models: Iterable[ModelFile]) -> int:
+    """Return how many different files these are; one without a sample is any of its header."""
+    samples: dict[str, set[str]] = {}
+    for model in models:
+        samples.setdefault(model.header_sha256, set()).update(filter(None, [model.sample_sha256]))
+    return sum(max(1, len(found)) for found in samples.values())
 
 
 class Protocol(FrozenModel):
@@ -83,6 +97,9 @@ class EngineSettings(FrozenModel):
     safe_kernels: bool
 
 
+_ROUNDING = 1e-5  # nats per token by which a sum of losses may be below 0
+
+
 class SequenceScore(FrozenModel):
     """The scores of one sequence: sums over its scored tokens, in nats.
 
@@ -116,6 +133,16 @@ class SequenceScore(FrozenModel):
         if text is not None and not np.isfinite(decode_float32(text)).all():
             raise ValueError("NaN or infinity among the values")
         return text
+
+    @model_validator(mode="after")
+    def _check_signs(self) -> Self:
+        for what in ("nll_sum", "reference_nll_sum", "kld_sum"):
+            value = getattr(self, what)
+            if value is not None and value < -_ROUNDING * self.n_scored:
+                raise ValueError(f"{what} of sequence {self.index} is {value:g}, expected ≥ 0")
+        if self.n_same_top is not None and self.n_same_top > self.n_scored:
+            raise ValueError(f"{self.n_same_top} equal top tokens of {self.n_scored} scored")
+        return self
 
     @model_validator(mode="after")
     def _check_lengths(self) -> Self:
@@ -190,6 +217,7 @@ class EvalResult(Document):
     """
 
     KIND: ClassVar[str] = "eval"
+    VERSION: ClassVar[int] = 2  # 2: model.sample_sha256
 
     ramgguf_version: str
     model: ModelFile
@@ -207,6 +235,18 @@ class EvalResult(Document):
     notes: tuple[str, ...] = ()
     seconds: NonNegativeFloat = 0.0
     decode_seconds: NonNegativeFloat = 0.0
+
+    @model_validator(mode="after")
+    def _check_places(self) -> Self:
+        places = [s.index for s in self.sequences] + [b.index for b in self.broken]
+        twice = (
+            sorted({i for i in places if places.count(i) > 1})
+            if len(set(places)) < len(places)
+            else []
+        )
+        if twice:
+            raise ValueError(f"sequence {twice[0]} is there twice")
+        return self
 
     @property
     def n_scored(self) -> int:

@@ -1,20 +1,18 @@
 """Files that `compare` and `report` read: results, published figures, plans and measurements."""
 
-import csv
 import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ramgguf.core.errors import ResultError
+from ramgguf.core.inputs import read_text
 from ramgguf.evaluate.journal import read_results
 from ramgguf.evaluate.leaderboard import Aggregate
+from ramgguf.evaluate.published_table import TABLE_SUFFIXES, published_table
 from ramgguf.evaluate.result import EvalResult
 from ramgguf.measure.result import Measurement
 from ramgguf.plan.result import Plan
-
-_NUMBERS = ("corpus_ppl", "mean_ppl", "median_ppl", "mean_kld")
 
 
 @dataclass(frozen=True)
@@ -25,13 +23,14 @@ class Material:
     aggregates: tuple[Aggregate, ...] = ()
     plans: tuple[tuple[str, Plan], ...] = ()
     measurements: tuple[tuple[str, Measurement], ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def read_material(paths: Sequence[Path]) -> Material:
     """Return what the files hold. Raises RamggufError for a file that is none of the known kinds.
 
     JSON lines are the `--output` of eval, JSON its `--json`, a single result, a plan or a
-    measurement; CSV has a row of published figures per model.
+    measurement; a table (CSV, tabs, Markdown) has a row of published figures per model.
     """
     parts = [_read(path) for path in paths]
     return Material(
@@ -39,18 +38,20 @@ def read_material(paths: Sequence[Path]) -> Material:
         aggregates=tuple(a for p in parts for a in p.aggregates),
         plans=tuple(x for p in parts for x in p.plans),
         measurements=tuple(m for p in parts for m in p.measurements),
+        notes=tuple(dict.fromkeys(n for p in parts for n in p.notes)),
     )
 
 
 def _read(path: Path) -> Material:
     if path.suffix.lower() == ".jsonl":
-        results = read_results(path)
+        results = _lines_of_results(path) or read_results(path)
         if not any(r.sequences for r in results):
             raise ResultError(f"{path} has no evaluation with a finished sequence in it")
         return Material(results=results)
     text = _text(path)
-    if path.suffix.lower() == ".csv":
-        return Material(aggregates=_aggregates(path, text))
+    if path.suffix.lower() in TABLE_SUFFIXES:
+        aggregates, notes = published_table(text, name=str(path))
+        return Material(aggregates=aggregates, notes=notes)
     try:
         data = json.loads(text)
     except (ValueError, RecursionError) as e:
@@ -73,44 +74,28 @@ def _read(path: Path) -> Material:
     )
 
 
+def _lines_of_results(path: Path) -> tuple[EvalResult, ...]:
+    """Return the results of a file with a whole one a line, as bench/results has; else nothing."""
+    text = _text(path)
+    head = text[: text.find("\n") + 1] or text
+    try:
+        first = json.loads(head)
+    except (ValueError, RecursionError):
+        return ()
+    if not isinstance(first, dict) or not isinstance(first.get("result"), dict):
+        return ()
+    if first["result"].get("schema") is None:
+        return ()
+    found = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        name = f"{path}: line {number}"
+        try:
+            result = json.loads(line)["result"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise ResultError(f"{name} holds no result, unlike the first line") from None
+        found.append(EvalResult.from_json(json.dumps(result), name=name))
+    return tuple(found)
+
+
 def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
-        raise ResultError(f"{path} cannot be read: {e}") from None
-
-
-def _aggregates(path: Path, text: str) -> tuple[Aggregate, ...]:
-    """Return the figures of a CSV file with the columns model, n_bytes, corpus_ppl, ..."""
-    try:
-        rows = list(csv.DictReader(text.splitlines()))
-    except csv.Error as e:
-        raise ResultError(f"{path} is not CSV ({e})") from None
-    if not rows or not rows[0].get("model"):
-        columns = ", ".join(("model", "n_bytes", *_NUMBERS, "n_outliers"))
-        raise ResultError(f"{path} has no column 'model'; expected a header with {columns}")
-    return tuple(
-        Aggregate(
-            label=row["model"] or "",
-            n_bytes=None if (size := _number(path, row, "n_bytes")) is None else int(size),
-            corpus_ppl=_number(path, row, "corpus_ppl"),
-            mean_ppl=_number(path, row, "mean_ppl"),
-            median_ppl=_number(path, row, "median_ppl"),
-            mean_kld=_number(path, row, "mean_kld"),
-            n_outliers=None if (n := _number(path, row, "n_outliers")) is None else int(n),
-        )
-        for row in rows
-    )
-
-
-def _number(path: Path, row: Mapping[str, str | None], column: str) -> float | None:
-    text = row.get(column)
-    if not text:
-        return None
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 <= value < math.inf:
-        raise ResultError(f"{path}: {column} of {row['model']} is {text!r}, expected a number ≥ 0")
-    return value
+    return read_text(path, error=ResultError)

@@ -207,6 +207,16 @@ class _Stage:
                 f"({first.vocab.n_tokens} tokens of {reference.path}); "
                 "only models with the same tokens can be compared token by token"
             )
+        takes_bos = self._settings.protocol.add_special
+        if reference is not None and takes_bos and info.vocab.adds_bos != first.vocab.adds_bos:
+            with_bos, without = ("it", "the reference")
+            if first.vocab.adds_bos:
+                with_bos, without = without, with_bos
+            raise EngineError(
+                f"{file.path} against {reference.path}: {with_bos} puts BOS before a text and "
+                f"{without} does not, so the protocol llama gives them different tokens; use the "
+                "protocol ram, with --bos or without"
+            )
 
     def _blank(self, run: Run, opened: Opened, info: ModelInfo, windows: Windows) -> EvalResult:
         cut, protocol = self._settings.protocol, windows.protocol

@@ -1,9 +1,8 @@
-"""Statistics over per-sequence losses that say what a single mean hides, with their uncertainty.
+"""Statistics over per-sequence losses that say what a single mean hides.
 
 Every statistic is a function of a sample and of `counts`: how often each sequence occurs. Counts of
-one give the statistic itself; counts drawn with replacement give its bootstrap distribution, and
-the same counts for two models give the paired one. A new statistic is one such function and one
-line in STATISTICS or DIVERGENCES.
+one give the statistic itself; without a unit they give its jackknife value, drawn with replacement
+its bootstrap value. A new statistic is one such function and one line in STATISTICS or DIVERGENCES.
 """
 
 from collections.abc import Callable, Mapping
@@ -179,8 +178,15 @@ def quantile(values: FloatArray, counts: FloatArray, q: float) -> FloatArray:
 # --- which there are, and for which an interval is honest ---
 
 
+def unit_numbers(sample: Sample) -> IntArray:
+    """Return the number of each sequence's unit, from 0: its group where known, else itself."""
+    if sample.group is None:
+        return np.arange(len(sample.n_tokens))
+    return np.unique(sample.group, return_inverse=True)[1].astype(np.int64)
+
+
 def n_units(sample: Sample) -> int:
-    """Return how many independent units are resampled: groups where known, else sequences."""
+    """Return how many independent units there are: groups where known, else sequences."""
     return len(sample.n_tokens if sample.group is None else np.unique(sample.group))
 
 
@@ -189,15 +195,21 @@ S = TypeVar("S", bound=Sample)
 
 @dataclass(frozen=True)
 class Statistic(Generic[S]):
-    """A statistic's name in tables, its function, and the quantile it is (None: not a quantile).
+    """A statistic: its name in tables and its function.
 
-    needs_light_tail: it averages PPL itself, so a tail without a finite variance leaves its
-    bootstrap without meaning (Athreya 1987, Annals of Statistics 15).
+    terms: for a ratio or mean of sums, what each sequence adds to it. Two models that scored the
+    same tokens have the same statistic where the terms' differences sum to 0.
+    quantile, values: for a quantile, which one and of what.
+    logarithmic: it is positive and compared by ratios.
+    needs_light_tail: it averages PPL itself, which has no finite variance under a heavy tail.
     """
 
     label: str
     function: Callable[[S, FloatArray], FloatArray]
+    terms: Callable[[S], FloatArray] | None = None
     quantile: float | None = None
+    values: Callable[[S], FloatArray] | None = None
+    logarithmic: bool = True
     needs_light_tail: bool = False
 
     def of(self, sample: S) -> float:
@@ -205,30 +217,44 @@ class Statistic(Generic[S]):
         return float(self.function(sample, np.ones(len(sample.n_tokens))))
 
     def has_interval(self, sample: S) -> bool:
-        """Return whether a bootstrap says anything: enough sequences, and a tame enough tail."""
+        """Return whether an interval holds: enough units, beyond a quantile too, a tame tail."""
         if self.needs_light_tail and isinstance(sample, SequenceLosses) and tail(sample).heavy:
             return False
         n = n_units(sample)
-        in_tail = n if self.quantile is None else round(n * (1 - self.quantile), 9)
-        return n >= MIN_UNITS and in_tail >= MIN_BEYOND
+        beyond = n if self.quantile is None else round(n * (1 - self.quantile), 9)
+        return n >= MIN_UNITS and beyond >= min(MIN_BEYOND, n / 2)
+
+
+def _ppl(losses: SequenceLosses) -> FloatArray:
+    return losses.ppl
+
+
+def _deviations(losses: SequenceLosses) -> FloatArray:
+    return np.abs(losses.ppl - np.median(losses.ppl))
 
 
 STATISTICS: Mapping[str, Statistic[SequenceLosses]] = {
-    "corpus_ppl": Statistic("corpus PPL", corpus_ppl),
-    "median_ppl": Statistic("median PPL", median_ppl, quantile=0.5),
-    "mean_ppl": Statistic("mean PPL", mean_ppl, needs_light_tail=True),
-    "geometric_mean_ppl": Statistic("geometric mean PPL", geometric_mean_ppl),
-    "p95_ppl": Statistic("P95 PPL", p95_ppl, quantile=0.95),
-    "p99_ppl": Statistic("P99 PPL", p99_ppl, quantile=0.99),
-    "max_ppl": Statistic("maximum PPL", max_ppl, quantile=1.0),
-    "mad_ppl": Statistic("MAD of PPL", mad_ppl, quantile=0.5),
+    "corpus_ppl": Statistic("corpus PPL", corpus_ppl, terms=lambda s: s.nll_sum),
+    "median_ppl": Statistic("median PPL", median_ppl, quantile=0.5, values=_ppl),
+    "mean_ppl": Statistic("mean PPL", mean_ppl, terms=_ppl, needs_light_tail=True),
+    "geometric_mean_ppl": Statistic(
+        "geometric mean PPL", geometric_mean_ppl, terms=lambda s: s.mean_nll
+    ),
+    "p95_ppl": Statistic("P95 PPL", p95_ppl, quantile=0.95, values=_ppl),
+    "p99_ppl": Statistic("P99 PPL", p99_ppl, quantile=0.99, values=_ppl),
+    "max_ppl": Statistic("maximum PPL", max_ppl, quantile=1.0, values=_ppl),
+    "mad_ppl": Statistic("MAD of PPL", mad_ppl, quantile=0.5, values=_deviations),
 }
 
 DIVERGENCES: Mapping[str, Statistic[SequenceDivergences]] = {
-    "mean_kld": Statistic("mean KLD", mean_kld),
-    "same_top_p": Statistic("same top p", same_top_p),
-    "mean_delta_p": Statistic("mean Δp", mean_delta_p),
-    "rms_delta_p": Statistic("RMS Δp", rms_delta_p),
+    "mean_kld": Statistic("mean KLD", mean_kld, terms=lambda s: s.kld_sum),
+    "same_top_p": Statistic(
+        "same top p", same_top_p, terms=lambda s: s.n_same_top.astype(np.float64), logarithmic=False
+    ),
+    "mean_delta_p": Statistic(
+        "mean Δp", mean_delta_p, terms=lambda s: s.delta_p_sum, logarithmic=False
+    ),
+    "rms_delta_p": Statistic("RMS Δp", rms_delta_p, terms=lambda s: s.delta_p_squared_sum),
 }
 
 

@@ -6,17 +6,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from ramgguf.core.errors import ResultError
-from ramgguf.evaluate.bootstrap import (
-    Difference,
-    Estimate,
-    delta_nll,
-    distribution,
-    estimate,
-    paired_difference,
-    resample,
-    wilcoxon_p,
-)
+from ramgguf.evaluate.intervals import Estimate, estimate
 from ramgguf.evaluate.result import EvalResult, SequenceScore
+from ramgguf.evaluate.significance import (
+    PairedSequences,
+    Ratio,
+    delta_nll,
+    paired_ratio,
+    paired_sequences,
+)
 from ramgguf.evaluate.statistics import (
     DIVERGENCES,
     OUTLIER_PPL,
@@ -28,6 +26,7 @@ from ramgguf.evaluate.statistics import (
     outliers,
     tail,
 )
+from ramgguf.gguf.identity import difference
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class AgainstReference:
     """How a model differs from the reference that scored the same tokens.
 
     delta_nll has a value per sequence, nats per token; ppl_ratio is corpus PPL over the
-    reference's, delta_corpus_ppl their difference with its paired-bootstrap p-value.
+    reference's, with the p-value of no difference; sequences counts those on which it is better.
     """
 
     label: str
@@ -54,15 +53,15 @@ class AgainstReference:
     divergences: Mapping[str, Estimate]
     quantiles: KldQuantiles | None
     delta_nll: tuple[float, ...]
-    ppl_ratio: Estimate
-    delta_corpus_ppl: Difference
-    wilcoxon_p: float
+    ppl_ratio: Ratio
+    sequences: PairedSequences
 
 
 @dataclass(frozen=True, eq=False)
 class Summary:
-    """The statistics of one result. estimates has the names of robust.STATISTICS; outliers are
-    the sequences above outlier_ppl, worst first."""
+    """The statistics of one result. estimates has the names of STATISTICS; outliers are the
+    sequences above outlier_ppl, worst first. In a comparison, result has the shared sequences.
+    """
 
     label: str
     result: EvalResult
@@ -71,52 +70,43 @@ class Summary:
     outlier_ppl: float
     outliers: tuple[SequenceScore, ...]
     against: AgainstReference | None
+    is_reference: bool = False
 
 
 def summarize(
     result: EvalResult,
-    rng: np.random.Generator,
     *,
     label: str | None = None,
     outlier_ppl: float = OUTLIER_PPL,
-    n_resamples: int = 10_000,
+    is_reference: bool = False,
 ) -> Summary:
     """Return the statistics of one result. Raises ResultError when no sequence was scored."""
     sample = losses(result)
-    counts = resample(sample, rng, n_resamples)
     return Summary(
         label=label or result.model.label,
         result=result,
-        estimates={name: estimate(s, sample, counts) for name, s in STATISTICS.items()},
+        estimates={name: estimate(s, sample) for name, s in STATISTICS.items()},
         tail=tail(sample),
         outlier_ppl=outlier_ppl,
         outliers=tuple(_chosen(result, None)[i] for i in outliers(sample, outlier_ppl)),
-        against=_against_reference(result, sample, counts),
+        against=_against_reference(result, sample),
+        is_reference=is_reference,
     )
 
 
-def _against_reference(
-    result: EvalResult, sample: SequenceLosses, counts: IntArray
-) -> AgainstReference | None:
+def _against_reference(result: EvalResult, sample: SequenceLosses) -> AgainstReference | None:
     reference, divergences = reference_losses(result), sequence_divergences(result)
     if result.reference is None or reference is None or divergences is None:
         return None
     corpus = STATISTICS["corpus_ppl"]
-    ratio = corpus.of(sample) / corpus.of(reference)
-    low: float | None = None
-    high: float | None = None
-    if corpus.has_interval(sample):
-        drawn = distribution(corpus, sample, counts) / distribution(corpus, reference, counts)
-        low, high = (float(q) for q in np.quantile(drawn, (0.025, 0.975)))
     return AgainstReference(
         label=result.reference.label,
         reference_corpus_ppl=corpus.of(reference),
-        divergences={k: estimate(s, divergences, counts) for k, s in DIVERGENCES.items()},
+        divergences={k: estimate(s, divergences) for k, s in DIVERGENCES.items()},
         quantiles=_kld_quantiles(result),
         delta_nll=tuple(float(d) for d in delta_nll(sample, reference)),
-        ppl_ratio=Estimate(ratio, low, high),
-        delta_corpus_ppl=paired_difference(corpus, sample, reference, counts),
-        wilcoxon_p=wilcoxon_p(sample, reference),
+        ppl_ratio=paired_ratio(corpus, sample, reference),
+        sequences=paired_sequences(sample, reference),
     )
 
 
@@ -150,8 +140,13 @@ def reference_losses(result: EvalResult) -> SequenceLosses | None:
 def sequence_divergences(
     result: EvalResult, only: Collection[int] | None = None
 ) -> SequenceDivergences | None:
-    """Return the divergences of the finished sequences; None unless every one has them."""
+    """Return the divergences of the finished sequences; None unless every one has them.
+
+    A reference has none from itself: it would lead every ranking by KLD.
+    """
     chosen = _chosen(result, only)
+    if result.reference is not None and difference(result.reference, result.model) is None:
+        return None
     rows = [
         (s.n_scored, s.kld_sum, s.n_same_top, s.delta_p_sum, s.delta_p_squared_sum) for s in chosen
     ]

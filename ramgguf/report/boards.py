@@ -3,45 +3,47 @@
 import csv
 import io
 import json
+from collections.abc import Callable
 
 from rich.console import Console
 
 from ramgguf.core.units import format_bytes
-from ramgguf.evaluate.leaderboard import CRITERIA, LABELS, Leaderboard
+from ramgguf.evaluate.leaderboard import CRITERIA, LABELS, Leaderboard, Row
+from ramgguf.report.chart import board_chart
 from ramgguf.report.evaluation import ranking_grid
-from ramgguf.report.grid import Column, Grid, markdown_text, to_markdown
+from ramgguf.report.grid import Field, Grid, grid_of, markdown_text, to_markdown
 from ramgguf.report.numbers import kld, ppl, with_interval
 from ramgguf.report.sentences import findings
 from ramgguf.report.terminal import print_grid, print_statements
+from ramgguf.report.verdict import board_verdict
 
 
 def board_grid(board: Leaderboard) -> Grid:
     """Return a row per model: size and what is known of each criterion."""
-    columns = (
-        Column("model", number=False),
-        Column("size"),
-        *(Column(LABELS[c]) for c in CRITERIA),
-        Column("outliers"),
-    )
-    rows = tuple(
-        (
-            row.label,
-            "" if row.n_bytes is None else format_bytes(row.n_bytes),
-            *(
-                with_interval(row.estimates[c], kld if c == "mean_kld" else ppl)
-                if c in row.estimates
-                else ""
-                for c in CRITERIA
-            ),
-            "" if row.n_outliers is None else str(row.n_outliers),
+
+    def value(criterion: str) -> Callable[[Row], str]:
+        write = kld if criterion == "mean_kld" else ppl
+        return lambda r: (
+            with_interval(r.estimates[criterion], write) if criterion in r.estimates else ""
         )
-        for row in board.rows
-    )
-    return Grid("Published figures", columns, rows)
+
+    fields: list[Field[Row]] = [
+        Field("model", lambda r: r.label, number=False),
+        Field("size", lambda r: "" if r.n_bytes is None else format_bytes(r.n_bytes)),
+        *(Field(LABELS[c], value(c)) for c in CRITERIA),
+        Field("outliers", lambda r: "" if r.n_outliers is None else str(r.n_outliers)),
+    ]
+    return grid_of("Published figures", fields, board.rows)
 
 
 def print_board(board: Leaderboard, console: Console) -> None:
-    """Print the table, the rankings and the findings."""
+    """Print the verdict, a chart, the table, the rankings and the findings."""
+    for line in board_verdict(board):
+        console.print(line, soft_wrap=not console.is_terminal)
+    if drawn := board_chart(board, min(console.width, 100) if console.is_terminal else 80):
+        console.print()
+        console.print("\n".join(drawn), soft_wrap=True)
+    console.print()
     print_grid(console, board_grid(board))
     console.print()
     print_grid(console, ranking_grid(board))
@@ -55,7 +57,10 @@ def board_markdown(board: Leaderboard) -> str:
         f"**{grid.title}**\n\n{to_markdown(grid.without_empty_columns())}"
         for grid in (board_grid(board), ranking_grid(board))
     ]
-    return "\n".join((*tables, "".join(f"- {markdown_text(s)}\n" for s in findings(board))))
+    verdict = "\n".join(f"{markdown_text(line)}\n" for line in board_verdict(board))
+    return "\n".join(
+        (verdict, *tables, "".join(f"- {markdown_text(s)}\n" for s in findings(board)))
+    )
 
 
 def board_csv(board: Leaderboard) -> str:
@@ -82,6 +87,7 @@ def board_json(board: Leaderboard) -> str:
             }
             for row in board.rows
         ],
+        "verdict": list(board_verdict(board)),
         "rankings": {r.criterion: list(r.order) for r in board.rankings},
         "statements": list(findings(board)),
     }

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from ramgguf.evaluate.bootstrap import Estimate
 from ramgguf.evaluate.eval_report import EvalReport
+from ramgguf.evaluate.intervals import Estimate
 from ramgguf.evaluate.summary import Summary
 from ramgguf.report.figures import (
     COLOURS,
@@ -17,8 +17,8 @@ from ramgguf.report.figures import (
     figure,
     graph_objects,
     height,
+    name_rows,
     strip,
-    told_score,
 )
 
 
@@ -28,23 +28,23 @@ def delta_nll(study: EvalReport) -> Figure | None:
     if not rows:
         return None
     fig = figure("ΔNLL (nats per token; right of 0 is worse)", "", height(len(rows)))
-    for i, s, against in rows:
+    for row, (i, s, against) in enumerate(rows):
         scores = sorted(s.result.sequences, key=lambda x: x.index)
         told = [
-            f"ΔNLL {d:+.4f} nats<br>{told_score(x)}"
+            f"ΔNLL {d:+.4f} nats<br>#{x.index} {html.escape(x.title or '')}"
             for d, x in zip(against.delta_nll, scores, strict=True)
         ]
-        fig.add_trace(strip(i, s.label, against.delta_nll, told))
+        fig.add_traces(strip(i, row, against.delta_nll, told))
         mean = _logarithm(against.ppl_ratio)
-        fig.add_trace(diamond(s.label, mean, "mean ΔNLL", lambda x: f"{x:+.4f}"))
+        fig.add_trace(diamond(row, s.label, mean, "mean ΔNLL", lambda x: f"{x:+.4f}"))
     shown = [d for _, _, against in rows for d in against.delta_nll]
     means = [_logarithm(against.ppl_ratio) for _, _, against in rows]
     low, high = _focus(shown, [x for m in means for x in (m.value, m.low, m.high) if x is not None])
     fig.update_xaxes(range=[low, high])
-    for i, s, against in rows:
-        fig.add_trace(_beyond(i, s, against.delta_nll, low, high))
+    for row, (i, s, against) in enumerate(rows):
+        fig.add_trace(_beyond(i, row, s, against.delta_nll, low, high))
     fig.add_vline(x=0, line={"dash": "dot", "width": 1, "color": "#777"})
-    fig.update_yaxes(autorange="reversed")
+    name_rows(fig, [s.label for _, s, _ in rows])
     return fig
 
 
@@ -63,7 +63,7 @@ def _focus(values: Sequence[float], always: Sequence[float]) -> tuple[float, flo
     return min(inside) - margin, max(inside) + margin
 
 
-def _beyond(i: int, s: Summary, delta: Sequence[float], low: float, high: float) -> Any:
+def _beyond(i: int, row: int, s: Summary, delta: Sequence[float], low: float, high: float) -> Any:
     """Return a mark at each edge beyond which there are sequences, with their number."""
     scores = sorted(s.result.sequences, key=lambda x: x.index)
     marks = []
@@ -76,7 +76,7 @@ def _beyond(i: int, s: Summary, delta: Sequence[float], low: float, high: float)
             marks.append((edge - side * 0.012 * (high - low), side, position, text, told))
     return graph_objects().Scatter(
         x=[m[0] for m in marks],
-        y=[html.escape(s.label)] * len(marks),
+        y=[row] * len(marks),
         mode="markers+text",
         marker={
             "symbol": ["triangle-right" if m[1] > 0 else "triangle-left" for m in marks],

@@ -3,115 +3,105 @@
 import csv
 import io
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from rich.console import Console
 
 from ramgguf.core.units import format_bytes
-from ramgguf.evaluate.bootstrap import Estimate
 from ramgguf.evaluate.eval_report import EvalReport
+from ramgguf.evaluate.intervals import Estimate
 from ramgguf.evaluate.leaderboard import LABELS, Leaderboard
 from ramgguf.evaluate.result import EvalResult
 from ramgguf.evaluate.statistics import n_units
 from ramgguf.evaluate.summary import AgainstReference, Summary, losses
-from ramgguf.report.grid import Column, Grid, markdown_text, to_markdown
+from ramgguf.report.chart import chart
+from ramgguf.report.grid import Field, Grid, grid_of, markdown_text, to_markdown
 from ramgguf.report.numbers import kld, p_value, percent, ppl, with_interval
 from ramgguf.report.sentences import findings, order
 from ramgguf.report.terminal import print_grid, print_statements
+from ramgguf.report.verdict import verdict_lines
 
 PPL_TITLE = "Perplexity of sequences (95 % intervals)"
 
 
 def perplexity_grid(study: EvalReport) -> Grid:
     """Return a row per model: size, corpus PPL first, then what a mean hides."""
-    columns = (
-        Column("model", number=False),
-        Column("size"),
-        Column("bpw", 3),
-        Column("corpus PPL"),
-        Column("median PPL"),
-        Column("mean PPL", 4),
-        Column("P95", 2),
-        Column("P99", 5),
-        Column("max", 2),
-        Column("MAD", 6),
-        Column(f"PPL > {study.outlier_ppl:g}", 1),
-        Column("tail", 1, number=False),
-    )
-    rows = tuple(_perplexity_row(s) for s in study.summaries)
-    return Grid(PPL_TITLE, columns, rows)
+    return grid_of(PPL_TITLE, _perplexity_fields(study), study.summaries)
 
 
-def _perplexity_row(s: Summary) -> tuple[str, ...]:
-    e = s.estimates
-    return (
-        s.label,
-        format_bytes(s.result.model.n_bytes),
-        f"{s.result.model.bpw:.2f}",
-        with_interval(e["corpus_ppl"], ppl),
-        with_interval(e["median_ppl"], ppl),
-        ppl(e["mean_ppl"].value),
-        with_interval(e["p95_ppl"], ppl),
-        ppl(e["p99_ppl"].value),
-        ppl(e["max_ppl"].value),
-        ppl(e["mad_ppl"].value),
-        str(len(s.outliers)),
-        s.tail.verdict,
-    )
+def _perplexity_fields(study: EvalReport) -> list[Field[Summary]]:
+    def interval(name: str) -> Callable[[Summary], str]:
+        return lambda s: with_interval(s.estimates[name], ppl)
+
+    def value(name: str) -> Callable[[Summary], str]:
+        return lambda s: ppl(s.estimates[name].value)
+
+    return [
+        Field("model", lambda s: s.label, number=False),
+        Field("size", lambda s: format_bytes(s.result.model.n_bytes)),
+        Field("bpw", lambda s: f"{s.result.model.bpw:.2f}", 3),
+        Field("corpus PPL", interval("corpus_ppl")),
+        Field("median PPL", interval("median_ppl")),
+        Field("mean PPL", value("mean_ppl"), 4),
+        Field("P95", interval("p95_ppl")),
+        Field("P99", value("p99_ppl")),
+        Field("max", value("max_ppl"), 3),
+        Field("MAD", value("mad_ppl"), 6),
+        Field(f"PPL > {study.outlier_ppl:g}", lambda s: str(len(s.outliers))),
+        Field("tail", lambda s: s.tail.verdict, 3, number=False),
+    ]
 
 
 def reference_grid(study: EvalReport) -> Grid | None:
     """Return a row per model that was scored against a reference; None if none was."""
-    rows = tuple(_reference_row(s, s.against) for s in study.summaries if s.against is not None)
-    if not rows:
+    found = [(s, s.against) for s in study.summaries if s.against is not None]
+    if not found:
         return None
-    columns = (
-        Column("model", number=False),
-        Column("reference", 3, number=False),
-        Column("PPL(Q)/PPL(base)"),
-        Column("mean KLD"),
-        Column("median", 2),
-        Column("P90", 4),
-        Column("P99", 2),
-        Column("max", 3),
-        Column("same top p"),
-        Column("RMS Δp", 1),
-        Column("mean Δp", 5),
-        Column("p bootstrap", 6),
-        Column("p Wilcoxon", 6),
-    )
-    references = {row[1] for row in rows}
-    if len(references) > 1:
-        return Grid("Against the reference (95 % intervals)", columns, rows)
-    only = Grid(f"Against {references.pop()} (95 % intervals)", columns, rows)
-    return only.without("reference")
+    references = {against.label for _, against in found}
+    one = len(references) == 1
+    title = f"Against {references.pop() if one else 'the reference'} (95 % intervals)"
+    fields = [f for f in _REFERENCE_FIELDS if f.heading != "reference" or not one]
+    return grid_of(title, fields, found)
 
 
-def _reference_row(s: Summary, against: AgainstReference) -> tuple[str, ...]:
-    q, d = against.quantiles, against.divergences
-    p = against.delta_corpus_ppl.p
-    return (
-        s.label,
-        against.label,
-        with_interval(against.ppl_ratio, lambda x: f"{x:.4f}"),
-        with_interval(d["mean_kld"], kld),
-        *((kld(x) for x in (q.median, q.p90, q.p99, q.maximum)) if q else ("",) * 4),
-        with_interval(d["same_top_p"], percent),
-        with_interval(d["rms_delta_p"], percent),
-        percent(d["mean_delta_p"].value),
-        "" if p is None else p_value(p),
-        p_value(against.wilcoxon_p),
-    )
+Against = tuple[Summary, AgainstReference]
+
+
+def _kld_quantile(name: str) -> Callable[[Against], str]:
+    return lambda x: kld(getattr(x[1].quantiles, name)) if x[1].quantiles else ""
+
+
+_REFERENCE_FIELDS: list[Field[Against]] = [
+    Field("model", lambda x: x[0].label, number=False),
+    Field("reference", lambda x: x[1].label, 3, number=False),
+    Field("PPL(Q)/PPL(base)", lambda x: with_interval(x[1].ppl_ratio, lambda v: f"{v:.4f}")),
+    Field("mean KLD", lambda x: with_interval(x[1].divergences["mean_kld"], kld)),
+    Field("median", _kld_quantile("median"), 3),
+    Field("P90", _kld_quantile("p90"), 5),
+    Field("P99", _kld_quantile("p99"), 1),
+    Field("max", _kld_quantile("maximum"), 4),
+    Field("same top p", lambda x: with_interval(x[1].divergences["same_top_p"], percent)),
+    Field("RMS Δp", lambda x: with_interval(x[1].divergences["rms_delta_p"], percent), 3),
+    Field("mean Δp", lambda x: percent(x[1].divergences["mean_delta_p"].value), 6),
+    Field("better on", lambda x: f"{x[1].sequences.n_better} of {x[1].sequences.n}", 1),
+    Field("p PPL", lambda x: "" if (p := x[1].ppl_ratio.p) is None else p_value(p), 7),
+    Field("p sign", lambda x: p_value(x[1].sequences.p_sign), 7),
+    Field("p Wilcoxon", lambda x: p_value(x[1].sequences.p_wilcoxon), 7),
+]
 
 
 def ranking_grid(board: Leaderboard) -> Grid:
-    """Return a row per different ranking, best model first."""
-    columns = (Column("ranked by", number=False), Column("best first", number=False))
+    """Return a row per different ranking, best model first; equal models have a sign between."""
     criteria: dict[str, list[str]] = {}
     for ranking in board.rankings:
+        if len(ranking.order) < min(2, len(board.rows)):
+            continue
         criteria.setdefault(order(ranking), []).append(LABELS[ranking.criterion])
-    rows = tuple((", ".join(names), best_first) for best_first, names in criteria.items())
-    return Grid("Rankings", columns, rows)
+    fields: list[Field[tuple[str, list[str]]]] = [
+        Field("ranked by", lambda x: ", ".join(x[1]), number=False),
+        Field("best first", lambda x: x[0], number=False),
+    ]
+    return grid_of("Rankings", fields, list(criteria.items()))
 
 
 def protocol_line(result: EvalResult) -> str:
@@ -124,7 +114,7 @@ def protocol_line(result: EvalResult) -> str:
         f"Protocol {p.name}: {p.n_seq} windows of {p.n_ctx} tokens of {result.text.name}, {drawn},"
         f" {p.n_scored} tokens scored in each, {'BOS' if p.bos else 'no BOS'};"
         f" llama.cpp {e.llama_cpp_build}{', safe kernels' if e.safe_kernels else ''};"
-        f" intervals by bootstrap over {n} {units}."
+        f" intervals over {n} {units}."
     )
 
 
@@ -134,12 +124,6 @@ def statements(study: EvalReport) -> tuple[str, ...]:
     if study.refusal and len(study.summaries) > 1:
         said.append(f"Not ranked: {study.refusal}.")
     said += [f"{failure}." for failure in study.failures]
-    said += [
-        f"{s.label} is heavy-tailed (index {s.tail.index:.2f} < 2): its mean PPL, "
-        f"{ppl(s.estimates['mean_ppl'].value)}, is {s.tail.mean_over_median:,.3g} times its median."
-        for s in study.summaries
-        if s.tail.heavy
-    ]
     notes = dict.fromkeys(note for s in study.summaries for note in s.result.notes)
     said += [note if note.endswith(".") else f"{note}." for note in notes]
     return tuple(said)
@@ -151,32 +135,35 @@ def protocol_lines(study: EvalReport) -> tuple[str, ...]:
 
 
 def print_study(study: EvalReport, console: Console) -> None:
-    """Print the tables, the rankings where there are some to compare, and the findings."""
-    if study.summaries:
-        print_grid(console, perplexity_grid(study))
-    against = reference_grid(study)
-    if against is not None:
+    """Print the verdict, a chart, the tables, the rankings, and the findings."""
+    for line in verdict_lines(study):
+        console.print(line, soft_wrap=not console.is_terminal)
+    if drawn := chart(study, min(console.width, 100) if console.is_terminal else 80):
         console.print()
-        print_grid(console, against)
-    if study.board and len(study.board.rows) > 1:
+        console.print("\n".join(drawn), soft_wrap=True)
+    for grid in grids(study):
         console.print()
-        print_grid(console, ranking_grid(study.board))
+        print_grid(console, grid)
     console.print()
     print_statements(console, (*statements(study), *protocol_lines(study)))
 
 
-def study_markdown(study: EvalReport) -> str:
-    """Return the tables and findings as markdown, ready for a model card."""
-    grids = [perplexity_grid(study), reference_grid(study)]
+def grids(study: EvalReport) -> list[Grid]:
+    """Return the tables: perplexity, against the reference, rankings where some differ."""
+    found = [perplexity_grid(study)] if study.summaries else []
+    if (against := reference_grid(study)) is not None:
+        found.append(against)
     if study.board and len(study.board.rows) > 1:
-        grids.append(ranking_grid(study.board))
-    tables = [
-        f"**{grid.title}**\n\n{to_markdown(grid.without_empty_columns())}"
-        for grid in grids
-        if grid is not None and grid.rows
-    ]
+        found.append(ranking_grid(study.board))
+    return [grid.without_empty_columns() for grid in found]
+
+
+def study_markdown(study: EvalReport) -> str:
+    """Return the verdict, tables and findings as markdown, ready for a model card."""
+    verdict = "".join(f"{markdown_text(line)}\n\n" for line in verdict_lines(study)).rstrip("\n")
+    tables = [f"**{grid.title}**\n\n{to_markdown(grid)}" for grid in grids(study) if grid.rows]
     items = "".join(f"- {markdown_text(s)}\n" for s in (*statements(study), *protocol_lines(study)))
-    return "\n".join(("### Evaluation\n", *tables, items))
+    return "\n".join(filter(None, ("### Evaluation\n", verdict and f"{verdict}\n", *tables, items)))
 
 
 def study_csv(study: EvalReport) -> str:
@@ -195,7 +182,9 @@ def study_json(study: EvalReport) -> dict[str, object]:
     rankings = study.board.rankings if study.board else ()
     return {
         "models": [dict(_flat(s)) for s in study.summaries],
+        "verdict": list(verdict_lines(study)),
         "rankings": {r.criterion: list(r.order) for r in rankings},
+        "orders": {r.criterion: order(r) for r in rankings},
         "statements": list(statements(study)),
         "protocols": list(protocol_lines(study)),
     }
@@ -212,7 +201,9 @@ def _flat(s: Summary) -> Iterator[tuple[str, Cell]]:
         ("path", r.model.path),
         ("n_bytes", r.model.n_bytes),
         ("bpw", r.model.bpw),
+        ("is_reference", s.is_reference),
         ("n_sequences", len(r.sequences)),
+        ("n_sequences_wanted", r.protocol.n_seq),
         ("n_scored_tokens", r.n_scored),
     )
     for name, found in s.estimates.items():
@@ -239,9 +230,14 @@ def _flat_reference(against: AgainstReference) -> Iterator[tuple[str, Cell]]:
     yield "reference", against.label
     yield "reference_corpus_ppl", against.reference_corpus_ppl
     yield from _estimate("ppl_ratio", against.ppl_ratio)
-    yield from _estimate("delta_corpus_ppl", against.delta_corpus_ppl)
-    yield "p_bootstrap", against.delta_corpus_ppl.p
-    yield "p_wilcoxon", against.wilcoxon_p
+    yield "p_ppl_ratio", against.ppl_ratio.p
+    s = against.sequences
+    yield "n_better", s.n_better
+    yield "n_worse", s.n_worse
+    yield from _estimate("share_better", s.share)
+    yield from _estimate("median_delta_nll", s.median_delta)
+    yield "p_sign", s.p_sign
+    yield "p_wilcoxon", s.p_wilcoxon
     for name, found in against.divergences.items():
         yield from _estimate(name, found)
     if q := against.quantiles:

@@ -5,10 +5,14 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from ramgguf.core.errors import RamggufError
-from ramgguf.evaluate.bootstrap import Estimate
 from ramgguf.evaluate.eval_report import EvalReport
+from ramgguf.evaluate.intervals import Estimate
+from ramgguf.evaluate.leaderboard import LABELS, Leaderboard
 from ramgguf.evaluate.result import SequenceScore
+from ramgguf.report.chart import Point, points
 from ramgguf.report.numbers import kld, ppl
 
 Figure = Any  # plotly.graph_objects.Figure: plotly is an optional package without types
@@ -20,6 +24,7 @@ SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "star", "hexag
 SIGNS = "●■◆▲✚★⬢⬟"
 _ROW_PIXELS = 64  # height of a model's row where models are stacked
 _GB = 1e9
+_MIN_DECADES = 0.3  # of a logarithmic axis: one point alone is no magnifying glass
 
 
 def graph_objects() -> Any:
@@ -60,7 +65,7 @@ def logarithmic(axis: str, fig: Figure, values: Sequence[float]) -> None:
     """
     placed = [v for v in values if 1e-100 < v < 1e100] or [1.0]
     low, high = math.log10(min(placed)), math.log10(max(placed))
-    margin = 0.05 * (high - low) + 0.02
+    margin = max(0.05 * (high - low) + 0.02, (_MIN_DECADES - (high - low)) / 2)
     low, high = low - margin, high + margin
     ticks = log_ticks(10**low, 10**high)
     update = {"x": fig.update_xaxes, "y": fig.update_yaxes}[axis]
@@ -90,75 +95,90 @@ def style(i: int) -> dict[str, Any]:
     return {"color": COLOURS[i % len(COLOURS)], "symbol": SYMBOLS[i % len(SYMBOLS)]}
 
 
-def ppl_by_size(study: EvalReport) -> Figure:
-    """Return corpus PPL (filled) and median PPL (open) against file size, with intervals."""
+def board_by_size(board: Leaderboard, criterion: str) -> Figure | None:
+    """Return a criterion against file size: labels at the points, the Pareto front, the reference.
+
+    The median of sequence PPL stands beside corpus PPL, open. None where no size is known.
+    """
     go = graph_objects()
-    fig = figure("file size (GB)", "perplexity", 420)
-    sizes = [s.result.model.n_bytes / _GB for s in study.summaries]
-    nudge = 0.006 * ((max(sizes) - min(sizes)) or max(sizes))
-    for i, s in enumerate(study.summaries):
-        for name, symbol, shift in (("corpus_ppl", "", -nudge), ("median_ppl", "-open", nudge)):
-            found, mark = s.estimates[name], style(i)
-            label = html.escape(s.label)
-            what = "corpus" if name == "corpus_ppl" else "median"
-            fig.add_trace(
-                go.Scatter(
-                    x=[sizes[i] + shift],
-                    y=[found.value],
-                    error_y=_bars(found, mark["color"]),
-                    mode="markers",
-                    marker={**mark, "symbol": mark["symbol"] + symbol, "size": 10},
-                    hovertemplate=f"{label}<br>{what} PPL {_told(found, ppl)}<br>"
-                    f"{sizes[i]:.3f} GB<extra></extra>",
-                )
-            )
-    for label, value in _references_elsewhere(study):
-        fig.add_hline(
-            y=value,
-            line={"dash": "dot", "width": 1, "color": "#777"},
-            annotation={"text": f"{html.escape(label)}, corpus PPL {ppl(value)}", "font_size": 11},
-        )
-    return fig
-
-
-def _references_elsewhere(study: EvalReport) -> list[tuple[str, float]]:
-    """Return the references that are not among the models themselves, with their corpus PPL."""
-    known = {s.result.model.header_sha256 for s in study.summaries}
-    found = {
-        s.against.label: s.against.reference_corpus_ppl
-        for s in study.summaries
-        if s.against and s.result.reference and s.result.reference.header_sha256 not in known
-    }
-    return list(found.items())
-
-
-def kld_by_size(study: EvalReport) -> Figure | None:
-    """Return mean KLD against file size on a logarithmic axis; None without a reference."""
-    go = graph_objects()
-    fig = figure("file size (GB)", "mean KLD (nats per token)", 420)
-    for i, s in enumerate(study.summaries):
-        if s.against is None or s.against.divergences["mean_kld"].value <= 0:
-            continue
-        found, mark, size = s.against.divergences["mean_kld"], style(i), s.result.model.n_bytes
-        label = html.escape(s.label)
+    placed = points(board.rows, criterion)
+    if not placed:
+        return None
+    unit = "mean KLD (nats per token)" if criterion == "mean_kld" else "perplexity"
+    write = kld if criterion == "mean_kld" else ppl
+    fig = figure("file size (GB)", unit, 420)
+    front = sorted((p for p in placed if p.on_front), key=lambda p: p.size)
+    if len(front) > 1:
         fig.add_trace(
             go.Scatter(
-                x=[size / _GB],
-                y=[found.value],
-                error_y=_bars(found, mark["color"]),
-                mode="markers",
-                marker={**mark, "size": 10},
-                hovertemplate=f"{label}<br>mean KLD {_told(found, kld)}<br>"
-                f"{size / _GB:.3f} GB<extra></extra>",
+                x=[p.size / _GB for p in front],
+                y=[p.value for p in front],
+                mode="lines",
+                line={"dash": "dot", "width": 1, "color": "#777"},
+                hoverinfo="skip",
             )
         )
-    klds = [s.against.divergences["mean_kld"] for s in study.summaries if s.against is not None]
-    bounds = [x for e in klds for x in (e.value, e.low, e.high)]
-    shown = [x for x in bounds if x is not None and x > 0]
-    if not fig.data:
-        return None
-    logarithmic("y", fig, shown)
+    numbers = {row.label: i for i, row in enumerate(board.rows)}
+    rows = {row.label: row for row in board.rows}
+    low, high = _padded([p.size / _GB for p in placed])
+    sides = _label_sides(placed, low, high)
+    shown: list[float] = []
+    for p in placed:
+        row, mark, label = rows[p.label], style(numbers[p.label]), html.escape(p.label)
+        for name in (criterion, "median_ppl") if criterion == "corpus_ppl" else (criterion,):
+            if name not in row.estimates:
+                continue
+            found, is_open = row.estimates[name], name != criterion
+            shown += [x for x in (found.value, found.low, found.high) if x is not None and x > 0]
+            fig.add_trace(
+                go.Scatter(
+                    x=[p.size / _GB + (0.012 * (high - low) if is_open else 0)],
+                    y=[found.value],
+                    error_y=_bars(found, mark["color"]),
+                    mode="markers" if is_open else "markers+text",
+                    text=None if is_open else [shortened(label)],
+                    textposition=sides[p.label],
+                    textfont={"size": 11},
+                    cliponaxis=False,
+                    marker={
+                        **mark,
+                        "symbol": mark["symbol"] + ("-open" if is_open else ""),
+                        "size": 10,
+                    },
+                    hovertemplate=f"{label}<br>{LABELS[name]} {_told(found, write)}<br>"
+                    f"{p.size / _GB:.3f} GB<extra></extra>",
+                )
+            )
+    for row in board.rows:
+        if row.is_reference and criterion in row.estimates:
+            line = {"dash": "dash", "width": 1, "color": "#777"}
+            fig.add_hline(y=row.estimates[criterion].value, line=line)
+    fig.update_xaxes(range=[low, high])
+    if criterion == "mean_kld":
+        logarithmic("y", fig, shown)
     return fig
+
+
+def shortened(label: str, most: int = 26) -> str:
+    """Return the label, its middle left out where it is longer than `most` characters."""
+    half = (most - 1) // 2
+    return label if len(label) <= most else f"{label[:half]}…{label[-half:]}"
+
+
+def _padded(values: Sequence[float]) -> tuple[float, float]:
+    """Return a range around the values, of a width also where they are one and the same."""
+    low, high = min(values), max(values)
+    margin = 0.15 * (high - low) if high > 1.001 * low else 0.1 * high
+    return low - margin, high + margin
+
+
+def _label_sides(placed: Sequence[Point], low: float, high: float) -> dict[str, str]:
+    """Return where each label stands: towards the middle, and above and below by turns."""
+    sides = {}
+    for i, p in enumerate(sorted(placed, key=lambda p: (p.size, p.value))):
+        side = "right" if p.size / _GB < (low + high) / 2 else "left"
+        sides[p.label] = f"{'top' if i % 2 == 0 else 'bottom'} {side}"
+    return sides
 
 
 def _bars(found: Estimate, colour: str) -> dict[str, Any]:
@@ -185,28 +205,61 @@ def ppl_distribution(study: EvalReport) -> Figure:
     """Return every sequence's PPL, a row per model; outliers are named, corpus PPL is marked."""
     go = graph_objects()
     fig = figure("sequence perplexity (logarithmic)", "", height(len(study.summaries)))
+    values = [x.ppl for s in study.summaries for x in s.result.sequences]
+    low, high = math.log10(max(min(values), 1e-100)), math.log10(min(max(values), 1e100))
     for i, s in enumerate(study.summaries):
         scores = s.result.sequences
-        fig.add_trace(strip(i, s.label, [x.ppl for x in scores], [told_score(x) for x in scores]))
-        fig.add_trace(diamond(s.label, s.estimates["corpus_ppl"], "corpus PPL", ppl))
+        told = [told_score(x) for x in scores]
+        fig.add_traces(strip(i, i, [x.ppl for x in scores], told))
+        fig.add_trace(diamond(i, s.label, s.estimates["corpus_ppl"], "corpus PPL", ppl))
         if s.outliers:
-            named = [f"#{x.index}" if k < 5 else "" for k, x in enumerate(s.outliers)]
+            places = [(math.log10(x.ppl) - low) / ((high - low) or 1) for x in s.outliers]
+            sides = label_places(places)
             fig.add_trace(
                 go.Scatter(
                     x=[x.ppl for x in s.outliers],
-                    y=[html.escape(s.label)] * len(s.outliers),
+                    y=[i] * len(s.outliers),
                     mode="markers+text",
-                    text=named,
-                    textposition="top center",
+                    text=[
+                        f"#{x.index}" if side else ""
+                        for x, side in zip(s.outliers, sides, strict=True)
+                    ],
+                    textposition=[side or "top center" for side in sides],
                     marker={"color": COLOURS[i % len(COLOURS)], "symbol": "x", "size": 9},
                     hovertext=[told_score(x) for x in s.outliers],
                     hoverinfo="text",
                 )
             )
     fig.add_vline(x=study.outlier_ppl, line={"dash": "dot", "width": 1, "color": "#777"})
-    logarithmic("x", fig, [x.ppl for s in study.summaries for x in s.result.sequences])
-    fig.update_yaxes(autorange="reversed")
+    logarithmic("x", fig, values)
+    name_rows(fig, [s.label for s in study.summaries])
     return fig
+
+
+def label_places(places: Sequence[float], near: float = 0.14) -> list[str | None]:
+    """Return where the label of each place (0 to 1) stands, None where it would cover another.
+
+    The first ones have the choice.
+    """
+    taken: dict[str, list[float]] = {"top center": [], "bottom center": []}
+    found: list[str | None] = []
+    for x in places:
+        free = (s for s, others in taken.items() if all(abs(x - o) >= near for o in others))
+        side = next(free, None)
+        if side is not None:
+            taken[side].append(x)
+        found.append(side)
+    return found
+
+
+def name_rows(fig: Figure, labels: Sequence[str]) -> None:
+    """Give row i of the figure, at y = i, its label; the first is on top."""
+    fig.update_yaxes(
+        tickvals=list(range(len(labels))),
+        ticktext=[shortened(html.escape(label)) for label in labels],
+        range=[len(labels) - 0.5, -0.5],
+        showgrid=False,
+    )
 
 
 def height(n_rows: int) -> int:
@@ -214,31 +267,34 @@ def height(n_rows: int) -> int:
     return 110 + _ROW_PIXELS * n_rows
 
 
-def strip(i: int, label: str, values: Sequence[float], told: Sequence[str]) -> Any:
-    """Return a row of points, one per value with its hover text, over their quartiles."""
+def strip(i: int, row: int, values: Sequence[float], told: Sequence[str]) -> list[Any]:
+    """Return a row of points, one per value with its hover text, and their quartiles."""
+    go = graph_objects()
     colour = COLOURS[i % len(COLOURS)]
-    return graph_objects().Box(
-        x=list(values),
-        y=[html.escape(label)] * len(values),
-        orientation="h",
-        boxpoints="all",
-        jitter=0.6,
-        pointpos=0,
-        fillcolor="rgba(0,0,0,0)",
-        line={"color": colour, "width": 1.2},
-        marker={"color": colour, "size": 4, "opacity": 0.45},
-        hovertext=list(told),
-        hoverinfo="text",
-        hoveron="points",
-    )
+    q1, median, q3 = (float(q) for q in np.quantile(np.minimum(values, 1e300), (0.25, 0.5, 0.75)))
+    jitter = np.random.default_rng(0).uniform(-0.28, 0.28, len(values))
+    box = {"color": colour, "width": 1.5}
+    x = [q1, q3, q3, median, median, median, q3, q1, q1]
+    y = [-0.34, -0.34, 0.34, 0.34, -0.34, 0.34, 0.34, 0.34, -0.34]
+    return [
+        go.Scatter(
+            x=list(values),
+            y=[round(row + float(d), 3) for d in jitter],
+            mode="markers",
+            marker={"color": colour, "size": 4, "opacity": 0.45},
+            hovertext=list(told),
+            hoverinfo="text",
+        ),
+        go.Scatter(x=x, y=[row + d for d in y], mode="lines", line=box, hoverinfo="skip"),
+    ]
 
 
-def diamond(label: str, found: Estimate, what: str, write: Any) -> Any:
-    """Return the mark of a mean with its interval in the row of this label."""
+def diamond(row: int, label: str, found: Estimate, what: str, write: Any) -> Any:
+    """Return the mark of a mean with its interval in a row."""
     bars = _bars(found, "#777")
     return graph_objects().Scatter(
         x=[found.value],
-        y=[html.escape(label)],
+        y=[row],
         error_x=bars,
         mode="markers",
         marker={"symbol": "diamond", "size": 9, "color": "#777", "line": {"width": 1}},
@@ -249,6 +305,5 @@ def diamond(label: str, found: Estimate, what: str, write: Any) -> Any:
 def told_score(score: SequenceScore) -> str:
     """Return the hover text of a sequence: its place, PPL and first words, escaped."""
     where = f" · {html.escape(score.title)}" if score.title else ""
-    text = html.escape(score.excerpt[:160])
-    lines = "<br>".join(text[k : k + 80] for k in range(0, len(text), 80))
-    return f"#{score.index}{where}<br>PPL {ppl(score.ppl)}<br><i>{lines}</i>"
+    text = html.escape(score.excerpt[:70])
+    return f"#{score.index}{where}<br>PPL {ppl(score.ppl)}<br><i>{text}</i>"

@@ -2,13 +2,17 @@
 
 import html
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from rich.table import Table
 from rich.text import Text
 
 from ramgguf.core.errors import printable
+
+T = TypeVar("T")
+DETAILS_RANK = 2  # columns of a higher rank go before the intervals do, the others after
 
 
 @dataclass(frozen=True)
@@ -18,6 +22,22 @@ class Column:
     heading: str
     rank: int = 0
     number: bool = True
+
+
+@dataclass(frozen=True)
+class Field(Generic[T]):
+    """A column and what it shows of an item: heading and cell cannot part."""
+
+    heading: str
+    cell: Callable[[T], str]
+    rank: int = 0
+    number: bool = True
+
+
+def grid_of(title: str, fields: Sequence[Field[T]], items: Iterable[T]) -> "Grid":
+    """Return a row per item with a cell per field."""
+    columns = tuple(Column(f.heading, f.rank, f.number) for f in fields)
+    return Grid(title, columns, tuple(tuple(f.cell(item) for f in fields) for item in items))
 
 
 @dataclass(frozen=True)
@@ -37,12 +57,36 @@ class Grid:
         return self._only([i for i, c in enumerate(self.columns) if c.heading != heading])
 
     def narrower(self) -> "Grid":
-        """Return the grid without its last column of the largest rank; itself at rank 0."""
+        """Return the grid a step narrower; itself where nothing may go.
+
+        Columns above DETAILS_RANK go first, the largest rank first, then all intervals, then the
+        other columns above rank 0.
+        """
         most = max(c.rank for c in self.columns)
+        if most <= DETAILS_RANK and self.has_details:
+            return self.without_details()
         if most == 0:
             return self
         last = max(i for i, c in enumerate(self.columns) if c.rank == most)
         return self._only([i for i in range(len(self.columns)) if i != last])
+
+    @property
+    def has_details(self) -> bool:
+        """Whether a number has its interval beside it, in parentheses."""
+        return any(
+            c.number and " (" in row[i] for i, c in enumerate(self.columns) for row in self.rows
+        )
+
+    def without_details(self) -> "Grid":
+        """Return the grid without what stands in parentheses behind numbers."""
+        rows = tuple(
+            tuple(
+                cell.partition(" (")[0] if c.number else cell
+                for c, cell in zip(self.columns, row, strict=True)
+            )
+            for row in self.rows
+        )
+        return Grid(self.title, self.columns, rows)
 
     def _only(self, kept: list[int]) -> "Grid":
         columns = tuple(self.columns[i] for i in kept)

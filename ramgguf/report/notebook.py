@@ -11,7 +11,6 @@ from dataclasses import replace
 
 from ramgguf.core.units import format_bytes
 from ramgguf.deploy.result import CheckResult
-from ramgguf.evaluate.eval_report import EvalReport
 from ramgguf.evaluate.evaluation import Evaluation
 from ramgguf.evaluate.leaderboard import Leaderboard
 from ramgguf.evaluate.result import EvalResult
@@ -23,16 +22,12 @@ from ramgguf.report import check, memory, plans
 from ramgguf.report import frontier as curves
 from ramgguf.report import sensitivity as sensing
 from ramgguf.report.boards import board_grid
-from ramgguf.report.evaluation import (
-    perplexity_grid,
-    protocol_lines,
-    ranking_grid,
-    reference_grid,
-    statements,
-)
+from ramgguf.report.evaluation import grids as study_grids
+from ramgguf.report.evaluation import protocol_lines, ranking_grid, statements
 from ramgguf.report.grid import Column, Grid, to_html
 from ramgguf.report.results import study_of
 from ramgguf.report.sentences import findings
+from ramgguf.report.verdict import board_verdict, verdict_lines
 from ramgguf.sensitivity.result import Sensitivity
 
 _STYLE = (
@@ -68,8 +63,6 @@ def drawing(value: object) -> str | None:
 def _plan(plan: Plan) -> str:
     grids = [plans.role_grid(plan)]
     told = [plans.size(plan), plans.optimality(plan)]
-    if (expected := plans.prediction(plan)) is not None:
-        told.append(expected)
     if plan.refinement is not None:
         told.append(plans.refinement(plan.refinement))
     if plan.memory is not None:
@@ -136,22 +129,17 @@ def _check(result: CheckResult) -> str:
 
 def _evaluation(results: Iterable[EvalResult], failures: Iterable[str] = ()) -> str:
     study = study_of(list(results))
-    told = (*statements(study), *failures, *protocol_lines(study))
-    return _drawn("", _study_grids(study), told)
-
-
-def _study_grids(study: EvalReport) -> list[Grid]:
-    grids = [perplexity_grid(study)] if study.summaries else []
-    if (against := reference_grid(study)) is not None:
-        grids.append(against)
-    if study.board and len(study.board.rows) > 1:
-        grids.append(ranking_grid(study.board))
-    return [grid.without_empty_columns() for grid in grids]
+    told = (*verdict_lines(study), *statements(study), *failures, *protocol_lines(study))
+    return _drawn("", study_grids(study), told)
 
 
 def _board(board: Leaderboard) -> str:
     grids = [replace(board_grid(board), title="Models"), ranking_grid(board)]
-    return _drawn("", [grid.without_empty_columns() for grid in grids], findings(board))
+    return _drawn(
+        "",
+        [grid.without_empty_columns() for grid in grids],
+        (*board_verdict(board), *findings(board)),
+    )
 
 
 def _name(source: Source) -> str:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 
-from ramgguf.evaluate.bootstrap import Estimate
+from ramgguf.evaluate.intervals import Estimate
 
 
 def ppl(value: float) -> str:
@@ -49,3 +49,12 @@ def with_interval(found: Estimate, write: Callable[[float], str]) -> str:
     low, high = (short(bound).removesuffix(" %") for bound in (found.low, found.high))
     dash = " to " if found.low < 0 else "–"
     return f"{write(found.value)} ({low}{dash}{high})"
+
+
+def ratio(found: Estimate) -> str:
+    """Return a ratio with its interval, if one is claimed: 0.72 (0.69–0.75), 1.0060 (…)."""
+    digits = 2
+    if found.low is not None and found.high is not None:
+        while digits < 4 and found.high - found.low < 10 ** (1 - digits):
+            digits += 1
+    return with_interval(found, lambda x: f"{x:.{digits}f}")

@@ -12,20 +12,18 @@ from ramgguf.core.errors import ResultError
 from ramgguf.core.files import write_atomically
 from ramgguf.core.units import format_bytes
 from ramgguf.evaluate.eval_report import EvalReport
+from ramgguf.evaluate.leaderboard import Leaderboard
 from ramgguf.evaluate.result import SequenceScore
 from ramgguf.measure.result import Measurement
 from ramgguf.plan.result import Plan
 from ramgguf.report import figures, plan_figures
+from ramgguf.report.boards import board_grid
 from ramgguf.report.delta_figure import delta_nll
-from ramgguf.report.evaluation import (
-    perplexity_grid,
-    protocol_lines,
-    ranking_grid,
-    reference_grid,
-    statements,
-)
+from ramgguf.report.evaluation import grids, protocol_lines, ranking_grid, statements
 from ramgguf.report.grid import to_html
 from ramgguf.report.numbers import ppl
+from ramgguf.report.sentences import findings
+from ramgguf.report.verdict import board_verdict, verdict_lines
 
 _MAX_CARDS = 12
 _HARDEST = 4  # sequences shown when no model has an outlier
@@ -41,12 +39,13 @@ def write_html(
     study: EvalReport,
     plans: Sequence[tuple[str, Plan]] = (),
     measurements: Sequence[tuple[str, Measurement]] = (),
+    published: Leaderboard | None = None,
 ) -> None:
     """Write the page, whole or not at all; plans and measurements come with their labels.
 
     Raises RamggufError when plotly is missing, ResultError when path cannot be written.
     """
-    text = page(study, plans, measurements)
+    text = page(study, plans, measurements, published)
     write_atomically(path, text.encode(), error=ResultError)
 
 
@@ -54,14 +53,14 @@ def page(
     study: EvalReport,
     plans: Sequence[tuple[str, Plan]] = (),
     measurements: Sequence[tuple[str, Measurement]] = (),
+    published: Leaderboard | None = None,
 ) -> str:
-    """Return the page's HTML."""
-    figures.graph_objects()
-    from plotly.offline import get_plotlyjs
-
+    """Return the page's HTML; published is a leaderboard of figures without sequences."""
+    title = html.escape(_title(study, plans, measurements, published))
     body = "".join(
         (
             *_evaluation(study),
+            *_published(published),
             *_plans(plans),
             *_measurements(measurements, plans),
         )
@@ -70,14 +69,28 @@ def page(
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>ramgguf report</title>\n<style>\n{_asset('page.css')}</style>\n"
-        f"<script>{get_plotlyjs()}</script>\n</head>\n<body>\n"
-        f"<h1>ramgguf report</h1>\n{body}<script>\n{_asset('page.js')}</script>\n</body>\n</html>\n"
+        f"<title>{title}</title>\n<style>\n{_asset('page.css')}</style>\n"
+        f"<script>{_asset('plotly-basic.min.js')}</script>\n</head>\n<body>\n"
+        f"<h1>{title}</h1>\n{body}<script>\n{_asset('page.js')}</script>\n</body>\n</html>\n"
     )
 
 
 def _asset(name: str) -> str:
     return resources.files("ramgguf.report").joinpath("assets", name).read_text(encoding="utf-8")
+
+
+def _title(
+    study: EvalReport,
+    plans: Sequence[tuple[str, Plan]],
+    measurements: Sequence[tuple[str, Measurement]],
+    published: Leaderboard | None,
+) -> str:
+    """Return the names of what the page shows, the first four and how many more."""
+    names = [s.label for s in study.summaries]
+    names += [row.label for row in published.rows] if published else []
+    names = names or [label for label, _ in (*plans, *measurements)]
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return f"{', '.join(names[:4])}{more} · ramgguf report" if names else "ramgguf report"
 
 
 # --- evaluations ---
@@ -86,23 +99,13 @@ def _asset(name: str) -> str:
 def _evaluation(study: EvalReport) -> Iterator[str]:
     if not study.summaries:
         return
-    yield "".join(f'<p class="soft">{html.escape(line)}</p>\n' for line in protocol_lines(study))
-    yield _list(statements(study))
+    yield from _verdict(verdict_lines(study))
+    if study.board is not None:
+        yield from _by_size(study.board)
     yield _section("Results", "Intervals are 95 %; none is claimed where the text is too short.")
-    grids = [perplexity_grid(study), reference_grid(study)]
-    if study.board and len(study.board.rows) > 1:
-        grids.append(ranking_grid(study.board))
-    yield from (to_html(grid.without_empty_columns()) for grid in grids if grid is not None)
-    yield _section(
-        "Quality against size",
-        "Filled marks are corpus PPL, open marks the median of sequence PPL. Where the two part,"
-        " a few sequences decide the first. Lower is better; smaller is to the left.",
-    )
-    yield _legend(study)
-    yield '<div class="pair">'
-    yield _figure(figures.ppl_by_size(study), "Perplexity against file size")
-    yield _figure(figures.kld_by_size(study), "Mean KLD against file size")
-    yield "</div>\n"
+    yield from (to_html(grid) for grid in grids(study))
+    yield _list(statements(study))
+    yield "".join(f'<p class="soft">{html.escape(line)}</p>\n' for line in protocol_lines(study))
     yield _section(
         "Every sequence",
         "One point per sequence, with the quartiles. The grey diamond is corpus PPL with its"
@@ -120,15 +123,37 @@ def _evaluation(study: EvalReport) -> Iterator[str]:
         yield _figure(delta, "Change of NLL per sequence")
 
 
-def _legend(study: EvalReport) -> str:
-    """Return each model's sign and colour, which are the same in every figure."""
-    signs, colours = figures.SIGNS, figures.COLOURS
-    items = "".join(
-        f'<span><span style="color:{colours[i % len(colours)]}" aria-hidden="true">'
-        f"{signs[i % len(signs)]}</span> {html.escape(s.label)}</span>\n"
-        for i, s in enumerate(study.summaries)
+def _published(board: Leaderboard | None) -> Iterator[str]:
+    if board is None:
+        return
+    yield from _verdict(board_verdict(board))
+    yield from _by_size(board)
+    yield _section("Published figures", "Without sequences: no interval, and no test.")
+    yield from (
+        to_html(g.without_empty_columns()) for g in (board_grid(board), ranking_grid(board))
     )
-    return f'<p class="legend">{items}</p>\n'
+    yield _list(findings(board))
+
+
+def _verdict(lines: Sequence[str]) -> Iterator[str]:
+    yield from (f'<p class="verdict">{html.escape(line)}</p>\n' for line in lines)
+
+
+def _by_size(board: Leaderboard) -> Iterator[str]:
+    """Yield KLD and perplexity against size, where sizes are known."""
+    made = [
+        _figure(figures.board_by_size(board, criterion), f"{what} against file size")
+        for criterion, what in (("mean_kld", "Mean KLD"), ("corpus_ppl", "Perplexity"))
+    ]
+    if not any(made):
+        return
+    yield _section(
+        "Quality against size",
+        "Lower is better; smaller is to the left. The dotted line joins the files that no smaller"
+        " one beats. Filled marks are KLD or corpus PPL, open ones the median of sequence PPL:"
+        " where these part, a few sequences decide the first. The dashed line is the reference.",
+    )
+    yield f'<div class="pair">{"".join(made)}</div>\n'
 
 
 def _cards(study: EvalReport) -> Iterator[str]:

@@ -24,27 +24,48 @@ def bits_by_layer(plan: Plan) -> Figure:
     for a in chosen:
         layer = layer_of(a.name)
         cells.setdefault((a.role, _OUTSIDE if layer is None else str(layer)), []).append(a)
-    grid = [[cells.get((role, column), []) for column in columns] for role in roles]
+    filled = [
+        (role, i, found)
+        for role in roles
+        for i, column in enumerate(columns)
+        if (found := cells.get((role, column)))
+    ]
+    labelled = len(columns) <= _MAX_LABELLED
     fig = figure("layer", "", 110 + 26 * len(roles))
     fig.add_trace(
-        graph_objects().Heatmap(
-            z=[[bpw(found) if found else None for found in row] for row in grid],
-            x=columns,
-            y=[html.escape(role) for role in roles],
-            text=[["<br>".join(_told(a) for a in found) for found in row] for row in grid],
-            hovertemplate="%{text}<extra></extra>",
-            texttemplate="%{z:.1f}" if len(columns) <= _MAX_LABELLED else None,
+        graph_objects().Bar(  # the slim plotly has no heatmap: a cell is a bar with a base
+            orientation="h",
+            x=[1] * len(filled),
+            base=[column - 0.5 for _, column, _ in filled],
+            y=[html.escape(role) for role, _, _ in filled],
+            text=[f"{bpw(found):.1f}" if labelled else "" for _, _, found in filled],
+            textposition="inside",
+            insidetextanchor="middle",
+            textangle=0,
             textfont={"size": 10},
-            hoverongaps=False,
-            colorscale="Cividis",
-            zmin=2,
-            zmax=MAX_BPW,
-            xgap=1,
-            ygap=1,
-            colorbar={"title": {"text": "bits per weight", "side": "right"}, "thickness": 12},
+            hovertext=["<br>".join(_told(a) for a in found) for _, _, found in filled],
+            hovertemplate="%{hovertext}<extra></extra>",
+            marker={
+                "color": [bpw(found) for _, _, found in filled],
+                "colorscale": "Cividis",
+                "cmin": 2,
+                "cmax": MAX_BPW,
+                "showscale": True,
+                "colorbar": {
+                    "title": {"text": "bits per weight", "side": "right"},
+                    "thickness": 12,
+                },
+            },
         )
     )
-    fig.update_xaxes(type="category", showgrid=False)
+    fig.update_layout(barmode="overlay", bargap=0.06)
+    shown = range(0, len(columns), max(1, len(columns) // 20))
+    fig.update_xaxes(
+        tickvals=list(shown),
+        ticktext=[columns[i] for i in shown],
+        range=[-0.5, len(columns) - 0.5],
+        showgrid=False,
+    )
     fig.update_yaxes(type="category", autorange="reversed", showgrid=False)
     return fig
 

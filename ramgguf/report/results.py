@@ -1,7 +1,7 @@
 """What `ramgguf eval` and `ramgguf compare` print, from results alone.
 
-The resampling behind intervals and p-values has a fixed seed: the same results always print the
-same numbers.
+The resampling behind ratios of medians has a fixed seed: the same results always print the same
+numbers.
 """
 
 import json

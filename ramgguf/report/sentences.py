@@ -4,219 +4,193 @@ from collections.abc import Collection, Sequence
 
 from ramgguf.evaluate.leaderboard import (
     LABELS,
-    SIGNIFICANCE,
-    Culprit,
     Disagreement,
     Gap,
+    InfluentialSequence,
     Leaderboard,
     Ranking,
     Reversal,
     Tie,
     Verdict,
 )
-from ramgguf.report.numbers import p_value, ppl
+from ramgguf.report.numbers import p_value, ppl, ratio
 
 _MAX_RANKED = 4  # models in a ranking in a sentence; of more, only those it is about
-_MAX_NAMED = 5  # culprits or pairs named in a sentence; the rest are counted
+_MAX_NAMED = 5  # sequences or pairs named in a sentence; the rest are counted
+_MIN_GAP = 0.005  # of corpus and median PPL; less does not show in two decimals
 
 
 def findings(board: Leaderboard) -> tuple[str, ...]:
     """Return what the leaderboard says beyond its table, one statement per item."""
-    groups: dict[object, list[Disagreement]] = {}
-    for d in board.disagreements:
-        groups.setdefault(_same_story(d), []).append(d)
     found: list[str] = []
-    told: list[Disagreement] = []
-    for group in groups.values():
-        found.append(_disagreement(group, named_before=any(_alike(group[0], e) for e in told)))
-        told += group
-    if not found and len(board.rows) > 1 and len(board.rankings) > 1:
+    if board.disagreements:
+        found.append(_disagreements(board))
+    elif len(board.rows) > 1 and len(board.rankings) > 1:
         names = _list([LABELS[r.criterion] for r in board.rankings])
-        found = [f"No inversion: {names} rank the models alike."]
+        found.append(f"No inversion: {names} rank the models alike.")
     found += _ties(board.ties)
-    if board.gap is not None and board.gap.value:
+    if board.gap is not None and abs(board.gap.value) >= _MIN_GAP:
         found.append(_gap(board.gap))
-    return (*found, *(f"{note}." for note in board.notes))
+    return (*found, *(note if note.endswith(".") else f"{note}." for note in board.notes))
 
 
-def _same_story(d: Disagreement) -> object:
-    """Return a key that disagreements share when one sentence can tell them all.
-
-    They are about one pair of models, with the same sequences as their cause, and all significant
-    or all unknown. (What is noise is told criterion by criterion, with its p-values.)
-    """
-    pairs = frozenset(frozenset((r.better, r.worse)) for r in d.reversals)
-    verdicts = {r.verdict for r in d.reversals}
-    if len(pairs) > 1 or Verdict.NOISE in verdicts:
-        return d.first.criterion, d.second.criterion
-    return pairs, tuple(verdicts), tuple(c.sequence.index for c in d.culprits)
+# --- where rankings part: one paragraph for all of them ---
 
 
-def _disagreement(group: Sequence[Disagreement], *, named_before: bool) -> str:
-    d = group[0]
-    what = _what(d) if len(group) == 1 else _camps(group)
-    if not named_before:
-        parts = (what, _significance(group), _why(d.culprits), _without(d))
+def _disagreements(board: Leaderboard) -> str:
+    parts = [_camps(board)]
+    if all(r.verdict is Verdict.UNKNOWN for r in _reversals(board.disagreements)):
+        parts.append(_unknown(board.disagreements))
     else:
-        cause = "The same sequence causes" if len(d.culprits) == 1 else "The same sequences cause"
-        parts = (what, _significance(group), f"{cause} it.", _without(d))
+        parts += _pairs(board.disagreements)
+    influential = _influential(board.disagreements)
+    parts += [_why(influential), _without(board.disagreements, len(influential))]
     return " ".join(filter(None, parts))
 
 
-def _camps(group: Sequence[Disagreement]) -> str:
-    """Return which criteria prefer which of the only two models that the group is about."""
-    camps: dict[str, dict[str, None]] = {}
-    for d in group:
-        (pair,) = d.reversals
-        camps.setdefault(pair.better, {})[LABELS[d.first.criterion]] = None
-        camps.setdefault(pair.worse, {})[LABELS[d.second.criterion]] = None
-    (a, for_a), (b, for_b) = camps.items()
-    verbs = ["puts" if len(camp) == 1 else "put" for camp in (for_a, for_b)]
-    return (
-        f"{_capital(_list(list(for_a)))} {verbs[0]} {a} before {b}, {_list(list(for_b))} {verbs[1]}"
-        f" {b} before {a}."
-    )
+def _reversals(found: Sequence[Disagreement]) -> list[Reversal]:
+    return [r for d in found for r in d.reversals]
 
 
-def _alike(a: Disagreement, b: Disagreement) -> bool:
-    places = [[c.sequence.index for c in d.culprits] for d in (a, b)]
-    return bool(places[0]) and places[0] == places[1]
-
-
-def _what(d: Disagreement) -> str:
-    only = _of_interest(d)
-    first, second = LABELS[d.first.criterion], LABELS[d.second.criterion]
-    if d.full_inversion and len(d.first.order) > 2:
-        return (
-            f"Full inversion: {first} ranks {order(d.first)}, and {second} ranks them exactly the"
-            f" other way round, {order(d.second)}."
-        )
-    if len(d.reversals) == 1:
-        (pair,) = d.reversals
-        return (
-            f"{_capital(first)} puts {pair.better} before {pair.worse}, {second} puts {pair.worse}"
-            f" before {pair.better}."
-        )
-    pairs = _list([f"{r.better} vs {r.worse}" for r in d.reversals[:_MAX_NAMED]])
-    more = len(d.reversals) - _MAX_NAMED
-    pairs += f" and {more} more" if more > 0 else ""
-    return (
-        f"{_capital(first)} and {second} order {len(d.reversals)} pairs in opposite ways ({pairs}):"
-        f" {order(d.first, only)} against {order(d.second, only)}."
-    )
-
-
-def _significance(group: Sequence[Disagreement]) -> str:
-    """Return whether the reversals mean anything, p-values corrected over all pairs."""
-    reversals = [r for d in group for r in d.reversals]
-    if all(r.difference_first is None for r in reversals):
-        return "Whether that is significant is unknown: aggregates carry no per-sequence losses."
-    if any(r.verdict is Verdict.UNKNOWN for r in reversals):
-        return f"Whether that is significant is unknown: {_untestable(group)}."
-    real = [r for r in reversals if r.verdict is Verdict.SIGNIFICANT]
-    if len(reversals) == 1 and not real:
-        return f"That is noise: {_blind(group[0])}."
-    if not real:
-        return (
-            f"That is noise: for none of the {len(reversals)} pairs do both criteria tell the two"
-            f" models apart (Holm-corrected p ≥ {p_value(min(_p(r) for r in reversals))})."
-        )
-    p = p_value(max(_p(r) for r in real))
-    if len(real) == len(reversals):
-        return (
-            "That is significant: each criterion on its own tells the models apart"
-            f" (Holm-corrected p ≤ {p})."
-        )
-    pairs = _list([f"{r.better} vs {r.worse}" for r in real[:_MAX_NAMED]])
-    return f"That is significant for {pairs} (Holm-corrected p ≤ {p}) and noise for the others."
-
-
-def _untestable(group: Sequence[Disagreement]) -> str:
-    """Return why a criterion has no interval."""
-    untested = {
-        ranking.criterion
-        for d in group
-        for ranking, tests in (
-            (d.first, [r.difference_first for r in d.reversals]),
-            (d.second, [r.difference_second for r in d.reversals]),
-        )
-        if any(t is None or t.p is None for t in tests)
-    }
-    if untested == {"mean_ppl"}:
-        return "a tail this heavy leaves mean PPL without a variance, and so without an interval"
-    return "there are too few sequences to tell"
-
-
-def _blind(d: Disagreement) -> str:
-    """Return which criterion does not tell the two models of the only reversal apart."""
-    (pair,) = d.reversals
-    blind = [
-        f"{LABELS[ranking.criterion]} (Holm-corrected p = {p_value(found.p)})"
-        for ranking, found in ((d.first, pair.difference_first), (d.second, pair.difference_second))
-        if found is not None and found.p is not None and found.p >= SIGNIFICANCE
+def _camps(board: Leaderboard) -> str:
+    """Return which criteria rank the models how."""
+    only = _of_interest(board)
+    camps: dict[str, list[str]] = {}
+    for r in board.rankings:
+        camps.setdefault(order(r, only), []).append(LABELS[r.criterion])
+    said = [
+        f"{_list(names)} {'ranks' if len(names) == 1 else 'rank'} {best_first}"
+        for best_first, names in camps.items()
     ]
-    if len(blind) == 2:
-        return f"neither {blind[0]} nor {blind[1]} tells the two apart"
-    return f"{blind[0]} does not tell the two apart"
+    full = any(d.full_inversion and len(d.first.order) > 2 for d in board.disagreements)
+    return f"{'Full inversion: ' if full else 'Inversion: '}{'; '.join(said)}."
 
 
-def _p(reversal: Reversal) -> float:
-    """Return the larger of the two p-values: both criteria have to speak."""
-    found = (reversal.difference_first, reversal.difference_second)
-    return max(d.p for d in found if d is not None and d.p is not None)
+def _unknown(found: Sequence[Disagreement]) -> str:
+    if all(r.sequences is None for r in _reversals(found)):
+        return "Whether that is significant is unknown: aggregates carry no per-sequence losses."
+    criteria = {d.first.criterion for d in found} & {"mean_ppl"}
+    if criteria and all(d.first.criterion == "mean_ppl" for d in found):
+        return (
+            "Whether that is significant is unknown: a tail this heavy leaves mean PPL without a"
+            " variance, and so without an interval."
+        )
+    return "Whether that is significant is unknown: there are too few sequences to tell."
 
 
-def _why(culprits: Sequence[Culprit]) -> str:
-    if not culprits:
+def _pairs(found: Sequence[Disagreement]) -> list[str]:
+    """Return a sentence per reversed pair, told by the disagreement that says most about it."""
+    rank = (Verdict.FEW, Verdict.SIGNIFICANT, Verdict.UNRESOLVED, Verdict.UNKNOWN)
+    best: dict[frozenset[str], tuple[Disagreement, Reversal]] = {}
+    for d in found:
+        for r in d.reversals:
+            key = frozenset((r.better, r.worse))
+            if key not in best or rank.index(r.verdict) < rank.index(best[key][1].verdict):
+                best[key] = d, r
+    told = sorted(best.values(), key=lambda x: rank.index(x[1].verdict))
+    said = [_pair(d, r) for d, r in told[:_MAX_NAMED]]
+    if len(told) > _MAX_NAMED:
+        said.append(f"{len(told) - _MAX_NAMED} more pairs are reversed.")
+    return said
+
+
+def _pair(d: Disagreement, r: Reversal) -> str:
+    s = r.sequences
+    if s is None:
         return ""
-    worst = sorted(culprits, key=lambda c: -max(c.ppl.values()))
-    named = [_culprit(c) for c in worst[:_MAX_NAMED]]
-    if len(worst) > _MAX_NAMED:
-        named.append(f"{len(worst) - _MAX_NAMED} more")
-    count = "One sequence causes" if len(worst) == 1 else f"{len(worst)} sequences cause"
+    a, b, s = (
+        (r.better, r.worse, s) if s.n_better >= s.n_worse else (r.worse, r.better, s.inverse())
+    )
+    counted = (
+        f"{a} is better than {b} on {s.n_better} of {s.n} sequences (sign test"
+        f" p = {p_value(s.p_sign)}; median ΔNLL {_delta(s.median_delta.value)}"
+        + (
+            f", {_delta(s.median_delta.low)} to {_delta(s.median_delta.high)})"
+            if s.median_delta.low is not None and s.median_delta.high is not None
+            else ")"
+        )
+    )
+    ratios = [
+        f"{LABELS[ranking.criterion]} × {ratio(found)}"
+        for ranking, found in ((d.first, r.ratio_first), (d.second, r.ratio_second))
+        if found is not None
+    ]
+    measured = f"{r.better} over {r.worse}: {_list(ratios)}"
+    match r.verdict:
+        case Verdict.FEW:
+            return f"{counted}: few sequences outweigh the rest ({measured})."
+        case Verdict.SIGNIFICANT:
+            return f"{counted}. Significant: each criterion tells the two apart ({measured})."
+        case Verdict.UNRESOLVED:
+            return f"{counted}. Unresolved ({measured})."
+    return f"{counted}. Unknown: without an interval ({measured})."
+
+
+def _delta(value: float | None) -> str:
+    return "" if value is None else f"{value:+.4f}".replace("-", "−")
+
+
+def _influential(found: Sequence[Disagreement]) -> list[InfluentialSequence]:
+    every = {s.sequence.index: s for d in reversed(found) for s in d.influential}
+    return sorted(every.values(), key=lambda s: -max(s.ppl[label] for label in s.pair))
+
+
+def _why(found: Sequence[InfluentialSequence]) -> str:
+    if not found:
+        return ""
+    named = [_sequence(s) for s in found[:_MAX_NAMED]]
+    if len(found) > _MAX_NAMED:
+        named.append(f"{len(found) - _MAX_NAMED} more")
+    count = "One sequence causes" if len(found) == 1 else f"{len(found)} sequences cause"
     return f"{count} it: {_list(named, '; ')}."
 
 
-def _culprit(c: Culprit) -> str:
-    high, low = max(c.ppl, key=c.ppl.__getitem__), min(c.ppl, key=c.ppl.__getitem__)
-    where = f" ({c.sequence.title})" if c.sequence.title else ""
+def _sequence(s: InfluentialSequence) -> str:
+    high, low = sorted(s.pair, key=s.ppl.__getitem__, reverse=True)
+    where = f" ({s.sequence.title})" if s.sequence.title else ""
     return (
-        f"#{c.sequence.index}{where}, PPL {ppl(c.ppl[high])} under {high},"
-        f" {ppl(c.ppl[low])} under {low}"
+        f"#{s.sequence.index}{where}, PPL {ppl(s.ppl[high])} under {high},"
+        f" {ppl(s.ppl[low])} under {low}"
     )
 
 
-def _without(d: Disagreement) -> str:
-    if d.without is None:
+def _without(found: Sequence[Disagreement], n: int) -> str:
+    """Return how the criteria rank the models without the influential sequences."""
+    left = [r for d in found if d.without is not None for r in d.without]
+    if not left:
         return ""
-    first, second = d.without
-    only = _of_interest(d)
-    what = "it" if len(d.culprits) == 1 else "them"
-    if order(first, only) == order(second, only):
-        return f"Without {what} both rank {order(first, only)}."
+    what = "it" if n == 1 else "them"
+    said: dict[str, dict[str, None]] = {}
+    for r in left:
+        said.setdefault(order(r), {})[LABELS[r.criterion]] = None
+    if len(said) == 1:
+        return f"Without {what} all rank {next(iter(said))}."
     return (
-        f"Without {what} {LABELS[first.criterion]} ranks {order(first, only)},"
-        f" {LABELS[second.criterion]} {order(second, only)}."
+        f"Without {what} "
+        + "; ".join(
+            f"{_list(list(names))} rank{'s' if len(names) == 1 else ''} {best_first}"
+            for best_first, names in said.items()
+        )
+        + "."
     )
+
+
+# --- ties and gaps ---
 
 
 def _ties(ties: Sequence[Tie]) -> list[str]:
-    """Return a statement per criterion that does not tell neighbours in its ranking apart."""
-    by_criterion: dict[str, list[Tie]] = {}
+    """Return one statement of the neighbours in rankings that are not told apart."""
+    by_pair: dict[frozenset[str], list[Tie]] = {}
     for tie in ties:
-        by_criterion.setdefault(tie.criterion, []).append(tie)
-    return [
-        f"{_capital(LABELS[criterion])} does not tell apart "
-        + _list(
-            [
-                f"{t.better} and {t.worse} (Holm-corrected p = {p_value(t.difference.p or 0)})"
-                for t in found
-            ],
-            "; ",
-        )
-        + "."
-        for criterion, found in by_criterion.items()
+        by_pair.setdefault(frozenset((tie.better, tie.worse)), []).append(tie)
+    said = [
+        f"{found[0].better} and {found[0].worse} by "
+        + _list([f"{LABELS[t.criterion]} (p = {p_value(t.ratio.p or 0)})" for t in found])
+        for found in by_pair.values()
     ]
+    if len(said) > _MAX_NAMED:
+        said = [*said[:_MAX_NAMED], f"{len(said) - _MAX_NAMED} more pairs"]
+    return [f"Unresolved (Holm-corrected): {_list(said, '; ')}."] if said else []
 
 
 def _gap(gap: Gap) -> str:
@@ -227,22 +201,24 @@ def _gap(gap: Gap) -> str:
 
 
 def order(ranking: Ranking, only: Collection[str] | None = None) -> str:
-    """Return the labels (or those in `only`) best first: A < B < C."""
-    return " < ".join(label for label in ranking.order if only is None or label in only)
+    """Return the labels (or those in `only`) best first: A < B = C."""
+    shown = ranking if only is None else ranking.only(frozenset(only))
+    if not shown.order:
+        return ""
+    equal = shown.equal or (False,) * (len(shown.order) - 1)
+    signs = [" = " if same else " < " for same in equal]
+    return shown.order[0] + "".join(s + a for s, a in zip(signs, shown.order[1:], strict=True))
 
 
-def _of_interest(d: Disagreement) -> Collection[str] | None:
-    """Return the models that a disagreement is about; None, for all, where they are few."""
-    if len(d.first.order) <= _MAX_RANKED:
+def _of_interest(board: Leaderboard) -> Collection[str] | None:
+    """Return the models that disagreements are about; None, for all, where they are few."""
+    if len(board.rows) <= _MAX_RANKED:
         return None
-    return {label for r in d.reversals for label in (r.better, r.worse)}
+    found = {label for r in _reversals(board.disagreements) for label in (r.better, r.worse)}
+    return found or None
 
 
 def _list(items: Sequence[str], comma: str = ", ") -> str:
     if len(items) < 2:
         return "".join(items)
     return comma.join(items[:-1]) + (" and " if comma == ", " else f"{comma}and ") + items[-1]
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]

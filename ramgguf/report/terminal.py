@@ -40,6 +40,8 @@ def print_grid(console: Console, grid: Grid) -> None:
     else:
         _print_whole(console, full)
     left_out = [c.heading for c in full.columns if c not in shown.columns]
+    if full.has_details and not shown.has_details:
+        left_out.append("intervals")
     if left_out:
         names = Text(", ".join(left_out), style="dim")
         console.print(Text("not shown in this width: ", style="dim") + names)

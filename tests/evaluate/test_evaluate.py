@@ -304,8 +304,9 @@ def test_resuming_after_a_cut_at_any_byte_gives_the_same_numbers(
 _SCRIPT = """
 import sys
 from pathlib import Path
-from ramgguf.core.corpus import Corpus, EvalProtocol, default_corpus
-from ramgguf.evaluate.evaluation import evaluate
+from ramgguf.core.corpus import Corpus, default_corpus
+from ramgguf.evaluate.evaluation import score_models
+from ramgguf.evaluate.protocol import EvalProtocol
 protocol = EvalProtocol(Corpus("excerpt", default_corpus().text[:8000]), n_ctx=64, n_seq=110)
 models = [Path(p) for p in sys.argv[2:]]
 journal = Path(sys.argv[1])

@@ -12,7 +12,8 @@ from made_plans import made_measurement, made_plan
 from made_results import N_TOKENS, eval_result, journal, ordinary_ppl, wild_ppl
 from ramgguf.cli.app import app
 from ramgguf.core.errors import RamggufError, ResultError
-from ramgguf.evaluate.comparison import check_comparable, compare_published
+from ramgguf.evaluate.common_sequences import check_comparable
+from ramgguf.evaluate.comparison import compare_published
 from ramgguf.evaluate.result import quantiles
 from ramgguf.evaluate.result_files import read_material
 from ramgguf.llama.protocol import encode_float32
@@ -104,7 +105,10 @@ def test_published_figures_survive_their_csv(tmp_path: Path, figures: tuple[obje
         ("x.jsonl", "hello\n", "line 1 is no record"),
         ("x.jsonl", "", "has no evaluation"),
         ("x.csv", "", "has no column 'model'"),
-        ("x.csv", "name,ppl\na,1\n", "has no column 'model'"),
+        ("x.csv", "maker,ppl\na,1\n", "has no column 'model'"),
+        ("x.csv", "model,speed\na,1\n", "has no figures"),
+        ("x.csv", "model,size,ppl\na,big,1\n", "the size of a is 'big'"),
+        ("x.csv", "model,corpus_ppl\na,1,2\n", "row of a has 3 cells of 2"),
         ("x.csv", "model,corpus_ppl\na,-1\n", "corpus_ppl of a is '-1'"),
         ("x.csv", "model,corpus_ppl\na,nan\n", "corpus_ppl of a is 'nan'"),
         ("x.csv", "model,corpus_ppl\na,ten\n", "corpus_ppl of a is 'ten'"),
@@ -146,13 +150,18 @@ def scores(tmp_path: Path) -> Path:
 
 def test_compare_prints_rankings_and_findings(scores: Path) -> None:
     text = run("compare", scores)
+    assert text.startswith("wild: same size, better on 123 of 128 sequences; mean and median part.")
+    assert "Distrust corpus PPL and mean PPL: 5 sequences of 128 outweigh the rest." in text
+    assert "Distrust mean PPL of wild: the tail is heavy" in text
     assert "wild < tame" in text
     assert "5 sequences cause it" in text
-    assert "wild is heavy-tailed" in text
 
 
 def test_compare_writes_each_form(scores: Path) -> None:
-    assert json.loads(run("compare", scores, "--json"))["rankings"]["median_ppl"][0] == "wild"
+    document = json.loads(run("compare", scores, "--json"))
+    assert document["rankings"]["median_ppl"][0] == "wild"
+    assert document["orders"]["median_ppl"] == "wild < tame"
+    assert document["verdict"][0].startswith("wild: ")
     assert run("compare", scores, "--markdown").startswith("### Evaluation")
     assert run("compare", scores, "--csv").splitlines()[1].startswith("tame,")
     assert run("compare", scores, "--outlier", "1", "--csv").splitlines()[1].count(",1.0,128,") == 1
@@ -212,3 +221,111 @@ def test_results_of_different_batch_sizes_are_not_ranked_together() -> None:
     doubled = b.engine.model_copy(update={"n_batch": b.engine.n_batch * 2})
     with pytest.raises(ResultError, match="tokens per batch: 2048 for a, 4096 for b"):
         check_comparable([a, b.model_copy(update={"engine": doubled})])
+
+
+# --- pasted tables ---
+
+
+GLM = """Condition,Mean PPL,Median PPL,Outliers (>100),Size
+BF16 (unquantized),11.344,8.706,5,58.2 GB
+RAM v1 (best),9.930,9.084,4,15.9GB
+RAM,9.427,9.210,0,15.8 GB
+"""
+
+
+@pytest.mark.parametrize("form", ["comma", "bom", "semicolon", "tab", "pipe", "decimal comma"])
+def test_a_pasted_table_is_read_whatever_separates_its_columns(tmp_path: Path, form: str) -> None:
+    rows = [line.split(",") for line in GLM.splitlines()]
+    made = {
+        "comma": GLM,
+        "bom": "\ufeff" + GLM,
+        "semicolon": GLM.replace(",", ";"),
+        "tab": GLM.replace(",", "\t"),
+        "pipe": "\n".join(["| " + " | ".join(r) + " |" for r in (rows[0], ["---"] * 5, *rows[1:])]),
+        "decimal comma": GLM.replace(",", ";").replace(".", ","),
+    }[form]
+    path = tmp_path / ("pasted.md" if form == "pipe" else "pasted.csv")
+    path.write_text(made, encoding="utf-8")
+    found = read_material([path])
+    assert [(a.label, a.corpus_ppl, a.median_ppl, a.n_outliers) for a in found.aggregates] == [
+        ("BF16 (unquantized)", 11.344, 8.706, 5),
+        ("RAM v1 (best)", 9.93, 9.084, 4),
+        ("RAM", 9.427, 9.21, 0),
+    ]
+    assert [a.n_bytes for a in found.aggregates] == [58_200_000_000, 15_900_000_000, 15_800_000_000]
+    assert "'Mean PPL' is taken as corpus PPL" in found.notes[0]
+    text = run("compare", path)
+    assert "Full inversion" in text
+    assert "is taken as corpus PPL" in text
+
+
+def test_a_family_column_tells_models_apart_and_unknown_columns_are_reported(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "families.csv"
+    path.write_text(
+        "Model,Condition,Size (GB),PPL,tokens/s\nGLM,RAM,15.8,9.4,30\nQwen,RAM,16,8.9,–\n"
+    )
+    found = read_material([path])
+    assert [(a.label, a.n_bytes) for a in found.aggregates] == [
+        ("GLM RAM", 15_800_000_000),
+        ("Qwen RAM", 16_000_000_000),
+    ]
+    assert found.notes == ("columns that are not understood: tokens/s",)
+
+
+def test_our_own_arithmetic_mean_is_not_taken_for_the_corpus_value(tmp_path: Path) -> None:
+    path = tmp_path / "own.csv"
+    path.write_text("model,corpus_ppl,mean_ppl\na,9.0,12.0\n")
+    (a,) = read_material([path]).aggregates
+    assert (a.corpus_ppl, a.mean_ppl) == (9.0, 12.0)
+    assert read_material([path]).notes == ()
+
+
+# --- files that must not pass ---
+
+
+def _spoilt(tmp_path: Path, **changes: object) -> Path:
+    document = json.loads(eval_result("a", ordinary_ppl(1, n=8)).to_json())
+    document["sequences"][3].update(changes)
+    path = tmp_path / "spoilt.json"
+    path.write_text(json.dumps(document))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"nll_sum": -500.0}, "nll_sum of sequence 3 is -500, expected ≥ 0"),
+        ({"index": 2}, "sequence 2 is there twice"),
+        ({"reference_nll_sum": -9.0}, "reference_nll_sum of sequence 3 is -9"),
+        ({"kld_sum": -9.0}, "kld_sum of sequence 3 is -9"),
+        ({"n_same_top": 5000}, "5000 equal top tokens of 2047 scored"),
+    ],
+)
+def test_impossible_scores_are_refused_in_one_line(
+    tmp_path: Path, changes: dict[str, object], message: str
+) -> None:
+    path = _spoilt(tmp_path, **changes)
+    with pytest.raises(RamggufError, match=message) as raised:
+        read_material([path])
+    assert "\n" not in str(raised.value)
+    assert "Value error" not in str(raised.value)
+
+
+def test_a_file_of_one_whole_result_a_line_is_read(tmp_path: Path) -> None:
+    results = [eval_result(name, ordinary_ppl(i)) for i, name in enumerate("ab")]
+    lines = [json.dumps({"bench": "x", "result": json.loads(r.to_json())}) for r in results]
+    path = tmp_path / "bench.jsonl"
+    path.write_text("\n".join(lines) + "\n")
+    assert read_material([path]).results == tuple(results)
+    path.write_text("\n".join(lines) + "\nnothing\n")
+    with pytest.raises(ResultError, match="line 3 holds no result"):
+        read_material([path])
+
+
+def test_the_recorded_run_of_the_bench_opens() -> None:
+    path = Path(__file__).parents[2] / "bench" / "results" / "ram_smol135.jsonl"
+    text = run("compare", path)
+    assert text.startswith("smol135-f16-Q8_0: ")
+    assert "smol135-f16 < smol135-f16-Q8_0 < smol135-f16-42pct" in text

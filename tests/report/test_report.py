@@ -3,6 +3,7 @@
 import csv
 import html.parser
 import io
+import itertools
 import json
 import os
 import re
@@ -17,13 +18,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
+import published
 from made_plans import made_measurement, made_plan
 from made_results import eval_result, ordinary_ppl, wild_ppl
-from ramgguf.evaluate.bootstrap import Estimate
+from ramgguf.evaluate.comparison import compare_published
 from ramgguf.evaluate.eval_report import EvalReport, eval_report
+from ramgguf.evaluate.intervals import Estimate
+from ramgguf.evaluate.leaderboard import Aggregate
 from ramgguf.evaluate.result import EvalResult
 from ramgguf.report import evaluation, results
-from ramgguf.report.figures import log_ticks
+from ramgguf.report.chart import board_chart
+from ramgguf.report.figures import board_by_size, label_places, log_ticks
 from ramgguf.report.grid import Column, Grid, markdown_text, to_html, to_markdown
 from ramgguf.report.numbers import kld, ppl, with_interval
 from ramgguf.report.page import page, write_html
@@ -55,7 +60,7 @@ def three_models() -> list[EvalResult]:
 
 @pytest.fixture(scope="module")
 def three() -> EvalReport:
-    return eval_report(three_models(), np.random.default_rng(0), n_resamples=1000)
+    return eval_report(three_models())
 
 
 def printed(made: EvalReport, *, terminal: bool, width: int) -> str:
@@ -100,7 +105,7 @@ def test_the_same_results_always_print_the_same(three: EvalReport) -> None:
     out = io.StringIO()
     results.print_eval(models, Console(file=out))
     assert "Protocol ram: 128 windows of 2048 tokens" in out.getvalue()
-    assert "intervals by bootstrap over 43 articles" in out.getvalue()
+    assert "intervals over 43 articles" in out.getvalue()
 
 
 def test_file_names_are_not_taken_for_markup() -> None:
@@ -141,7 +146,8 @@ def test_markdown_has_a_row_per_model_and_equal_columns(three: EvalReport) -> No
         widths = {len(re.findall(r"(?<!\\)\|", line)) for line in table.strip().splitlines()}
         assert len(widths) == 1
     assert [len(t.strip().splitlines()) - 2 for t in tables[:2]] == [3, 2]
-    assert "- wild is heavy-tailed" in text
+    assert "Distrust mean PPL of wild: the tail is heavy" in text
+    assert text.startswith("### Evaluation\n\ngood: ")
 
 
 @settings(deadline=None)  # the first example waits for an import
@@ -311,6 +317,107 @@ def test_the_file_is_replaced_whole(tmp_path: Path, three: EvalReport) -> None:
     write_html(target, three)
     assert target.read_text().endswith("</html>\n")
     assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
+
+
+def test_a_page_is_small_and_its_title_and_first_line_say_what_it_finds(whole_page: str) -> None:
+    assert len(whole_page.encode()) < 1_500_000
+    assert "<title>f16, good, wild · ramgguf report</title>" in whole_page
+    body = structure(whole_page).text
+    verdict = "good: 100% larger than wild, KLD "
+    assert body.index(verdict) < body.index("Quality against size") < body.index("Results")
+    assert "Distrust mean PPL of wild" in body
+
+
+def test_a_page_of_published_figures_alone_shows_them() -> None:
+    board = compare_published(published.GLM_4_7_FLASH)
+    text = page(eval_report([]), published=board)
+    body = structure(text).text
+    assert "<title>BF16, RAM v1, RAM · ramgguf report</title>" in text
+    for said in ("No verdict: ", "Full inversion", "11.344", "58.2 GB", "Quality against size"):
+        assert said in body, said
+    assert text.count('class="plot"') == 1
+
+
+@pytest.mark.parametrize("sizes", [(5_000_000_000,), (5_000_000_000,) * 3])
+def test_the_size_axis_is_sane_for_one_model_and_for_equal_sizes(sizes: tuple[int, ...]) -> None:
+    figures = [Aggregate(f"m{i}", n, corpus_ppl=8.0 + i) for i, n in enumerate(sizes)]
+    made = board_by_size(compare_published(figures), "corpus_ppl")
+    assert made is not None
+    low, high = made.layout.xaxis.range
+    assert (low, high) == pytest.approx((4.5, 5.5))
+    shown = [x for trace in made.data for x in trace.x]
+    assert all(low < x < high for x in shown)
+
+
+@given(st.lists(st.floats(0, 1), max_size=20))
+def test_labels_of_outliers_never_cover_each_other(places: list[float]) -> None:
+    sides = label_places(places)
+    named = [(x, side) for x, side in zip(places, sides, strict=True) if side is not None]
+    for (x, side), (y, other) in itertools.combinations(named, 2):
+        assert side != other or abs(x - y) >= 0.14
+    assert not places or sides[0] is not None
+
+
+# --- the chart of the terminal ---
+
+
+def test_the_chart_places_files_by_size_and_quality_and_marks_the_front() -> None:
+    board = compare_published(
+        [
+            Aggregate("small", 1_000_000_000, median_ppl=12.0),
+            Aggregate("large", 4_000_000_000, median_ppl=8.0),
+            Aggregate("beaten", 4_000_000_000, median_ppl=11.0),
+        ]
+    )
+    lines = board_chart(board, 80)
+    at = {
+        name: next((i, line) for i, line in enumerate(lines) if name in line)
+        for name in ("small", "large", "beaten")
+    }
+    assert at["small"][0] < at["beaten"][0] < at["large"][0]
+    assert at["small"][1].index("●") < at["large"][1].index("●")
+    assert "○" in at["beaten"][1]
+    assert max(map(len, lines)) <= 80
+    assert board_chart(compare_published([Aggregate("one", 1, median_ppl=1.0)]), 80) == []
+
+
+@given(st.lists(st.tuples(st.integers(1, 10**12), st.floats(0.1, 1e6)), min_size=2, max_size=12))
+@settings(max_examples=50, deadline=None)
+def test_the_chart_never_overruns_and_shows_every_file(files: list[tuple[int, float]]) -> None:
+    board = compare_published(
+        [Aggregate(f"m{i}", n, median_ppl=v) for i, (n, v) in enumerate(files)]
+    )
+    lines = board_chart(board, 80)
+    assert max(map(len, lines)) <= 80
+    assert "●" in "".join(lines[1:])
+
+
+def test_80_columns_show_the_four_figures_that_matter(three: EvalReport) -> None:
+    lines = printed(three, terminal=True, width=80).splitlines()
+    heading = next(line for line in lines if line.startswith("model") and "P95" in line)
+    for column in ("corpus PPL", "median PPL", "P95", "P99", "PPL > 100"):
+        assert column in heading
+    assert any("intervals" in line for line in lines)
+
+
+def test_the_verdict_comes_first(three: EvalReport) -> None:
+    lines = printed(three, terminal=False, width=80).splitlines()
+    assert lines[0].startswith("good: 100% larger than wild, KLD 0.")
+    assert "× wild’s (" in lines[0]
+    assert lines[0].endswith("better on 126 of 128 sequences; mean and median agree.")
+    assert lines[1].startswith("Smaller, and best for their size: wild (1.00 MB, KLD ")
+
+
+def test_a_partial_run_is_marked_in_every_form() -> None:
+    cut = eval_result("cut", ordinary_ppl(1, n=4), n_seq=12)
+    made = eval_report([cut])
+    said = "cut is partial: 4 of 12 sequences"
+    assert said in printed(made, terminal=False, width=80).splitlines()[0]
+    assert said in structure(page(made)).text
+    assert said in results.eval_markdown([cut])
+    assert json.loads(results.eval_json([cut]))["verdict"][0].startswith(said)
+    (row,) = csv.DictReader(io.StringIO(results.eval_csv([cut])))
+    assert (row["n_sequences"], row["n_sequences_wanted"]) == ("4", "12")
 
 
 # --- in a browser ---

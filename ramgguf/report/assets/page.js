@@ -12,9 +12,19 @@ function theme(layout) {
   return themed;
 }
 
+// On a narrow page the names of rows take at most a third of it.
+function fitted(div, layout) {
+  const ticks = layout.yaxis && layout.yaxis.ticktext;
+  const most = Math.max(8, Math.floor(div.clientWidth / 3 / 7));
+  if (!ticks || !ticks.some((t) => t.length > most)) return layout;
+  const half = Math.floor((most - 1) / 2);
+  const short = ticks.map((t) => (t.length > most ? t.slice(0, half) + "…" + t.slice(-half) : t));
+  return { ...layout, yaxis: { ...layout.yaxis, ticktext: short } };
+}
+
 function draw(div, figure) {
   div.figure = figure;
-  return Plotly.react(div, figure.data, theme(figure.layout), config);
+  return Plotly.react(div, figure.data, theme(fitted(div, figure.layout)), config);
 }
 
 const read = (id) => JSON.parse(document.getElementById(id).textContent);

@@ -50,7 +50,7 @@ from ramgguf.llama.server_protocol import (
     Tokenize,
 )
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
+LOOPBACK = ("127.0.0.1", "localhost", "::1", "[::1]")
 _BODY_SECONDS = 30  # to receive a request's body
 _CONNECTIONS = 256
 _KEEP_ALIVE_SECONDS = 15
@@ -554,7 +554,9 @@ def _refusal(error: RequestError) -> Any:
     from starlette.responses import JSONResponse
 
     body = error_body(error.message, error.status, error.code)
-    headers = {"Retry-After": "1"} if error.status in (429, 503) else None
+    headers = {"Retry-After": "1"} if error.status in (429, 503) else {}
+    if error.status in (408, 413):  # what is left of the body is not read
+        headers["Connection"] = "close"
     return JSONResponse(body, status_code=error.status, headers=headers)
 
 

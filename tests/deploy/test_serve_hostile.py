@@ -89,8 +89,14 @@ def say(server: Server, content: str, **options: Any) -> Reply:
 
 
 def model_pid(server: Server) -> int:
-    """Return the process that runs the model: the first child of the front."""
-    return int(Path(f"/proc/{server.pid}/task/{server.pid}/children").read_text().split()[0])
+    """Return the front's child that runs the model."""
+    children = Path(f"/proc/{server.pid}/task/{server.pid}/children").read_text().split()
+    (found,) = [
+        int(pid)
+        for pid in children
+        if b"ramgguf.llama.server" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    ]
+    return found
 
 
 def until_ready(server: Server) -> None:
@@ -188,7 +194,10 @@ def test_a_body_that_is_too_large_is_refused_before_it_is_read(unharmed: Server)
         connection.putrequest("POST", path)
         connection.putheader("Content-Length", str(200_000_000))
         connection.endheaders(b'{"prompt": "')
-        assert connection.getresponse().status == 413
+        answer = connection.getresponse()
+        assert answer.status == 413
+        answer.read()
+        answer.close()
         connection.close()
 
 

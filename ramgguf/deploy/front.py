@@ -50,7 +50,7 @@ from ramgguf.llama.server_protocol import (
     Tokenize,
 )
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
+LOOPBACK = ("127.0.0.1", "localhost", "::1", "[::1]")
 _BODY_SECONDS = 30  # to receive a request's body
 _CONNECTIONS = 256
 _KEEP_ALIVE_SECONDS = 15
@@ -136,6 +136,18 @@ class Api:
         self._model, self._templates = model, Templates(front.limits)
         self._grammar_turn = asyncio.Lock()
         self._n_admitted = 0
+
+    async def try_template(self) -> None:
+        """Compile the file's template. Raises EngineError for one that cannot be."""
+        loaded = self._model.loaded
+        assert loaded is not None  # the caller has loaded it
+        try:
+            await self._templates.start(loaded.chat)
+        except RequestError as e:
+            raise EngineError(
+                f"{self._path}: llama.cpp cannot serve it ({e.message}); --chat-format chatml "
+                "serves it without its chat template"
+            ) from None
 
     def app(self) -> Any:
         """Return the ASGI application, behind Starlette's checks of hosts and origins."""
@@ -542,7 +554,9 @@ def _refusal(error: RequestError) -> Any:
     from starlette.responses import JSONResponse
 
     body = error_body(error.message, error.status, error.code)
-    headers = {"Retry-After": "1"} if error.status in (429, 503) else None
+    headers = {"Retry-After": "1"} if error.status in (429, 503) else {}
+    if error.status in (408, 413):  # what is left of the body is not read
+        headers["Connection"] = "close"
     return JSONResponse(body, status_code=error.status, headers=headers)
 
 
@@ -562,8 +576,22 @@ async def serve(front: Front, say: Callable[[BaseModel], None]) -> None:
             f"the server's packages cannot be imported ({e}); pip install 'ramgguf[server]'"
         ) from None
     listener = bind(front.serve.host, front.serve.port)
+    servers: list[Any] = []
+    loop = asyncio.get_running_loop()
+
+    def end() -> None:
+        while sys.stdin.readline():
+            pass
+        if servers:
+            loop.call_soon_threadsafe(setattr, servers[0], "should_exit", True)
+            time.sleep(GRACE_SECONDS + 2)
+        os._exit(0)
+
+    threading.Thread(target=end, daemon=True).start()
     model = Model(front.worker, front.serve, front.limits)
     loaded = await model.start()
+    api = Api(front, model)
+    await api.try_template()
 
     class Server(uvicorn.Server):  # type: ignore[misc]
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -576,7 +604,7 @@ async def serve(front: Front, say: Callable[[BaseModel], None]) -> None:
             """The command has them; this process ends with its stdin."""
 
     config = uvicorn.Config(
-        Api(front, model).app(),
+        api.app(),
         lifespan="off",
         log_level="info" if front.serve.verbose else "error",
         limit_concurrency=_CONNECTIONS,
@@ -586,18 +614,8 @@ async def serve(front: Front, say: Callable[[BaseModel], None]) -> None:
         ws="none",
         proxy_headers=False,
     )
-    server = Server(config)
-    loop = asyncio.get_running_loop()
-
-    def end() -> None:
-        while sys.stdin.readline():
-            pass
-        loop.call_soon_threadsafe(setattr, server, "should_exit", True)
-        time.sleep(GRACE_SECONDS + 2)
-        os._exit(0)
-
-    threading.Thread(target=end, daemon=True).start()
-    await server.serve(sockets=[listener])
+    servers.append(Server(config))
+    await servers[0].serve(sockets=[listener])
 
 
 def main() -> None:

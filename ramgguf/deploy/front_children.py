@@ -37,6 +37,7 @@ from ramgguf.llama.server_protocol import (
 
 _CHAT, _GRAMMAR = "ramgguf.llama.chat", "ramgguf.llama.grammar"
 _START_SECONDS = 60  # for a Python that only imports, on a busy machine
+_EXIT_SECONDS = 5  # for a process whose pipe has ended
 _LONGEST_PAUSE = 30.0  # seconds between attempts to load a model that ended while loading
 _LINE_BYTES = 1 << 30  # a prompt has its own limit; a line is no place to enforce one
 _ANSWER: TypeAdapter[Any] = TypeAdapter(Answer)
@@ -90,9 +91,17 @@ class _Process:
         with contextlib.suppress(ProcessLookupError):
             self._process.kill()
 
-    async def wait(self) -> int:
-        """Return how it ended."""
-        return await self._process.wait()
+    async def reap(self) -> int:
+        """Return how it ended; one that only closed its pipe is ended.
+
+        kill comes second: it polls, which takes the exit status from asyncio (it says 255 then).
+        """
+        try:
+            async with asyncio.timeout(_EXIT_SECONDS):
+                return await self._process.wait()
+        except TimeoutError:
+            self.kill()
+            return await self._process.wait()
 
 
 class Job:
@@ -150,8 +159,7 @@ class Model:
             process.kill()
             raise
         if answer is None:
-            process.kill()
-            raise ChildDiedError(await process.wait(), ())
+            raise ChildDiedError(await process.reap(), ())
         if isinstance(answer, Failure):
             raise EngineError(answer.message)
         self._process, self.loaded = process, answer
@@ -171,9 +179,8 @@ class Model:
                 self._job.answers.put_nowait(answer)
                 if not isinstance(answer, Piece):
                     self._job.ended.set()
-        process.kill()  # when only its pipe broke
         self._process = None
-        how = describe_exit(await process.wait())
+        how = describe_exit(await process.reap())
         print(f"the model's process ended with {how}; loading it again", file=sys.stderr)
         self._fail(RequestError(503, f"the model's process ended with {how}; it is loaded again"))
         await self._restart()
@@ -249,7 +256,7 @@ class Model:
                         await job.ended.wait()
                 except TimeoutError:
                     process.kill()
-                    await process.wait()
+                    await process.reap()
         finally:
             self._job = None
             self._turn.release()
@@ -283,6 +290,11 @@ class Templates:
             process.kill()
             raise RequestError(500, error if line else "the chat template cannot be compiled")
         return process
+
+    async def start(self, chat: ChatFormat) -> None:
+        """Start the process. Raises RequestError where the template cannot be compiled."""
+        async with self._turn:
+            self._process = await self._started(chat)
 
     async def render(self, chat: ChatFormat, request: Render) -> Rendered:
         """Return the prompt of a chat. Raises RequestError where the template makes none."""
@@ -319,15 +331,15 @@ async def checked_grammar(request: CheckGrammar, limits: Limits) -> str:
         async with asyncio.timeout(limits.grammar_seconds):
             await process.send(request)
             line = await process.receive()
+        if not line:
+            how = describe_exit(await process.reap())
+            raise RequestError(400, f"llama.cpp ended with {how} when it parsed the grammar")
     except TimeoutError:
         raise RequestError(
             400, f"the grammar took longer than {limits.grammar_seconds:g} seconds to parse"
         ) from None
     finally:
         process.kill()
-    if not line:
-        how = describe_exit(await process.wait())
-        raise RequestError(400, f"llama.cpp ended with {how} when it parsed the grammar")
     checked = CheckedGrammar.model_validate_json(line)
     if checked.error is not None:
         raise RequestError(400, checked.error)

@@ -94,7 +94,7 @@ class Generation(_Asked):
     mirostat_eta: float | None = Field(default=None, ge=0.001, le=1)
     seed: int | None = Field(default=None, ge=0, lt=2**32)
     logit_bias: Annotated[dict[_TokenId, _Bias], Field(max_length=1024)] | None = None
-    grammar: str | None = Field(default=None, min_length=1)
+    grammar: str | None = Field(default=None, pattern=r"^[^\x00]+$")
 
     @property
     def stops(self) -> tuple[str, ...]:

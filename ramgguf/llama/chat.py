@@ -95,7 +95,8 @@ def main() -> None:
     try:
         render = Renderer(chat)
     except Exception as e:  # as above
-        say(json.dumps({"error": f"{type(e).__name__}: {e}"}))
+        said = (str(e).splitlines() or [""])[0][:200]
+        say(json.dumps({"error": f"{type(e).__name__}: {said}"}))
         os._exit(0)
     say("{}")
     for line in sys.stdin:

@@ -39,7 +39,6 @@ from ramgguf.llama.sizes import N_BATCH, N_UBATCH, SizesOf, context_parameters
 from ramgguf.llama.system import llama_module, system_info
 
 _SAMPLE_TOKENS = 64  # enough for the kernels of whole batches
-_FILES_TEMPLATE = "chat_template.default"  # llama-cpp-python's name of it
 # Beyond what is there after loading: tokens and texts of requests, buffers of samplers.
 GROWTH_BYTES = 256 << 20
 _REQUEST: TypeAdapter[Any] = TypeAdapter(Request)
@@ -83,6 +82,12 @@ def impose(llama: ModuleType, request: Serve) -> None:
 def load(llama: ModuleType, request: Serve) -> Any:
     """Return the model, loaded and tried. Raises EngineError when llama.cpp refuses."""
     impose(llama, request)
+    require_chat_format(request.chat_format)
+    # Its compiler computes constants: 'x' * 2000000000 takes the memory of the machine. Templates
+    # are compiled by the process for them alone.
+    from llama_cpp import llama_chat_format
+
+    llama_chat_format.Jinja2ChatFormatter = _NoTemplate
     try:
         model = llama.Llama(
             model_path=request.path,
@@ -96,12 +101,10 @@ def load(llama: ModuleType, request: Serve) -> Any:
             use_mmap=False,  # as in the deployment test: what is resident is what it needs
             use_mlock=False,
             logits_all=False,  # true would keep those of the whole context
-            chat_format=_require_chat_format(request.chat_format) or _FILES_TEMPLATE,
+            chat_format="chatml",  # never used: chats come as prompts
             verbose=request.verbose,
         )
-    except EngineError:
-        raise
-    except Exception as e:  # the file's template is a program of its own and may raise anything
+    except Exception as e:  # whatever its bindings raise
         raise EngineError(
             f"{request.path}: llama.cpp cannot serve it ({_told(e)}); run with -v to see why"
         ) from None
@@ -109,7 +112,8 @@ def load(llama: ModuleType, request: Serve) -> Any:
     return model
 
 
-def _require_chat_format(name: str | None) -> str | None:
+def require_chat_format(name: str | None) -> None:
+    """Raise EngineError for a name that llama-cpp-python does not know."""
     from llama_cpp.llama_chat_format import LlamaChatCompletionHandlerRegistry
 
     known = sorted(LlamaChatCompletionHandlerRegistry()._chat_handlers)
@@ -117,7 +121,15 @@ def _require_chat_format(name: str | None) -> str | None:
         raise EngineError(
             f"{name!r} is no chat format of llama-cpp-python; it knows {', '.join(known)}"
         )
-    return name
+
+
+class _NoTemplate:
+    """In the place of llama-cpp-python's formatter: it compiles nothing."""
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    def to_chat_handler(self) -> None:
+        """Return no handler."""
 
 
 def _try(model: Any, request: Serve) -> None:

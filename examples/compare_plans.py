@@ -42,7 +42,7 @@ def compare(
     for ranking in board.rankings:
         print(f"by {ranking.criterion}: {' < '.join(ranking.order)}")
     for tie in board.ties:
-        p = f", p = {tie.difference.p:.2g}" if tie.difference.p is not None else ""
+        p = f", p = {tie.ratio.p:.2g}" if tie.ratio.p is not None else ""
         print(f"  {tie.criterion} does not tell {tie.better} and {tie.worse} apart{p}")
 
 

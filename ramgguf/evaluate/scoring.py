@@ -110,7 +110,7 @@ class _Stage:
         self._progress = progress
         self._n_models = n_models
         self._pool = pool
-        self._windows: dict[str, Windows] = {}
+        self._windows: dict[tuple[str, bool], Windows] = {}
 
     def score_group(self, group: list[Run]) -> None:
         """Score the group's models; one that fails is left out and the rest go on."""
@@ -189,15 +189,16 @@ class _Stage:
     def _cut(self, scorer: Scorer) -> Windows:
         """Return the sequences for the tokenizer of the first model."""
         protocol, vocab = self._settings.protocol, scorer.opened.models[0].vocab
-        if vocab.sha256 not in self._windows:
+        key = vocab.sha256, vocab.adds_bos
+        if key not in self._windows:
             ids, ends = scorer.tokenize(protocol.text, add_special=protocol.add_special)
             tokens = Tokens(ids, ends, vocab.bos, vocab.adds_bos)
             first = not self._windows
-            windows = self._windows[vocab.sha256] = protocol.windows(tokens)
+            windows = self._windows[key] = protocol.windows(tokens)
             if first:
                 n = self._n_models * windows.protocol.n_seq
                 self._progress.start("evaluate", n, "sequences")
-        return self._windows[vocab.sha256]
+        return self._windows[key]
 
     def _require_same_tokenizer(self, file: ModelFile, info: ModelInfo, first: ModelInfo) -> None:
         reference = self._settings.reference

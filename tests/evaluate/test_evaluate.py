@@ -272,6 +272,25 @@ def test_only_models_with_the_same_tokens_are_compared(folder: Path, tmp_path: P
     assert any("tokenizer" in reason for reason in incomparable(*got.results))
 
 
+def test_a_reference_with_bos_does_not_decide_for_a_model_without(
+    folder: Path, tmp_path: Path
+) -> None:
+    with_bos = write_tiny_model(tmp_path / "bos.gguf", add_bos=True)
+    llama = EvalProtocol(RECIPE.corpus, "llama", n_ctx=64, n_seq=2)
+    for model, reference in ((folder / "base.gguf", with_bos), (with_bos, folder / "base.gguf")):
+        with pytest.raises(EngineError, match=r"puts BOS before a text and .* does not") as raised:
+            score_models([model], reference=reference, protocol=llama, threads=1)
+        assert "use the protocol ram" in str(raised.value)
+    got = score_models([with_bos, folder / "base.gguf"], protocol=llama, threads=1)
+    assert [r.protocol.bos for r in got.results] == [True, False]
+    assert any("no BOS" in reason for reason in incomparable(*got.results))
+    ram = EvalProtocol(RECIPE.corpus, n_ctx=64, n_seq=2, bos=True)
+    (same,) = score_models(
+        [folder / "base.gguf"], reference=with_bos, protocol=ram, threads=1
+    ).results
+    assert same.protocol.bos
+
+
 def test_files_that_are_no_models_are_refused_before_work_starts(tmp_path: Path) -> None:
     junk = tmp_path / "junk.gguf"
     junk.write_bytes(b"nothing")

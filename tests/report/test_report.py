@@ -342,6 +342,7 @@ def test_a_page_of_published_figures_alone_shows_them() -> None:
 def test_the_size_axis_is_sane_for_one_model_and_for_equal_sizes(sizes: tuple[int, ...]) -> None:
     figures = [Aggregate(f"m{i}", n, corpus_ppl=8.0 + i) for i, n in enumerate(sizes)]
     made = board_by_size(compare_published(figures), "corpus_ppl")
+    assert made is not None
     low, high = made.layout.xaxis.range
     assert (low, high) == pytest.approx((4.5, 5.5))
     shown = [x for trace in made.data for x in trace.x]

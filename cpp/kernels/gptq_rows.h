@@ -109,7 +109,7 @@ __attribute__((noinline)) int64_t round_rows(const GptqRows& rows, uint8_t* out,
 
 // round_rows<F>, or null for a format that cannot be rounded weight by weight.
 template <class F>
-constexpr RoundRows round_rows_of() {
+constexpr RoundRows round_rows_of() noexcept {
     if constexpr (kScalarCodes<F>) {
         return round_rows<F>;
     } else {

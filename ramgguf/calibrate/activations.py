@@ -12,13 +12,15 @@ from pathlib import Path
 
 import numpy as np
 
+from ramgguf.calibrate.sources import TokenSource, parse_sources, shares
 from ramgguf.core.errors import EngineError, ImatrixError
 from ramgguf.core.files import refuse_existing
+from ramgguf.core.inputs import protected
 from ramgguf.core.parallel import default_threads
 from ramgguf.core.progress import Progress, Silent
 from ramgguf.core.scratch import scratch_folder
 from ramgguf.core.units import format_bytes, format_seconds
-from ramgguf.gguf.architecture import never_quantized
+from ramgguf.gguf.architecture import is_multiplied
 from ramgguf.gguf.hub import local_path
 from ramgguf.gguf.reader import GGUFFile, TensorInfo, open_gguf
 from ramgguf.llama.client import Engine
@@ -32,7 +34,7 @@ from ramgguf.llama.protocol import (
     Tapped,
     TapWeights,
 )
-from ramgguf.llama.tokens import N_CTX, TokenRequest, parse_tokens
+from ramgguf.llama.tokens import N_CTX, TokenRequest
 from ramgguf.quants.hessian import gram_name, groups, new_hessians
 from ramgguf.quants.imatrix import InputSquares, write_imatrix
 
@@ -75,6 +77,7 @@ class Calibration:
 def calibrate_file(
     file: GGUFFile,
     request: TokenRequest,
+    sources: Sequence[TokenSource],
     outputs: Outputs,
     *,
     threads: int,
@@ -83,6 +86,7 @@ def calibrate_file(
 ) -> Calibration:
     """Write the importance matrix of the model, and Hessians if wanted; return what was written.
 
+    The sources share the sequences by their weights; what else the request says is for all.
     announce is told the cost once the first sequence shows it. Raises EngineError when llama.cpp
     fails, ImatrixError when nothing can be written; then no file is left.
     """
@@ -90,7 +94,12 @@ def calibrate_file(
     for path in (outputs.imatrix, outputs.hessian):
         if path is not None:
             refuse_existing(path, force=outputs.force, error=ImatrixError)
-    weights = {t.name: t for t in file.tensors if _is_weight(file, t)}
+    tied = file.has_tied_embedding
+    weights = {
+        t.name: t
+        for t in file.tensors
+        if is_multiplied(t.name, t.shape, file.architecture, tied=tied)
+    }
     n_sequences = request.n_sequences or N_SEQUENCES
     with (
         Engine(
@@ -99,19 +108,24 @@ def calibrate_file(
         scratch_folder(None, error=EngineError) as folder,
     ):
         run = _Run(engine, request, folder, progress, announce)
-        sequences = run.draw(n_sequences)
+        sequences = [
+            ids
+            for source, n in zip(sources, shares(sources, n_sequences), strict=True)
+            for ids in run.draw(source, n)
+        ]
         found = run.observe(sequences, tuple(weights))
         entries = run.sums(found)
         owners = {s.name: s.owner for s in found.sums if s.owner is not None}
         n_grams = 0
         if outputs.hessian is not None:
-            n_grams = _write_hessians(run, sequences, outputs, owners, weights)
+            n_grams = _write_hessians(run, sequences, outputs, owners, weights, file.sample_sha256)
     write_imatrix(
         outputs.imatrix,
         entries,
-        dataset=dataset_name(request),
+        dataset=dataset_name(sources, request.seed),
         n_chunks=n_sequences,
         chunk_size=request.n_ctx,
+        model_sample=file.sample_sha256,
         force=outputs.force,
     )
     return Calibration(
@@ -126,14 +140,12 @@ def calibrate_file(
     )
 
 
-def dataset_name(request: TokenRequest) -> str:
+def dataset_name(sources: Sequence[TokenSource], seed: int) -> str:
     """Return what the matrix says of its tokens."""
-    text = request.corpus.name if request.corpus else f"{request.tokens}-drawn tokens"
-    return f"{text}, seed {request.seed}"
-
-
-def _is_weight(file: GGUFFile, tensor: TensorInfo) -> bool:
-    return never_quantized(tensor.name, tensor.shape, file.architecture) is None
+    named = [s.corpus.name if s.corpus else f"{s.kind}-drawn tokens" for s in sources]
+    weights = [f" {s.weight:.0%}" if len(sources) > 1 else "" for s in sources]
+    told = " + ".join(name + weight for name, weight in zip(named, weights, strict=True))
+    return f"{told}, seed {seed}"
 
 
 class _Run:
@@ -153,25 +165,29 @@ class _Run:
         self._progress = progress
         self._announce = announce
 
-    def draw(self, n_sequences: int) -> Sequence[str]:
-        """Return the sequences, packed."""
-        request, corpus = self._request, self._request.corpus
+    def draw(self, source: TokenSource, n_sequences: int) -> Sequence[str]:
+        """Return sequences of the source, packed."""
+        if n_sequences == 0:
+            return []
+        request, corpus = self._request, source.corpus
         asked = Draw(
-            tokens=request.tokens,
+            tokens=source.kind,
             n_ctx=request.n_ctx,
             seed=request.seed,
             indices=tuple(range(n_sequences)),
             name=corpus.name if corpus else "",
             text=corpus.text if corpus else None,
+            control_tokens=corpus is not None and corpus.has_control_tokens,
         )
         drawn: list[str] = []
         self._progress.start("draw tokens", n_sequences, "sequences")
         try:
             found = self._engine.ask(asked, Drawn)
-            self._announce(
-                f"{n_sequences} sequences of {request.n_ctx} tokens ({request.tokens}), about "
-                f"{format_seconds(n_sequences * found.seconds)} to draw"
-            )
+            if source.kind == "self":
+                self._announce(
+                    f"{n_sequences} sequences of {request.n_ctx} tokens (self), about "
+                    f"{format_seconds(n_sequences * found.seconds)} to draw"
+                )
             drawn.append(found.ids)
             self._progress.advance(1)
             for _ in range(1, n_sequences):
@@ -225,6 +241,7 @@ def _write_hessians(
     outputs: Outputs,
     owners: Mapping[str, str],
     weights: Mapping[str, TensorInfo],
+    model_sample: str,
 ) -> int:
     """Write XᵀX of the wanted weights' inputs, in batches that fit the memory; return how many."""
     if outputs.hessian is None:
@@ -243,7 +260,12 @@ def _write_hessians(
             f"{format_bytes(outputs.max_gram_bytes)} allowed; leave that weight out"
         )
     with new_hessians(
-        outputs.hessian, wanted, sizes, run.n_tokens(sequences), force=outputs.force
+        outputs.hessian,
+        wanted,
+        sizes,
+        run.n_tokens(sequences),
+        model_sample=model_sample,
+        force=outputs.force,
     ) as file:
         for group in groups(sizes, outputs.max_gram_bytes):
             found = run.grams(run.observe(sequences, group, group))
@@ -254,6 +276,7 @@ def _write_hessians(
     return len(sizes)
 
 
+@protected()
 def calibrate(
     model: str | Path,
     output: str | Path,
@@ -272,22 +295,15 @@ def calibrate(
 ) -> Calibration:
     """Write the model's importance matrix (llama.cpp's GGUF format) and return what was written.
 
-    tokens is self (drawn from the model), random, wikitext, or a text file; n_sequences of n_ctx
+    tokens is self (drawn from the model), mix (the package's texts of several domains), random,
+    wikitext, a text file, or several of these with weights: self,mix,FILE:2. n_sequences of n_ctx
     are read. hessian also takes XᵀX of the inputs of the weights whose name hessian_pattern finds.
     announce is told the cost once it is known.
 
     Raises GGUFError, ImatrixError for outputs that cannot be written, EngineError when llama.cpp is
     missing or fails.
     """
-    kind, corpus = parse_tokens(tokens)
-    request = TokenRequest(
-        encoder="rtn",
-        tokens=kind,
-        corpus=corpus,
-        n_sequences=n_sequences,
-        n_ctx=n_ctx,
-        seed=seed,
-    )
+    request = TokenRequest(encoder="rtn", n_sequences=n_sequences, n_ctx=n_ctx, seed=seed)
     outputs = Outputs(
         Path(output),
         Path(hessian) if hessian is not None else None,
@@ -299,6 +315,7 @@ def calibrate(
         return calibrate_file(
             file,
             request,
+            parse_sources(tokens, file),
             outputs,
             threads=threads or default_threads(),
             progress=progress or Silent(),

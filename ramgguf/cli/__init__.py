@@ -1,5 +1,13 @@
 """The command line: `ramgguf VERB …`."""
 
-from ramgguf.cli.app import main
+import sys
 
-__all__ = ["main"]
+
+def main() -> None:
+    """Run the command line."""
+    try:
+        from ramgguf.cli.app import main as run  # Ctrl-C may come while this is imported
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    run()

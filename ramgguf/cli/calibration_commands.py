@@ -28,7 +28,7 @@ def register(app: typer.Typer) -> None:
 def calibrate(
     model: opt.Model,
     output: opt.Output = None,
-    tokens: opt.Tokens = "self",
+    tokens: opt.TokenSources = "self",
     sequences: Annotated[
         int, typer.Option("--sequences", min=1, help="How many sequences are read.")
     ] = 12,

@@ -14,11 +14,14 @@ from ramgguf.cli.groups import grouped
 from ramgguf.cli.prepared import Weighed, calibrated
 from ramgguf.cli.sensitivity_commands import load_or_measure
 from ramgguf.cluster.executors import connected
-from ramgguf.core.units import format_seconds, parse_size
+from ramgguf.core.units import format_seconds, parse_seconds, parse_size
+from ramgguf.evaluate import scores_here
 from ramgguf.gguf.hub import beside
 from ramgguf.measure.result import Measurement
 from ramgguf.plan.result import Plan
 from ramgguf.quants.encoders import DEFAULT_ENCODER
+from ramgguf.report.held_out import print_held_out
+from ramgguf.report.held_out import summary as score_summary
 from ramgguf.report.plans import print_plan
 
 
@@ -63,12 +66,35 @@ Refine = Annotated[
 ]
 
 
+EffortOption = Annotated[
+    str,
+    typer.Option(
+        "--effort",
+        help="fast: priors; auto: also a matrix and error feedback, as about 5 minutes allow; "
+        "best: all that pays. Every step is gated on held-out text.",
+    ),
+]
+Time = Annotated[
+    str | None, typer.Option("--time", help="What auto or best may take: 90s, 20m, 1h.")
+]
+ScoreOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--score/--no-score",
+        help="Measure what was lost against the source on held-out text, in about a minute; "
+        "default: with auto and best.",
+    ),
+]
+
+
 def quantize(
     model: opt.Model,
     budget: opt.OptionalBudget = None,
     output: opt.Output = None,
     memory: mem.MemoryOptions = mem.MemoryOptions(),  # noqa: B008 (frozen)
     choice: opt.PlanChoice = opt.PlanChoice(),  # noqa: B008 (frozen)
+    effort: EffortOption = "fast",
+    limit: Time = None,
     encoder: opt.EncoderOption = DEFAULT_ENCODER,
     imatrix: opt.ImatrixFile = None,
     hessian: opt.HessianFile = None,
@@ -81,6 +107,7 @@ def quantize(
     refine: Refine = 0,
     split_max_size: Split = None,
     verify: Verify = True,
+    score: ScoreOption = None,
     save_plan: SavePlan = None,
     export_tensor_types: opt.ExportTypes = None,
     force: opt.Force = False,
@@ -104,10 +131,44 @@ def quantize(
         )
     if imatrix and calibrate:
         raise typer.BadParameter("give one importance matrix", param_hint="--imatrix")
+    if plan_file:
+        others = {
+            "--encoder": encoder != DEFAULT_ENCODER,
+            "--hessian": hessian is not None,
+            "--sensitivity": sensitivity is not None,
+            "--allow-requantize": allow_requantize,
+        }
+        idle = [*choice.given(), *(name for name, given in others.items() if given)]
+        opt.refuse_idle(idle, "a ready plan is followed as it is")
+    if measurement:
+        others = {
+            "--encoder": encoder != DEFAULT_ENCODER and sensitivity != "measure",
+            "--hessian": hessian is not None,
+            "--allow-requantize": allow_requantize,
+        }
+        idle = [name for name, given in others.items() if given]
+        opt.refuse_idle(idle, "a ready measurement says itself how it was made")
     if workers and not (refine or sensitivity == "measure"):
         raise typer.BadParameter(
             "workers run passes: of --refine or --sensitivity measure", param_hint="--executor"
         )
+    if effort != "fast":
+        steps = {
+            "--plan": plan_file,
+            "--measurement": measurement,
+            "--imatrix": imatrix,
+            "--hessian": hessian,
+            "--calibrate": calibrate,
+            "--sensitivity": sensitivity,
+            "--refine": refine or None,
+            "--encoder": None if encoder == DEFAULT_ENCODER else encoder,
+        }
+        idle = [name for name, given in steps.items() if given is not None]
+        opt.refuse_idle(idle, f"--effort {effort} decides by itself what it does")
+    elif limit is not None:
+        opt.refuse_idle(["--time"], "--effort fast takes what it takes; give auto or best")
+    level = opt.effort(effort)
+    scores = effort != "fast" if score is None else score
     chosen = opt.encoder(encoder)
     model = terminal.fetched(model)
     weighed = Weighed(imatrix, hessian)
@@ -136,6 +197,9 @@ def quantize(
             hessian=weighed.hessian,
             allow_requantize=allow_requantize,
             refine=refine,
+            effort=level,
+            seconds=None if limit is None else parse_seconds(limit),
+            score=scores and scores_here(),
             split_max_bytes=parse_size(split_max_size) if split_max_size else None,
             force=force,
             verify=verify,
@@ -150,6 +214,10 @@ def quantize(
         print(json.dumps(_summary(made)))
         return
     print_plan(made.plan, terminal.out, verbose=verbose)
+    if made.score is not None:
+        print_held_out(made.score, terminal.out)
+    elif scores and not scores_here():
+        terminal.announce("not scored: pip install 'ramgguf[eval]' measures what was lost")
     seconds = ", ".join(f"{name} {format_seconds(s)}" for name, s in made.seconds.items())
     checked = (
         "not verified"
@@ -175,6 +243,7 @@ def _summary(made: api.Quantized) -> dict[str, object]:
         "verified": made.worst_departure is not None,
         "seconds": made.seconds,
         "notes": list(made.plan.notes),
+        "score": None if made.score is None else score_summary(made.score),
     }
 
 
@@ -216,3 +285,5 @@ def measure(
         f"{measured.n_weights:,} weights, in {format_seconds(measured.seconds)} "
         f"({rate:,.0f} M weights/s)"
     )
+    for note in measured.notes:
+        terminal.out.print(f"note: {note}", soft_wrap=True)

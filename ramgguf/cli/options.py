@@ -1,7 +1,8 @@
 """Options that several commands share, so that each is spelled and explained once."""
 
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +14,7 @@ from ramgguf.core.errors import PlanError
 from ramgguf.core.progress import Progress, Silent
 from ramgguf.gguf.hub import local_path
 from ramgguf.plan import DEFAULT_MIN_SQNR_DB, PlanOptions
+from ramgguf.quantize import EFFORTS, Effort
 from ramgguf.quants.encoders import ENCODERS, Encoder
 from ramgguf.quants.formats import expand
 from ramgguf.report.progress import Bars
@@ -57,8 +59,8 @@ Calibrate = Annotated[
     str | None,
     typer.Option(
         "--calibrate",
-        help="Weigh errors by what the weights meet: on tokens the model draws (self), random "
-        "ones, wikitext, or a text file.",
+        help="Weigh errors by what the weights meet, on tokens of these sources: self (drawn from "
+        "the model), mix (texts of the package), random, wikitext, FILE, or self,mix,FILE:2.",
     ),
 ]
 HessianFile = Annotated[
@@ -98,6 +100,14 @@ Requantize = Annotated[
 ]
 Tokens = Annotated[
     str, typer.Option("--tokens", help="self (drawn from the model), random, wikitext, or a file.")
+]
+TokenSources = Annotated[
+    str,
+    typer.Option(
+        "--tokens",
+        help="self (drawn from the model), mix (texts of the package), random, wikitext, a file, "
+        "or several with weights: self,mix,FILE:2.",
+    ),
 ]
 TokenSeed = Annotated[int, typer.Option("--seed", min=0, help="Seed of the tokens.")]
 Threads = Annotated[
@@ -176,6 +186,20 @@ class PlanChoice:
             min_formats=self.min_format or (),
         )
 
+    def given(self) -> list[str]:
+        """Return the options that were given, as they are spelled."""
+        default = PlanChoice()
+        changed = (
+            f.name for f in fields(self) if getattr(self, f.name) != getattr(default, f.name)
+        )
+        return [f"--{name.replace('_', '-')}" for name in changed]
+
+
+def refuse_idle(given: Iterable[str], why: str) -> None:
+    """Raise a usage error that says why the options given would have no effect; none, no error."""
+    if names := ", ".join(given):
+        raise typer.BadParameter(f"{why}: {names} would have no effect", param_hint=names)
+
 
 def split_formats(text: str | None) -> list[str] | None:
     """Return the formats in a comma-separated list of them and of sets, or None for no list."""
@@ -191,6 +215,13 @@ def encoder(name: str) -> Encoder:
             f"{name!r} is none of {', '.join(ENCODERS)}", param_hint="--encoder"
         )
     return ENCODERS[name]
+
+
+def effort(name: str) -> Effort:
+    """Return the effort of this name; anything else is a usage error."""
+    if name not in EFFORTS:
+        raise typer.BadParameter(f"{name!r} is none of {', '.join(EFFORTS)}", param_hint="--effort")
+    return name
 
 
 def refuse_existing(*paths: Path | None, force: bool) -> None:

@@ -76,6 +76,8 @@ def plan(
             "give either --budget, --memory or --recipe", param_hint="--budget"
         )
     if recipe is not None:
+        idle = [*choice.given(), *(["--sensitivity"] if sensitivity is not None else [])]
+        opt.refuse_idle(idle, "a recipe gives every tensor its format")
         made = api.follow(measurement, recipe)
     else:
         limit = mem.size_limit(budget, request, model and terminal.fetched(model))
@@ -112,6 +114,8 @@ def curve(
     terminal = opt.Terminal.make(quiet=quiet, as_json=as_json)
     opt.refuse_existing(output, svg, force=force)
     if _is_frontier(source):
+        idle = [*choice.given(), *(["--sensitivity"] if sensitivity is not None else [])]
+        opt.refuse_idle(idle, "a saved frontier was made with its options")
         made = Frontier.load(source)
     else:
         made = api.curve(source, **choice.options(sensitivity))

@@ -65,6 +65,27 @@ def serve(
         str | None,
         typer.Option("--api-key", envvar="RAMGGUF_API_KEY", help="What clients must send."),
     ] = None,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option("--allow-host", help="Another name that clients may call this server by."),
+    ] = None,
+    allow_origin: Annotated[
+        list[str] | None,
+        typer.Option("--allow-origin", help="Web pages that may ask: https://example.org."),
+    ] = None,
+    allow_grammars: Annotated[
+        bool, typer.Option("--allow-grammars", help="Take grammars and JSON schemas of clients.")
+    ] = False,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option("--max-tokens", min=1, help="Most tokens of an answer; default: the context."),
+    ] = None,
+    queue: Annotated[
+        int, typer.Option("--queue", min=0, max=200, help="Requests that may wait for their turn.")
+    ] = 16,
+    time_limit: Annotated[
+        float, typer.Option("--time-limit", min=0.1, help="Seconds that an answer may take.")
+    ] = 600,
     safe_kernels: Annotated[
         bool | None,
         typer.Option(
@@ -103,7 +124,20 @@ def serve(
     settings = replace(
         settings, alias=alias or settings.alias, chat_format=chat_format or settings.chat_format
     )
-    _serve(settings, Place(host, port, api_key, safe_kernels, verbose), terminal, as_json=as_json)
+    place = Place(
+        host=host,
+        port=port,
+        api_key=api_key,
+        safe_kernels=safe_kernels,
+        verbose=verbose,
+        hosts=tuple(allow_host or ()),
+        origins=tuple(allow_origin or ()),
+        allow_grammars=allow_grammars,
+        max_tokens=max_tokens,
+        n_waiting=queue,
+        seconds=time_limit,
+    )
+    _serve(settings, place, terminal, as_json=as_json)
 
 
 def _serve(settings: Settings, place: Place, terminal: opt.Terminal, *, as_json: bool) -> None:

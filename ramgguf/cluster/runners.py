@@ -1,8 +1,11 @@
-"""Where passes run: in this process, or on the workers of an executor if there is one."""
+"""Where passes run: in a child of this process, or on the workers of an executor.
+
+llama.cpp never runs in the command's own process: what ends it there is an error here.
+"""
 
 import contextlib
 from collections.abc import Iterator
-from concurrent.futures import Executor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +17,6 @@ from ramgguf.core.scratch import scratch_folder
 from ramgguf.gguf.hub import local_path
 from ramgguf.gguf.reader import GGUFFile, open_gguf
 from ramgguf.llama.forward import ForwardRunner
-from ramgguf.llama.local_runner import LocalRunner
 from ramgguf.llama.tokens import TokenRequest
 
 
@@ -71,27 +73,19 @@ def open_runner(
 ) -> Iterator[ForwardRunner]:
     """Yield the passes that a request takes, with `threads` threads each.
 
-    scratch takes the copy of the model in this process, workers_folder those on workers. Raises
-    EngineError when llama.cpp or a worker fails.
+    scratch takes the copy of the model that a child of this process makes, workers_folder those on
+    workers. Raises EngineError when llama.cpp or a worker fails.
     """
-    if executor is None:
-        with LocalRunner(
-            file,
-            scratch,
-            n_ctx=request.n_ctx,
-            threads=threads,
-            encoder=request.encoder,
-            imatrix=request.imatrix,
-        ) as bench:
-            yield bench
-        return
-    with WorkerPool(executor) as pool:
+    with contextlib.ExitStack() as stack:
+        folder = workers_folder
+        if executor is None:
+            executor, folder = stack.enter_context(ThreadPoolExecutor(1)), scratch
         yield RemoteRunner(
-            pool,
+            stack.enter_context(WorkerPool(executor)),
             file,
             n_ctx=request.n_ctx,
             threads=threads,
             encoder=request.encoder,
             imatrix=request.imatrix,
-            folder=workers_folder,
+            folder=folder,
         )

@@ -3,7 +3,13 @@
 import uuid
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future
+from concurrent.futures import (
+    BrokenExecutor,
+    CancelledError,
+    Executor,
+    Future,
+    ThreadPoolExecutor,
+)
 from queue import SimpleQueue
 from types import TracebackType
 from typing import Self
@@ -37,6 +43,8 @@ class WorkerPool:
 
     def __init__(self, executor: Executor) -> None:
         self._executor = DaskExecutor.instead_of(executor)
+        # Threads of this process: who failed needs no name.
+        self._is_here = isinstance(executor, ThreadPoolExecutor)
         self._run = uuid.uuid4().hex
         self._workers: dict[str, WorkerInfo] = {}
         self._waiting: dict[Future[Done | Failed], int] = {}
@@ -94,7 +102,7 @@ class WorkerPool:
                 elif found.kind == "lost" and tries[position] < MAX_TRIES:
                     submit(position)
                 else:
-                    raise _error(found, task, tries[position])
+                    raise _error(found, task, tries[position], here=self._is_here)
         finally:
             self._cancel()
 
@@ -152,15 +160,18 @@ def _killed(task: Task, n_workers: int) -> EngineError:
     return EngineError(message)
 
 
-def _error(failed: Failed, task: Task, n_tries: int) -> EngineError:
+def _error(failed: Failed, task: Task, n_tries: int, *, here: bool) -> EngineError:
     match failed.kind:
         case "error":
-            return EngineError(f"worker {failed.worker}: {failed.message}")
+            where = "" if here else f"worker {failed.worker}: "
+            return EngineError(f"{where}{failed.message}")
         case "refused":
             return ModelError(failed.model, failed.index, failed.message)
     message = failed.message
     if failed.kind == "lost":
-        message = f"{message}; {n_tries} workers lost it, {failed.worker} the last"
+        who = "processes" if here else "workers"
+        last = "" if here else f", {failed.worker} the last"
+        message = f"{message}; {n_tries} {who} lost it{last}"
     if isinstance(task.key, EngineKey):
         return CrashError(failed.model, failed.index, message, None)
     return EngineError(f"{task.label}: {message}")

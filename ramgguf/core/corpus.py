@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from ramgguf.core.documents import FrozenModel, Positive
 from ramgguf.core.errors import EngineError
+from ramgguf.core.inputs import read_text
 
 
 class Text(FrozenModel):
@@ -34,10 +35,15 @@ _TITLE = re.compile(rb"^ = (?P<title>[^=\n][^\n]*?) = $", re.MULTILINE)
 
 @dataclass(frozen=True)
 class Corpus:
-    """A text with a name for reports."""
+    """A text with a name for reports.
+
+    has_control_tokens says that control tokens written in it (<|im_start|>) stand for themselves,
+    as in a chat that a template rendered; elsewhere they are text like any other.
+    """
 
     name: str
     text: str
+    has_control_tokens: bool = False
 
     @cached_property
     def bytes(self) -> bytes:
@@ -81,12 +87,7 @@ def text_file(path: Path) -> Corpus:
     """
     if path.suffix == ".parquet":
         return dataset("parquet", split="train", files=path)
-    try:
-        return Corpus(path.name, path.read_bytes().decode("utf-8"))
-    except OSError as e:
-        raise EngineError(f"{path}: cannot be read: {e.strerror}") from None
-    except UnicodeDecodeError as e:
-        raise EngineError(f"{path}: byte {e.start} is not UTF-8; expected a text file") from None
+    return Corpus(path.name, read_text(path, error=EngineError))
 
 
 def dataset(name: str, *, split: str, files: Path | None = None) -> Corpus:

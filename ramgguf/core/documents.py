@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ramgguf.core.errors import PlanError
 from ramgguf.core.files import write_atomically
+from ramgguf.core.inputs import read_text
 
 _artists: list[Callable[[object], str | None]] = []
 
@@ -44,7 +45,10 @@ PositiveFloat = Annotated[float, Field(gt=0, le=_HUGE)]
 
 
 class Document(FrozenModel, Drawn):
-    """A value that is a file: `save` and `load` go through JSON and check name and version."""
+    """A value that is a file: `save` and `load` go through JSON and check name and version.
+
+    Files of earlier versions are read, too: fields that came later have defaults.
+    """
 
     KIND: ClassVar[str]
     VERSION: ClassVar[int] = 1
@@ -64,9 +68,9 @@ class Document(FrozenModel, Drawn):
         except (ValueError, RecursionError) as e:
             raise PlanError(f"{name} is not JSON ({e}); was it cut short?") from None
         found = data.pop("schema", None) if isinstance(data, dict) else None
-        expected = f"ramgguf.{cls.KIND}/{cls.VERSION}"
-        if found != expected:
-            raise PlanError(f"{name}: schema is {found!r}, expected {expected!r}")
+        known = [f"ramgguf.{cls.KIND}/{version}" for version in range(1, cls.VERSION + 1)]
+        if found not in known:
+            raise PlanError(f"{name}: schema is {found!r}, expected {known[-1]!r}")
         try:
             return cls.model_validate_json(json.dumps(data))
         except ValidationError as e:
@@ -82,8 +86,4 @@ class Document(FrozenModel, Drawn):
     @classmethod
     def load(cls, path: Path) -> Self:
         """Return the value in the file. Raises PlanError when it is unreadable or malformed."""
-        try:
-            text = path.read_text()
-        except (OSError, UnicodeDecodeError) as e:
-            raise PlanError(f"{path}: cannot be read: {e}") from None
-        return cls.from_json(text, name=str(path))
+        return cls.from_json(read_text(path, error=PlanError), name=str(path))

@@ -6,6 +6,7 @@ killed: the next writer in that folder removes it.
 """
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import os
@@ -15,6 +16,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from ramgguf.core import inputs
 from ramgguf.core.errors import RamggufError
 from ramgguf.core.units import format_bytes
 
@@ -78,10 +80,32 @@ def _create_locked(path: Path) -> int:
             if _try_lock(fd) and _same_file(fd, path):
                 return fd
             os.close(fd)
+        kind = _other_kind(path)
+        if kind is not None:
+            raise FileExistsError(errno.EEXIST, f"{path} is {kind}; remove it")
         _remove_if_orphaned(path)
         if time.monotonic() > deadline:
             raise BlockingIOError(errno.EAGAIN, "another process is writing it")
         time.sleep(0.01)
+
+
+_KINDS = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISLNK, "a link"),
+    (stat.S_ISFIFO, "a FIFO"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+
+
+def _other_kind(path: Path) -> str | None:
+    """Return what is at path if it is no regular file; None if it is one, or nothing is there."""
+    try:
+        mode = path.lstat().st_mode
+    except OSError:
+        return None
+    return next((kind for is_kind, kind in _KINDS if is_kind(mode)), None)
 
 
 def sync_folder(folder: Path) -> None:
@@ -107,21 +131,26 @@ def _named(path: Path, error: type[RamggufError]) -> Iterator[None]:
 class AtomicFile:
     """A new file of n_bytes bytes, all zero as yet; it gets its name with commit.
 
-    Raises `error` when it cannot be written: the folder is missing, read-only or full, path exists
-    and force is not given, or another process is writing it.
+    It has the mode of the file that it replaces; a new one is readable by nobody who cannot read
+    the run's inputs. A link to a file is followed: the file is replaced, and the link stays.
+
+    Raises `error` when it cannot be written: the folder is missing, read-only or full, path is an
+    input of the run or no regular file, it exists and force is not given, or another process is
+    writing it.
     """
 
     def __init__(self, path: Path, n_bytes: int, *, force: bool, error: type[RamggufError]) -> None:
-        self.path = path
+        refuse_existing(path, force=force, error=error)
+        self.path = path = path.resolve() if path.is_symlink() else path
         self.n_bytes = n_bytes
         self._force = force
         self._error = error
         self._temporary = temporary_path(path)
-        refuse_existing(path, force=force, error=error)
         with _named(path, error):
             self._fd = _create_locked(self._temporary)
         try:
             with _named(path, error):
+                os.fchmod(self._fd, _mode(path))
                 _reserve(self._fd, n_bytes)
         except BaseException:
             self.abort()
@@ -164,6 +193,7 @@ class AtomicFile:
                 self._link()
         os.close(self._fd)
         self._fd = -1
+        inputs.written(self.path)
         sync_folder(self.path.parent)
 
     def _link(self) -> None:
@@ -192,20 +222,58 @@ def _reserve(fd: int, n_bytes: int) -> None:
     if n_bytes == 0:
         return
     os.ftruncate(fd, n_bytes)
-    if hasattr(os, "posix_fallocate"):
-        try:
-            os.posix_fallocate(fd, 0, n_bytes)
-        except OSError as e:
-            if e.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
-                raise
+    try:
+        _fallocate(fd, n_bytes)
+    except OSError as e:
+        if e.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+            raise
+
+
+def _fallocate(fd: int, n_bytes: int) -> None:
+    """Call fallocate(2), which reserves blocks or says at once that it cannot.
+
+    posix_fallocate would then write the whole file, a byte in every block (glibc's emulation).
+    """
+    function = getattr(ctypes.CDLL(None, use_errno=True), "fallocate64", None)
+    if function is None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+    size = ctypes.c_int64
+    while function(ctypes.c_int(fd), ctypes.c_int(0), size(0), size(n_bytes)) != 0:
+        code = ctypes.get_errno()
+        if code != errno.EINTR:
+            raise OSError(code, os.strerror(code))
+
+
+def _mode(path: Path) -> int:
+    try:
+        return stat.S_IMODE(path.stat().st_mode)
+    except OSError:
+        return inputs.mode_of_new()
 
 
 def refuse_existing(path: Path, *, force: bool, error: type[RamggufError]) -> None:
-    """Raise `error` if path exists and may not be replaced."""
+    """Raise `error` if there is something at path that may not be replaced.
+
+    An input of the run never is, nor what is no regular file or a link to one, forced or not.
+    """
+    if str(path) == "-":
+        raise error("-: an output is a file; name one")
     if path.is_dir():
         raise error(f"{path}: is a folder; name a file")
+    refuse_input(path, error=error)
+    target = path.resolve() if path.is_symlink() else path
+    kind = _other_kind(target)
+    if kind is not None or (path.is_symlink() and not target.exists()):
+        raise error(f"{path}: is {kind or 'a link to nothing'}; an output is a regular file")
     if not force and os.path.lexists(path):
         raise error(f"{path}: exists; use --force to replace it")
+
+
+def refuse_input(path: Path, *, error: type[RamggufError]) -> None:
+    """Raise `error` if the run reads the file at path, under this or any other name."""
+    read = inputs.input_at(path)
+    if read is not None:
+        raise error(f"{path}: is an input of this command ({read}); write elsewhere")
 
 
 def require_disk_space(folder: Path, n_bytes: int, *, error: type[RamggufError]) -> None:

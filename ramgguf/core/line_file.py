@@ -6,6 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from ramgguf.core.errors import RamggufError
+from ramgguf.core.files import refuse_input
 
 
 def whole_lines(data: bytes) -> list[bytes]:
@@ -25,6 +26,7 @@ class LineFile:
         self.path = path
         self._error = error
         self._fd = -1
+        refuse_input(path, error=error)
         try:
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
             self._lock()

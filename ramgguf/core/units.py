@@ -4,6 +4,7 @@ import re
 
 from ramgguf.core.errors import BudgetError
 
+_MOST_BYTES = 2.0**53  # what JSON's numbers hold
 _SIZE = re.compile(r"(?P<number>\d+(?:\.\d*)?|\.\d+)\s*(?P<unit>[A-Za-z%]*)")
 _DECIMAL = {"": 1, "B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _MULTIPLIERS = {
@@ -33,6 +34,8 @@ def parse_budget(text: str, *, n_weights: int, n_bytes_source: int) -> int:
         )
     if n_bytes < 1:
         raise BudgetError(f"budget {text!r} is {n_bytes:g} bytes; it must be positive")
+    if n_bytes > _MOST_BYTES:
+        raise BudgetError(f"budget {text[:40]!r} is more than {_MOST_BYTES:g} bytes")
     return int(n_bytes)
 
 
@@ -51,7 +54,7 @@ def parse_seconds(text: str) -> float:
     """Return the seconds of a time such as 90, 90s, 20m or 1.5h; raises BudgetError otherwise."""
     match = _TIME.fullmatch(text.strip().lower())
     seconds = float(match["number"]) * _SECONDS[match["unit"]] if match else 0.0
-    if seconds <= 0:
+    if not 0 < seconds < 1e9:
         raise BudgetError(f"time {text!r} is none; write 90s, 20m or 1.5h")
     return seconds
 

@@ -1,6 +1,7 @@
 """The deployment test: a file is loaded under its memory limit, filled, timed and asked."""
 
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from ramgguf.deploy.memory import MemoryPlanner, MemoryRequest
 from ramgguf.deploy.result import Answer, CheckResult, Speed, Spread, Stage
 from ramgguf.gguf.hub import local_path
 from ramgguf.gguf.reader import GGUFFile, open_gguf
-from ramgguf.llama.child import Child, ChildDiedError
+from ramgguf.llama.child import Child, ChildDiedError, describe_exit
 from ramgguf.llama.limits import Limiter, limiter
 from ramgguf.llama.protocol import SystemInfo
 from ramgguf.llama.trial_protocol import (
@@ -72,6 +73,7 @@ class _Found:
     known_ppl: float | None = None
     system: SystemInfo | None = None
     failures: list[str] = field(default_factory=list)
+    is_out_of_memory: bool = False  # llama.cpp or the system said so
 
 
 def check_file(
@@ -96,13 +98,13 @@ def check_file(
         limits = limiter(request.limit.n_bytes)
         _try(path, request, limits, found, announce)
         surprises = _judged(reference, request, found, announce)
-        fits = found.stage not in ("load", "fill")
         failures = [*found.failures, *_failures(planned, request, found, surprises)]
         return CheckResult(
             ramgguf_version=__version__,
             path=str(path),
             n_bytes=file.n_bytes,
             header_sha256=file.header_sha256,
+            sample_sha256=file.sample_sha256,
             name=file.name,
             n_ctx=request.shape.n_ctx,
             type_k=request.shape.type_k,
@@ -122,7 +124,7 @@ def check_file(
             reference=None if reference is None else str(reference),
             failed_stage=found.stage if found.failures else None,
             failures=tuple(failures),
-            advice=() if fits and _within(found, request) else _advice(file, request),
+            advice=_advice(file, request) if _is_memory(planned, request, found) else (),
         )
 
 
@@ -166,11 +168,15 @@ def _try(
             found.known_ppl = min(1e300, perplexity(known.nll, known.n_tokens))
         except ChildDiedError as e:
             last = f" ({e.said[-1]})" if e.said else ""
-            found.failures.append(f"{_DOING[found.stage]}: {_first_line(e)}{last}")
+            found.failures.append(
+                f"{_DOING[found.stage]}: llama.cpp ended with {describe_exit(e.code)}{last}"
+            )
+            found.is_out_of_memory = e.code == -signal.SIGKILL or _tells_of_memory(e.said)
         except EngineError as e:
             if "pip install" in str(e):
                 raise
-            found.failures.append(f"{_DOING[found.stage]}: {_first_line(e)}")
+            found.failures.append(f"{_DOING[found.stage]}: {e}")
+            found.is_out_of_memory = _tells_of_memory((str(e), *child.said))
 
 
 _DOING = {
@@ -182,8 +188,12 @@ _DOING = {
 }
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0].removesuffix("; it said:")
+# What ggml, the C++ runtime and Python say when an allocation fails.
+_MEMORY_WORDS = ("out of memory", "insufficient memory", "bad_alloc", "alloc", "MemoryError")
+
+
+def _tells_of_memory(said: Sequence[str]) -> bool:
+    return any(word in line for line in said for word in _MEMORY_WORDS)
 
 
 def _talk(request: CheckRequest) -> Talk:
@@ -246,8 +256,13 @@ def _failures(
     return failures
 
 
-def _within(found: _Found, request: CheckRequest) -> bool:
-    return found.peak_bytes is not None and found.peak_bytes <= request.limit.n_bytes
+def _is_memory(planned: Footprint, request: CheckRequest, found: _Found) -> bool:
+    """Return whether the file failed for memory; a crash of another kind needs other advice."""
+    limit = request.limit.n_bytes
+    if found.peak_bytes is not None:
+        return found.is_out_of_memory or found.peak_bytes > limit
+    too_large = planned.use.total - planned.use.overhead > limit
+    return found.is_out_of_memory or (bool(found.failures) and too_large)
 
 
 def _speed(found: _Found) -> Speed | None:

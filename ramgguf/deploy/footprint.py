@@ -1,13 +1,13 @@
 """What a model would take in memory: asked of llama.cpp, or estimated where it cannot be asked."""
 
 import contextlib
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, Self
 
 from ramgguf.core.errors import BudgetError, EngineError
 from ramgguf.deploy.footprint_formula import N_UBATCH, ContextShape, cache_bytes, compute_bytes
+from ramgguf.gguf.architecture import TOKEN_EMBEDDING, is_input, layer_of
 from ramgguf.gguf.layout import encoded_bytes
 from ramgguf.gguf.reader import GGUFFile
 from ramgguf.gguf.stub_model import stub_model
@@ -21,10 +21,6 @@ CACHE_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "IQ
 # 80 MB before a model is loaded, and a vocabulary of 49,152 tokens 18 MB (docs/memory.md).
 _PROCESS_BYTES = 90_000_000
 _TOKEN_BYTES = 400
-
-_LAYER = re.compile(r"blk\.(\d+)\.")
-# What llama.cpp keeps beside the CPU whatever is offloaded: it looks rows up there.
-_INPUTS = ("token_embd", "token_types", "position_embd", "per_layer_token_embd")
 
 
 def parse_cache_types(text: str) -> tuple[str, str]:
@@ -175,27 +171,26 @@ def _estimated(
 ) -> Footprint:
     layers = [0] * (file.n_layers or 0)
     inputs = outputs = 0
-    embedding, tied = 0, True
+    embedding = 0
     for tensor in file.tensors:
         n_bytes = encoded_bytes(tensor, tensor_types.get(tensor.name, tensor.type_name))
-        match = _LAYER.match(tensor.name)
-        if match and int(match[1]) < len(layers):
-            layers[int(match[1])] += n_bytes
-        elif tensor.name.startswith(_INPUTS):
+        layer = layer_of(tensor.name)
+        if layer is not None and layer < len(layers):
+            layers[layer] += n_bytes
+        elif is_input(tensor.name):
             inputs += n_bytes
         else:
             outputs += n_bytes
-        if tensor.name == "token_embd.weight":
+        if tensor.name == TOKEN_EMBEDDING:
             embedding = n_bytes
-        tied = tied and tensor.name != "output.weight"
-    n_vocab = next((t.shape[1] for t in file.tensors if t.name == "token_embd.weight"), 0)
+    n_vocab = next((t.shape[1] for t in file.tensors if t.name == TOKEN_EMBEDDING), 0)
     return Footprint(
         shape=shape,
         layer_weights=tuple(layers),
         layer_cache=cache_bytes(file, shape),
         input_weights=inputs,
         output_weights=outputs,
-        output_copy=embedding if tied else 0,
+        output_copy=embedding if file.has_tied_embedding else 0,
         compute=compute_bytes(file, shape),
         overhead=_overhead(file, n_vocab, shape),
         method="estimate",

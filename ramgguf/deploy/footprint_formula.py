@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ramgguf.gguf.architecture import TOKEN_EMBEDDING
 from ramgguf.gguf.header import ggml_type
 from ramgguf.gguf.reader import GGUFFile
 
@@ -48,7 +49,7 @@ class Header:
         self.architecture = file.architecture
         self.n_layers = file.n_layers or 0
         self.width = self.integer("embedding_length", 0)
-        self.n_vocab = next((t.shape[1] for t in file.tensors if t.name == "token_embd.weight"), 0)
+        self.n_vocab = next((t.shape[1] for t in file.tensors if t.name == TOKEN_EMBEDDING), 0)
 
     def integer(self, key: str, default: int) -> int:
         """Return the architecture's value of a key, or the default."""

@@ -12,6 +12,7 @@ from ramgguf.deploy.footprint import Footprint, FootprintEstimator
 from ramgguf.deploy.footprint_formula import ContextShape
 from ramgguf.deploy.offload import Placed, most_layers, place, place_within
 from ramgguf.gguf.hub import local_path
+from ramgguf.gguf.identity import difference
 from ramgguf.gguf.layout import planned_header_bytes
 from ramgguf.gguf.reader import GGUFFile, open_gguf
 from ramgguf.plan import ByteLimit, PlanAt, SourceSize
@@ -266,7 +267,8 @@ def _measured_model(source: SourceSize, model: str | Path | None) -> GGUFFile:
             "memory a context takes; name it with --model"
         )
     file = open_gguf(path)
-    if file.header_sha256 != source.header_sha256:
+    differs = difference(file, source)
+    if differs is not None:
         file.close()
-        raise PlanError(f"{path}: is not the model that was measured ({source.path})")
+        raise PlanError(f"{path}: is not the model that was measured ({source.path}): {differs}")
     return file

@@ -12,6 +12,7 @@ from ramgguf.core.documents import (
     Number,
     Positive,
 )
+from ramgguf.gguf.identity import FileIdentity, Identified, difference
 from ramgguf.llama.protocol import SystemInfo
 from ramgguf.plan.result import MemoryUse
 
@@ -72,11 +73,13 @@ class CheckResult(Document):
     """
 
     KIND: ClassVar[str] = "check"
+    VERSION: ClassVar[int] = 2  # 2: sample_sha256
 
     ramgguf_version: str
     path: str
     n_bytes: Positive
     header_sha256: str | None = None
+    sample_sha256: str | None = None
     name: str | None
     n_ctx: Positive
     type_k: str
@@ -97,6 +100,19 @@ class CheckResult(Document):
     failed_stage: Stage | None = None
     failures: tuple[str, ...] = ()
     advice: tuple[str, ...] = ()
+
+    def differs(self, file: Identified) -> str | None:
+        """Return how the file that was tested differs from this one; None if it is the same.
+
+        Results of older versions tell less of their file: then less is compared.
+        """
+        return difference(
+            file,
+            FileIdentity(
+                self.path, self.n_bytes, self.header_sha256 or file.header_sha256,
+                self.sample_sha256,
+            ),
+        )  # fmt: skip
 
     @property
     def passed(self) -> bool:

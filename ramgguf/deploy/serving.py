@@ -6,7 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, Self
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, TypeAdapter
 
 from ramgguf.core.errors import BudgetError, EngineError, ResultError
 from ramgguf.core.machine import Available
@@ -14,16 +16,24 @@ from ramgguf.core.units import format_bytes
 from ramgguf.deploy.collapse_checks import KNOWN_TEXT
 from ramgguf.deploy.footprint import FootprintEstimator
 from ramgguf.deploy.footprint_formula import ContextShape
+from ramgguf.deploy.front import LOOPBACK, Front
+from ramgguf.deploy.front_requests import Limits
 from ramgguf.deploy.memory import CONTEXT_STEP, MemoryPlanner, MemoryRequest
 from ramgguf.deploy.result import CheckResult
 from ramgguf.gguf.reader import GGUFFile, open_gguf
-from ramgguf.llama.child import Child, ChildDiedError, describe_exit
-from ramgguf.llama.server_protocol import Serve, Serving
+from ramgguf.llama.child import Child, ChildDiedError, Failure, describe_exit
+from ramgguf.llama.server_protocol import ModelDied, Serve, Serving
 
-_WORKER = "ramgguf.llama.server"
+_FRONT, _WORKER = "ramgguf.deploy.front", "ramgguf.llama.server"
+# A prompt of more bytes than these for each token of the context does not fit it; a short context
+# leaves room for a request that is refused because of its tokens, in words.
+_BYTES_PER_TOKEN, _LEAST_BYTES = 32, 64 << 10
 _CHAT_WITHOUT_TEMPLATE = "chatml"
 # What the server's packages take beyond those of the deployment test (docs/commands/serve.md).
 _SERVER_BYTES = 40_000_000
+_ANSWER: TypeAdapter[Any] = TypeAdapter(
+    Annotated[Serving | ModelDied | Failure, Field(discriminator="kind")]
+)
 # How a process dies of a kernel: not by SIGKILL, which is the system's when memory is short.
 _CRASHES = (signal.SIGSEGV, signal.SIGILL, signal.SIGBUS, signal.SIGFPE, signal.SIGABRT)
 
@@ -73,8 +83,7 @@ def checked_settings(
     when what it took is more than the limit.
     """
     with open_gguf(path, kind_check=True) as file:
-        known = result.header_sha256 or file.header_sha256  # older results do not tell
-        if (file.n_bytes, file.header_sha256) != (result.n_bytes, known):
+        if result.differs(file) is not None:
             raise ResultError(
                 f"the check is of another file, {result.path} ({result.n_bytes:,} bytes), not "
                 f"{path} ({file.n_bytes:,} bytes); run: ramgguf check {path} --json"
@@ -141,7 +150,8 @@ def _too_large(file: GGUFFile, shape: ContextShape, needed: int, limit: Availabl
 class Place:
     """Where a server listens, who may ask it, and with which kernels it computes.
 
-    safe_kernels None means: without llama.cpp's repacked kernels if it crashes with them.
+    safe_kernels None means: without llama.cpp's repacked kernels if it crashes with them. hosts and
+    origins are allowed besides the loopback's; max_tokens None is the context.
     """
 
     host: str = "127.0.0.1"
@@ -149,6 +159,25 @@ class Place:
     api_key: str | None = None
     safe_kernels: bool | None = None
     verbose: bool = False
+    hosts: tuple[str, ...] = ()
+    origins: tuple[str, ...] = ()
+    allow_grammars: bool = False
+    max_tokens: int | None = None
+    n_waiting: int = 16
+    seconds: float = 600
+
+    def limits(self, n_ctx: int) -> Limits:
+        """Return what a request may take of a context."""
+        named = () if self.host in ("0.0.0.0", "::") else (self.host,)
+        return Limits(
+            prompt_bytes=max(_LEAST_BYTES, _BYTES_PER_TOKEN * n_ctx),
+            max_tokens=min(self.max_tokens or n_ctx, n_ctx),
+            n_waiting=self.n_waiting,
+            seconds=self.seconds,
+            allow_grammars=self.allow_grammars,
+            hosts=(*LOOPBACK, *named, *self.hosts),
+            origins=self.origins,
+        )
 
 
 class Server:
@@ -187,9 +216,23 @@ class Server:
         return self
 
     def _start(self) -> None:
-        self._child = Child(self._worker, on_stderr=sys.stderr.write)
+        self._child = Child(_FRONT, on_stderr=sys.stderr.write)
+        request = Front(
+            serve=self._request(),
+            worker=self._worker,
+            limits=self.place.limits(self.settings.shape.n_ctx),
+        )
         try:
-            self.serving = self._child.ask(self._request(), Serving)
+            self._child.send(request)
+            line = self._child.receive()
+            if not line:
+                raise self._child.died()
+            answer = _ANSWER.validate_json(line)
+            if isinstance(answer, ModelDied):
+                raise ChildDiedError(answer.code, ())
+            if isinstance(answer, Failure):
+                raise EngineError(answer.message)
+            self.serving = answer
         except BaseException:
             self._child.__exit__(None, None, None)
             raise

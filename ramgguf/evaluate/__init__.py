@@ -2,6 +2,15 @@
 
 from ramgguf.evaluate.comparison import compare
 from ramgguf.evaluate.evaluation import Evaluation, evaluate
+from ramgguf.evaluate.held_out import HeldOutScore, score_held_out, scores_here
 from ramgguf.evaluate.result import EvalResult
 
-__all__ = ["EvalResult", "Evaluation", "compare", "evaluate"]
+__all__ = [
+    "EvalResult",
+    "Evaluation",
+    "HeldOutScore",
+    "compare",
+    "evaluate",
+    "score_held_out",
+    "scores_here",
+]

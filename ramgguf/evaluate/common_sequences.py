@@ -8,6 +8,7 @@ import numpy as np
 
 from ramgguf.core.errors import ResultError
 from ramgguf.evaluate.result import EvalResult, SequenceScore, incomparable, quantiles
+from ramgguf.gguf.identity import difference
 
 _MIN_FINISHED = 0.9  # of the protocol's sequences; below, a model is not ranked beside whole ones
 
@@ -88,8 +89,7 @@ def partial_line(result: EvalResult) -> str | None:
 def is_reference(result: EvalResult, results: Sequence[EvalResult]) -> bool:
     """Return whether another result, or this one itself, was measured against this model."""
     return any(
-        r.reference is not None and r.reference.header_sha256 == result.model.header_sha256
-        for r in results
+        r.reference is not None and difference(r.reference, result.model) is None for r in results
     )
 
 
@@ -127,14 +127,14 @@ def _check_same_tokens(results: Sequence[EvalResult]) -> None:
 
 def _references(results: Sequence[EvalResult]) -> list[EvalResult]:
     """Return the references that are not among the results, from the losses that these carry."""
-    known = {r.model.header_sha256 for r in results}
+    known = [r.model for r in results]
     found: list[EvalResult] = []
     for r in results:
-        if r.reference is None or r.reference.header_sha256 in known:
+        if r.reference is None or any(difference(r.reference, m) is None for m in known):
             continue
         if any(s.reference_nll_sum is None for s in r.sequences):
             continue
-        known.add(r.reference.header_sha256)
+        known.append(r.reference)
         scores = tuple(_reference_score(s) for s in r.sequences)
         update = {
             "model": r.reference,

@@ -91,6 +91,7 @@ def identify(path: Path) -> ModelFile:
             path=str(path),
             n_bytes=gguf.n_bytes,
             header_sha256=gguf.header_sha256,
+            sample_sha256=gguf.sample_sha256,
             architecture=gguf.architecture,
             file_type=_file_type_name(gguf.metadata.integer("general.file_type")),
             name=gguf.name,

@@ -180,7 +180,10 @@ class Journal:
             found = self.result(run)
             model = found.model
             protocol = found.protocol.model_dump_json()
-            key = (model.path, model.header_sha256, found.text.sha256, protocol)
+            run_of = (model.path, model.header_sha256, found.text.sha256, protocol)
+            key = (*run_of, model.sample_sha256 or "")
+            if model.sample_sha256 is not None:
+                last.pop((*run_of, ""), None)  # of a version that took no sample
             if found.sequences or key not in last:
                 last[key] = found
         return tuple(last.values())

@@ -21,7 +21,7 @@ from ramgguf.evaluate.leaderboard import (
     Tie,
     ranking,
 )
-from ramgguf.evaluate.result import EvalResult
+from ramgguf.evaluate.result import EvalResult, n_files
 from ramgguf.evaluate.significance import (
     PairedSequences,
     Ratio,
@@ -64,8 +64,7 @@ class PairedTests:
 
     @property
     def _n_references(self) -> int:
-        found = {r.reference.header_sha256 for r in self._results.values() if r.reference}
-        return len(found)
+        return n_files(r.reference for r in self._results.values() if r.reference is not None)
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from collections.abc import Iterable
 from typing import Annotated, ClassVar, Literal, Self
 
 import numpy as np
@@ -22,11 +23,16 @@ from ramgguf.llama.protocol import Float32Array, decode_float32
 
 
 class ModelFile(FrozenModel):
-    """Which file was scored. header_sha256 covers the bytes before the tensor data."""
+    """Which file was scored.
+
+    header_sha256 covers the bytes before the tensor data, sample_sha256 a sample of the data (None
+    in files of versions that did not take one).
+    """
 
     path: str
     n_bytes: Positive
     header_sha256: str
+    sample_sha256: str | None = None
     architecture: str
     file_type: str
     name: str | None = None
@@ -44,6 +50,14 @@ class ModelFile(FrozenModel):
     def bpw(self) -> float:
         """Bits of file per weight."""
         return 8 * self.n_bytes / self.n_weights
+
+
+def n_files(models: Iterable[ModelFile]) -> int:
+    """Return how many different files these are; one without a sample is any of its header."""
+    samples: dict[str, set[str]] = {}
+    for model in models:
+        samples.setdefault(model.header_sha256, set()).update(filter(None, [model.sample_sha256]))
+    return sum(max(1, len(found)) for found in samples.values())
 
 
 class Protocol(FrozenModel):
@@ -203,6 +217,7 @@ class EvalResult(Document):
     """
 
     KIND: ClassVar[str] = "eval"
+    VERSION: ClassVar[int] = 2  # 2: model.sample_sha256
 
     ramgguf_version: str
     model: ModelFile

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ramgguf.core.errors import ResultError
+from ramgguf.core.inputs import read_text
 from ramgguf.evaluate.journal import read_results
 from ramgguf.evaluate.leaderboard import Aggregate
 from ramgguf.evaluate.published_table import TABLE_SUFFIXES, published_table
@@ -97,7 +98,4 @@ def _lines_of_results(path: Path) -> tuple[EvalResult, ...]:
 
 
 def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
-        raise ResultError(f"{path} cannot be read: {e}") from None
+    return read_text(path, error=ResultError)

@@ -26,6 +26,7 @@ from ramgguf.evaluate.statistics import (
     outliers,
     tail,
 )
+from ramgguf.gguf.identity import difference
 
 
 @dataclass(frozen=True)
@@ -144,9 +145,7 @@ def sequence_divergences(
     A reference has none from itself: it would lead every ranking by KLD.
     """
     chosen = _chosen(result, only)
-    if result.reference is not None and (
-        result.reference.header_sha256 == result.model.header_sha256
-    ):
+    if result.reference is not None and difference(result.reference, result.model) is None:
         return None
     rows = [
         (s.n_scored, s.kld_sum, s.n_same_top, s.delta_p_sum, s.delta_p_squared_sum) for s in chosen

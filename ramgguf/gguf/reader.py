@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ramgguf.core.errors import GGUFError
+from ramgguf.gguf.architecture import has_tied_embedding, trunk_layers
 from ramgguf.gguf.header import TensorInfo, ValueType
 from ramgguf.gguf.shards import Shard, require_whole, shard_paths
 
@@ -33,6 +34,8 @@ _OTHER_KINDS: Mapping[str, str] = {
 }
 
 
+# What sample_sha256 reads: of each tensor up to _MOST_SPANS spans, fewer where tensors are many.
+_SPAN_BYTES, _MOST_SPANS, _ALL_SPANS = 4096, 2, 4096
 # Where rows may lie in memory, and how far apart tensors may be to be read at one go.
 _ALIGNMENT, _MOST_PADDING = 32, 4096
 
@@ -106,6 +109,17 @@ class GGUFFile:
         """The architecture's block_count, if the file has one."""
         return self.metadata.integer(f"{self.architecture}.block_count")
 
+    @cached_property
+    def n_trunk_layers(self) -> int | None:
+        """The layers that make the next token: those of draft blocks left out."""
+        n_draft = self.metadata.integer(f"{self.architecture}.nextn_predict_layers") or 0
+        return trunk_layers((t.name for t in self.tensors), self.n_layers, n_draft)
+
+    @cached_property
+    def has_tied_embedding(self) -> bool:
+        """Whether the token embedding is the head, too."""
+        return has_tied_embedding(t.name for t in self.tensors)
+
     @property
     def n_weights(self) -> int:
         """Weights of all tensors."""
@@ -117,6 +131,24 @@ class GGUFFile:
         digest = hashlib.sha256()
         for shard in self._shards:
             digest.update(memoryview(shard.head)[: shard.header_bytes])
+        return digest.hexdigest()
+
+    @cached_property
+    def sample_sha256(self) -> str:
+        """SHA-256 over a sample of the tensors' data, hexadecimal: tells models of one shape apart.
+
+        The first and the last 4 KiB of every tensor; of more than 2,048 tensors, the first only.
+        Changes that leave all of these alone are not seen. Raises GGUFError when the file ends
+        early or cannot be read.
+        """
+        digest = hashlib.sha256()
+        n_spans = max(1, min(_MOST_SPANS, _ALL_SPANS // max(1, len(self.tensors))))
+        for tensor in self.tensors:
+            buffer = bytearray(min(tensor.n_bytes, _SPAN_BYTES))
+            left = tensor.n_bytes - len(buffer)
+            for place in sorted({left * i // max(1, n_spans - 1) for i in range(n_spans)}):
+                self._shards[tensor.shard].read(tensor.offset + place, memoryview(buffer))
+                digest.update(buffer)
         return digest.hexdigest()
 
     def tensor(self, name: str) -> TensorInfo:

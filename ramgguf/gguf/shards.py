@@ -8,6 +8,8 @@ from pathlib import Path
 from ramgguf._core import Header, HeaderError, scan_header
 from ramgguf.core.errors import GGUFError
 from ramgguf.core.gc_paused import gc_paused
+from ramgguf.core.inputs import reading
+from ramgguf.gguf import other_files
 from ramgguf.gguf.header import GGML_TYPES, GGML_TYPES_BY_ID, KeySpan, Metadata, TensorInfo
 
 _FIRST_READ = 1 << 22
@@ -28,13 +30,18 @@ class Shard:
             # Without O_NONBLOCK, opening a FIFO would wait for ever.
             self.fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         except (OSError, ValueError) as e:
-            raise GGUFError(f"{path}: cannot be opened: {getattr(e, 'strerror', e)}") from None
+            why = other_files.missing(path) if isinstance(e, FileNotFoundError) else None
+            why = why or f"cannot be opened: {getattr(e, 'strerror', e)}"
+            raise GGUFError(f"{path}: {why}") from None
         try:
             self.status = os.fstat(self.fd)
+            if stat.S_ISDIR(self.status.st_mode):
+                raise GGUFError(f"{path}: {other_files.folder(path)}")
             if not stat.S_ISREG(self.status.st_mode):
                 raise GGUFError(f"{path}: is not a regular file")
             self.n_bytes = self.status.st_size
             self.head, header = self._read_header()
+            reading(path)
         except BaseException:
             os.close(self.fd)
             raise
@@ -90,6 +97,8 @@ class Shard:
         except OSError as e:
             raise GGUFError(f"{self.path}: cannot be read: {e.strerror}") from None
         except HeaderError as e:
+            if not data.startswith(b"GGUF"):
+                raise GGUFError(f"{self.path}: {other_files.not_gguf(data)}") from None
             raise GGUFError(f"{self.path}: {e}") from None
         if header is None and len(data) < length:
             raise GGUFError(f"{self.path}: was cut short while it was being opened")

@@ -24,6 +24,13 @@ STDERR_LINES = 12  # of the child's last words that an error repeats
 # -P: a folder named ramgguf in the working directory must not be imported instead of this package.
 PYTHON = (sys.executable, "-P")
 
+_ENVIRONMENT = {
+    # One thread: the default reserves memory for one on every CPU, and all of it counts.
+    "OPENBLAS_NUM_THREADS": "1",
+    # A failed assertion says what failed; with gdb installed it would add Python's frames to that.
+    "GGML_NO_BACKTRACE": "1",
+}
+
 _CAUSES = {
     "SIGSEGV": "a bad memory access",
     "SIGABRT": "a failed assertion",
@@ -47,10 +54,13 @@ class ChildDiedError(EngineError):
     def __init__(self, code: int, said: Sequence[str]) -> None:
         self.code = code
         self.said = tuple(said)
-        lines = "".join(f"\n  {line}" for line in said)
-        super().__init__(
-            f"llama.cpp ended with {describe_exit(code)}" + (f"; it said:{lines}" if said else "")
-        )
+        super().__init__(f"llama.cpp ended with {describe_exit(code)}{quoted(said)}")
+
+
+def quoted(said: Sequence[str]) -> str:
+    """Return the last words of a child as the end of a message, on one line."""
+    lines = [line.strip() for line in said if line.strip()]
+    return f"; it said: {' | '.join(lines)}" if lines else ""
 
 
 def describe_exit(code: int) -> str:
@@ -90,8 +100,7 @@ class Child:
             encoding="utf-8",
             errors="replace",
             start_new_session=True,  # Ctrl-C is the parent's to handle
-            # One thread: the default reserves memory for one on every CPU, and all of it counts.
-            env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},
+            env=os.environ | _ENVIRONMENT,
         )
         self._drain = threading.Thread(target=self._read_stderr, daemon=True)
         self._drain.start()
@@ -118,6 +127,11 @@ class Child:
     def pid(self) -> int:
         """The child's process id."""
         return self._process.pid
+
+    @property
+    def said(self) -> tuple[str, ...]:
+        """The last lines that the child wrote to stderr."""
+        return tuple(self._said)
 
     def hang_up(self) -> None:
         """Close the child's stdin, at which it ends."""

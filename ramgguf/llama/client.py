@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from ramgguf.core.documents import FrozenModel
 from ramgguf.core.errors import EngineError
-from ramgguf.llama.child import Child, ChildDiedError, describe_exit
+from ramgguf.llama.child import Child, ChildDiedError, describe_exit, quoted
 from ramgguf.llama.protocol import (
     Answer,
     Failed,
@@ -114,10 +114,13 @@ class Engine:
         return found
 
     def tokenize(
-        self, text: str, *, add_special: bool, model: int = 0
+        self, text: str, *, add_special: bool, model: int = 0, control_tokens: bool = False
     ) -> tuple[TokenIds, npt.NDArray[np.int64]]:
         """Return the text's token ids and where each ends in its UTF-8 bytes."""
-        found = self.ask(Tokenize(model=model, text=text, add_special=add_special), Tokenized)
+        request = Tokenize(
+            model=model, text=text, add_special=add_special, control_tokens=control_tokens
+        )
+        found = self.ask(request, Tokenized)
         return unpack_ids(found.ids), unpack_ids(found.ends).astype(np.int64)
 
     def score(
@@ -158,7 +161,6 @@ class Engine:
         """Return the end of the child as a crash of the model that it was at."""
         path, index = self._paths[self._at.model], self._at.index
         doing = "while loading" if index is None else f"in sequence {index}"
-        said = "".join(f"\n  {line}" for line in died.said)
         hint = "; --safe-kernels avoids llama.cpp's repacked kernels"
         if self._safe_kernels or -died.code in (signal.SIGBUS, signal.SIGKILL):
             hint = ""
@@ -166,7 +168,7 @@ class Engine:
             self._at.model,
             index,
             f"{path}: llama.cpp crashed {doing}: {describe_exit(died.code)}{hint}"
-            + (f"; it said:{said}" if said else ""),
+            f"{quoted(died.said)}",
             died.code,
         )
 

@@ -62,6 +62,22 @@ def limit_data(n_bytes: int, n_threads: int) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (now["VmData"] + left + room, resource.RLIM_INFINITY))
 
 
+def cap_growth(n_bytes: int) -> None:
+    """Hold this process to the data that it has now and n_bytes more, where the system can.
+
+    An allocation beyond that fails: NumPy and Python raise MemoryError, C++ ends the process.
+    """
+    try:
+        n_data = _status()["VmData"]
+    except OSError:  # no /proc: macOS, whose RLIMIT_DATA does not count mapped memory
+        return
+    limit = n_data + n_bytes
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    if hard != resource.RLIM_INFINITY:
+        limit = min(limit, hard)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
+
+
 def peak_bytes() -> int:
     """Return the most memory that this process has held, what was swapped out included."""
     now = _status()

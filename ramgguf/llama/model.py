@@ -51,16 +51,17 @@ class Vocab:
             sha256=digest.hexdigest(),
         )
 
-    def tokenize(self, text: bytes, *, add_special: bool) -> TokenIds:
-        """Return the text's token ids; special tokens written in the text are plain text.
+    def tokenize(self, text: bytes, *, add_special: bool, control_tokens: bool = False) -> TokenIds:
+        """Return the text's token ids.
 
-        add_special lets the tokenizer add what it adds to a prompt (BOS, EOS).
+        add_special lets the tokenizer add what it adds to a prompt (BOS, EOS). Control tokens
+        written in the text are plain text, unless control_tokens says that they are meant.
         """
         room = len(text) + 8
         ids = np.empty(room, dtype=np.int32)
         pointer = ids.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
         n = self._llama.llama_tokenize(
-            self._vocab, text, len(text), pointer, room, add_special, False
+            self._vocab, text, len(text), pointer, room, add_special, control_tokens
         )
         if n < 0:
             raise EngineError(f"the tokenizer failed on {len(text)} bytes of text (code {n})")

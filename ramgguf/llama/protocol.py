@@ -31,6 +31,7 @@ class Tokenize(FrozenModel):
     model: int
     text: str
     add_special: bool
+    control_tokens: bool = False
 
 
 class Score(FrozenModel):
@@ -59,6 +60,7 @@ class Draw(FrozenModel):
     indices: tuple[int, ...]
     name: str = ""
     text: str | None = None
+    control_tokens: bool = False
 
 
 class TapWeights(FrozenModel):

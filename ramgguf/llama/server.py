@@ -1,95 +1,54 @@
-"""The child process that serves a model: llama-cpp-python's OpenAI-compatible server.
+"""The child process that runs a model for the server's front: JSON lines in, JSON lines out.
 
-It reads one request, answers when the server listens, and ends when the parent closes its stdin.
+It opens no socket. It answers one request at a time, and ends when its stdin does. What its memory
+was after loading, and some room, is all that it may take: a request that needs more ends it, not
+the machine.
 """
 
+import contextlib
 import os
-import socket
+import queue
 import sys
 import threading
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import BaseModel, TypeAdapter
 
 from ramgguf.core.errors import EngineError
 from ramgguf.gguf.header import ggml_type
 from ramgguf.llama.child import Failure, take_stdout
-from ramgguf.llama.server_errors import answer_as_client_errors
-from ramgguf.llama.server_protocol import GRACE_SECONDS, Serve, Serving
+from ramgguf.llama.limits import cap_growth
+from ramgguf.llama.server_protocol import (
+    Cancel,
+    ChatFormat,
+    Detokenize,
+    Finished,
+    Generate,
+    Loaded,
+    Piece,
+    Refused,
+    Request,
+    Serve,
+    Text,
+    Tokenize,
+    Tokens,
+)
 from ramgguf.llama.sizes import N_BATCH, N_UBATCH, SizesOf, context_parameters
 from ramgguf.llama.system import llama_module, system_info
 
 _SAMPLE_TOKENS = 64  # enough for the kernels of whole batches
 _FILES_TEMPLATE = "chat_template.default"  # llama-cpp-python's name of it
+# Beyond what is there after loading: tokens and texts of requests, buffers of samplers.
+GROWTH_BYTES = 256 << 20
+_REQUEST: TypeAdapter[Any] = TypeAdapter(Request)
+
+Say = Callable[[BaseModel], None]
 
 
-def run(request: Serve, watch: Callable[[Any], None], answer: Callable[[Serving], None]) -> None:
-    """Load the model, try it, serve until the server is told to end.
-
-    watch is given the server before it starts, and answer is told when it listens. Raises
-    EngineError when a package is missing or llama.cpp refuses.
-    """
-    started = time.perf_counter()
-    llama = llama_module(verbose=request.verbose)
-    uvicorn, server_package = _server_packages()
-    listener = bind(request.host, request.port)
-    impose(llama, request)
-    answer_as_client_errors(server_package.errors)
-    app = _loaded(server_package, request)
-
-    class Server(uvicorn.Server):  # type: ignore[misc, name-defined]
-        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-            await super().startup(sockets=sockets)
-            seconds = time.perf_counter() - started
-            port = listener.getsockname()[1]
-            answer(Serving(port=port, seconds=seconds, system=system_info()))
-
-    config = uvicorn.Config(
-        app,
-        lifespan="off",
-        log_level="info" if request.verbose else "warning",
-        timeout_graceful_shutdown=GRACE_SECONDS,
-    )
-    server = Server(config)
-    watch(server)
-    server.run(sockets=[listener])
-
-
-def _server_packages() -> tuple[ModuleType, ModuleType]:
-    # A variable that the server would take for the name of its own configuration.
-    os.environ.pop("CONFIG_FILE", None)
-    try:
-        import llama_cpp.server.app
-        import uvicorn
-    except ImportError as e:
-        raise EngineError(
-            f"the server's packages cannot be imported ({e}); pip install 'ramgguf[server]'"
-        ) from None
-    return uvicorn, llama_cpp.server
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """Return a socket bound to the address, which does not listen yet; port 0 is any free one.
-
-    Raises EngineError when it cannot be bound.
-    """
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        found = socket.socket(family, kind, protocol)
-        try:
-            found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            found.bind(address)
-        except OSError:
-            found.close()
-            raise
-    except (OSError, OverflowError) as e:
-        raise EngineError(
-            f"{host}:{port} cannot be listened at: {e}; choose another --host or --port"
-        ) from None
-    return found
+class _CancelledError(Exception):
+    """Nobody waits for the answer any more."""
 
 
 def impose(llama: ModuleType, request: Serve) -> None:
@@ -121,41 +80,33 @@ def impose(llama: ModuleType, request: Serve) -> None:
     functions.llama_init_from_model = make_context_as_asked
 
 
-def _loaded(package: Any, request: Serve) -> Any:
-    """Return the application with the model loaded and tried."""
-    # model_construct: validation would take settings from variables such as SEED and CACHE.
-    model = package.settings.ModelSettings.model_construct(
-        model=request.path,
-        model_alias=request.alias,
-        n_ctx=request.n_ctx,
-        n_batch=N_BATCH,
-        n_ubatch=N_UBATCH,
-        n_threads=request.n_threads,
-        n_threads_batch=request.n_threads,
-        type_k=ggml_type(request.type_k).id,
-        type_v=ggml_type(request.type_v).id,
-        use_mmap=False,  # as in the deployment test: what is resident is what the model needs
-        use_mlock=False,
-        logits_all=False,  # true would keep those of the whole context
-        chat_format=_require_chat_format(request.chat_format) or _FILES_TEMPLATE,
-        verbose=request.verbose,
-    )
-    server = package.settings.ServerSettings.model_construct(
-        host=request.host,
-        port=request.port,
-        api_key=request.api_key,
-        interrupt_requests=False,  # a request waits for the one before, and does not cut it off
-    )
+def load(llama: ModuleType, request: Serve) -> Any:
+    """Return the model, loaded and tried. Raises EngineError when llama.cpp refuses."""
+    impose(llama, request)
     try:
-        app = package.app.create_app(server_settings=server, model_settings=[model])
+        model = llama.Llama(
+            model_path=request.path,
+            n_ctx=request.n_ctx,
+            n_batch=N_BATCH,
+            n_ubatch=N_UBATCH,
+            n_threads=request.n_threads,
+            n_threads_batch=request.n_threads,
+            type_k=ggml_type(request.type_k).id,
+            type_v=ggml_type(request.type_v).id,
+            use_mmap=False,  # as in the deployment test: what is resident is what it needs
+            use_mlock=False,
+            logits_all=False,  # true would keep those of the whole context
+            chat_format=_require_chat_format(request.chat_format) or _FILES_TEMPLATE,
+            verbose=request.verbose,
+        )
+    except EngineError:
+        raise
     except Exception as e:  # the file's template is a program of its own and may raise anything
         raise EngineError(
             f"{request.path}: llama.cpp cannot serve it ({_told(e)}); run with -v to see why"
         ) from None
-    loaded = package.app._llama_proxy()
-    loaded.model_path = request.alias  # answers call the model so where a request names none
-    _try(loaded, request)
-    return app
+    _try(model, request)
+    return model
 
 
 def _require_chat_format(name: str | None) -> str | None:
@@ -181,37 +132,163 @@ def _try(model: Any, request: Serve) -> None:
 
 
 def _told(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0]
+    return (f"{type(error).__name__}: {error}".splitlines() or [""])[0]
+
+
+def chat_format(model: Any, name: str | None) -> ChatFormat:
+    """Return how the model's chats become prompts: what the process for templates needs."""
+    bos, eos = model.token_bos(), model.token_eos()
+
+    def text(token: int) -> str:
+        return str(model._model.token_get_text(token)) if token != -1 else ""
+
+    template = None if name else model.metadata.get("tokenizer.chat_template")
+    return ChatFormat(
+        name=name, template=template, bos_token=text(bos), eos_token=text(eos), eos_id=eos
+    )
+
+
+class Engine:
+    """The loaded model, and what is asked of it."""
+
+    def __init__(self, llama: ModuleType, model: Any, n_ctx: int) -> None:
+        self._llama, self._model, self._n_ctx = llama, model, n_ctx
+        self._n_vocab = model.n_vocab()
+        self._n_generated = 0
+        self._cancelled: set[int] = set()
+        self._current = -1
+        self._generate = model.generate
+        model.generate = self._counted  # create_completion calls it
+
+    def cancel(self, request_id: int) -> None:
+        """Have a request end that is being answered or will be; called by the reading thread."""
+        if request_id >= self._current:
+            self._cancelled.add(request_id)
+
+    def _counted(self, *arguments: Any, **options: Any) -> Iterator[int]:
+        vocab = self._model._model.vocab
+        for token in self._generate(*arguments, **options):
+            if self._current in self._cancelled:
+                raise _CancelledError
+            self._n_generated += not self._llama.llama_vocab_is_eog(vocab, token)
+            yield token
+
+    def answer(self, request: Generate | Tokenize | Detokenize, say: Say) -> None:
+        """Answer a request; what it cannot do is refused in a line."""
+        self._current = request.id
+        try:
+            if isinstance(request, Generate):
+                self._continue(request, say)
+            elif isinstance(request, Tokenize):
+                ids = self._model.tokenize(request.text.encode(), special=True)
+                say(Tokens(id=request.id, tokens=tuple(ids)))
+            else:
+                self._require_ids(request.tokens)
+                text = self._model.detokenize(list(request.tokens)).decode("utf-8", "replace")
+                say(Text(id=request.id, text=text))
+        except _WrongError as e:
+            say(Refused(id=request.id, message=str(e), code=e.code))
+        except (ValueError, TypeError, RuntimeError, MemoryError) as e:  # llama-cpp-python's
+            say(Refused(id=request.id, message=f"llama.cpp: {_told(e)}", is_fault=True))
+        self._cancelled = {i for i in self._cancelled if i > request.id}
+
+    def _require_ids(self, ids: tuple[int, ...]) -> None:
+        wrong = next((i for i in ids if not 0 <= i < self._n_vocab), None)
+        if wrong is not None:
+            raise _WrongError(f"token {wrong} is none of the {self._n_vocab} of the vocabulary")
+
+    def _prompt_ids(self, request: Generate) -> list[int]:
+        special = request.add_special is not False
+        ids = list(self._model.tokenize(request.prompt.encode(), add_bos=special, special=True))
+        bos = self._model.token_bos()
+        if not ids and bos == -1:
+            raise _WrongError("the prompt has no tokens")
+        ids = ids or [bos]
+        if len(ids) >= self._n_ctx:
+            raise _WrongError(
+                f"This model's maximum context length is {self._n_ctx} tokens, "
+                f"however the prompt has {len(ids)}",
+                "context_length_exceeded",
+            )
+        return ids
+
+    def _continue(self, request: Generate, say: Say) -> None:
+        ids = self._prompt_ids(request)
+        biased = request.sampling.get("logit_bias")
+        if isinstance(biased, dict):
+            self._require_ids(tuple(int(i) for i in biased))
+        self._n_generated = 0
+        reason: Literal["stop", "length", "cancelled"] = "length"
+        grammar = request.grammar and self._llama.LlamaGrammar.from_string(request.grammar)
+        options: dict[str, Any] = dict(request.sampling)
+        try:
+            for chunk in self._model.create_completion(
+                ids,
+                max_tokens=min(request.max_tokens or request.limit, self._n_ctx - len(ids)),
+                stop=list(request.stop),
+                grammar=grammar or None,
+                stream=True,
+                **options,
+            ):
+                choice = chunk["choices"][0]
+                if choice["text"]:
+                    say(Piece(id=request.id, text=choice["text"]))
+                reason = choice["finish_reason"] or reason
+        except _CancelledError:
+            reason = "cancelled"
+        done = Finished(
+            id=request.id, reason=reason, n_prompt=len(ids), n_completion=self._n_generated
+        )
+        say(done)
+
+
+class _WrongError(Exception):
+    """The request is wrong: a line, and OpenAI's code for it."""
+
+    def __init__(self, message: str, code: str | None = None) -> None:
+        self.code = code
+        super().__init__(message)
 
 
 def main() -> None:
-    """Serve what the first line of stdin asks for, until stdin ends."""
+    """Load what the first line of stdin asks for, answer the others, until stdin ends."""
     out = take_stdout()
     request = Serve.model_validate_json(sys.stdin.readline())
     if not request.verbose:
         os.environ.setdefault("GGML_NO_BACKTRACE", "1")  # an abort would print pages of it
-    servers: list[Any] = []
-    threading.Thread(target=_end_with_parent, args=(servers,), daemon=True).start()
+    lines: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    engines: list[Engine] = []
+    threading.Thread(target=_read, args=(lines, engines), daemon=True).start()
 
-    def say(message: Serving | Failure) -> None:
+    def say(message: BaseModel) -> None:
         out.write(message.model_dump_json() + "\n")
         out.flush()
 
     try:
-        run(request, servers.append, say)
+        llama = llama_module(verbose=request.verbose)
+        model = load(llama, request)
+        engines.append(Engine(llama, model, request.n_ctx))
+        cap_growth(GROWTH_BYTES)
+        say(Loaded(system=system_info(), chat=chat_format(model, request.chat_format)))
+        while True:
+            engines[0].answer(lines.get(), say)
     except (EngineError, MemoryError) as e:
-        say(Failure(message=str(e) or "out of memory"))
+        with contextlib.suppress(OSError):
+            say(Failure(message=str(e) or "out of memory"))
+    except OSError:  # the front is gone
+        pass
     sys.stderr.flush()
     os._exit(0)  # a thread may be in the middle of a computation
 
 
-def _end_with_parent(servers: list[Any]) -> None:
-    """When stdin ends, have the server end; at once if it has not started, or takes too long."""
-    while sys.stdin.readline():
-        pass
-    if servers:
-        servers[0].should_exit = True
-        time.sleep(GRACE_SECONDS + 2)
+def _read(lines: "queue.SimpleQueue[Any]", engines: list[Engine]) -> None:
+    """Pass on requests, cancel at once; when stdin ends, end this process."""
+    for line in sys.stdin:
+        message = _REQUEST.validate_json(line)
+        if isinstance(message, Cancel):
+            engines[0].cancel(message.id)
+        else:
+            lines.put(message)
     os._exit(0)
 
 

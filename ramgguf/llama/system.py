@@ -1,6 +1,7 @@
 """Which llama.cpp runs, on which machine."""
 
 import ctypes
+import importlib.util
 import os
 import platform
 import sys
@@ -43,6 +44,11 @@ def llama_module(*, verbose: bool = False) -> ModuleType:
         llama_cpp.llama_backend_init()
     module: ModuleType = llama_cpp
     return module
+
+
+def llama_installed() -> bool:
+    """Return whether there is a module llama_cpp; it is not imported."""
+    return importlib.util.find_spec("llama_cpp") is not None
 
 
 def system_info() -> SystemInfo:

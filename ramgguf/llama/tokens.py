@@ -58,7 +58,9 @@ def wanted_by(message: Draw) -> TokenRequest:
     return TokenRequest(
         encoder="rtn",
         tokens=message.tokens,
-        corpus=None if message.text is None else Corpus(message.name, message.text),
+        corpus=None
+        if message.text is None
+        else Corpus(message.name, message.text, message.control_tokens),
         n_ctx=message.n_ctx,
         seed=message.seed,
     )
@@ -91,7 +93,7 @@ def _draw_batch(
     if request.tokens == "random":
         rest = [rng.integers(n_vocab, size=length, dtype=np.int32) for rng in rngs]
     elif request.tokens == "text":
-        rest = [_text_tokens(model, request, rng) for rng in rngs]
+        rest = _text_tokens(model, request, batch, rngs)
     elif len(batch) == 1:
         rest = [model.sample(firsts, length, rngs[0])]
     else:
@@ -128,19 +130,36 @@ def _windows(model: LlamaModel, request: TokenRequest, n: int, first: int) -> tu
     return tuple(np.concatenate([head, ids[p * length : (p + 1) * length]]) for p in places)
 
 
-def _text_tokens(model: LlamaModel, request: TokenRequest, rng: np.random.Generator) -> TokenIds:
-    """Return a window of the text, from a place that rng draws."""
+def _text_tokens(
+    model: LlamaModel,
+    request: TokenRequest,
+    indices: Sequence[int],
+    rngs: Sequence[np.random.Generator],
+) -> Iterator[TokenIds]:
+    """Yield a window of the text for every number.
+
+    The first numbers have the text's windows in an order that the seed draws, none of which
+    overlap; when these are used up, a window starts where the number's own generator says.
+    """
     length = request.n_ctx - 1
     ids = _text_ids(model, request, length)
-    start = int(rng.integers(len(ids) - length + 1))
-    return ids[start : start + length]
+    places = np.random.default_rng(request.seed).permutation(len(ids) // length) * length
+    for index, rng in zip(indices, rngs, strict=True):
+        start = int(rng.integers(len(ids) - length + 1))
+        if index < len(places):
+            start = int(places[index])
+        yield ids[start : start + length]
 
 
 def _text_ids(model: LlamaModel, request: TokenRequest, n_least: int) -> TokenIds:
     """Return the text's tokens; raises EngineError when there are fewer than n_least."""
     if request.corpus is None:
         raise EngineError("tokens of kind text need a text")
-    ids = model.vocab.tokenize(request.corpus.bytes, add_special=False)
+    ids = model.vocab.tokenize(
+        request.corpus.bytes,
+        add_special=False,
+        control_tokens=request.corpus.has_control_tokens,
+    )
     if len(ids) < n_least:
         raise EngineError(
             f"{request.corpus.name} has {len(ids)} tokens, {n_least} are needed; give a longer text"

@@ -98,7 +98,9 @@ class Session:
         """Answer a text's token ids and where they end."""
         vocab = self._models[request.model].vocab
         text = request.text.encode()
-        ids = vocab.tokenize(text, add_special=request.add_special)
+        ids = vocab.tokenize(
+            text, add_special=request.add_special, control_tokens=request.control_tokens
+        )
         self._send(Tokenized(ids=pack_ids(ids), ends=pack_ids(vocab.ends(ids, len(text)))))
 
     def score(self, request: Score) -> None:

@@ -3,7 +3,7 @@
 import hashlib
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from operator import attrgetter
@@ -16,13 +16,14 @@ from ramgguf.core.parallel import Buffers, Run, default_threads, map_runs, runs,
 from ramgguf.core.progress import Progress, Silent
 from ramgguf.core.version import __version__
 from ramgguf.gguf.architecture import layer_of, role_of
-from ramgguf.gguf.hub import local_path, origin_of
+from ramgguf.gguf.hub import local_path
 from ramgguf.gguf.identity import Source
 from ramgguf.gguf.reader import GGUFFile, open_gguf
 from ramgguf.measure.candidates import FLOAT_FORMATS, TERNARY_NMSE, Job, jobs_of, restricted, tried
 from ramgguf.measure.result import Measurement, Point, TensorMeasurement
 from ramgguf.quants import codec, formats
 from ramgguf.quants.codec import Piece
+from ramgguf.quants.coverage import coverage_notes
 from ramgguf.quants.encoders import DEFAULT_ENCODER, EncoderName
 from ramgguf.quants.formats import expand
 from ramgguf.quants.formats import get as get_format
@@ -63,10 +64,12 @@ def measure_file(
     in those formats, no others. n_overhead_bytes is what the output's header will take. Errors are
     weighed by the importance that imatrix has. Raises FormatError for NaN or infinity in the
     weights, naming tensor and index, and for a format that needs what is not there, ImatrixError
-    for an entry of another shape, and PlanError when nothing in the model can be quantized.
+    for an entry of another shape or a matrix of another model, and PlanError when nothing in the
+    model can be quantized.
     """
     start = time.perf_counter()
     names = tried(wanted, imatrix)
+    told = coverage_notes(file, imatrix)
     jobs = jobs_of(file, names, imatrix, allow_requantize, tell_ternary=bool(wanted))
     if only is not None:
         jobs = [restricted(job, only.get(job.tensor.name)) for job in jobs]
@@ -94,16 +97,27 @@ def measure_file(
     of_samples = measure_samples(file, slow, threads=threads, progress=progress)
     return Measurement(
         ramgguf_version=__version__,
-        source=_source(file, None if sampled else data.hexdigest()),
+        source=Source.of(file, None if sampled else data.hexdigest()),
         encoder=encoder,
         imatrix=imatrix.source if imatrix else None,
         formats=names,
         n_overhead_bytes=n_overhead_bytes,
         alignment=file.alignment,
-        n_layers=file.n_layers,
+        n_layers=file.n_trunk_layers,
         tensors=_tensors(file, jobs, parts, of_samples),
         seconds=time.perf_counter() - start,
+        notes=(*told, *_unsuited(jobs, wanted)),
     )
+
+
+def _unsuited(jobs: Sequence[Job], wanted: Sequence[str] | None) -> Iterator[str]:
+    """Yield which of the formats asked for suit no tensor, and why."""
+    for name in wanted or ():
+        reasons = {job.excluded.get(name) for job in jobs if job.kept is None}
+        used = any(name in (*j.candidates, *j.sampled, j.tensor.type_name) for j in jobs)
+        if not used:
+            known = sorted(reason for reason in reasons if reason)
+            yield f"{name} suits no tensor{': ' if known else ''}{'; '.join(known[:2])}"
 
 
 def _measure(
@@ -144,11 +158,8 @@ def _tensors(
     parts: Sequence[list[_core.RowStats]],
     of_samples: Sequence[Mapping[str, SampledError | str]],
 ) -> tuple[TensorMeasurement, ...]:
-    tied = not any(role_of(t.name, file.architecture) == "head" for t in file.tensors)
     with gc_paused():
-        return tuple(
-            _tensor(file, *known, tied) for known in zip(jobs, parts, of_samples, strict=True)
-        )
+        return tuple(_tensor(file, *known) for known in zip(jobs, parts, of_samples, strict=True))
 
 
 def _tensor(
@@ -156,17 +167,15 @@ def _tensor(
     job: Job,
     parts: list[_core.RowStats],
     of_samples: Mapping[str, SampledError | str],
-    tied: bool,
 ) -> TensorMeasurement:
     tensor = job.tensor
     total = _core.RowStats.merged(parts) if len(parts) > 1 else next(iter(parts), None)
     points, excluded = _points(job, total, of_samples)
-    role = role_of(tensor.name, file.architecture)
     weighed = total is not None and job.scale.importance is not None
     return TensorMeasurement(
         name=tensor.name,
         shape=tensor.shape,
-        role="tied_embedding" if role == "embedding" and tied else role,
+        role=role_of(tensor.name, file.architecture, tied=file.has_tied_embedding),
         layer=layer_of(tensor.name),
         source_format=tensor.type_name,
         n_bytes=tensor.n_bytes,
@@ -226,18 +235,6 @@ def _excess_kurtosis(stats: _core.RowStats) -> float:
     cube, fourth = stats.sum_cubes / n, stats.sum_fourths / n
     central = fourth - 4 * mean * cube + 6 * mean**2 * square - 3 * mean**4
     return central / variance**2 - 3
-
-
-def _source(file: GGUFFile, data_sha256: str | None) -> Source:
-    return Source(
-        path=str(file.paths[0]),
-        n_bytes=file.n_bytes,
-        header_sha256=file.header_sha256,
-        data_sha256=data_sha256,
-        architecture=file.architecture,
-        name=file.name,
-        hub=origin_of(file.paths[0]),
-    )
 
 
 def measure(

@@ -84,10 +84,12 @@ class TensorMeasurement(FrozenModel):
 class Measurement(Document):
     """The rate–distortion curves of a whole model.
 
+    n_layers counts those of the trunk, without draft blocks, which come last.
     With an importance matrix, NMSE is Σ w(x−q)² / Σ w x² for the tensors that it has entries for.
     """
 
     KIND: ClassVar[str] = "measurement"
+    VERSION: ClassVar[int] = 2  # 2: source.sample_sha256
 
     ramgguf_version: str
     source: Source
@@ -99,6 +101,7 @@ class Measurement(Document):
     n_layers: NonNegative | None
     tensors: Annotated[tuple[TensorMeasurement, ...], Field(min_length=1)]
     seconds: Number = 0.0
+    notes: tuple[str, ...] = ()
 
     @property
     def n_weights(self) -> int:

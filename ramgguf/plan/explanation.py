@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ramgguf.core.errors import PlanError
+from ramgguf.gguf.identity import require_model
 from ramgguf.measure.result import Measurement
 from ramgguf.plan.knapsack import Choice, price
 from ramgguf.plan.objectives import costing
@@ -101,11 +102,7 @@ def explain(
 
 
 def _check(plan: Plan, measurement: Measurement) -> None:
-    if plan.source.header_sha256 != measurement.source.header_sha256:
-        raise PlanError(
-            f"the plan is of {plan.source.path}, the measurement of {measurement.source.path}, "
-            "another model; measure the plan's model"
-        )
+    require_model("the plan", plan.source, measurement.source)
     names = [t.name for t in measurement.tensors]
     if names != [a.name for a in plan.assignments] or plan.encoder != measurement.encoder:
         raise PlanError(

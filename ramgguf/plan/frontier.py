@@ -24,7 +24,6 @@ from ramgguf.plan.frontier_result import (
 )
 from ramgguf.plan.knapsack import Choice
 from ramgguf.plan.objectives import Costing
-from ramgguf.plan.predictions import Prediction, predict, source
 from ramgguf.plan.problem import Group, Problem, notes
 from ramgguf.plan.result import Assignment, Constraints, Plan
 
@@ -49,7 +48,7 @@ def frontier(
     start_cost = float(sum(g.choices[0].cost for g in groups))
     limit = measurement.n_overhead_bytes + max_bpw * measurement.n_weights / 8
     steps, end_price = _steps(groups, start_bytes, start_cost, limit)
-    made = Frontier(
+    return Frontier(
         ramgguf_version=measurement.ramgguf_version,
         source=measurement.source,
         encoder=measurement.encoder,
@@ -77,29 +76,6 @@ def frontier(
         knees=knees(start_bytes, start_cost, steps),
         notes=(*notes(problem), *costing.notes),
     )
-    return made.model_copy(
-        update={"predictions": _predictions(made), "predicted_from": source(costing.name)}
-    )
-
-
-def _predictions(frontier: Frontier) -> tuple[Prediction, ...]:
-    """Return what is expected of the start and of every step, if the objective tells."""
-    known = frontier.sensitivity_sha256 is not None
-    # The standard error of the whole cost: the tensors' add up, see Costing.total_error.
-    error = math.fsum(_choice_error(frontier, g, 0) for g in range(len(frontier.groups)))
-    found = [predict(frontier.objective, frontier.start_cost, error if known else None)]
-    for step in frontier.steps:
-        error += _choice_error(frontier, step.group, step.choice)
-        error = max(0.0, error - _choice_error(frontier, step.group, step.choice - 1))
-        found.append(predict(frontier.objective, step.cost, error if known else None))
-    return tuple(p for p in found if p is not None)
-
-
-def _choice_error(frontier: Frontier, group: int, choice: int) -> float:
-    """Return the standard error of a choice's cost."""
-    members, taken = frontier.groups[group].members, frontier.groups[group].choices[choice]
-    pairs = zip(members, taken.tensor_cost, strict=True)
-    return math.fsum(cost * (frontier.tensors[m].relative_error or 0.0) for m, cost in pairs)
 
 
 def hull(choices: Sequence[Choice]) -> list[int]:

@@ -1,12 +1,11 @@
 """The frontier as a value: every step of a model's size–cost curve, and its file."""
 
-from typing import Annotated, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import Field, model_validator
 
 from ramgguf.core.documents import Document, FrozenModel, NonNegative, NonNegativeFloat, Positive
 from ramgguf.gguf.identity import Source
-from ramgguf.plan.predictions import Prediction
 from ramgguf.plan.result import Constraints
 from ramgguf.quants.encoders import EncoderName
 from ramgguf.quants.imatrix import ImportanceSource
@@ -68,11 +67,11 @@ class Frontier(Document):
     """The plans of least cost for all sizes, start to end; each step's plan is optimal.
 
     end_price is what a byte of the first step beyond the end would buy, 0 if there is none.
-    knees are indices of steps after which a byte buys clearly less than before. predictions are
-    of the start and of each step; none are made for objectives that were never calibrated.
+    knees are indices of steps after which a byte buys clearly less than before.
     """
 
     KIND: ClassVar[str] = "frontier"
+    VERSION: ClassVar[int] = 2  # 2: source.sample_sha256
 
     ramgguf_version: str
     source: Source
@@ -89,9 +88,15 @@ class Frontier(Document):
     steps: tuple[FrontierStep, ...]
     end_price: NonNegativeFloat
     knees: tuple[NonNegative, ...]
-    predictions: tuple[Prediction, ...] = ()
-    predicted_from: str | None = None
     notes: tuple[str, ...] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_predictions(cls, data: Any) -> Any:
+        """Drop what older files promised from one network's figures."""
+        if isinstance(data, dict):
+            return {k: v for k, v in data.items() if k not in ("predictions", "predicted_from")}
+        return data
 
     @model_validator(mode="after")
     def _check_structure(self) -> Self:
@@ -106,8 +111,6 @@ class Frontier(Document):
             n_bytes = step.n_bytes
         if self.knees and max(self.knees) >= len(self.steps):
             raise ValueError("a knee is at no step")
-        if self.predictions and len(self.predictions) != len(self.steps) + 1:
-            raise ValueError("there must be a prediction of the start and of each step")
         return self
 
     @property

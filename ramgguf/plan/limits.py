@@ -23,16 +23,29 @@ class SourceSize:
     n_weights: int
     n_bytes: int
     header_sha256: str
+    sample_sha256: str | None = None
 
     @classmethod
     def of(cls, file: GGUFFile) -> "SourceSize":
         """Return that of an open model."""
-        return cls(file.paths[0], file.n_weights, file.n_bytes, file.header_sha256)
+        return cls(
+            file.paths[0],
+            file.n_weights,
+            file.n_bytes,
+            file.header_sha256,
+            file.sample_sha256,
+        )
 
     @classmethod
     def measured(cls, source: Source, n_weights: int) -> "SourceSize":
         """Return that of the model that a value was made from."""
-        return cls(Path(source.path), n_weights, source.n_bytes, source.header_sha256)
+        return cls(
+            Path(source.path),
+            n_weights,
+            source.n_bytes,
+            source.header_sha256,
+            source.sample_sha256,
+        )
 
 
 class Room(Protocol):

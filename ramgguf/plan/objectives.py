@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from ramgguf.core.errors import PlanError
+from ramgguf.gguf.identity import require_model, unsure
 from ramgguf.measure.result import Measurement, Point, TensorMeasurement
 from ramgguf.plan.priors import ModelShape, prior
 from ramgguf.plan.result import Assignment
@@ -128,9 +129,8 @@ def _by_sensitivity(measurement: Measurement, sensitivity: Sensitivity | None) -
     """Return α · NMSE: the KLD, in nats per token, that a tensor's quantization alone causes."""
     if sensitivity is None:
         raise PlanError("the objective sensitivity needs a file; give it with --sensitivity")
-    ours, theirs = measurement.source, sensitivity.source
-    if (ours.header_sha256, ours.n_bytes) != (theirs.header_sha256, theirs.n_bytes):
-        raise PlanError(f"the sensitivity is of {theirs.path}, another model than {ours.path}")
+    theirs = sensitivity.source
+    require_model("the sensitivity", theirs, measurement.source)
     if _matrix(measurement.imatrix) != _matrix(sensitivity.imatrix):
         raise PlanError(
             f"the sensitivity was measured with {_told(sensitivity.imatrix)}, the curves with "
@@ -145,7 +145,7 @@ def _by_sensitivity(measurement: Measurement, sensitivity: Sensitivity | None) -
         lambda tensor, point: alpha[tensor.name] * point.nmse,
         {t.name: t.relative_error for t in sensitivity.tensors},
         sensitivity.sha256(),
-        _other_encoder(measurement, sensitivity),
+        (*_other_encoder(measurement, sensitivity), *unsure("the sensitivity", theirs)),
     )
 
 

@@ -2,35 +2,59 @@
 
 The numbers are rounded medians of sensitivities measured on one network (SmolLM2-135M);
 docs/allocation.md has the table they come from, and its limits. They are relative to a weight of
-a query matrix in the middle of the model.
+a query matrix in the middle of the model. What was not measured follows from what was: a fused
+tensor from its parts, a low-rank factor from the matrix that it stands for.
 """
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 
+from ramgguf.gguf.architecture import (
+    PARTS,
+    draft_layers,
+    has_tied_embedding,
+    parse_name,
+    part_of,
+    trunk_layers,
+)
 from ramgguf.measure.result import Measurement, TensorMeasurement
 
-ROLE_PRIORS = {
-    "attn_v": 5.0,
+# By the name of the part (gguf/architecture.py), without what says that it is an expert's.
+PART_PRIORS = {
+    "attn_q": 1.0,
     "attn_k": 0.75,
-    "attn_qkv": 1.5,
+    "attn_v": 5.0,
     "attn_output": 1.3,
+    "attn_o": 1.3,
+    "attn_out": 1.3,
     "ffn_gate": 0.9,
     "ffn_up": 1.3,
     "ffn_down": 1.8,
-    "embedding": 1.0,
-    "tied_embedding": 1.3,
-    "head": 1.3,
+    "token_embd": 1.0,
+    "output": 1.3,
+    "nextn.shared_head_head": 1.3,
 }
+TIED_EMBEDDING = 1.3
 # Every weight of K and V serves all query heads of its group.
 SHARED_BY_HEADS = frozenset({"attn_k", "attn_v"})
+# Factors of multi-head latent attention, and the priors of the matrix that each stands for.
+_KV = (PART_PRIORS["attn_k"] + PART_PRIORS["attn_v"]) / 2
+LOW_RANK = {
+    "attn_q_a": PART_PRIORS["attn_q"],
+    "attn_q_b": PART_PRIORS["attn_q"],
+    "attn_k_b": PART_PRIORS["attn_k"],
+    "attn_v_b": PART_PRIORS["attn_v"],
+    "attn_kv_b": _KV,
+    "attn_kv_a_mqa": _KV,
+}
 # Experts and shared experts are feed-forward matrices.
 EXPERT_SUFFIXES = ("_exps", "_shexp", "_chexps")
 
 
 @dataclass(frozen=True)
 class DepthPrior:
-    """What the role's prior is multiplied by in the first two and the last two layers."""
+    """What the part's prior is multiplied by in the first two and the last two layers."""
 
     first: float = 1.0
     second: float = 1.0
@@ -45,23 +69,47 @@ DEPTH_PRIORS = {
     "ffn_up": DepthPrior(3.0, 1.5, 1.7, 5.0),
     "ffn_gate": DepthPrior(2.0, 1.5, 1.5, 3.0),
     "attn_output": DepthPrior(2.0, 2.0, 1.0, 1.0),
+    "attn_o": DepthPrior(2.0, 2.0, 1.0, 1.0),
+    "attn_out": DepthPrior(2.0, 2.0, 1.0, 1.0),
 }
 NO_DEPTH = DepthPrior()
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What priors need to know of the whole model; heads_per_kv is query heads per KV head."""
+    """What priors need to know of the whole model.
+
+    n_layers counts those of the trunk; layers from there on, and drafts, predict further tokens.
+    heads_per_kv is query heads per KV head. full_ratio says of low-rank factors how many weights
+    of the full matrix one of theirs stands for.
+    """
 
     n_layers: int | None
     heads_per_kv: float = 1.0
+    architecture: str = ""
+    tied: bool = False
+    drafts: frozenset[int] = frozenset()
+    full_ratio: tuple[tuple[str, float], ...] = ()
 
     @classmethod
     def of(cls, measurement: Measurement) -> "ModelShape":
-        """Return the shape, with heads_per_kv from the sizes of the Q and K matrices."""
-        n_q = sum(t.n_weights for t in measurement.tensors if t.role == "attn_q")
-        n_k = sum(t.n_weights for t in measurement.tensors if t.role == "attn_k")
-        return cls(measurement.n_layers, max(1.0, n_q / n_k) if n_k else 1.0)
+        """Return the shape, told from the tensors' names and sizes."""
+        names = [t.name for t in measurement.tensors]
+        arch = measurement.source.architecture
+        first: dict[str, TensorMeasurement] = {}
+        n_weights: dict[str, int] = {}
+        for tensor in measurement.tensors:
+            part = part_of(tensor.name, arch)
+            first.setdefault(part, tensor)
+            n_weights[part] = n_weights.get(part, 0) + tensor.n_weights
+        return cls(
+            n_layers=trunk_layers(names, measurement.n_layers),
+            heads_per_kv=_heads_per_kv(first, n_weights),
+            architecture=arch,
+            tied=has_tied_embedding(names),
+            drafts=draft_layers(names),
+            full_ratio=tuple(_full_ratios(first).items()),
+        )
 
     def is_first(self, tensor: TensorMeasurement) -> bool:
         return tensor.layer == 0
@@ -70,19 +118,83 @@ class ModelShape:
         return tensor.layer is not None and tensor.layer == (self.n_layers or 0) - 1
 
 
+def _heads_per_kv(first: dict[str, TensorMeasurement], n_weights: dict[str, int]) -> float:
+    n_q, n_k = n_weights.get("attn_q", 0), n_weights.get("attn_k", 0)
+    fused, output = first.get("attn_qkv"), first.get("attn_output")
+    if not n_k and fused is not None and output is not None:
+        # Its rows are those of Q, which are the columns of the output, then K and V.
+        n_q = output.row_length
+        n_k = (fused.n_weights // fused.row_length - n_q) // 2
+    return max(1.0, n_q / n_k) if n_q > 0 and n_k > 0 else 1.0
+
+
+def _full_ratios(first: dict[str, TensorMeasurement]) -> dict[str, float]:
+    """Return weights of the full matrix per weight of each low-rank factor that the model has.
+
+    A relative error of a factor is one of the same size of its product with the other factor. So
+    all of a factor's weights together matter as much as the full matrix of that product would.
+    """
+    ratios: dict[str, float] = {}
+    q_a, q_b = first.get("attn_q_a"), first.get("attn_q_b")
+    if q_a is not None and q_b is not None:
+        width, rank, rows = q_a.row_length, q_b.row_length, q_b.n_weights // q_b.row_length
+        ratios |= {"attn_q_a": rows / rank, "attn_q_b": width / rank}
+    kv_a = first.get("attn_kv_a_mqa")
+    if kv_a is None:
+        return ratios
+    width, columns = kv_a.row_length, kv_a.n_weights // kv_a.row_length
+    both, k_b, v_b = (first.get(part) for part in ("attn_kv_b", "attn_k_b", "attn_v_b"))
+    rank, rows = columns, 0
+    if both is not None:
+        rank, rows = both.row_length, both.n_weights // both.row_length
+    elif k_b is not None and v_b is not None:
+        rank = v_b.row_length
+        rows = (k_b.n_weights + v_b.n_weights) // rank
+    ratios |= dict.fromkeys(("attn_kv_b", "attn_k_b", "attn_v_b"), width / rank)
+    ratios["attn_kv_a_mqa"] = rows / columns if rows else width / rank
+    return ratios
+
+
 def prior(tensor: TensorMeasurement, shape: ModelShape) -> float:
     """Return π, the soft prior of a weight of this tensor."""
-    return _prior(tensor.role, tensor.layer, shape)
+    return _prior(tensor.name, shape)
 
 
-@lru_cache(maxsize=4096)
-def _prior(role: str, layer: int | None, shape: ModelShape) -> float:
+@lru_cache(maxsize=65536)
+def _prior(name: str, shape: ModelShape) -> float:
+    parsed, part = parse_name(name), part_of(name, shape.architecture)
+    if parsed.layer is None:
+        if shape.tied and part == "token_embd":
+            return TIED_EMBEDDING
+        return PART_PRIORS.get(part, 1.0)
     for suffix in EXPERT_SUFFIXES:
-        role = role.removesuffix(suffix)
-    value = ROLE_PRIORS.get(role, 1.0)
-    if role in SHARED_BY_HEADS:
-        value *= shape.heads_per_kv
-    return value * _depth(DEPTH_PRIORS.get(role, NO_DEPTH), layer, shape.n_layers)
+        part = part.removesuffix(suffix)
+    layer: int | None = parsed.layer
+    is_draft = parsed.layer in shape.drafts or (
+        shape.n_layers is not None and parsed.layer >= shape.n_layers
+    )
+    if is_draft:
+        layer = None  # its errors make drafts worse, never the text: as a layer in the middle
+    return _of_part(part, layer, shape)
+
+
+def _of_part(part: str, layer: int | None, shape: ModelShape) -> float:
+    if part in LOW_RANK:
+        return LOW_RANK[part] * max(1.0, dict(shape.full_ratio).get(part, 1.0))
+    if part in PART_PRIORS:
+        depth = _depth(DEPTH_PRIORS.get(part, NO_DEPTH), layer, shape.n_layers)
+        return PART_PRIORS[part] * _sharing(part, shape) * depth
+    fused = PARTS[part].fuses if part in PARTS else ()
+    if not fused:
+        return 1.0
+    # The mean by weights: a fused tensor costs what its parts apart would cost in its format.
+    sizes = [1.0 / _sharing(p, shape) for p in fused]
+    values = [_of_part(p, layer, shape) for p in fused]
+    return math.fsum(map(math.prod, zip(sizes, values, strict=True))) / math.fsum(sizes)
+
+
+def _sharing(part: str, shape: ModelShape) -> float:
+    return shape.heads_per_kv if part in SHARED_BY_HEADS else 1.0
 
 
 def _depth(depth: DepthPrior, layer: int | None, n_layers: int | None) -> float:

@@ -6,22 +6,24 @@ Allocation, the frontier and explanations all start from the same Problem.
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ramgguf.core.errors import PlanError
+from ramgguf.gguf.architecture import PARTS
+from ramgguf.gguf.identity import unsure
 from ramgguf.gguf.layout import padded
 from ramgguf.measure.result import Measurement, Point, TensorMeasurement
 from ramgguf.plan.knapsack import Choice
 from ramgguf.plan.objectives import Cost
-from ramgguf.plan.result import Assignment, Constraints
+from ramgguf.plan.result import Assignment, Constraints, Pin
 from ramgguf.quants import formats
 
 # Shorthands of --tie: what fused kernels want in one format.
 TIES = {
-    "qkv": ("attn_q", "attn_k", "attn_v"),
-    "gate-up": ("ffn_gate", "ffn_up"),
-    "gate-up-exps": ("ffn_gate_exps", "ffn_up_exps"),
+    "qkv": PARTS["attn_qkv"].fuses,
+    "gate-up": PARTS["ffn_gate_up"].fuses,
+    "gate-up-exps": PARTS["ffn_gate_up_exps"].fuses,
     "gate-up-shexp": ("ffn_gate_shexp", "ffn_up_shexp"),
 }
 
@@ -47,12 +49,13 @@ class Barred:
 
 @dataclass(frozen=True)
 class Candidates:
-    """What one tensor may take; note says why there is no choice."""
+    """What one tensor may take; note says why there is no choice, pin is the one that binds it."""
 
     tensor: TensorMeasurement
     points: tuple[Point, ...]
     barred: tuple[Barred, ...]
     note: str | None
+    pin: Pin | None = None
 
 
 @dataclass(frozen=True)
@@ -83,10 +86,18 @@ class Problem:
     def of(cls, measurement: Measurement, constraints: Constraints, cost: Cost) -> "Problem":
         """Return the problem; raises PlanError when a constraint suits nothing."""
         _check_names(measurement, constraints)
-        candidates = tuple(_candidates(t, constraints) for t in measurement.tensors)
+        _check_minimums(measurement, constraints)
+        pins = [_pin(t, constraints) for t in measurement.tensors]
+        _check_pins(measurement, constraints, pins)
+        candidates = tuple(
+            _candidates(t, constraints, pin)
+            for t, pin in zip(measurement.tensors, pins, strict=True)
+        )
+        tied = _tied(measurement, candidates, constraints.ties)
+        _check_ties(measurement, constraints, tied)
         groups = tuple(
             _group(members, [candidates[i] for i in members], measurement.alignment, cost)
-            for members in _tied(measurement, candidates, constraints.ties)
+            for members in tied
         )
         return cls(measurement, constraints, candidates, groups, cost)
 
@@ -130,32 +141,85 @@ def _check_names(measurement: Measurement, constraints: Constraints) -> None:
         raise PlanError(
             f"{', '.join(unknown)} was not measured; measured are {', '.join(sorted(measured))}"
         )
-    for pin in constraints.pins:
-        if not any(re.search(pin.pattern, t.name) for t in measurement.tensors):
+
+
+def _pin(tensor: TensorMeasurement, constraints: Constraints) -> Pin | None:
+    """Return the first pin that matches the tensor's name."""
+    return next((p for p in constraints.pins if re.search(p.pattern, tensor.name)), None)
+
+
+def _check_pins(
+    measurement: Measurement, constraints: Constraints, pins: Sequence[Pin | None]
+) -> None:
+    """Raise PlanError for a pin that matches nothing, or only what keeps another format."""
+    tensors = measurement.tensors
+    binding = {pin for t, pin in zip(tensors, pins, strict=True) if t.kept is None}
+    for pin in (p for p in constraints.pins if p not in binding):
+        matched = [t for t in tensors if re.search(pin.pattern, t.name)]
+        if not matched:
             raise PlanError(f"pin {pin.pattern!r} matches no tensor")
-    roles = {t.role for t in measurement.tensors}
-    for role in (m.role for m in constraints.min_formats):
-        if role not in roles:
-            raise PlanError(f"there is no role {role!r}; roles are {', '.join(sorted(roles))}")
-    for tie in constraints.ties:
-        if len(roles & set(tie)) < 2:
+        if all(t.kept is not None and t.source_format != pin.format for t in matched):
+            first = matched[0]
             raise PlanError(
-                f"tie {','.join(tie)} suits fewer than two of the roles {', '.join(sorted(roles))}"
+                f"pin {pin.pattern!r} matches only what is never quantized: {first.name} cannot be "
+                f"pinned to {pin.format}: {first.kept}"
             )
 
 
-def _candidates(tensor: TensorMeasurement, constraints: Constraints) -> Candidates:
-    pin = next((p for p in constraints.pins if re.search(p.pattern, tensor.name)), None)
+def _roles(measurement: Measurement) -> list[str]:
+    """Return the roles of the tensors that may be quantized."""
+    return sorted({t.role for t in measurement.tensors if t.kept is None})
+
+
+def _check_minimums(measurement: Measurement, constraints: Constraints) -> None:
+    """Raise PlanError for a minimum of a role that no tensor has which may be quantized."""
+    roles = _roles(measurement)
+    for least in constraints.min_formats:
+        if least.role not in roles:
+            raise PlanError(
+                f"there is no role {least.role!r} among the tensors that are quantized; their "
+                f"roles are {', '.join(roles)}"
+            )
+
+
+def _check_ties(
+    measurement: Measurement, constraints: Constraints, groups: Sequence[tuple[int, ...]]
+) -> None:
+    """Raise PlanError for a tie that ties nothing, or names a role that nothing has."""
+    roles = _roles(measurement)
+    bound = [
+        {measurement.tensors[i].role for i in members} for members in groups if len(members) > 1
+    ]
+    for k, tie in enumerate(constraints.ties):
+        text = ",".join(tie)
+        unknown = [role for role in tie if role not in roles]
+        if len(tie) - len(unknown) < 2:
+            raise PlanError(
+                f"tie {text} suits fewer than two of the roles {', '.join(roles)}, which are those "
+                "of the tensors that are quantized"
+            )
+        if unknown and tie not in TIES.values():
+            raise PlanError(
+                f"tie {text} names {', '.join(unknown)}, which no tensor that is quantized is; "
+                f"their roles are {', '.join(roles)}"
+            )
+        earlier = {role for other in constraints.ties[:k] for role in other}
+        if not any(found <= set(tie) - earlier for found in bound):
+            raise PlanError(
+                f"tie {text} has no effect: no layer has two tensors of these roles"
+                + (" that an earlier tie leaves" if earlier & set(tie) else "")
+            )
+
+
+def _candidates(tensor: TensorMeasurement, constraints: Constraints, pin: Pin | None) -> Candidates:
     if tensor.kept is not None:
-        if pin is not None and pin.format != tensor.source_format and pin.pattern == tensor.name:
-            raise PlanError(f"{tensor.name} cannot be pinned to {pin.format}: {tensor.kept}")
         return Candidates(tensor, tensor.points, (), tensor.kept)
     if pin is not None:
         points = tuple(p for p in tensor.points if p.format == pin.format)
         if not points:
             reason = tensor.excluded.get(pin.format, "it was not measured for this tensor")
             raise PlanError(f"{tensor.name} cannot be pinned to {pin.format}: {reason}")
-        return Candidates(tensor, points, (), f"pinned to {pin.format}")
+        return Candidates(tensor, points, (), f"pinned to {pin.format}", pin)
     verdicts = [(p, _barred(tensor, p, constraints)) for p in tensor.points]
     return Candidates(
         tensor,
@@ -231,7 +295,8 @@ def _group_of_one(
 
 def notes(problem: Problem) -> list[str]:
     """Return what the floor and the tensors' shapes kept out, for the plan's reader."""
-    told = []
+    told = list(unsure("the measurement", problem.measurement.source))
+    told.extend(_idle(problem))
     below = Counter(b.format for c in problem.candidates for b in c.barred if b.floor)
     if below:
         excluded = ", ".join(f"{name} for {n}" for name, n in below.most_common())
@@ -247,4 +312,20 @@ def notes(problem: Problem) -> list[str]:
     told.extend(f"{', '.join(names)}: {what}" for what, names in by_why.items())
     kept = Counter(c.tensor.kept for c in problem.candidates if c.tensor.kept is not None)
     told.extend(f"kept as they are: {n} tensors, {why}" for why, n in kept.most_common())
+    told.extend(n for n in problem.measurement.notes if n not in told)
     return told
+
+
+def _idle(problem: Problem) -> Iterator[str]:
+    """Yield which constraints changed nothing, though what they name is there."""
+    constraints = problem.constraints
+    free = [c for c in problem.candidates if c.tensor.kept is None]
+    binding = {c.pin for c in free}
+    for pin in (p for p in constraints.pins if p not in binding):
+        yield f"pin {pin.pattern}={pin.format} has no effect: what it matches is bound without it"
+    for least in constraints.min_formats:
+        if all(c.pin is not None for c in free if c.tensor.role == least.role):
+            yield f"--min-format {least.role}={least.format} has no effect: all are pinned"
+    for name in constraints.formats or ():
+        if not any(p.format == name for c in free for p in c.tensor.points):
+            yield f"{name} suits no tensor, so that --formats {name} has no effect"

@@ -163,15 +163,18 @@ class Plan(Document):
 
     n_bytes is the whole output file; gap is the proven relative optimality gap of the objective.
     Under the objective sensitivity, total_cost is the predicted KLD in nats per token, with its
-    standard error; sensitivity_sha256 names the sensitivities.
+    standard error; sensitivity_sha256 names the sensitivities. imatrix_used tells whether the
+    importance matrix weighs any tensor that is encoded; if not, the output does not name it.
     """
 
     KIND: ClassVar[str] = "plan"
+    VERSION: ClassVar[int] = 2  # 2: source.sample_sha256
 
     ramgguf_version: str
     source: Source
     encoder: EncoderName
     imatrix: ImportanceSource | None = None
+    imatrix_used: bool = True
     objective: str
     budget: Positive
     n_bytes: Positive

@@ -1,5 +1,6 @@
 """Where outputs go: refused before any work, or named after what is in them."""
 
+import re
 from pathlib import Path
 
 from ramgguf.core.errors import GGUFError
@@ -9,7 +10,10 @@ from ramgguf.plan.result import Plan
 
 
 def check_destination(output: Path, must_be_new: bool, n_bytes: int) -> None:
-    """Raise GGUFError before any work when the output exists or cannot fit the disk."""
+    """Raise GGUFError before any work when the output exists or cannot fit the disk.
+
+    n_bytes is the most that it can have.
+    """
     if must_be_new:
         refuse_existing(output, force=False, error=GGUFError)
     require_disk_space(output.parent, n_bytes, error=GGUFError)
@@ -20,7 +24,7 @@ def default_output(model: Path, plan: Plan) -> Path:
 
     It is beside the model, or in the current folder for a model from the hub.
     """
-    stem = model.name.removesuffix(".gguf")
-    for suffix in ("f32", "f16", "bf16", "F32", "F16", "BF16"):
-        stem = stem.removesuffix(f"-{suffix}").removesuffix(f".{suffix}")
+    stem = re.sub(r"\.gguf$", "", model.name, flags=re.IGNORECASE)
+    stem = re.sub(r"-\d{5}-of-\d{5}$", "", stem)
+    stem = re.sub(r"[-.](f32|f16|bf16)$", "", stem, flags=re.IGNORECASE)
     return beside(model, f"{stem}-ram-{plan.bpw:.2f}bpw.gguf")

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ramgguf import _core
+from ramgguf.core.inputs import protected
 from ramgguf.core.parallel import Chunk, default_threads, map_chunks, runs
 from ramgguf.core.progress import Progress, Silent
 from ramgguf.core.version import __version__
@@ -94,6 +95,7 @@ def _noisy(
     return np.ascontiguousarray(weights + noise).view(np.uint8)
 
 
+@protected()
 def perturb(
     model: str | Path,
     like: Plan | str | Path,

@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Unpack
 
 from ramgguf.core.errors import PlanError
+from ramgguf.core.inputs import protected
 from ramgguf.core.parallel import default_threads
 from ramgguf.core.progress import Clock, Progress, Silent
+from ramgguf.evaluate.held_out import HeldOutScore
 from ramgguf.gguf.hub import beside, local_path
+from ramgguf.gguf.identity import require_model
 from ramgguf.gguf.reader import GGUFFile, open_gguf
 from ramgguf.measure import measure_file
 from ramgguf.measure.result import Measurement
@@ -22,7 +25,7 @@ from ramgguf.quantize.output_paths import check_destination, default_output
 from ramgguf.quantize.preselection import MANY_WEIGHTS, measure_and_plan
 from ramgguf.quantize.shard_plans import plan_for_shards
 from ramgguf.quantize.verify import verify as verify_file
-from ramgguf.quantize.write import Destination, begin, write
+from ramgguf.quantize.write import Destination, begin, settled, write
 from ramgguf.quants.encoders import DEFAULT_ENCODER, ENCODERS, EncoderName
 from ramgguf.quants.formats import expand
 from ramgguf.quants.imatrix import load_importance
@@ -37,7 +40,8 @@ class Quantized:
 
     measurement is None when the plan was given, and may lack formats that a sample of a tensor
     showed not to be worth their bytes. worst_departure is the largest relative difference between
-    planned and written NMSE, None when the output was not verified.
+    planned and written NMSE, None when the output was not verified. score is on held-out text,
+    None where none was asked for, or llama.cpp could not score.
     """
 
     paths: tuple[Path, ...]
@@ -46,9 +50,11 @@ class Quantized:
     measurement: Measurement | None
     worst_departure: float | None
     seconds: dict[str, float]
+    score: HeldOutScore | None = None
 
 
-def quantize(
+@protected()
+def quantize_once(
     model: str | Path,
     budget: int | str | SizeLimit | None = None,
     output: str | Path | None = None,
@@ -69,17 +75,7 @@ def quantize(
     announce: Callable[[str], None] = lambda _: None,
     **options: Unpack[PlanOptions],
 ) -> Quantized:
-    """Write the best GGUF that keeps to the budget and return what was made.
-
-    Needs a budget (bytes, text such as 16GB, 4.5bpw or 30%, or a SizeLimit) or a ready plan. A
-    ready measurement saves measuring again. options are those of plan; imatrix and hessian are as
-    in measure. Without a ready plan, refine is how many swaps of formats are tried by forward
-    passes, on the workers of an executor if there is one; announce gets their cost. An encoder that
-    plans by another one's errors (gptq by those of search) chooses formats by these, if there is no
-    ready plan or measurement; a sensitivity must suit these: without Hessians. output is by default
-    beside the model and named after the plan's bits per weight.
-    Raises RamggufError; an older output is then untouched.
-    """
+    """Write what these options say and return what was made; effort.quantize explains them."""
     if (budget is None) == (from_plan is None):
         raise PlanError("either a budget, memory or a plan is needed, and not both")
     model = local_path(model)
@@ -152,13 +148,15 @@ class _Run:
         with ExitStack() as stack:
             room = stack.enter_context(limit.room(SourceSize.of(self._file)))
             wanted = self._output or beside(self._model, self._model.name)
-            check_destination(wanted, self._output is not None and not self._force, room.n_bytes)
+            most = min(room.n_bytes, self._file.n_bytes)  # a budget may be more than the source
+            check_destination(wanted, self._output is not None and not self._force, most)
             shards = partial(plan_for_shards, self._file, self._options, self._split_max_bytes)
 
             def plan_it(measured: Measurement) -> Plan:
                 return room.plan(partial(shards, measured))
 
             if measurement is not None:
+                require_model("the measurement", measurement.source, self._file)
                 with self._clock.stage("plan"):
                     return measurement, plan_it(measurement)
             weighed = load_importance(self._imatrix, self._hessian, self._encoder.name)
@@ -214,6 +212,7 @@ class _Run:
         """Write and verify the planned output."""
         path = self._output or default_output(self._model, plan)
         destination = Destination(path, self._force, self._split_max_bytes)
+        plan = settled(self._file, plan, destination)
         clock, shown = self._clock, self._progress
         worst = None
         with begin(self._file, plan, destination) as out:

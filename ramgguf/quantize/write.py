@@ -9,12 +9,14 @@ from ramgguf.core.errors import FormatError, PlanError
 from ramgguf.core.parallel import Buffers, Run, map_runs, runs
 from ramgguf.core.progress import Progress
 from ramgguf.gguf.header import Value
+from ramgguf.gguf.identity import require_model, unsure
 from ramgguf.gguf.layout import Layout, plan_layout
 from ramgguf.gguf.reader import GGUFFile
 from ramgguf.gguf.writer import GGUFOutput
 from ramgguf.plan.result import Plan
 from ramgguf.quants import codec, formats
 from ramgguf.quants.codec import Piece, Rows, tensor_weights
+from ramgguf.quants.encoders import encoder
 from ramgguf.quants.output_metadata import output_metadata
 
 
@@ -33,7 +35,7 @@ def planned_metadata(plan: Plan) -> dict[str, Value]:
     for a in plan.assignments:
         by_format[a.format] = by_format.get(a.format, 0) + a.n_bytes
     return output_metadata(
-        imatrix=plan.imatrix,
+        imatrix=plan.imatrix if plan.imatrix_used else None,
         hub=plan.source.hub,
         most_format=max(by_format, key=lambda name: by_format[name]),
         budget=plan.budget,
@@ -55,23 +57,50 @@ def planned_layout(file: GGUFFile, plan: Plan, destination: Destination) -> Layo
 
 def check_source(file: GGUFFile, plan: Plan) -> None:
     """Raise PlanError unless the plan was made for this model."""
-    if (file.header_sha256, file.n_bytes) != (plan.source.header_sha256, plan.source.n_bytes):
-        raise PlanError(
-            f"the plan was made from {plan.source.path} ({plan.source.n_bytes} bytes), and "
-            f"{file.paths[0]} ({file.n_bytes} bytes) is another model; plan again"
-        )
+    require_model("the plan", plan.source, file)
     names = [t.name for t in file.tensors]
     if names != [a.name for a in plan.assignments]:
         raise PlanError(f"the plan's tensors are not those of {file.paths[0]}; plan again")
 
 
+def settled(file: GGUFFile, plan: Plan, destination: Destination) -> Plan:
+    """Return the plan as it will be written: with fewer bytes if it uses no importance matrix.
+
+    The plan counted the metadata that name the matrix. They are left out where no tensor is encoded
+    by it: none with an entry changes its format, or the encoder does not weigh columns. Raises
+    PlanError when the plan is another model's.
+    """
+    check_source(file, plan)
+    notes = [n for n in unsure("the plan", plan.source) if n not in plan.notes]
+    if plan.imatrix is not None and plan.imatrix_used and not _uses_imatrix(file, plan):
+        notes.append("the importance matrix weighs nothing that is encoded: the output omits it")
+        without = plan.model_copy(update={"imatrix_used": False})
+        whole, smaller = (planned_layout(file, p, destination).n_bytes for p in (plan, without))
+        saved = whole - smaller
+        plan = without.model_copy(
+            update={
+                "n_bytes": plan.n_bytes - saved,
+                "n_overhead_bytes": plan.n_overhead_bytes - saved,
+            }
+        )
+    return plan.model_copy(update={"notes": (*plan.notes, *notes)}) if notes else plan
+
+
+def _uses_imatrix(file: GGUFFile, plan: Plan) -> bool:
+    weighs = encoder(plan.encoder).weighs_columns
+    scales = tensor_weights(file, plan.imatrix, plan.encoded)
+    return any(
+        scale.importance is not None and (weighs or not formats.get(a.format).encodable)
+        for a, scale in zip(plan.assignments, scales, strict=True)
+    )
+
+
 def begin(file: GGUFFile, plan: Plan, destination: Destination) -> GGUFOutput:
     """Return the planned output, which is to be written, verified and committed.
 
-    It appears under its name only with commit. Raises PlanError when the plan is another model's,
-    GGUFError when the output cannot be written.
+    It appears under its name only with commit. The plan is settled. Raises GGUFError when the
+    output cannot be written.
     """
-    check_source(file, plan)
     layout = planned_layout(file, plan, destination)
     return GGUFOutput(layout, file, force=destination.force)
 

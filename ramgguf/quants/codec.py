@@ -42,7 +42,7 @@ class ErrorWeights:
         found = imatrix.importance(tensor.name, tensor.shape) if imatrix else None
         n_experts = 1 if found is None else len(found)
         hessians = imatrix.hessians if imatrix else None
-        if found is None or hessians is None or tensor.name not in hessians.owners:
+        if found is None or hessians is None or hessians.owner(tensor.name) is None:
             return ErrorWeights(found, tensor.n_rows // n_experts)
         make = partial(hessians.factored, tensor.name, tensor.row_length)
         return ErrorWeights(found, tensor.n_rows // n_experts, make)

@@ -16,12 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ramgguf.core.errors import ImatrixError
+from ramgguf.gguf.architecture import sharers
 from ramgguf.gguf.arrays import ArrayFile, Keys
 from ramgguf.gguf.header import string, u32
 from ramgguf.gguf.reader import GGUFFile, open_gguf
 
 _GRAM = ".gram"
 _KEPT = 4  # Hessians in memory: threads work on neighbouring tensors
+MODEL_SAMPLE_KEY = "ramgguf.model_sample_sha256"  # of matrices, too
 _WEIGHTS, _OWNERS, _N_TOKENS = "hessian.weights", "hessian.owners", "hessian.token_count"
 
 DAMPING = 0.01  # of the mean of H's diagonal: that of the paper's code
@@ -71,11 +73,15 @@ class Hessian:
 
 @dataclass(frozen=True)
 class Hessians:
-    """An open file of Hessians; owners maps a weight's name to the one its input is kept under."""
+    """An open file of Hessians; owners maps a weight's name to the one its input is kept under.
+
+    model_sample is the sample_sha256 of the model that they were made from, where the file says.
+    """
 
     path: Path
     owners: Mapping[str, str]
     n_tokens: int
+    model_sample: str | None = None
 
     @cached_property
     def _file(self) -> GGUFFile:
@@ -97,24 +103,32 @@ class Hessians:
 
     def factored(self, name: str, n_columns: int) -> Hessian:
         """Return what error feedback needs of the weight's inputs; the last few are kept."""
-        owner = self.owners[name]
+        owner = self.owner(name) or name
         with self._lock:
             found = self._recent.pop(owner, None)
             if found is None:
                 gram = self.get(name, n_columns)
-                assert gram is not None  # owners has its name
+                assert gram is not None  # there is an owner
                 found = Hessian.of(gram, self.n_tokens)
             self._recent[owner] = found
             while len(self._recent) > _KEPT:
                 self._recent.popitem(last=False)
             return found
 
+    def owner(self, name: str) -> str | None:
+        """Return the weight under which the input of this one is kept; None where it is not.
+
+        A weight without an entry has that of one that reads the same activations.
+        """
+        names = (name, *sharers(name))
+        return next((self.owners[n] for n in names if n in self.owners), None)
+
     def get(self, name: str, n_columns: int) -> NDArray[np.float32] | None:
         """Return XᵀX (n_columns, n_columns) of the weight's input; None where there is none.
 
         Raises ImatrixError when it is for other columns or not finite.
         """
-        owner = self.owners.get(name)
+        owner = self.owner(name)
         if owner is None:
             return None
         tensor = self._file.tensor(owner + _GRAM)
@@ -141,24 +155,35 @@ def load_hessians(path: Path) -> Hessians:
             raise ImatrixError(f"{path}: general.type is {kind!r}, expected 'hessian'")
         weights, owners = file.metadata.get(_WEIGHTS), file.metadata.get(_OWNERS)
         n_tokens = file.metadata.integer(_N_TOKENS)
+        sample = file.metadata.string(MODEL_SAMPLE_KEY)
         names = {t.name for t in file.tensors}
     if not (isinstance(weights, tuple) and isinstance(owners, tuple) and n_tokens):
         raise ImatrixError(f"{path}: the metadata do not say which weights have which input")
     missing = [o for o in owners if o + _GRAM not in names]
     if len(weights) != len(owners) or missing:
         raise ImatrixError(f"{path}: {missing[:1]} is missing; was the file cut short?")
-    return Hessians(path, dict(zip(weights, owners, strict=True)), n_tokens)
+    return Hessians(path, dict(zip(weights, owners, strict=True)), n_tokens, sample)
 
 
 def new_hessians(
-    path: Path, owners: Mapping[str, str], sizes: Mapping[str, int], n_tokens: int, *, force: bool
+    path: Path,
+    owners: Mapping[str, str],
+    sizes: Mapping[str, int],
+    n_tokens: int,
+    *,
+    model_sample: str | None = None,
+    force: bool,
 ) -> ArrayFile:
-    """Return a new file with room for the gram of every owner; sizes are the owners' columns."""
+    """Return a new file with room for the gram of every owner; sizes are the owners' columns.
+
+    model_sample is the sample_sha256 of the model, to which they are then bound.
+    """
     keys: Keys = {
         "general.type": string("hessian"),
         _WEIGHTS: tuple(owners),
         _OWNERS: tuple(owners.values()),
         _N_TOKENS: u32(n_tokens),
+        **({} if model_sample is None else {MODEL_SAMPLE_KEY: string(model_sample)}),
     }
     shapes = {owner + _GRAM: (n, n) for owner, n in sizes.items()}
     return ArrayFile(path, keys, shapes, force=force, error=ImatrixError)

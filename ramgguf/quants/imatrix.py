@@ -8,6 +8,7 @@ and the older .dat (tools/imatrix/imatrix.cpp of llama.cpp, save_imatrix and sav
 import hashlib
 import math
 import os
+import re
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,11 +20,13 @@ from numpy.typing import NDArray
 
 from ramgguf.core.documents import FrozenModel, NonNegative, Positive
 from ramgguf.core.errors import ImatrixError, PlanError
+from ramgguf.core.inputs import reading
+from ramgguf.gguf.architecture import sharers
 from ramgguf.gguf.arrays import ArrayFile, Keys
 from ramgguf.gguf.header import Value, string, u32
 from ramgguf.gguf.reader import GGUFFile, open_gguf
 from ramgguf.quants.encoders import DEFAULT_ENCODER, ENCODERS
-from ramgguf.quants.hessian import Hessians, load_hessians
+from ramgguf.quants.hessian import MODEL_SAMPLE_KEY, Hessians, load_hessians
 
 
 class ImportanceSource(FrozenModel):
@@ -69,7 +72,8 @@ class Importance:
 class Imatrix:
     """An importance matrix: entries by the weight's name, and where they come from.
 
-    hessians, where there are any, say how the inputs of a weight go together.
+    hessians, where there are any, say how the inputs of a weight go together. model_sample is the
+    sample_sha256 of the model that it was made from, where the file says that (calibrate's do).
     """
 
     path: Path
@@ -77,6 +81,7 @@ class Imatrix:
     datasets: tuple[str, ...] = ()
     n_chunks: int | None = None
     hessians: Hessians | None = None
+    model_sample: str | None = None
 
     @cached_property
     def source(self) -> ImportanceSource:
@@ -96,20 +101,55 @@ class Imatrix:
 
         shape is in ggml's order, row length first. The result has shape (n_experts, row length),
         where n_experts is the product of the dimensions after the second. Raises ImatrixError when
-        the entry is for another shape.
+        the tensor's own entry is for another shape; one of a tensor that reads the same activations
+        serves only where it fits.
         """
-        entry = self.entries.get(name)
-        if entry is None:
+        found = self.entry_for(name, shape)
+        if found is None:
             return None
         n_columns, n_experts = shape[0], math.prod(shape[2:])
-        if entry.values.size == n_columns * n_experts:
-            return entry.values.reshape(n_experts, n_columns)
-        if entry.values.shape == (1, n_columns):
-            return np.broadcast_to(entry.values, (n_experts, n_columns))
+        values = _fitted(found, n_columns, n_experts)
+        if values is not None:
+            return values
+        entry = found
         raise ImatrixError(
             f"{self.path}: entry {name!r} has {entry.values.size} values, but the tensor has "
             f"{n_experts} x {n_columns} columns; was it made with another model?"
         )
+
+    def entry_for(self, name: str, shape: Sequence[int]) -> Importance | None:
+        """Return the tensor's entry, or that of one that reads the same activations; else None.
+
+        Q, K, V and what fuses them read the same, so do gate and up: whichever of them the matrix
+        names serves the others, whether the model's are fused or apart.
+        """
+        own = self.entries.get(name)
+        if own is not None:
+            return own
+        n_columns, n_experts = shape[0], math.prod(shape[2:])
+        others = (self.entries.get(other) for other in sharers(name))
+        fit = (e for e in others if e and _fitted(e, n_columns, n_experts) is not None)
+        return next(fit, None)
+
+
+def _fitted(entry: Importance, n_columns: int, n_experts: int) -> NDArray[np.float32] | None:
+    """Return the values as (n_experts, n_columns); None where there are not so many."""
+    if entry.values.size == n_columns * n_experts:
+        return entry.values.reshape(n_experts, n_columns)
+    if entry.values.shape == (1, n_columns):
+        return np.broadcast_to(entry.values, (n_experts, n_columns))
+    return None
+
+
+# How ggml names a copy of a tensor on a backend, and views of it.
+_COPY = re.compile(r"^[^#]*#(?P<name>[^#]+)#\d+$")
+_VIEW = re.compile(r"(?: \((?:view|reshaped|permuted|transposed|cont|copy)\))+$")
+
+
+def plain_name(name: str) -> str:
+    """Return the tensor that an entry is of: 'CUDA0#blk.0.attn_q.weight#0' is a copy of one."""
+    copy = _COPY.match(name)
+    return _VIEW.sub("", copy["name"] if copy else name)
 
 
 def imatrix_keys(source: ImportanceSource) -> Mapping[str, Value]:
@@ -147,6 +187,7 @@ def load_imatrix(path: Path, hessian: Path | None = None) -> Imatrix:
             n_bytes = os.fstat(file.fileno()).st_size
             if n_bytes > _LARGEST_FILE:
                 raise ImatrixError(f"{path}: has {n_bytes} bytes; this is no importance matrix")
+            reading(path)
             is_gguf = file.read(4) == b"GGUF"
             file.seek(0)
             data = b"" if is_gguf else file.read(_LARGEST_FILE)
@@ -175,15 +216,16 @@ def _read_gguf(path: Path, file: GGUFFile) -> Imatrix:
                 f"{path}: entry {name!r} has sums for {len(sums)} experts, but counts of "
                 f"shape {counts.shape}"
             )
-        entry = _mean_squares(name, sums, counts)
+        entry = _mean_squares(plain_name(name), sums, counts)
         if entry is not None:
-            entries[name] = entry
+            entries.setdefault(entry.name, entry)
     datasets = file.metadata.get("imatrix.datasets")
     return Imatrix(
         path=path,
         entries=_some(path, entries),
         datasets=datasets if isinstance(datasets, tuple) else (),
         n_chunks=_count(file.metadata.integer("imatrix.chunk_count")),
+        model_sample=file.metadata.string(MODEL_SAMPLE_KEY),
     )
 
 
@@ -250,7 +292,7 @@ def _read_legacy(path: Path, data: bytes) -> Imatrix:
     source = _Bytes(path, data)
     entries: dict[str, Importance] = {}
     for i in range(source.integer("the number of entries")):
-        name = source.text(f"the name of entry {i}")
+        name = plain_name(source.text(f"the name of entry {i}"))
         if name in entries:
             raise ImatrixError(f"{path}: entry {name!r} is there twice")
         n_calls = source.integer(f"the calls of {name!r}")
@@ -331,9 +373,12 @@ def write_imatrix(
     dataset: str,
     n_chunks: int,
     chunk_size: int,
+    model_sample: str | None = None,
     force: bool,
 ) -> None:
     """Write the matrix; names are stored in order, weights that met nothing are left out.
+
+    model_sample is the sample_sha256 of the model, to which the matrix is then bound.
 
     Raises ImatrixError when nothing was met, a sum is not finite or the file cannot be written.
     """
@@ -354,6 +399,7 @@ def write_imatrix(
         "imatrix.datasets": (dataset,),
         "imatrix.chunk_count": u32(n_chunks),
         "imatrix.chunk_size": u32(chunk_size),
+        **({} if model_sample is None else {MODEL_SAMPLE_KEY: string(model_sample)}),
     }
     shapes = {name: array.shape for name, array in arrays.items()}
     with ArrayFile(path, keys, shapes, force=force, error=ImatrixError) as file:

@@ -14,10 +14,12 @@ from ramgguf.plan.result import FormatChange
 class RefineSettings(FrozenModel):
     """What a refinement was settled to do; ids are of proposal, acceptance and report.
 
+    sample_sha256 is that of the model, None in journals of versions that did not take it.
     fingerprint is of the unchanged model's logits: where another one is found, numbers differ.
     """
 
     plan_sha256: str
+    sample_sha256: str | None = None
     budget: int
     tokens: str
     seed: int

@@ -17,6 +17,7 @@ from pathlib import Path
 from ramgguf.cluster.runners import opened
 from ramgguf.core.errors import EngineError, PlanError
 from ramgguf.core.progress import Progress, Silent
+from ramgguf.gguf.identity import require_model
 from ramgguf.gguf.reader import GGUFFile
 from ramgguf.llama.forward import ForwardRunner
 from ramgguf.llama.patched_weights import Floats
@@ -57,6 +58,8 @@ def refine_plan(
     before it is spent. Raises EngineError when llama.cpp fails, PlanError when the plan was not
     made from this measurement and objective.
     """
+    require_model("the plan", plan.source, file)
+    require_model("the measurement", measurement.source, file)
     problem = Problem.of(measurement, plan.constraints, costing.cost)
     chosen = _chosen(problem, plan)
     with RefineJournal(journal_path) as journal, opening as passes:

@@ -45,6 +45,7 @@ def settle(
     sets = passes.draw_sets(wanted.request, wanted.sizes, FIRST_SEQUENCE)
     return RefineSettings(
         plan_sha256=plan.sha256(),
+        sample_sha256=plan.source.sample_sha256,
         budget=plan.budget,
         tokens=wanted.request.tokens,
         seed=wanted.request.seed,
@@ -59,4 +60,6 @@ def same(settings: RefineSettings, plan: Plan, wanted: Refining) -> bool:
     sizes = tuple(len(part) for part in settings.ids)
     asked = (wanted.request.tokens, wanted.request.seed, wanted.sizes)
     same_plan = (settings.plan_sha256, settings.budget) == (plan.sha256(), plan.budget)
+    sample = plan.source.sample_sha256
+    same_plan = same_plan and (sample is None or settings.sample_sha256 in (None, sample))
     return same_plan and (settings.tokens, settings.seed, sizes) == asked

@@ -14,7 +14,7 @@ from ramgguf.report.card_sources import Card, CardFile
 from ramgguf.report.check import markdown as check_markdown
 from ramgguf.report.grid import Column, Grid, markdown_text, to_markdown
 from ramgguf.report.memory import remarks
-from ramgguf.report.plans import optimality, prediction, refinement
+from ramgguf.report.plans import optimality, refinement
 from ramgguf.report.results import eval_markdown
 from ramgguf.report.tensor_types import imatrix_note, recipe_types
 
@@ -119,9 +119,6 @@ def _plan(plan: Plan) -> str:
         f"Budget {plan.budget:,} bytes, file {plan.n_bytes:,} bytes; encoder {plan.encoder}.",
         f"{optimality(plan)}.",
     ]
-    expected = prediction(plan)
-    if expected is not None:
-        said.append(f"{expected}. It is a prediction, not a measurement.")
     if plan.refinement is not None:
         said.append(f"{refinement(plan.refinement)}.")
     said += [f"{note}." for note in plan.notes]

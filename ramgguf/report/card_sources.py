@@ -11,6 +11,7 @@ from ramgguf.deploy.result import CheckResult
 from ramgguf.evaluate.result import EvalResult
 from ramgguf.evaluate.result_files import read_material
 from ramgguf.gguf.hub import local_path
+from ramgguf.gguf.identity import difference
 from ramgguf.gguf.reader import GGUFFile, open_gguf
 from ramgguf.plan.recipes import Recipe
 from ramgguf.plan.result import Plan
@@ -42,6 +43,7 @@ class CardFile:
     names: tuple[str, ...]
     n_bytes: int
     header_sha256: str
+    sample_sha256: str
     recipe: Recipe
     architecture: str
     name: str | None
@@ -97,6 +99,7 @@ def _facts(file: GGUFFile) -> CardFile:
         names=tuple(p.name for p in file.paths),
         n_bytes=file.n_bytes,
         header_sha256=file.header_sha256,
+        sample_sha256=file.sample_sha256,
         recipe=Recipe.of_file(file),
         architecture=file.architecture,
         name=file.name,
@@ -157,19 +160,16 @@ def _require_followed(file: CardFile, plan: Plan, path: Path) -> None:
 
 def _require_scored(file: CardFile, results: Sequence[EvalResult]) -> None:
     """Raise ResultError unless one of the results is of the file."""
-    if not any(r.model.header_sha256 == file.header_sha256 for r in results):
+    if all(difference(r.model, file) is not None for r in results):
         of = ", ".join(dict.fromkeys(r.model.label for r in results)) or "nothing"
         raise ResultError(
-            f"the results are of {of}; none is of {file.names[0]} (by the hash of its header)"
+            f"the results are of {of}; none is of {file.names[0]} (by its size and hashes)"
         )
 
 
 def _require_tried(file: CardFile, check: CheckResult, path: Path) -> None:
     """Raise ResultError unless the deployment test was of the file."""
-    if (check.header_sha256 or file.header_sha256, check.n_bytes) != (
-        file.header_sha256,
-        file.n_bytes,
-    ):
+    if check.differs(file) is not None:
         raise ResultError(
             f"{path} is a test of {Path(check.path).name}, {check.n_bytes} bytes; {file.names[0]} "
             f"is another file, of {file.n_bytes} bytes"

@@ -63,8 +63,6 @@ def drawing(value: object) -> str | None:
 def _plan(plan: Plan) -> str:
     grids = [plans.role_grid(plan)]
     told = [plans.size(plan), plans.optimality(plan)]
-    if (expected := plans.prediction(plan)) is not None:
-        told.append(expected)
     if plan.refinement is not None:
         told.append(plans.refinement(plan.refinement))
     if plan.memory is not None:

@@ -5,15 +5,11 @@ from collections.abc import Iterable
 
 from rich.console import Console
 
-from ramgguf.core.parallel import default_threads
-from ramgguf.core.units import format_bytes, format_seconds
+from ramgguf.core.units import format_bytes
 from ramgguf.plan.objectives import DEFAULT_OBJECTIVE
-from ramgguf.plan.predictions import predict, source
 from ramgguf.plan.result import Assignment, Plan, Refinement
-from ramgguf.quants.roundtrip import SOURCES
 from ramgguf.report.grid import Column, Grid, to_rich
 from ramgguf.report.memory import print_memory
-from ramgguf.sensitivity.cost import N_TOKENS, sensitivity_seconds
 
 
 def role_grid(plan: Plan) -> Grid:
@@ -65,9 +61,6 @@ def print_plan(plan: Plan, console: Console, *, verbose: bool = False) -> None:
     if plan.memory is not None:
         print_memory(plan.memory, console)
     console.print(optimality(plan), soft_wrap=True)
-    expected = prediction(plan)
-    if expected is not None:
-        console.print(expected, soft_wrap=True)
     if plan.refinement is not None:
         console.print(refinement(plan.refinement), soft_wrap=True)
     if plan.next_percent is not None and plan.total_cost > 0:
@@ -79,13 +72,9 @@ def print_plan(plan: Plan, console: Console, *, verbose: bool = False) -> None:
             soft_wrap=True,
         )
     if plan.objective == DEFAULT_OBJECTIVE:
-        threads = default_threads()
-        seconds = format_seconds(sensitivity_seconds(_readable(plan), threads))
         console.print(
-            "note: what matters was guessed from the tensors' roles; `--sensitivity measure` or "
-            f"`ramgguf sensitivity` measures it, from {N_TOKENS} tokens in about {seconds} on "
-            f"{threads} threads (an estimate, by a rate recorded on another machine), or within "
-            "the time given",
+            "note: what matters was guessed from the tensors' roles; `--effort best`, "
+            "`--sensitivity measure` or `ramgguf sensitivity` measures it",
             soft_wrap=True,
         )
     for note in plan.notes:
@@ -103,19 +92,6 @@ def optimality(plan: Plan) -> str:
     return f"objective {plan.objective}: {plan.total_cost:.6g}, {gap}"
 
 
-def prediction(plan: Plan) -> str | None:
-    """Return what KLD and perplexity are predicted, with what that rests on; None if nothing."""
-    expected = predict(plan.objective, plan.total_cost, plan.total_cost_error)
-    if expected is None:
-        return None
-    return (
-        f"predicted KLD {expected.kld:.3g} nats per token "
-        f"({expected.kld_low:.2g}–{expected.kld_high:.2g}), PPL × {expected.ppl_ratio:.3f} "
-        f"({expected.ppl_ratio_low:.3f}–{expected.ppl_ratio_high:.3f}), 95 %, from "
-        f"{source(plan.objective)}"
-    )
-
-
 def refinement(found: Refinement) -> str:
     """Return the sentence that says what trials did to the plan."""
     kld = found.report
@@ -125,12 +101,3 @@ def refinement(found: Refinement) -> str:
         f"{kld.n_tokens} tokens that decided nothing ({found.tokens}) {kld.before:.4f} → "
         f"{kld.after:.4f}, a change of {change:+.4f} ± {kld.error:.4f} nats per token"
     )
-
-
-def _readable(plan: Plan) -> list[int]:
-    """Return the weights of each tensor whose sensitivity can be measured."""
-    return [
-        a.n_weights
-        for a in plan.assignments
-        if a.source_format in SOURCES and (a.note is None or a.note.startswith("pinned"))
-    ]

@@ -6,17 +6,18 @@ anywhere in a tensor's name); the type is a ggml type in either case. The first 
 tensor that none matches gets what the base type's mix gives it, so that the base is Q8_0.
 """
 
+import re
 import string
 from collections.abc import Iterable
 
-from ramgguf.gguf.architecture import NEVER_QUANTIZED
+from ramgguf.gguf.architecture import HEAD, NEVER_QUANTIZED, TOKEN_EMBEDDING
 from ramgguf.plan.recipes import Recipe
 from ramgguf.plan.result import Plan
 from ramgguf.quants.formats import with_importance
 
 _PLAIN = frozenset(string.ascii_lowercase + string.digits + "_")
 # llama.cpp makes these of any type without an importance matrix.
-_EXEMPT = (r"^token_embd\.weight$", r"^output\.weight$")
+_EXEMPT = tuple(f"^{re.escape(name)}$" for name in (TOKEN_EMBEDDING, HEAD))
 
 
 def tensor_types(plan: Plan) -> str:

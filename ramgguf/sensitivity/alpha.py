@@ -19,13 +19,13 @@ from ramgguf.core.progress import Progress, Silent
 from ramgguf.core.units import format_seconds
 from ramgguf.core.version import __version__
 from ramgguf.gguf.architecture import layer_of, never_quantized, role_of
-from ramgguf.gguf.hub import origin_of
-from ramgguf.gguf.identity import Source
+from ramgguf.gguf.identity import Source, difference
 from ramgguf.gguf.reader import GGUFFile, TensorInfo
 from ramgguf.llama.forward import ForwardRequest, ForwardResult, ForwardRunner
 from ramgguf.llama.token_statistics import standard_error
 from ramgguf.llama.tokens import N_CTX, TokenRequest, parse_tokens
 from ramgguf.quants import formats
+from ramgguf.quants.coverage import coverage_notes
 from ramgguf.quants.encoders import EncoderName
 from ramgguf.quants.imatrix import ImportanceSource, load_importance
 from ramgguf.quants.roundtrip import SOURCES
@@ -52,16 +52,18 @@ def measure_alpha(
 
     opening gives the passes; journal_path takes the readings, from which a run that was killed goes
     on, wherever its passes run. announce is told the planned cost before it is spent. Raises
-    EngineError when llama.cpp fails or the model does not come back unchanged.
+    ImatrixError for another model's matrix, EngineError when llama.cpp fails or the model does not
+    come back unchanged.
     """
     start = time.perf_counter()
     tensors = [t for t in file.tensors if _is_probed(file, t)]
     if not tensors:
         raise PlanError(f"{file.paths[0]}: no tensor can be probed; a source in F32, F16 or BF16")
+    coverage = coverage_notes(file, request.imatrix)
     with Journal(journal_path) as journal, opening as passes:
         settings = journal.settings
         if settings is None:
-            settings = _settle(file, request, passes, tensors, announce)
+            settings = _settle(file, request, passes, tensors, coverage, announce)
             journal.begin(settings)
         else:
             announce(f"{settings.promise}; {len(journal.readings)} tensors are done")
@@ -134,7 +136,7 @@ def _is_probed(file: GGUFFile, tensor: TensorInfo) -> bool:
 
 
 def _member(file: GGUFFile, tensor: TensorInfo) -> Member:
-    role = role_of(tensor.name, file.architecture)
+    role = role_of(tensor.name, file.architecture, tied=file.has_tied_embedding)
     return Member(tensor.name, role, layer_of(tensor.name), tensor.n_weights)
 
 
@@ -143,6 +145,7 @@ def _settle(
     request: TokenRequest,
     passes: ForwardRunner,
     tensors: Sequence[TensorInfo],
+    coverage: Sequence[str],
     announce: Callable[[str], None],
 ) -> Settings:
     """Return the tokens and tensors that fit the time, and a sentence about what is left out.
@@ -169,7 +172,7 @@ def _settle(
     )
     announce(promise)
     sequences += passes.draw(request, range(1, n_sequences))
-    notes = []
+    notes = list(coverage)
     if stride > 1:
         notes.append(
             f"to keep to {format_seconds(request.seconds)}, {len(names)} of {len(tensors)} tensors "
@@ -177,14 +180,7 @@ def _settle(
         )
     digest = hashlib.sha256(b"".join(ids.tobytes() for ids in sequences)).hexdigest()
     return Settings(
-        source=Source(
-            path=str(file.paths[0]),
-            n_bytes=file.n_bytes,
-            header_sha256=file.header_sha256,
-            architecture=file.architecture,
-            name=file.name,
-            hub=origin_of(file.paths[0]),
-        ),
+        source=Source.of(file),
         encoder=request.encoder,
         imatrix=request.imatrix.source if request.imatrix else None,
         tokens=ProbeTokens(
@@ -206,20 +202,25 @@ def _settle(
 def _strided(file: GGUFFile, tensors: Sequence[TensorInfo], stride: int) -> Iterator[TensorInfo]:
     """Yield the tensors outside of layers, and of every stride-th layer; both ends twice as dense.
 
-    The first two and the last two layers are unlike the others, and are always measured.
+    The first two and the last two layers are unlike the others, and are always measured. Draft
+    blocks never are: the next token does not depend on them.
     """
-    last = max((layer_of(t.name) or 0 for t in tensors), default=0)
+    n_layers = file.n_trunk_layers or 0
     for tensor in tensors:
         layer = layer_of(tensor.name)
-        if layer is None or layer < 2 or layer > last - 2 or (layer - 2) % stride == 0:
+        if layer is None or _is_read(layer, n_layers, stride):
             yield tensor
+
+
+def _is_read(layer: int, n_layers: int, stride: int) -> bool:
+    at_ends = layer < 2 or layer > n_layers - 3
+    return layer < n_layers and (at_ends or (layer - 2) % stride == 0)
 
 
 def _check_resumed(settings: Settings, file: GGUFFile, request: TokenRequest, path: Path) -> None:
     """Raise PlanError when the journal is of another model, encoder or choice of tokens."""
     same = (
-        settings.source.header_sha256 == file.header_sha256
-        and settings.source.n_bytes == file.n_bytes
+        difference(file, settings.source) is None
         and settings.encoder == request.encoder
         and _sha(settings.imatrix) == _sha(request.imatrix.source if request.imatrix else None)
         and (settings.tokens.kind, settings.tokens.seed) == (request.tokens, request.seed)

@@ -69,6 +69,7 @@ class Sensitivity(Document):
     """
 
     KIND: ClassVar[str] = "sensitivity"
+    VERSION: ClassVar[int] = 2  # 2: source.sample_sha256
 
     ramgguf_version: str
     source: Source

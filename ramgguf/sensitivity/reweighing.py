@@ -2,11 +2,12 @@
 
 from pathlib import Path
 
-from ramgguf.core.errors import PlanError
 from ramgguf.core.progress import Progress, Silent
 from ramgguf.gguf.hub import local_path
+from ramgguf.gguf.identity import require_model
 from ramgguf.gguf.reader import GGUFFile, open_gguf
 from ramgguf.quants.codec import ErrorWeights
+from ramgguf.quants.coverage import coverage_notes
 from ramgguf.quants.imatrix import Imatrix, load_importance, planned_imatrix
 from ramgguf.quants.roundtrip import simulated
 from ramgguf.sensitivity.impute import Member, impute
@@ -19,11 +20,11 @@ def reweighed(
     """Return the sensitivities per unit of the error that another importance matrix weighs.
 
     Nothing is measured again: the KLD of a reading is that of one quantization, which is made once
-    more, and its error is weighed in the other way. Raises PlanError for another model.
+    more, and its error is weighed in the other way. Raises PlanError for another model,
+    ImatrixError for another model's matrix.
     """
-    theirs = sensitivity.source
-    if (file.header_sha256, file.n_bytes) != (theirs.header_sha256, theirs.n_bytes):
-        raise PlanError(f"the sensitivity is of {theirs.path}, another model than {file.paths[0]}")
+    require_model("the sensitivity", sensitivity.source, file)
+    notes = coverage_notes(file, imatrix)
     before = planned_imatrix(sensitivity.imatrix)
     known = [t.reading for t in sensitivity.tensors if t.reading is not None]
     readings: dict[str, Reading] = {}
@@ -47,6 +48,7 @@ def reweighed(
     update = {
         "imatrix": imatrix.source if imatrix else None,
         "tensors": impute(members, readings),
+        "notes": (*sensitivity.notes, *(n for n in notes if n not in sensitivity.notes)),
     }
     return sensitivity.model_copy(update=update)
 

@@ -5,7 +5,6 @@ import json
 import signal
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,16 @@ from interruptible import unwatched
 from numpy_llama import Forward
 from ramgguf import _core
 from ramgguf.calibrate.activations import dataset_name
+from ramgguf.calibrate.sources import parse_sources, shares
+from ramgguf.core.corpus import Corpus
 from ramgguf.core.errors import EngineError
+from ramgguf.gguf.architecture import is_looked_up, sharers
 from ramgguf.gguf.reader import open_gguf
 from ramgguf.llama import ggml
 from ramgguf.llama.capture import Sums, Taken, Tap, add_dense, add_routed
 from ramgguf.llama.client import Engine
 from ramgguf.llama.model import LlamaModel
+from ramgguf.llama.tokens import TokenRequest, draw_sequences
 from ramgguf.quants.hessian import groups, load_hessians
 from ramgguf.quants.imatrix import load_imatrix
 from small_models import ARCHITECTURES, N_VOCAB, write_small_model
@@ -131,6 +134,27 @@ def test_every_architecture_is_calibrated_without_harm(name: str, tmp_path: Path
         assert sums.counts.sum() > 0
 
 
+@pytest.mark.parametrize("name", [a.name for a in ARCHITECTURES if not a.has_encoder])
+def test_the_table_agrees_with_the_graph_on_what_reads_what(name: str, tmp_path: Path) -> None:
+    path = write_small_model(tmp_path / "m.gguf", next(a for a in ARCHITECTURES if a.name == name))
+    ids = np.random.default_rng(4).integers(N_VOCAB, size=24, dtype=np.int32)
+    with open_gguf(path) as file:
+        tied = file.has_tied_embedding
+    tap = Tap(_weights(path))
+    with LlamaModel(path, n_ctx=64, n_threads=1, eval_callback=tap.callback) as model:
+        model.decode(ids)
+        tap.check()
+    found = tap.taken.sums
+    for weight, sums in found.items():
+        assert not is_looked_up(weight, tied=tied)
+        for other in sharers(weight):
+            if other in found:
+                np.testing.assert_array_equal(found[other].squares, sums.squares)
+    pairs = {(w, o) for w in found for o in sharers(w) if o in found}
+    fused = {"phi3", "gpt2", "mamba", "mamba2", "rwkv7"}
+    assert bool(pairs) == (name not in fused)
+
+
 def test_matrices_of_a_weight_take_those_of_the_input_in_turn() -> None:
     x = np.random.default_rng(5).standard_normal((2, 4, 3, 8), np.float32)
     sums = Sums(np.zeros((2, 8)), np.zeros(1, np.int64))
@@ -231,7 +255,11 @@ def test_the_file_is_read_back_by_us_and_by_gguf(tiny: Path, tmp_path: Path) -> 
     found = ramgguf.calibrate(
         tiny, path, n_sequences=2, n_ctx=32, seed=3, hessian=hessian, threads=1
     )
-    assert (found.n_entries, found.n_tokens, found.missed) == (15, 64, ("token_embd.weight",))
+    assert (found.n_entries, found.n_tokens, found.missed) == (
+        15,
+        64,
+        (),
+    )  # the embedding is looked up
     imatrix = load_imatrix(path)
     assert imatrix.datasets == ("self-drawn tokens, seed 3",)
     assert (imatrix.n_chunks, len(imatrix.entries)) == (2, 15)
@@ -334,9 +362,52 @@ def test_a_request_before_a_tap_is_an_error(tiny: Path) -> None:
         engine.ask(Observe(ids=pack_ids([1, 2])), Observed)
 
 
-def test_the_data_set_is_named_after_its_tokens() -> None:
-    from ramgguf.llama.tokens import TokenRequest
+def test_the_data_set_is_named_after_its_tokens(tiny: Path) -> None:
+    with open_gguf(tiny) as file:
+        assert dataset_name(parse_sources("random", file), 7) == "random-drawn tokens, seed 7"
+        told = dataset_name(parse_sources("self:3,random", file), 8)
+    assert told == "self-drawn tokens 75% + random-drawn tokens 25%, seed 8"
 
-    request = TokenRequest(encoder="rtn", tokens="random", seed=7)
-    assert dataset_name(request) == "random-drawn tokens, seed 7"
-    assert dataset_name(replace(request, seed=8)) == "random-drawn tokens, seed 8"
+
+def test_sources_share_the_sequences_by_their_weights(tiny: Path, tmp_path: Path) -> None:
+    text = tmp_path / "a.txt"
+    text.write_text("some text\n" * 9)
+    with open_gguf(tiny) as file:
+        sources = parse_sources(f"self,mix,{text}:2", file)
+        with pytest.raises(EngineError, match="no such text"):
+            parse_sources("self,no such text", file)
+        with pytest.raises(EngineError, match="name no source"):
+            parse_sources("self:0", file)
+    weights = {s.name: s.weight for s in sources}
+    assert weights[str(text)] == pytest.approx(0.5)
+    assert weights["self"] == pytest.approx(0.25)
+    domains = [w for name, w in weights.items() if name not in ("self", str(text))]
+    assert len(domains) == 5
+    assert sum(domains) == pytest.approx(0.25)
+    for n in (1, 7, 12, 64):
+        assert sum(shares(sources, n)) == n
+    assert shares(sources, 40) == (10, 2, 2, 2, 2, 2, 20)
+
+
+def test_a_calibration_reads_every_source(tiny: Path, tmp_path: Path) -> None:
+    alone, mixed = tmp_path / "alone.gguf", tmp_path / "mixed.gguf"
+    found = ramgguf.calibrate(tiny, mixed, tokens="random,mix", n_sequences=10, n_ctx=32)
+    ramgguf.calibrate(tiny, alone, tokens="random", n_sequences=10, n_ctx=32)
+    assert found.n_tokens == 320
+    assert found.missed == ("token_embd.weight",)
+    a, b = load_imatrix(alone), load_imatrix(mixed)
+    assert a.datasets[0] == "random-drawn tokens, seed 0"
+    for domain in ("prose", "code", "mathematics", "chat", "languages"):
+        assert f"{domain} (calibrate) 10%" in b.datasets[0]
+    name = "blk.0.ffn_down.weight"
+    assert not np.allclose(a.entries[name].values, b.entries[name].values, rtol=1e-3)
+
+
+def test_windows_of_a_text_do_not_overlap_while_there_are_new_ones(tiny: Path) -> None:
+    corpus = Corpus("numbers", "".join(chr(33 + i % 90) for i in range(31 * 6)))
+    request = TokenRequest(encoder="rtn", tokens="text", corpus=corpus, n_ctx=32)
+    with LlamaModel(tiny, n_ctx=32, n_threads=1) as model:
+        drawn = draw_sequences(model, request, range(6))
+        whole = model.vocab.tokenize(corpus.bytes, add_special=False)
+    windows = {tuple(whole[i * 31 : (i + 1) * 31]) for i in range(6)}
+    assert {tuple(ids[1:]) for ids in drawn} == windows

@@ -13,6 +13,7 @@ import pytest
 import ramgguf
 from gguf_samples import write_model
 from interruptible import unwatched
+from ramgguf import _core
 from ramgguf.measure.result import Measurement
 from ramgguf.plan.result import Plan
 
@@ -56,13 +57,41 @@ def test_measure_plan_quantize_step_by_step_equals_quantize(model: Path, tmp_pat
     assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
 
 
+def test_options_that_a_ready_value_leaves_without_effect_are_refused(
+    model: Path, tmp_path: Path
+) -> None:
+    curves, plan, frontier = (tmp_path / f"{name}.json" for name in ("m", "p", "f"))
+    output = tmp_path / "o.gguf"
+    run("measure", model, "-o", curves)
+    run("plan", curves, "-b", "9bpw", "-o", plan)
+    run("curve", curves, "-o", frontier)
+    quantize: list[str | Path] = ["quantize", model, "-o", output]
+    cases: list[tuple[list[str | Path], str]] = [
+        ([*quantize, "--plan", plan, "--pin", "attn_q=Q8_0"], "--pin"),
+        ([*quantize, "--plan", plan, "--encoder", "rtn"], "--encoder"),
+        (
+            [*quantize, "--plan", plan, "--formats", "Q8_0", "--min-sqnr", "3"],
+            "--formats, --min-sq",
+        ),
+        ([*quantize, "--measurement", curves, "-b", "9bpw", "--allow-requantize"], "--allow-requ"),
+        (["plan", curves, "--recipe", plan, "--tie", "qkv"], "--tie"),
+        (["curve", frontier, "--objective", "nmse"], "--objective"),
+    ]
+    for words, option in cases:
+        said = " ".join(run(*words, status=2).stderr.replace("│", " ").split())
+        assert f"{option}" in said
+        assert "no effect" in said
+    assert not output.exists()
+    run(*quantize, "--plan", plan)
+
+
 def test_json_is_one_document_and_nothing_else(model: Path, tmp_path: Path) -> None:
     done = run("quantize", model, "-b", "5bpw", "-o", tmp_path / "b.gguf", "--json")
     result = json.loads(done.stdout)
     assert result["n_bytes"] == (tmp_path / "b.gguf").stat().st_size <= result["budget"]
     assert result["verified"] is True
     measured = json.loads(run("measure", model, "-o", tmp_path / "m.json", "--json").stdout)
-    assert measured["schema"] == "ramgguf.measurement/1"
+    assert measured["schema"] == "ramgguf.measurement/2"
     planned = json.loads(run("plan", tmp_path / "m.json", "-b", "5bpw", "--json").stdout)
     assert planned["schema"].startswith("ramgguf.plan/")
 
@@ -116,8 +145,12 @@ def test_every_command_explains_itself_with_an_example() -> None:
         assert f"Example: ramgguf {command}" in " ".join(shown.split())
 
 
-def test_the_version_is_that_of_the_package() -> None:
-    assert run("--version").stdout.strip() == ramgguf.__version__ == metadata.version("ramgguf")
+def test_the_version_names_the_package_the_build_and_the_isa_level() -> None:
+    assert ramgguf.__version__ == metadata.version("ramgguf")
+    shown = run("--version").stdout
+    assert shown.startswith(f"ramgguf {ramgguf.__version__} (")
+    assert _core.compiler in shown
+    assert f"ISA level {_core.isa()} of" in shown
 
 
 def test_ctrl_c_leaves_an_older_output_and_the_source_untouched(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ import ramgguf
 from conftest import fill_disk
 from gguf_samples import write_model
 from interruptible import unwatched
+from ramgguf.core import files
 from ramgguf.core.errors import GGUFError, PlanError, RamggufError
 from ramgguf.core.files import AtomicFile
 from ramgguf.gguf import writer
@@ -367,7 +368,7 @@ def test_a_full_disk_is_an_error_and_leaves_the_older_output(
         monkeypatch.setattr(writer, "require_disk_space", lambda *_, **__: None)
         monkeypatch.setattr(output_paths, "require_disk_space", lambda *_, **__: None)
     if noticed == "when writing":
-        monkeypatch.setattr(os, "posix_fallocate", unsupported)
+        monkeypatch.setattr(files, "_fallocate", unsupported)
     message = "needs" if noticed == "before" else "the disk is full"
     with pytest.raises(GGUFError, match=message):
         _quantize(source, target)

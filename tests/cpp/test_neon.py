@@ -46,7 +46,7 @@ def _expected(encoder: str) -> bytes:
 def _sources(folder: Path) -> list[str]:
     """Return the kernels' sources, with one made in the folder for each format, as CMake does."""
     names = re.findall(r"^X\((\w+),", (CPP / "formats/formats.def").read_text(), re.MULTILINE)
-    assert names == formats.names()
+    assert tuple(names) == formats.names()
     template = (CPP / "kernels/format.cpp.in").read_text()
     found = [str(CPP / "kernels/codec.cpp"), str(DRIVER)]
     for name in names:

@@ -156,6 +156,25 @@ def test_a_process_that_the_kernel_kills_fails_at_its_stage(
     )
 
 
+def test_a_crash_that_is_not_about_memory_brings_no_advice_about_memory(
+    good: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    _fake_systemd(tmp_path, monkeypatch, 'case "$*" in *trial*) kill -SEGV $$;; esac')
+    found = check_file(good, _request())
+    assert "signal SIGSEGV" in found.failures[0]
+    assert found.advice == ()
+
+
+def test_a_crash_of_an_allocation_brings_advice_about_memory(
+    good: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    said = "echo 'ggml_aligned_malloc: insufficient memory' >&2; kill -ABRT $$"
+    _fake_systemd(tmp_path, monkeypatch, f'case "$*" in *trial*) {said};; esac')
+    found = check_file(good, _request())
+    assert "insufficient memory" in found.failures[0]
+    assert any("--cache-type q8_0" in a for a in found.advice)
+
+
 def _fake_systemd(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
     program = folder / "systemd-run"
     program.write_text(f"#!/bin/sh\n{script}\n")

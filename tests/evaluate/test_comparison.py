@@ -435,7 +435,7 @@ def test_the_reference_is_a_row_and_its_inversion_is_found_from_stored_losses() 
 
 def test_a_reference_among_the_models_is_one_row_and_has_no_kld() -> None:
     v1, ram = against_bf16()
-    base = np.exp([(s.reference_nll_sum or 0) / s.n_scored for s in v1.sequences])
+    base = np.exp([(s.reference_nll_sum or 0.0) / s.n_scored for s in v1.sequences])
     bf16 = eval_result("BF16", base, reference=("BF16", base), kld=np.zeros(128))
     board = board_of(bf16, v1, ram)
     assert [r.label for r in board.rows] == ["BF16", "v1", "RAM"]

@@ -14,6 +14,7 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +24,11 @@ from numpy.typing import NDArray
 import ramgguf
 from conftest import fill_disk
 from ramgguf.cli.sensitivity_commands import sensitivity as sensitivity_command
+from ramgguf.cluster import session_cache
 from ramgguf.core import scratch
 from ramgguf.core.corpus import Corpus, default_corpus
-from ramgguf.core.errors import EngineError, GGUFError, ImatrixError, PlanError
+from ramgguf.core.errors import EngineError, GGUFError, ImatrixError, PlanError, RamggufError
+from ramgguf.core.progress import Silent
 from ramgguf.core.scratch import scratch_folder
 from ramgguf.evaluate.evaluation import score_models
 from ramgguf.evaluate.journal import Journal, read_results
@@ -33,7 +36,6 @@ from ramgguf.evaluate.protocol import EvalProtocol
 from ramgguf.evaluate.result import EvalResult
 from ramgguf.gguf.reader import open_gguf
 from ramgguf.llama.client import CrashError, Engine
-from ramgguf.llama.patched_model import PatchedModel
 from ramgguf.quants.hessian import load_hessians
 from ramgguf.quants.imatrix import load_imatrix
 from ramgguf.sensitivity.result import Sensitivity
@@ -327,24 +329,64 @@ def test_a_model_cut_short_while_it_is_scored_is_named(tmp_path: Path) -> None:
     assert "safe-kernels" not in message
 
 
-def test_a_source_changed_while_its_sensitivity_is_read_is_an_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+class _Disturbing(Silent):
+    """Progress that changes a file after the second step."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._n_steps = path, 0
+
+    def advance(self, amount: int) -> None:
+        self._n_steps += 1 if amount else 0
+        if self._n_steps == 2:
+            os.utime(self._path, ns=(1, 1))
+
+
+def test_a_source_changed_while_its_sensitivity_is_read_is_an_error(tmp_path: Path) -> None:
     model = write_tiny_model(tmp_path / "m.gguf", weight_type="F16")
     journal = tmp_path / "journal"
-    divergence, n_passes = PatchedModel.divergence, 0
-
-    def disturbed(self: PatchedModel, *arguments: object) -> NDArray[np.float64]:
-        nonlocal n_passes
-        n_passes += 1
-        if n_passes == 4:
-            os.utime(model, ns=(1, 1))
-        return divergence(self, *arguments)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(PatchedModel, "divergence", disturbed)
-    with pytest.raises(GGUFError, match=r"m\.gguf: the file was changed while it was being read"):
-        ramgguf.sensitivity(model, tokens="random", n_sequences=1, journal=journal, threads=1)
+    with pytest.raises(
+        RamggufError, match=r"m\.gguf: the file was changed while it was being read"
+    ):
+        ramgguf.sensitivity(
+            model, tokens="random", n_sequences=1, journal=journal, threads=1,
+            progress=_Disturbing(model),
+        )  # fmt: skip
     assert 1 < _count_lines(journal) < 5  # the reading of that moment is not kept
+
+
+@pytest.mark.parametrize("what", ["sensitivity", "refine"])
+def test_an_assertion_that_llama_cpp_fails_is_one_line(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = Path(__file__).parents[1] / "crashing_runner.py"
+    monkeypatch.setattr(session_cache, "_RUNNER_WORKER", (sys.executable, str(worker)))
+    model = write_tiny_model(tmp_path / "m.gguf", weight_type="F16")
+    run: Callable[..., object] = partial(ramgguf.sensitivity, model, n_sequences=1, n_ctx=32)
+    if what == "refine":
+        curves = ramgguf.measure(model, formats=["Q4_0", "Q8_0"], encoder="rtn", threads=1)
+        plan = ramgguf.plan(curves, "40%", objective="ram")
+        run = partial(ramgguf.refine, model, plan, curves, n_trials=2)
+    with pytest.raises(EngineError) as caught:
+        run(tokens="random", threads=1)
+    message = str(caught.value)
+    assert message.startswith(f"{model}: ")
+    assert message.endswith(
+        "llama.cpp ended with signal SIGABRT (a failed assertion); it said: "
+        "ops.cpp:7: GGML_ASSERT(a == b) failed"
+    )
+    assert "\n" not in message
+    assert "worker" not in message
+
+
+def test_llama_cpp_is_never_loaded_by_a_command_that_runs_passes(tmp_path: Path) -> None:
+    model = write_tiny_model(tmp_path / "m.gguf", weight_type="F16")
+    program = (
+        "import sys, ramgguf\n"
+        f"model = {str(model)!r}\n"
+        "ramgguf.sensitivity(model, tokens='random', n_sequences=1, n_ctx=32, threads=1)\n"
+        "sys.exit('llama_cpp' in sys.modules)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 
 def test_orphaned_scratch_folders_are_removed_and_others_left(tmp_path: Path) -> None:

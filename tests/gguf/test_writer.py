@@ -25,6 +25,7 @@ import gguf_copies
 import gguf_samples
 from gguf_copies import write_gguf
 from gguf_samples import SOUND, File, Key, Tensor
+from ramgguf.core import files
 from ramgguf.core.errors import GGUFError
 from ramgguf.core.files import AtomicFile, temporary_path, write_atomically
 from ramgguf.gguf.header import GGML_TYPES, Value, ValueType, i32, string, u16, u32, u64
@@ -414,7 +415,7 @@ def test_file_systems_without_links_or_locks_are_written_to(
         raise OSError(95, "Operation not supported")
 
     monkeypatch.setattr(os, "link", unsupported)
-    monkeypatch.setattr(os, "posix_fallocate", unsupported)
+    monkeypatch.setattr(files, "_fallocate", unsupported)
     monkeypatch.setattr(fcntl, "flock", unsupported)
     file = AtomicFile(tmp_path / "a", 4, force=False, error=GGUFError)
     file.write_at(0, b"data")

@@ -252,6 +252,17 @@ def test_a_sensitivity_can_be_measured_with_the_matrix(
         assert t.reading.nmse == pytest.approx(expected[t.name], rel=2e-3)
 
 
+def test_a_matrix_of_another_model_is_refused_before_any_pass(
+    model: Path, files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    twin = write_tiny_model(tmp_path / "tiny.gguf", weight_type="F16", noise=0.01)
+    with pytest.raises(ImatrixError, match=r"i\.gguf was made from another model than .*tiny"):
+        ramgguf.sensitivity(twin, n_sequences=1, imatrix=files[0], threads=1)
+    measured = ramgguf.sensitivity(twin, n_sequences=1, threads=1)
+    with pytest.raises(ImatrixError, match=r"i\.gguf was made from another model than .*tiny"):
+        ramgguf.reweigh(measured, twin, files[0])
+
+
 def test_the_objective_output_weighs_by_the_outputs_size(
     model: Path, files: tuple[Path, Path]
 ) -> None:

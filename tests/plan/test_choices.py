@@ -19,7 +19,6 @@ from ramgguf.quants import formats
 from ramgguf.quants.formats import SETS, expand
 from ramgguf.report.plans import print_plan
 from ramgguf.report.tensor_types import recipe_types
-from ramgguf.sensitivity.cost import sensitivity_seconds
 from synthetic import measurement
 
 MODEL = measurement()
@@ -63,6 +62,50 @@ def test_constraints_that_contradict_are_refused(
 ) -> None:
     with pytest.raises(PlanError, match=re.escape(message)):
         ramgguf.plan(MODEL, BUDGET, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"pins": ["norm=Q4_K"]}, "matches only what is never quantized: blk.0.attn_norm.weight"),
+        ({"min_formats": ["norm=Q4_K"]}, "there is no role 'norm' among the tensors that are quan"),
+        ({"ties": ["attn_q,norm"]}, "suits fewer than two of the roles attn_k"),
+        ({"ties": ["attn_q,attn_k,attn_w"]}, "names attn_w, which no tensor that is quantized is"),
+        ({"ties": ["tied_embedding,attn_q"]}, "tie tied_embedding,attn_q has no effect: no layer"),
+        ({"ties": ["qkv", "attn_q,attn_v"]}, "tie attn_q,attn_v has no effect: no layer has two"),
+    ],
+)
+def test_options_that_bind_nothing_are_refused(options: dict[str, list[str]], message: str) -> None:
+    with pytest.raises(PlanError, match=re.escape(message)):
+        ramgguf.plan(MODEL, "50%", **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("options", "note"),
+    [
+        ({"pins": ["attn_q=Q4_K", "blk.0.attn_q=Q8_0"]}, "pin blk.0.attn_q=Q8_0 has no effect"),
+        ({"pins": ["norm=F32"]}, "pin norm=F32 has no effect"),
+        ({"pins": ["attn_v=Q6_K"], "min_formats": ["attn_v=Q4_K"]}, "attn_v=Q4_K has no effect"),
+    ],
+)
+def test_options_that_others_make_idle_are_noted(options: dict[str, list[str]], note: str) -> None:
+    found = ramgguf.plan(MODEL, "50%", **options)  # type: ignore[arg-type]
+    assert sum(note in n for n in found.notes) == 1
+    plain = ramgguf.plan(MODEL, "50%", pins=["attn_q=Q4_K"], min_formats=["attn_v=Q4_K"])
+    assert not any("no effect" in n for n in plain.notes)
+
+
+def test_a_format_that_suits_no_tensor_is_noted() -> None:
+    without = tuple(
+        t.model_copy(update={"points": tuple(p for p in t.points if p.format != "Q5_K")})
+        for t in MODEL.tensors
+    )
+    model = MODEL.model_copy(update={"tensors": without})
+    found = ramgguf.plan(model, "50%", formats=["Q4_K", "Q5_K", "Q8_0"])
+    assert any("Q5_K suits no tensor" in note for note in found.notes)
+    assert not any(
+        "suits no tensor" in n for n in ramgguf.plan(MODEL, "50%", formats=["Q5_K"]).notes
+    )
 
 
 def test_a_role_keeps_its_minimum_format() -> None:
@@ -220,12 +263,8 @@ def test_planning_prints_nothing_not_even_from_native_code(
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_plan_by_priors_says_how_long_measuring_would_take() -> None:
+def test_a_plan_by_priors_says_so_and_what_measures() -> None:
     plan = ramgguf.plan(MODEL, BUDGET)
-    sizes = [a.n_weights for a in plan.assignments]
-    one, two = sensitivity_seconds(sizes, 1), sensitivity_seconds(sizes, 2)
-    assert one == pytest.approx(2 * two)
-    assert one > 0
     console = Console(record=True, width=300, file=io.StringIO())
     print_plan(plan, console)
     assert "`--sensitivity measure`" in console.export_text()

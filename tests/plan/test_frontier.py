@@ -1,6 +1,8 @@
 """The frontier: every step optimal, no gap understated, and the same plans as the solver's."""
 
+import io
 import itertools
+import json
 import time
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
@@ -12,13 +14,12 @@ from hypothesis import strategies as st
 
 import ramgguf
 from ramgguf.core.errors import BudgetError
-from ramgguf.plan.frontier import frontier, hull, knees
+from ramgguf.plan.frontier import hull, knees
 from ramgguf.plan.frontier_result import Frontier
 from ramgguf.plan.knapsack import Choice
-from ramgguf.plan.objectives import Costing, costing
-from ramgguf.plan.predictions import predict
-from ramgguf.plan.result import Constraints
-from ramgguf.report.frontier import cost_at, curve_svg, rows
+from ramgguf.report.frontier import cost_at, curve_svg, print_curve, rows
+from ramgguf.report.plans import print_plan
+from ramgguf.report.terminal import PlainConsole
 from synthetic import measurement
 
 MODEL = measurement()
@@ -141,56 +142,22 @@ def test_the_table_has_the_plans_asked_for_and_the_bound_is_no_higher_than_the_p
     assert cost_at(FRONTIER, FRONTIER.end_bytes + 1) is None
 
 
-def test_every_point_has_a_prediction_with_an_interval_and_its_source() -> None:
-    expected = FRONTIER.predictions
-    assert len(expected) == len(FRONTIER.steps) + 1
-    assert all(a.kld > b.kld > 0 for a, b in itertools.pairwise(expected))
-    for p in expected:
-        assert 0 <= p.kld_low < p.kld < p.kld_high
-        assert 1 <= p.ppl_ratio_low < p.ppl_ratio < p.ppl_ratio_high
-    assert FRONTIER.predicted_from is not None
-    assert "priors" in FRONTIER.predicted_from
-    for objective in ("nmse", "ram"):  # never calibrated: nothing is claimed
-        other = ramgguf.curve(MODEL, objective=objective)
-        assert other.predictions == ()
-        assert other.predicted_from is None
+def test_neither_curve_nor_plan_shows_an_interval_or_a_kld_that_nobody_measured() -> None:
+    plan = ramgguf.plan(FRONTIER, "40%")
+    out = PlainConsole(record=True, file=io.StringIO())
+    print_curve(FRONTIER, [plan], out)
+    print_plan(plan, out)
+    told = out.export_text() + curve_svg(FRONTIER, [plan])
+    for word in ("95 %", "predict", "KLD", "PPL"):
+        assert word not in told, word
 
 
-def test_measured_sensitivities_predict_more_closely_than_priors_and_less_so_when_noisy() -> None:
-    narrow = predict("sensitivity", 0.1, 0.002)
-    noisy = predict("sensitivity", 0.1, 0.03)
-    blind = predict("weighted", 1.2e6, None)
-    assert narrow is not None
-    assert noisy is not None
-    assert blind is not None
-    widths = [p.kld_high / p.kld_low for p in (narrow, noisy, blind)]
-    assert widths == sorted(widths)
-    assert widths[0] > 1.2  # sampling is not all that may be wrong
-    assert predict("nmse", 1.0, None) is None
-    nothing = predict("sensitivity", 0.0, 0.0)
-    assert nothing is not None
-    assert 0 <= nothing.kld_low < nothing.kld
-    assert nothing.kld > 0  # kernels round activations, however good the weights
-
-
-def test_a_curve_s_errors_are_those_of_its_plans() -> None:
-    names = [t.name for t in MODEL.tensors]
-    rng = np.random.default_rng(0)
-    errors = dict(zip(names, rng.uniform(0.01, 0.2, len(names)).tolist(), strict=True))
-    by_role = costing("weighted", MODEL)
-    made = frontier(
-        MODEL,
-        costing=Costing("sensitivity", lambda t, p: by_role.cost(t, p) * 1e-7, errors, "0" * 64),
-        constraints=Constraints(),
-    )
-    for i in (0, len(made.steps) // 2, len(made.steps) - 1):
-        plan = ramgguf.plan(made, made.steps[i].n_bytes)
-        assert plan.total_cost_error is not None
-        alone = predict("sensitivity", plan.total_cost, plan.total_cost_error)
-        on_curve = made.predictions[i + 1]
-        assert alone is not None
-        assert on_curve.kld_high == pytest.approx(alone.kld_high, rel=1e-6)
-        assert on_curve.kld_low == pytest.approx(alone.kld_low, rel=1e-6)
+def test_a_curve_that_older_versions_saved_with_predictions_is_read(tmp_path: Path) -> None:
+    old = json.loads(FRONTIER.to_json())
+    old["predictions"], old["predicted_from"] = [{"kld": 1.0}], "priors"
+    path = tmp_path / "old.frontier.json"
+    path.write_text(json.dumps(old))
+    assert Frontier.load(path) == FRONTIER
 
 
 def test_the_picture_is_svg_that_marks_knees_and_plans() -> None:

@@ -188,7 +188,7 @@ def test_a_frontier_shows_its_table_and_its_picture() -> None:
     (table,) = found.tables
     assert table[1][0] == format_bytes(frontier.start_bytes)
     assert table[-1][0] == format_bytes(frontier.end_bytes)
-    assert table[1][2] == f"{frontier.predictions[0].kld:.3g}"
+    assert table[1][2] == f"{frontier.start_cost:.4g}"
     assert "svg" in found.tags
     assert f"{len(frontier.steps) + 1} optimal plans" in found.text
 

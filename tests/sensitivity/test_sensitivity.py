@@ -115,6 +115,16 @@ def _kld(base: LlamaModel, other: LlamaModel, rng: np.random.Generator) -> float
     return float((np.exp(logs[0]) * (logs[0] - logs[1])).sum(axis=1).mean())
 
 
+def test_a_run_does_not_go_on_from_the_readings_of_a_twin(model: Path, tmp_path: Path) -> None:
+    _measured(model, tmp_path)
+    (tmp_path / "twin").mkdir()
+    twin = write_tiny_model(tmp_path / "twin" / "tiny.gguf", weight_type="F16", noise=0.01)
+    with open_gguf(model) as a, open_gguf(twin) as b:
+        assert (a.header_sha256, a.n_bytes) == (b.header_sha256, b.n_bytes)
+    with pytest.raises(PlanError, match="another model, encoder, imatrix or choice of tokens"):
+        _measured(twin, tmp_path)
+
+
 def test_two_runs_with_one_seed_agree_exactly_and_another_seed_does_not(
     model: Path, tmp_path: Path, measured: Sensitivity
 ) -> None:

@@ -32,6 +32,11 @@ class Encoder:
     plans_by: str | None = None
 
     @property
+    def weighs_columns(self) -> bool:
+        """Whether the blocks depend on the importance of the columns, where it is known."""
+        return self.kernel != "rtn"
+
+    @property
     def needs_hessian(self) -> bool:
         """Whether it can do nothing without Hessians."""
         return self.encode_output is not None

@@ -1,0 +1,623 @@
+"""The server's front: HTTP, limits and errors, in a process that has no llama.cpp in it.
+
+It checks a request whole before a child sees it: Host and Origin, the key, sizes, types, ranges.
+The model runs in a child; one that ends is started again, and the front goes on answering.
+"""
+
+import asyncio
+import hmac
+import json
+import os
+import socket
+import sys
+import threading
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from pydantic import BaseModel, ValidationError
+
+from ramgguf.core.documents import FrozenModel
+from ramgguf.core.errors import EngineError
+from ramgguf.deploy.front_children import (
+    Job,
+    Model,
+    RequestError,
+    Templates,
+    checked_grammar,
+)
+from ramgguf.deploy.front_requests import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    Generation,
+    Limits,
+    TokenizeRequest,
+)
+from ramgguf.llama.child import ChildDiedError, Failure, take_stdout
+from ramgguf.llama.server_protocol import (
+    GRACE_SECONDS,
+    CheckGrammar,
+    Detokenize,
+    Generate,
+    ModelDied,
+    Piece,
+    Render,
+    Serve,
+    Serving,
+    Tokenize,
+)
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+_BODY_SECONDS = 30  # to receive a request's body
+_CONNECTIONS = 256
+_KEEP_ALIVE_SECONDS = 15
+
+Body = TypeVar("Body", bound=BaseModel)
+
+
+class Front(FrozenModel):
+    """Serve the model that `worker` runs, within limits; answered by Serving when it listens."""
+
+    serve: Serve
+    worker: str
+    limits: Limits
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Return a socket bound to the address, which does not listen yet; port 0 is any free one.
+
+    Raises EngineError when it cannot be bound.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        found = socket.socket(family, kind, protocol)
+        try:
+            found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            found.bind(address)
+        except OSError:
+            found.close()
+            raise
+    except (OSError, OverflowError) as e:
+        raise EngineError(
+            f"{host}:{port} cannot be listened at: {e}; choose another --host or --port"
+        ) from None
+    return found
+
+
+def error_body(message: str, status: int, code: str | None = None) -> dict[str, Any]:
+    """Return OpenAI's form of an error, in one line."""
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    line = " ".join(message.split())
+    return {"error": {"message": line, "type": kind, "param": None, "code": code}}
+
+
+def worded(error: ValidationError) -> str:
+    """Return the first thing that is wrong with a request, where it is and why."""
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    where = ".".join(str(part) for part in first["loc"])
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{where}: {message}"[:500] if where else message[:500]
+
+
+async def read_body(request: Any, kind: type[Body], n_bytes: int) -> Body:
+    """Return the request's body. Raises RequestError: 413, 408, or 400 with what is wrong."""
+    too_large = RequestError(413, f"the request has more than {n_bytes} bytes")
+    declared = request.headers.get("content-length", "0")
+    if not declared.isdecimal() or int(declared[:20]) > n_bytes:
+        raise too_large
+    parts, n_read = [], 0
+    try:
+        async with asyncio.timeout(_BODY_SECONDS):
+            async for part in request.stream():
+                n_read += len(part)
+                if n_read > n_bytes:
+                    raise too_large
+                parts.append(part)
+    except TimeoutError:
+        raise RequestError(408, f"the request took longer than {_BODY_SECONDS} seconds") from None
+    try:
+        return kind.model_validate_json(b"".join(parts))
+    except ValidationError as e:
+        raise RequestError(400, worded(e)) from None
+
+
+class Api:
+    """The endpoints."""
+
+    def __init__(self, front: Front, model: Model) -> None:
+        self._alias, self._path = front.serve.alias, front.serve.path
+        self._api_key = front.serve.api_key
+        self._limits = front.limits
+        self._model, self._templates = model, Templates(front.limits)
+        self._grammar_turn = asyncio.Lock()
+        self._n_admitted = 0
+
+    def app(self) -> Any:
+        """Return the ASGI application, behind Starlette's checks of hosts and origins."""
+        from starlette.applications import Starlette
+        from starlette.middleware import Middleware
+        from starlette.middleware.cors import CORSMiddleware
+        from starlette.middleware.trustedhost import TrustedHostMiddleware
+        from starlette.routing import Route
+
+        limits = self._limits
+        middleware = [
+            Middleware(TrustedHostMiddleware, allowed_hosts=list(limits.hosts), www_redirect=False),
+            Middleware(Origins, allowed=limits.origins),
+        ]
+        if limits.origins:
+            middleware.append(
+                Middleware(
+                    CORSMiddleware,
+                    allow_origins=list(limits.origins),
+                    allow_methods=["GET", "POST"],
+                    allow_headers=["Authorization", "Content-Type"],
+                )
+            )
+        posts = {
+            "/v1/completions": self._completions,
+            "/v1/chat/completions": self._chat,
+            "/extras/tokenize": self._tokenize,
+            "/extras/tokenize/count": self._count,
+            "/extras/detokenize": self._detokenize,
+        }
+        routes = [Route(path, self._guarded(do), methods=["POST"]) for path, do in posts.items()]
+        routes.append(Route("/v1/models", self._guarded(self._models), methods=["GET"]))
+        routes.append(Route("/health", self._health, methods=["GET"]))
+        return Starlette(
+            routes=routes, middleware=middleware, exception_handlers={404: _no_such, 405: _no_such}
+        )
+
+    def _guarded(self, endpoint: Callable[..., Any]) -> Callable[..., Any]:
+        """Return the endpoint behind the key, with errors that are lines."""
+
+        async def answer(request: Any) -> Any:
+            try:
+                self._require_key(request.headers.get("authorization", ""))
+                return await endpoint(request)
+            except RequestError as e:
+                return _refusal(e)
+
+        return answer
+
+    def _require_key(self, header: str) -> None:
+        if self._api_key is None:
+            return
+        scheme, _, key = header.partition(" ")
+        same = hmac.compare_digest(key.strip().encode(), self._api_key.encode())
+        if scheme.lower() != "bearer" or not same:
+            raise RequestError(401, "the API key is wrong or missing", "invalid_api_key")
+
+    def _admit(self) -> None:
+        """Count a request in. Raises RequestError when as many wait as may."""
+        if self._n_admitted > self._limits.n_waiting:
+            raise RequestError(429, f"{self._limits.n_waiting} requests wait already; try again")
+        self._n_admitted += 1
+
+    async def _health(self, _: Any) -> Any:
+        from starlette.responses import JSONResponse
+
+        ready = self._model.is_ready
+        status = {"status": "ok" if ready else "loading"}
+        return JSONResponse(status, status_code=200 if ready else 503)
+
+    async def _models(self, _: Any) -> Any:
+        model = {"id": self._alias, "object": "model", "owned_by": "me", "created": 0}
+        return _json({"object": "list", "data": [model]})
+
+    async def _completions(self, request: Any) -> Any:
+        asked = await read_body(request, CompletionRequest, self._limits.body_bytes)
+        self._require_short(asked.text)
+        self._require_output(asked.max_tokens)
+        reply = _Completion(self._alias, asked.text if asked.echo else "")
+        return await self._admitted(request, asked, reply, lambda: self._plain(asked))
+
+    async def _chat(self, request: Any) -> Any:
+        asked = await read_body(request, ChatRequest, self._limits.body_bytes)
+        self._require_output(asked.max_tokens)
+        self._require_output(asked.max_completion_tokens)
+        reply = _Chat(self._alias)
+        return await self._admitted(request, asked, reply, lambda: self._prompted(asked))
+
+    async def _plain(self, asked: CompletionRequest) -> Generate:
+        return await self._generate(asked, asked.text, asked.max_tokens, asked.stops)
+
+    async def _prompted(self, asked: ChatRequest) -> Generate:
+        loaded = self._model.loaded
+        assert loaded is not None  # the front listens once it is
+        render = Render(
+            messages=[message.for_template() for message in asked.messages],
+            tools=asked.tools,
+            tool_choice=asked.tool_choice,
+            max_bytes=self._limits.prompt_bytes,
+        )
+        rendered = await self._templates.render(loaded.chat, render)
+        return await self._generate(
+            asked,
+            rendered.prompt,
+            asked.max_tokens or asked.max_completion_tokens,
+            asked.stops + rendered.stop,
+            add_special=rendered.add_bos,
+            schema=None if asked.response_format is None else asked.response_format.schema_or_none,
+        )
+
+    async def _generate(
+        self,
+        asked: Generation,
+        prompt: str,
+        max_tokens: int | None,
+        stop: tuple[str, ...],
+        *,
+        add_special: bool | None = None,
+        schema: Any = None,
+    ) -> Generate:
+        grammar = None
+        if asked.grammar is not None or schema is not None:
+            grammar = await self._checked(asked.grammar, schema)
+        return Generate(
+            id=self._model.next_id(),
+            prompt=prompt,
+            add_special=add_special,
+            max_tokens=max_tokens or 0,
+            limit=self._limits.max_tokens,
+            stop=stop,
+            grammar=grammar,
+            sampling=asked.sampling(),
+        )
+
+    async def _checked(self, grammar: str | None, schema: Any) -> str:
+        if not self._limits.allow_grammars:
+            raise RequestError(
+                400, "grammars and JSON schemas are off; the server's --allow-grammars allows them"
+            )
+        if grammar is not None and schema is not None:
+            raise RequestError(400, "grammar and response_format exclude each other")
+        text = None if schema is None else json.dumps(schema)
+        check = CheckGrammar(path=self._path, grammar=grammar, schema_text=text)
+        async with self._grammar_turn:  # each may take half a gigabyte
+            return await checked_grammar(check, self._limits)
+
+    def _require_short(self, text: str) -> None:
+        n_bytes = len(text.encode("utf-8", "replace"))
+        if n_bytes > self._limits.prompt_bytes:
+            raise RequestError(
+                400, f"the text has {n_bytes} bytes, more than {self._limits.prompt_bytes}"
+            )
+
+    def _require_output(self, max_tokens: int | None) -> None:
+        if max_tokens is not None and max_tokens > self._limits.max_tokens:
+            raise RequestError(
+                400, f"max_tokens is {max_tokens}, more than {self._limits.max_tokens}"
+            )
+
+    async def _admitted(
+        self,
+        request: Any,
+        asked: Generation,
+        reply: "_Reply",
+        prepare: Callable[[], Any],
+    ) -> Any:
+        """Answer a request for text, whole or as a stream, if there is room for it."""
+        from starlette.responses import StreamingResponse
+
+        self._admit()
+        job: Job | None = None
+        streams = False
+        try:
+            job = await _unless_gone(request, self._submitted(prepare))
+            if not asked.stream:
+                return _json(await _unless_gone(request, _whole(job, reply)))
+            first = await job.next()  # an error is an answer of its own status, not a stream
+            streams = True
+            return StreamingResponse(
+                self._stream(job, first, reply, asked.with_usage),
+                media_type="text/event-stream",
+                headers={"Cache-Control": "no-store"},
+            )
+        finally:
+            if not streams:
+                self._leave(job)
+
+    async def _submitted(self, prepare: Callable[[], Any]) -> Job:
+        return await self._model.submit(await prepare())
+
+    def _leave(self, job: Job | None) -> None:
+        self._n_admitted -= 1
+        if job is not None:
+            job.abandon()
+
+    async def _stream(
+        self, job: Job, first: Any, reply: "_Reply", with_usage: bool
+    ) -> AsyncIterator[str]:
+        """Yield the events of a stream; what goes wrong is one, too."""
+        try:
+            for event in reply.opening():
+                yield _event(event)
+            answer = first
+            while isinstance(answer, Piece):
+                yield _event(reply.piece(answer.text))
+                answer = await job.next()
+            yield _event(reply.last(answer))
+            if with_usage:
+                yield _event(reply.usage_event(answer))
+            yield "data: [DONE]\n\n"
+        except RequestError as e:
+            yield _event(error_body(e.message, e.status, e.code))
+        finally:
+            self._leave(job)
+
+    async def _ask(self, request: Any, message: Tokenize | Detokenize) -> Any:
+        self._admit()
+        job: Job | None = None
+        try:
+            job = await _unless_gone(request, self._model.submit(message))
+            return await job.next()
+        finally:
+            self._leave(job)
+
+    async def _tokens(self, request: Any) -> tuple[int, ...]:
+        asked = await read_body(request, TokenizeRequest, self._limits.body_bytes)
+        self._require_short(asked.input)
+        answer = await self._ask(request, Tokenize(id=self._model.next_id(), text=asked.input))
+        found: tuple[int, ...] = answer.tokens
+        return found
+
+    async def _tokenize(self, request: Any) -> Any:
+        return _json({"tokens": await self._tokens(request)})
+
+    async def _count(self, request: Any) -> Any:
+        return _json({"count": len(await self._tokens(request))})
+
+    async def _detokenize(self, request: Any) -> Any:
+        asked = await read_body(request, DetokenizeRequest, self._limits.body_bytes)
+        if len(asked.tokens) > self._limits.prompt_bytes:
+            raise RequestError(400, f"there are more than {self._limits.prompt_bytes} tokens")
+        message = Detokenize(id=self._model.next_id(), tokens=tuple(asked.tokens))
+        return _json({"text": (await self._ask(request, message)).text})
+
+
+class Origins:
+    """Refuses what a page of another origin sends: a browser sends it before it asks by CORS."""
+
+    def __init__(self, app: Any, allowed: tuple[str, ...]) -> None:
+        self._app, self._allowed = app, allowed
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        origins = [v for k, v in scope.get("headers", ()) if k == b"origin"]
+        if scope["type"] == "http" and not all(self._is_allowed(v) for v in origins):
+            refusal = RequestError(403, "this origin may not ask; the server's --allow-origin")
+            await _refusal(refusal)(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+    def _is_allowed(self, value: bytes) -> bool:
+        origin = value.decode("latin-1")
+        try:
+            host = urlsplit(origin).hostname
+        except ValueError:
+            return False
+        return "*" in self._allowed or origin in self._allowed or host in LOOPBACK
+
+
+class _Reply:
+    """OpenAI's form of an answer."""
+
+    object_name = stream_name = prefix = ""
+
+    def __init__(self, alias: str, echo: str = "") -> None:
+        self._alias, self._echo = alias, echo
+        self._id = f"{self.prefix}-{uuid.uuid4()}"
+        self._created = int(time.time())
+
+    def _base(self, name: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "id": self._id,
+            "object": name,
+            "created": self._created,
+            "model": self._alias,
+            "choices": choices,
+        }
+
+    def _choice(self, content: dict[str, Any], reason: str | None) -> dict[str, Any]:
+        return {"index": 0, **content, "logprobs": None, "finish_reason": reason}
+
+    def _whole(self, text: str) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _part(self, text: str) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _end(self) -> dict[str, Any]:
+        return self._part("")
+
+    def whole(self, text: str, finished: Any) -> dict[str, Any]:
+        """Return the answer in one."""
+        choice = self._choice(self._whole(self._echo + text), finished.reason)
+        return self._base(self.object_name, [choice]) | {"usage": _usage(finished)}
+
+    def opening(self) -> list[dict[str, Any]]:
+        """Return the events before the first piece."""
+        return [self.piece(self._echo)] if self._echo else []
+
+    def piece(self, text: str) -> dict[str, Any]:
+        """Return the event of a piece."""
+        return self._base(self.stream_name, [self._choice(self._part(text), None)])
+
+    def last(self, finished: Any) -> dict[str, Any]:
+        """Return the event that says why the text ends."""
+        return self._base(self.stream_name, [self._choice(self._end(), finished.reason)])
+
+    def usage_event(self, finished: Any) -> dict[str, Any]:
+        """Return the event that tells the numbers of tokens."""
+        return self._base(self.stream_name, []) | {"usage": _usage(finished)}
+
+
+class _Completion(_Reply):
+    object_name = stream_name = "text_completion"
+    prefix = "cmpl"
+
+    def _whole(self, text: str) -> dict[str, Any]:
+        return {"text": text}
+
+    def _part(self, text: str) -> dict[str, Any]:
+        return {"text": text}
+
+
+class _Chat(_Reply):
+    object_name, stream_name = "chat.completion", "chat.completion.chunk"
+    prefix = "chatcmpl"
+
+    def _whole(self, text: str) -> dict[str, Any]:
+        return {"message": {"role": "assistant", "content": text}}
+
+    def _part(self, text: str) -> dict[str, Any]:
+        return {"delta": {"content": text}}
+
+    def _end(self) -> dict[str, Any]:
+        return {"delta": {}}
+
+    def opening(self) -> list[dict[str, Any]]:
+        delta = {"delta": {"role": "assistant"}}
+        return [self._base(self.stream_name, [self._choice(delta, None)])]
+
+
+def _usage(finished: Any) -> dict[str, int]:
+    n_prompt, n_completion = finished.n_prompt, finished.n_completion
+    return {
+        "prompt_tokens": n_prompt,
+        "completion_tokens": n_completion,
+        "total_tokens": n_prompt + n_completion,
+    }
+
+
+async def _whole(job: Job, reply: _Reply) -> dict[str, Any]:
+    pieces = []
+    async for answer in job.rest():
+        if isinstance(answer, Piece):
+            pieces.append(answer.text)
+    return reply.whole("".join(pieces), answer)
+
+
+async def _unless_gone(request: Any, work: Any) -> Any:
+    """Return what the work returns; when the client goes away first, cancel it."""
+    working = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_gone(request))
+    try:
+        await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise RequestError(499, "the client went away")
+        return working.result()
+    finally:
+        gone.cancel()
+        if not working.done():
+            working.cancel()
+            await asyncio.wait({working})
+        if not working.cancelled() and working.exception() is None:
+            late = working.result()
+            if isinstance(late, Job) and sys.exc_info()[0] is not None:
+                late.abandon()
+
+
+async def _gone(request: Any) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _event(message: dict[str, Any]) -> str:
+    return f"data: {json.dumps(message)}\n\n"
+
+
+def _json(content: dict[str, Any]) -> Any:
+    from starlette.responses import JSONResponse
+
+    return JSONResponse(content)
+
+
+def _refusal(error: RequestError) -> Any:
+    from starlette.responses import JSONResponse
+
+    body = error_body(error.message, error.status, error.code)
+    headers = {"Retry-After": "1"} if error.status in (429, 503) else None
+    return JSONResponse(body, status_code=error.status, headers=headers)
+
+
+async def _no_such(request: Any, error: Any) -> Any:
+    what = f"{request.method} {request.url.path}"[:200].encode("ascii", "replace").decode()
+    return _refusal(RequestError(error.status_code, f"{what} is no endpoint of this server"))
+
+
+async def serve(front: Front, say: Callable[[BaseModel], None]) -> None:
+    """Bind, load the model, serve until stdin ends. Raises EngineError, ChildDiedError."""
+    started = time.perf_counter()
+    try:
+        import starlette.applications  # noqa: F401
+        import uvicorn
+    except ImportError as e:
+        raise EngineError(
+            f"the server's packages cannot be imported ({e}); pip install 'ramgguf[server]'"
+        ) from None
+    listener = bind(front.serve.host, front.serve.port)
+    model = Model(front.worker, front.serve, front.limits)
+    loaded = await model.start()
+
+    class Server(uvicorn.Server):  # type: ignore[misc]
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets=sockets)
+            seconds = time.perf_counter() - started
+            port = listener.getsockname()[1]
+            say(Serving(port=port, seconds=seconds, system=loaded.system))
+
+        def install_signal_handlers(self) -> None:
+            """The command has them; this process ends with its stdin."""
+
+    config = uvicorn.Config(
+        Api(front, model).app(),
+        lifespan="off",
+        log_level="info" if front.serve.verbose else "error",
+        limit_concurrency=_CONNECTIONS,
+        timeout_keep_alive=_KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=GRACE_SECONDS,
+        server_header=False,
+        ws="none",
+        proxy_headers=False,
+    )
+    server = Server(config)
+    loop = asyncio.get_running_loop()
+
+    def end() -> None:
+        while sys.stdin.readline():
+            pass
+        loop.call_soon_threadsafe(setattr, server, "should_exit", True)
+        time.sleep(GRACE_SECONDS + 2)
+        os._exit(0)
+
+    threading.Thread(target=end, daemon=True).start()
+    await server.serve(sockets=[listener])
+
+
+def main() -> None:
+    """Serve what the first line of stdin asks for, until stdin ends."""
+    out = take_stdout()
+    front = Front.model_validate_json(sys.stdin.readline())
+
+    def say(message: BaseModel) -> None:
+        out.write(message.model_dump_json() + "\n")
+        out.flush()
+
+    try:
+        asyncio.run(serve(front, say))
+    except ChildDiedError as e:
+        say(ModelDied(code=e.code))
+    except (EngineError, MemoryError) as e:
+        say(Failure(message=str(e) or "out of memory"))
+    sys.stderr.flush()
+    os._exit(0)  # children end with their stdin
+
+
+if __name__ == "__main__":
+    main()

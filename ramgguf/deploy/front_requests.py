@@ -1,0 +1,204 @@
+"""What clients may ask: OpenAI's requests for completions and chats, and the limits on them.
+
+Every number has a range, and what is not known is refused: an option that does nothing is worse
+than an error. Sampling options and their defaults are those of llama-cpp-python's server.
+"""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, StringConstraints, model_validator
+
+from ramgguf.core.documents import FrozenModel
+
+# What clients send and a server of one local model can ignore.
+_IGNORED = frozenset(
+    ("metadata", "parallel_tool_calls", "prompt_cache_key", "safety_identifier", "service_tier",
+     "store", "user")
+)  # fmt: skip
+_LOGPROBS = "logprobs is not supported: it takes the logits of the whole context"
+
+
+class Limits(FrozenModel):
+    """What one request may take, and how many may wait."""
+
+    prompt_bytes: int
+    max_tokens: int
+    n_waiting: int = 16
+    seconds: float = 600
+    template_seconds: float = 2
+    grammar_seconds: float = 5
+    allow_grammars: bool = False
+    hosts: tuple[str, ...] = ()
+    origins: tuple[str, ...] = ()
+
+    @property
+    def body_bytes(self) -> int:
+        """Of a request: JSON escapes take up to three times the text, and the rest is small."""
+        return 4 * self.prompt_bytes + (64 << 10)
+
+
+_Stop = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+_Bias = Annotated[float, Field(ge=-100, le=100)]
+_TokenId = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,9}$")]
+
+
+class _Asked(BaseModel):
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_ignored(cls, data: Any) -> Any:
+        if isinstance(data, dict):
+            return {key: value for key, value in data.items() if key not in _IGNORED}
+        return data
+
+
+class StreamOptions(_Asked):
+    include_usage: bool = False
+    include_obfuscation: bool = False
+
+
+class ResponseFormat(_Asked):
+    type: Literal["text", "json_object", "json_schema"]
+    schema_: dict[str, JsonValue] | None = Field(default=None, alias="schema")
+    json_schema: dict[str, JsonValue] | None = None
+
+    @property
+    def schema_or_none(self) -> JsonValue:
+        """The schema that the answer has to keep to; None for any text."""
+        if self.type == "text":
+            return None
+        if self.json_schema is not None:
+            return self.json_schema.get("schema", {"type": "object"})
+        return self.schema_ or {"type": "object"}
+
+
+class Generation(_Asked):
+    """What requests for completions and chats have in common."""
+
+    model: str | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    stop: _Stop | Annotated[list[_Stop], Field(max_length=16)] | None = None
+    n: Literal[1] | None = None
+    temperature: float | None = Field(default=None, ge=0, le=10)
+    top_p: float | None = Field(default=None, ge=0, le=1)
+    min_p: float | None = Field(default=None, ge=0, le=1)
+    typical_p: float | None = Field(default=None, gt=0, le=1)
+    top_k: int | None = Field(default=None, ge=0, le=1_000_000)
+    repeat_penalty: float | None = Field(default=None, gt=0, le=10)
+    presence_penalty: float | None = Field(default=None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
+    mirostat_mode: int | None = Field(default=None, ge=0, le=2)
+    mirostat_tau: float | None = Field(default=None, gt=0, le=10)
+    mirostat_eta: float | None = Field(default=None, ge=0.001, le=1)
+    seed: int | None = Field(default=None, ge=0, lt=2**32)
+    logit_bias: Annotated[dict[_TokenId, _Bias], Field(max_length=1024)] | None = None
+    grammar: str | None = Field(default=None, min_length=1)
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The texts that end the answer."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    @property
+    def with_usage(self) -> bool:
+        """Whether a stream ends with the number of tokens."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def sampling(self) -> dict[str, Any]:
+        """Return the keyword arguments of create_completion that the request names or implies."""
+        names = (
+            "temperature", "top_p", "min_p", "typical_p", "top_k", "repeat_penalty", "seed",
+            "presence_penalty", "frequency_penalty", "mirostat_mode", "mirostat_tau",
+            "mirostat_eta", "logit_bias",
+        )  # fmt: skip
+        asked = {name: getattr(self, name) for name in names}
+        defaults = {"temperature": 0.8, "repeat_penalty": 1.1}
+        return defaults | {name: value for name, value in asked.items() if value is not None}
+
+
+class CompletionRequest(Generation):
+    """POST /v1/completions."""
+
+    prompt: str | Annotated[list[str], Field(min_length=1, max_length=1)] = ""
+    max_tokens: int | None = Field(default=16, ge=0)
+    echo: bool = False
+    best_of: Literal[1] | None = None
+    logprobs: None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_logprobs(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("logprobs") is not None:
+            raise ValueError(_LOGPROBS)
+        return data
+
+    @property
+    def text(self) -> str:
+        """The prompt."""
+        return self.prompt if isinstance(self.prompt, str) else self.prompt[0]
+
+
+class TextPart(_Asked):
+    type: Literal["text"]
+    text: str
+
+
+class Message(_Asked):
+    """One message of a chat; what else a template may look at is passed on."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: str | list[TextPart] | None = None
+    name: str | None = None
+    reasoning_content: str | None = None
+    refusal: str | None = None
+    tool_calls: list[dict[str, JsonValue]] | None = None
+    tool_call_id: str | None = None
+
+    def for_template(self) -> dict[str, Any]:
+        """Return what templates expect: content is one text."""
+        found = self.model_dump(exclude_unset=True)
+        if isinstance(self.content, list):
+            found["content"] = "\n".join(part.text for part in self.content)
+        return found
+
+
+class ChatRequest(Generation):
+    """POST /v1/chat/completions."""
+
+    messages: list[Message] = Field(min_length=1)
+    tools: list[dict[str, JsonValue]] | None = None
+    tool_choice: Literal["auto", "none"] | None = None
+    max_tokens: int | None = Field(default=None, ge=0)
+    max_completion_tokens: int | None = Field(default=None, ge=0)
+    response_format: ResponseFormat | None = None
+    logprobs: Literal[False] | None = None
+    top_logprobs: None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_logprobs(cls, data: Any) -> Any:
+        if isinstance(data, dict) and (data.get("logprobs") or data.get("top_logprobs")):
+            raise ValueError(_LOGPROBS)
+        return data
+
+    @model_validator(mode="after")
+    def _one_limit(self) -> Self:
+        if self.max_tokens is not None and self.max_completion_tokens is not None:
+            raise ValueError("max_tokens and max_completion_tokens exclude each other")
+        return self
+
+
+class TokenizeRequest(_Asked):
+    """POST /extras/tokenize and /extras/tokenize/count."""
+
+    model: str | None = None
+    input: str
+
+
+class DetokenizeRequest(_Asked):
+    """POST /extras/detokenize."""
+
+    model: str | None = None
+    tokens: list[Annotated[int, Field(ge=0, lt=2**31)]]

@@ -1,0 +1,119 @@
+"""What an importance matrix has for a model: which matrices have an entry, and which have none."""
+
+from dataclasses import dataclass
+
+from ramgguf.core.errors import ImatrixError
+from ramgguf.gguf.architecture import is_multiplied
+from ramgguf.gguf.reader import GGUFFile, TensorInfo
+from ramgguf.quants.imatrix import Imatrix
+
+_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """The model's matrices that are multiplied with activations, and those without an entry.
+
+    shared names those that are weighed by the entry of another one that reads the same
+    activations. n_unused counts experts that saw no token, over n_unused_in tensors. no_hessian
+    names matrices without a Hessian, None where there is no file of Hessians.
+    """
+
+    matrices: tuple[str, ...]
+    missing: tuple[str, ...]
+    shared: tuple[str, ...]
+    n_unused: int
+    n_unused_in: int
+    no_hessian: tuple[str, ...] | None = None
+
+    def notes(self) -> tuple[str, ...]:
+        """Return what a reader of the result must know; nothing where all is covered."""
+        found = []
+        n = len(self.matrices)
+        if self.missing:
+            found.append(
+                f"the importance matrix has no entry for {len(self.missing)} of {n} matrices "
+                f"({_listed(self.missing)}): their errors are not weighed"
+            )
+        if self.shared:
+            found.append(
+                f"{len(self.shared)} of {n} matrices ({_listed(self.shared)}) are weighed by the "
+                "entry of one that reads the same activations"
+            )
+        if self.n_unused:
+            found.append(
+                f"{self.n_unused} experts of {self.n_unused_in} tensors saw no token when the "
+                "matrix was made: each has the mean of its tensor's others"
+            )
+        if self.no_hessian:
+            found.append(
+                f"there is no Hessian for {len(self.no_hessian)} of {n} matrices "
+                f"({_listed(self.no_hessian)}): their errors are not those of the output"
+            )
+        return tuple(found)
+
+
+def coverage(file: GGUFFile, imatrix: Imatrix | None) -> Coverage | None:
+    """Return what the matrix has for the model; None without a matrix.
+
+    Raises ImatrixError when it was made from another model, has an entry for none of this model's
+    matrices, or one for other columns; and where one of the first two is so of the Hessians.
+    """
+    if imatrix is None:
+        return None
+    model, hessians = file.paths[0], imatrix.hessians
+    for path, sample in (
+        (imatrix.path, imatrix.model_sample),
+        (hessians and hessians.path, hessians and hessians.model_sample),
+    ):
+        if sample not in (None, file.sample_sha256):
+            raise ImatrixError(
+                f"{path} was made from another model than {model} (its data differ); "
+                "make it again: ramgguf calibrate"
+            )
+    tensors = [t for t in file.tensors if _is_multiplied(file, t)]
+    entries = {t.name: imatrix.entry_for(t.name, t.shape) for t in tensors}
+    for t in tensors:
+        try:
+            imatrix.importance(t.name, t.shape)
+        except ImatrixError as e:
+            raise ImatrixError(f"{e} The model is {model}") from None
+    missing = tuple(name for name, entry in entries.items() if entry is None)
+    if tensors and len(missing) == len(tensors):
+        raise ImatrixError(
+            f"{imatrix.path} has entries for {len(imatrix.entries)} tensors, and none of them is "
+            f"one of the {len(tensors)} matrices of {model}; it was made with another model"
+        )
+    unused = [e.n_unused for e in entries.values() if e is not None and e.n_unused]
+    no_hessian = None
+    if hessians is not None:
+        dense = [t.name for t in tensors if len(t.shape) == 2]
+        no_hessian = tuple(name for name in dense if hessians.owner(name) is None)
+        if dense and len(no_hessian) == len(dense):
+            raise ImatrixError(
+                f"{hessians.path} has a Hessian for none of the {len(dense)} matrices of {model}; "
+                "it was made with another model"
+            )
+    return Coverage(
+        matrices=tuple(entries),
+        missing=missing,
+        shared=tuple(n for n, e in entries.items() if e is not None and e.name != n),
+        n_unused=sum(unused),
+        n_unused_in=len(unused),
+        no_hessian=no_hessian,
+    )
+
+
+def coverage_notes(file: GGUFFile, imatrix: Imatrix | None) -> tuple[str, ...]:
+    """Return the notes of the coverage, none without a matrix; raises as coverage does."""
+    found = coverage(file, imatrix)
+    return () if found is None else found.notes()
+
+
+def _is_multiplied(file: GGUFFile, tensor: TensorInfo) -> bool:
+    return is_multiplied(tensor.name, tensor.shape, file.architecture, tied=file.has_tied_embedding)
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more

@@ -1,0 +1,190 @@
+"""Outputs: never an input, never a device, no more readable than what they are made from."""
+
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import ramgguf
+from ramgguf.core import files
+from ramgguf.core.errors import GGUFError, PlanError
+from ramgguf.core.files import AtomicFile, temporary_path, write_atomically
+from tiny_models import write_tiny_model
+
+
+def run(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "ramgguf", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, **options)  # type: ignore[call-overload,no-any-return]  # options are run's own
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model, its curves and a plan."""
+    folder = tmp_path_factory.mktemp("made")
+    model = write_tiny_model(folder / "m.gguf")
+    measured = ramgguf.measure(model, threads=1)
+    measured.save(folder / "m.rd.json")
+    ramgguf.plan(measured, "50%", min_sqnr_db=0).save(folder / "plan.json")
+    return folder
+
+
+COMMANDS = (
+    "measure m.gguf -o m.gguf",
+    "recipe m.gguf -o m.gguf",
+    "card m.gguf -o m.gguf",
+    "calibrate m.gguf -o m.gguf",
+    "sensitivity m.gguf -o m.gguf",
+    "plan m.rd.json --budget 50% --min-sqnr 0 -o m.rd.json",
+    "curve m.rd.json --min-sqnr 0 --svg m.rd.json",
+    "curve m.rd.json --min-sqnr 0 -o m.rd.json",
+    "quantize m.gguf --plan plan.json -o plan.json",
+    "quantize m.gguf --plan plan.json -o m.gguf",
+    "quantize m.gguf --plan plan.json -o q.gguf --save-plan m.gguf",
+)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("name", ["itself", "a link", "a hard link"])
+def test_force_never_destroys_an_input(made: Path, tmp_path: Path, command: str, name: str) -> None:
+    inputs = {}
+    for path in made.iterdir():
+        inputs[path.name] = path.read_bytes()
+        (tmp_path / path.name).write_bytes(inputs[path.name])
+    verb, *words = command.split()
+    output = words[-1]
+    if name == "a link":
+        (tmp_path / "other").symlink_to(tmp_path / output)
+    elif name == "a hard link":
+        (tmp_path / "other").hardlink_to(tmp_path / output)
+    if name != "itself":
+        words[-1] = "other"
+    done = run(verb, *words, "--force", cwd=tmp_path, timeout=120)
+    assert done.returncode == 1, done.stderr
+    assert "is an input of this command" in done.stderr or "is the source" in done.stderr
+    assert {n: (tmp_path / n).read_bytes() for n in inputs} == inputs
+
+
+def test_what_is_no_regular_file_is_never_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "to_folder").symlink_to(tmp_path / "folder")
+    (tmp_path / "to_nothing").symlink_to(tmp_path / "nowhere")
+    for path, said in (
+        (tmp_path / "fifo", "a FIFO"),
+        (Path("/dev/null"), "a device"),
+        (tmp_path / "to_folder", "a folder"),
+        (tmp_path / "to_nothing", "a link to nothing"),
+        (Path("-"), "an output is a file"),
+    ):
+        with pytest.raises(PlanError, match=said):
+            write_atomically(path, b"x", error=PlanError)
+    assert stat.S_ISFIFO((tmp_path / "fifo").stat().st_mode)
+    assert stat.S_ISCHR(Path("/dev/null").stat().st_mode)
+
+
+def test_a_link_to_a_file_stays_and_the_file_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"older")
+    (tmp_path / "link").symlink_to("file")
+    write_atomically(tmp_path / "link", b"newer", error=PlanError)
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "file").read_bytes() == b"newer"
+
+
+def test_an_output_is_no_more_readable_than_its_source(made: Path, tmp_path: Path) -> None:
+    source = tmp_path / "m.gguf"
+    source.write_bytes((made / "m.gguf").read_bytes())
+    source.chmod(0o600)
+    done = ramgguf.quantize(source, "50%", tmp_path / "q.gguf", min_sqnr_db=0, threads=1)
+    assert stat.S_IMODE(done.paths[0].stat().st_mode) == 0o600
+    source.chmod(0o644)
+    again = ramgguf.quantize(source, "50%", tmp_path / "r.gguf", min_sqnr_db=0, threads=1)
+    umask = os.umask(0)
+    os.umask(umask)
+    assert stat.S_IMODE(again.paths[0].stat().st_mode) == 0o644 & ~umask
+
+
+def test_a_replaced_file_keeps_its_mode(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    path.write_bytes(b"older")
+    path.chmod(0o640)
+    write_atomically(path, b"newer", error=PlanError)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
+
+
+@pytest.mark.parametrize("kind", ["folder", "link"])
+def test_what_has_the_temporarys_name_is_named(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "out"
+    if kind == "folder":
+        temporary_path(path).mkdir()
+    else:
+        temporary_path(path).symlink_to("elsewhere")
+    with pytest.raises(PlanError, match=f"is a {kind}; remove it"):
+        write_atomically(path, b"x", error=PlanError)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_leaves_no_temporary(made: Path, tmp_path: Path, number: int) -> None:
+    script = (
+        "import time, sys\n"
+        "from ramgguf.quantize import write\n"
+        "codec_encode = write.codec.encode\n"
+        "def slow(*arguments):\n"
+        "    time.sleep(0.5)\n"
+        "    return codec_encode(*arguments)\n"
+        "write.codec.encode = slow\n"
+        "from ramgguf.cli import main\n"
+        "main()\n"
+    )
+    out = tmp_path / "q.gguf"
+    arguments = ["quantize", made / "m.gguf", "-b", "50%", "--min-sqnr", "0", "-t", "1", "-o", out]
+    with subprocess.Popen(
+        [sys.executable, "-c", script, *map(str, arguments)], stderr=subprocess.PIPE, text=True
+    ) as child:
+        for _ in range(600):
+            if temporary_path(out).exists():
+                break
+            time.sleep(0.05)
+        child.send_signal(number)
+        _, said = child.communicate(timeout=60)
+    assert child.returncode == 128 + number
+    assert signal.Signals(number).name in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_closed_standard_output_is_an_error(made: Path) -> None:
+    command = f"{sys.executable} -m ramgguf card {made / 'm.gguf'} >&-"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == "error: standard output is closed\n"
+
+
+def test_a_full_standard_output_is_an_error(made: Path) -> None:
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "ramgguf", "recipe", str(made / "m.gguf")]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_an_ascii_terminal_shows_what_it_can(made: Path) -> None:
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "LC_ALL": "C"}
+    done = run("plan", made / "m.rd.json", "-b", "50%", "--min-sqnr", "0", env=environment)
+    assert done.returncode == 0, done.stderr
+
+
+def test_blocks_are_reserved_by_the_system_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "posix_fallocate", None)  # glibc's emulation writes the file
+    file = AtomicFile(tmp_path / "out", 1 << 20, force=False, error=GGUFError)
+    try:
+        assert os.fstat(file._fd).st_size == 1 << 20
+    finally:
+        file.abort()
+    assert files._fallocate is not None

@@ -1,0 +1,193 @@
+"""Effort: what is tried is gated and kept, and explicit options are never overruled."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+import ramgguf
+from ramgguf.cli.app import app
+from ramgguf.core.errors import EngineError, PlanError
+from ramgguf.evaluate.held_out import HeldOutScore, WindowScore, resamples, score_held_out
+from ramgguf.quantize import effort as effort_module
+from ramgguf.quantize.effort import Costs
+from ramgguf.quantize.gate import judge
+from tiny_models import write_tiny_model
+
+pytest.importorskip("llama_cpp")
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    return write_tiny_model(tmp_path / "tiny-f16.gguf", weight_type="F16")
+
+
+def _score(kld: dict[str, list[float]]) -> HeldOutScore:
+    windows = tuple(
+        WindowScore(
+            domain=domain,
+            n_tokens=100,
+            kld_sum=100 * value,
+            nll_sum=310.0,
+            reference_nll_sum=300.0,
+            n_same_top=90,
+        )
+        for domain, values in kld.items()
+        for value in values
+    )
+    return HeldOutScore(
+        ramgguf_version="0",
+        model="a",
+        n_bytes=1,
+        reference="b",
+        part="gate",
+        n_ctx=108,
+        first_target=8,
+        engine="e",
+        windows=windows,
+        seconds=1.0,
+    )
+
+
+BEFORE = {"prose": [0.2, 0.3, 0.25, 0.2], "code": [0.1, 0.12, 0.09, 0.11]}
+
+
+def test_a_step_that_lowers_every_domain_is_taken() -> None:
+    after = {d: [0.8 * x for x in values] for d, values in BEFORE.items()}
+    verdict = judge(_score(BEFORE), _score(after))
+    assert verdict.taken
+    assert verdict.ratio == pytest.approx(0.8)
+    assert "taken" in str(verdict)
+
+
+def test_a_step_that_makes_one_domain_worse_is_not_taken_and_the_log_names_it() -> None:
+    after = {"prose": [0.5 * x for x in BEFORE["prose"]], "code": [1.2 * x for x in BEFORE["code"]]}
+    verdict = judge(_score(BEFORE), _score(after))
+    assert verdict.ratio < 1
+    assert not verdict.taken
+    assert "not taken, code gets worse" in str(verdict)
+
+
+def test_a_step_that_changes_nothing_is_not_taken() -> None:
+    verdict = judge(_score(BEFORE), _score(BEFORE))
+    assert not verdict.taken
+    assert verdict.worse == ()
+
+
+def test_noise_of_one_domain_alone_does_not_refuse_a_step() -> None:
+    after = {
+        "prose": [0.5 * x for x in BEFORE["prose"]],
+        "code": [0.08, 0.15, 0.11, 0.10],  # higher by 0.005, give or take 0.014
+    }
+    assert judge(_score(BEFORE), _score(after)).taken
+
+
+def test_intervals_hold_the_mean_and_few_windows_claim_none() -> None:
+    rng = np.random.default_rng(1)
+    hits = 0
+    for _ in range(100):
+        values = {d: list(rng.lognormal(-2, 0.5, 12)) for d in ("a", "b")}
+        kld = _score(values).overall().kld
+        assert kld.low is not None
+        assert kld.high is not None
+        hits += kld.low <= np.exp(-2 + 0.125) <= kld.high
+    assert 85 <= hits <= 100
+    few = _score({"a": [0.1, 0.2]})
+    assert few.of("a").kld.low is None
+    counts = resamples(["a", "a", "b"], 50)
+    assert (counts[:, :2].sum(1) == 2).all()
+    assert (counts[:, 2] == 1).all()
+
+
+def test_a_file_scored_against_itself_has_lost_nothing(tiny: Path) -> None:
+    (score,) = score_held_out([tiny], tiny, n_ctx=64, max_rounds=1)
+    assert set(score.domains) == {"prose", "code", "mathematics", "chat", "languages"}
+    assert score.overall().kld.value == 0
+    assert score.overall().ppl_ratio.value == 1
+    assert score.overall().same_top.value == 1
+    assert HeldOutScore.from_json(score.to_json()) == score
+
+
+def test_the_score_is_what_evaluate_finds_on_the_same_tokens(tiny: Path, tmp_path: Path) -> None:
+    small = ramgguf.quantize(tiny, "45%", tmp_path / "small.gguf").paths[0]
+    one, again = (score_held_out([small], tiny, n_ctx=64, max_rounds=2)[0] for _ in range(2))
+    assert one.windows == again.windows
+    assert one.overall().kld.value > 0.001
+    assert one.overall().n_tokens == 2 * 5 * (64 - 8)
+
+
+def test_auto_gates_each_step_keeps_what_it_measured_and_uses_it_again(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(effort_module, "GATE_SECONDS", 2.0)
+    monkeypatch.setattr(effort_module, "MOST", 8)
+    said: list[str] = []
+    fast = ramgguf.quantize(tiny, "45%", tmp_path / "fast.gguf")
+    made = ramgguf.quantize(
+        tiny, "45%", tmp_path / "auto.gguf", effort="auto", announce=said.append
+    )
+    assert made.n_bytes <= fast.plan.budget
+    assert said[0].startswith("effort auto: 2 steps, about")
+    notes = [note for note in made.plan.notes if note.startswith("effort auto: importance matrix")]
+    assert len(notes) == 1
+    assert "held-out windows" in notes[0]
+    (matrix,) = (tmp_path / "tiny-f16.effort").glob("*.imatrix.gguf")
+    assert not list(tmp_path.glob("ramgguf-scratch-*"))
+    said.clear()
+    ramgguf.quantize(tiny, "50%", tmp_path / "other.gguf", effort="auto", announce=said.append)
+    assert f"taking {matrix}" in said
+
+
+def test_a_model_that_llama_cpp_cannot_load_is_quantized_all_the_same(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> Costs:
+        raise EngineError("unknown architecture")
+
+    monkeypatch.setattr(effort_module._Run, "_probe", refuse)
+    said: list[str] = []
+    made = ramgguf.quantize(tiny, "45%", tmp_path / "a.gguf", effort="auto", announce=said.append)
+    fast = ramgguf.quantize(tiny, "45%", tmp_path / "b.gguf")
+    assert made.paths[0].read_bytes() == fast.paths[0].read_bytes()
+    assert any("unknown architecture" in line for line in said)
+
+
+def test_without_llama_cpp_auto_is_fast_and_says_in_one_line_what_is_missed(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(effort_module, "llama_installed", lambda: False)
+    said: list[str] = []
+    ramgguf.quantize(tiny, "45%", tmp_path / "a.gguf", effort="auto", announce=said.append)
+    (line,) = said
+    assert "pip install 'ramgguf[eval]'" in line
+
+
+def test_what_does_not_fit_the_time_is_left_out_and_said(tiny: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    ramgguf.quantize(
+        tiny, "45%", tmp_path / "a.gguf", effort="auto", seconds=0.01, announce=said.append
+    )
+    assert any("importance matrix: left out" in line for line in said)
+
+
+def test_an_explicit_step_and_an_effort_that_decides_exclude_each_other(tiny: Path) -> None:
+    with pytest.raises(PlanError, match="refine was given"):
+        ramgguf.quantize(tiny, "45%", effort="auto", refine=3)
+    run = CliRunner().invoke
+    base = ["quantize", str(tiny), "--budget", "45%"]
+    assert run(app, [*base, "--effort", "auto", "--calibrate", "self"]).exit_code == 2
+    assert run(app, [*base, "--time", "20m"]).exit_code == 2
+    assert run(app, [*base, "--effort", "slow"]).exit_code == 2
+
+
+def test_quantize_ends_with_what_was_measured(tiny: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.gguf"
+    found = CliRunner().invoke(app, ["quantize", str(tiny), "--budget", "45%", "-o", str(out)])
+    assert found.exit_code == 0, found.output
+    assert "measured against the source on" in found.output
+    assert "languages" in found.output
+    again = [
+        "quantize", str(tiny), "--budget", "45%", "-o", str(out), "--force", "--no-score"
+    ]  # fmt: skip
+    assert "measured against" not in CliRunner().invoke(app, again).output

@@ -41,6 +41,7 @@ def eval_result(
     reference: tuple[str, npt.ArrayLike] | None = None,
     kld: npt.ArrayLike | None = None,
     n_seq: int | None = None,
+    reference_bytes: int = 1_000_000,
 ) -> EvalResult:
     """Return a result of 2,047 scored tokens per sequence with these sequence PPL.
 
@@ -66,7 +67,7 @@ def eval_result(
     return EvalResult(
         ramgguf_version="0.1.0",
         model=model_file(label, n_bytes),
-        reference=None if reference is None else model_file(reference[0]),
+        reference=None if reference is None else model_file(reference[0], reference_bytes),
         protocol=Protocol(
             name="ram",
             n_ctx=N_TOKENS + 1,

@@ -81,7 +81,7 @@ def board_chart(board: Leaderboard, width: int) -> list[str]:
     for r in board.rows:
         if r.is_reference and criterion == "mean_kld" and r.n_bytes:
             lines.append(f"{'':>{_GUTTER + 2}}baseline {r.label}: {format_bytes(r.n_bytes)}, KLD 0")
-    return lines
+    return [line if len(line) <= width else f"{line[: width - 1]}…" for line in lines]
 
 
 def _scale(values: Sequence[float], length: int) -> Callable[[float], int]:

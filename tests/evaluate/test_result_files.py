@@ -124,10 +124,10 @@ def test_other_files_are_refused_by_name(
 
 
 def test_missing_and_binary_files_are_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(ResultError, match=r"nowhere\.json cannot be read"):
+    with pytest.raises(ResultError, match=r"nowhere\.json: cannot be read"):
         read_material([tmp_path / "nowhere.json"])
     (tmp_path / "x.json").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ResultError, match=r"x\.json cannot be read"):
+    with pytest.raises(ResultError, match=r"x\.json: byte 0 is not UTF-8"):
         read_material([tmp_path / "x.json"])
 
 

@@ -526,3 +526,14 @@ def test_a_browser_runs_nothing_from_hostile_names(tmp_path: Path) -> None:
 def test_grids_are_escaped_in_html() -> None:
     text = to_html(Grid(HOSTILE, (Column(HOSTILE),), ((HOSTILE,),)))
     assert [t for t, _ in structure(text).elements if t in ("script", "img")] == []
+
+
+def test_no_line_of_the_chart_is_wider_than_the_terminal_whatever_a_model_is_called() -> None:
+    base, long = ordinary_ppl(1), "m" * 70
+    kept = {"reference": (long, base), "kld": np.full(128, 0.01)}
+    results = [eval_result(f"{i}{long}", base * 1.01, n_bytes=10**i, **kept) for i in (6, 7)]  # type: ignore[arg-type]
+    made = eval_report(results)
+    assert made.board is not None
+    lines = board_chart(made.board, 60)
+    assert any("baseline" in line for line in lines)
+    assert max(map(len, lines)) <= 60

@@ -181,13 +181,14 @@ def test_an_explicit_step_and_an_effort_that_decides_exclude_each_other(tiny: Pa
     assert run(app, [*base, "--effort", "slow"]).exit_code == 2
 
 
-def test_quantize_ends_with_what_was_measured(tiny: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out.gguf"
-    found = CliRunner().invoke(app, ["quantize", str(tiny), "--budget", "45%", "-o", str(out)])
+def test_quantize_with_score_ends_with_what_was_measured_and_fast_does_not(
+    tiny: Path, tmp_path: Path
+) -> None:
+    base = ["quantize", str(tiny), "--budget", "45%", "-o", str(tmp_path / "out.gguf"), "--force"]
+    found = CliRunner().invoke(app, [*base, "--score"])
     assert found.exit_code == 0, found.output
     assert "measured against the source on" in found.output
     assert "languages" in found.output
-    again = [
-        "quantize", str(tiny), "--budget", "45%", "-o", str(out), "--force", "--no-score"
-    ]  # fmt: skip
-    assert "measured against" not in CliRunner().invoke(app, again).output
+    plain = CliRunner().invoke(app, base)
+    assert plain.exit_code == 0, plain.output
+    assert "measured against" not in plain.output

@@ -42,7 +42,6 @@ def eval_result(
     reference_bytes: int = 1_000_000,
     kld: npt.ArrayLike | None = None,
     n_seq: int | None = None,
-    reference_bytes: int = 1_000_000,
 ) -> EvalResult:
     """Return a result of 2,047 scored tokens per sequence with these sequence PPL.
 

@@ -2,10 +2,12 @@
 
 from ramgguf.evaluate.comparison import compare
 from ramgguf.evaluate.evaluation import Evaluation, evaluate
+from ramgguf.evaluate.held_out import SECONDS as SCORE_SECONDS
 from ramgguf.evaluate.held_out import HeldOutScore, score_held_out, scores_here
 from ramgguf.evaluate.result import EvalResult
 
 __all__ = [
+    "SCORE_SECONDS",
     "EvalResult",
     "Evaluation",
     "HeldOutScore",

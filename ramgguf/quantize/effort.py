@@ -24,8 +24,7 @@ from ramgguf.core.parallel import default_threads
 from ramgguf.core.progress import Progress, Silent
 from ramgguf.core.scratch import scratch_folder
 from ramgguf.core.units import format_bytes, format_seconds
-from ramgguf.evaluate.held_out import SECONDS as SCORE_SECONDS
-from ramgguf.evaluate.held_out import HeldOutScore, score_held_out
+from ramgguf.evaluate import SCORE_SECONDS, HeldOutScore, score_held_out
 from ramgguf.gguf.architecture import layer_of, never_quantized
 from ramgguf.gguf.hub import beside, local_path
 from ramgguf.gguf.identity import FileIdentity

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ramgguf.evaluate.held_out import HeldOutScore
+from ramgguf.evaluate import HeldOutScore
 
 # A domain is worse if its paired difference is above so many standard errors, and above SLACK.
 Z = 2.0

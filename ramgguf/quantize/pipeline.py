@@ -12,7 +12,7 @@ from ramgguf.core.errors import PlanError
 from ramgguf.core.inputs import protected
 from ramgguf.core.parallel import default_threads
 from ramgguf.core.progress import Clock, Progress, Silent
-from ramgguf.evaluate.held_out import HeldOutScore
+from ramgguf.evaluate import HeldOutScore
 from ramgguf.gguf.hub import beside, local_path
 from ramgguf.gguf.identity import require_model
 from ramgguf.gguf.reader import GGUFFile, open_gguf

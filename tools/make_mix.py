@@ -1,4 +1,4 @@
-"""Write ramgguf/core/data/mix.jsonl: the texts that models are calibrated, gated and scored on.
+"""Write ramgguf/core/data/mix.ndjson: the texts that models are calibrated, gated and scored on.
 
 usage: python tools/make_mix.py FOLDER
 
@@ -24,7 +24,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-OUT = Path(__file__).parent.parent / "ramgguf" / "core" / "data" / "mix.jsonl"
+OUT = Path(__file__).parent.parent / "ramgguf" / "core" / "data" / "mix.ndjson"
 PARTS = ("calibrate", "gate", "score")
 HANDBOOK = "usr/share/doc/debian-handbook/html"
 PYTHON_DOC = "usr/share/doc/python3.11/html/_sources"

@@ -36,7 +36,7 @@ class Document:
 @lru_cache(maxsize=1)
 def documents() -> tuple[Document, ...]:
     """Return all documents, in the file's order."""
-    data = importlib.resources.files("ramgguf.core") / "data" / "mix.jsonl"
+    data = importlib.resources.files("ramgguf.core") / "data" / "mix.ndjson"
     found = []
     for line in data.read_text(encoding="utf-8").splitlines():
         fields = json.loads(line)

@@ -189,7 +189,10 @@ _DOING = {
 
 
 # What ggml, the C++ runtime and Python say when an allocation fails.
-_MEMORY_WORDS = ("out of memory", "insufficient memory", "bad_alloc", "alloc", "MemoryError")
+_MEMORY_WORDS = (
+    *("out of memory", "insufficient memory", "bad_alloc", "alloc", "MemoryError"),
+    "the process alone takes",  # llama/limits.py
+)
 
 
 def _tells_of_memory(said: Sequence[str]) -> bool:

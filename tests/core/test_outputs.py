@@ -178,13 +178,24 @@ def test_an_ascii_terminal_shows_what_it_can(made: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_blocks_are_reserved_by_the_system_or_not_at_all(
+def test_blocks_are_reserved_by_fallocate_itself(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(os, "posix_fallocate", None)  # glibc's emulation writes the file
+    def emulated(*_: object) -> None:
+        raise AssertionError("glibc's emulation writes the file")
+
+    reserved = []
+    real = files._fallocate
+
+    def noted(fd: int, n_bytes: int) -> None:
+        reserved.append(n_bytes)
+        real(fd, n_bytes)
+
+    monkeypatch.setattr(os, "posix_fallocate", emulated)
+    monkeypatch.setattr(files, "_fallocate", noted)
     file = AtomicFile(tmp_path / "out", 1 << 20, force=False, error=GGUFError)
     try:
+        assert reserved == [1 << 20]
         assert os.fstat(file._fd).st_size == 1 << 20
     finally:
         file.abort()
-    assert files._fallocate is not None

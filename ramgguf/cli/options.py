@@ -59,7 +59,7 @@ Calibrate = Annotated[
     str | None,
     typer.Option(
         "--calibrate",
-        help="Weigh errors by what the weights meet, on tokens of these sources: self (drawn from "
+        help="Weigh errors by the activations on tokens of these sources: self (drawn from "
         "the model), mix (texts of the package), random, wikitext, FILE, or self,mix,FILE:2.",
     ),
 ]

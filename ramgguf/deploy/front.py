@@ -4,6 +4,7 @@ It checks a request whole before a child sees it: Host and Origin, the key, size
 The model runs in a child; one that ends is started again, and the front goes on answering.
 """
 
+import abc
 import asyncio
 import hmac
 import json
@@ -416,7 +417,7 @@ class Origins:
         return "*" in self._allowed or origin in self._allowed or host in LOOPBACK
 
 
-class _Reply:
+class _Reply(abc.ABC):
     """OpenAI's form of an answer."""
 
     object_name = stream_name = prefix = ""
@@ -438,11 +439,11 @@ class _Reply:
     def _choice(self, content: dict[str, Any], reason: str | None) -> dict[str, Any]:
         return {"index": 0, **content, "logprobs": None, "finish_reason": reason}
 
-    def _whole(self, text: str) -> dict[str, Any]:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def _whole(self, text: str) -> dict[str, Any]: ...
 
-    def _part(self, text: str) -> dict[str, Any]:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def _part(self, text: str) -> dict[str, Any]: ...
 
     def _end(self) -> dict[str, Any]:
         return self._part("")

@@ -45,7 +45,7 @@ _LOADED: TypeAdapter[Any] = TypeAdapter(Loaded | Failure)
 
 
 class RequestError(Exception):
-    """What a client is told: an HTTP status and one line."""
+    """The answer to a client's mistake: an HTTP status and one line."""
 
     def __init__(self, status: int, message: str, code: str | None = None) -> None:
         self.status, self.message, self.code = status, message, code
@@ -146,7 +146,6 @@ class Model:
         self._process: _Process | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self.loaded: Loaded | None = None
-        self.n_restarts = 0
 
     async def start(self) -> Loaded:
         """Load the model. Raises EngineError, and ChildDiedError when its process ends."""
@@ -200,7 +199,6 @@ class Model:
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE)
             else:
-                self.n_restarts += 1
                 return
 
     @property

@@ -31,7 +31,7 @@ def common_sequences(results: Sequence[EvalResult]) -> Common:
     """Return the results on their common sequences.
 
     Raises ResultError when they were not measured alike or share nothing. The losses of a
-    reference, which its results carry, make it a result as well: only it is not told by KLD.
+    reference, which its results carry, make it a result as well, but one without KLD.
     """
     check_comparable(results)
     whole = [r for r in results if _is_whole(r)]

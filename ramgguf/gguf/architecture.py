@@ -142,7 +142,7 @@ NEVER_QUANTIZED = frozenset(
 
 @dataclass(frozen=True)
 class TensorName:
-    """A tensor's name, taken apart: stack is 'enc.', 'dec.' or empty, kind 'weight' or 'bias'."""
+    """The parts of a tensor's name: stack is 'enc.', 'dec.' or empty, kind 'weight' or 'bias'."""
 
     stack: str
     layer: int | None

@@ -1,4 +1,4 @@
-"""Which model a value was made from: told by a sample of its data, on any machine.
+"""Which model a value was made from: a hash of a sample of its data identifies it anywhere.
 
 Two fine-tunes of one base have the same header and the same size. What was measured of one is wrong
 for the other, so that values are bound to a hash of the data; a sample of them is enough, and is
@@ -128,7 +128,7 @@ def require_model(what: str, source: Source, model: GGUFFile | Source) -> None:
 
 
 def unsure(what: str, source: Source) -> tuple[str, ...]:
-    """Return a note where the value's model was told by header and size only, none elsewhere."""
+    """Return a note if only header and size identify the value's model, nothing otherwise."""
     if source.sample_sha256 is not None:
         return ()
     note = f"{what} has no hash of its model's data (an older version wrote it): "

@@ -78,7 +78,7 @@ class Child:
     """A running child. Use as a context manager; leaving it ends the child.
 
     A module's main is run, or a command, by the command `runner` if one is given (to limit it).
-    on_stderr is told every line that it writes there.
+    on_stderr gets every line that it writes there.
     """
 
     def __init__(

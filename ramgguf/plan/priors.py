@@ -93,7 +93,7 @@ class ModelShape:
 
     @classmethod
     def of(cls, measurement: Measurement) -> "ModelShape":
-        """Return the shape, told from the tensors' names and sizes."""
+        """Return the shape that the tensors' names and sizes give."""
         names = [t.name for t in measurement.tensors]
         arch = measurement.source.architecture
         first: dict[str, TensorMeasurement] = {}

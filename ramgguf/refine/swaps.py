@@ -54,7 +54,7 @@ def refine_plan(
     """Return the plan after the trials: of no more bytes than its budget, with its Refinement.
 
     Its KLD over the acceptance tokens is no higher than the plan's. journal_path takes the trials,
-    from which a run that was killed goes on, wherever its passes run. announce is told the cost
+    from which a run that was killed goes on, wherever its passes run. announce gets the cost
     before it is spent. Raises EngineError when llama.cpp fails, PlanError when the plan was not
     made from this measurement and objective.
     """

@@ -79,7 +79,7 @@ def _unknown(found: Sequence[Disagreement]) -> str:
 
 
 def _pairs(found: Sequence[Disagreement]) -> list[str]:
-    """Return a sentence per reversed pair, told by the disagreement that says most about it."""
+    """Return a sentence per reversed pair, from the disagreement that says most about it."""
     rank = (Verdict.FEW, Verdict.SIGNIFICANT, Verdict.UNRESOLVED, Verdict.UNKNOWN)
     best: dict[frozenset[str], tuple[Disagreement, Reversal]] = {}
     for d in found:

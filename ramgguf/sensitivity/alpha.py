@@ -51,7 +51,7 @@ def measure_alpha(
     """Return every quantizable tensor's α, measured by forward passes of llama.cpp.
 
     opening gives the passes; journal_path takes the readings, from which a run that was killed goes
-    on, wherever its passes run. announce is told the planned cost before it is spent. Raises
+    on, wherever its passes run. announce gets the planned cost before it is spent. Raises
     ImatrixError for another model's matrix, EngineError when llama.cpp fails or the model does not
     come back unchanged.
     """
@@ -150,7 +150,7 @@ def _settle(
 ) -> Settings:
     """Return the tokens and tensors that fit the time, and a sentence about what is left out.
 
-    announce is told the cost before most of the tokens are drawn.
+    announce gets the cost before most of the tokens are drawn.
     """
     most = request.n_sequences or MAX_SEQUENCES
     bytes_each = 4 * request.n_ctx * passes.n_vocab
@@ -276,7 +276,7 @@ def sensitivity(
     n_sequences None takes as many, up to four, as fit the seconds; with a number, all tensors are
     measured and two runs agree exactly. journal keeps every reading, and a run that was killed goes
     on from it; folder takes a copy of the model meanwhile, by default the system's temporary
-    folder. announce is told what is going to be done, and for how long.
+    folder. announce gets what will be done, and for how long.
 
     With an executor, the passes run on its workers (docs/scale.md), with `threads` threads each;
     folder is then theirs. Equal kernels and threads give equal numbers.

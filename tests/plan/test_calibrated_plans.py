@@ -1,4 +1,4 @@
-"""Plans whose errors are weighed by what the weights meet: in one command, and step by step."""
+"""Plans whose errors are weighed by activations: in one command, and step by step."""
 
 import subprocess
 import sys

@@ -245,7 +245,7 @@ def _failures(
     wrecks = [a for a in found.asked if signs(a)]
     if len(wrecks) * 2 > len(found.asked):
         told = "; ".join(sorted({sign for a in wrecks for sign in signs(a)}))
-        failures.append(f"{len(wrecks)} of {len(found.asked)} answers show collapse: {told}")
+        failures.append(f"{len(wrecks)} of {len(found.asked)} answers are no text: {told}")
     if found.known_ppl is not None and found.known_ppl > WORST_KNOWN_PPL:
         failures.append(
             f"it babbles: a plain paragraph has a perplexity of {found.known_ppl:,.0f}, "

@@ -134,7 +134,7 @@ def _by_sensitivity(measurement: Measurement, sensitivity: Sensitivity | None) -
     if _matrix(measurement.imatrix) != _matrix(sensitivity.imatrix):
         raise PlanError(
             f"the sensitivity was measured with {_told(sensitivity.imatrix)}, the curves with "
-            f"{_told(measurement.imatrix)}; errors with different weights cannot be combined"
+            f"{_told(measurement.imatrix)}; errors weighed differently do not go together"
         )
     alpha = {t.name: t.alpha for t in sensitivity.tensors}
     for tensor in measurement.tensors:

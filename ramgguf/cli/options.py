@@ -28,6 +28,9 @@ Model = Annotated[
         help="GGUF model in F32, F16 or BF16: any shard of it, or hf://ORG/REPO/FILE.gguf.",
     ),
 ]
+AnyModel = Annotated[
+    Path, typer.Argument(metavar="FILE", help="Any GGUF model, also hf://ORG/REPO/FILE.gguf.")
+]
 Budget = Annotated[
     str,
     typer.Option(

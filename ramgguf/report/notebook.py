@@ -22,10 +22,10 @@ from ramgguf.report import check, memory, plans
 from ramgguf.report import frontier as curves
 from ramgguf.report import sensitivity as sensing
 from ramgguf.report.boards import board_grid
-from ramgguf.report.evaluation import grids as study_grids
+from ramgguf.report.evaluation import grids as report_grids
 from ramgguf.report.evaluation import protocol_lines, ranking_grid, statements
 from ramgguf.report.grid import Field, Grid, grid_of, to_html
-from ramgguf.report.results import study_of
+from ramgguf.report.results import report_of
 from ramgguf.report.sentences import findings
 from ramgguf.report.verdict import board_verdict, verdict_lines
 from ramgguf.sensitivity.result import Sensitivity
@@ -145,9 +145,9 @@ def _check(result: CheckResult) -> str:
 
 
 def _evaluation(results: Iterable[EvalResult], failures: Iterable[str] = ()) -> str:
-    study = study_of(list(results))
-    told = (*verdict_lines(study), *statements(study), *failures, *protocol_lines(study))
-    return _drawn("", study_grids(study), told)
+    report = report_of(list(results))
+    told = (*verdict_lines(report), *statements(report), *failures, *protocol_lines(report))
+    return _drawn("", report_grids(report), told)
 
 
 def _board(board: Leaderboard) -> str:

@@ -137,7 +137,8 @@ TensorSpan read_tensor(Cursor& in, uint64_t index, uint32_t alignment,
     }
     tensor.n_bytes = data_bytes(tensor, *type, at, what);
     const uint64_t offset_at = in.position();
-    tensor.offset = in.number<uint64_t>("the offset of " + what);  // relative as yet
+    // From data_offset on; place_tensors makes it absolute.
+    tensor.offset = in.number<uint64_t>("the offset of " + what);
     if (tensor.offset % alignment != 0) {
         fail(offset_at, what + " has its data at offset " + std::to_string(tensor.offset) +
                             ", no multiple of the alignment " + std::to_string(alignment));
@@ -145,7 +146,7 @@ TensorSpan read_tensor(Cursor& in, uint64_t index, uint32_t alignment,
     return tensor;
 }
 
-// Refuses the first name, in the order of the file, that has been there before.
+// Refuses the first name in the file that stood there before.
 template <typename Span, typename Name>
 void refuse_duplicates(const std::vector<Span>& spans, Name name_of, const char* kind) {
     std::vector<size_t> order(spans.size());

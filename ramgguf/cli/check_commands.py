@@ -28,13 +28,8 @@ def register(app: typer.Typer) -> None:
 
 
 def check(
-    model: Annotated[
-        Path, typer.Argument(metavar="FILE", help="Any GGUF model, also hf://ORG/REPO/FILE.gguf.")
-    ],
-    memory: Annotated[
-        str | None,
-        typer.Option("--memory", help="What it must run in: 16GB; default: what is left here."),
-    ] = None,
+    model: opt.AnyModel,
+    memory: mem.RunsIn = None,
     context: Annotated[
         int, typer.Option("--context", min=16, help="Tokens of context, really filled.")
     ] = 4096,

@@ -19,7 +19,7 @@ from ramgguf.evaluate.result import EvalResult
 from ramgguf.evaluate.result_files import read_material
 from ramgguf.report.boards import board_csv, board_json, board_markdown, print_board
 from ramgguf.report.page import write_html
-from ramgguf.report.results import eval_csv, eval_json, eval_markdown, print_eval, study_of
+from ramgguf.report.results import eval_csv, eval_json, eval_markdown, print_eval, report_of
 
 
 def register(app: typer.Typer) -> None:
@@ -222,7 +222,7 @@ def report(
     terminal = opt.Terminal.make(quiet=quiet, as_json=False)
     opt.refuse_existing(output, force=force)
     material = read_material([*files, *(plan or ()), *(measurement or ())])
-    made = study_of(material.results, outlier)
+    made = report_of(material.results, outlier)
     published = (
         compare_published(material.aggregates, material.notes) if material.aggregates else None
     )

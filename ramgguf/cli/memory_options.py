@@ -21,6 +21,10 @@ Memory = Annotated[
         help="RAM that weights, cache, compute buffers and overhead must fit: 16GB, 16GiB.",
     ),
 ]
+RunsIn = Annotated[
+    str | None,
+    typer.Option("--memory", help="What it must run in: 16GB; default: what is left here."),
+]
 Fit = Annotated[
     bool,
     typer.Option("--fit", help="As --memory, with what this machine or its cgroup has left."),

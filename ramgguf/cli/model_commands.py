@@ -50,9 +50,7 @@ Verify = Annotated[
 SavePlan = Annotated[Path | None, typer.Option("--save-plan", help="Also write the plan here.")]
 SensitivityOrMeasure = Annotated[
     str | None,
-    typer.Option(
-        "--sensitivity", help="Plan by predicted KLD: a file, or `measure` to make it now."
-    ),
+    typer.Option("--sensitivity", help="Plan by measured α: a file, or `measure` to make it now."),
 ]
 SensitivityTime = Annotated[
     str, typer.Option("--sensitivity-time", help="How long `measure` may take: 90s, 20m, 1h.")

@@ -33,10 +33,7 @@ def register(app: typer.Typer) -> None:
 
 def pick(
     model: opt.Model,
-    memory: Annotated[
-        str | None,
-        typer.Option("--memory", help="What it must run in: 16GB; default: what is left here."),
-    ] = None,
+    memory: mem.RunsIn = None,
     context: Annotated[int, typer.Option("--context", min=16, help="Tokens of context.")] = 4096,
     cache_type: mem.CacheType = "f16",
     min_speed: Annotated[

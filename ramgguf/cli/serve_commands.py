@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from ramgguf.cli import memory_options as mem
 from ramgguf.cli import options as opt
 from ramgguf.cli.check_commands import limit
 from ramgguf.core.parallel import default_threads
@@ -27,17 +28,12 @@ def register(app: typer.Typer) -> None:
 
 
 def serve(
-    model: Annotated[
-        Path, typer.Argument(metavar="FILE", help="Any GGUF model, also hf://ORG/REPO/FILE.gguf.")
-    ],
+    model: opt.AnyModel,
     check: Annotated[
         Path | None,
         typer.Option("--check", help="What `check --json` printed, for its settings."),
     ] = None,
-    memory: Annotated[
-        str | None,
-        typer.Option("--memory", help="What it must run in: 16GB; default: what is left here."),
-    ] = None,
+    memory: mem.RunsIn = None,
     context: Annotated[
         int | None,
         typer.Option("--context", min=16, help="Tokens; default: 4096."),

@@ -6,7 +6,7 @@ from typing import Literal
 from ramgguf.gguf.identity import FileIdentity
 from ramgguf.llama.protocol import Opened, Score, Scored, SystemInfo, Tokenize, Tokenized
 from ramgguf.llama.runner_protocol import (
-    AboutBench,
+    AboutRunner,
     Compare,
     Compared,
     DrawIds,
@@ -48,7 +48,7 @@ class OpenEngine:
 
 
 Key = RunnerKey | EngineKey
-RunnerRequest = AboutBench | DrawIds | Prepare | Compare
+RunnerRequest = AboutRunner | DrawIds | Prepare | Compare
 EngineRequest = OpenEngine | Tokenize | Score
 RunnerAnswer = RunnerOpened | DrawnIds | Prepared | Compared
 Answer = RunnerAnswer | Opened | Tokenized | tuple[Scored, ...]

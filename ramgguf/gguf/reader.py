@@ -11,12 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ramgguf.core.closing import Closing
 from ramgguf.core.errors import GGUFError
 from ramgguf.gguf.architecture import has_tied_embedding, trunk_layers
 from ramgguf.gguf.header import TensorInfo, ValueType
@@ -55,7 +54,7 @@ class _Span:
         return near and (begin - self.begin) % _ALIGNMENT == 0
 
 
-class GGUFFile:
+class GGUFFile(Closing):
     """An open GGUF file, or all shards of one. Reads are safe from any number of threads."""
 
     def __init__(self, shards: tuple[Shard, ...]) -> None:
@@ -72,14 +71,6 @@ class GGUFFile:
             if self._by_name.setdefault(tensor.name, tensor) is not tensor:
                 path = self.paths[tensor.shard]
                 raise GGUFError(f"{path}: tensor {tensor.name!r} is in another shard, too")
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, e: BaseException | None, at: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Close the file; rows that were handed out stay valid."""

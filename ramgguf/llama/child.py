@@ -12,11 +12,11 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from types import TracebackType
-from typing import Any, Literal, Self, TextIO, TypeVar
+from typing import Any, Literal, TextIO, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
+from ramgguf.core.closing import Closing
 from ramgguf.core.documents import FrozenModel
 from ramgguf.core.errors import EngineError, RamggufError
 
@@ -75,7 +75,7 @@ def describe_exit(code: int) -> str:
     return f"signal {name} ({_CAUSES[name]})" if name in _CAUSES else f"signal {name}"
 
 
-class Child:
+class Child(Closing):
     """A running child. Use as a context manager; leaving it ends the child.
 
     A module's main is run, or a command, by the command `runner` if one is given (to limit it).
@@ -105,14 +105,6 @@ class Child:
         )
         self._drain = threading.Thread(target=self._read_stderr, daemon=True)
         self._drain.start()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, e: BaseException | None, at: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """End the child: close its stdin, at which it leaves, and kill it if it does not."""

@@ -4,13 +4,13 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Self, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 from pydantic import ValidationError
 
+from ramgguf.core.closing import Closing
 from ramgguf.core.documents import FrozenModel
 from ramgguf.core.errors import EngineError
 from ramgguf.llama.child import Child, ChildDiedError, describe_exit, quoted
@@ -52,7 +52,7 @@ class CrashError(ModelError):
         self.code = code
 
 
-class Engine:
+class Engine(Closing):
     """Models loaded in a child process. Use as a context manager; leaving it ends the child.
 
     Raises ModelError when llama.cpp refuses a model, CrashError when it crashes.
@@ -88,14 +88,6 @@ class Engine:
     def pid(self) -> int:
         """The child's process id."""
         return self._child.pid
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, e: BaseException | None, at: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """End the child."""

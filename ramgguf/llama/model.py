@@ -6,12 +6,13 @@ import time
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from types import ModuleType, TracebackType
-from typing import Any, Self
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from ramgguf.core.closing import Closing
 from ramgguf.core.errors import EngineError
 from ramgguf.llama.protocol import ModelInfo, TokenIds, VocabInfo
 from ramgguf.llama.system import llama_module
@@ -87,7 +88,7 @@ class Vocab:
         return np.clip(ends, 0, n_bytes)
 
 
-class LlamaModel:
+class LlamaModel(Closing):
     """A model with one context, for one sequence at a time. Use as a context manager.
 
     safe_kernels keeps llama.cpp from its extra buffer types (repacked weights, AMX), which crash
@@ -153,14 +154,6 @@ class LlamaModel:
         view(self._batch.n_seq_id, self.n_batch)[:] = 1
         for i in range(self.n_batch):
             self._batch.seq_id[i][0] = 0
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, e: BaseException | None, at: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Free the context and the model; views of logits become invalid."""

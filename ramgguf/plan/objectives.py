@@ -1,9 +1,8 @@
 """What a plan minimises: each objective gives the cost of one tensor in one format.
 
-The priors are soft: they scale a cost, they never forbid a format. Priors and published objectives
-were made for errors of the weights by themselves, and get these also where an importance matrix
-weights the encoder's errors: with weighted errors plans are worse than without a
-matrix (docs/findings.md).
+Priors scale a cost; they never forbid a format. `weighted`, `nmse` and `ram` take unweighted
+errors, also where an importance matrix weights the encoder's: with weighted errors their plans are
+worse than without a matrix (docs/findings.md).
 """
 
 import math
@@ -74,6 +73,8 @@ OBJECTIVES: dict[str, Objective] = {
 # Objectives that need errors weighted by an importance matrix.
 WEIGHED: dict[str, Objective] = {"output": output_error, "activation": activation_nmse}
 
+OBJECTIVE_NAMES = (SENSITIVITY, *OBJECTIVES, *WEIGHED)
+
 
 Cost = Callable[[TensorMeasurement, Point], float]
 
@@ -117,7 +118,7 @@ def costing(
     try:
         objective = (OBJECTIVES | WEIGHED)[name]
     except KeyError:
-        known = ", ".join([*OBJECTIVES, *WEIGHED, SENSITIVITY])
+        known = ", ".join(OBJECTIVE_NAMES)
         raise PlanError(f"objective {name!r} is unknown; known are {known}") from None
     if name in WEIGHED and measurement.imatrix is None:
         raise PlanError(f"the objective {name} needs errors that an importance matrix weighs")

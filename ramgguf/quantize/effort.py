@@ -14,7 +14,7 @@ from concurrent.futures import Executor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Unpack, get_args
+from typing import Literal, Unpack, get_args
 
 from ramgguf.calibrate import calibrate
 from ramgguf.core.errors import EngineError, GGUFError, PlanError
@@ -35,7 +35,7 @@ from ramgguf.plan import PlanOptions, SizeLimit, size_limit
 from ramgguf.plan.result import Plan
 from ramgguf.quantize.gate import Verdict, judge
 from ramgguf.quantize.output_paths import default_output
-from ramgguf.quantize.pipeline import Quantized, quantize_once
+from ramgguf.quantize.pipeline import Quantized, QuantizeOptions, quantize_once
 from ramgguf.quants import formats
 from ramgguf.quants.encoders import DEFAULT_ENCODER, EncoderName
 from ramgguf.quants.imatrix import load_importance
@@ -97,37 +97,31 @@ def quantize(
     Raises RamggufError; an older output is then untouched.
     """
     model = local_path(model)
-    common: dict[str, Any] = {
-        "allow_requantize": allow_requantize,
-        "threads": threads,
-        "progress": progress,
-        "announce": announce,
-    }
-    explicit = {
-        "from_plan": from_plan, "measurement": measurement, "imatrix": imatrix,
-        "hessian": hessian, "refine": refine or None, "sensitivity": options.get("sensitivity"),
-        "encoder": None if encoder == DEFAULT_ENCODER else encoder,
-    }  # fmt: skip
     if effort not in EFFORTS:
         raise PlanError(f"effort {effort!r} is none of {', '.join(EFFORTS)}")
+    settings = QuantizeOptions(
+        encoder, imatrix, hessian, allow_requantize, refine, split_max_bytes, force, verify,
+        threads, executor, progress, announce, options,
+    )  # fmt: skip
     if effort == "fast":
         made = quantize_once(
-            model, budget, output, from_plan=from_plan, measurement=measurement, encoder=encoder,
-            imatrix=imatrix, hessian=hessian, refine=refine, split_max_bytes=split_max_bytes,
-            force=force, verify=verify, executor=executor, **common, **options,
-        )  # fmt: skip
+            model, budget, output, settings, from_plan=from_plan, measurement=measurement
+        )
     else:
+        explicit = {
+            "from_plan": from_plan, "measurement": measurement, "imatrix": imatrix,
+            "hessian": hessian, "refine": refine or None,
+            "sensitivity": options.get("sensitivity"),
+            "encoder": None if encoder == DEFAULT_ENCODER else encoder,
+        }  # fmt: skip
         if given := [name for name, value in explicit.items() if value is not None]:
             raise PlanError(
                 f"effort {effort} decides by itself what it uses, and {', '.join(given)} was given"
             )
         if budget is None:
             raise PlanError("a budget is needed")
-        run = _Run(
-            model, size_limit(budget), None if output is None else Path(output), effort, seconds,
-            split_max_bytes=split_max_bytes, force=force, verify=verify, options=options, **common,
-        )  # fmt: skip
-        made = run.made()
+        target = None if output is None else Path(output)
+        made = _Run(model, size_limit(budget), target, effort, seconds, settings).made()
     if not score:
         return made
     return replace(made, score=scored(made, model, threads, progress, announce))
@@ -149,17 +143,6 @@ def scored(
         announce(f"not scored: {e}")
         return None
     return found
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How a candidate is made."""
-
-    encoder: EncoderName = DEFAULT_ENCODER
-    imatrix: Path | None = None
-    hessian: Path | None = None
-    sensitivity: Sensitivity | None = None
-    refine: int = 0
 
 
 @dataclass(frozen=True)
@@ -208,9 +191,9 @@ class _Stopwatch:
 
 @dataclass
 class _Candidate:
-    """A file in the scratch folder, and what made it."""
+    """A file in the scratch folder, and the options that made it."""
 
-    recipe: Recipe
+    options: QuantizeOptions
     made: Quantized
 
     @property
@@ -240,39 +223,30 @@ class _Run:
         output: Path | None,
         effort: Effort,
         seconds: float | None,
-        *,
-        split_max_bytes: int | None,
-        force: bool,
-        verify: bool,
-        options: PlanOptions,
-        allow_requantize: bool,
-        threads: int | None,
-        progress: Progress | None,
-        announce: Callable[[str], None],
+        options: QuantizeOptions,
     ) -> None:
         self._model, self._limit, self._output = model, limit, output
         self._effort, self._seconds = effort, seconds
-        self._split_max_bytes, self._force, self._verify = split_max_bytes, force, verify
-        self._options, self._allow_requantize = options, allow_requantize
-        self._threads, self._progress = threads, progress or Silent()
-        self._announce, self._log = announce, _Log(announce)
+        self._options = options
+        self._threads, self._progress = options.threads, options.progress or Silent()
+        self._announce, self._log = options.announce, _Log(options.announce)
         self._start = time.perf_counter()
         self._n_candidates = 0
 
     def made(self) -> Quantized:
         """Return what was made: the best candidate, under its final name."""
-        if self._output is not None and not self._force:
+        if self._output is not None and not self._options.force:
             refuse_existing(self._output, force=False, error=GGUFError)
         if not llama_installed():
             self._announce(
                 f"effort {self._effort} needs llama.cpp and is fast without: no calibration, no "
                 "gate, no score; pip install 'ramgguf[eval]'"
             )
-            return self._once(Recipe(), self._output)
+            return quantize_once(self._model, self._limit, self._output, self._options)
         folder = (self._output or beside(self._model, "output")).absolute().parent
         with scratch_folder(folder, error=GGUFError) as scratch:
             self._scratch = scratch
-            best = self._candidate(Recipe())
+            best = self._candidate(self._options)
             try:
                 best = self._improved(best)
             except EngineError as e:
@@ -407,14 +381,16 @@ class _Run:
 
     def _tried(self, step: Step, best: _Candidate, costs: Costs) -> _Candidate | None:
         """Return the candidate of a step; None where it builds on a step that was not taken."""
-        now = best.recipe
+        now = best.options
         match step.name:
             case "importance matrix":
                 return self._candidate(replace(now, imatrix=self._matrix()))
             case "sensitivities":
-                return self._candidate(replace(now, sensitivity=self._sensitivity(now)))
+                return self._candidate(
+                    replace(now, plan={**now.plan, "sensitivity": self._sensitivity(now)})
+                )
             case "error feedback" if now.imatrix is not None:
-                hessian = self._hessian(now.imatrix)
+                hessian = self._hessian(Path(now.imatrix))
                 return self._candidate(replace(now, encoder="gptq", hessian=hessian))
             case "swaps":
                 return self._candidate(replace(now, refine=N_TRIALS))
@@ -446,8 +422,8 @@ class _Run:
         )  # fmt: skip
         return imatrix
 
-    def _sensitivity(self, now: Recipe) -> Sensitivity:
-        """Return the sensitivities under the recipe's matrix, measured now or before."""
+    def _sensitivity(self, now: QuantizeOptions) -> Sensitivity:
+        """Return the sensitivities under these options' matrix, measured now or before."""
         path = self._cache.sensitivity
         weighed = load_importance(now.imatrix, None)
         if path.exists():
@@ -468,23 +444,12 @@ class _Run:
         journal.unlink(missing_ok=True)
         return found
 
-    def _candidate(self, recipe: Recipe) -> _Candidate:
-        """Write the file of a recipe into the scratch folder."""
+    def _candidate(self, options: QuantizeOptions) -> _Candidate:
+        """Write the file that these options make into the scratch folder, whole."""
         self._n_candidates += 1
         path = self._scratch / f"candidate-{self._n_candidates}.gguf"
-        return _Candidate(recipe, self._once(recipe, path, split=None))
-
-    def _once(self, recipe: Recipe, output: Path | None, **changes: Any) -> Quantized:
-        split = changes.get("split", self._split_max_bytes)
-        options: PlanOptions = {**self._options}
-        if recipe.sensitivity is not None:
-            options["sensitivity"] = recipe.sensitivity
-        return quantize_once(
-            self._model, self._limit, output, encoder=recipe.encoder, imatrix=recipe.imatrix,
-            hessian=recipe.hessian, refine=recipe.refine, split_max_bytes=split,
-            force=self._force, verify=self._verify, allow_requantize=self._allow_requantize,
-            threads=self._threads, progress=self._progress, announce=self._announce, **options,
-        )  # fmt: skip
+        whole = replace(options, split_max_bytes=None)
+        return _Candidate(options, quantize_once(self._model, self._limit, path, whole))
 
     def _verdict(self, best: _Candidate, tried: _Candidate) -> Verdict:
         before, after = score_held_out(
@@ -499,15 +464,11 @@ class _Run:
         notes = tuple(f"effort {self._effort}: {line}" for line in self._log.lines)
         plan = plan.model_copy(update={"notes": (*plan.notes, *notes)})
         path = self._output or default_output(self._model, plan)
-        if self._split_max_bytes is not None:
-            made = quantize_once(
-                self._model, None, path, from_plan=plan, split_max_bytes=self._split_max_bytes,
-                force=self._force, verify=self._verify, threads=self._threads,
-                progress=self._progress,
-            )  # fmt: skip
+        if self._options.split_max_bytes is not None:
+            made = quantize_once(self._model, None, path, self._options, from_plan=plan)
             made = replace(made, measurement=best.made.measurement)
         else:
-            refuse_existing(path, force=self._force, error=GGUFError)
+            refuse_existing(path, force=self._options.force, error=GGUFError)
             best.path.replace(path)
             made = replace(best.made, paths=(path,), plan=plan)
         seconds = {"effort": time.perf_counter() - self._start}

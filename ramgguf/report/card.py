@@ -3,7 +3,6 @@
 import json
 import re
 import shlex
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,10 +11,11 @@ from ramgguf.plan.recipes import RecipeTensor
 from ramgguf.plan.result import Plan
 from ramgguf.report.card_sources import Card, CardFile
 from ramgguf.report.check import markdown as check_markdown
-from ramgguf.report.grid import Column, Grid, markdown_text, to_markdown
+from ramgguf.report.grid import Field, grid_of, markdown_text, to_markdown
 from ramgguf.report.memory import remarks
 from ramgguf.report.plans import optimality, refinement
 from ramgguf.report.results import eval_markdown
+from ramgguf.report.roles import RoleTensors, largest_first
 from ramgguf.report.tensor_types import imatrix_note, recipe_types
 
 
@@ -94,24 +94,14 @@ def _longest_run(text: str) -> int:
 
 
 def _formats(file: CardFile) -> str:
-    roles: dict[str, list[RecipeTensor]] = {}
-    for tensor in file.recipe.tensors:
-        roles.setdefault(tensor.role, []).append(tensor)
-    rows = []
-    for role, members in sorted(roles.items(), key=lambda r: -sum(t.n_bytes for t in r[1])):
-        counts = Counter(t.format for t in members).most_common()
-        n_bytes = sum(t.n_bytes for t in members)
-        bpw = 8 * n_bytes / sum(t.n_weights for t in members)
-        named = ", ".join(f"{name} ×{n}" for name, n in counts)
-        rows.append((role, named, format_bytes(n_bytes), f"{bpw:.2f}"))
-    columns = (
-        Column("role", number=False),
-        Column("formats (tensors)", number=False),
-        Column("bytes"),
-        Column("bpw"),
-    )
+    fields: list[Field[RoleTensors[RecipeTensor]]] = [
+        Field("role", lambda r: r.role, number=False),
+        Field("formats (tensors)", lambda r: r.formats(", "), number=False),
+        Field("bytes", lambda r: format_bytes(r.n_bytes)),
+        Field("bpw", lambda r: f"{r.bpw:.2f}"),
+    ]
     total = f"All tensors together: {file.recipe.bpw:.3f} bits per weight."
-    return f"{to_markdown(Grid('', columns, tuple(rows)))}\n{total}"
+    return f"{to_markdown(grid_of('', fields, largest_first(file.recipe.tensors)))}\n{total}"
 
 
 def _plan(plan: Plan) -> str:
@@ -160,8 +150,11 @@ def _provenance(card: Card) -> str:
         )
         if value is not None
     ]
-    columns = (Column("what", number=False), Column("value", number=False))
-    return to_markdown(Grid("", columns, tuple(rows)))
+    fields: list[Field[tuple[str, str]]] = [
+        Field("what", lambda row: row[0], number=False),
+        Field("value", lambda row: row[1], number=False),
+    ]
+    return to_markdown(grid_of("", fields, rows))
 
 
 def _recipe(card: Card) -> Iterator[str]:

@@ -49,9 +49,9 @@ def charted_criterion(board: Leaderboard) -> str:
     return "mean_kld" if has_kld else "median_ppl"
 
 
-def chart(study: EvalReport, width: int) -> list[str]:
+def chart(report: EvalReport, width: int) -> list[str]:
     """Return the lines of the chart; none for fewer than two files."""
-    return [] if study.board is None else board_chart(study.board, width)
+    return [] if report.board is None else board_chart(report.board, width)
 
 
 def board_chart(board: Leaderboard, width: int) -> list[str]:

@@ -7,14 +7,7 @@ from rich.console import Console
 
 from ramgguf.core.units import format_bytes, format_seconds
 from ramgguf.deploy.result import CheckResult, Spread
-from ramgguf.report.grid import Column, Grid, to_rich
-
-_COLUMNS = (
-    Column("", number=False),
-    Column("median"),
-    Column("low–high", number=False),
-    Column("n"),
-)
+from ramgguf.report.grid import Field, Grid, grid_of, to_markdown, to_rich
 
 
 @dataclass(frozen=True)
@@ -60,7 +53,13 @@ def lines(result: CheckResult) -> Iterator[Line]:
 
 def check_grid(result: CheckResult) -> Grid:
     """Return the rows as a table."""
-    return Grid("", _COLUMNS, tuple((i.what, i.value, i.spread, i.n) for i in lines(result)))
+    fields: list[Field[Line]] = [
+        Field("", lambda line: line.what, number=False),
+        Field("median", lambda line: line.value),
+        Field("low–high", lambda line: line.spread, number=False),
+        Field("n", lambda line: line.n),
+    ]
+    return grid_of("", fields, lines(result))
 
 
 def _spread(what: str, spread: Spread, digits: int = 1) -> Line:
@@ -134,19 +133,18 @@ def markdown(results: Sequence[CheckResult]) -> str:
     """Return the tests as Markdown: a table and a verdict each, and the ratios of two."""
     parts = []
     for result in results:
-        rows = [
-            f"| {line.what} | {line.value} | {line.spread} | {line.n} |" for line in lines(result)
-        ]
         parts += [
             f"### {result.path}",
-            "\n".join(["| | median | low–high | n |", "|---|---:|---|---:|", *rows]),
+            to_markdown(check_grid(result)).rstrip(),
             f"**{verdict(result)}.** {conditions(result)}.",
         ]
         if result.advice:
             parts.append("\n".join(f"- {change}" for change in result.advice))
     if len(results) == 2:
         first, second = results
-        rows = [f"| {r.what} | {r.value:.2f} × |" for r in ratios(first, second)]
-        header = f"| {first.path} / {second.path} | ratio |"
-        parts.append("\n".join([header, "|---|---:|", *rows]))
+        fields: list[Field[Ratio]] = [
+            Field(f"{first.path} / {second.path}", lambda r: r.what, number=False),
+            Field("ratio", lambda r: f"{r.value:.2f} ×"),
+        ]
+        parts.append(to_markdown(grid_of("", fields, ratios(first, second))).rstrip())
     return "\n\n".join(parts) + "\n"

@@ -22,9 +22,9 @@ from ramgguf.report.figures import (
 )
 
 
-def delta_nll(study: EvalReport) -> Figure | None:
+def delta_nll(report: EvalReport) -> Figure | None:
     """Return ΔNLL of every sequence against the reference, a row per model; None without one."""
-    rows = [(i, s, s.against) for i, s in enumerate(study.summaries) if s.against is not None]
+    rows = [(i, s, s.against) for i, s in enumerate(report.summaries) if s.against is not None]
     if not rows:
         return None
     fig = figure("ΔNLL (nats per token; right of 0 is worse)", "", height(len(rows)))

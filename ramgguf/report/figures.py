@@ -201,13 +201,13 @@ def _told(found: Estimate, write: Any) -> str:
     return f"{write(found.value)} (95 %: {write(found.low)} to {write(found.high)})"
 
 
-def ppl_distribution(study: EvalReport) -> Figure:
+def ppl_distribution(report: EvalReport) -> Figure:
     """Return every sequence's PPL, a row per model; outliers are named, corpus PPL is marked."""
     go = graph_objects()
-    fig = figure("sequence perplexity (logarithmic)", "", height(len(study.summaries)))
-    values = [x.ppl for s in study.summaries for x in s.result.sequences]
+    fig = figure("sequence perplexity (logarithmic)", "", height(len(report.summaries)))
+    values = [x.ppl for s in report.summaries for x in s.result.sequences]
     low, high = math.log10(max(min(values), 1e-100)), math.log10(min(max(values), 1e100))
-    for i, s in enumerate(study.summaries):
+    for i, s in enumerate(report.summaries):
         scores = s.result.sequences
         told = [told_score(x) for x in scores]
         fig.add_traces(strip(i, i, [x.ppl for x in scores], told))
@@ -230,9 +230,9 @@ def ppl_distribution(study: EvalReport) -> Figure:
                     hoverinfo="text",
                 )
             )
-    fig.add_vline(x=study.outlier_ppl, line={"dash": "dot", "width": 1, "color": "#777"})
+    fig.add_vline(x=report.outlier_ppl, line={"dash": "dot", "width": 1, "color": "#777"})
     logarithmic("x", fig, values)
-    name_rows(fig, [s.label for s in study.summaries])
+    name_rows(fig, [s.label for s in report.summaries])
     return fig
 
 

@@ -37,7 +37,7 @@ _POLICY = (
 
 def write_html(
     path: Path,
-    study: EvalReport,
+    report: EvalReport,
     plans: Sequence[tuple[str, Plan]] = (),
     measurements: Sequence[tuple[str, Measurement]] = (),
     published: Leaderboard | None = None,
@@ -46,21 +46,21 @@ def write_html(
 
     Raises RamggufError when plotly is missing, ResultError when path cannot be written.
     """
-    text = page(study, plans, measurements, published)
+    text = page(report, plans, measurements, published)
     write_atomically(path, text.encode(), error=ResultError)
 
 
 def page(
-    study: EvalReport,
+    report: EvalReport,
     plans: Sequence[tuple[str, Plan]] = (),
     measurements: Sequence[tuple[str, Measurement]] = (),
     published: Leaderboard | None = None,
 ) -> str:
     """Return the page's HTML; published is a leaderboard of figures without sequences."""
-    title = html.escape(_title(study, plans, measurements, published))
+    title = html.escape(_title(report, plans, measurements, published))
     body = "".join(
         (
-            *_evaluation(study),
+            *_evaluation(report),
             *_published(published),
             *_plans(plans),
             *_measurements(measurements, plans),
@@ -81,13 +81,13 @@ def _asset(name: str) -> str:
 
 
 def _title(
-    study: EvalReport,
+    report: EvalReport,
     plans: Sequence[tuple[str, Plan]],
     measurements: Sequence[tuple[str, Measurement]],
     published: Leaderboard | None,
 ) -> str:
     """Return the names of what the page shows, the first four and how many more."""
-    names = [s.label for s in study.summaries]
+    names = [s.label for s in report.summaries]
     names += [row.label for row in published.rows] if published else []
     names = names or [label for label, _ in (*plans, *measurements)]
     more = f" and {len(names) - 4} more" if len(names) > 4 else ""
@@ -97,24 +97,24 @@ def _title(
 # --- evaluations ---
 
 
-def _evaluation(study: EvalReport) -> Iterator[str]:
-    if not study.summaries:
+def _evaluation(report: EvalReport) -> Iterator[str]:
+    if not report.summaries:
         return
-    yield from _verdict(verdict_lines(study))
-    if study.board is not None:
-        yield from _by_size(study.board)
+    yield from _verdict(verdict_lines(report))
+    if report.board is not None:
+        yield from _by_size(report.board)
     yield _section("Results", "Intervals are 95 %; none is claimed where the text is too short.")
-    yield from (to_html(grid) for grid in grids(study))
-    yield _list(statements(study))
-    yield "".join(f'<p class="soft">{html.escape(line)}</p>\n' for line in protocol_lines(study))
+    yield from (to_html(grid) for grid in grids(report))
+    yield _list(statements(report))
+    yield "".join(f'<p class="soft">{html.escape(line)}</p>\n' for line in protocol_lines(report))
     yield _section(
         "Every sequence",
         "One point per sequence, with the quartiles. The grey diamond is corpus PPL with its"
-        f" interval; crosses right of the dotted line are outliers, PPL > {study.outlier_ppl:g}.",
+        f" interval; crosses right of the dotted line are outliers, PPL > {report.outlier_ppl:g}.",
     )
-    yield _figure(figures.ppl_distribution(study), "Distribution of sequence perplexity")
-    yield from _cards(study)
-    if (delta := delta_nll(study)) is not None:
+    yield _figure(figures.ppl_distribution(report), "Distribution of sequence perplexity")
+    yield from _cards(report)
+    if (delta := delta_nll(report)) is not None:
         yield _section(
             "What quantization did to each sequence",
             "ΔNLL of every sequence against the reference on the same tokens. The grey diamond is"
@@ -157,17 +157,17 @@ def _by_size(board: Leaderboard) -> Iterator[str]:
     yield f'<div class="pair">{"".join(made)}</div>\n'
 
 
-def _cards(study: EvalReport) -> Iterator[str]:
+def _cards(report: EvalReport) -> Iterator[str]:
     """Yield the outliers with their text, or the hardest sequences where there are none."""
-    scores = [{x.index: x for x in s.result.sequences} for s in study.summaries]
+    scores = [{x.index: x for x in s.result.sequences} for s in report.summaries]
     worst: dict[int, SequenceScore] = {}
-    for s in study.summaries:
+    for s in report.summaries:
         hardest = sorted(s.result.sequences, key=lambda x: -x.ppl)[:_HARDEST]
-        for x in s.outliers or (() if _any_outlier(study) else hardest):
+        for x in s.outliers or (() if _any_outlier(report) else hardest):
             if x.index not in worst or x.ppl > worst[x.index].ppl:
                 worst[x.index] = x
     ranked = sorted(worst.values(), key=lambda x: -x.ppl)
-    what = "Outliers and their text" if _any_outlier(study) else "No outliers; the hardest text"
+    what = "Outliers and their text" if _any_outlier(report) else "No outliers; the hardest text"
     more = f" ({_MAX_CARDS} of {len(ranked)})" if len(ranked) > _MAX_CARDS else ""
     yield f'<h3>{what}{more}</h3>\n<div class="cards">\n'
     for x in ranked[:_MAX_CARDS]:
@@ -175,7 +175,7 @@ def _cards(study: EvalReport) -> Iterator[str]:
         rows = "".join(
             f'<tr><td>{html.escape(s.label)}</td><td class="number">{ppl(known[x.index].ppl)}</td>'
             "</tr>"
-            for s, known in zip(study.summaries, scores, strict=True)
+            for s, known in zip(report.summaries, scores, strict=True)
             if x.index in known
         )
         yield (
@@ -185,8 +185,8 @@ def _cards(study: EvalReport) -> Iterator[str]:
     yield "</div>\n"
 
 
-def _any_outlier(study: EvalReport) -> bool:
-    return any(s.outliers for s in study.summaries)
+def _any_outlier(report: EvalReport) -> bool:
+    return any(s.outliers for s in report.summaries)
 
 
 # --- plans and measurements ---

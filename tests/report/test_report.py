@@ -68,7 +68,7 @@ def printed(made: EvalReport, *, terminal: bool, width: int) -> str:
     console = Console(
         file=out, force_terminal=terminal, width=width, color_system=None, highlight=False
     )
-    evaluation.print_study(made, console)
+    evaluation.print_report(made, console)
     return out.getvalue()
 
 
@@ -139,7 +139,7 @@ def test_a_model_without_scores_is_named_beside_the_others() -> None:
 
 
 def test_markdown_has_a_row_per_model_and_equal_columns(three: EvalReport) -> None:
-    text = evaluation.study_markdown(three)
+    text = evaluation.report_markdown(three)
     tables = [block for block in text.split("\n\n") if block.startswith("|")]
     assert len(tables) == 3
     for table in tables:
@@ -164,7 +164,7 @@ def test_markdown_text_survives_being_rendered(text: str) -> None:
 
 
 def test_csv_has_full_precision_and_leaves_unknown_values_empty(three: EvalReport) -> None:
-    rows = list(csv.DictReader(io.StringIO(evaluation.study_csv(three))))
+    rows = list(csv.DictReader(io.StringIO(evaluation.report_csv(three))))
     assert [r["model"] for r in rows] == ["f16", "good", "wild"]
     for row, summary in zip(rows, three.summaries, strict=True):
         assert float(row["corpus_ppl"]) == summary.estimates["corpus_ppl"].value

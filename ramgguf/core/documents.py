@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ramgguf.core.errors import PlanError
+from ramgguf.core.escape import json_text
 from ramgguf.core.files import write_atomically
 from ramgguf.core.inputs import read_text
 
@@ -56,7 +57,7 @@ class Document(FrozenModel, Drawn):
     def to_json(self) -> str:
         """Return the JSON text, headed by its schema: {"schema": "ramgguf.plan/1", ...}."""
         body = self.model_dump_json(indent=1, exclude_none=False)
-        return f'{{\n "schema": "ramgguf.{self.KIND}/{self.VERSION}",{body[1:]}\n'
+        return json_text(f'{{\n "schema": "ramgguf.{self.KIND}/{self.VERSION}",{body[1:]}\n')
 
     @classmethod
     def from_json(cls, text: str, *, name: str = "the text") -> Self:

@@ -19,7 +19,7 @@ from ramgguf.evaluate.protocol import EvalProtocol
 from ramgguf.evaluate.result import EvalResult, ModelFile
 from ramgguf.evaluate.scoring import Run, Settings, score
 from ramgguf.gguf.hub import local_path, origin_of
-from ramgguf.gguf.reader import open_gguf
+from ramgguf.gguf.reader import open_gguf, require_loadable
 from ramgguf.llama.client import CrashError
 
 
@@ -87,6 +87,7 @@ def score_models(
 def identify(path: Path) -> ModelFile:
     """Return which file a model is. Raises GGUFError when it is none."""
     with open_gguf(path) as gguf:
+        require_loadable(gguf)
         return ModelFile(
             path=str(path),
             n_bytes=gguf.n_bytes,

@@ -19,6 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from ramgguf.core.documents import FrozenModel
 from ramgguf.core.errors import EngineError, RamggufError
+from ramgguf.core.escape import printable_lines
 
 STDERR_LINES = 12  # of the child's last words that an error repeats
 # -P: a folder named ramgguf in the working directory must not be imported instead of this package.
@@ -183,7 +184,7 @@ class Child:
         assert self._process.stderr is not None  # asked for above
         for line in self._process.stderr:
             self._said.append(line.rstrip())
-            self._on_stderr(line)
+            self._on_stderr(printable_lines(line))  # llama.cpp logs what models say
 
 
 def answer_requests(kind: TypeAdapter[Request], answer: Callable[[Request], FrozenModel]) -> None:

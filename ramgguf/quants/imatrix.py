@@ -52,6 +52,7 @@ class ImportanceSource(FrozenModel):
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 _LARGEST_FILE = 1 << 32  # that of a 1000B model has under 1 GiB
 _LONGEST_NAME = 1 << 12
+_MOST_DATASETS = 64  # the first is named
 
 
 @dataclass(frozen=True)
@@ -219,11 +220,11 @@ def _read_gguf(path: Path, file: GGUFFile) -> Imatrix:
         entry = _mean_squares(plain_name(name), sums, counts)
         if entry is not None:
             entries.setdefault(entry.name, entry)
-    datasets = file.metadata.get("imatrix.datasets")
+    datasets = file.metadata.strings("imatrix.datasets", _MOST_DATASETS)
     return Imatrix(
         path=path,
         entries=_some(path, entries),
-        datasets=datasets if isinstance(datasets, tuple) else (),
+        datasets=datasets or (),
         n_chunks=_count(file.metadata.integer("imatrix.chunk_count")),
         model_sample=file.metadata.string(MODEL_SAMPLE_KEY),
     )

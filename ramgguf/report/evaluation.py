@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 
 from rich.console import Console
 
+from ramgguf.core.escape import markdown_text, printable
 from ramgguf.core.units import format_bytes
 from ramgguf.evaluate.eval_report import EvalReport
 from ramgguf.evaluate.intervals import Estimate
@@ -15,7 +16,7 @@ from ramgguf.evaluate.result import EvalResult
 from ramgguf.evaluate.statistics import n_units
 from ramgguf.evaluate.summary import AgainstReference, Summary, losses
 from ramgguf.report.chart import chart
-from ramgguf.report.grid import Field, Grid, grid_of, markdown_text, to_markdown
+from ramgguf.report.grid import Field, Grid, grid_of, to_markdown
 from ramgguf.report.numbers import kld, p_value, percent, ppl, with_interval
 from ramgguf.report.sentences import findings, order
 from ramgguf.report.terminal import print_grid, print_statements
@@ -155,13 +156,13 @@ def grids(study: EvalReport) -> list[Grid]:
         found.append(against)
     if study.board and len(study.board.rows) > 1:
         found.append(ranking_grid(study.board))
-    return [grid.without_empty_columns() for grid in found]
+    return [grid.without_empty_columns() for grid in found if grid.rows]
 
 
 def study_markdown(study: EvalReport) -> str:
     """Return the verdict, tables and findings as markdown, ready for a model card."""
     verdict = "".join(f"{markdown_text(line)}\n\n" for line in verdict_lines(study)).rstrip("\n")
-    tables = [f"**{grid.title}**\n\n{to_markdown(grid)}" for grid in grids(study) if grid.rows]
+    tables = [f"**{grid.title}**\n\n{to_markdown(grid)}" for grid in grids(study)]
     items = "".join(f"- {markdown_text(s)}\n" for s in (*statements(study), *protocol_lines(study)))
     return "\n".join(filter(None, ("### Evaluation\n", verdict and f"{verdict}\n", *tables, items)))
 
@@ -173,7 +174,9 @@ def study_csv(study: EvalReport) -> str:
     out = io.StringIO()
     writer = csv.DictWriter(out, names, restval="", lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows(
+        {k: printable(v) if isinstance(v, str) else v for k, v in row.items()} for row in rows
+    )
     return out.getvalue()
 
 

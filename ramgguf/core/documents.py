@@ -1,33 +1,15 @@
 """What all values have in common, and those that are files: JSON with a schema name and version."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from ramgguf.core.drawing import Drawn
 from ramgguf.core.errors import PlanError
 from ramgguf.core.escape import json_text
 from ramgguf.core.files import write_atomically
 from ramgguf.core.inputs import read_text
-
-_artists: list[Callable[[object], str | None]] = []
-
-
-def drawn_by(artist: Callable[[object], str | None]) -> None:
-    """Have artist draw values for notebooks: it returns HTML, or None for what it does not know.
-
-    The package's front door names one; values are below those rooms that know how to draw.
-    """
-    _artists[:] = [artist]
-
-
-class Drawn:
-    """A value that notebooks show as a table."""
-
-    def _repr_html_(self) -> str | None:
-        """Return the value as HTML, None where nothing draws it."""
-        return _artists[0](self) if _artists else None
 
 
 class FrozenModel(BaseModel):

@@ -10,7 +10,7 @@ from typing import Literal
 from ramgguf.cluster.worker_pool import WorkerPool
 from ramgguf.core.corpus import dataset as dataset_corpus
 from ramgguf.core.corpus import default_corpus, text_file
-from ramgguf.core.documents import Drawn
+from ramgguf.core.drawing import Drawn
 from ramgguf.core.errors import EngineError
 from ramgguf.core.parallel import default_threads
 from ramgguf.core.progress import Progress, Silent

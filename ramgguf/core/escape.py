@@ -98,6 +98,17 @@ def _json_character(c: str) -> str:
     return "".join(f"\\u{units[i]:02x}{units[i + 1]:02x}" for i in range(0, len(units), 2))
 
 
+def surrogates_escaped(value: Any) -> Any:
+    """Return what JSON is made of, with lone surrogates in its strings written out: it is UTF-8."""
+    if isinstance(value, str):
+        return value.encode("utf-8", errors="backslashreplace").decode()
+    if isinstance(value, dict):
+        return {surrogates_escaped(k): surrogates_escaped(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [surrogates_escaped(v) for v in value]
+    return value
+
+
 def to_json(value: Any, indent: int | None = None) -> str:
     """Return a value as JSON that is safe to show; raises ValueError for NaN and infinity."""
     return json_text(json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False))

@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any, Literal, Self, TextIO, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
+from pydantic_core import PydanticSerializationError
 
 from ramgguf.core.documents import FrozenModel
 from ramgguf.core.errors import EngineError, RamggufError
@@ -163,7 +164,13 @@ class Child:
         """Write a request; raises ChildDiedError when nobody reads it."""
         assert self._process.stdin is not None  # asked for above
         try:
-            self._process.stdin.write(request.model_dump_json() + "\n")
+            text = request.model_dump_json()
+        except PydanticSerializationError:
+            raise EngineError(
+                "llama.cpp takes no file whose name is not UTF-8; rename it"
+            ) from None
+        try:
+            self._process.stdin.write(text + "\n")
             self._process.stdin.flush()
         except OSError:
             raise self.died() from None

@@ -9,6 +9,7 @@ import hashlib
 import math
 import os
 import re
+import stat
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -185,7 +186,10 @@ def load_imatrix(path: Path, hessian: Path | None = None) -> Imatrix:
         return replace(load_imatrix(path), hessians=load_hessians(hessian))
     try:
         with path.open("rb") as file:
-            n_bytes = os.fstat(file.fileno()).st_size
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise ImatrixError(f"{path}: is not a regular file")
+            n_bytes = status.st_size
             if n_bytes > _LARGEST_FILE:
                 raise ImatrixError(f"{path}: has {n_bytes} bytes; this is no importance matrix")
             reading(path)

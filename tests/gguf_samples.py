@@ -239,7 +239,7 @@ def _bad_tensors() -> Iterator[Hostile]:
     for shape in ((2**63,), (MAX64,), (2**32, 2**32), (2**16,) * 4, (2**62, 2), (2, 2**62)):
         yield one(f"shape {shape}", Tensor("t", shape, 0, at), "tensor 't' has a .*overflows")
     yield one("bytes that overflow", Tensor("t", (2**61,), 0, at), "size in bytes that overflows")
-    for kind in (4, 5, 31, 36, 200, 2**31, 2**32 - 1):
+    for kind in (4, 5, 36, 200, 2**31, 2**32 - 1):
         yield one(f"type {kind}", Tensor("t", (32,), kind, at), f"'t' is of an unknown type {kind}")
     yield one("rows of half a block", Tensor("t", (48,), 8, at), "rows of 48 weights, no multiple")
     yield one("misaligned data", Tensor("t", (1,), 0, at + 4), "offset 228, no multiple.*alignment")

@@ -26,11 +26,13 @@ constexpr uint64_t kMaxTensors = 65536;
 constexpr uint64_t kMaxNameBytes = 63;  // ggml's: a name and its final zero fit 64 bytes
 constexpr uint32_t kMaxDims = 4;
 
-// A ggml type: its rows are whole blocks of block_weights weights in block_bytes bytes.
+// A ggml type: its rows are whole blocks of block_weights weights in block_bytes bytes, and
+// row_bytes more for the row itself (a scale per row, in types of ik_llama.cpp).
 struct BlockType {
     uint32_t id;
     uint32_t block_weights;
     uint32_t block_bytes;
+    uint32_t row_bytes = 0;
 };
 
 // One key/value record; offsets are into the file: [begin, end) is the whole record and

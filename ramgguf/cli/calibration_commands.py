@@ -1,6 +1,5 @@
 """The commands around quantization: calibrate, and the control perturb."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -8,6 +7,7 @@ import typer
 
 import ramgguf as api
 from ramgguf.cli import options as opt
+from ramgguf.core.escape import to_json
 from ramgguf.core.units import format_bytes, parse_size
 from ramgguf.gguf.hub import beside
 from ramgguf.report.calibration import print_calibration, summary
@@ -72,7 +72,7 @@ def calibrate(
         announce=terminal.err.print if not (quiet or as_json) else lambda _: None,
     )
     if as_json:
-        print(json.dumps(summary(found)))
+        print(to_json(summary(found)))
     else:
         print_calibration(found, terminal.out)
 

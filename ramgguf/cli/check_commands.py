@@ -8,6 +8,7 @@ import typer
 
 from ramgguf.cli import memory_options as mem
 from ramgguf.cli import options as opt
+from ramgguf.core.escape import to_json
 from ramgguf.core.machine import Available, memory_limit
 from ramgguf.core.parallel import default_threads
 from ramgguf.deploy.checking import CheckRequest, check_file
@@ -86,4 +87,4 @@ def limit(memory: str | None) -> Available:
 def _json(results: list[CheckResult]) -> str:
     if len(results) == 1:
         return results[0].to_json()
-    return json.dumps([json.loads(r.to_json()) for r in results], indent=1)
+    return to_json([json.loads(r.to_json()) for r in results], indent=1)

@@ -1,6 +1,5 @@
 """The commands that read a model: quantize, measure."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +13,7 @@ from ramgguf.cli.groups import grouped
 from ramgguf.cli.prepared import Weighed, calibrated
 from ramgguf.cli.sensitivity_commands import load_or_measure
 from ramgguf.cluster.executors import connected
+from ramgguf.core.escape import to_json
 from ramgguf.core.units import format_seconds, parse_seconds, parse_size
 from ramgguf.evaluate import scores_here
 from ramgguf.gguf.hub import beside
@@ -209,7 +209,7 @@ def quantize(
         )
     export_plan(made.plan, save_plan, export_tensor_types, terminal)
     if as_json:
-        print(json.dumps(_summary(made)))
+        print(to_json(_summary(made)))
         return
     print_plan(made.plan, terminal.out, verbose=verbose)
     if made.score is not None:

@@ -10,6 +10,7 @@ from ramgguf.cli import memory_options as mem
 from ramgguf.cli import options as opt
 from ramgguf.cli.check_commands import limit
 from ramgguf.core.errors import PlanError
+from ramgguf.core.escape import to_json
 from ramgguf.core.files import write_atomically
 from ramgguf.core.parallel import default_threads
 from ramgguf.deploy.checking import CheckRequest
@@ -77,7 +78,7 @@ def pick(
         drawn = curve_svg(picked.frontier, [picked.plan])
         write_atomically(svg, drawn.encode(), error=PlanError)
     if as_json:
-        print(json.dumps(_summary(picked), indent=1))
+        print(to_json(_summary(picked), indent=1))
         return
     terminal.out.print(f"{picked.path}:", soft_wrap=True)
     for reason in picked.reasons():

@@ -1,6 +1,5 @@
 """The commands about plans: plan, curve, explain, diff, recipe."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +11,7 @@ from ramgguf.cli import options as opt
 from ramgguf.cli.exports import export_plan, export_types
 from ramgguf.cli.groups import grouped
 from ramgguf.core.errors import PlanError
+from ramgguf.core.escape import to_json
 from ramgguf.core.files import write_atomically
 from ramgguf.core.units import format_bytes
 from ramgguf.deploy import MemoryLimit
@@ -159,7 +159,7 @@ def explain(
     terminal = opt.Terminal.make(quiet=quiet, as_json=as_json)
     explained = api.explain(Plan.load(plan), measurement, sensitivity)
     if as_json:
-        print(json.dumps(_explanation(explained, tensor), indent=1))
+        print(to_json(_explanation(explained, tensor), indent=1))
         return
     print_explanation(explained, tensor, terminal.out)
 
@@ -195,7 +195,7 @@ def diff(
     terminal = opt.Terminal.make(quiet=quiet, as_json=as_json)
     difference = api.diff(terminal.fetched(a), terminal.fetched(b))
     if as_json:
-        print(json.dumps({"same": difference.n_same, "changes": _changes(difference.changes)}))
+        print(to_json({"same": difference.n_same, "changes": _changes(difference.changes)}))
         return
     print_difference(difference, terminal.out, verbose=verbose)
 

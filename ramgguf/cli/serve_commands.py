@@ -1,6 +1,5 @@
 """The command that serves a file to OpenAI clients: serve."""
 
-import json
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +11,7 @@ import typer
 from ramgguf.cli import memory_options as mem
 from ramgguf.cli import options as opt
 from ramgguf.cli.check_commands import limit
+from ramgguf.core.escape import to_json
 from ramgguf.core.parallel import default_threads
 from ramgguf.deploy.footprint import parse_cache_types
 from ramgguf.deploy.footprint_formula import ContextShape
@@ -141,7 +141,7 @@ def _serve(settings: Settings, place: Place, terminal: opt.Terminal, *, as_json:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: server.stop())
         if as_json:
-            print(json.dumps(summary(server)), flush=True)
+            print(to_json(summary(server)), flush=True)
         for line in lines(server):
             terminal.out.print(line, soft_wrap=True, markup=False)
         server.wait()

@@ -8,8 +8,6 @@ with an index, are not counted.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from ramgguf.gguf.architecture import TOKEN_EMBEDDING
 from ramgguf.gguf.header import ggml_type
 from ramgguf.gguf.reader import GGUFFile
@@ -58,13 +56,15 @@ class Header:
 
     def per_layer(self, key: str, default: Sequence[int]) -> list[int]:
         """Return a value for each layer, of a key that holds one for all or one for each."""
-        value = self._metadata.get(f"{self.architecture}.{key}")
-        if isinstance(value, np.ndarray):
-            values = [int(v) for v in value[: self.n_layers]]
+        name = f"{self.architecture}.{key}"
+        each = self._metadata.numbers(name)
+        if each is not None:
+            values = [int(v) for v in each[: self.n_layers]]
             return values + list(default[len(values) :])
-        if isinstance(value, bool | int):
-            return [int(value)] * self.n_layers
-        return list(default)
+        flag, one = self._metadata.flag(name), self._metadata.integer(name)
+        if flag is None and one is None:
+            return list(default)
+        return [int(flag or one or 0)] * self.n_layers
 
 
 def cache_bytes(file: GGUFFile, shape: ContextShape) -> tuple[int, ...]:

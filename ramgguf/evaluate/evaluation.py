@@ -10,7 +10,7 @@ from typing import Literal
 from ramgguf.cluster.worker_pool import WorkerPool
 from ramgguf.core.corpus import dataset as dataset_corpus
 from ramgguf.core.corpus import default_corpus, text_file
-from ramgguf.core.documents import Drawn
+from ramgguf.core.drawing import Drawn
 from ramgguf.core.errors import EngineError
 from ramgguf.core.parallel import default_threads
 from ramgguf.core.progress import Progress, Silent
@@ -19,7 +19,7 @@ from ramgguf.evaluate.protocol import EvalProtocol
 from ramgguf.evaluate.result import EvalResult, ModelFile
 from ramgguf.evaluate.scoring import Run, Settings, score
 from ramgguf.gguf.hub import local_path, origin_of
-from ramgguf.gguf.reader import open_gguf
+from ramgguf.gguf.reader import open_gguf, require_loadable
 from ramgguf.llama.client import CrashError
 
 
@@ -87,6 +87,7 @@ def score_models(
 def identify(path: Path) -> ModelFile:
     """Return which file a model is. Raises GGUFError when it is none."""
     with open_gguf(path) as gguf:
+        require_loadable(gguf)
         return ModelFile(
             path=str(path),
             n_bytes=gguf.n_bytes,

@@ -14,6 +14,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from ramgguf.core.documents import FrozenModel, NonNegativeFloat
 from ramgguf.core.errors import EngineError
+from ramgguf.core.escape import json_text
 from ramgguf.core.line_file import LineFile, whole_lines
 from ramgguf.evaluate.result import BrokenSequence, EvalResult, Quantiles, SequenceScore, quantiles
 
@@ -190,7 +191,7 @@ class Journal:
 
     def _write(self, record: RunRecord | SequenceRecord | FailureRecord) -> None:
         if self._file is not None:
-            self._file.append(record.model_dump_json().encode())
+            self._file.append(json_text(record.model_dump_json()).encode())
 
     def load(self, path: Path, lines: list[bytes]) -> None:
         """Take over the records of these lines, which path holds."""

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 TOKEN_EMBEDDING, HEAD = "token_embd.weight", "output.weight"
 
-_LAYER = re.compile(r"^(?P<stack>(?:enc|dec)\.)?blk\.(?P<layer>\d+)\.(?P<rest>.+)$")
+# No model has a million layers; a longer number is part of an unknown name.
+_LAYER = re.compile(r"^(?P<stack>(?:enc|dec)\.)?blk\.(?P<layer>[0-9]{1,6})\.(?P<rest>.+)$")
 
 
 @dataclass(frozen=True)

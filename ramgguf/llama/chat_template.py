@@ -6,6 +6,7 @@ from ramgguf.core.mix import Turn
 from ramgguf.gguf.reader import GGUFFile
 
 TEMPLATE = "tokenizer.chat_template"
+_MOST_TOKENS = 1 << 24  # many times any vocabulary
 
 
 def render(file: GGUFFile, turns: Sequence[Turn]) -> tuple[str, bool]:
@@ -53,7 +54,8 @@ def _rendered(template: str, turns: Sequence[Turn], tokens: Mapping[str, str]) -
 
 def _token(file: GGUFFile, key: str) -> str:
     """Return the text of a special token, "" where the model has none."""
-    number, tokens = file.metadata.integer(key), file.metadata.get("tokenizer.ggml.tokens")
-    if number is None or not isinstance(tokens, Sequence) or not 0 <= number < len(tokens):
+    number = file.metadata.integer(key)
+    if number is None or not 0 <= number < _MOST_TOKENS:
         return ""
-    return str(tokens[number])
+    tokens = file.metadata.strings("tokenizer.ggml.tokens", number + 1) or ()
+    return tokens[number] if number < len(tokens) else ""

@@ -15,10 +15,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, TextIO, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
+from pydantic_core import PydanticSerializationError
 
 from ramgguf.core.closing import Closing
 from ramgguf.core.documents import FrozenModel
 from ramgguf.core.errors import EngineError, RamggufError
+from ramgguf.core.escape import printable_lines
 
 STDERR_LINES = 12  # of the child's last words that an error repeats
 _SECONDS_TO_LEAVE = 2.0  # after its stdin was closed; one that is still there is killed
@@ -158,7 +160,13 @@ class Child(Closing):
         """Write a request; raises ChildDiedError when nobody reads it."""
         assert self._process.stdin is not None  # asked for above
         try:
-            self._process.stdin.write(request.model_dump_json() + "\n")
+            text = request.model_dump_json()
+        except PydanticSerializationError:
+            raise EngineError(
+                "llama.cpp takes no file whose name is not UTF-8; rename it"
+            ) from None
+        try:
+            self._process.stdin.write(text + "\n")
             self._process.stdin.flush()
         except OSError:
             raise self.died() from None
@@ -179,7 +187,7 @@ class Child(Closing):
         assert self._process.stderr is not None  # asked for above
         for line in self._process.stderr:
             self._said.append(line.rstrip())
-            self._on_stderr(line)
+            self._on_stderr(printable_lines(line))  # llama.cpp logs what models say
 
 
 def answer_requests(kind: TypeAdapter[Request], answer: Callable[[Request], FrozenModel]) -> None:

@@ -1,17 +1,15 @@
 """A model card: Markdown with YAML front matter, from what a file and its papers say."""
 
-import json
-import re
-import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
+from ramgguf.core.escape import longest_fence, markdown_code, markdown_text, shell_word, yaml_text
 from ramgguf.core.units import format_bytes
 from ramgguf.plan.recipes import RecipeTensor
 from ramgguf.plan.result import Plan
 from ramgguf.report.card_sources import Card, CardFile
 from ramgguf.report.check import markdown as check_markdown
-from ramgguf.report.grid import Field, grid_of, markdown_text, to_markdown
+from ramgguf.report.grid import Field, grid_of, to_markdown
 from ramgguf.report.memory import remarks
 from ramgguf.report.plans import optimality, refinement
 from ramgguf.report.results import eval_markdown
@@ -43,16 +41,11 @@ def model_card(card: Card) -> str:
 def _front_matter(file: CardFile) -> str:
     lines = ["---"]
     if file.base_models:
-        lines += ["base_model:", *(f"- {_yaml(name)}" for name in file.base_models)]
+        lines += ["base_model:", *(f"- {yaml_text(name)}" for name in file.base_models)]
         lines += ["base_model_relation: quantized"] if file.quantized_from_them else []
-    lines += [f"license: {_yaml(file.license)}"] if file.license else []
+    lines += [f"license: {yaml_text(file.license)}"] if file.license else []
     lines += ["tags:", "- gguf", "- ramgguf"] if file.origin.version else ["tags:", "- gguf"]
     return "\n".join([*lines, "---"])
-
-
-def _yaml(text: str) -> str:
-    """Return a YAML string: JSON's, without what YAML would not take."""
-    return json.dumps("".join(c if c.isprintable() else " " for c in text), ensure_ascii=False)
 
 
 def _what(file: CardFile) -> str:
@@ -61,14 +54,14 @@ def _what(file: CardFile) -> str:
     by = f", made by ramgguf {markdown_text(file.origin.version)}" if file.origin.version else ""
     context = f"; context of {file.n_context:,} tokens" if file.n_context else ""
     return (
-        f"{kind} {_code(file.names[0])}: {file.n_bytes:,} bytes, {n_weights:,} weights, "
+        f"{kind} {markdown_code(file.names[0])}: {file.n_bytes:,} bytes, {n_weights:,} weights, "
         f"{8 * file.n_bytes / n_weights:.3f} bits of file per weight; architecture "
         f"{markdown_text(file.architecture)}{context}{by}."
     )
 
 
 def _use(card: Card) -> str:
-    name = shlex.quote(card.file.names[0])
+    name = shell_word(card.file.names[0])
     length = f" -c {card.check.n_ctx}" if card.check and card.check.passed else ""
     commands = _block(f"llama-cli -m {name}{length}\nllama-server -m {name}{length}")
     if card.plan is None or card.plan.memory is None:
@@ -77,20 +70,9 @@ def _use(card: Card) -> str:
     return f"{commands}\n\n{told}"
 
 
-def _code(text: str) -> str:
-    """Return text as inline code, whatever it holds."""
-    line = " ".join(text.split())
-    fence = "`" * (_longest_run(line) + 1)
-    return f"{fence} {line} {fence}" if "`" in line else f"`{line}`"
-
-
 def _block(text: str) -> str:
-    fence = "`" * max(3, _longest_run(text) + 1)
+    fence = "`" * max(3, longest_fence(text) + 1)
     return f"{fence}sh\n{text}\n{fence}"
-
-
-def _longest_run(text: str) -> int:
-    return max((len(run) for run in re.findall("`+", text)), default=0)
 
 
 def _formats(file: CardFile) -> str:
@@ -162,13 +144,14 @@ def _recipe(card: Card) -> Iterator[str]:
     file, plan = card.file, card.plan
     hub = file.origin.hub or (plan.source.hub if plan else None)
     source = hub.address if hub else Path(plan.source.path).name if plan else "SOURCE.gguf"
-    source, made = shlex.quote(source), shlex.quote(file.names[0])
+    source, made = shell_word(source), shell_word(file.names[0])
     if plan is not None and card.plan_name is not None:
-        followed = shlex.quote(card.plan_name)
+        followed = shell_word(card.plan_name)
         yield "From the source and the plan:"
         yield _block(f"ramgguf quantize {source} --plan {followed} -o {made}")
         yield "The plan was made with these options, and the files named above:"
-        yield _block(f"--budget {plan.budget} {shlex.join(_options(plan))}")
+        options = " ".join(map(shell_word, _options(plan)))
+        yield _block(f"--budget {plan.budget} {options}")
     types = recipe_types(file.recipe)
     yield "The same formats by llama.cpp's own encoders:"
     yield _block(

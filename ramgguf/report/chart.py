@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ramgguf.core.errors import printable
+from ramgguf.core.escape import printable
 from ramgguf.core.units import format_bytes
 from ramgguf.evaluate.eval_report import EvalReport
 from ramgguf.evaluate.leaderboard import LABELS, Leaderboard, Row

@@ -1,12 +1,12 @@
 """The figure of ΔNLL: what quantization did to each sequence."""
 
-import html
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from ramgguf.core.escape import html_text
 from ramgguf.evaluate.eval_report import EvalReport
 from ramgguf.evaluate.intervals import Estimate
 from ramgguf.evaluate.summary import Summary
@@ -31,7 +31,7 @@ def delta_nll(report: EvalReport) -> Figure | None:
     for row, (i, s, against) in enumerate(rows):
         scores = sorted(s.result.sequences, key=lambda x: x.index)
         told = [
-            f"ΔNLL {d:+.4f} nats<br>#{x.index} {html.escape(x.title or '')}"
+            f"ΔNLL {d:+.4f} nats<br>#{x.index} {html_text(x.title or '')}"
             for d, x in zip(against.delta_nll, scores, strict=True)
         ]
         fig.add_traces(strip(i, row, against.delta_nll, told))

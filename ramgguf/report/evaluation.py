@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 
 from rich.console import Console
 
+from ramgguf.core.escape import markdown_text, printable
 from ramgguf.core.units import format_bytes
 from ramgguf.evaluate.eval_report import EvalReport
 from ramgguf.evaluate.intervals import Estimate
@@ -15,7 +16,7 @@ from ramgguf.evaluate.result import EvalResult
 from ramgguf.evaluate.statistics import n_units
 from ramgguf.evaluate.summary import AgainstReference, Summary, losses
 from ramgguf.report.chart import chart
-from ramgguf.report.grid import Field, Grid, grid_of, markdown_text, to_markdown
+from ramgguf.report.grid import Field, Grid, grid_of, to_markdown
 from ramgguf.report.numbers import kld, p_value, percent, ppl, with_interval
 from ramgguf.report.sentences import findings, order
 from ramgguf.report.terminal import print_grid, print_statements
@@ -155,13 +156,13 @@ def grids(report: EvalReport) -> list[Grid]:
         found.append(against)
     if report.board and len(report.board.rows) > 1:
         found.append(ranking_grid(report.board))
-    return [grid.without_empty_columns() for grid in found]
+    return [grid.without_empty_columns() for grid in found if grid.rows]
 
 
 def report_markdown(report: EvalReport) -> str:
     """Return the verdict, tables and findings as markdown, ready for a model card."""
     verdict = "".join(f"{markdown_text(line)}\n\n" for line in verdict_lines(report)).rstrip("\n")
-    tables = [f"**{grid.title}**\n\n{to_markdown(grid)}" for grid in grids(report) if grid.rows]
+    tables = [f"**{grid.title}**\n\n{to_markdown(grid)}" for grid in grids(report)]
     items = "".join(
         f"- {markdown_text(s)}\n" for s in (*statements(report), *protocol_lines(report))
     )
@@ -175,7 +176,9 @@ def report_csv(report: EvalReport) -> str:
     out = io.StringIO()
     writer = csv.DictWriter(out, names, restval="", lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows(
+        {k: printable(v) if isinstance(v, str) else v for k, v in row.items()} for row in rows
+    )
     return out.getvalue()
 
 

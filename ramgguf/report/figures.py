@@ -1,6 +1,5 @@
 """Figures of evaluations, drawn with plotly; the page gives them the colours of its theme."""
 
-import html
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from ramgguf.core.errors import RamggufError
+from ramgguf.core.escape import html_text
 from ramgguf.evaluate.eval_report import EvalReport
 from ramgguf.evaluate.intervals import Estimate
 from ramgguf.evaluate.leaderboard import LABELS, Leaderboard
@@ -124,7 +124,7 @@ def board_by_size(board: Leaderboard, criterion: str) -> Figure | None:
     sides = _label_sides(placed, low, high)
     shown: list[float] = []
     for p in placed:
-        row, mark, label = rows[p.label], style(numbers[p.label]), html.escape(p.label)
+        row, mark, label = rows[p.label], style(numbers[p.label]), html_text(p.label)
         for name in (criterion, "median_ppl") if criterion == "corpus_ppl" else (criterion,):
             if name not in row.estimates:
                 continue
@@ -256,7 +256,7 @@ def name_rows(fig: Figure, labels: Sequence[str]) -> None:
     """Give row i of the figure, at y = i, its label; the first is on top."""
     fig.update_yaxes(
         tickvals=list(range(len(labels))),
-        ticktext=[shortened(html.escape(label)) for label in labels],
+        ticktext=[shortened(html_text(label)) for label in labels],
         range=[len(labels) - 0.5, -0.5],
         showgrid=False,
     )
@@ -298,12 +298,12 @@ def diamond(row: int, label: str, found: Estimate, what: str, write: Any) -> Any
         error_x=bars,
         mode="markers",
         marker={"symbol": "diamond", "size": 9, "color": "#777", "line": {"width": 1}},
-        hovertemplate=f"{html.escape(label)}<br>{what} {_told(found, write)}<extra></extra>",
+        hovertemplate=f"{html_text(label)}<br>{what} {_told(found, write)}<extra></extra>",
     )
 
 
 def told_score(score: SequenceScore) -> str:
     """Return the hover text of a sequence: its place, PPL and first words, escaped."""
-    where = f" · {html.escape(score.title)}" if score.title else ""
-    text = html.escape(score.excerpt[:70])
+    where = f" · {html_text(score.title)}" if score.title else ""
+    text = html_text(score.excerpt[:70])
     return f"#{score.index}{where}<br>PPL {ppl(score.ppl)}<br><i>{text}</i>"

@@ -3,10 +3,10 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from html import escape
 
 from rich.console import Console
 
+from ramgguf.core.escape import html_text
 from ramgguf.core.units import format_bytes
 from ramgguf.plan.frontier_result import Frontier
 from ramgguf.plan.result import Plan
@@ -130,7 +130,7 @@ def curve_svg(frontier: Frontier, plans: Sequence[Plan] = ()) -> str:
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}">',
             '<g font-family="sans-serif" font-size="12">',
             f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
-            f'<text x="{LEFT}" y="22" font-size="15">{escape(title)}</text>',
+            f'<text x="{LEFT}" y="22" font-size="15">{html_text(title)}</text>',
             *_grid(frontier, axes),
             f'<polyline points="{_path(axes, points)}" {LINE}/>',
             *_marks(frontier, plans, axes),

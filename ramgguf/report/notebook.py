@@ -3,12 +3,12 @@
 Everything that comes from a file is escaped: names of tensors and models are anybody's.
 """
 
-import html
 import math
 import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
+from ramgguf.core.escape import html_text
 from ramgguf.core.units import format_bytes
 from ramgguf.deploy.result import Answer, CheckResult
 from ramgguf.evaluate.evaluation import Evaluation
@@ -21,9 +21,9 @@ from ramgguf.plan.result import Plan
 from ramgguf.report import check, memory, plans
 from ramgguf.report import frontier as curves
 from ramgguf.report import sensitivity as sensing
-from ramgguf.report.boards import board_grid
+from ramgguf.report.boards import board_grids
 from ramgguf.report.evaluation import grids as report_grids
-from ramgguf.report.evaluation import protocol_lines, ranking_grid, statements
+from ramgguf.report.evaluation import protocol_lines, statements
 from ramgguf.report.grid import Field, Grid, grid_of, to_html
 from ramgguf.report.results import report_of
 from ramgguf.report.sentences import findings
@@ -151,12 +151,9 @@ def _evaluation(results: Iterable[EvalResult], failures: Iterable[str] = ()) -> 
 
 
 def _board(board: Leaderboard) -> str:
-    grids = [replace(board_grid(board), title="Models"), ranking_grid(board)]
-    return _drawn(
-        "",
-        [grid.without_empty_columns() for grid in grids],
-        (*board_verdict(board), *findings(board)),
-    )
+    models, *rankings = board_grids(board)
+    grids = [replace(models, title="Models"), *rankings]
+    return _drawn("", grids, (*board_verdict(board), *findings(board)))
 
 
 def _name(source: Source) -> str:
@@ -165,9 +162,9 @@ def _name(source: Source) -> str:
 
 def _drawn(title: str, grids: Iterable[Grid], told: Iterable[str], picture: str = "") -> str:
     """Return a heading, tables, a picture and remarks; text is escaped, the picture is SVG."""
-    heading = f"<p><b>{html.escape(title)}</b></p>\n" if title else ""
+    heading = f"<p><b>{html_text(title)}</b></p>\n" if title else ""
     tables = "".join(map(to_html, grids))
-    items = "".join(f"<li>{html.escape(line)}</li>\n" for line in told)
+    items = "".join(f"<li>{html_text(line)}</li>\n" for line in told)
     remarks = f"<ul>\n{items}</ul>\n" if items else ""
     return (
         f'<div class="ramgguf"><style>{_STYLE}</style>\n{heading}{tables}{picture}{remarks}</div>\n'

@@ -1,7 +1,6 @@
 """`ramgguf report`: one HTML page that holds all it shows and asks nothing of the network."""
 
 import hashlib
-import html
 import json
 from collections.abc import Iterator, Sequence
 from importlib import resources
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ramgguf.core.errors import ResultError
+from ramgguf.core.escape import html_text, json_text
 from ramgguf.core.files import write_atomically
 from ramgguf.core.units import format_bytes
 from ramgguf.evaluate.eval_report import EvalReport
@@ -18,9 +18,9 @@ from ramgguf.gguf.identity import difference
 from ramgguf.measure.result import Measurement
 from ramgguf.plan.result import Plan
 from ramgguf.report import figures, plan_figures
-from ramgguf.report.boards import board_grid
+from ramgguf.report.boards import board_grids
 from ramgguf.report.delta_figure import delta_nll
-from ramgguf.report.evaluation import grids, protocol_lines, ranking_grid, statements
+from ramgguf.report.evaluation import grids, protocol_lines, statements
 from ramgguf.report.grid import to_html
 from ramgguf.report.numbers import ppl
 from ramgguf.report.sentences import findings
@@ -57,7 +57,7 @@ def page(
     published: Leaderboard | None = None,
 ) -> str:
     """Return the page's HTML; published is a leaderboard of figures without sequences."""
-    title = html.escape(_title(report, plans, measurements, published))
+    title = html_text(_title(report, plans, measurements, published))
     body = "".join(
         (
             *_evaluation(report),
@@ -106,7 +106,7 @@ def _evaluation(report: EvalReport) -> Iterator[str]:
     yield _section("Results", "Intervals are 95 %; none is claimed where the text is too short.")
     yield from (to_html(grid) for grid in grids(report))
     yield _list(statements(report))
-    yield "".join(f'<p class="soft">{html.escape(line)}</p>\n' for line in protocol_lines(report))
+    yield "".join(f'<p class="soft">{html_text(line)}</p>\n' for line in protocol_lines(report))
     yield _section(
         "Every sequence",
         "One point per sequence, with the quartiles. The grey diamond is corpus PPL with its"
@@ -130,14 +130,12 @@ def _published(board: Leaderboard | None) -> Iterator[str]:
     yield from _verdict(board_verdict(board))
     yield from _by_size(board)
     yield _section("Published figures", "Without sequences: no interval, and no test.")
-    yield from (
-        to_html(g.without_empty_columns()) for g in (board_grid(board), ranking_grid(board))
-    )
+    yield from (to_html(grid) for grid in board_grids(board))
     yield _list(findings(board))
 
 
 def _verdict(lines: Sequence[str]) -> Iterator[str]:
-    yield from (f'<p class="verdict">{html.escape(line)}</p>\n' for line in lines)
+    yield from (f'<p class="verdict">{html_text(line)}</p>\n' for line in lines)
 
 
 def _by_size(board: Leaderboard) -> Iterator[str]:
@@ -173,14 +171,14 @@ def _cards(report: EvalReport) -> Iterator[str]:
     for x in ranked[:_MAX_CARDS]:
         title = f"#{x.index}" + (f" · {x.title}" if x.title else "")
         rows = "".join(
-            f'<tr><td>{html.escape(s.label)}</td><td class="number">{ppl(known[x.index].ppl)}</td>'
+            f'<tr><td>{html_text(s.label)}</td><td class="number">{ppl(known[x.index].ppl)}</td>'
             "</tr>"
             for s, known in zip(report.summaries, scores, strict=True)
             if x.index in known
         )
         yield (
-            f'<div class="card"><h4>{html.escape(title)}</h4><table>{rows}</table>'
-            f"<blockquote>{html.escape(x.excerpt)} …</blockquote></div>\n"
+            f'<div class="card"><h4>{html_text(title)}</h4><table>{rows}</table>'
+            f"<blockquote>{html_text(x.excerpt)} …</blockquote></div>\n"
         )
     yield "</div>\n"
 
@@ -203,11 +201,11 @@ def _plans(plans: Sequence[tuple[str, Plan]]) -> Iterator[str]:
     for label, plan in plans:
         kept = [a for a in plan.assignments if plan_figures.is_kept(a)]
         gap = "proven optimal" if plan.gap == 0 else f"within {plan.gap:.1g} of the optimum, proven"
-        yield f"<h3>{html.escape(label)}</h3>\n"
+        yield f"<h3>{html_text(label)}</h3>\n"
         yield (
             f'<p class="soft">{format_bytes(plan.n_bytes)} of a budget of'
             f" {format_bytes(plan.budget)}; {plan.bpw:.3f} bits per weight; objective"
-            f" {html.escape(plan.objective)}, {gap}; kept as found:"
+            f" {html_text(plan.objective)}, {gap}; kept as found:"
             f" {len(kept)} of {len(plan.assignments)} tensors,"
             f" {format_bytes(sum(a.n_bytes for a in kept))}.</p>\n"
         )
@@ -232,7 +230,7 @@ def _measurements(
     for i, (label, measurement) in enumerate(measurements):
         same = [(name, p) for name, p in plans if difference(p.source, measurement.source) is None]
         yield (
-            f"<h3>{html.escape(label)}</h3>\n"
+            f"<h3>{html_text(label)}</h3>\n"
             f'<p><label for="tensor-{i}">Tensor</label> <select id="tensor-{i}"></select></p>\n'
             f'<figure><div class="plot" data-curves="curves-{i}" data-layout="layout-{i}"'
             f' data-select="tensor-{i}" role="img"'
@@ -246,11 +244,11 @@ def _measurements(
 
 
 def _section(title: str, text: str) -> str:
-    return f'<h2>{html.escape(title)}</h2>\n<p class="soft">{html.escape(text)}</p>\n'
+    return f'<h2>{html_text(title)}</h2>\n<p class="soft">{html_text(text)}</p>\n'
 
 
 def _list(items: Sequence[str]) -> str:
-    return "<ul>\n" + "".join(f"<li>{html.escape(i)}</li>\n" for i in items) + "</ul>\n"
+    return "<ul>\n" + "".join(f"<li>{html_text(i)}</li>\n" for i in items) + "</ul>\n"
 
 
 def _figure(made: figures.Figure | None, label: str) -> str:
@@ -261,12 +259,13 @@ def _figure(made: figures.Figure | None, label: str) -> str:
     name = "figure-" + hashlib.sha256(json.dumps([label, data]).encode()).hexdigest()[:12]
     return (
         f'<figure><div class="plot" data-figure="{name}" role="img"'
-        f' aria-label="{html.escape(label, quote=True)}"></div></figure>\n'
+        f' aria-label="{html_text(label)}"></div></figure>\n'
         f"{_data(name, data)}"
     )
 
 
 def _data(name: str, value: Any) -> str:
     """Return a JSON block; no text in it can end the script element."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+    text = json_text(json.dumps(value, ensure_ascii=False, separators=(",", ":")))
+    text = text.replace("<", "\\u003c")
     return f'<script type="application/json" id="{name}">{text}</script>\n'

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 from rich.console import Console
 
+from ramgguf.core.escape import to_json
 from ramgguf.evaluate.eval_report import EvalReport, eval_report
 from ramgguf.evaluate.result import EvalResult
 from ramgguf.evaluate.statistics import OUTLIER_PPL
@@ -47,4 +48,4 @@ def eval_json(results: Sequence[EvalResult], *, outlier_ppl: float = OUTLIER_PPL
         **evaluation.report_json(report_of(results, outlier_ppl)),
         "results": [json.loads(r.without_tokens().to_json()) for r in results],
     }
-    return json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False)
+    return to_json(document, indent=1)

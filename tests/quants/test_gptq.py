@@ -194,4 +194,24 @@ def test_the_hessian_file_of_another_model_is_refused(tmp_path: Path) -> None:
     assert hessians.factored("a", 64) is hessians.factored("b", 64)
     with pytest.raises(ImatrixError, match="has 32 columns"):
         hessians.get("b", 32)
+    with pytest.raises(ImatrixError, match="has 32 columns"):
+        hessians.factored("b", 32)  # though the owner's is kept
     hessians.close()
+
+
+@pytest.mark.parametrize(
+    ("gram", "said"),
+    [([[1, 5], [5, 1]], "not positive definite"), ([[1, 5], [0, 1]], "not symmetric")],
+)
+def test_what_no_inputs_make_is_an_error_in_one_line(
+    tmp_path: Path, gram: list[list[float]], said: str
+) -> None:
+    from ramgguf.core.errors import ImatrixError
+    from ramgguf.quants.hessian import gram_name, load_hessians, new_hessians
+
+    path = tmp_path / "h.gguf"
+    with new_hessians(path, {"a": "a"}, {"a": 2}, 1, force=False) as file:
+        file.write(gram_name("a"), np.array(gram, np.float32))
+        file.commit()
+    with pytest.raises(ImatrixError, match=said):
+        load_hessians(path).factored("a", 2)

@@ -117,7 +117,10 @@ def until_ready(server: Server) -> None:
 
 
 def serve(model: Path, **options: Any) -> Server:
-    settings = Settings(model, "chat", ContextShape(N_CONTEXT), 1, None, 1, "estimate")
+    settings = Settings(
+        model, "chat", ContextShape(N_CONTEXT), 1, None, 1, "estimate",
+        allow_grammars=options.pop("allow_grammars", False),
+    )  # fmt: skip
     return Server(settings, Place(port=0, **options))
 
 

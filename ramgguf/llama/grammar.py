@@ -16,7 +16,7 @@ from ramgguf.llama.limits import cap_growth
 from ramgguf.llama.server_protocol import CheckedGrammar, CheckGrammar
 from ramgguf.llama.system import llama_module
 
-GROWTH_BYTES = 512 << 20
+GROWTH_BYTES = 512 << 20  # of the process: the vocabulary, and what a schema becomes
 CPU_SECONDS = 10  # should the parent be stopped
 _LONGEST = 256 << 10  # bytes of a grammar
 
@@ -40,6 +40,7 @@ def check(llama: ModuleType, request: CheckGrammar) -> CheckedGrammar:
     parameters.vocab_only = True
     model = functions.llama_model_load_from_file(os.fsencode(request.path), parameters)
     vocab = functions.llama_model_get_vocab(model)
+    cap_growth(request.growth_bytes)
     sampler = functions.llama_sampler_init_grammar(vocab, grammar.encode(), b"root")
     if not sampler:
         return CheckedGrammar(error="llama.cpp cannot parse the grammar")

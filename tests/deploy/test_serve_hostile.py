@@ -15,7 +15,9 @@ from typing import Any
 import pytest
 
 from bigram_model import write_bigram_model
-from ramgguf.deploy.serving import Server
+from ramgguf.core.machine import Available
+from ramgguf.deploy.footprint_formula import ContextShape
+from ramgguf.deploy.serving import Place, Server, planned_settings
 from serve_requests import (
     CHAT,
     FORMAT,
@@ -364,10 +366,57 @@ def test_a_wrong_key_is_refused_everywhere(model: Path) -> None:
         assert ask(found, "/v1/models", headers=right).status == 200
 
 
-def test_the_models_process_may_not_grow_without_end(server: Server) -> None:
-    limits = Path(f"/proc/{model_pid(server)}/limits").read_text()
-    (line,) = [line for line in limits.splitlines() if line.startswith("Max data size")]
-    assert int(line.split()[3]) < 2_000_000_000
+def data_bytes(pid: int, name: str) -> int:
+    """Return a size that Linux tells of a process: VmData, or Pss, shared pages by shares."""
+    file = "smaps_rollup" if name == "Pss" else "status"
+    lines = Path(f"/proc/{pid}/{file}").read_text().splitlines()
+    (line,) = [line for line in lines if line.startswith(f"{name}:")]
+    return 1024 * int(line.split()[1])
+
+
+@pytest.mark.parametrize("allow_grammars", [False, True])
+def test_the_models_process_may_grow_by_what_is_planned_for_a_request(
+    model: Path, allow_grammars: bool
+) -> None:
+    room = Available(10**10, "a test")
+    settings = planned_settings(
+        model, ContextShape(2048), room, n_threads=1, allow_grammars=allow_grammars
+    )
+    with Server(settings, Place(port=0)) as found:
+        pid = model_pid(found)
+        limits = Path(f"/proc/{pid}/limits").read_text()
+        (line,) = [line for line in limits.splitlines() if line.startswith("Max data size")]
+        growth = int(line.split()[3]) - data_bytes(pid, "VmData")
+    assert 0.8 * settings.request_bytes < growth <= settings.request_bytes
+
+
+def test_the_server_takes_no_more_than_is_planned_after_the_largest_requests(model: Path) -> None:
+    settings = planned_settings(
+        model, ContextShape(N_CONTEXT), Available(10**10, "a test"), n_threads=1
+    )
+    with Server(settings, Place(port=0)) as found:
+        biased = {"logit_bias": {str(i): 1 for i in range(200)}, "mirostat_mode": 2}
+        assert complete(found, prompt="x" * (N_CONTEXT - 10), **biased).status == 200
+        assert say(found, "hi").status == 200
+        for text in ("x", "é", " "):
+            longest = text * (32 * N_CONTEXT // len(text.encode()))
+            assert ask(found, "/extras/tokenize", {"input": longest}).status == 200
+        children = Path(f"/proc/{found.pid}/task/{found.pid}/children").read_text().split()
+        taken = sum(data_bytes(int(pid), "Pss") for pid in (found.pid, *children))
+    assert 0.3 * settings.needed < taken < settings.needed
+
+
+def test_the_longest_prompt_of_a_long_context_does_not_end_the_model(model: Path) -> None:
+    """Its tokens take 350 MB: the limit must follow from the context."""
+    settings = planned_settings(
+        model, ContextShape(1 << 17), Available(10**10, "a test"), n_threads=1
+    )
+    with Server(settings, Place(port=0)) as found:
+        before = model_pid(found)
+        reply = complete(found, prompt="x" * (32 << 17))
+        assert reply.status == 400
+        assert "maximum context length" in reply.line
+        assert model_pid(found) == before
 
 
 def test_many_clients_at_once_get_their_own_answers(server: Server) -> None:

@@ -395,14 +395,15 @@ def test_the_server_takes_no_more_than_is_planned_after_the_largest_requests(mod
         model, ContextShape(N_CONTEXT), Available(10**10, "a test"), n_threads=1
     )
     with Server(settings, Place(port=0)) as found:
-        biased = {"logit_bias": {str(i): 1 for i in range(200)}, "mirostat_mode": 2}
+        biased: dict[str, Any] = {"logit_bias": {str(i): 1 for i in range(200)}, "mirostat_mode": 2}
         assert complete(found, prompt="x" * (N_CONTEXT - 10), **biased).status == 200
         assert say(found, "hi").status == 200
         for text in ("x", "é", " "):
             longest = text * (32 * N_CONTEXT // len(text.encode()))
             assert ask(found, "/extras/tokenize", {"input": longest}).status == 200
         children = Path(f"/proc/{found.pid}/task/{found.pid}/children").read_text().split()
-        taken = sum(data_bytes(int(pid), "Pss") for pid in (found.pid, *children))
+        pids = [found.pid, *map(int, children)]
+        taken = sum(data_bytes(pid, "Pss") for pid in pids)
     assert 0.3 * settings.needed < taken < settings.needed
 
 

@@ -121,7 +121,8 @@ Workers = Annotated[
     typer.Option(
         "--executor",
         metavar="WORKERS",
-        help="Who runs the passes: dask://HOST:PORT (a cluster), local:N; --threads for each.",
+        help="Who runs the passes: dask://HOST:PORT or dask+tls://HOST:PORT (a cluster), local:N; "
+        "--threads for each.",
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON, nothing else.")]

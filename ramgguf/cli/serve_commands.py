@@ -109,10 +109,17 @@ def serve(
             ContextShape(context or _CONTEXT, 1, *parse_cache_types(cache_type or "f16")),
             limit(memory),
             n_threads=threads or default_threads(),
+            allow_grammars=allow_grammars,
             force=force,
         )
     elif context is None and cache_type is None and threads is None:
-        settings = checked_settings(model, CheckResult.load(check), limit(memory), force=force)
+        settings = checked_settings(
+            model,
+            CheckResult.load(check),
+            limit(memory),
+            allow_grammars=allow_grammars,
+            force=force,
+        )
     else:
         raise typer.BadParameter(
             "context, cache type and threads are those of the check", param_hint="--check"
@@ -128,7 +135,6 @@ def serve(
         verbose=verbose,
         hosts=tuple(allow_host or ()),
         origins=tuple(allow_origin or ()),
-        allow_grammars=allow_grammars,
         max_tokens=max_tokens,
         n_waiting=queue,
         seconds=time_limit,

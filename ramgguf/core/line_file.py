@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ramgguf.core.errors import RamggufError
 from ramgguf.core.files import refuse_input
+from ramgguf.core.inputs import reading
 
 
 def whole_lines(data: bytes) -> list[bytes]:
@@ -31,6 +32,7 @@ class LineFile:
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
             self._lock()
             data = path.read_bytes()
+            reading(path)  # no other output of the run may replace it
         except OSError as e:
             self.close()
             raise error(f"{path}: {e.strerror}") from None

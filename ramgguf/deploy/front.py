@@ -30,6 +30,7 @@ from ramgguf.deploy.front_children import (
     checked_grammar,
 )
 from ramgguf.deploy.front_requests import (
+    GRAMMAR_BYTES,
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
@@ -291,8 +292,10 @@ class Api:
         if grammar is not None and schema is not None:
             raise RequestError(400, "grammar and response_format exclude each other")
         text = None if schema is None else json.dumps(schema)
-        check = CheckGrammar(path=self._path, grammar=grammar, schema_text=text)
-        async with self._grammar_turn:  # each may take half a gigabyte
+        check = CheckGrammar(
+            path=self._path, grammar=grammar, schema_text=text, growth_bytes=GRAMMAR_BYTES
+        )
+        async with self._grammar_turn:  # each takes the memory of a vocabulary, and a limit's
             return await checked_grammar(check, self._limits)
 
     def _require_short(self, text: str) -> None:

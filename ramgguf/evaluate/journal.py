@@ -15,6 +15,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from ramgguf.core.documents import FrozenModel, NonNegativeFloat
 from ramgguf.core.errors import EngineError
 from ramgguf.core.escape import json_text
+from ramgguf.core.inputs import read_bytes
 from ramgguf.core.line_file import LineFile, whole_lines
 from ramgguf.evaluate.result import BrokenSequence, EvalResult, Quantiles, SequenceScore, quantiles
 
@@ -79,12 +80,8 @@ def read_results(path: Path) -> tuple[EvalResult, ...]:
 
     The file is not touched: the evaluation may still be writing it.
     """
-    try:
-        data = path.read_bytes()
-    except OSError as e:
-        raise EngineError(f"{path}: {e.strerror}; expected what `ramgguf eval -o` writes") from None
     journal = Journal(None, resume=False)
-    journal.load(path, whole_lines(data))
+    journal.load(path, whole_lines(read_bytes(path, error=EngineError)))
     return journal.results()
 
 

@@ -39,8 +39,6 @@ from ramgguf.llama.sizes import N_BATCH, N_UBATCH, SizesOf, context_parameters
 from ramgguf.llama.system import llama_module, system_info
 
 _SAMPLE_TOKENS = 64  # enough for the kernels of whole batches
-# Beyond what is there after loading: tokens and texts of requests, buffers of samplers.
-GROWTH_BYTES = 256 << 20
 _REQUEST: TypeAdapter[Any] = TypeAdapter(Request)
 
 Say = Callable[[BaseModel], None]
@@ -280,7 +278,7 @@ def main() -> None:
         llama = llama_module(verbose=request.verbose)
         model = load(llama, request)
         engines.append(Engine(llama, model, request.n_ctx))
-        cap_growth(GROWTH_BYTES)
+        cap_growth(request.growth_bytes)
         say(Loaded(system=system_info(), chat=chat_format(model, request.chat_format)))
         while True:
             engines[0].answer(lines.get(), say)

@@ -105,14 +105,16 @@ class Hessians:
         return threading.Lock()
 
     @cached_property
-    def _recent(self) -> OrderedDict[str, Hessian]:
+    def _recent(self) -> OrderedDict[tuple[str, int], Hessian]:
         return OrderedDict()
 
     def factored(self, name: str, n_columns: int) -> Hessian:
         """Return what error feedback needs of the weight's inputs; the last few are kept."""
+        # A file may say that weights of other columns have the same input: get refuses that.
         owner = self.owner(name) or name
+        key = owner, n_columns
         with self._lock:
-            found = self._recent.pop(owner, None)
+            found = self._recent.pop(key, None)
             if found is None:
                 gram = self.get(name, n_columns)
                 assert gram is not None  # there is an owner
@@ -123,7 +125,7 @@ class Hessians:
                         f"{self.path}: {owner}{_GRAM}: {e}; make the file again with "
                         "`ramgguf calibrate --hessian`"
                     ) from None
-            self._recent[owner] = found
+            self._recent[key] = found
             while len(self._recent) > _KEPT:
                 self._recent.popitem(last=False)
             return found

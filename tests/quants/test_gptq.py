@@ -194,6 +194,8 @@ def test_the_hessian_file_of_another_model_is_refused(tmp_path: Path) -> None:
     assert hessians.factored("a", 64) is hessians.factored("b", 64)
     with pytest.raises(ImatrixError, match="has 32 columns"):
         hessians.get("b", 32)
+    with pytest.raises(ImatrixError, match="has 32 columns"):
+        hessians.factored("b", 32)  # though the owner's is kept
     hessians.close()
 
 

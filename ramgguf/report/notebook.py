@@ -6,11 +6,13 @@ Everything that comes from a file is escaped: names of tensors and models are an
 import html
 import math
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from ramgguf.core.units import format_bytes
 from ramgguf.deploy.result import CheckResult
+from ramgguf.evaluate.embedding_report import embedding_report
+from ramgguf.evaluate.embedding_result import EmbeddingResult
 from ramgguf.evaluate.evaluation import Evaluation
 from ramgguf.evaluate.leaderboard import Leaderboard
 from ramgguf.evaluate.result import EvalResult
@@ -18,7 +20,7 @@ from ramgguf.gguf.identity import Source
 from ramgguf.measure.result import Measurement
 from ramgguf.plan.frontier_result import Frontier
 from ramgguf.plan.result import Plan
-from ramgguf.report import check, memory, plans
+from ramgguf.report import check, embeddings, memory, plans
 from ramgguf.report import frontier as curves
 from ramgguf.report import sensitivity as sensing
 from ramgguf.report.boards import board_grid
@@ -51,6 +53,10 @@ def drawing(value: object) -> str | None:
             return _sensitivity(value)
         case CheckResult():
             return _check(value)
+        case EmbeddingResult():
+            return _embeddings([value])
+        case Evaluation() if value.embeddings:
+            return _embeddings(value.embeddings, value.failures)
         case EvalResult():
             return _evaluation([value])
         case Evaluation():
@@ -131,6 +137,12 @@ def _evaluation(results: Iterable[EvalResult], failures: Iterable[str] = ()) -> 
     study = study_of(list(results))
     told = (*verdict_lines(study), *statements(study), *failures, *protocol_lines(study))
     return _drawn("", study_grids(study), told)
+
+
+def _embeddings(results: Sequence[EmbeddingResult], failures: Iterable[str] = ()) -> str:
+    report = embedding_report(results)
+    told = (*embeddings.verdict_lines(report), *embeddings.statements(report), *failures)
+    return _drawn("", [embeddings.embedding_grid(report)], told)
 
 
 def _board(board: Leaderboard) -> str:

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ramgguf.core.errors import EngineError
-from ramgguf.llama.kind import POOLINGS, kind_of
+from ramgguf.llama.kind import POOLINGS, kind_of, run_batch
 from ramgguf.llama.model import LlamaModel
 from ramgguf.llama.protocol import TokenIds
 
@@ -59,12 +59,7 @@ class EmbeddingModel(LlamaModel):
         self.clear()
         self._put(ids, first_output=0)
         llama = self.llama
-        # What keeps no keys and values, and an encoder alone, is no decoder to llama.cpp.
-        encodes = llama.llama_model_has_encoder(self.handle) or not llama.llama_get_memory(
-            self._context
-        )
-        run = llama.llama_encode if encodes else llama.llama_decode
-        if (code := run(self._context, self._batch)) != 0:
+        if (code := run_batch(llama, self.handle, self._context, self._batch)) != 0:
             raise EngineError(f"{self.path}: llama.cpp failed to embed a text, code {code}")
         pointer = llama.llama_get_embeddings_seq(self._context, 0)
         if not pointer:

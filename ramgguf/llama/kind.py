@@ -52,3 +52,13 @@ def kind_of(llama: ModuleType, model: Any, context: Any) -> ModelKind:
         return "diffusion"
     causal = bool(llama.llama_get_causal_attn(context))
     return "causal" if has_decoder and causal and pooling == "none" else "embedding"
+
+
+def run_batch(llama: ModuleType, model: Any, context: Any, batch: Any) -> int:
+    """Compute a batch of an embedding model's tokens; return llama.cpp's code, 0 for success.
+
+    What keeps no keys and values, and an encoder alone, is no decoder to llama.cpp.
+    """
+    encodes = llama.llama_model_has_encoder(model) or not llama.llama_get_memory(context)
+    run = llama.llama_encode if encodes else llama.llama_decode
+    return int(run(context, batch))

@@ -277,7 +277,7 @@ class _Run:
             try:
                 best = self._improved(best)
             except WrongKindError as e:
-                self._log.add(f"effort {self._effort} is fast here: {e}")
+                self._log.add(f"it falls back to fast: {e}")
             except EngineError as e:
                 self._log.add(f"effort ends here, with what was made so far: {e}")
             return self._finished(best)

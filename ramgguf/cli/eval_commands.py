@@ -14,10 +14,18 @@ from ramgguf.core.errors import ResultError
 from ramgguf.core.units import format_bytes
 from ramgguf.evaluate.common_sequences import check_comparable
 from ramgguf.evaluate.comparison import compare_published
+from ramgguf.evaluate.embedding_result import EmbeddingResult
 from ramgguf.evaluate.leaderboard import Leaderboard
 from ramgguf.evaluate.result import EvalResult
 from ramgguf.evaluate.result_files import read_material
+from ramgguf.evaluate.statistics import OUTLIER_PPL
 from ramgguf.report.boards import board_csv, board_json, board_markdown, print_board
+from ramgguf.report.embeddings import (
+    embeddings_csv,
+    embeddings_json,
+    embeddings_markdown,
+    print_embeddings,
+)
 from ramgguf.report.page import write_html
 from ramgguf.report.results import eval_csv, eval_json, eval_markdown, print_eval, report_of
 
@@ -38,7 +46,9 @@ Models = Annotated[
 ]
 Reference = Annotated[
     Path | None,
-    typer.Option("--reference", "-r", help="Model to compare with, token by token: KLD."),
+    typer.Option(
+        "--reference", "-r", help="The original: KLD token by token, or cosines of embeddings."
+    ),
 ]
 ProtocolOption = Annotated[
     str,
@@ -46,9 +56,16 @@ ProtocolOption = Annotated[
 ]
 SeqLen = Annotated[
     int | None,
-    typer.Option("--seq-len", "--context", min=8, help="Tokens per sequence."),
+    typer.Option(
+        "--seq-len",
+        "--context",
+        min=8,
+        help="Tokens per sequence; at most so many of a text to embed.",
+    ),
 ]
-NSeq = Annotated[int | None, typer.Option("--n-seq", min=1, help="Sequences to score.")]
+NSeq = Annotated[
+    int | None, typer.Option("--n-seq", min=1, help="Sequences to score, or texts to embed.")
+]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of the draw of sequences.")]
 Bos = Annotated[bool, typer.Option("--bos", help="Start every sequence with BOS (ram).")]
 TextFile = Annotated[
@@ -89,7 +106,7 @@ def evaluate(
     safe_kernels: Safe = None,
     output: Results = None,
     resume: Resume = False,
-    outlier: Outlier = 100.0,
+    outlier: Outlier = OUTLIER_PPL,
     threads: opt.Threads = None,
     workers: opt.Workers = None,
     as_json: opt.AsJson = False,
@@ -121,7 +138,10 @@ def evaluate(
             verbose=verbose,
             progress=terminal.progress,
         )
-    _show(found.results, terminal, outlier, style)
+    if found.embeddings:
+        _show_embeddings(found.embeddings, terminal, outlier, style)
+    else:
+        _show(found.results, terminal, outlier, style)
     for failure in found.failures:
         terminal.err.print(f"error: {failure}")
     if found.failures:
@@ -152,6 +172,21 @@ def _show(
         print_eval(results, terminal.out, outlier_ppl=outlier)
 
 
+def _show_embeddings(
+    results: Sequence[EmbeddingResult], terminal: opt.Terminal, outlier: float, style: _Style
+) -> None:
+    if outlier != OUTLIER_PPL:
+        terminal.announce("--outlier has no effect: embedding models have no PPL")
+    if style.as_json:
+        print(embeddings_json(results))
+    elif style.as_markdown:
+        print(embeddings_markdown(results), end="")
+    elif style.as_csv:
+        print(embeddings_csv(results), end="")
+    else:
+        print_embeddings(results, terminal.out)
+
+
 ResultFiles = Annotated[
     list[Path],
     typer.Argument(
@@ -163,7 +198,7 @@ ResultFiles = Annotated[
 
 def compare(
     files: ResultFiles,
-    outlier: Outlier = 100.0,
+    outlier: Outlier = OUTLIER_PPL,
     as_json: opt.AsJson = False,
     as_markdown: AsMarkdown = False,
     as_csv: AsCsv = False,
@@ -173,6 +208,14 @@ def compare(
     style = _Style(as_json, as_markdown, as_csv)
     terminal = opt.Terminal.make(quiet=quiet, as_json=style.for_programs)
     material = read_material(files)
+    if material.embeddings:
+        if material.results or material.aggregates:
+            raise ResultError(
+                "embedding models have no PPL or KLD and are not ranked together with language"
+                " models; compare their files on their own"
+            )
+        _show_embeddings(material.embeddings, terminal, outlier, style)
+        return
     if material.aggregates and material.results:
         raise ResultError(
             "published figures have no sequences and are not ranked together with results;"
@@ -214,7 +257,7 @@ def report(
     output: Page = Path("report.html"),
     plan: PlanFiles = None,
     measurement: MeasurementFiles = None,
-    outlier: Outlier = 100.0,
+    outlier: Outlier = OUTLIER_PPL,
     force: opt.Force = False,
     quiet: opt.Quiet = False,
 ) -> None:
@@ -222,6 +265,10 @@ def report(
     terminal = opt.Terminal.make(quiet=quiet, as_json=False)
     opt.refuse_existing(output, force=force)
     material = read_material([*files, *(plan or ()), *(measurement or ())])
+    if material.embeddings:
+        raise ResultError(
+            "the page shows PPL and KLD, which embedding models do not have; use `ramgguf compare`"
+        )
     made = report_of(material.results, outlier)
     published = (
         compare_published(material.aggregates, material.notes) if material.aggregates else None

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ramgguf.gguf.identity import FileIdentity
+from ramgguf.llama.kind import ModelKind
 from ramgguf.llama.protocol import Opened, Score, Scored, SystemInfo, Tokenize, Tokenized
 from ramgguf.llama.runner_protocol import (
     AboutRunner,
@@ -106,7 +107,7 @@ class Failed:
 
     error: the worker or its files are unfit. refused, crashed: it is the model's fault, as
     ModelError and CrashError say. lost: the child was killed from outside, which the task may
-    survive elsewhere.
+    survive elsewhere. model_kind is as in WrongKindError.
     """
 
     worker: str
@@ -114,3 +115,4 @@ class Failed:
     message: str
     model: int = 0
     index: int | None = None
+    model_kind: ModelKind | None = None

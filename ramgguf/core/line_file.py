@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import stat
 from contextlib import suppress
 from pathlib import Path
 
@@ -60,8 +61,12 @@ class LineFile:
         self._end += n_bytes
 
     def close(self) -> None:
-        """Close the file, which frees it for others."""
+        """Close the file, which frees it for others; one without a byte is removed."""
         if self._fd >= 0:
+            told = os.fstat(self._fd)
+            if told.st_size == 0 and stat.S_ISREG(told.st_mode):
+                with suppress(OSError):
+                    self.path.unlink()
             os.close(self._fd)
             self._fd = -1
 

@@ -19,6 +19,7 @@ from pydantic import BaseModel, TypeAdapter
 from ramgguf.core.errors import EngineError
 from ramgguf.gguf.header import ggml_type
 from ramgguf.llama.child import Failure, take_stdout
+from ramgguf.llama.kind import KindError, kind_of
 from ramgguf.llama.limits import cap_growth
 from ramgguf.llama.server_protocol import (
     Cancel,
@@ -80,6 +81,7 @@ def impose(llama: ModuleType, request: Serve) -> None:
 def load(llama: ModuleType, request: Serve) -> Any:
     """Return the model, loaded and tried. Raises EngineError when llama.cpp refuses."""
     impose(llama, request)
+    functions = llama.llama_cpp
     require_chat_format(request.chat_format)
     # Its compiler computes constants: 'x' * 2000000000 takes the memory of the machine. Templates
     # are compiled by the process for them alone.
@@ -106,6 +108,8 @@ def load(llama: ModuleType, request: Serve) -> Any:
         raise EngineError(
             f"{request.path}: llama.cpp cannot serve it ({_told(e)}); run with -v to see why"
         ) from None
+    if (kind := kind_of(functions, model._model.model, model._ctx.ctx)) != "causal":
+        raise KindError(request.path, kind)
     _try(model, request)
     return model
 

@@ -29,6 +29,7 @@ from ramgguf.gguf.architecture import layer_of, never_quantized
 from ramgguf.gguf.hub import beside, local_path
 from ramgguf.gguf.identity import FileIdentity
 from ramgguf.gguf.reader import GGUFFile, TensorInfo, open_gguf
+from ramgguf.llama.client import WrongKindError
 from ramgguf.llama.system import llama_installed
 from ramgguf.measure.result import Measurement
 from ramgguf.plan import PlanOptions, SizeLimit, size_limit
@@ -249,6 +250,8 @@ class _Run:
             best = self._candidate(self._options)
             try:
                 best = self._improved(best)
+            except WrongKindError as e:
+                self._log.add(f"it falls back to fast: {e}")
             except EngineError as e:
                 self._log.add(f"effort ends here, with what was made so far: {e}")
             return self._finished(best)

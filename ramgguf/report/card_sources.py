@@ -83,7 +83,10 @@ def card(
     followed = None if plan is None else Plan.load(Path(plan))
     if followed is not None:
         _require_followed(facts, followed, Path(plan or ""))
-    found = read_material([Path(r) for r in results]).results
+    material = read_material([Path(r) for r in results])
+    if material.embeddings:
+        raise ResultError("a card shows PPL and KLD; add what `compare --markdown` prints by hand")
+    found = material.results
     if results:
         _require_scored(facts, found)
     tried = None if check is None else CheckResult.load(Path(check))

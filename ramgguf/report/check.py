@@ -35,11 +35,13 @@ def lines(result: CheckResult) -> Iterator[Line]:
         yield Line("load time", format_seconds(result.load_seconds))
     if (speed := result.speed) is not None:
         yield _spread(f"prompt of {speed.n_prompt} tokens, tokens/s", speed.prompt)
-        yield _spread("generation, tokens/s", speed.generation)
-        first = speed.first_token_seconds
-        yield _spread("time to first token, s", first, digits=2)
+        if speed.generation is not None:
+            yield _spread("generation, tokens/s", speed.generation)
+        if speed.first_token_seconds is not None:
+            yield _spread("time to first token, s", speed.first_token_seconds, digits=2)
         yield Line(f"filling {result.n_ctx} tokens, tokens/s", f"{speed.filling:.1f}", n="1")
-        yield Line("generation, context full, tokens/s", f"{speed.generation_full:.1f}", n="1")
+        if speed.generation_full is not None:
+            yield Line("generation, context full, tokens/s", f"{speed.generation_full:.1f}", n="1")
     if result.known_ppl is not None:
         yield Line("perplexity of a plain paragraph", f"{result.known_ppl:,.1f}")
     if result.answers:
@@ -72,7 +74,8 @@ def verdict(result: CheckResult) -> str:
     where = f"{format_bytes(result.limit)} ({result.limit_source}) at {result.n_ctx} tokens"
     if result.passed:
         margin = format_bytes(result.margin or 0)
-        return f"PASS: {result.path} runs in {where}, {margin} to spare"
+        what = " (an embedding model)" if result.model_kind == "embedding" else ""
+        return f"PASS: {result.path}{what} runs in {where}, {margin} to spare"
     return f"FAIL: {result.path} in {where}: {'; '.join(result.failures)}"
 
 
@@ -115,11 +118,15 @@ def ratios(result: CheckResult, other: CheckResult) -> list[Ratio]:
         a, b = result.speed, other.speed
         pairs += [
             ("prompt tokens/s", a.prompt.median, b.prompt.median),
-            ("generation tokens/s", a.generation.median, b.generation.median),
-            ("time to first token", a.first_token_seconds.median, b.first_token_seconds.median),
+            ("generation tokens/s", _median(a.generation), _median(b.generation)),
+            ("time to first token", _median(a.first_token_seconds), _median(b.first_token_seconds)),
             ("generation tokens/s, context full", a.generation_full, b.generation_full),
         ]
     return [Ratio(what, x / y) for what, x, y in pairs if x is not None and y]
+
+
+def _median(spread: Spread | None) -> float | None:
+    return None if spread is None else spread.median
 
 
 def print_ratios(result: CheckResult, other: CheckResult, console: Console) -> None:

@@ -5,12 +5,14 @@ Everything that comes from a file is escaped: names of tensors and models are an
 
 import math
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from ramgguf.core.escape import html_text
 from ramgguf.core.units import format_bytes
 from ramgguf.deploy.result import Answer, CheckResult
+from ramgguf.evaluate.embedding_report import embedding_report
+from ramgguf.evaluate.embedding_result import EmbeddingResult
 from ramgguf.evaluate.evaluation import Evaluation
 from ramgguf.evaluate.leaderboard import Leaderboard
 from ramgguf.evaluate.result import EvalResult
@@ -18,7 +20,7 @@ from ramgguf.gguf.identity import Source
 from ramgguf.measure.result import Measurement, Point, TensorMeasurement
 from ramgguf.plan.frontier_result import Frontier
 from ramgguf.plan.result import Plan
-from ramgguf.report import check, memory, plans
+from ramgguf.report import check, embeddings, memory, plans
 from ramgguf.report import frontier as curves
 from ramgguf.report import sensitivity as sensing
 from ramgguf.report.boards import board_grids
@@ -51,6 +53,10 @@ def drawing(value: object) -> str | None:
             return _sensitivity(value)
         case CheckResult():
             return _check(value)
+        case EmbeddingResult():
+            return _embeddings([value])
+        case Evaluation() if value.embeddings:
+            return _embeddings(value.embeddings, value.failures)
         case EvalResult():
             return _evaluation([value])
         case Evaluation():
@@ -148,6 +154,12 @@ def _evaluation(results: Iterable[EvalResult], failures: Iterable[str] = ()) -> 
     report = report_of(list(results))
     told = (*verdict_lines(report), *statements(report), *failures, *protocol_lines(report))
     return _drawn("", report_grids(report), told)
+
+
+def _embeddings(results: Sequence[EmbeddingResult], failures: Iterable[str] = ()) -> str:
+    report = embedding_report(results)
+    told = (*embeddings.verdict_lines(report), *embeddings.statements(report), *failures)
+    return _drawn("", [embeddings.embedding_grid(report)], told)
 
 
 def _board(board: Leaderboard) -> str:

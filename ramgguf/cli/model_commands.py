@@ -55,7 +55,8 @@ SensitivityOrMeasure = Annotated[
     ),
 ]
 SensitivityTime = Annotated[
-    str, typer.Option("--sensitivity-time", help="How long `measure` may take: 90s, 20m, 1h.")
+    str | None,
+    typer.Option("--sensitivity-time", help="How long `measure` may take: 90s, 20m (default), 1h."),
 ]
 
 Refine = Annotated[
@@ -100,7 +101,7 @@ def quantize(
     hessian: opt.HessianFile = None,
     calibrate: opt.Calibrate = None,
     sensitivity: SensitivityOrMeasure = None,
-    sensitivity_time: SensitivityTime = "20m",
+    sensitivity_time: SensitivityTime = None,
     plan_file: PlanFile = None,
     measurement: MeasurementFile = None,
     allow_requantize: opt.Requantize = False,
@@ -148,6 +149,8 @@ def quantize(
         }
         idle = [name for name, given in others.items() if given]
         opt.refuse_idle(idle, "a ready measurement says itself how it was made")
+    if sensitivity_time is not None and sensitivity != "measure":
+        opt.refuse_idle(["--sensitivity-time"], "only --sensitivity measure takes time")
     if workers and not (refine or sensitivity == "measure"):
         raise typer.BadParameter(
             "workers run passes: of --refine or --sensitivity measure", param_hint="--executor"
@@ -181,7 +184,7 @@ def quantize(
             sensitivity,
             encoder=planned_by or chosen.name,
             weighed=Weighed(weighed.imatrix, None) if planned_by else weighed,
-            limit=sensitivity_time,
+            limit=sensitivity_time or "20m",
             threads=threads,
             executor=executor,
             terminal=terminal,

@@ -32,8 +32,11 @@ def sensitivity(
     output: opt.Output = None,
     tokens: opt.Tokens = "self",
     limit: Annotated[
-        str, typer.Option("--time", help="Fit this time by fewer tokens or layers: 90s, 20m, 1h.")
-    ] = "20m",
+        str | None,
+        typer.Option(
+            "--time", help="Fit this time by fewer tokens or layers: 90s, 20m (default), 1h."
+        ),
+    ] = None,
     sequences: Annotated[
         int | None,
         typer.Option("--sequences", min=1, help="So many sequences, whatever the time."),
@@ -60,6 +63,8 @@ def sensitivity(
     What was measured is kept beside the output: run the command again after a kill.
     """
     terminal = opt.Terminal.make(quiet=quiet, as_json=as_json)
+    if sequences is not None and limit is not None:
+        opt.refuse_idle(["--time"], "--sequences takes what it takes")
     path = output or beside(model, f"{model.stem}.sens.json")
     opt.refuse_existing(path, force=force)
     journal = path.with_name(f"{path.name}.partial")
@@ -73,7 +78,7 @@ def sensitivity(
             n_sequences=sequences,
             n_ctx=context,
             seed=seed,
-            seconds=parse_seconds(limit),
+            seconds=parse_seconds(limit or "20m"),
             journal=journal,
             folder=scratch,
             threads=threads,

@@ -10,6 +10,7 @@ from ramgguf.cli import options as opt
 from ramgguf.core.escape import to_json
 from ramgguf.core.units import format_bytes, parse_size
 from ramgguf.gguf.hub import beside
+from ramgguf.gguf.shards import model_stem
 from ramgguf.report.calibration import print_calibration, summary
 
 
@@ -66,7 +67,7 @@ def calibrate(
         opt.refuse_idle(idle, "only with --hessian")
     found = api.calibrate(
         terminal.fetched(model),
-        output or beside(model, f"{model.stem}.imatrix.gguf"),
+        output or beside(model, f"{model_stem(model)}.imatrix.gguf"),
         tokens=tokens,
         n_sequences=sequences,
         n_ctx=context,

@@ -17,6 +17,7 @@ from ramgguf.core.escape import to_json
 from ramgguf.core.units import format_seconds, parse_seconds, parse_size
 from ramgguf.evaluate import scores_here
 from ramgguf.gguf.hub import beside
+from ramgguf.gguf.shards import model_stem
 from ramgguf.measure.result import Measurement
 from ramgguf.plan.result import Plan
 from ramgguf.quants.encoders import DEFAULT_ENCODER
@@ -265,7 +266,7 @@ def measure(
 ) -> None:
     """Measure every tensor's rate–distortion curve and write it as JSON."""
     terminal = opt.Terminal.make(quiet=quiet, as_json=as_json)
-    path = output or beside(model, f"{model.stem}.rd.json")
+    path = output or beside(model, f"{model_stem(model)}.rd.json")
     opt.refuse_existing(path, force=force)
     measured = api.measure(
         terminal.fetched(model),

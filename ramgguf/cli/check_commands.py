@@ -55,6 +55,8 @@ def check(
 
     Exit status 0 says that it passes, 3 that it fails.
     """
+    if as_json and markdown:
+        raise typer.BadParameter("give one of --json and --markdown")
     terminal = opt.Terminal.make(quiet=quiet, as_json=as_json or markdown)
     request = CheckRequest(
         ContextShape(context, 1, *parse_cache_types(cache_type)),

@@ -40,6 +40,8 @@ def register(app: typer.Typer) -> None:
     app.command("report", epilog="Example: ramgguf report scores.jsonl -o report.html")(report)
 
 
+_SEED = 42
+
 Models = Annotated[
     list[Path],
     typer.Argument(metavar="MODEL...", help="GGUF files to score, also hf://ORG/REPO/FILE.gguf."),
@@ -66,7 +68,9 @@ SeqLen = Annotated[
 NSeq = Annotated[
     int | None, typer.Option("--n-seq", min=1, help="Sequences to score, or texts to embed.")
 ]
-Seed = Annotated[int, typer.Option("--seed", help="Seed of the draw of sequences.")]
+Seed = Annotated[
+    int | None, typer.Option("--seed", help="Seed of the draw of sequences (ram); default: 42.")
+]
 Bos = Annotated[bool, typer.Option("--bos", help="Start every sequence with BOS (ram).")]
 TextFile = Annotated[
     Path | None, typer.Option("--text", help="Text or parquet file to score instead of WikiText-2.")
@@ -74,7 +78,9 @@ TextFile = Annotated[
 Dataset = Annotated[
     str | None, typer.Option("--dataset", help="Dataset on the hub, NAME[:CONFIGURATION].")
 ]
-SplitOption = Annotated[str, typer.Option("--split", help="Split of --dataset.")]
+SplitOption = Annotated[
+    str | None, typer.Option("--split", help="Split of --dataset; default: test.")
+]
 Safe = Annotated[
     bool | None,
     typer.Option(
@@ -87,7 +93,10 @@ Results = Annotated[
     typer.Option("--output", "-o", help="JSON lines: every sequence, as it finishes."),
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with what --output already has.")]
-Outlier = Annotated[float, typer.Option("--outlier", help="Sequence PPL above which it is one.")]
+Outlier = Annotated[
+    float | None,
+    typer.Option("--outlier", help="Sequence PPL above which it is one; default: 100."),
+]
 AsMarkdown = Annotated[bool, typer.Option("--markdown", help="Print tables for a model card.")]
 AsCsv = Annotated[bool, typer.Option("--csv", help="Print comma-separated values.")]
 
@@ -98,15 +107,15 @@ def evaluate(
     protocol: ProtocolOption = "ram",
     seq_len: SeqLen = None,
     n_seq: NSeq = None,
-    seed: Seed = 42,
+    seed: Seed = None,
     bos: Bos = False,
     text: TextFile = None,
     dataset: Dataset = None,
-    split: SplitOption = "test",
+    split: SplitOption = None,
     safe_kernels: Safe = None,
     output: Results = None,
     resume: Resume = False,
-    outlier: Outlier = OUTLIER_PPL,
+    outlier: Outlier = None,
     threads: opt.Threads = None,
     workers: opt.Workers = None,
     as_json: opt.AsJson = False,
@@ -118,6 +127,14 @@ def evaluate(
     """Score models by llama.cpp on the CPU, sequence by sequence."""
     style = _Style(as_json, as_markdown, as_csv)
     terminal = opt.Terminal.make(quiet=quiet, as_json=style.for_programs)
+    if split is not None and dataset is None:
+        opt.refuse_idle(["--split"], "only with --dataset")
+    if resume and output is None:
+        opt.refuse_idle(["--resume"], "only with --output")
+    if protocol == "llama":
+        given = {"--seed": seed is not None, "--bos": bos}
+        idle = [name for name, is_given in given.items() if is_given]
+        opt.refuse_idle(idle, "the protocol llama takes all windows in order, BOS from the model")
     with connected(workers) as executor:
         found = api.evaluate(
             [terminal.fetched(model) for model in models],
@@ -125,11 +142,11 @@ def evaluate(
             protocol=_protocol(protocol),
             n_ctx=seq_len,
             n_seq=n_seq,
-            seed=seed,
+            seed=_SEED if seed is None else seed,
             bos=bos,
             text=text,
             dataset=dataset,
-            split=split,
+            split=split or "test",
             safe_kernels=safe_kernels,
             jsonl=output,
             resume=resume,
@@ -154,14 +171,19 @@ class _Style:
     as_markdown: bool
     as_csv: bool
 
+    def __post_init__(self) -> None:
+        if self.as_json + self.as_markdown + self.as_csv > 1:
+            raise typer.BadParameter("give one of --json, --markdown and --csv")
+
     @property
     def for_programs(self) -> bool:
         return self.as_json or self.as_markdown or self.as_csv
 
 
 def _show(
-    results: Sequence[EvalResult], terminal: opt.Terminal, outlier: float, style: _Style
+    results: Sequence[EvalResult], terminal: opt.Terminal, outlier: float | None, style: _Style
 ) -> None:
+    outlier = OUTLIER_PPL if outlier is None else outlier
     if style.as_json:
         print(eval_json(results, outlier_ppl=outlier))
     elif style.as_markdown:
@@ -173,9 +195,9 @@ def _show(
 
 
 def _show_embeddings(
-    results: Sequence[EmbeddingResult], terminal: opt.Terminal, outlier: float, style: _Style
+    results: Sequence[EmbeddingResult], terminal: opt.Terminal, outlier: float | None, style: _Style
 ) -> None:
-    if outlier != OUTLIER_PPL:
+    if outlier is not None:
         terminal.announce("--outlier has no effect: embedding models have no PPL")
     if style.as_json:
         print(embeddings_json(results))
@@ -198,7 +220,7 @@ ResultFiles = Annotated[
 
 def compare(
     files: ResultFiles,
-    outlier: Outlier = OUTLIER_PPL,
+    outlier: Outlier = None,
     as_json: opt.AsJson = False,
     as_markdown: AsMarkdown = False,
     as_csv: AsCsv = False,
@@ -222,6 +244,8 @@ def compare(
             " compare the CSV files on their own"
         )
     if material.aggregates:
+        if outlier is not None:
+            opt.refuse_idle(["--outlier"], "published figures have no sequences")
         _show_published(compare_published(material.aggregates, material.notes), terminal, style)
         return
     check_comparable(material.results)
@@ -257,7 +281,7 @@ def report(
     output: Page = Path("report.html"),
     plan: PlanFiles = None,
     measurement: MeasurementFiles = None,
-    outlier: Outlier = OUTLIER_PPL,
+    outlier: Outlier = None,
     force: opt.Force = False,
     quiet: opt.Quiet = False,
 ) -> None:
@@ -269,7 +293,9 @@ def report(
         raise ResultError(
             "the page shows PPL and KLD, which embedding models do not have; use `ramgguf compare`"
         )
-    made = report_of(material.results, outlier)
+    if outlier is not None and not material.results:
+        opt.refuse_idle(["--outlier"], "there are no results of sequences")
+    made = report_of(material.results, OUTLIER_PPL if outlier is None else outlier)
     published = (
         compare_published(material.aggregates, material.notes) if material.aggregates else None
     )

@@ -17,6 +17,7 @@ from ramgguf.core.escape import to_json
 from ramgguf.core.units import format_seconds, parse_seconds, parse_size
 from ramgguf.evaluate import scores_here
 from ramgguf.gguf.hub import beside
+from ramgguf.gguf.shards import model_stem
 from ramgguf.measure.result import Measurement
 from ramgguf.plan.result import Plan
 from ramgguf.quants.encoders import DEFAULT_ENCODER
@@ -53,7 +54,8 @@ SensitivityOrMeasure = Annotated[
     typer.Option("--sensitivity", help="Plan by measured α: a file, or `measure` to make it now."),
 ]
 SensitivityTime = Annotated[
-    str, typer.Option("--sensitivity-time", help="How long `measure` may take: 90s, 20m, 1h.")
+    str | None,
+    typer.Option("--sensitivity-time", help="How long `measure` may take: 90s, 20m (default), 1h."),
 ]
 
 Refine = Annotated[
@@ -98,7 +100,7 @@ def quantize(
     hessian: opt.HessianFile = None,
     calibrate: opt.Calibrate = None,
     sensitivity: SensitivityOrMeasure = None,
-    sensitivity_time: SensitivityTime = "20m",
+    sensitivity_time: SensitivityTime = None,
     plan_file: PlanFile = None,
     measurement: MeasurementFile = None,
     allow_requantize: opt.Requantize = False,
@@ -146,6 +148,8 @@ def quantize(
         }
         idle = [name for name, given in others.items() if given]
         opt.refuse_idle(idle, "a ready measurement says itself how it was made")
+    if sensitivity_time is not None and sensitivity != "measure":
+        opt.refuse_idle(["--sensitivity-time"], "only --sensitivity measure takes time")
     if workers and not (refine or sensitivity == "measure"):
         raise typer.BadParameter(
             "workers run passes: of --refine or --sensitivity measure", param_hint="--executor"
@@ -179,7 +183,7 @@ def quantize(
             sensitivity,
             encoder=planned_by or chosen.name,
             weighed=Weighed(weighed.imatrix, None) if planned_by else weighed,
-            limit=sensitivity_time,
+            limit=sensitivity_time or "20m",
             threads=threads,
             executor=executor,
             terminal=terminal,
@@ -260,7 +264,7 @@ def measure(
 ) -> None:
     """Measure every tensor's rate–distortion curve and write it as JSON."""
     terminal = opt.Terminal.make(quiet=quiet, as_json=as_json)
-    path = output or beside(model, f"{model.stem}.rd.json")
+    path = output or beside(model, f"{model_stem(model)}.rd.json")
     opt.refuse_existing(path, force=force)
     measured = api.measure(
         terminal.fetched(model),

@@ -12,6 +12,7 @@ from pathlib import Path
 from ramgguf.core.errors import GGUFError
 from ramgguf.gguf.header import Value, ggml_type, i32, u16
 from ramgguf.gguf.reader import GGUFFile, TensorInfo
+from ramgguf.gguf.shards import model_stem
 
 _VERSION = 3
 _MAX_SHARDS = 65535  # split.count is a uint16
@@ -140,8 +141,7 @@ def _shard(
 
 
 def _shard_path(path: Path, number: int, count: int) -> Path:
-    stem = path.name.removesuffix(".gguf")
-    return path.with_name(f"{stem}-{number + 1:05d}-of-{count:05d}.gguf")
+    return path.with_name(f"{model_stem(path)}-{number + 1:05d}-of-{count:05d}.gguf")
 
 
 def plan_layout(

@@ -125,6 +125,12 @@ class Shard:
             self.fd = -1
 
 
+def model_stem(path: Path) -> str:
+    """Return the model's name: that of its file without .gguf, in any case, and shard number."""
+    stem = re.sub(r"\.gguf$", "", path.name, flags=re.IGNORECASE)
+    return re.sub(r"-\d{5}-of-\d{5}$", "", stem) or stem
+
+
 def shard_paths(path: Path) -> tuple[Path, ...]:
     """Return the paths of all shards, given that of one; of a file by itself, its own."""
     match = _SHARD_NAME.fullmatch(path.name)

@@ -109,7 +109,7 @@ def costing(
     """Return the objective of this name for the model; None takes the best that is known.
 
     That is `sensitivity` where there is one, else DEFAULT_OBJECTIVE. Raises PlanError for names
-    that are not known, and for a sensitivity that is missing or of another model.
+    that are not known, and for a sensitivity that is missing, of another model or not used.
     """
     if name is None:
         name = DEFAULT_OBJECTIVE if sensitivity is None else SENSITIVITY
@@ -120,6 +120,8 @@ def costing(
     except KeyError:
         known = ", ".join(OBJECTIVE_NAMES)
         raise PlanError(f"objective {name!r} is unknown; known are {known}") from None
+    if sensitivity is not None:
+        raise PlanError(f"the objective {name} uses no sensitivity; leave one of the two out")
     if name in WEIGHED and measurement.imatrix is None:
         raise PlanError(f"the objective {name} needs errors that an importance matrix weighs")
     shape = ModelShape.of(measurement)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from ramgguf.core.escape import longest_fence, markdown_code, markdown_text, shell_word, yaml_text
 from ramgguf.core.units import format_bytes
+from ramgguf.gguf.shards import model_stem
 from ramgguf.plan.recipes import RecipeTensor
 from ramgguf.plan.result import Plan
 from ramgguf.report.card_sources import Card, CardFile
@@ -19,7 +20,7 @@ from ramgguf.report.tensor_types import imatrix_note, recipe_types
 
 def model_card(card: Card) -> str:
     """Return the card; it says nothing that is not in the files, and names are escaped."""
-    title = card.file.name or Path(card.file.names[0]).stem
+    title = card.file.name or model_stem(Path(card.file.names[0]))
     parts = [
         _front_matter(card.file),
         f"# {markdown_text(title)}, {format_bytes(card.file.n_bytes)} GGUF",

@@ -40,7 +40,6 @@ REQUESTS = (
     "compare /dev/zero",
     "report /dev/zero -o r.html",
     "eval m.gguf --text /dev/zero",
-    "check m.gguf --text /dev/zero",
     "serve m.gguf --check /dev/zero",
 )
 

@@ -73,6 +73,8 @@ def bind(host: str, port: int) -> socket.socket:
 
     Raises EngineError when it cannot be bound.
     """
+    if not 0 <= port < 1 << 16:  # getaddrinfo takes it modulo that
+        raise EngineError(f"port {port} is none; choose another --port, 0 to 65535")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -84,7 +86,7 @@ def bind(host: str, port: int) -> socket.socket:
         except OSError:
             found.close()
             raise
-    except (OSError, OverflowError) as e:
+    except OSError as e:
         raise EngineError(
             f"{host}:{port} cannot be listened at: {e}; choose another --host or --port"
         ) from None

@@ -1,4 +1,4 @@
-"""A chat as the model was trained to read it: rendered by the template in its own metadata."""
+"""A chat as the model was trained to read it: rendered by the template in the file's metadata."""
 
 from collections.abc import Mapping, Sequence
 

@@ -99,7 +99,7 @@ def perturb(
 ) -> None:
     """Write the model with Gaussian noise as large as a plan's quantization errors.
 
-    A control: what a quantized model does better or worse than this is not the errors' size.
+    A control: where a quantized model scores differently, the size of its errors is not the cause.
     """
     terminal = opt.Terminal.make(quiet=quiet, as_json=False)
     path = api.perturb(

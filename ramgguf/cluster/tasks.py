@@ -1,4 +1,4 @@
-"""What is sent to a worker and what comes back: values that can be pickled, and name everything."""
+"""Requests to workers and their answers: picklable values that carry all that they need."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -24,7 +24,7 @@ from ramgguf.quants.imatrix import ImportanceSource
 class RunnerKey:
     """A local runner that a worker keeps open: a copy of the model, made in `folder`, and settings.
 
-    ForwardRunner over the same model with the same settings give the same numbers on equal kernels.
+    On equal kernels, runners of the same model with the same settings give the same numbers.
     """
 
     model: FileIdentity

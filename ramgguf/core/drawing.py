@@ -1,6 +1,6 @@
 """Values that notebooks show as a table: who draws them is named from above."""
 
-TYPE_CHECKING = False  # typing's: the package's front door waits for this module
+TYPE_CHECKING = False  # typing's: the package's __init__ waits for this module
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -8,9 +8,9 @@ _artists: "list[Callable[[object], str | None]]" = []
 
 
 def drawn_by(artist: "Callable[[object], str | None]") -> None:
-    """Have artist draw values for notebooks: it returns HTML, or None for what it does not know.
+    """Register what draws values in notebooks: it returns HTML, or None for values it cannot draw.
 
-    The package's front door names one; values are below those rooms that know how to draw.
+    ramgguf/__init__.py registers it, because core must not import report.
     """
     _artists[:] = [artist]
 

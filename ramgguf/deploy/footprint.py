@@ -1,4 +1,4 @@
-"""What a model would take in memory: asked of llama.cpp, or estimated where it cannot be asked."""
+"""The memory that a model takes: llama.cpp's own figures, or an estimate where it has none."""
 
 import contextlib
 from collections.abc import Mapping
@@ -199,7 +199,7 @@ def _estimated(
 
 
 def _overhead(file: GGUFFile, n_vocab: int, shape: ContextShape) -> int:
-    """Return what neither buffers nor files show: process, vocabulary, logits, work buffer.
+    """Return the overhead: process, vocabulary, logits, work buffer.
 
     The work buffer holds one batch's activations as the weights' kernels want them.
     """

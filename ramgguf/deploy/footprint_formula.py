@@ -1,4 +1,4 @@
-"""What a context takes in memory, from the header alone: an estimate, where llama.cpp is not asked.
+"""The memory of a context from the header alone: an estimate, for where llama.cpp cannot tell.
 
 Caches follow llama.cpp: src/llama-kv-cache.cpp, llama-kv-cache-iswa.cpp, llama-memory-recurrent.cpp
 and llama-hparams.cpp of late 2026. Keys that are unknown here, such as those of sparse attention
@@ -109,7 +109,7 @@ def _state_bytes(header: Header) -> int:
 
 
 def _attention_bytes(header: Header, shape: ContextShape) -> list[int]:
-    """Return what each layer's keys and values take, a window's worth where that is all it has."""
+    """Return the bytes of each layer's keys and values; layers with a window keep one window."""
     n = header.n_layers
     heads = header.per_layer("attention.head_count", [1] * n)
     kv_heads = header.per_layer("attention.head_count_kv", heads)

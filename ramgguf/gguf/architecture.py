@@ -274,8 +274,8 @@ def _n_dims(shape: tuple[int, ...]) -> int:
 def never_quantized(name: str, shape: tuple[int, ...], arch: str = "") -> str | None:
     """Return why llama.cpp never quantizes the tensor, or None if it may be quantized.
 
-    shape is in ggml's order. One rule is ours: llama.cpp's quantizer walks two- and
-    three-dimensional tensors only, so that those of four dimensions are kept.
+    shape is in ggml's order. One rule is ours: llama.cpp's quantizer aborts on
+    tensors of four dimensions, so they are kept.
     """
     del arch
     n_dims = _n_dims(shape)

@@ -1,4 +1,4 @@
-"""A model card: Markdown with YAML front matter, from what a file and its papers say."""
+"""A model card: Markdown with YAML front matter, from a file, its plan and its results."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -19,7 +19,6 @@ from ramgguf.measure.result import Measurement
 from ramgguf.plan.result import Plan
 from ramgguf.report import figures, plan_figures
 from ramgguf.report.boards import board_grids
-from ramgguf.report.delta_figure import delta_nll
 from ramgguf.report.evaluation import grids, protocol_lines, statements
 from ramgguf.report.grid import to_html
 from ramgguf.report.numbers import ppl
@@ -114,7 +113,7 @@ def _evaluation(report: EvalReport) -> Iterator[str]:
     )
     yield _figure(figures.ppl_distribution(report), "Distribution of sequence perplexity")
     yield from _cards(report)
-    if (delta := delta_nll(report)) is not None:
+    if (delta := figures.delta_nll(report)) is not None:
         yield _section(
             "What quantization did to each sequence",
             "ΔNLL of every sequence against the reference on the same tokens. The grey diamond is"

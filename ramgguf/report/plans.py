@@ -1,4 +1,4 @@
-"""What a plan gives to whom, for the terminal."""
+"""Plans for the terminal: formats by role, size, how near the optimum, what more would buy."""
 
 from rich.console import Console
 

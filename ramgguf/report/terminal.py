@@ -23,7 +23,7 @@ class PlainConsole(Console):
 
 
 def print_grid(console: Console, grid: Grid) -> None:
-    """Print the grid; on a terminal too narrow for it, without its least columns, and say so.
+    """Print the grid; a narrow terminal gets fewer columns, and a line that says so.
 
     A file or pipe has no width: there the table is as wide as it needs to be.
     """

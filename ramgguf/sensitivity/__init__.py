@@ -1,4 +1,4 @@
-"""Sensitivity: how much the error of each tensor changes the model"s output."""
+"""Sensitivity: how much the error of each tensor changes the model's output."""
 
 from ramgguf.sensitivity.alpha import sensitivity
 from ramgguf.sensitivity.result import Sensitivity

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from rich.console import Console
 
+from ramgguf.core.escape import markdown_text
 from ramgguf.core.units import format_bytes
 from ramgguf.evaluate.embedding_report import (
     EmbeddingPair,
@@ -20,7 +21,7 @@ from ramgguf.evaluate.embedding_result import EmbeddingResult
 from ramgguf.evaluate.embeddings import MIN_TEXT_BYTES
 from ramgguf.evaluate.intervals import Estimate
 from ramgguf.evaluate.statistics import n_units
-from ramgguf.report.grid import Field, Grid, grid_of, markdown_text, to_markdown
+from ramgguf.report.grid import Field, Grid, grid_of, to_markdown
 from ramgguf.report.numbers import percent, ratio, with_interval
 from ramgguf.report.terminal import print_grid, print_statements
 

@@ -21,6 +21,7 @@ from rich.console import Console
 import published
 from made_plans import made_measurement, made_plan
 from made_results import eval_result, ordinary_ppl, wild_ppl
+from ramgguf.core.escape import markdown_text
 from ramgguf.evaluate.comparison import compare_published
 from ramgguf.evaluate.eval_report import EvalReport, eval_report
 from ramgguf.evaluate.intervals import Estimate
@@ -29,7 +30,7 @@ from ramgguf.evaluate.result import EvalResult
 from ramgguf.report import evaluation, results
 from ramgguf.report.chart import board_chart
 from ramgguf.report.figures import board_by_size, label_places, log_ticks
-from ramgguf.report.grid import Column, Grid, markdown_text, to_html, to_markdown
+from ramgguf.report.grid import Column, Grid, to_html, to_markdown
 from ramgguf.report.numbers import kld, ppl, with_interval
 from ramgguf.report.page import page, write_html
 from ramgguf.report.terminal import print_grid

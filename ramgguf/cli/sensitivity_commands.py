@@ -11,6 +11,7 @@ from ramgguf.cli import options as opt
 from ramgguf.cli.prepared import Weighed, reweighed
 from ramgguf.cluster.executors import connected
 from ramgguf.core.errors import PlanError
+from ramgguf.core.inputs import reading
 from ramgguf.core.units import parse_seconds
 from ramgguf.gguf.hub import beside
 from ramgguf.gguf.shards import model_stem
@@ -67,6 +68,7 @@ def sensitivity(
     if sequences is not None and limit is not None:
         opt.refuse_idle(["--time"], "--sequences takes what it takes")
     path = output or beside(model, f"{model_stem(model)}.sens.json")
+    reading(model)  # so that writing there is refused now, not after minutes of passes
     opt.refuse_existing(path, force=force)
     journal = path.with_name(f"{path.name}.partial")
     with connected(workers) as executor:

@@ -256,6 +256,23 @@ def hostile_files() -> tuple[Hostile, ...]:
     return (*_bad_starts(), *_bad_keys(), *_bad_tensors())
 
 
+def quantizable() -> File:
+    """Return a small model in F16, with the keys that cards show."""
+    n_rows, n_columns = {"token_embd.weight": 3, "blk.0.attn_q.weight": 2, "output.weight": 3}, 64
+    tensors, values = [], b""
+    for name, n in n_rows.items():
+        tensors.append(Tensor(name, (n_columns, n), 1, len(values)))
+        values += np.linspace(-1, 1, n_columns * n, dtype=np.float16).tobytes()
+    keys = {
+        "general.name": "Tiny", "general.license": "mit", "general.source.url": "https://x.org/a",
+        "general.base_model.0.repo_url": "https://huggingface.co/org/base",
+        "general.source.huggingface.repository": "org/base", "ramgguf.version": "0.1.0",
+    }  # fmt: skip
+    told = [Key(name, STRING, text(v)) for name, v in keys.items()]
+    layers = Key("llama.block_count", U32, struct.pack("<I", 1))
+    return File((ARCHITECTURE, layers, *told), tensors, values)
+
+
 def write_model(
     path: Path,
     *,

@@ -13,7 +13,6 @@ import gguf_samples
 import imatrix_samples
 import made_documents
 import made_results
-from gguf_samples import Key
 from ramgguf.quants.hessian import gram_name, new_hessians
 
 
@@ -53,20 +52,9 @@ def main() -> None:
 
 def _write_used(folders: Mapping[str, Path]) -> None:
     """Write what is used after it is opened: of shapes that whole blocks fit."""
-    n_rows, floats = {"token_embd.weight": 3, "blk.0.attn_q.weight": 2, "output.weight": 3}, 64
-    tensors, values = [], b""
-    for name, n in n_rows.items():
-        tensors.append(gguf_samples.Tensor(name, (floats, n), 1, len(values)))
-        values += np.linspace(-1, 1, floats * n, dtype=np.float16).tobytes()
-    keys = {
-        "general.name": "Tiny", "general.license": "mit", "general.source.url": "https://x.org/a",
-        "general.base_model.0.repo_url": "https://huggingface.co/org/base",
-        "general.source.huggingface.repository": "org/base", "ramgguf.version": "0.1.0",
-    }  # fmt: skip
-    told = [Key(name, gguf_samples.STRING, gguf_samples.text(v)) for name, v in keys.items()]
-    layers = Key("llama.block_count", gguf_samples.U32, struct.pack("<I", 1))
-    file = gguf_samples.File((gguf_samples.ARCHITECTURE, layers, *told), tensors, values)
+    file = gguf_samples.quantizable()
     (folders["headers-used"] / "sound").write_bytes(file.bytes())
+    (folders["headers-used"] / "edits").write_bytes(bytes((0, 200, 65, 1, 9, 27, 3, 0, 255)))
     for n in (32, 256):
         matrices = folders["imatrix-encode"]
         shares = np.linspace(0, 4, n, dtype=np.float32)

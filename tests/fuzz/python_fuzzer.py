@@ -22,6 +22,7 @@ from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import gguf_samples
 import made_documents
 import made_results
 from ramgguf import _core
@@ -75,6 +76,7 @@ _OPENED: dict[str, Callable[[Path], contextlib.AbstractContextManager[object]]] 
     "refine": RefineJournal,
 }
 _JOURNALS = list(made_documents.journals().items())
+_SOUND = gguf_samples.quantizable().bytes()
 _RESULTS = [
     made_documents.result().to_json(),
     made_results.eval_result(
@@ -203,7 +205,15 @@ def require_shown(text: str) -> None:
 
 
 def use_header(data: bytes) -> None:
-    """Do with the bytes what measure, plan, curve, explain, card and report do with a model."""
+    """Do with the bytes what measure, plan, curve, explain, card and report do with a model.
+
+    Bytes that are no GGUF file are edits of one: of three each, a place and what to put there.
+    """
+    if data[:4] != b"GGUF":
+        edited = bytearray(_SOUND)
+        for at in range(0, min(len(data), 36) - 2, 3):
+            edited[(data[at] << 8 | data[at + 1]) % len(edited)] = data[at + 2]
+        data = bytes(edited)
     _PATH.write_bytes(data)
     with refused_in_one_line():
         require_shown(model_card(card_sources.card(_PATH)))

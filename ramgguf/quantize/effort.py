@@ -299,10 +299,10 @@ class _Run:
         limit = self._time_limit()
         with open_gguf(self._model) as file:
             if self._seconds is not None and self._spent >= self._seconds:
+                took, asked = format_seconds(self._spent), format_seconds(self._seconds)
                 self._log.add(
                     "importance matrix: left out, for the least possible, to plan by priors and "
-                    f"write, took {format_seconds(self._spent)}, and {format_seconds(self._seconds)}"
-                    " were asked for; give more with --time"
+                    f"write, took {took}, and {asked} were asked for; give more with --time"
                 )
                 return best
             costs = self._probe(file)

@@ -52,6 +52,8 @@ N_CTX = 512
 FEWEST, MOST = 8, 64  # sequences of a calibration
 GATE_CTX = 256
 GATE_SECONDS = 60.0
+SCORE_SHARE = 0.15  # of the time that was asked for
+LATE = 1.1  # steps begin only if they are expected to end within this much of the time
 N_TRIALS = 32
 TOKENS = "mix"
 FEEDBACK_PROBE = "Q4_K"
@@ -93,10 +95,12 @@ def quantize(
     beside the model and named after the plan's bits per weight.
 
     effort auto or best decides all of this itself, within the seconds (default: auto takes about
-    five minutes, or as long as quantizing itself; best what it needs): then none of these may be
-    given. With score, what was written is scored on held-out text of several domains.
+    five minutes, or as long as quantizing itself; best what it needs), of which writing, probing
+    and scoring are parts: then none of these may be given. With score, what was written is scored
+    on held-out text of several domains.
     Raises RamggufError; an older output is then untouched.
     """
+    start = time.perf_counter()
     model = local_path(model)
     if effort not in EFFORTS:
         raise PlanError(f"effort {effort!r} is none of {', '.join(EFFORTS)}")
@@ -122,10 +126,16 @@ def quantize(
         if budget is None:
             raise PlanError("a budget is needed")
         target = None if output is None else Path(output)
-        made = _Run(model, size_limit(budget), target, effort, seconds, settings).made()
+        # The score is part of what the time is for.
+        left = seconds and seconds - (min(SCORE_SECONDS, SCORE_SHARE * seconds) if score else 0.0)
+        made = _Run(model, size_limit(budget), target, effort, left, settings).made()
     if not score:
         return made
-    return replace(made, score=scored(made, model, threads, progress, announce))
+    for_score = SCORE_SECONDS
+    if seconds is not None:
+        for_score = max(0.0, min(SCORE_SECONDS, seconds - (time.perf_counter() - start)))
+    found = scored(made, model, threads, progress, announce, for_score)
+    return replace(made, score=found)
 
 
 def scored(
@@ -134,11 +144,12 @@ def scored(
     threads: int | None,
     progress: Progress | None,
     announce: Callable[[str], None],
+    seconds: float = SCORE_SECONDS,
 ) -> HeldOutScore | None:
     """Return the score of what was written; None, and a line, where llama.cpp cannot score it."""
     try:
         (found,) = score_held_out(
-            made.paths[:1], model, seconds=SCORE_SECONDS, threads=threads, progress=progress
+            made.paths[:1], model, seconds=seconds, threads=threads, progress=progress
         )
     except EngineError as e:
         announce(f"not scored: {e}")
@@ -261,8 +272,17 @@ class _Run:
         self._write = time.perf_counter() - self._start
         limit = self._time_limit()
         with open_gguf(self._model) as file:
+            if self._seconds is not None and self._spent >= self._seconds:
+                took, asked = format_seconds(self._spent), format_seconds(self._seconds)
+                self._log.add(
+                    "importance matrix: left out, for the least possible, to plan by priors and "
+                    f"write, took {took}, and {asked} were asked for; give more with --time"
+                )
+                return best
             costs = self._probe(file)
             self._cache = Cache.of(file, self._model)
+        if self._seconds is not None:
+            limit = max(0.0, self._seconds - self._spent)
         steps = list(self._steps(costs, limit))
         whole = sum(step.seconds for step in steps)
         self._announce(
@@ -274,6 +294,12 @@ class _Run:
                 f"  {number}. {step.name}: {step.what}, about {format_seconds(step.seconds)}"
             )
         for step in steps:
+            if self._seconds is not None and self._spent + step.seconds > LATE * self._seconds:
+                self._log.add(
+                    f"{step.name}: left out, about {format_seconds(step.seconds)} and"
+                    f" {format_seconds(max(0.0, self._seconds - self._spent))} are left"
+                )
+                continue
             tried = self._tried(step, best, costs)
             if tried is None:
                 continue
@@ -282,6 +308,10 @@ class _Run:
             worse, best = (best, tried) if verdict.taken else (tried, best)
             worse.path.unlink(missing_ok=True)
         return best
+
+    @property
+    def _spent(self) -> float:
+        return time.perf_counter() - self._start
 
     def _time_limit(self) -> float:
         """Return the seconds that all steps together may take."""

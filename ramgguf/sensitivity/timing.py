@@ -83,14 +83,14 @@ def probe(
     """
     (ids,) = passes.draw(replace(request, tokens="random"), range(1))
     each = passes.seconds(ids)
-    middle = sorted(tensors, key=lambda t: t.n_weights)[len(tensors) // 2]
-    start = clock()
-    list(passes.run([ForwardRequest(((middle.name, format_of(middle)),), (ids,))]))
-    encoding = max(0.0, clock() - start - each) / middle.n_weights
     start, drawn = clock(), min(_DRAWN, request.n_ctx - 1)
     if request.tokens == "self":
         passes.draw(replace(request, n_ctx=drawn + 1), range(1))
     drawing = (clock() - start) * (request.n_ctx - 1) / drawn
+    middle = sorted(tensors, key=lambda t: t.n_weights)[len(tensors) // 2]
+    start = clock()
+    list(passes.run([ForwardRequest(((middle.name, format_of(middle)),), (ids,))]))
+    encoding = max(0.0, clock() - start - each) / middle.n_weights
     return Costs(drawing, each, encoding, passes.n_workers)
 
 

@@ -40,9 +40,27 @@ Reference = Annotated[
     Path | None,
     typer.Option("--reference", "-r", help="Model to compare with, token by token: KLD."),
 ]
+ReferenceLogits = Annotated[
+    Path | None,
+    typer.Option(
+        "--reference-logits",
+        "--kl-divergence-base",
+        help="The reference's logits in a file of llama-perplexity or --save-logits.",
+    ),
+]
+SaveLogits = Annotated[
+    Path | None,
+    typer.Option(
+        "--save-logits",
+        "--save-all-logits",
+        help="Write the reference's logits (the model's, without one) for llama-perplexity.",
+    ),
+]
 ProtocolOption = Annotated[
-    str,
-    typer.Option("--protocol", help="ram: 128 drawn sequences of 2048; llama: llama-perplexity's."),
+    str | None,
+    typer.Option(
+        "--protocol", help="ram (default): 128 drawn sequences of 2048; llama: llama-perplexity's."
+    ),
 ]
 SeqLen = Annotated[
     int | None,
@@ -78,7 +96,9 @@ AsCsv = Annotated[bool, typer.Option("--csv", help="Print comma-separated values
 def evaluate(
     models: Models,
     reference: Reference = None,
-    protocol: ProtocolOption = "ram",
+    reference_logits: ReferenceLogits = None,
+    save_logits: SaveLogits = None,
+    protocol: ProtocolOption = None,
     seq_len: SeqLen = None,
     n_seq: NSeq = None,
     seed: Seed = 42,
@@ -105,7 +125,9 @@ def evaluate(
         found = api.evaluate(
             [terminal.fetched(model) for model in models],
             reference and terminal.fetched(reference),
-            protocol=_protocol(protocol),
+            reference_logits=reference_logits,
+            save_logits=save_logits,
+            protocol=None if protocol is None else _protocol(protocol),
             n_ctx=seq_len,
             n_seq=n_seq,
             seed=seed,

@@ -110,7 +110,9 @@ def _cut(result: EvalResult, shared: set[int]) -> EvalResult:
     kept = tuple(s for s in result.sequences if s.index in shared)
     klds = [k for s in kept if (k := s.kld_per_token()) is not None]
     known = quantiles(np.concatenate(klds)) if len(klds) == len(kept) else None
-    return result.model_copy(update={"sequences": kept, "kld_quantiles": known})
+    return result.model_copy(
+        update={"sequences": kept, "kld_quantiles": known, "llama_statistics": None}
+    )
 
 
 def _check_same_tokens(results: Sequence[EvalResult]) -> None:
@@ -142,6 +144,7 @@ def _references(results: Sequence[EvalResult]) -> list[EvalResult]:
             "sequences": scores,
             "broken": (),
             "kld_quantiles": None,
+            "llama_statistics": None,
             "failure": None,
             "notes": (),
         }

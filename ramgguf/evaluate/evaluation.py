@@ -18,9 +18,11 @@ from ramgguf.evaluate.journal import Journal
 from ramgguf.evaluate.protocol import EvalProtocol
 from ramgguf.evaluate.result import EvalResult, ModelFile
 from ramgguf.evaluate.scoring import Run, Settings, score
+from ramgguf.evaluate.stored_logits import NO_LOGITS, StoredLogits, identify_logits
 from ramgguf.gguf.hub import local_path, origin_of
 from ramgguf.gguf.reader import open_gguf
 from ramgguf.llama.client import CrashError
+from ramgguf.llama.logits_file import LogitsFile
 
 
 @dataclass(frozen=True)
@@ -47,24 +49,37 @@ def score_models(
     resume: bool = False,
     executor: Executor | None = None,
     progress: Progress | None = None,
+    logits: StoredLogits = NO_LOGITS,
 ) -> Evaluation:
     """Return the models' results in their order, each compared with the reference if there is one.
 
     A model that crashes llama.cpp ends with what it had and a failure; the others go on. jsonl
     takes every sequence as it finishes; with resume, what it has is not computed again.
     safe_kernels None means: when llama.cpp crashes with its repacked kernels, all models are scored
-    again without them, and the results say so. With an executor, its workers score. Raises
+    again without them, and the results say so. With an executor, its workers score. logits has the
+    reference's file of logits, or takes the reference's (the model's, without one). Raises
     EngineError when nothing could be scored, GGUFError for files that are no models.
     """
     if not models:
         raise EngineError("there is no model to score")
+    against = None if reference is None else identify(reference)
+    if logits.reference is not None:
+        if reference is not None:
+            raise EngineError("a reference is a model or a file of logits, not both")
+        against = identify_logits(logits.reference)
+        protocol = protocol or EvalProtocol(protocol="llama")
+        logits.check(protocol)
+        protocol = replace(protocol, n_ctx=protocol.n_ctx or logits.reference.layout.n_ctx)
+    if logits.save is not None and reference is None and len(models) > 1:
+        raise EngineError("logits are saved of one model: give one, or a reference")
     settings = Settings(
         protocol or EvalProtocol(),
-        None if reference is None else identify(reference),
+        against,
         threads,
         safe_kernels=bool(safe_kernels),
         stop_at_crash=safe_kernels is None,
         verbose=verbose,
+        logits=replace(logits, resume=resume),
     )
     files = [identify(path) for path in models]
     shown = progress or Silent()
@@ -75,7 +90,12 @@ def score_models(
             runs = score(files, settings, journal, shown, pool)
         except CrashError as e:
             note = f"scored without llama.cpp's repacked kernels, because: {e}"
-            settings = replace(settings, safe_kernels=True, stop_at_crash=False)
+            settings = replace(
+                settings,
+                safe_kernels=True,
+                stop_at_crash=False,
+                logits=replace(logits, resume=False),  # those of other kernels are no use
+            )
             runs = score(files, settings, journal, shown, pool)
         results = [_result(run, journal, note) for run in runs]
     failures = tuple(dict.fromkeys(run.failure for run in runs if run.failure is not None))
@@ -124,7 +144,9 @@ def evaluate(
     models: Sequence[str | Path],
     reference: str | Path | None = None,
     *,
-    protocol: Literal["ram", "llama"] = "ram",
+    reference_logits: str | Path | None = None,
+    save_logits: str | Path | None = None,
+    protocol: Literal["ram", "llama"] | None = None,
     n_ctx: int | None = None,
     n_seq: int | None = None,
     seed: int = 42,
@@ -147,7 +169,16 @@ def evaluate(
     when nothing could be scored; a model that fails midway leaves its finished sequences. Where
     llama.cpp's repacked kernels crash (safe_kernels None), all models are scored without them.
     With an executor, its workers score the sequences (docs/scale.md), with `threads` threads each.
+    reference_logits is a file of llama-perplexity's --kl-divergence-base in place of a reference,
+    save_logits one that is written of the reference, or of the model where there is none; both
+    have the protocol llama, which is ram by default.
     """
+    has_files = reference_logits is not None or save_logits is not None
+    protocol = protocol or ("llama" if has_files else "ram")
+    if has_files and protocol != "llama":
+        raise EngineError(
+            f"files of logits hold the windows of the protocol llama, not of {protocol}"
+        )
     if text is not None and dataset is not None:
         raise EngineError("either a text or a dataset can be scored, not both")
     corpus = default_corpus()
@@ -166,4 +197,9 @@ def evaluate(
         resume=resume,
         executor=executor,
         progress=progress,
+        logits=StoredLogits(
+            reference=LogitsFile(Path(reference_logits)) if reference_logits is not None else None,
+            save=Path(save_logits) if save_logits is not None else None,
+            has_text=text is not None or dataset is not None,
+        ),
     )

@@ -79,7 +79,7 @@ class PairedTests:
         return [
             Row(
                 label=label,
-                n_bytes=r.model.n_bytes,
+                n_bytes=r.model.n_bytes if r.model.is_model else None,
                 estimates={
                     c: self._estimate(c, label) for c in CRITERIA if label in self._samples(c)
                 },

@@ -19,7 +19,10 @@ from ramgguf.core.documents import (
     Positive,
 )
 from ramgguf.core.values import HubFile
+from ramgguf.evaluate.llama_statistics import LlamaStatistics, llama_statistics
 from ramgguf.llama.protocol import Float32Array, decode_float32
+
+LOGITS = "logits"  # the file type of a reference that is a file of logits, not a model
 
 
 class ModelFile(FrozenModel):
@@ -45,6 +48,11 @@ class ModelFile(FrozenModel):
         """The file's name without folder and suffix: what tables call the model."""
         stem = self.path.replace("\\", "/").rsplit("/", 1)[-1]
         return stem.removesuffix(".gguf")
+
+    @property
+    def is_model(self) -> bool:
+        """Whether it has weights: a reference may be a file of logits, whose size says nothing."""
+        return self.file_type != LOGITS
 
     @property
     def bpw(self) -> float:
@@ -98,6 +106,7 @@ class EngineSettings(FrozenModel):
 
 
 _ROUNDING = 1e-5  # nats per token by which a sum of losses may be below 0
+_KLD_ROUNDING = 16 / 65535 / 2  # and of KLD, against log-probabilities of 16 bits
 
 
 class SequenceScore(FrozenModel):
@@ -107,8 +116,9 @@ class SequenceScore(FrozenModel):
     text_start and text_end its span in the text's UTF-8 bytes, excerpt the start of that span.
     The fields from kld_sum on are there when a reference was scored alongside: KLD is
     KL(reference ‖ model), n_same_top counts equal most probable tokens, Δp is the probability of
-    the target under the model minus that under the reference. token_nll and token_kld are
-    base64 of little-endian float32, one per scored token; `without_tokens` drops them.
+    the target under the model minus that under the reference. token_nll, token_reference_nll and
+    token_kld are base64 of little-endian float32, one per scored token; `without_tokens` drops
+    them.
     """
 
     index: NonNegative
@@ -126,8 +136,9 @@ class SequenceScore(FrozenModel):
     delta_p_sum: Number | None = None
     delta_p_squared_sum: NonNegativeFloat | None = None
     token_kld: str | None = None
+    token_reference_nll: str | None = None
 
-    @field_validator("token_nll", "token_kld")
+    @field_validator("token_nll", "token_kld", "token_reference_nll")
     @classmethod
     def _check_tokens(cls, text: str | None) -> str | None:
         if text is not None and not np.isfinite(decode_float32(text)).all():
@@ -138,7 +149,8 @@ class SequenceScore(FrozenModel):
     def _check_signs(self) -> Self:
         for what in ("nll_sum", "reference_nll_sum", "kld_sum"):
             value = getattr(self, what)
-            if value is not None and value < -_ROUNDING * self.n_scored:
+            slack = _KLD_ROUNDING if what == "kld_sum" else _ROUNDING
+            if value is not None and value < -slack * self.n_scored:
                 raise ValueError(f"{what} of sequence {self.index} is {value:g}, expected ≥ 0")
         if self.n_same_top is not None and self.n_same_top > self.n_scored:
             raise ValueError(f"{self.n_same_top} equal top tokens of {self.n_scored} scored")
@@ -146,7 +158,11 @@ class SequenceScore(FrozenModel):
 
     @model_validator(mode="after")
     def _check_lengths(self) -> Self:
-        for values in (self.nll_per_token(), self.kld_per_token()):
+        for values in (
+            self.nll_per_token(),
+            self.kld_per_token(),
+            self.reference_nll_per_token(),
+        ):
             if values is not None and len(values) != self.n_scored:
                 raise ValueError(f"{len(values)} values of {self.n_scored} scored tokens")
         return self
@@ -168,6 +184,12 @@ class SequenceScore(FrozenModel):
     def kld_per_token(self) -> Float32Array | None:
         """Return the KLD of each scored token, or None where they were not kept."""
         return None if self.token_kld is None else decode_float32(self.token_kld)
+
+    def reference_nll_per_token(self) -> Float32Array | None:
+        """Return the reference's NLL of each scored token, or None where they were not kept."""
+        return (
+            None if self.token_reference_nll is None else decode_float32(self.token_reference_nll)
+        )
 
 
 class BrokenSequence(FrozenModel):
@@ -212,8 +234,9 @@ class EvalResult(Document):
     sequences holds the finished ones and broken those with NaN or inf logits; failure says why
     the others are missing (llama.cpp crashed). token_ids_sha256 is of
     all sequences' token ids (little-endian int32), so two results with the same one scored the
-    same tokens. kld_quantiles are over all scored tokens of the finished sequences. cpus names the
-    CPUs that computed, where there were several.
+    same tokens. kld_quantiles are over all scored tokens of the finished sequences,
+    llama_statistics are llama-perplexity's, kept where tokens are not. cpus names the CPUs that
+    computed, where there were several.
     """
 
     KIND: ClassVar[str] = "eval"
@@ -230,6 +253,7 @@ class EvalResult(Document):
     sequences: tuple[SequenceScore, ...]
     broken: tuple[BrokenSequence, ...] = ()
     kld_quantiles: Quantiles | None = None
+    llama_statistics: LlamaStatistics | None = None
     cpus: tuple[str, ...] = ()
     failure: str | None = None
     notes: tuple[str, ...] = ()
@@ -266,9 +290,23 @@ class EvalResult(Document):
 
     def without_tokens(self) -> Self:
         """Return the result without per-token arrays: some kB instead of some MB."""
-        bare = {"token_nll": None, "token_kld": None}
+        bare = {"token_nll": None, "token_kld": None, "token_reference_nll": None}
         slim = tuple(s.model_copy(update=bare) for s in self.sequences)
-        return self.model_copy(update={"sequences": slim})
+        update = {"sequences": slim, "llama_statistics": self.as_llama_perplexity()}
+        return self.model_copy(update=update)
+
+    def as_llama_perplexity(self) -> LlamaStatistics | None:
+        """Return llama-perplexity's statistics against the reference, where they are known."""
+        values = [
+            (s.nll_per_token(), s.reference_nll_per_token(), s.kld_per_token())
+            for s in self.sequences
+        ]
+        kept = [(q, p, d) for q, p, d in values if not (q is None or p is None or d is None)]
+        if len(kept) < len(values) or not kept:
+            return self.llama_statistics
+        nll, nll_base, kld = zip(*kept, strict=True)
+        n_same_top = sum(s.n_same_top or 0 for s in self.sequences)
+        return llama_statistics(nll, nll_base, kld, n_same_top)
 
 
 def incomparable(a: EvalResult, b: EvalResult) -> tuple[str, ...]:

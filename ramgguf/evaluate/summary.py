@@ -7,6 +7,7 @@ import numpy as np
 
 from ramgguf.core.errors import ResultError
 from ramgguf.evaluate.intervals import Estimate, estimate
+from ramgguf.evaluate.llama_statistics import LlamaStatistics
 from ramgguf.evaluate.result import EvalResult, SequenceScore
 from ramgguf.evaluate.significance import (
     PairedSequences,
@@ -46,6 +47,7 @@ class AgainstReference:
 
     delta_nll has a value per sequence, nats per token; ppl_ratio is corpus PPL over the
     reference's, with the p-value of no difference; sequences counts those on which it is better.
+    llama has what llama-perplexity prints, where values per token were kept.
     """
 
     label: str
@@ -55,6 +57,7 @@ class AgainstReference:
     delta_nll: tuple[float, ...]
     ppl_ratio: Ratio
     sequences: PairedSequences
+    llama: LlamaStatistics | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,6 +110,7 @@ def _against_reference(result: EvalResult, sample: SequenceLosses) -> AgainstRef
         delta_nll=tuple(float(d) for d in delta_nll(sample, reference)),
         ppl_ratio=paired_ratio(corpus, sample, reference),
         sequences=paired_sequences(sample, reference),
+        llama=result.as_llama_perplexity(),
     )
 
 

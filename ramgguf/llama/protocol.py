@@ -38,6 +38,8 @@ class Score(FrozenModel):
     """Score a sequence with every model; answered by Started and Scored for each.
 
     With has_reference, model 0 is the reference of the others. Targets first_target … are scored.
+    reference_logits is a file (logits_file.py) whose window `index` is the reference of all;
+    save_logits one that takes model 0's.
     """
 
     kind: Literal["score"] = "score"
@@ -45,6 +47,16 @@ class Score(FrozenModel):
     ids: str
     first_target: int
     has_reference: bool
+    reference_logits: str | None = None
+    save_logits: str | None = None
+
+
+class Detokenize(FrozenModel):
+    """Ask for the text of a model's tokens; answered by Detokenized."""
+
+    kind: Literal["detokenize"] = "detokenize"
+    model: int
+    ids: str
 
 
 class Draw(FrozenModel):
@@ -126,6 +138,14 @@ class Tokenized(FrozenModel):
     ends: str
 
 
+class Detokenized(FrozenModel):
+    """The tokens' text in base64 (it need not be UTF-8), and where in it each token ends."""
+
+    kind: Literal["detokenized"] = "detokenized"
+    text: str
+    ends: str
+
+
 class Started(FrozenModel):
     """The worker begins with this model and sequence (so that a crash can be named)."""
 
@@ -144,6 +164,7 @@ class Divergences(FrozenModel):
     delta_p_sum: float
     delta_p_squared_sum: float
     token_kld: str
+    token_reference_nll: str
 
 
 class Scored(FrozenModel):
@@ -205,8 +226,8 @@ class Failed(FrozenModel):
     message: str
 
 
-AnyRequest = Open | Tokenize | Score | Draw | TapWeights | Observe | Collect
-Answer = Opened | Tokenized | Scored | Drawn | Tapped | Observed | Collected
+AnyRequest = Open | Tokenize | Detokenize | Score | Draw | TapWeights | Observe | Collect
+Answer = Opened | Tokenized | Detokenized | Scored | Drawn | Tapped | Observed | Collected
 AnyResponse = Answer | Started | Failed
 RequestAdapter: TypeAdapter[AnyRequest] = TypeAdapter(
     Annotated[AnyRequest, Field(discriminator="kind")]

@@ -5,6 +5,7 @@ from the last Started which model and sequence it was. When the parent goes, std
 does this process.
 """
 
+import base64
 import os
 import queue
 import sys
@@ -20,10 +21,13 @@ from ramgguf.core.documents import FrozenModel
 from ramgguf.core.errors import EngineError, RamggufError
 from ramgguf.llama.capture import Tap
 from ramgguf.llama.child import queue_lines
+from ramgguf.llama.logits_file import LogitsFile
 from ramgguf.llama.model import LlamaModel
 from ramgguf.llama.observer import Observer
 from ramgguf.llama.protocol import (
     Collect,
+    Detokenize,
+    Detokenized,
     Divergences,
     Draw,
     Failed,
@@ -41,7 +45,7 @@ from ramgguf.llama.protocol import (
     pack_ids,
     unpack_ids,
 )
-from ramgguf.llama.scoring import RowPass, SequenceRecords, score_sequence
+from ramgguf.llama.scoring import RowPass, SequenceRecords, StoredWindow, score_sequence
 from ramgguf.llama.system import system_info
 
 Send = Callable[[FrozenModel], None]
@@ -55,6 +59,7 @@ class Session:
         self._stack = ExitStack()
         self._models: list[LlamaModel] = []
         self._row_pass = RowPass(1)
+        self._logits_files: dict[str, LogitsFile] = {}
         self.observer = Observer(send, self._under_tap)
 
     def open(self, request: Open) -> None:
@@ -103,14 +108,33 @@ class Session:
         )
         self._send(Tokenized(ids=pack_ids(ids), ends=pack_ids(vocab.ends(ids, len(text)))))
 
+    def detokenize(self, request: Detokenize) -> None:
+        """Answer the tokens' text and where each ends in it."""
+        vocab = self._models[request.model].vocab
+        pieces = [vocab.piece(int(i)) for i in unpack_ids(request.ids)]
+        ends = np.cumsum([len(p) for p in pieces])
+        text = base64.b64encode(b"".join(pieces)).decode("ascii")
+        self._send(Detokenized(text=text, ends=pack_ids(ends)))
+
+    def _logits_file(self, path: str | None) -> LogitsFile | None:
+        if path is None:
+            return None
+        if path not in self._logits_files:
+            self._logits_files[path] = LogitsFile(Path(path))
+        return self._logits_files[path]
+
     def score(self, request: Score) -> None:
         """Answer each model's scores of a sequence."""
+        stored = self._logits_file(request.reference_logits)
+        saved = self._logits_file(request.save_logits)
         found = score_sequence(
             self._models,
             unpack_ids(request.ids),
             request.first_target,
             self._row_pass,
             has_reference=request.has_reference,
+            stored=StoredWindow(stored, request.index) if stored else None,
+            saved=StoredWindow(saved, request.index) if saved else None,
             on_model=lambda number: self._send(Started(model=number, index=request.index)),
         )
         for number, records in enumerate(found):
@@ -132,6 +156,7 @@ def summarize(model: int, index: int, records: SequenceRecords) -> Scored:
             delta_p_sum=float(against["delta_p"].sum()),
             delta_p_squared_sum=float(np.square(against["delta_p"]).sum()),
             token_kld=encode_float32(against["kld"]),
+            token_reference_nll=encode_float32(against["reference"]["nll"]),
         )
     return Scored(
         model=model,
@@ -165,6 +190,8 @@ def serve(lines: TextIO, out: TextIO) -> None:
                     session.open(request)
                 case Tokenize():
                     session.tokenize(request)
+                case Detokenize():
+                    session.detokenize(request)
                 case Score():
                     session.score(request)
                 case Draw():

@@ -15,7 +15,7 @@ from ramgguf.evaluate.result import EvalResult
 from ramgguf.evaluate.statistics import n_units
 from ramgguf.evaluate.summary import AgainstReference, Summary, losses
 from ramgguf.report.chart import chart
-from ramgguf.report.grid import Field, Grid, grid_of, markdown_text, to_markdown
+from ramgguf.report.grid import Column, Field, Grid, grid_of, markdown_text, to_markdown
 from ramgguf.report.numbers import kld, p_value, percent, ppl, with_interval
 from ramgguf.report.sentences import findings, order
 from ramgguf.report.terminal import print_grid, print_statements
@@ -38,8 +38,8 @@ def _perplexity_fields(study: EvalReport) -> list[Field[Summary]]:
 
     return [
         Field("model", lambda s: s.label, number=False),
-        Field("size", lambda s: format_bytes(s.result.model.n_bytes)),
-        Field("bpw", lambda s: f"{s.result.model.bpw:.2f}", 3),
+        Field("size", lambda s: format_bytes(m.n_bytes) if (m := s.result.model).is_model else ""),
+        Field("bpw", lambda s: f"{m.bpw:.2f}" if (m := s.result.model).is_model else "", 3),
         Field("corpus PPL", interval("corpus_ppl")),
         Field("median PPL", interval("median_ppl")),
         Field("mean PPL", value("mean_ppl"), 4),
@@ -88,6 +88,21 @@ _REFERENCE_FIELDS: list[Field[Against]] = [
     Field("p sign", lambda x: p_value(x[1].sequences.p_sign), 7),
     Field("p Wilcoxon", lambda x: p_value(x[1].sequences.p_wilcoxon), 7),
 ]
+
+
+def llama_grid(study: EvalReport) -> Grid | None:
+    """Return llama-perplexity's statistics, a column per model; None but for its protocol."""
+    found = [
+        (s.label, dict(s.against.llama.rows()))
+        for s in study.summaries
+        if s.result.protocol.name == "llama" and s.against is not None and s.against.llama
+    ]
+    if not found:
+        return None
+    columns = (Column("statistic", number=False), *(Column(label) for label, _ in found))
+    names = dict.fromkeys(name for _, values in found for name in values)
+    rows = tuple((name, *(values.get(name, "") for _, values in found)) for name in names)
+    return Grid("As llama-perplexity prints it (± as if tokens were independent)", columns, rows)
 
 
 def ranking_grid(board: Leaderboard) -> Grid:
@@ -155,6 +170,8 @@ def grids(study: EvalReport) -> list[Grid]:
         found.append(against)
     if study.board and len(study.board.rows) > 1:
         found.append(ranking_grid(study.board))
+    if (llama := llama_grid(study)) is not None:
+        found.append(llama)
     return [grid.without_empty_columns() for grid in found]
 
 
@@ -181,13 +198,19 @@ def study_json(study: EvalReport) -> dict[str, object]:
     """Return statistics, rankings and findings as JSON values; NaN and infinity become null."""
     rankings = study.board.rankings if study.board else ()
     return {
-        "models": [dict(_flat(s)) for s in study.summaries],
+        "models": [{**dict(_flat(s)), **_llama(s)} for s in study.summaries],
         "verdict": list(verdict_lines(study)),
         "rankings": {r.criterion: list(r.order) for r in rankings},
         "orders": {r.criterion: order(r) for r in rankings},
         "statements": list(statements(study)),
         "protocols": list(protocol_lines(study)),
     }
+
+
+def _llama(s: Summary) -> dict[str, object]:
+    if s.against is None or s.against.llama is None:
+        return {}
+    return {"llama_perplexity": s.against.llama.model_dump()}
 
 
 Cell = str | int | float | bool | None

@@ -14,12 +14,13 @@ from ramgguf.core.errors import ResultError
 from ramgguf.core.units import format_bytes
 from ramgguf.evaluate.common_sequences import check_comparable
 from ramgguf.evaluate.comparison import compare_published
+from ramgguf.evaluate.domains import by_text
 from ramgguf.evaluate.leaderboard import Leaderboard
 from ramgguf.evaluate.result import EvalResult
 from ramgguf.evaluate.result_files import read_material
 from ramgguf.report.boards import board_csv, board_json, board_markdown, print_board
 from ramgguf.report.page import write_html
-from ramgguf.report.results import eval_csv, eval_json, eval_markdown, print_eval, study_of
+from ramgguf.report.results import eval_csv, eval_json, eval_markdown, print_eval, studies
 
 
 def register(app: typer.Typer) -> None:
@@ -63,14 +64,22 @@ ProtocolOption = Annotated[
     ),
 ]
 SeqLen = Annotated[
-    int | None,
-    typer.Option("--seq-len", "--context", min=8, help="Tokens per sequence."),
+    list[int] | None,
+    typer.Option("--seq-len", "--context", min=8, help="Tokens per sequence; repeatable."),
 ]
 NSeq = Annotated[int | None, typer.Option("--n-seq", min=1, help="Sequences to score.")]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of the draw of sequences.")]
 Bos = Annotated[bool, typer.Option("--bos", help="Start every sequence with BOS (ram).")]
 TextFile = Annotated[
     Path | None, typer.Option("--text", help="Text or parquet file to score instead of WikiText-2.")
+]
+CorpusNames = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--corpus",
+        help="Texts by name, a table each and a pooled one: prose, code, math, chat, multilingual,"
+        " long, wikitext or FILE; repeatable, or prose,code.",
+    ),
 ]
 Dataset = Annotated[
     str | None, typer.Option("--dataset", help="Dataset on the hub, NAME[:CONFIGURATION].")
@@ -103,6 +112,7 @@ def evaluate(
     n_seq: NSeq = None,
     seed: Seed = 42,
     bos: Bos = False,
+    corpus: CorpusNames = None,
     text: TextFile = None,
     dataset: Dataset = None,
     split: SplitOption = "test",
@@ -132,6 +142,7 @@ def evaluate(
             n_seq=n_seq,
             seed=seed,
             bos=bos,
+            corpus=[name for part in corpus or () for name in part.split(",")],
             text=text,
             dataset=dataset,
             split=split,
@@ -203,7 +214,8 @@ def compare(
     if material.aggregates:
         _show_published(compare_published(material.aggregates, material.notes), terminal, style)
         return
-    check_comparable(material.results)
+    for domain in by_text(material.results):
+        check_comparable(domain.results)
     _show(material.results, terminal, outlier, style)
 
 
@@ -244,11 +256,11 @@ def report(
     terminal = opt.Terminal.make(quiet=quiet, as_json=False)
     opt.refuse_existing(output, force=force)
     material = read_material([*files, *(plan or ()), *(measurement or ())])
-    made = study_of(material.results, outlier)
+    *domains, (_, made) = studies(material.results, outlier)
     published = (
         compare_published(material.aggregates, material.notes) if material.aggregates else None
     )
-    write_html(output, made, material.plans, material.measurements, published)
+    write_html(output, made, material.plans, material.measurements, published, domains=domains)
     terminal.out.print(f"wrote {output} ({format_bytes(output.stat().st_size)})", soft_wrap=True)
 
 

@@ -12,6 +12,7 @@ from ramgguf.cluster.worker_pool import WorkerPool
 from ramgguf.core.errors import EngineError
 from ramgguf.core.progress import Progress
 from ramgguf.core.version import __version__
+from ramgguf.core.wikitext import note_of
 from ramgguf.evaluate.journal import Journal, SequenceRecord
 from ramgguf.evaluate.protocol import EvalProtocol, Tokens, Windows
 from ramgguf.evaluate.result import (
@@ -257,6 +258,8 @@ class _Stage:
     def _blank(self, run: Run, opened: Opened, info: ModelInfo, windows: Windows) -> EvalResult:
         protocol = windows.protocol
         notes = windows.notes
+        if said := note_of(self._corpus):
+            notes += (said,)
         if protocol.n_ctx > info.n_ctx_train:
             notes += (f"sequences of {protocol.n_ctx}, but trained on {info.n_ctx_train} tokens",)
         return EvalResult(

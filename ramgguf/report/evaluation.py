@@ -52,6 +52,31 @@ def _perplexity_fields(study: EvalReport) -> list[Field[Summary]]:
     ]
 
 
+def domain_grid(label: str, study: EvalReport) -> Grid:
+    """Return one text's figures, a row per model: perplexity, and what parts it from the reference.
+
+    Intervals are in the pooled tables; those here are of the means.
+    """
+    result = study.summaries[0].result if study.summaries else None
+    how = f" ({result.protocol.n_seq} × {result.protocol.n_ctx} tokens)" if result else ""
+
+    def against(write: Callable[[AgainstReference], str]) -> Callable[[Summary], str]:
+        return lambda s: "" if s.against is None else write(s.against)
+
+    fields = [
+        Field[Summary]("model", lambda s: s.label, number=False),
+        Field("corpus PPL", lambda s: with_interval(s.estimates["corpus_ppl"], ppl)),
+        Field("median PPL", lambda s: ppl(s.estimates["median_ppl"].value)),
+        Field("P95", lambda s: ppl(s.estimates["p95_ppl"].value), 3),
+        Field(f"PPL > {study.outlier_ppl:g}", lambda s: str(len(s.outliers)), 4),
+        Field("mean KLD", against(lambda a: with_interval(a.divergences["mean_kld"], kld))),
+        Field("P99", against(lambda a: kld(a.quantiles.p99) if a.quantiles else ""), 2),
+        Field("same top p", against(lambda a: percent(a.divergences["same_top_p"].value)), 1),
+        Field("PPL(Q)/PPL(base)", against(lambda a: f"{a.ppl_ratio.value:.4f}"), 5),
+    ]
+    return grid_of(f"{label}{how}", fields, study.summaries).without_empty_columns()
+
+
 def reference_grid(study: EvalReport) -> Grid | None:
     """Return a row per model that was scored against a reference; None if none was."""
     found = [(s, s.against) for s in study.summaries if s.against is not None]
@@ -183,9 +208,9 @@ def study_markdown(study: EvalReport) -> str:
     return "\n".join(filter(None, ("### Evaluation\n", verdict and f"{verdict}\n", *tables, items)))
 
 
-def study_csv(study: EvalReport) -> str:
+def study_csv(*studies: EvalReport) -> str:
     """Return a row per model with every statistic in full precision; an absent one is empty."""
-    rows = [dict(_flat(s)) for s in study.summaries]
+    rows = [dict(_flat(s)) for study in studies for s in study.summaries]
     names = list(dict.fromkeys(name for row in rows for name in row))
     out = io.StringIO()
     writer = csv.DictWriter(out, names, restval="", lineterminator="\n")
@@ -241,6 +266,7 @@ def _flat(s: Summary) -> Iterator[tuple[str, Cell]]:
     if s.against is not None:
         yield from _flat_reference(s.against)
     yield from (
+        ("text", r.text.name),
         ("protocol", r.protocol.name),
         ("tokenizer_sha256", r.tokenizer_sha256),
         ("token_ids_sha256", r.token_ids_sha256),

@@ -20,7 +20,7 @@ from ramgguf.plan.result import Plan
 from ramgguf.report import figures, plan_figures
 from ramgguf.report.boards import board_grid
 from ramgguf.report.delta_figure import delta_nll
-from ramgguf.report.evaluation import grids, protocol_lines, ranking_grid, statements
+from ramgguf.report.evaluation import domain_grid, grids, protocol_lines, ranking_grid, statements
 from ramgguf.report.grid import to_html
 from ramgguf.report.numbers import ppl
 from ramgguf.report.sentences import findings
@@ -41,12 +41,13 @@ def write_html(
     plans: Sequence[tuple[str, Plan]] = (),
     measurements: Sequence[tuple[str, Measurement]] = (),
     published: Leaderboard | None = None,
+    domains: Sequence[tuple[str, EvalReport]] = (),
 ) -> None:
     """Write the page, whole or not at all; plans and measurements come with their labels.
 
     Raises RamggufError when plotly is missing, ResultError when path cannot be written.
     """
-    text = page(study, plans, measurements, published)
+    text = page(study, plans, measurements, published, domains)
     write_atomically(path, text.encode(), error=ResultError)
 
 
@@ -55,12 +56,17 @@ def page(
     plans: Sequence[tuple[str, Plan]] = (),
     measurements: Sequence[tuple[str, Measurement]] = (),
     published: Leaderboard | None = None,
+    domains: Sequence[tuple[str, EvalReport]] = (),
 ) -> str:
-    """Return the page's HTML; published is a leaderboard of figures without sequences."""
+    """Return the page's HTML; published is a leaderboard of figures without sequences.
+
+    domains are the studies of several texts, which study pools.
+    """
     title = html.escape(_title(study, plans, measurements, published))
     body = "".join(
         (
             *_evaluation(study),
+            *_domains(domains),
             *_published(published),
             *_plans(plans),
             *_measurements(measurements, plans),
@@ -122,6 +128,13 @@ def _evaluation(study: EvalReport) -> Iterator[str]:
             " the edge are sequences beyond it.",
         )
         yield _figure(delta, "Change of NLL per sequence")
+
+
+def _domains(domains: Sequence[tuple[str, EvalReport]]) -> Iterator[str]:
+    if not domains:
+        return
+    yield _section("Text by text", "The figures above pool these texts; every token counts alike.")
+    yield from (to_html(domain_grid(label, study)) for label, study in domains)
 
 
 def _published(board: Leaderboard | None) -> Iterator[str]:

@@ -21,6 +21,7 @@ from ramgguf.evaluate.result_files import read_material
 from ramgguf.report.boards import board_csv, board_json, board_markdown, print_board
 from ramgguf.report.page import write_html
 from ramgguf.report.results import eval_csv, eval_json, eval_markdown, print_eval, studies
+from ramgguf.report.trajectories import print_trajectories
 
 
 def register(app: typer.Typer) -> None:
@@ -206,6 +207,10 @@ def compare(
     style = _Style(as_json, as_markdown, as_csv)
     terminal = opt.Terminal.make(quiet=quiet, as_json=style.for_programs)
     material = read_material(files)
+    if material.trajectories:
+        print_trajectories(material.trajectories, terminal.out)
+        if not material.results and not material.aggregates:
+            return
     if material.aggregates and material.results:
         raise ResultError(
             "published figures have no sequences and are not ranked together with results;"
@@ -260,7 +265,15 @@ def report(
     published = (
         compare_published(material.aggregates, material.notes) if material.aggregates else None
     )
-    write_html(output, made, material.plans, material.measurements, published, domains=domains)
+    write_html(
+        output,
+        made,
+        material.plans,
+        material.measurements,
+        published,
+        domains=domains,
+        trajectories=material.trajectories,
+    )
     terminal.out.print(f"wrote {output} ({format_bytes(output.stat().st_size)})", soft_wrap=True)
 
 

@@ -20,6 +20,8 @@ from ramgguf.llama.protocol import (
     Detokenize,
     Detokenized,
     Failed,
+    Generate,
+    Generated,
     Open,
     Opened,
     ResponseAdapter,
@@ -130,6 +132,12 @@ class Engine:
         """Return the text of the first model's tokens and where each ends in it."""
         found = self.ask(Detokenize(model=0, ids=pack_ids(ids)), Detokenized)
         return base64.b64decode(found.text), unpack_ids(found.ends).astype(np.int64)
+
+    def generate(self, prompts: Sequence[TokenIds], n_tokens: int) -> tuple[list[TokenIds], float]:
+        """Return the first model's greedy continuations of the prompts, and the seconds taken."""
+        request = Generate(prompts=tuple(pack_ids(p) for p in prompts), n_tokens=n_tokens)
+        found = self.ask(request, Generated)
+        return [unpack_ids(ids) for ids in found.ids], found.seconds
 
     def score(
         self,

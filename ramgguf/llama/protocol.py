@@ -59,6 +59,14 @@ class Detokenize(FrozenModel):
     ids: str
 
 
+class Generate(FrozenModel):
+    """Continue prompts greedily with the first model, side by side; answered by Generated."""
+
+    kind: Literal["generate"] = "generate"
+    prompts: tuple[str, ...]
+    n_tokens: int
+
+
 class Draw(FrozenModel):
     """Draw sequences of these numbers (see probe_tokens); answered by Drawn for each.
 
@@ -191,6 +199,14 @@ class Drawn(FrozenModel):
     seconds: float
 
 
+class Generated(FrozenModel):
+    """The prompts' continuations, each up to an end of generation."""
+
+    kind: Literal["generated"] = "generated"
+    ids: tuple[str, ...]
+    seconds: float
+
+
 class Tapped(FrozenModel):
     """The tap is in place."""
 
@@ -226,8 +242,10 @@ class Failed(FrozenModel):
     message: str
 
 
-AnyRequest = Open | Tokenize | Detokenize | Score | Draw | TapWeights | Observe | Collect
-Answer = Opened | Tokenized | Detokenized | Scored | Drawn | Tapped | Observed | Collected
+AnyRequest = Open | Tokenize | Detokenize | Generate | Score | Draw | TapWeights | Observe | Collect
+Answer = (
+    Opened | Tokenized | Detokenized | Generated | Scored | Drawn | Tapped | Observed | Collected
+)
 AnyResponse = Answer | Started | Failed
 RequestAdapter: TypeAdapter[AnyRequest] = TypeAdapter(
     Annotated[AnyRequest, Field(discriminator="kind")]

@@ -10,6 +10,7 @@ import os
 import queue
 import sys
 import threading
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -21,6 +22,7 @@ from ramgguf.core.documents import FrozenModel
 from ramgguf.core.errors import EngineError, RamggufError
 from ramgguf.llama.capture import Tap
 from ramgguf.llama.child import queue_lines
+from ramgguf.llama.generation import generate_together
 from ramgguf.llama.logits_file import LogitsFile
 from ramgguf.llama.model import LlamaModel
 from ramgguf.llama.observer import Observer
@@ -31,6 +33,8 @@ from ramgguf.llama.protocol import (
     Divergences,
     Draw,
     Failed,
+    Generate,
+    Generated,
     Observe,
     Open,
     Opened,
@@ -116,6 +120,14 @@ class Session:
         text = base64.b64encode(b"".join(pieces)).decode("ascii")
         self._send(Detokenized(text=text, ends=pack_ids(ends)))
 
+    def generate(self, request: Generate) -> None:
+        """Answer the first model's greedy continuations of the prompts."""
+        start = time.perf_counter()
+        prompts = [unpack_ids(p) for p in request.prompts]
+        found = generate_together(self._models[0], prompts, request.n_tokens)
+        seconds = time.perf_counter() - start
+        self._send(Generated(ids=tuple(pack_ids(ids) for ids in found), seconds=seconds))
+
     def _logits_file(self, path: str | None) -> LogitsFile | None:
         if path is None:
             return None
@@ -192,6 +204,8 @@ def serve(lines: TextIO, out: TextIO) -> None:
                     session.tokenize(request)
                 case Detokenize():
                     session.detokenize(request)
+                case Generate():
+                    session.generate(request)
                 case Score():
                     session.score(request)
                 case Draw():

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, get_args
 
 import typer
 
@@ -15,6 +15,7 @@ from ramgguf.core.units import format_bytes
 from ramgguf.evaluate.common_sequences import check_comparable
 from ramgguf.evaluate.comparison import compare_published
 from ramgguf.evaluate.leaderboard import Leaderboard
+from ramgguf.evaluate.protocol import ProtocolName
 from ramgguf.evaluate.result import EvalResult
 from ramgguf.evaluate.result_files import read_material
 from ramgguf.report.boards import board_csv, board_json, board_markdown, print_board
@@ -42,7 +43,11 @@ Reference = Annotated[
 ]
 ProtocolOption = Annotated[
     str,
-    typer.Option("--protocol", help="ram: 128 drawn sequences of 2048; llama: llama-perplexity's."),
+    typer.Option(
+        "--protocol",
+        help="ram: 128 drawn sequences of 2048; warm: these, each after BOS or the start of the"
+        " chat template; llama: llama-perplexity's.",
+    ),
 ]
 SeqLen = Annotated[
     int | None,
@@ -71,6 +76,12 @@ Results = Annotated[
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with what --output already has.")]
 Outlier = Annotated[float, typer.Option("--outlier", help="Sequence PPL above which it is one.")]
+Where = Annotated[
+    bool,
+    typer.Option(
+        "--where", help="Also KLD by position and class of token, and the worst tokens' text."
+    ),
+]
 AsMarkdown = Annotated[bool, typer.Option("--markdown", help="Print tables for a model card.")]
 AsCsv = Annotated[bool, typer.Option("--csv", help="Print comma-separated values.")]
 
@@ -90,6 +101,7 @@ def evaluate(
     output: Results = None,
     resume: Resume = False,
     outlier: Outlier = 100.0,
+    where: Where = False,
     threads: opt.Threads = None,
     workers: opt.Workers = None,
     as_json: opt.AsJson = False,
@@ -99,7 +111,7 @@ def evaluate(
     verbose: opt.Verbose = False,
 ) -> None:
     """Score models by llama.cpp on the CPU, sequence by sequence."""
-    style = _Style(as_json, as_markdown, as_csv)
+    style = _Style(as_json, as_markdown, as_csv, where)
     terminal = opt.Terminal.make(quiet=quiet, as_json=style.for_programs)
     with connected(workers) as executor:
         found = api.evaluate(
@@ -133,6 +145,7 @@ class _Style:
     as_json: bool
     as_markdown: bool
     as_csv: bool
+    where: bool
 
     @property
     def for_programs(self) -> bool:
@@ -145,11 +158,11 @@ def _show(
     if style.as_json:
         print(eval_json(results, outlier_ppl=outlier))
     elif style.as_markdown:
-        print(eval_markdown(results, outlier_ppl=outlier))
+        print(eval_markdown(results, outlier_ppl=outlier, where=style.where))
     elif style.as_csv:
         print(eval_csv(results, outlier_ppl=outlier), end="")
     else:
-        print_eval(results, terminal.out, outlier_ppl=outlier)
+        print_eval(results, terminal.out, outlier_ppl=outlier, where=style.where)
 
 
 ResultFiles = Annotated[
@@ -164,13 +177,14 @@ ResultFiles = Annotated[
 def compare(
     files: ResultFiles,
     outlier: Outlier = 100.0,
+    where: Where = False,
     as_json: opt.AsJson = False,
     as_markdown: AsMarkdown = False,
     as_csv: AsCsv = False,
     quiet: opt.Quiet = False,
 ) -> None:
     """Rank results by corpus, mean and median PPL and by KLD, and say where rankings differ."""
-    style = _Style(as_json, as_markdown, as_csv)
+    style = _Style(as_json, as_markdown, as_csv, where)
     terminal = opt.Terminal.make(quiet=quiet, as_json=style.for_programs)
     material = read_material(files)
     if material.aggregates and material.results:
@@ -230,9 +244,9 @@ def report(
     terminal.out.print(f"wrote {output} ({format_bytes(output.stat().st_size)})", soft_wrap=True)
 
 
-def _protocol(name: str) -> Literal["ram", "llama"]:
-    if name == "ram":
-        return "ram"
-    if name == "llama":
-        return "llama"
-    raise typer.BadParameter(f"{name!r} is none of ram, llama", param_hint="--protocol")
+def _protocol(name: str) -> ProtocolName:
+    known: tuple[ProtocolName, ...] = get_args(ProtocolName)
+    for each in known:
+        if name == each:
+            return each
+    raise typer.BadParameter(f"{name!r} is none of {', '.join(known)}", param_hint="--protocol")

@@ -38,9 +38,13 @@ class RemoteScorer:
         assert isinstance(opened, Opened)  # what OpenEngine is answered by
         self.opened = opened
 
-    def tokenize(self, text: str, *, add_special: bool) -> tuple[TokenIds, NDArray[np.int64]]:
+    def tokenize(
+        self, text: str, *, add_special: bool, control_tokens: bool = False
+    ) -> tuple[TokenIds, NDArray[np.int64]]:
         """Return the text's token ids and where each ends in its UTF-8 bytes."""
-        request = Tokenize(model=0, text=text, add_special=add_special)
+        request = Tokenize(
+            model=0, text=text, add_special=add_special, control_tokens=control_tokens
+        )
         found = self._pool.ask(self._task("tokenizing", request)).answer
         assert isinstance(found, Tokenized)
         return unpack_ids(found.ids), unpack_ids(found.ends).astype(np.int64)

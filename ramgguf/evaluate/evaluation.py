@@ -5,7 +5,6 @@ from concurrent.futures import Executor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 from ramgguf.cluster.worker_pool import WorkerPool
 from ramgguf.core.corpus import dataset as dataset_corpus
@@ -15,7 +14,7 @@ from ramgguf.core.errors import EngineError
 from ramgguf.core.parallel import default_threads
 from ramgguf.core.progress import Progress, Silent
 from ramgguf.evaluate.journal import Journal
-from ramgguf.evaluate.protocol import EvalProtocol
+from ramgguf.evaluate.protocol import EvalProtocol, ProtocolName
 from ramgguf.evaluate.result import EvalResult, ModelFile
 from ramgguf.evaluate.scoring import Run, Settings, score
 from ramgguf.gguf.hub import local_path, origin_of
@@ -124,7 +123,7 @@ def evaluate(
     models: Sequence[str | Path],
     reference: str | Path | None = None,
     *,
-    protocol: Literal["ram", "llama"] = "ram",
+    protocol: ProtocolName = "ram",
     n_ctx: int | None = None,
     n_seq: int | None = None,
     seed: int = 42,

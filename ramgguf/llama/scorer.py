@@ -13,12 +13,17 @@ from ramgguf.llama.protocol import Opened, Scored, TokenIds
 
 @dataclass(frozen=True)
 class Window:
-    """One sequence: its place among the windows of the text, its token ids, its span in bytes."""
+    """One sequence: its place among the windows of the text, its token ids, its span in bytes.
+
+    ends is where each of its last len(ends) tokens ends in the text's bytes; the tokens before
+    these are no text (BOS, the start of a chat template).
+    """
 
     index: int
     ids: TokenIds
     text_start: int
     text_end: int
+    ends: NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,9 @@ class Scorer(Protocol):
     def opened(self) -> Opened:
         """What is loaded, and by which llama.cpp."""
 
-    def tokenize(self, text: str, *, add_special: bool) -> tuple[TokenIds, NDArray[np.int64]]:
+    def tokenize(
+        self, text: str, *, add_special: bool, control_tokens: bool = False
+    ) -> tuple[TokenIds, NDArray[np.int64]]:
         """Return the text's token ids and where each ends in its UTF-8 bytes."""
 
     def score(
@@ -67,9 +74,11 @@ class EngineScorer:
         """What is loaded."""
         return self._engine.opened
 
-    def tokenize(self, text: str, *, add_special: bool) -> tuple[TokenIds, NDArray[np.int64]]:
+    def tokenize(
+        self, text: str, *, add_special: bool, control_tokens: bool = False
+    ) -> tuple[TokenIds, NDArray[np.int64]]:
         """Return the text's token ids and where each ends in its UTF-8 bytes."""
-        return self._engine.tokenize(text, add_special=add_special)
+        return self._engine.tokenize(text, add_special=add_special, control_tokens=control_tokens)
 
     def score(
         self, windows: Sequence[Window], first_target: int, *, has_reference: bool

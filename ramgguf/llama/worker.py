@@ -37,6 +37,7 @@ from ramgguf.llama.protocol import (
     TapWeights,
     Tokenize,
     Tokenized,
+    encode_bits,
     encode_float32,
     pack_ids,
     unpack_ids,
@@ -132,6 +133,7 @@ def summarize(model: int, index: int, records: SequenceRecords) -> Scored:
             delta_p_sum=float(against["delta_p"].sum()),
             delta_p_squared_sum=float(np.square(against["delta_p"]).sum()),
             token_kld=encode_float32(against["kld"]),
+            token_same_top=encode_bits(against["same_top"]),
         )
     return Scored(
         model=model,

@@ -24,15 +24,21 @@ def study_of(results: Sequence[EvalResult], outlier_ppl: float = OUTLIER_PPL) ->
 
 
 def print_eval(
-    results: Sequence[EvalResult], console: Console, *, outlier_ppl: float = OUTLIER_PPL
+    results: Sequence[EvalResult],
+    console: Console,
+    *,
+    outlier_ppl: float = OUTLIER_PPL,
+    where: bool = False,
 ) -> None:
-    """Print tables, rankings and findings."""
-    evaluation.print_study(study_of(results, outlier_ppl), console)
+    """Print tables, rankings and findings; with where, KLD by position and class of token, too."""
+    evaluation.print_study(study_of(results, outlier_ppl), console, where=where)
 
 
-def eval_markdown(results: Sequence[EvalResult], *, outlier_ppl: float = OUTLIER_PPL) -> str:
+def eval_markdown(
+    results: Sequence[EvalResult], *, outlier_ppl: float = OUTLIER_PPL, where: bool = False
+) -> str:
     """Return tables and findings as markdown, ready for a model card."""
-    return evaluation.study_markdown(study_of(results, outlier_ppl))
+    return evaluation.study_markdown(study_of(results, outlier_ppl), where=where)
 
 
 def eval_csv(results: Sequence[EvalResult], *, outlier_ppl: float = OUTLIER_PPL) -> str:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 
+from ramgguf.core.errors import printable
 from ramgguf.evaluate.eval_report import EvalReport
 from ramgguf.evaluate.result import FIRST_TOKENS, EvalResult, SequenceScore, WorstToken
 from ramgguf.evaluate.summary import AgainstReference, Summary
@@ -87,8 +88,8 @@ def _worst_grid(study: EvalReport) -> Grid:
 
 def marked(token: WorstToken, n_before: int = 40) -> str:
     """Return the end of the text before a token and the token in brackets, on one line."""
-    before = token.before[-n_before:].replace("\n", "⏎")
-    return f"{before}⟦{token.text.replace(chr(10), '⏎')}⟧"
+    before, text = (printable(x.replace("\n", "⏎")) for x in (token.before[-n_before:], token.text))
+    return f"{before}⟦{text}⟧"
 
 
 def _probability(nll: float | None) -> str:

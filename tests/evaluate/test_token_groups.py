@@ -266,13 +266,13 @@ def test_positions_outlive_the_tokens_values_and_reach_tables_and_json() -> None
 def test_the_page_draws_where_models_part_and_escapes_the_texts_of_tokens() -> None:
     pytest.importorskip("plotly")
     a = with_positions(against_base("a"), first=8.0, late=0.012)
-    worst = a.sequences[0].worst_tokens[0].model_copy(update={"text": "<script>", "kld": 9.0})
+    worst = a.sequences[0].worst_tokens[0].model_copy(update={"text": "<script>\u202e", "kld": 9.0})
     first = a.sequences[0].model_copy(update={"worst_tokens": (worst,)})
     a = a.model_copy(update={"sequences": (first, *a.sequences[1:])})
     text = page(eval_report([a]))
     assert "Where the models part from the reference" in text
     assert 'aria-label="Mean KLD by position in the window"' in text
-    assert "⟦&lt;script&gt;⟧" in text
+    assert "⟦&lt;script&gt;\\u202e⟧" in text
     assert "<td>8–15</td>" in text
     figure = kld_by_position(eval_report([a]))
     assert figure is not None

@@ -14,13 +14,15 @@ from ramgguf.core.errors import ResultError
 from ramgguf.core.units import format_bytes
 from ramgguf.evaluate.common_sequences import check_comparable
 from ramgguf.evaluate.comparison import compare_published
+from ramgguf.evaluate.domains import by_text
 from ramgguf.evaluate.leaderboard import Leaderboard
 from ramgguf.evaluate.protocol import ProtocolName
 from ramgguf.evaluate.result import EvalResult
 from ramgguf.evaluate.result_files import read_material
 from ramgguf.report.boards import board_csv, board_json, board_markdown, print_board
 from ramgguf.report.page import write_html
-from ramgguf.report.results import eval_csv, eval_json, eval_markdown, print_eval, study_of
+from ramgguf.report.results import eval_csv, eval_json, eval_markdown, print_eval, studies
+from ramgguf.report.trajectories import print_trajectories
 
 
 def register(app: typer.Typer) -> None:
@@ -41,23 +43,47 @@ Reference = Annotated[
     Path | None,
     typer.Option("--reference", "-r", help="Model to compare with, token by token: KLD."),
 ]
+ReferenceLogits = Annotated[
+    Path | None,
+    typer.Option(
+        "--reference-logits",
+        "--kl-divergence-base",
+        help="The reference's logits in a file of llama-perplexity or --save-logits.",
+    ),
+]
+SaveLogits = Annotated[
+    Path | None,
+    typer.Option(
+        "--save-logits",
+        "--save-all-logits",
+        help="Write the reference's logits (the model's, without one) for llama-perplexity.",
+    ),
+]
 ProtocolOption = Annotated[
-    str,
+    str | None,
     typer.Option(
         "--protocol",
-        help="ram: 128 drawn sequences of 2048; warm: these, each after BOS or the start of the"
-        " chat template; llama: llama-perplexity's.",
+        help="ram (default): 128 drawn sequences of 2048; warm (default with --corpus): these, each"
+        " after BOS or the start of the chat template; llama: llama-perplexity's.",
     ),
 ]
 SeqLen = Annotated[
-    int | None,
-    typer.Option("--seq-len", "--context", min=8, help="Tokens per sequence."),
+    list[int] | None,
+    typer.Option("--seq-len", "--context", min=8, help="Tokens per sequence; repeatable."),
 ]
 NSeq = Annotated[int | None, typer.Option("--n-seq", min=1, help="Sequences to score.")]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of the draw of sequences.")]
 Bos = Annotated[bool, typer.Option("--bos", help="Start every sequence with BOS (ram).")]
 TextFile = Annotated[
     Path | None, typer.Option("--text", help="Text or parquet file to score instead of WikiText-2.")
+]
+CorpusNames = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--corpus",
+        help="Texts by name, a table each and a pooled one: prose, code, math, chat, multilingual,"
+        " long, wikitext or FILE; repeatable, or prose,code.",
+    ),
 ]
 Dataset = Annotated[
     str | None, typer.Option("--dataset", help="Dataset on the hub, NAME[:CONFIGURATION].")
@@ -89,11 +115,14 @@ AsCsv = Annotated[bool, typer.Option("--csv", help="Print comma-separated values
 def evaluate(
     models: Models,
     reference: Reference = None,
-    protocol: ProtocolOption = "ram",
+    reference_logits: ReferenceLogits = None,
+    save_logits: SaveLogits = None,
+    protocol: ProtocolOption = None,
     seq_len: SeqLen = None,
     n_seq: NSeq = None,
     seed: Seed = 42,
     bos: Bos = False,
+    corpus: CorpusNames = None,
     text: TextFile = None,
     dataset: Dataset = None,
     split: SplitOption = "test",
@@ -117,11 +146,14 @@ def evaluate(
         found = api.evaluate(
             [terminal.fetched(model) for model in models],
             reference and terminal.fetched(reference),
-            protocol=_protocol(protocol),
+            reference_logits=reference_logits,
+            save_logits=save_logits,
+            protocol=None if protocol is None else _protocol(protocol),
             n_ctx=seq_len,
             n_seq=n_seq,
             seed=seed,
             bos=bos,
+            corpus=[name for part in corpus or () for name in part.split(",")],
             text=text,
             dataset=dataset,
             split=split,
@@ -187,6 +219,10 @@ def compare(
     style = _Style(as_json, as_markdown, as_csv, where)
     terminal = opt.Terminal.make(quiet=quiet, as_json=style.for_programs)
     material = read_material(files)
+    if material.trajectories:
+        print_trajectories(material.trajectories, terminal.out)
+        if not material.results and not material.aggregates:
+            return
     if material.aggregates and material.results:
         raise ResultError(
             "published figures have no sequences and are not ranked together with results;"
@@ -195,7 +231,8 @@ def compare(
     if material.aggregates:
         _show_published(compare_published(material.aggregates, material.notes), terminal, style)
         return
-    check_comparable(material.results)
+    for domain in by_text(material.results):
+        check_comparable(domain.results)
     _show(material.results, terminal, outlier, style)
 
 
@@ -236,11 +273,19 @@ def report(
     terminal = opt.Terminal.make(quiet=quiet, as_json=False)
     opt.refuse_existing(output, force=force)
     material = read_material([*files, *(plan or ()), *(measurement or ())])
-    made = study_of(material.results, outlier)
+    *domains, (_, made) = studies(material.results, outlier)
     published = (
         compare_published(material.aggregates, material.notes) if material.aggregates else None
     )
-    write_html(output, made, material.plans, material.measurements, published)
+    write_html(
+        output,
+        made,
+        material.plans,
+        material.measurements,
+        published,
+        domains=domains,
+        trajectories=material.trajectories,
+    )
     terminal.out.print(f"wrote {output} ({format_bytes(output.stat().st_size)})", soft_wrap=True)
 
 

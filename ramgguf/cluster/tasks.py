@@ -4,7 +4,16 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ramgguf.gguf.identity import FileIdentity
-from ramgguf.llama.protocol import Opened, Score, Scored, SystemInfo, Tokenize, Tokenized
+from ramgguf.llama.protocol import (
+    Detokenize,
+    Detokenized,
+    Opened,
+    Score,
+    Scored,
+    SystemInfo,
+    Tokenize,
+    Tokenized,
+)
 from ramgguf.llama.runner_protocol import (
     AboutBench,
     Compare,
@@ -49,9 +58,9 @@ class OpenEngine:
 
 Key = RunnerKey | EngineKey
 RunnerRequest = AboutBench | DrawIds | Prepare | Compare
-EngineRequest = OpenEngine | Tokenize | Score
+EngineRequest = OpenEngine | Tokenize | Detokenize | Score
 RunnerAnswer = RunnerOpened | DrawnIds | Prepared | Compared
-Answer = RunnerAnswer | Opened | Tokenized | tuple[Scored, ...]
+Answer = RunnerAnswer | Opened | Tokenized | Detokenized | tuple[Scored, ...]
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Evaluate: perplexity and KLD sequence by sequence, and what can be concluded from them."""
 
 from ramgguf.evaluate.comparison import compare
+from ramgguf.evaluate.continuations import Trajectories, TrajectoryResult, trajectories
 from ramgguf.evaluate.evaluation import Evaluation, evaluate
 from ramgguf.evaluate.held_out import SECONDS as SCORE_SECONDS
 from ramgguf.evaluate.held_out import HeldOutScore, score_held_out, scores_here
@@ -11,8 +12,11 @@ __all__ = [
     "EvalResult",
     "Evaluation",
     "HeldOutScore",
+    "Trajectories",
+    "TrajectoryResult",
     "compare",
     "evaluate",
     "score_held_out",
     "scores_here",
+    "trajectories",
 ]

@@ -106,7 +106,8 @@ def _cut(result: EvalResult, shared: set[int]) -> EvalResult:
     if {s.index for s in result.sequences} == shared:
         return result
     kept = tuple(s for s in result.sequences if s.index in shared)
-    return result.model_copy(update={"sequences": kept, **kld_figures(kept)})
+    update = {"sequences": kept, **kld_figures(kept), "llama_statistics": None}
+    return result.model_copy(update=update)
 
 
 def _check_same_tokens(results: Sequence[EvalResult]) -> None:
@@ -139,6 +140,7 @@ def _references(results: Sequence[EvalResult]) -> list[EvalResult]:
             "broken": (),
             "kld_quantiles": None,
             "kld_worst_share": None,
+            "llama_statistics": None,
             "failure": None,
             "notes": (),
         }

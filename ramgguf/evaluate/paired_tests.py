@@ -78,7 +78,7 @@ class PairedTests:
         return [
             Row(
                 label=label,
-                n_bytes=r.model.n_bytes,
+                n_bytes=r.model.n_bytes if r.model.is_model else None,
                 estimates={
                     c: self._estimate(c, label) for c in CRITERIA if self._is_known(c, label)
                 },

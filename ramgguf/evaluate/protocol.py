@@ -179,15 +179,18 @@ def llama_text(text: str) -> str:
     return text.removesuffix("\n")
 
 
-def llama_windows(tokens: Tokens, *, n_ctx: int = LLAMA_N_CTX, n_seq: int | None = None) -> Windows:
+def llama_windows(
+    tokens: Tokens, *, n_ctx: int = LLAMA_N_CTX, n_seq: int | None = None, n_least: int = 2
+) -> Windows:
     """Return the consecutive windows that llama-perplexity scores: all, or the first n_seq.
 
     tokens are those of llama_text, with what the tokenizer adds to a prompt. Where it adds BOS, BOS
     takes the place of every window's first token. The last n_ctx/2 − 1 targets are scored (source:
-    llama.cpp, tools/perplexity/perplexity.cpp, function perplexity).
+    llama.cpp, tools/perplexity/perplexity.cpp, function perplexity). A text of fewer than n_least
+    windows is too short.
     """
     n_windows = len(tokens.ids) // n_ctx
-    _require_windows(n_windows, len(tokens.ids), n_ctx, 2)
+    _require_windows(n_windows, len(tokens.ids), n_ctx, n_least)
     windows = [_window(tokens, i, n_ctx) for i in range(min(n_windows, n_seq or n_windows))]
     if tokens.adds_bos:
         windows = [replace(w, ends=w.ends[1:]) for w in windows]

@@ -19,7 +19,10 @@ from ramgguf.core.documents import (
     Positive,
 )
 from ramgguf.core.values import HubFile
+from ramgguf.evaluate.llama_statistics import LlamaStatistics, llama_statistics
 from ramgguf.llama.protocol import Float32Array, decode_float32
+
+LOGITS = "logits"  # the file type of a reference that is a file of logits, not a model
 
 
 class ModelFile(FrozenModel):
@@ -45,6 +48,11 @@ class ModelFile(FrozenModel):
         """The file's name without folder and suffix: what tables call the model."""
         stem = self.path.replace("\\", "/").rsplit("/", 1)[-1]
         return stem.removesuffix(".gguf")
+
+    @property
+    def is_model(self) -> bool:
+        """Whether it has weights: a reference may be a file of logits, whose size says nothing."""
+        return self.file_type != LOGITS
 
     @property
     def bpw(self) -> float:
@@ -100,6 +108,7 @@ class EngineSettings(FrozenModel):
 
 
 _ROUNDING = 1e-5  # nats per token by which a sum of losses may be below 0
+_KLD_ROUNDING = 16 / 65535 / 2  # and of KLD, against log-probabilities of 16 bits
 
 
 FIRST_TOKENS = 8  # of a window: so little context makes their KLD another quantity (statistics.md)
@@ -137,9 +146,10 @@ class SequenceScore(FrozenModel):
     text_start and text_end its span in the text's UTF-8 bytes, excerpt the start of that span.
     The fields from kld_sum on are there when a reference was scored alongside: KLD is
     KL(reference ‖ model), n_same_top counts equal most probable tokens, Δp is the probability of
-    the target under the model minus that under the reference. token_nll and token_kld are
-    base64 of little-endian float32, one per scored token, token_same_top of bits (numpy.packbits);
-    `without_tokens` drops them. by_position, by_class and worst_tokens are as in token_groups.py.
+    the target under the model minus that under the reference. token_nll, token_reference_nll and
+    token_kld are base64 of little-endian float32, one per scored token, token_same_top of bits
+    (numpy.packbits); `without_tokens` drops them. by_position, by_class and worst_tokens are as in
+    token_groups.py.
     """
 
     index: NonNegative
@@ -161,8 +171,9 @@ class SequenceScore(FrozenModel):
     by_position: TokenSums | None = None
     by_class: TokenSums | None = None
     worst_tokens: tuple[WorstToken, ...] = ()
+    token_reference_nll: str | None = None
 
-    @field_validator("token_nll", "token_kld")
+    @field_validator("token_nll", "token_kld", "token_reference_nll")
     @classmethod
     def _check_tokens(cls, text: str | None) -> str | None:
         if text is not None and not np.isfinite(decode_float32(text)).all():
@@ -173,7 +184,8 @@ class SequenceScore(FrozenModel):
     def _check_signs(self) -> Self:
         for what in ("nll_sum", "reference_nll_sum", "kld_sum"):
             value = getattr(self, what)
-            if value is not None and value < -_ROUNDING * self.n_scored:
+            slack = _KLD_ROUNDING if what == "kld_sum" else _ROUNDING
+            if value is not None and value < -slack * self.n_scored:
                 raise ValueError(f"{what} of sequence {self.index} is {value:g}, expected ≥ 0")
         if self.n_same_top is not None and self.n_same_top > self.n_scored:
             raise ValueError(f"{self.n_same_top} equal top tokens of {self.n_scored} scored")
@@ -181,7 +193,11 @@ class SequenceScore(FrozenModel):
 
     @model_validator(mode="after")
     def _check_lengths(self) -> Self:
-        for values in (self.nll_per_token(), self.kld_per_token()):
+        for values in (
+            self.nll_per_token(),
+            self.kld_per_token(),
+            self.reference_nll_per_token(),
+        ):
             if values is not None and len(values) != self.n_scored:
                 raise ValueError(f"{len(values)} values of {self.n_scored} scored tokens")
         for sums in (self.by_position, self.by_class):
@@ -206,6 +222,12 @@ class SequenceScore(FrozenModel):
     def kld_per_token(self) -> Float32Array | None:
         """Return the KLD of each scored token, or None where they were not kept."""
         return None if self.token_kld is None else decode_float32(self.token_kld)
+
+    def reference_nll_per_token(self) -> Float32Array | None:
+        """Return the reference's NLL of each scored token, or None where they were not kept."""
+        return (
+            None if self.token_reference_nll is None else decode_float32(self.token_reference_nll)
+        )
 
 
 class BrokenSequence(FrozenModel):
@@ -251,8 +273,9 @@ class EvalResult(Document):
     the others are missing (llama.cpp crashed). token_ids_sha256 is of
     all sequences' token ids (little-endian int32), so two results with the same one scored the
     same tokens. kld_quantiles are over all scored tokens of the finished sequences,
-    kld_worst_share is the share of their KLD that the worst thousandth of them carries. cpus names
-    the CPUs that computed, where there were several.
+    kld_worst_share is the share of their KLD that the worst thousandth of them carries.
+    llama_statistics are llama-perplexity's, kept where tokens are not. cpus names the CPUs that
+    computed, where there were several.
     """
 
     KIND: ClassVar[str] = "eval"
@@ -270,6 +293,7 @@ class EvalResult(Document):
     broken: tuple[BrokenSequence, ...] = ()
     kld_quantiles: Quantiles | None = None
     kld_worst_share: Annotated[float, Field(ge=0, le=1)] | None = None
+    llama_statistics: LlamaStatistics | None = None
     cpus: tuple[str, ...] = ()
     failure: str | None = None
     notes: tuple[str, ...] = ()
@@ -306,9 +330,24 @@ class EvalResult(Document):
 
     def without_tokens(self) -> Self:
         """Return the result without per-token arrays: some kB instead of some MB."""
-        bare = {"token_nll": None, "token_kld": None, "token_same_top": None}
+        arrays = ("token_nll", "token_kld", "token_reference_nll", "token_same_top")
+        bare = dict.fromkeys(arrays)
         slim = tuple(s.model_copy(update=bare) for s in self.sequences)
-        return self.model_copy(update={"sequences": slim})
+        update = {"sequences": slim, "llama_statistics": self.as_llama_perplexity()}
+        return self.model_copy(update=update)
+
+    def as_llama_perplexity(self) -> LlamaStatistics | None:
+        """Return llama-perplexity's statistics against the reference, where they are known."""
+        values = [
+            (s.nll_per_token(), s.reference_nll_per_token(), s.kld_per_token())
+            for s in self.sequences
+        ]
+        kept = [(q, p, d) for q, p, d in values if not (q is None or p is None or d is None)]
+        if len(kept) < len(values) or not kept:
+            return self.llama_statistics
+        nll, nll_base, kld = zip(*kept, strict=True)
+        n_same_top = sum(s.n_same_top or 0 for s in self.sequences)
+        return llama_statistics(nll, nll_base, kld, n_same_top)
 
 
 def incomparable(a: EvalResult, b: EvalResult) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from ramgguf.cluster.worker_pool import WorkerPool
 from ramgguf.core.errors import EngineError
 from ramgguf.core.progress import Progress
 from ramgguf.core.version import __version__
+from ramgguf.core.wikitext import note_of
 from ramgguf.evaluate.journal import Journal, SequenceRecord
 from ramgguf.evaluate.protocol import EvalProtocol, Tokens, Windows
 from ramgguf.evaluate.result import (
@@ -23,10 +24,12 @@ from ramgguf.evaluate.result import (
     SequenceScore,
     sha256_int32,
 )
+from ramgguf.evaluate.stored_logits import NO_LOGITS, StoredLogits
 from ramgguf.evaluate.token_groups import TokenFigures
 from ramgguf.gguf.reader import open_gguf
 from ramgguf.llama.chat_template import start as chat_start
 from ramgguf.llama.client import CrashError, Engine, ModelError
+from ramgguf.llama.logits_file import LogitsWriter
 from ramgguf.llama.protocol import (
     Divergences,
     ModelInfo,
@@ -37,7 +40,7 @@ from ramgguf.llama.protocol import (
     encode_bits,
     encode_float32,
 )
-from ramgguf.llama.scorer import EngineOptions, EngineScorer, Scorer, Window
+from ramgguf.llama.scorer import EngineOptions, EngineScorer, LogitsFiles, Scorer, Window
 
 # Models that are compared with one reference share its decoding as long as all fit in this.
 TOGETHER_BYTES = 8 * 10**9
@@ -53,6 +56,12 @@ class Settings:
     safe_kernels: bool
     stop_at_crash: bool
     verbose: bool
+    logits: StoredLogits = NO_LOGITS
+
+    @property
+    def loaded_reference(self) -> ModelFile | None:
+        """The reference that is a model, not a file of logits."""
+        return None if self.logits.reference is not None else self.reference
 
 
 @dataclass
@@ -85,8 +94,9 @@ def score(
     runs = [Run(file) for file in files]
     stage = _Stage(settings, journal, progress, len(runs), pool)
     try:
-        for group in groups(runs, settings.reference):
+        for group in groups(runs, settings.loaded_reference):
             stage.score_group(group)
+        stage.finish()
     finally:
         progress.finish()
     return runs
@@ -124,6 +134,8 @@ class _Stage:
         self._n_models = n_models
         self._pool = pool
         self._windows: dict[tuple[str, bool, tuple[int, ...]], Windows] = {}
+        self._corpus = settings.protocol.corpus
+        self._writer: LogitsWriter | None = None
 
     def score_group(self, group: list[Run]) -> None:
         """Score the group's models; one that fails is left out and the rest go on."""
@@ -146,9 +158,14 @@ class _Stage:
                     raise
                 left = [run for run in left if run.failure is None]
 
+    def finish(self) -> None:
+        """Give the file of saved logits its name."""
+        if self._writer is not None:
+            self._writer.finish()
+
     def _loaded(self, group: list[Run]) -> list[ModelFile]:
         """Return the files that the engine loads: the reference first, and once."""
-        reference = self._settings.reference
+        reference = self._settings.loaded_reference
         if reference is None:
             return [run.file for run in group]
         return [reference, *(run.file for run in group if run.file != reference)]
@@ -183,18 +200,24 @@ class _Stage:
                 blank = self._blank(run, scorer.opened, info, windows)
                 run.id, run.blank = self._journal.begin(blank)
                 self._progress.advance(len(self._journal.done(run.id)))
-        waiting = [w for w in windows.windows if self._missing(group, w)]
-        has_reference = self._settings.reference is not None
+        waiting = [w for w in windows.windows if self._missing(group, w) or self._unsaved(w)]
+        has_reference = self._settings.loaded_reference is not None
         first_target = windows.protocol.first_target
-        for found in scorer.score(waiting, first_target, has_reference=has_reference):
+        files = LogitsFiles(
+            reference=self._settings.logits.reference_path,
+            save=None if self._writer is None else str(self._writer.part),
+        )
+        for found in scorer.score(waiting, first_target, has_reference=has_reference, logits=files):
             for run in self._missing(group, found.window):
                 number = loaded.index(run.file)
                 scored = found.scored[number]
                 if has_reference and number == 0:
                     scored = against_itself(scored)
-                against = found.scored[0] if has_reference else None
-                self._journal.add(self._record(run, found.window, scored, against, found.cpu))
+                self._journal.add(self._record(run, found.window, scored, found.cpu))
                 self._progress.advance(1)
+
+    def _unsaved(self, window: Window) -> bool:
+        return self._writer is not None and not self._writer.has(window.index)
 
     def _missing(self, group: list[Run], window: Window) -> list[Run]:
         """Return the runs that the window is not scored for."""
@@ -206,17 +229,29 @@ class _Stage:
         warm_up = _warm_up(scorer, path) if protocol.is_warm else ()
         key = vocab.sha256, vocab.adds_bos, warm_up
         if key not in self._windows:
-            ids, ends = scorer.tokenize(protocol.text, add_special=protocol.add_special)
+            self._settings.logits.check(protocol, vocab.n_tokens)
+            ids, ends = scorer.tokenize(
+                protocol.text,
+                add_special=protocol.add_special,
+                control_tokens=protocol.corpus.has_control_tokens,
+            )
             tokens = Tokens(ids, ends, vocab.bos, vocab.adds_bos, warm_up)
             first = not self._windows
-            windows = self._windows[key] = protocol.windows(tokens)
+            stored = self._settings.logits
+            if stored.reference is not None:
+                windows, self._corpus = stored.windows(protocol, tokens, scorer)
+            else:
+                windows = protocol.windows(tokens)
+            self._windows[key] = windows
+            if first and stored.save is not None:
+                self._writer = stored.writer(windows.protocol, ids, vocab.n_tokens)
             if first:
                 n = self._n_models * windows.protocol.n_seq
                 self._progress.start("evaluate", n, "sequences")
         return self._windows[key]
 
     def _require_same_tokenizer(self, file: ModelFile, info: ModelInfo, first: ModelInfo) -> None:
-        reference = self._settings.reference
+        reference = self._settings.loaded_reference
         if reference is not None and info.vocab.sha256 != first.vocab.sha256:
             raise EngineError(
                 f"{file.path}: its tokenizer ({info.vocab.n_tokens} tokens) is not the reference's "
@@ -235,8 +270,10 @@ class _Stage:
             )
 
     def _blank(self, run: Run, opened: Opened, info: ModelInfo, windows: Windows) -> EvalResult:
-        cut, protocol = self._settings.protocol, windows.protocol
+        protocol = windows.protocol
         notes = windows.notes
+        if said := note_of(self._corpus):
+            notes += (said,)
         if protocol.n_ctx > info.n_ctx_train:
             notes += (f"sequences of {protocol.n_ctx}, but trained on {info.n_ctx_train} tokens",)
         return EvalResult(
@@ -244,7 +281,7 @@ class _Stage:
             model=run.file,
             reference=self._settings.reference,
             protocol=protocol,
-            text=cut.corpus.identity,
+            text=self._corpus.identity,
             tokenizer_sha256=info.vocab.sha256,
             token_ids_sha256=sha256_int32(np.concatenate([w.ids for w in windows.windows])),
             engine=EngineSettings(
@@ -260,10 +297,8 @@ class _Stage:
             notes=notes,
         )
 
-    def _record(
-        self, run: Run, window: Window, scored: Scored, reference: Scored | None, cpu: str
-    ) -> SequenceRecord:
-        corpus = self._settings.protocol.corpus
+    def _record(self, run: Run, window: Window, scored: Scored, cpu: str) -> SequenceRecord:
+        corpus = self._corpus
         title = corpus.title_at((window.text_start + window.text_end) // 2)
         broken = found = None
         if scored.n_broken:
@@ -284,7 +319,7 @@ class _Stage:
                 nll_sum=scored.nll_sum,
                 token_nll=scored.token_nll,
                 **({} if scored.divergences is None else dict(scored.divergences)),
-                **token_groups(corpus.bytes, window, scored, reference),
+                **token_groups(corpus.bytes, window, scored),
             )
         return SequenceRecord(
             run=run.id,
@@ -326,32 +361,29 @@ def against_itself(scored: Scored) -> Scored:
         delta_p_squared_sum=0.0,
         token_kld=encode_float32(np.zeros(scored.n_scored)),
         token_same_top=encode_bits(np.ones(scored.n_scored)),
+        token_reference_nll=scored.token_nll,
     )
     return scored.model_copy(update={"divergences": none})
 
 
-def token_groups(
-    text: bytes, window: Window, scored: Scored, reference: Scored | None
-) -> dict[str, Any]:
+def token_groups(text: bytes, window: Window, scored: Scored) -> dict[str, Any]:
     """Return a sequence's sums by position and class, and its worst tokens; nothing without KLD.
 
     text is what the window's ends refer to.
     """
-    if scored.divergences is None:
+    against = scored.divergences
+    if against is None:
         return {}
     n = scored.n_scored
     starts = np.concatenate([[window.text_start], window.ends[:-1]])
     positions = np.arange(len(window.ends))[-n:]
-    known = reference is not None and not reference.n_broken
     figures = TokenFigures(
         positions=positions,
         texts=[text[starts[i] : window.ends[i]] for i in positions],
-        kld=decode_float32(scored.divergences.token_kld).astype(np.float64),
-        same_top=decode_bits(scored.divergences.token_same_top, n),
+        kld=decode_float32(against.token_kld).astype(np.float64),
+        same_top=decode_bits(against.token_same_top, n),
         nll=decode_float32(scored.token_nll).astype(np.float64),
-        reference_nll=decode_float32(reference.token_nll).astype(np.float64)
-        if reference is not None and known
-        else None,
+        reference_nll=decode_float32(against.token_reference_nll).astype(np.float64),
     )
     return {
         "by_position": figures.by_position(),

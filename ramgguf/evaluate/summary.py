@@ -7,6 +7,7 @@ import numpy as np
 
 from ramgguf.core.errors import ResultError
 from ramgguf.evaluate.intervals import Estimate, estimate
+from ramgguf.evaluate.llama_statistics import LlamaStatistics
 from ramgguf.evaluate.result import EvalResult, SequenceScore
 from ramgguf.evaluate.significance import (
     PairedSequences,
@@ -60,7 +61,8 @@ class AgainstReference:
 
     delta_nll has a value per sequence, nats per token; ppl_ratio is corpus PPL over the
     reference's, with the p-value of no difference; sequences counts those on which it is better.
-    first is of the first tokens of all windows, where they are known and were scored.
+    first is of the first tokens of all windows, where they are known and were scored. llama has
+    what llama-perplexity prints, where values per token were kept.
     """
 
     label: str
@@ -71,6 +73,7 @@ class AgainstReference:
     ppl_ratio: Ratio
     sequences: PairedSequences
     first: FirstTokens | None = None
+    llama: LlamaStatistics | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,6 +129,7 @@ def _against_reference(result: EvalResult, sample: SequenceLosses) -> AgainstRef
         ppl_ratio=paired_ratio(corpus, sample, reference),
         sequences=paired_sequences(sample, reference),
         first=_first_tokens(divergences),
+        llama=result.as_llama_perplexity(),
     )
 
 

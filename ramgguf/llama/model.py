@@ -73,6 +73,15 @@ class Vocab:
         n = self._llama.llama_token_to_piece(self._vocab, token, buffer, 512, 0, False)
         return buffer.raw[:n] if n > 0 else b""
 
+    @cached_property
+    def _ends_generation(self) -> npt.NDArray[np.bool_]:
+        llama, vocab = self._llama, self._vocab
+        return np.array([llama.llama_vocab_is_eog(vocab, i) for i in range(self.n_tokens)], bool)
+
+    def ends_generation(self, ids: TokenIds) -> npt.NDArray[np.bool_]:
+        """Return whether each token ends what a model generates."""
+        return self._ends_generation[ids]
+
     def ends(self, ids: TokenIds, n_bytes: int) -> npt.NDArray[np.int64]:
         """Return where in a text of n_bytes each of its tokens ends.
 

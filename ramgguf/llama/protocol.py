@@ -38,6 +38,8 @@ class Score(FrozenModel):
     """Score a sequence with every model; answered by Started and Scored for each.
 
     With has_reference, model 0 is the reference of the others. Targets first_target … are scored.
+    reference_logits is a file (logits_file.py) whose window `index` is the reference of all;
+    save_logits one that takes model 0's.
     """
 
     kind: Literal["score"] = "score"
@@ -45,6 +47,24 @@ class Score(FrozenModel):
     ids: str
     first_target: int
     has_reference: bool
+    reference_logits: str | None = None
+    save_logits: str | None = None
+
+
+class Detokenize(FrozenModel):
+    """Ask for the text of a model's tokens; answered by Detokenized."""
+
+    kind: Literal["detokenize"] = "detokenize"
+    model: int
+    ids: str
+
+
+class Generate(FrozenModel):
+    """Continue prompts greedily with the first model, side by side; answered by Generated."""
+
+    kind: Literal["generate"] = "generate"
+    prompts: tuple[str, ...]
+    n_tokens: int
 
 
 class Draw(FrozenModel):
@@ -126,6 +146,14 @@ class Tokenized(FrozenModel):
     ends: str
 
 
+class Detokenized(FrozenModel):
+    """The tokens' text in base64 (it need not be UTF-8), and where in it each token ends."""
+
+    kind: Literal["detokenized"] = "detokenized"
+    text: str
+    ends: str
+
+
 class Started(FrozenModel):
     """The worker begins with this model and sequence (so that a crash can be named)."""
 
@@ -145,6 +173,7 @@ class Divergences(FrozenModel):
     delta_p_squared_sum: float
     token_kld: str
     token_same_top: str
+    token_reference_nll: str
 
 
 class Scored(FrozenModel):
@@ -168,6 +197,14 @@ class Drawn(FrozenModel):
 
     kind: Literal["drawn"] = "drawn"
     ids: str
+    seconds: float
+
+
+class Generated(FrozenModel):
+    """The prompts' continuations, each up to an end of generation."""
+
+    kind: Literal["generated"] = "generated"
+    ids: tuple[str, ...]
     seconds: float
 
 
@@ -206,8 +243,10 @@ class Failed(FrozenModel):
     message: str
 
 
-AnyRequest = Open | Tokenize | Score | Draw | TapWeights | Observe | Collect
-Answer = Opened | Tokenized | Scored | Drawn | Tapped | Observed | Collected
+AnyRequest = Open | Tokenize | Detokenize | Generate | Score | Draw | TapWeights | Observe | Collect
+Answer = (
+    Opened | Tokenized | Detokenized | Generated | Scored | Drawn | Tapped | Observed | Collected
+)
 AnyResponse = Answer | Started | Failed
 RequestAdapter: TypeAdapter[AnyRequest] = TypeAdapter(
     Annotated[AnyRequest, Field(discriminator="kind")]

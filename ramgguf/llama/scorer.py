@@ -37,6 +37,17 @@ class EngineOptions:
 
 
 @dataclass(frozen=True)
+class LogitsFiles:
+    """Files of logits (logits_file.py): a reference's to compare with, one for the first model's"""
+
+    reference: str | None = None
+    save: str | None = None
+
+
+NO_FILES = LogitsFiles()
+
+
+@dataclass(frozen=True)
 class WindowScores:
     """A window, each model's scores of it, and the name of the CPU that computed them."""
 
@@ -57,8 +68,16 @@ class Scorer(Protocol):
     ) -> tuple[TokenIds, NDArray[np.int64]]:
         """Return the text's token ids and where each ends in its UTF-8 bytes."""
 
+    def detokenize(self, ids: TokenIds) -> tuple[bytes, NDArray[np.int64]]:
+        """Return the text of the first model's tokens and where each ends in it."""
+
     def score(
-        self, windows: Sequence[Window], first_target: int, *, has_reference: bool
+        self,
+        windows: Sequence[Window],
+        first_target: int,
+        *,
+        has_reference: bool,
+        logits: LogitsFiles = NO_FILES,
     ) -> Iterator[WindowScores]:
         """Yield the windows' scores in any order, as they are computed."""
 
@@ -80,10 +99,26 @@ class EngineScorer:
         """Return the text's token ids and where each ends in its UTF-8 bytes."""
         return self._engine.tokenize(text, add_special=add_special, control_tokens=control_tokens)
 
+    def detokenize(self, ids: TokenIds) -> tuple[bytes, NDArray[np.int64]]:
+        """Return the text of the first model's tokens and where each ends in it."""
+        return self._engine.detokenize(ids)
+
     def score(
-        self, windows: Sequence[Window], first_target: int, *, has_reference: bool
+        self,
+        windows: Sequence[Window],
+        first_target: int,
+        *,
+        has_reference: bool,
+        logits: LogitsFiles = NO_FILES,
     ) -> Iterator[WindowScores]:
         """Yield the windows' scores in their order."""
         for w in windows:
-            scored = self._engine.score(w.index, w.ids, first_target, has_reference=has_reference)
+            scored = self._engine.score(
+                w.index,
+                w.ids,
+                first_target,
+                has_reference=has_reference,
+                reference_logits=logits.reference,
+                save_logits=logits.save,
+            )
             yield WindowScores(w, list(scored), self.opened.system.cpu)

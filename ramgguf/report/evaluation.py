@@ -15,7 +15,7 @@ from ramgguf.evaluate.result import FIRST_TOKENS, EvalResult, Protocol
 from ramgguf.evaluate.statistics import n_units
 from ramgguf.evaluate.summary import AgainstReference, Summary, losses
 from ramgguf.report.chart import chart
-from ramgguf.report.grid import Field, Grid, grid_of, markdown_text, to_markdown
+from ramgguf.report.grid import Column, Field, Grid, grid_of, markdown_text, to_markdown
 from ramgguf.report.numbers import kld, p_value, percent, ppl, with_interval
 from ramgguf.report.sentences import findings, order
 from ramgguf.report.terminal import print_grid, print_statements
@@ -39,8 +39,8 @@ def _perplexity_fields(study: EvalReport) -> list[Field[Summary]]:
 
     return [
         Field("model", lambda s: s.label, number=False),
-        Field("size", lambda s: format_bytes(s.result.model.n_bytes)),
-        Field("bpw", lambda s: f"{s.result.model.bpw:.2f}", 3),
+        Field("size", lambda s: format_bytes(m.n_bytes) if (m := s.result.model).is_model else ""),
+        Field("bpw", lambda s: f"{m.bpw:.2f}" if (m := s.result.model).is_model else "", 3),
         Field("corpus PPL", interval("corpus_ppl")),
         Field("median PPL", interval("median_ppl")),
         Field("mean PPL", value("mean_ppl"), 4),
@@ -51,6 +51,31 @@ def _perplexity_fields(study: EvalReport) -> list[Field[Summary]]:
         Field(f"PPL > {study.outlier_ppl:g}", lambda s: str(len(s.outliers))),
         Field("tail", lambda s: s.tail.verdict, 3, number=False),
     ]
+
+
+def domain_grid(label: str, study: EvalReport) -> Grid:
+    """Return one text's figures, a row per model: perplexity, and what parts it from the reference.
+
+    Intervals are in the pooled tables; those here are of the means.
+    """
+    result = study.summaries[0].result if study.summaries else None
+    how = f" ({result.protocol.n_seq} × {result.protocol.n_ctx} tokens)" if result else ""
+
+    def against(write: Callable[[AgainstReference], str]) -> Callable[[Summary], str]:
+        return lambda s: "" if s.against is None else write(s.against)
+
+    fields = [
+        Field[Summary]("model", lambda s: s.label, number=False),
+        Field("corpus PPL", lambda s: with_interval(s.estimates["corpus_ppl"], ppl)),
+        Field("median PPL", lambda s: ppl(s.estimates["median_ppl"].value)),
+        Field("P95", lambda s: ppl(s.estimates["p95_ppl"].value), 3),
+        Field(f"PPL > {study.outlier_ppl:g}", lambda s: str(len(s.outliers)), 4),
+        Field("mean KLD", against(lambda a: with_interval(a.divergences["mean_kld"], kld))),
+        Field("P99", against(lambda a: kld(a.quantiles.p99) if a.quantiles else ""), 2),
+        Field("same top p", against(lambda a: percent(a.divergences["same_top_p"].value)), 1),
+        Field("PPL(Q)/PPL(base)", against(lambda a: f"{a.ppl_ratio.value:.4f}"), 5),
+    ]
+    return grid_of(f"{label}{how}", fields, study.summaries).without_empty_columns()
 
 
 def reference_grid(study: EvalReport) -> Grid | None:
@@ -105,6 +130,21 @@ _REFERENCE_FIELDS: list[Field[Against]] = [
     Field("p sign", lambda x: p_value(x[1].sequences.p_sign), 7),
     Field("p Wilcoxon", lambda x: p_value(x[1].sequences.p_wilcoxon), 7),
 ]
+
+
+def llama_grid(study: EvalReport) -> Grid | None:
+    """Return llama-perplexity's statistics, a column per model; None but for its protocol."""
+    found = [
+        (s.label, dict(s.against.llama.rows()))
+        for s in study.summaries
+        if s.result.protocol.name == "llama" and s.against is not None and s.against.llama
+    ]
+    if not found:
+        return None
+    columns = (Column("statistic", number=False), *(Column(label) for label, _ in found))
+    names = dict.fromkeys(name for _, values in found for name in values)
+    rows = tuple((name, *(values.get(name, "") for _, values in found)) for name in names)
+    return Grid("As llama-perplexity prints it (± as if tokens were independent)", columns, rows)
 
 
 def ranking_grid(board: Leaderboard) -> Grid:
@@ -183,6 +223,8 @@ def grids(study: EvalReport) -> list[Grid]:
         found.append(against)
     if study.board and len(study.board.rows) > 1:
         found.append(ranking_grid(study.board))
+    if (llama := llama_grid(study)) is not None:
+        found.append(llama)
     return [grid.without_empty_columns() for grid in found]
 
 
@@ -195,9 +237,9 @@ def study_markdown(study: EvalReport, *, where: bool = False) -> str:
     return "\n".join(filter(None, ("### Evaluation\n", verdict and f"{verdict}\n", *tables, items)))
 
 
-def study_csv(study: EvalReport) -> str:
+def study_csv(*studies: EvalReport) -> str:
     """Return a row per model with every statistic in full precision; an absent one is empty."""
-    rows = [dict(_flat(s)) for s in study.summaries]
+    rows = [dict(_flat(s)) for study in studies for s in study.summaries]
     names = list(dict.fromkeys(name for row in rows for name in row))
     out = io.StringIO()
     writer = csv.DictWriter(out, names, restval="", lineterminator="\n")
@@ -210,7 +252,7 @@ def study_json(study: EvalReport) -> dict[str, object]:
     """Return statistics, rankings and findings as JSON values; NaN and infinity become null."""
     rankings = study.board.rankings if study.board else ()
     return {
-        "models": [dict(_flat(s)) for s in study.summaries],
+        "models": [{**dict(_flat(s)), **_llama(s)} for s in study.summaries],
         "verdict": list(verdict_lines(study)),
         "rankings": {r.criterion: list(r.order) for r in rankings},
         "orders": {r.criterion: order(r) for r in rankings},
@@ -218,6 +260,12 @@ def study_json(study: EvalReport) -> dict[str, object]:
         "statements": list(statements(study)),
         "protocols": list(protocol_lines(study)),
     }
+
+
+def _llama(s: Summary) -> dict[str, object]:
+    if s.against is None or s.against.llama is None:
+        return {}
+    return {"llama_perplexity": s.against.llama.model_dump()}
 
 
 Cell = str | int | float | bool | None
@@ -248,6 +296,7 @@ def _flat(s: Summary) -> Iterator[tuple[str, Cell]]:
     if s.against is not None:
         yield from _flat_reference(s.against)
     yield from (
+        ("text", r.text.name),
         ("protocol", r.protocol.name),
         ("tokenizer_sha256", r.tokenizer_sha256),
         ("token_ids_sha256", r.token_ids_sha256),

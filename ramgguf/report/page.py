@@ -11,6 +11,7 @@ from typing import Any
 from ramgguf.core.errors import ResultError
 from ramgguf.core.files import write_atomically
 from ramgguf.core.units import format_bytes
+from ramgguf.evaluate.continuations import TrajectoryResult
 from ramgguf.evaluate.eval_report import EvalReport
 from ramgguf.evaluate.leaderboard import LABELS, Leaderboard
 from ramgguf.evaluate.result import FIRST_TOKENS, SequenceScore
@@ -21,10 +22,11 @@ from ramgguf.report import figures, plan_figures
 from ramgguf.report.boards import board_grid
 from ramgguf.report.chart import charted_kld
 from ramgguf.report.delta_figure import delta_nll
-from ramgguf.report.evaluation import grids, protocol_lines, ranking_grid, statements
+from ramgguf.report.evaluation import domain_grid, grids, protocol_lines, ranking_grid, statements
 from ramgguf.report.grid import to_html
 from ramgguf.report.numbers import ppl
 from ramgguf.report.sentences import findings
+from ramgguf.report.trajectories import survival_figure, trajectory_grid, trajectory_line
 from ramgguf.report.verdict import board_verdict, verdict_lines
 from ramgguf.report.where import where_grids
 from ramgguf.report.where_figure import kld_by_position
@@ -44,12 +46,14 @@ def write_html(
     plans: Sequence[tuple[str, Plan]] = (),
     measurements: Sequence[tuple[str, Measurement]] = (),
     published: Leaderboard | None = None,
+    domains: Sequence[tuple[str, EvalReport]] = (),
+    trajectories: Sequence[TrajectoryResult] = (),
 ) -> None:
     """Write the page, whole or not at all; plans and measurements come with their labels.
 
     Raises RamggufError when plotly is missing, ResultError when path cannot be written.
     """
-    text = page(study, plans, measurements, published)
+    text = page(study, plans, measurements, published, domains, trajectories)
     write_atomically(path, text.encode(), error=ResultError)
 
 
@@ -58,12 +62,19 @@ def page(
     plans: Sequence[tuple[str, Plan]] = (),
     measurements: Sequence[tuple[str, Measurement]] = (),
     published: Leaderboard | None = None,
+    domains: Sequence[tuple[str, EvalReport]] = (),
+    trajectories: Sequence[TrajectoryResult] = (),
 ) -> str:
-    """Return the page's HTML; published is a leaderboard of figures without sequences."""
-    title = html.escape(_title(study, plans, measurements, published))
+    """Return the page's HTML; published is a leaderboard of figures without sequences.
+
+    domains are the studies of several texts, which study pools.
+    """
+    title = html.escape(_title(study, plans, measurements, published, trajectories))
     body = "".join(
         (
             *_evaluation(study),
+            *_domains(domains),
+            *_trajectories(trajectories),
             *_published(published),
             *_plans(plans),
             *_measurements(measurements, plans),
@@ -88,10 +99,12 @@ def _title(
     plans: Sequence[tuple[str, Plan]],
     measurements: Sequence[tuple[str, Measurement]],
     published: Leaderboard | None,
+    trajectories: Sequence[TrajectoryResult],
 ) -> str:
     """Return the names of what the page shows, the first four and how many more."""
     names = [s.label for s in study.summaries]
     names += [row.label for row in published.rows] if published else []
+    names = names or [t.model.label for t in trajectories]
     names = names or [label for label, _ in (*plans, *measurements)]
     more = f" and {len(names) - 4} more" if len(names) > 4 else ""
     return f"{', '.join(names[:4])}{more} · ramgguf report" if names else "ramgguf report"
@@ -142,6 +155,26 @@ def _where(study: EvalReport) -> Iterator[str]:
     )
     yield _figure(kld_by_position(study), "Mean KLD by position in the window")
     yield from (to_html(grid) for grid in tables)
+
+
+def _domains(domains: Sequence[tuple[str, EvalReport]]) -> Iterator[str]:
+    if not domains:
+        return
+    yield _section("Text by text", "The figures above pool these texts; every token counts alike.")
+    yield from (to_html(domain_grid(label, study)) for label, study in domains)
+
+
+def _trajectories(found: Sequence[TrajectoryResult]) -> Iterator[str]:
+    if not found:
+        return
+    yield _section(
+        "Where texts part",
+        "The share of prompts whose greedy continuation is still the reference's, token by token;"
+        " bands are 95 % intervals.",
+    )
+    yield _figure(survival_figure(found), "Share of identical continuations against tokens")
+    yield to_html(trajectory_grid(found))
+    yield _list(list(dict.fromkeys(trajectory_line(t) for t in found)))
 
 
 def _published(board: Leaderboard | None) -> Iterator[str]:

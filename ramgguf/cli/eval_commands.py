@@ -179,6 +179,10 @@ class _Style:
     as_csv: bool
     where: bool
 
+    def __post_init__(self) -> None:
+        if self.where and self.as_csv:
+            raise typer.BadParameter("--csv has a row per model", param_hint="--where")
+
     @property
     def for_programs(self) -> bool:
         return self.as_json or self.as_markdown or self.as_csv
@@ -229,6 +233,8 @@ def compare(
             " compare the CSV files on their own"
         )
     if material.aggregates:
+        if where:
+            raise ResultError("--where: published figures have no tokens")
         _show_published(compare_published(material.aggregates, material.notes), terminal, style)
         return
     for domain in by_text(material.results):

@@ -20,7 +20,7 @@ from ramgguf.report.numbers import kld, p_value, percent, ppl, with_interval
 from ramgguf.report.sentences import findings, order
 from ramgguf.report.terminal import print_grid, print_statements
 from ramgguf.report.verdict import verdict_lines
-from ramgguf.report.where import kld_sentences, where_grids, where_json
+from ramgguf.report.where import NO_PLACES, kld_sentences, where_grids, where_json
 
 PPL_TITLE = "Perplexity of sequences (95 % intervals)"
 
@@ -209,9 +209,12 @@ def print_study(study: EvalReport, console: Console, *, where: bool = False) -> 
     if drawn := chart(study, min(console.width, 100) if console.is_terminal else 80):
         console.print()
         console.print("\n".join(drawn), soft_wrap=True)
-    for grid in (*grids(study), *(where_grids(study) if where else ())):
+    places = where_grids(study) if where else []
+    for grid in (*grids(study), *places):
         console.print()
         print_grid(console, grid)
+    if where and not places:
+        console.print(f"\n{NO_PLACES}", soft_wrap=True)
     console.print()
     print_statements(console, (*statements(study), *protocol_lines(study)))
 

@@ -18,6 +18,8 @@ _MAX_NAMED = 3
 _N_WORST = 12
 _N_WORST_JSON = 40
 
+NO_PLACES = "--where: these results do not say where KLD falls; score them again, with --reference"
+
 Groups = Callable[[EvalResult], list[TokenGroup]]
 
 

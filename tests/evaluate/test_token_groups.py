@@ -1,15 +1,20 @@
 """Where KLD falls: by position in the window, by class of token, the worst tokens."""
 
+import io
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
+from typer.testing import CliRunner
 
 from made_results import eval_result, ordinary_ppl
-from ramgguf.core.errors import EngineError
+from ramgguf.cli.app import app
+from ramgguf.core.errors import EngineError, ResultError
 from ramgguf.evaluate.comparison import compare_results
 from ramgguf.evaluate.eval_report import EvalReport, eval_report
 from ramgguf.evaluate.protocol import EvalProtocol, Tokens, ram_windows, warm_windows
@@ -28,7 +33,7 @@ from ramgguf.evaluate.token_groups import (
     worst_tokens,
 )
 from ramgguf.llama.protocol import decode_bits, encode_bits, encode_float32
-from ramgguf.report.evaluation import statements, study_json
+from ramgguf.report.evaluation import print_study, statements, study_json
 from ramgguf.report.page import page
 from ramgguf.report.verdict import verdict_lines
 from ramgguf.report.where import where_grids
@@ -289,6 +294,28 @@ def test_results_without_positions_are_ranked_by_mean_kld_as_before() -> None:
     assert found is not None
     assert found.by == "mean_kld"
     assert where_grids(eval_report([a])) == []
+
+
+def test_where_is_printed_refused_or_said_to_be_unknown() -> None:
+    def printed(result: EvalResult) -> str:
+        console = Console(file=io.StringIO(), width=200)
+        print_study(eval_report([result]), console, where=True)
+        assert isinstance(console.file, io.StringIO)
+        return console.file.getvalue()
+
+    assert "KLD by class of token" in printed(with_positions(against_base("a"), 0.1, 0.03))
+    assert "these results do not say where KLD falls" in printed(against_base("a"))
+
+
+def test_where_has_no_place_in_csv_or_published_figures(tmp_path: Path) -> None:
+    table = tmp_path / "table.csv"
+    table.write_text("model,n_bytes,median_ppl\na,5,3.0\nb,6,2.0\n")
+    run = CliRunner().invoke(app, ["compare", str(table), "--where", "--csv"])
+    assert run.exit_code == 2
+    with pytest.raises(ResultError, match="published figures have no tokens"):
+        CliRunner().invoke(
+            app, ["compare", str(table), "--where"], catch_exceptions=False, standalone_mode=False
+        )
 
 
 def test_groups_of_another_number_of_tokens_are_refused() -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, get_args
 
 import typer
 
@@ -16,6 +16,7 @@ from ramgguf.evaluate.common_sequences import check_comparable
 from ramgguf.evaluate.comparison import compare_published
 from ramgguf.evaluate.domains import by_text
 from ramgguf.evaluate.leaderboard import Leaderboard
+from ramgguf.evaluate.protocol import ProtocolName
 from ramgguf.evaluate.result import EvalResult
 from ramgguf.evaluate.result_files import read_material
 from ramgguf.report.boards import board_csv, board_json, board_markdown, print_board
@@ -61,7 +62,9 @@ SaveLogits = Annotated[
 ProtocolOption = Annotated[
     str | None,
     typer.Option(
-        "--protocol", help="ram (default): 128 drawn sequences of 2048; llama: llama-perplexity's."
+        "--protocol",
+        help="ram (default): 128 drawn sequences of 2048; warm (default with --corpus): these, each"
+        " after BOS or the start of the chat template; llama: llama-perplexity's.",
     ),
 ]
 SeqLen = Annotated[
@@ -99,6 +102,12 @@ Results = Annotated[
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with what --output already has.")]
 Outlier = Annotated[float, typer.Option("--outlier", help="Sequence PPL above which it is one.")]
+Where = Annotated[
+    bool,
+    typer.Option(
+        "--where", help="Also KLD by position and class of token, and the worst tokens' text."
+    ),
+]
 AsMarkdown = Annotated[bool, typer.Option("--markdown", help="Print tables for a model card.")]
 AsCsv = Annotated[bool, typer.Option("--csv", help="Print comma-separated values.")]
 
@@ -121,6 +130,7 @@ def evaluate(
     output: Results = None,
     resume: Resume = False,
     outlier: Outlier = 100.0,
+    where: Where = False,
     threads: opt.Threads = None,
     workers: opt.Workers = None,
     as_json: opt.AsJson = False,
@@ -130,7 +140,7 @@ def evaluate(
     verbose: opt.Verbose = False,
 ) -> None:
     """Score models by llama.cpp on the CPU, sequence by sequence."""
-    style = _Style(as_json, as_markdown, as_csv)
+    style = _Style(as_json, as_markdown, as_csv, where)
     terminal = opt.Terminal.make(quiet=quiet, as_json=style.for_programs)
     with connected(workers) as executor:
         found = api.evaluate(
@@ -167,6 +177,11 @@ class _Style:
     as_json: bool
     as_markdown: bool
     as_csv: bool
+    where: bool
+
+    def __post_init__(self) -> None:
+        if self.where and self.as_csv:
+            raise typer.BadParameter("--csv has a row per model", param_hint="--where")
 
     @property
     def for_programs(self) -> bool:
@@ -179,11 +194,11 @@ def _show(
     if style.as_json:
         print(eval_json(results, outlier_ppl=outlier))
     elif style.as_markdown:
-        print(eval_markdown(results, outlier_ppl=outlier))
+        print(eval_markdown(results, outlier_ppl=outlier, where=style.where))
     elif style.as_csv:
         print(eval_csv(results, outlier_ppl=outlier), end="")
     else:
-        print_eval(results, terminal.out, outlier_ppl=outlier)
+        print_eval(results, terminal.out, outlier_ppl=outlier, where=style.where)
 
 
 ResultFiles = Annotated[
@@ -198,13 +213,14 @@ ResultFiles = Annotated[
 def compare(
     files: ResultFiles,
     outlier: Outlier = 100.0,
+    where: Where = False,
     as_json: opt.AsJson = False,
     as_markdown: AsMarkdown = False,
     as_csv: AsCsv = False,
     quiet: opt.Quiet = False,
 ) -> None:
     """Rank results by corpus, mean and median PPL and by KLD, and say where rankings differ."""
-    style = _Style(as_json, as_markdown, as_csv)
+    style = _Style(as_json, as_markdown, as_csv, where)
     terminal = opt.Terminal.make(quiet=quiet, as_json=style.for_programs)
     material = read_material(files)
     if material.trajectories:
@@ -217,6 +233,8 @@ def compare(
             " compare the CSV files on their own"
         )
     if material.aggregates:
+        if where:
+            raise ResultError("--where: published figures have no tokens")
         _show_published(compare_published(material.aggregates, material.notes), terminal, style)
         return
     for domain in by_text(material.results):
@@ -277,9 +295,9 @@ def report(
     terminal.out.print(f"wrote {output} ({format_bytes(output.stat().st_size)})", soft_wrap=True)
 
 
-def _protocol(name: str) -> Literal["ram", "llama"]:
-    if name == "ram":
-        return "ram"
-    if name == "llama":
-        return "llama"
-    raise typer.BadParameter(f"{name!r} is none of ram, llama", param_hint="--protocol")
+def _protocol(name: str) -> ProtocolName:
+    known: tuple[ProtocolName, ...] = get_args(ProtocolName)
+    for each in known:
+        if name == each:
+            return each
+    raise typer.BadParameter(f"{name!r} is none of {', '.join(known)}", param_hint="--protocol")

@@ -4,10 +4,8 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from ramgguf.core.corpus import Text
-from ramgguf.evaluate.result import BrokenSequence, EvalResult, SequenceScore, quantiles
+from ramgguf.evaluate.result import BrokenSequence, EvalResult, SequenceScore, kld_figures
 
 
 @dataclass(frozen=True)
@@ -73,8 +71,6 @@ def _pool(domains: Sequence[DomainResults], mine: Sequence[EvalResult]) -> EvalR
             sequences.append(s.model_copy(update={"index": first + s.index, "title": title}))
         broken += [b.model_copy(update={"index": first + b.index}) for b in result.broken]
         first += result.protocol.n_windows
-    klds = [k for s in sequences if (k := s.kld_per_token()) is not None]
-    known = quantiles(np.concatenate(klds)) if 0 < len(klds) == len(sequences) else None
     protocols = [r.protocol for r in mine]
     protocol = protocols[0].model_copy(
         update={
@@ -94,7 +90,7 @@ def _pool(domains: Sequence[DomainResults], mine: Sequence[EvalResult]) -> EvalR
         "protocol": protocol,
         "sequences": tuple(sequences),
         "broken": tuple(broken),
-        "kld_quantiles": known,
+        **kld_figures(sequences),
         "llama_statistics": None,
         "failure": next((r.failure for r in mine if r.failure), None),
         "notes": tuple(dict.fromkeys(n for r in mine for n in r.notes)),

@@ -6,7 +6,6 @@ from concurrent.futures import Executor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 from ramgguf.cluster.worker_pool import WorkerPool
 from ramgguf.core.corpus import dataset as dataset_corpus
@@ -18,7 +17,7 @@ from ramgguf.core.progress import Progress, Silent
 from ramgguf.core.wikitext import is_canonical
 from ramgguf.evaluate.corpora import ScoredText, scored_texts
 from ramgguf.evaluate.journal import Journal
-from ramgguf.evaluate.protocol import EvalProtocol
+from ramgguf.evaluate.protocol import EvalProtocol, ProtocolName
 from ramgguf.evaluate.result import EvalResult, ModelFile
 from ramgguf.evaluate.scoring import Run, Settings, score
 from ramgguf.evaluate.stored_logits import NO_LOGITS, StoredLogits, identify_logits
@@ -149,7 +148,7 @@ def evaluate(
     *,
     reference_logits: str | Path | None = None,
     save_logits: str | Path | None = None,
-    protocol: Literal["ram", "llama"] | None = None,
+    protocol: ProtocolName | None = None,
     n_ctx: int | Sequence[int] | None = None,
     n_seq: int | None = None,
     seed: int = 42,
@@ -171,7 +170,7 @@ def evaluate(
     The text is the WikiText-2 test split unless text (a file) or dataset (a name on the hub, with
     split) is given; corpus names several (prose, code, math, chat, multilingual, long, wikitext, or
     files), each of which has a result per model, as has each of several n_ctx. wiki.test.raw has
-    the protocol llama by default, all other texts ram.
+    the protocol llama by default, those of corpus have warm, all others ram.
 
     With a reference, KLD and the like are measured against it. reference_logits is a file of
     llama-perplexity's --kl-divergence-base in its place, save_logits one that is written of the
@@ -200,7 +199,7 @@ def evaluate(
     if has_files and len(texts) * len(lengths) > 1:
         raise EngineError("a file of logits is of one text and one length of sequences")
     as_llama = has_files or all(is_canonical(t.corpus) for t in texts)
-    protocol = protocol or ("llama" if as_llama else "ram")
+    protocol = protocol or ("llama" if as_llama else "warm" if corpus else "ram")
     if has_files and protocol != "llama":
         raise EngineError(
             f"files of logits hold the windows of the protocol llama, not of {protocol}"

@@ -75,10 +75,11 @@ class Protocol(FrozenModel):
     0 … i−1. Targets first_target … n_ctx−1 of every sequence are scored. n_windows is how many
     windows the text gave, n_seq how many were drawn; seed is None where none are drawn. bos says
     that every sequence starts with BOS: in front of the text's own tokens, so that the last of
-    them falls off (ram), or in place of the first of them (llama).
+    them falls off (ram), or in place of the first of them (llama). n_warm_up tokens that the model
+    reads before a text (BOS, the start of its chat template) stand before each window (warm).
     """
 
-    name: Literal["ram", "llama"]
+    name: Literal["ram", "warm", "llama"]
     n_ctx: Positive
     n_windows: Positive
     n_seq: Positive
@@ -86,6 +87,7 @@ class Protocol(FrozenModel):
     seed: int | None
     bos: bool
     first_target: Positive
+    n_warm_up: NonNegative = 0
 
     @property
     def n_scored(self) -> int:
@@ -109,6 +111,34 @@ _ROUNDING = 1e-5  # nats per token by which a sum of losses may be below 0
 _KLD_ROUNDING = 16 / 65535 / 2  # and of KLD, against log-probabilities of 16 bits
 
 
+FIRST_TOKENS = 8  # of a window: so little context makes their KLD another quantity (statistics.md)
+
+
+class TokenSums(FrozenModel):
+    """Sums over groups of scored tokens: how many, their KLD in nats, equal top tokens."""
+
+    n: tuple[NonNegative, ...]
+    kld_sum: tuple[Number, ...]
+    n_same_top: tuple[NonNegative, ...]
+
+    @model_validator(mode="after")
+    def _check_lengths(self) -> Self:
+        if not len(self.n) == len(self.kld_sum) == len(self.n_same_top):
+            raise ValueError("groups of tokens: three rows of one length expected")
+        return self
+
+
+class WorstToken(FrozenModel):
+    """A token of large KLD: its position, its text and the text before it; nats."""
+
+    position: NonNegative
+    text: str
+    before: str
+    kld: Number
+    nll: Number
+    reference_nll: Number | None = None
+
+
 class SequenceScore(FrozenModel):
     """The scores of one sequence: sums over its scored tokens, in nats.
 
@@ -117,8 +147,9 @@ class SequenceScore(FrozenModel):
     The fields from kld_sum on are there when a reference was scored alongside: KLD is
     KL(reference ‖ model), n_same_top counts equal most probable tokens, Δp is the probability of
     the target under the model minus that under the reference. token_nll, token_reference_nll and
-    token_kld are base64 of little-endian float32, one per scored token; `without_tokens` drops
-    them.
+    token_kld are base64 of little-endian float32, one per scored token, token_same_top of bits
+    (numpy.packbits); `without_tokens` drops them. by_position, by_class and worst_tokens are as in
+    token_groups.py.
     """
 
     index: NonNegative
@@ -136,6 +167,10 @@ class SequenceScore(FrozenModel):
     delta_p_sum: Number | None = None
     delta_p_squared_sum: NonNegativeFloat | None = None
     token_kld: str | None = None
+    token_same_top: str | None = None
+    by_position: TokenSums | None = None
+    by_class: TokenSums | None = None
+    worst_tokens: tuple[WorstToken, ...] = ()
     token_reference_nll: str | None = None
 
     @field_validator("token_nll", "token_kld", "token_reference_nll")
@@ -165,6 +200,9 @@ class SequenceScore(FrozenModel):
         ):
             if values is not None and len(values) != self.n_scored:
                 raise ValueError(f"{len(values)} values of {self.n_scored} scored tokens")
+        for sums in (self.by_position, self.by_class):
+            if sums is not None and sum(sums.n) != self.n_scored:
+                raise ValueError(f"groups of {sum(sums.n)} tokens, {self.n_scored} were scored")
         return self
 
     @property
@@ -235,6 +273,7 @@ class EvalResult(Document):
     the others are missing (llama.cpp crashed). token_ids_sha256 is of
     all sequences' token ids (little-endian int32), so two results with the same one scored the
     same tokens. kld_quantiles are over all scored tokens of the finished sequences,
+    kld_worst_share is the share of their KLD that the worst thousandth of them carries.
     llama_statistics are llama-perplexity's, kept where tokens are not. cpus names the CPUs that
     computed, where there were several.
     """
@@ -253,6 +292,7 @@ class EvalResult(Document):
     sequences: tuple[SequenceScore, ...]
     broken: tuple[BrokenSequence, ...] = ()
     kld_quantiles: Quantiles | None = None
+    kld_worst_share: Annotated[float, Field(ge=0, le=1)] | None = None
     llama_statistics: LlamaStatistics | None = None
     cpus: tuple[str, ...] = ()
     failure: str | None = None
@@ -290,7 +330,8 @@ class EvalResult(Document):
 
     def without_tokens(self) -> Self:
         """Return the result without per-token arrays: some kB instead of some MB."""
-        bare = {"token_nll": None, "token_kld": None, "token_reference_nll": None}
+        arrays = ("token_nll", "token_kld", "token_reference_nll", "token_same_top")
+        bare = dict.fromkeys(arrays)
         slim = tuple(s.model_copy(update=bare) for s in self.sequences)
         update = {"sequences": slim, "llama_statistics": self.as_llama_perplexity()}
         return self.model_copy(update=update)
@@ -334,6 +375,7 @@ def incomparable(a: EvalResult, b: EvalResult) -> tuple[str, ...]:
 def _comparable_protocol(p: Protocol) -> str:
     drawn = f"seed {p.seed}" if p.seed is not None else "in order"
     bos = "BOS" if p.bos else "no BOS"
+    bos += f" and what precedes a text, {p.n_warm_up} tokens" if p.n_warm_up else ""
     return (
         f"{p.name}, {p.n_seq} × {p.n_ctx} tokens, {drawn}, {bos}, scored from {p.first_target} on"
     )
@@ -342,6 +384,22 @@ def _comparable_protocol(p: Protocol) -> str:
 def sha256_int32(ids: npt.ArrayLike) -> str:
     """Return the sha256 of token ids as little-endian int32."""
     return hashlib.sha256(np.asarray(ids, dtype="<i4").tobytes()).hexdigest()
+
+
+def kld_figures(sequences: Iterable[SequenceScore]) -> dict[str, object]:
+    """Return kld_quantiles and kld_worst_share of a result with these sequences.
+
+    Both are None where not every sequence has kept its tokens' KLD.
+    """
+    found = [s.kld_per_token() for s in sequences]
+    known = [k for k in found if k is not None]
+    if not known or len(known) < len(found):
+        return {"kld_quantiles": None, "kld_worst_share": None}
+    values = np.sort(np.concatenate(known).astype(np.float64))
+    n_worst = -(-len(values) // 1000)
+    whole = float(np.maximum(values, 0).sum())
+    share = float(np.maximum(values[-n_worst:], 0).sum()) / whole if whole > 0 else 0.0
+    return {"kld_quantiles": quantiles(values), "kld_worst_share": min(1.0, share)}
 
 
 def quantiles(values: npt.ArrayLike) -> Quantiles:

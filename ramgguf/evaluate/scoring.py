@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -24,9 +25,21 @@ from ramgguf.evaluate.result import (
     sha256_int32,
 )
 from ramgguf.evaluate.stored_logits import NO_LOGITS, StoredLogits
+from ramgguf.evaluate.token_groups import TokenFigures
+from ramgguf.gguf.reader import open_gguf
+from ramgguf.llama.chat_template import start as chat_start
 from ramgguf.llama.client import CrashError, Engine, ModelError
 from ramgguf.llama.logits_file import LogitsWriter
-from ramgguf.llama.protocol import Divergences, ModelInfo, Opened, Scored, encode_float32
+from ramgguf.llama.protocol import (
+    Divergences,
+    ModelInfo,
+    Opened,
+    Scored,
+    decode_bits,
+    decode_float32,
+    encode_bits,
+    encode_float32,
+)
 from ramgguf.llama.scorer import EngineOptions, EngineScorer, LogitsFiles, Scorer, Window
 
 # Models that are compared with one reference share its decoding as long as all fit in this.
@@ -120,7 +133,7 @@ class _Stage:
         self._progress = progress
         self._n_models = n_models
         self._pool = pool
-        self._windows: dict[tuple[str, bool], Windows] = {}
+        self._windows: dict[tuple[str, bool, tuple[int, ...]], Windows] = {}
         self._corpus = settings.protocol.corpus
         self._writer: LogitsWriter | None = None
 
@@ -177,7 +190,7 @@ class _Stage:
             yield EngineScorer(engine)
 
     def _score(self, scorer: Scorer, group: list[Run], loaded: list[ModelFile]) -> None:
-        windows = self._cut(scorer)
+        windows = self._cut(scorer, Path(loaded[0].path))
         models = scorer.opened.models
         for number, info in enumerate(models):
             self._require_same_tokenizer(loaded[number], info, models[0])
@@ -210,10 +223,11 @@ class _Stage:
         """Return the runs that the window is not scored for."""
         return [run for run in group if window.index not in self._journal.done(run.id)]
 
-    def _cut(self, scorer: Scorer) -> Windows:
-        """Return the sequences for the tokenizer of the first model."""
+    def _cut(self, scorer: Scorer, path: Path) -> Windows:
+        """Return the sequences for the tokenizer of the first model, whose path this is."""
         protocol, vocab = self._settings.protocol, scorer.opened.models[0].vocab
-        key = vocab.sha256, vocab.adds_bos
+        warm_up = _warm_up(scorer, path) if protocol.is_warm else ()
+        key = vocab.sha256, vocab.adds_bos, warm_up
         if key not in self._windows:
             self._settings.logits.check(protocol, vocab.n_tokens)
             ids, ends = scorer.tokenize(
@@ -221,7 +235,7 @@ class _Stage:
                 add_special=protocol.add_special,
                 control_tokens=protocol.corpus.has_control_tokens,
             )
-            tokens = Tokens(ids, ends, vocab.bos, vocab.adds_bos)
+            tokens = Tokens(ids, ends, vocab.bos, vocab.adds_bos, warm_up)
             first = not self._windows
             stored = self._settings.logits
             if stored.reference is not None:
@@ -305,6 +319,7 @@ class _Stage:
                 nll_sum=scored.nll_sum,
                 token_nll=scored.token_nll,
                 **({} if scored.divergences is None else dict(scored.divergences)),
+                **token_groups(corpus.bytes, window, scored),
             )
         return SequenceRecord(
             run=run.id,
@@ -315,6 +330,22 @@ class _Stage:
             decode_seconds=scored.decode_seconds,
             cpu=None if run.blank is None or run.blank.engine.cpu == cpu else cpu,
         )
+
+
+def _warm_up(scorer: Scorer, path: Path) -> tuple[int, ...]:
+    """Return the tokens that the first model, in the file at path, reads before a text.
+
+    BOS where the tokenizer adds it, else the start of the chat template, else BOS where the
+    vocabulary has one.
+    """
+    vocab = scorer.opened.models[0].vocab
+    if not vocab.adds_bos:
+        with open_gguf(path) as file:
+            start = chat_start(file)
+        if start:
+            ids, _ = scorer.tokenize(start, add_special=False, control_tokens=True)
+            return tuple(int(i) for i in ids)
+    return (vocab.bos,) if vocab.bos >= 0 else ()
 
 
 def against_itself(scored: Scored) -> Scored:
@@ -329,6 +360,33 @@ def against_itself(scored: Scored) -> Scored:
         delta_p_sum=0.0,
         delta_p_squared_sum=0.0,
         token_kld=encode_float32(np.zeros(scored.n_scored)),
+        token_same_top=encode_bits(np.ones(scored.n_scored)),
         token_reference_nll=scored.token_nll,
     )
     return scored.model_copy(update={"divergences": none})
+
+
+def token_groups(text: bytes, window: Window, scored: Scored) -> dict[str, Any]:
+    """Return a sequence's sums by position and class, and its worst tokens; nothing without KLD.
+
+    text is what the window's ends refer to.
+    """
+    against = scored.divergences
+    if against is None:
+        return {}
+    n = scored.n_scored
+    starts = np.concatenate([[window.text_start], window.ends[:-1]])
+    positions = np.arange(len(window.ends))[-n:]
+    figures = TokenFigures(
+        positions=positions,
+        texts=[text[starts[i] : window.ends[i]] for i in positions],
+        kld=decode_float32(against.token_kld).astype(np.float64),
+        same_top=decode_bits(against.token_same_top, n),
+        nll=decode_float32(scored.token_nll).astype(np.float64),
+        reference_nll=decode_float32(against.token_reference_nll).astype(np.float64),
+    )
+    return {
+        "by_position": figures.by_position(),
+        "by_class": figures.by_class(),
+        "worst_tokens": figures.worst(),
+    }

@@ -25,6 +25,14 @@ def render(file: GGUFFile, turns: Sequence[Turn]) -> tuple[str, bool]:
     return "\n\n".join(f"{t.role.title()}: {t.content}" for t in turns) + "\n", False
 
 
+def start(file: GGUFFile) -> str:
+    """Return what the model's template puts before a user's first words; "" without a template."""
+    mark = "FIRST-WORDS"
+    rendered, has_template = render(file, [Turn(role="user", content=mark)])
+    before, found, _ = rendered.partition(mark)
+    return before if has_template and found else ""
+
+
 def _rendered(template: str, turns: Sequence[Turn], tokens: Mapping[str, str]) -> str | None:
     """Return what the template makes of the turns; None where it, or its engine, refuses."""
     try:

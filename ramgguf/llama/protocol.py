@@ -176,7 +176,7 @@ class Started(FrozenModel):
 
 
 class Divergences(FrozenModel):
-    """Sums over a sequence's scored tokens, against the reference; token_kld as in results.py."""
+    """Sums over a sequence's scored tokens, against the reference; tokens as in results.py."""
 
     reference_nll_sum: float
     kld_sum: float
@@ -185,6 +185,7 @@ class Divergences(FrozenModel):
     delta_p_sum: float
     delta_p_squared_sum: float
     token_kld: str
+    token_same_top: str
     token_reference_nll: str
 
 
@@ -317,3 +318,16 @@ def encode_float32(values: npt.ArrayLike) -> str:
 def decode_float32(text: str) -> Float32Array:
     """Return the values that encode_float32 wrote. Raises ValueError for anything else."""
     return np.frombuffer(base64.b64decode(text, validate=True), dtype="<f4").astype(np.float32)
+
+
+def encode_bits(values: npt.ArrayLike) -> str:
+    """Return base64 of the truth values, eight a byte, the first in the highest bit."""
+    return base64.b64encode(np.packbits(np.asarray(values, dtype=bool)).tobytes()).decode("ascii")
+
+
+def decode_bits(text: str, n: int) -> npt.NDArray[np.bool_]:
+    """Return the n values that encode_bits wrote. Raises ValueError for anything else."""
+    packed = np.frombuffer(base64.b64decode(text, validate=True), dtype=np.uint8)
+    if len(packed) != -(-n // 8):
+        raise ValueError(f"{8 * len(packed)} bits for {n} values")
+    return np.unpackbits(packed, count=n).astype(bool)

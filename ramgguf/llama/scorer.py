@@ -13,12 +13,17 @@ from ramgguf.llama.protocol import Opened, Scored, TokenIds
 
 @dataclass(frozen=True)
 class Window:
-    """One sequence: its place among the windows of the text, its token ids, its span in bytes."""
+    """One sequence: its place among the windows of the text, its token ids, its span in bytes.
+
+    ends is where each of its last len(ends) tokens ends in the text's bytes; the tokens before
+    these are no text (BOS, the start of a chat template).
+    """
 
     index: int
     ids: TokenIds
     text_start: int
     text_end: int
+    ends: NDArray[np.int64]
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,7 @@ from ramgguf.llama.protocol import (
     TapWeights,
     Tokenize,
     Tokenized,
+    encode_bits,
     encode_float32,
     pack_ids,
     unpack_ids,
@@ -186,6 +187,7 @@ def summarize(model: int, index: int, records: SequenceRecords) -> Scored:
             delta_p_sum=float(against["delta_p"].sum()),
             delta_p_squared_sum=float(np.square(against["delta_p"]).sum()),
             token_kld=encode_float32(against["kld"]),
+            token_same_top=encode_bits(against["same_top"]),
             token_reference_nll=encode_float32(against["reference"]["nll"]),
         )
     return Scored(

@@ -11,7 +11,7 @@ from ramgguf.core.units import format_bytes
 from ramgguf.evaluate.eval_report import EvalReport
 from ramgguf.evaluate.intervals import Estimate
 from ramgguf.evaluate.leaderboard import LABELS, Leaderboard
-from ramgguf.evaluate.result import EvalResult
+from ramgguf.evaluate.result import FIRST_TOKENS, EvalResult, Protocol
 from ramgguf.evaluate.statistics import n_units
 from ramgguf.evaluate.summary import AgainstReference, Summary, losses
 from ramgguf.report.chart import chart
@@ -20,6 +20,7 @@ from ramgguf.report.numbers import kld, p_value, percent, ppl, with_interval
 from ramgguf.report.sentences import findings, order
 from ramgguf.report.terminal import print_grid, print_statements
 from ramgguf.report.verdict import verdict_lines
+from ramgguf.report.where import NO_PLACES, kld_sentences, where_grids, where_json
 
 PPL_TITLE = "Perplexity of sequences (95 % intervals)"
 
@@ -96,15 +97,31 @@ def _kld_quantile(name: str) -> Callable[[Against], str]:
     return lambda x: kld(getattr(x[1].quantiles, name)) if x[1].quantiles else ""
 
 
+def _worst_share(against: AgainstReference) -> str:
+    share = against.quantiles.worst_share if against.quantiles else None
+    return "" if share is None else f"{100 * share:.0f} %"
+
+
 _REFERENCE_FIELDS: list[Field[Against]] = [
     Field("model", lambda x: x[0].label, number=False),
     Field("reference", lambda x: x[1].label, 3, number=False),
     Field("PPL(Q)/PPL(base)", lambda x: with_interval(x[1].ppl_ratio, lambda v: f"{v:.4f}")),
     Field("mean KLD", lambda x: with_interval(x[1].divergences["mean_kld"], kld)),
+    Field(
+        f"from token {FIRST_TOKENS}",
+        lambda x: (
+            with_interval(x[1].divergences["late_kld"], kld)
+            if "late_kld" in x[1].divergences
+            else ""
+        ),
+        1,
+    ),
+    Field(f"first {FIRST_TOKENS}", lambda x: kld(x[1].first.kld) if x[1].first else "", 5),
     Field("median", _kld_quantile("median"), 3),
     Field("P90", _kld_quantile("p90"), 5),
     Field("P99", _kld_quantile("p99"), 1),
     Field("max", _kld_quantile("maximum"), 4),
+    Field("in worst 0.1 %", lambda x: _worst_share(x[1]), 5),
     Field("same top p", lambda x: with_interval(x[1].divergences["same_top_p"], percent)),
     Field("RMS Δp", lambda x: with_interval(x[1].divergences["rms_delta_p"], percent), 3),
     Field("mean Δp", lambda x: percent(x[1].divergences["mean_delta_p"].value), 6),
@@ -152,10 +169,17 @@ def protocol_line(result: EvalResult) -> str:
     units = "articles" if any(s.title for s in result.sequences) else "sequences"
     return (
         f"Protocol {p.name}: {p.n_seq} windows of {p.n_ctx} tokens of {result.text.name}, {drawn},"
-        f" {p.n_scored} tokens scored in each, {'BOS' if p.bos else 'no BOS'};"
+        f" {p.n_scored} tokens scored in each, {_before(p)};"
         f" llama.cpp {e.llama_cpp_build}{', safe kernels' if e.safe_kernels else ''};"
         f" intervals over {n} {units}."
     )
+
+
+def _before(protocol: Protocol) -> str:
+    """Return what stands before a window's text."""
+    if protocol.n_warm_up > 1:
+        return f"each after the {protocol.n_warm_up} tokens that start a chat"
+    return "BOS" if protocol.bos or protocol.n_warm_up else "no BOS"
 
 
 def statements(study: EvalReport) -> tuple[str, ...]:
@@ -163,6 +187,7 @@ def statements(study: EvalReport) -> tuple[str, ...]:
     said = list(findings(study.board)) if study.board else []
     if study.refusal and len(study.summaries) > 1:
         said.append(f"Not ranked: {study.refusal}.")
+    said += kld_sentences(study)
     said += [f"{failure}." for failure in study.failures]
     notes = dict.fromkeys(note for s in study.summaries for note in s.result.notes)
     said += [note if note.endswith(".") else f"{note}." for note in notes]
@@ -174,16 +199,22 @@ def protocol_lines(study: EvalReport) -> tuple[str, ...]:
     return tuple(dict.fromkeys(protocol_line(s.result) for s in study.summaries))
 
 
-def print_study(study: EvalReport, console: Console) -> None:
-    """Print the verdict, a chart, the tables, the rankings, and the findings."""
+def print_study(study: EvalReport, console: Console, *, where: bool = False) -> None:
+    """Print the verdict, a chart, the tables, the rankings, and the findings.
+
+    With where, also KLD by position and class of token, and the worst tokens.
+    """
     for line in verdict_lines(study):
         console.print(line, soft_wrap=not console.is_terminal)
     if drawn := chart(study, min(console.width, 100) if console.is_terminal else 80):
         console.print()
         console.print("\n".join(drawn), soft_wrap=True)
-    for grid in grids(study):
+    places = where_grids(study) if where else []
+    for grid in (*grids(study), *places):
         console.print()
         print_grid(console, grid)
+    if where and not places:
+        console.print(f"\n{NO_PLACES}", soft_wrap=True)
     console.print()
     print_statements(console, (*statements(study), *protocol_lines(study)))
 
@@ -200,10 +231,11 @@ def grids(study: EvalReport) -> list[Grid]:
     return [grid.without_empty_columns() for grid in found]
 
 
-def study_markdown(study: EvalReport) -> str:
+def study_markdown(study: EvalReport, *, where: bool = False) -> str:
     """Return the verdict, tables and findings as markdown, ready for a model card."""
     verdict = "".join(f"{markdown_text(line)}\n\n" for line in verdict_lines(study)).rstrip("\n")
-    tables = [f"**{grid.title}**\n\n{to_markdown(grid)}" for grid in grids(study) if grid.rows]
+    shown = [*grids(study), *(where_grids(study) if where else ())]
+    tables = [f"**{grid.title}**\n\n{to_markdown(grid)}" for grid in shown if grid.rows]
     items = "".join(f"- {markdown_text(s)}\n" for s in (*statements(study), *protocol_lines(study)))
     return "\n".join(filter(None, ("### Evaluation\n", verdict and f"{verdict}\n", *tables, items)))
 
@@ -227,6 +259,7 @@ def study_json(study: EvalReport) -> dict[str, object]:
         "verdict": list(verdict_lines(study)),
         "rankings": {r.criterion: list(r.order) for r in rankings},
         "orders": {r.criterion: order(r) for r in rankings},
+        "where": where_json(study),
         "statements": list(statements(study)),
         "protocols": list(protocol_lines(study)),
     }
@@ -289,6 +322,9 @@ def _flat_reference(against: AgainstReference) -> Iterator[tuple[str, Cell]]:
     yield "p_wilcoxon", s.p_wilcoxon
     for name, found in against.divergences.items():
         yield from _estimate(name, found)
+    if first := against.first:
+        yield "first_kld", first.kld
+        yield "first_share_of_kld", first.share_of_kld
     if q := against.quantiles:
         yield from (
             ("median_kld", q.median),
@@ -296,6 +332,7 @@ def _flat_reference(against: AgainstReference) -> Iterator[tuple[str, Cell]]:
             ("p99_kld", q.p99),
             ("p999_kld", q.p999),
             ("max_kld", q.maximum),
+            ("worst_share_of_kld", q.worst_share),
         )
 
 

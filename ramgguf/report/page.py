@@ -13,13 +13,14 @@ from ramgguf.core.files import write_atomically
 from ramgguf.core.units import format_bytes
 from ramgguf.evaluate.continuations import TrajectoryResult
 from ramgguf.evaluate.eval_report import EvalReport
-from ramgguf.evaluate.leaderboard import Leaderboard
-from ramgguf.evaluate.result import SequenceScore
+from ramgguf.evaluate.leaderboard import LABELS, Leaderboard
+from ramgguf.evaluate.result import FIRST_TOKENS, SequenceScore
 from ramgguf.gguf.identity import difference
 from ramgguf.measure.result import Measurement
 from ramgguf.plan.result import Plan
 from ramgguf.report import figures, plan_figures
 from ramgguf.report.boards import board_grid
+from ramgguf.report.chart import charted_kld
 from ramgguf.report.delta_figure import delta_nll
 from ramgguf.report.evaluation import domain_grid, grids, protocol_lines, ranking_grid, statements
 from ramgguf.report.grid import to_html
@@ -27,6 +28,8 @@ from ramgguf.report.numbers import ppl
 from ramgguf.report.sentences import findings
 from ramgguf.report.trajectories import survival_figure, trajectory_grid, trajectory_line
 from ramgguf.report.verdict import board_verdict, verdict_lines
+from ramgguf.report.where import where_grids
+from ramgguf.report.where_figure import kld_by_position
 
 _MAX_CARDS = 12
 _HARDEST = 4  # sequences shown when no model has an outlier
@@ -135,6 +138,23 @@ def _evaluation(study: EvalReport) -> Iterator[str]:
             " the edge are sequences beyond it.",
         )
         yield _figure(delta, "Change of NLL per sequence")
+    yield from _where(study)
+
+
+def _where(study: EvalReport) -> Iterator[str]:
+    """Yield where models part from their reference, if the results say so."""
+    tables = where_grids(study)
+    if not tables:
+        return
+    yield _section(
+        "Where the models part from the reference",
+        "Mean KLD of the tokens at each distance from the start of a window (logarithmic), and by"
+        f" class of token. The first {FIRST_TOKENS} tokens have next to no context; they are part"
+        f" of the mean, and not of the KLD from token {FIRST_TOKENS} on. Probabilities are those of"
+        " the token that came.",
+    )
+    yield _figure(kld_by_position(study), "Mean KLD by position in the window")
+    yield from (to_html(grid) for grid in tables)
 
 
 def _domains(domains: Sequence[tuple[str, EvalReport]]) -> Iterator[str]:
@@ -176,8 +196,8 @@ def _verdict(lines: Sequence[str]) -> Iterator[str]:
 def _by_size(board: Leaderboard) -> Iterator[str]:
     """Yield KLD and perplexity against size, where sizes are known."""
     made = [
-        _figure(figures.board_by_size(board, criterion), f"{what} against file size")
-        for criterion, what in (("mean_kld", "Mean KLD"), ("corpus_ppl", "Perplexity"))
+        _figure(figures.board_by_size(board, criterion), f"{LABELS[criterion]} against file size")
+        for criterion in (charted_kld(board), "corpus_ppl")
     ]
     if not any(made):
         return

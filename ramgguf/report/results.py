@@ -48,22 +48,31 @@ def studies(
 
 
 def print_eval(
-    results: Sequence[EvalResult], console: Console, *, outlier_ppl: float = OUTLIER_PPL
+    results: Sequence[EvalResult],
+    console: Console,
+    *,
+    outlier_ppl: float = OUTLIER_PPL,
+    where: bool = False,
 ) -> None:
-    """Print tables, rankings and findings; of several texts, a table each before these."""
+    """Print tables, rankings and findings; of several texts, a table each before these.
+
+    With where, also KLD by position and class of token.
+    """
     *parts, (_, last) = studies(results, outlier_ppl)
     for label, study in parts:
         print_grid(console, evaluation.domain_grid(label, study))
         console.print()
-    evaluation.print_study(last, console)
+    evaluation.print_study(last, console, where=where)
 
 
-def eval_markdown(results: Sequence[EvalResult], *, outlier_ppl: float = OUTLIER_PPL) -> str:
+def eval_markdown(
+    results: Sequence[EvalResult], *, outlier_ppl: float = OUTLIER_PPL, where: bool = False
+) -> str:
     """Return tables and findings as markdown, ready for a model card."""
     *parts, (_, last) = studies(results, outlier_ppl)
     tables = [to_markdown(evaluation.domain_grid(label, study)) for label, study in parts]
     named = [f"**{label}**\n\n{table}" for (label, _), table in zip(parts, tables, strict=True)]
-    return "\n".join((*named, evaluation.study_markdown(last)))
+    return "\n".join((*named, evaluation.study_markdown(last, where=where)))
 
 
 def eval_csv(results: Sequence[EvalResult], *, outlier_ppl: float = OUTLIER_PPL) -> str:

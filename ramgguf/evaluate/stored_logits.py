@@ -109,6 +109,6 @@ def _mismatch(path: Path, text: str, ids: TokenIds, found: TokenIds) -> str:
 
 def _note(path: Path) -> str:
     return (
-        f"the reference is {path.name}: log-probabilities of 16 bits, and KLD as llama-perplexity"
-        " computes it, without tokens below e⁻¹⁶"
+        f"the reference is {path.name}: log-probabilities of 16 bits, none more than 16 nats below"
+        " the largest, and KLD as llama-perplexity computes it, without tokens below e⁻¹⁶"
     )

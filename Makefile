@@ -59,6 +59,7 @@ soak: $(STAMP)
 	VENV=$(VENV) sh tools/fuzz.sh 600
 	RAMGGUF_KILLS=60 $(BIN)/python -m pytest tests/core/test_faults.py tests/evaluate/test_faults_engine.py
 	RAMGGUF_SERVE_SOAK=1000 $(BIN)/python -m pytest -s tests/deploy/test_serve_soak.py
+	RAMGGUF_LM_EVAL=1 $(BIN)/python -m pytest tests/evaluate/test_tasks.py
 	$(BIN)/python bench/size.py --folder $(MODELS)
 
 bench: $(STAMP)

@@ -1,6 +1,11 @@
 """A run of the `ram` protocol: a model in F16, at Q8_0 and at budgets, with its HTML page.
 
     python bench/ram_run.py models/smol135-f16.gguf --name ram_smol135
+    python bench/ram_run.py models/qwen05-f16.gguf --name ram_qwen05 --peer Q4_K_M \
+        --seq-len 512 --n-seq 20
+
+With --peer, the files are llama.cpp's mix of that name and ours at its bytes, both with one
+importance matrix from the package's mix of texts.
 
 Writes bench/results/NAME.jsonl (one EvalResult per line, without per-token values) and NAME.html.
 Sequences go to NAME.jsonl in the models' folder as they finish: an interrupted run, started again,
@@ -40,6 +45,19 @@ def contenders(
     return models, plans, measurement
 
 
+def against_peer(source: Path, folder: Path, mix: str, threads: int) -> list[Path]:
+    """Return the source, llama.cpp's mix and ours at its bytes; files that are there are kept."""
+    matrix = folder / f"{source.stem}.mix.imatrix.gguf"
+    if not matrix.exists():
+        ramgguf.calibrate(source, matrix, tokens="mix", threads=threads)
+    peer = folder / f"{source.stem}-{mix}.gguf"
+    llama_quantize(source, peer, mix, imatrix=matrix, threads=threads)
+    ours = folder / f"{source.stem}-ramgguf.gguf"
+    if not ours.exists():
+        ramgguf.quantize(source, peer.stat().st_size, ours, imatrix=matrix, threads=threads)
+    return [source, peer, ours]
+
+
 def record(result: EvalResult, origin: dict[str, str]) -> str:
     """Return a line of bench/results: the result without token values and folders."""
     slim = result.without_tokens()
@@ -57,15 +75,22 @@ def main() -> None:
     parser.add_argument("source", type=Path)
     parser.add_argument("--name", required=True)
     parser.add_argument("--budgets", default="30%,35%,42%", help="of the source file's bytes")
+    parser.add_argument("--peer", help="llama.cpp's mix to be compared with, instead of budgets")
     parser.add_argument("--n-seq", type=int, default=128)
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     origin = {"bench": "ram_run", **provenance()}
     folder = options.source.parent
-    models, plans, measurement = contenders(
-        options.source, folder, options.budgets.split(","), options.threads
-    )
+    plans: list[tuple[str, Plan]] = []
+    measurements: list[tuple[str, Measurement]] = []
+    if options.peer:
+        models = against_peer(options.source, folder, options.peer, options.threads)
+    else:
+        models, plans, measurement = contenders(
+            options.source, folder, options.budgets.split(","), options.threads
+        )
+        measurements = [(options.source.stem, measurement)]
     found = ramgguf.evaluate(
         models,
         options.source,
@@ -79,7 +104,7 @@ def main() -> None:
     lines = [record(result, origin) for result in found.results]
     (RESULTS / f"{options.name}.jsonl").write_text("\n".join(lines) + "\n")
     page = RESULTS / f"{options.name}.html"
-    write_html(page, report_of(found.results), plans, [(options.source.stem, measurement)])
+    write_html(page, report_of(found.results), plans, measurements)
     print("\n".join([*found.failures, f"{len(found.results)} results; {page}"]))
 
 

@@ -44,7 +44,7 @@ def fit(model: Path, output: Path, budget: str, memory: str | None, context: int
             print(f"  change: {change}")
         return False
     print(f"it runs, with {result.margin or 0:,} bytes to spare")
-    if result.speed is not None:
+    if result.speed is not None and result.speed.generation is not None:
         print(f"  {result.speed.generation.median:.1f} tokens/s on {result.n_threads} threads")
     return True
 

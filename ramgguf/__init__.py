@@ -14,7 +14,7 @@ TYPE_CHECKING = False  # typing's; the command line starts here, with as few imp
 if TYPE_CHECKING:
     from ramgguf.calibrate import calibrate
     from ramgguf.deploy import MemoryLimit, MemoryRequest, check
-    from ramgguf.evaluate import compare, evaluate
+    from ramgguf.evaluate import compare, evaluate, tasks, trajectories
     from ramgguf.measure import measure
     from ramgguf.plan import ByteLimit, SizeLimit, curve, diff, explain, follow, plan
     from ramgguf.quantize import Quantized, default_output, quantize
@@ -45,6 +45,8 @@ __all__ = [
     "refine",
     "reweigh",
     "sensitivity",
+    "tasks",
+    "trajectories",
 ]
 
 

@@ -12,6 +12,7 @@ import typer
 
 from ramgguf import _core
 from ramgguf.cli import (
+    behaviour_commands,
     calibration_commands,
     card_command,
     check_commands,
@@ -57,6 +58,7 @@ plan_commands.register(app)
 sensitivity_commands.register(app)
 calibration_commands.register(app)
 eval_commands.register(app)
+behaviour_commands.register(app)
 check_commands.register(app)
 pick_commands.register(app)
 card_command.register(app)

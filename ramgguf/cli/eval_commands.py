@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, get_args
 
 import typer
 
@@ -14,8 +14,10 @@ from ramgguf.core.errors import ResultError
 from ramgguf.core.units import format_bytes
 from ramgguf.evaluate.common_sequences import check_comparable
 from ramgguf.evaluate.comparison import compare_published
+from ramgguf.evaluate.domains import by_text
 from ramgguf.evaluate.embedding_result import EmbeddingResult
 from ramgguf.evaluate.leaderboard import Leaderboard
+from ramgguf.evaluate.protocol import ProtocolName
 from ramgguf.evaluate.result import EvalResult
 from ramgguf.evaluate.result_files import read_material
 from ramgguf.evaluate.statistics import OUTLIER_PPL
@@ -27,7 +29,8 @@ from ramgguf.report.embeddings import (
     print_embeddings,
 )
 from ramgguf.report.page import write_html
-from ramgguf.report.results import eval_csv, eval_json, eval_markdown, print_eval, report_of
+from ramgguf.report.results import eval_csv, eval_json, eval_markdown, print_eval, reports
+from ramgguf.report.trajectories import print_trajectories
 
 
 def register(app: typer.Typer) -> None:
@@ -52,17 +55,37 @@ Reference = Annotated[
         "--reference", "-r", help="The original: KLD token by token, or cosines of embeddings."
     ),
 ]
+ReferenceLogits = Annotated[
+    Path | None,
+    typer.Option(
+        "--reference-logits",
+        "--kl-divergence-base",
+        help="The reference's logits in a file of llama-perplexity or --save-logits.",
+    ),
+]
+SaveLogits = Annotated[
+    Path | None,
+    typer.Option(
+        "--save-logits",
+        "--save-all-logits",
+        help="Write the reference's logits (the model's, without one) for llama-perplexity.",
+    ),
+]
 ProtocolOption = Annotated[
-    str,
-    typer.Option("--protocol", help="ram: 128 drawn sequences of 2048; llama: llama-perplexity's."),
+    str | None,
+    typer.Option(
+        "--protocol",
+        help="ram (default): 128 drawn sequences of 2048; warm (default with --corpus): these, each"
+        " after BOS or the start of the chat template; llama: llama-perplexity's.",
+    ),
 ]
 SeqLen = Annotated[
-    int | None,
+    list[int] | None,
     typer.Option(
         "--seq-len",
         "--context",
         min=8,
-        help="Tokens per sequence; at most so many of a text to embed.",
+        help="Tokens per sequence, repeatable; at most so many of a text to embed.",
     ),
 ]
 NSeq = Annotated[
@@ -74,6 +97,14 @@ Seed = Annotated[
 Bos = Annotated[bool, typer.Option("--bos", help="Start every sequence with BOS (ram).")]
 TextFile = Annotated[
     Path | None, typer.Option("--text", help="Text or parquet file to score instead of WikiText-2.")
+]
+CorpusNames = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--corpus",
+        help="Texts by name, a table each and a pooled one: prose, code, math, chat, multilingual,"
+        " long, wikitext or FILE; repeatable, or prose,code.",
+    ),
 ]
 Dataset = Annotated[
     str | None, typer.Option("--dataset", help="Dataset on the hub, NAME[:CONFIGURATION].")
@@ -97,6 +128,12 @@ Outlier = Annotated[
     float | None,
     typer.Option("--outlier", help="Sequence PPL above which it is one; default: 100."),
 ]
+Where = Annotated[
+    bool,
+    typer.Option(
+        "--where", help="Also KLD by position and class of token, and the worst tokens' text."
+    ),
+]
 AsMarkdown = Annotated[bool, typer.Option("--markdown", help="Print tables for a model card.")]
 AsCsv = Annotated[bool, typer.Option("--csv", help="Print comma-separated values.")]
 
@@ -104,11 +141,14 @@ AsCsv = Annotated[bool, typer.Option("--csv", help="Print comma-separated values
 def evaluate(
     models: Models,
     reference: Reference = None,
-    protocol: ProtocolOption = "ram",
+    reference_logits: ReferenceLogits = None,
+    save_logits: SaveLogits = None,
+    protocol: ProtocolOption = None,
     seq_len: SeqLen = None,
     n_seq: NSeq = None,
     seed: Seed = None,
     bos: Bos = False,
+    corpus: CorpusNames = None,
     text: TextFile = None,
     dataset: Dataset = None,
     split: SplitOption = None,
@@ -116,6 +156,7 @@ def evaluate(
     output: Results = None,
     resume: Resume = False,
     outlier: Outlier = None,
+    where: Where = False,
     threads: opt.Threads = None,
     workers: opt.Workers = None,
     as_json: opt.AsJson = False,
@@ -125,7 +166,7 @@ def evaluate(
     verbose: opt.Verbose = False,
 ) -> None:
     """Score models by llama.cpp on the CPU, sequence by sequence."""
-    style = _Style(as_json, as_markdown, as_csv)
+    style = _Style(as_json, as_markdown, as_csv, where)
     terminal = opt.Terminal.make(quiet=quiet, as_json=style.for_programs)
     if split is not None and dataset is None:
         opt.refuse_idle(["--split"], "only with --dataset")
@@ -139,11 +180,14 @@ def evaluate(
         found = api.evaluate(
             [terminal.fetched(model) for model in models],
             reference and terminal.fetched(reference),
-            protocol=_protocol(protocol),
+            reference_logits=reference_logits,
+            save_logits=save_logits,
+            protocol=None if protocol is None else _protocol(protocol),
             n_ctx=seq_len,
             n_seq=n_seq,
             seed=_SEED if seed is None else seed,
             bos=bos,
+            corpus=[name for part in corpus or () for name in part.split(",")],
             text=text,
             dataset=dataset,
             split=split or "test",
@@ -170,10 +214,13 @@ class _Style:
     as_json: bool
     as_markdown: bool
     as_csv: bool
+    where: bool
 
     def __post_init__(self) -> None:
         if self.as_json + self.as_markdown + self.as_csv > 1:
             raise typer.BadParameter("give one of --json, --markdown and --csv")
+        if self.where and self.as_csv:
+            raise typer.BadParameter("--csv has a row per model", param_hint="--where")
 
     @property
     def for_programs(self) -> bool:
@@ -187,11 +234,11 @@ def _show(
     if style.as_json:
         print(eval_json(results, outlier_ppl=outlier))
     elif style.as_markdown:
-        print(eval_markdown(results, outlier_ppl=outlier))
+        print(eval_markdown(results, outlier_ppl=outlier, where=style.where))
     elif style.as_csv:
         print(eval_csv(results, outlier_ppl=outlier), end="")
     else:
-        print_eval(results, terminal.out, outlier_ppl=outlier)
+        print_eval(results, terminal.out, outlier_ppl=outlier, where=style.where)
 
 
 def _show_embeddings(
@@ -221,23 +268,28 @@ ResultFiles = Annotated[
 def compare(
     files: ResultFiles,
     outlier: Outlier = None,
+    where: Where = False,
     as_json: opt.AsJson = False,
     as_markdown: AsMarkdown = False,
     as_csv: AsCsv = False,
     quiet: opt.Quiet = False,
 ) -> None:
     """Rank results by corpus, mean and median PPL and by KLD, and say where rankings differ."""
-    style = _Style(as_json, as_markdown, as_csv)
+    style = _Style(as_json, as_markdown, as_csv, where)
     terminal = opt.Terminal.make(quiet=quiet, as_json=style.for_programs)
     material = read_material(files)
     if material.embeddings:
-        if material.results or material.aggregates:
+        if material.results or material.aggregates or material.trajectories:
             raise ResultError(
                 "embedding models have no PPL or KLD and are not ranked together with language"
                 " models; compare their files on their own"
             )
         _show_embeddings(material.embeddings, terminal, outlier, style)
         return
+    if material.trajectories:
+        print_trajectories(material.trajectories, terminal.out)
+        if not material.results and not material.aggregates:
+            return
     if material.aggregates and material.results:
         raise ResultError(
             "published figures have no sequences and are not ranked together with results;"
@@ -246,9 +298,12 @@ def compare(
     if material.aggregates:
         if outlier is not None:
             opt.refuse_idle(["--outlier"], "published figures have no sequences")
+        if where:
+            raise ResultError("--where: published figures have no tokens")
         _show_published(compare_published(material.aggregates, material.notes), terminal, style)
         return
-    check_comparable(material.results)
+    for domain in by_text(material.results):
+        check_comparable(domain.results)
     _show(material.results, terminal, outlier, style)
 
 
@@ -295,17 +350,25 @@ def report(
         )
     if outlier is not None and not material.results:
         opt.refuse_idle(["--outlier"], "there are no results of sequences")
-    made = report_of(material.results, OUTLIER_PPL if outlier is None else outlier)
+    *domains, (_, made) = reports(material.results, OUTLIER_PPL if outlier is None else outlier)
     published = (
         compare_published(material.aggregates, material.notes) if material.aggregates else None
     )
-    write_html(output, made, material.plans, material.measurements, published)
+    write_html(
+        output,
+        made,
+        material.plans,
+        material.measurements,
+        published,
+        domains=domains,
+        trajectories=material.trajectories,
+    )
     terminal.out.print(f"wrote {output} ({format_bytes(output.stat().st_size)})", soft_wrap=True)
 
 
-def _protocol(name: str) -> Literal["ram", "llama"]:
-    if name == "ram":
-        return "ram"
-    if name == "llama":
-        return "llama"
-    raise typer.BadParameter(f"{name!r} is none of ram, llama", param_hint="--protocol")
+def _protocol(name: str) -> ProtocolName:
+    known: tuple[ProtocolName, ...] = get_args(ProtocolName)
+    for each in known:
+        if name == each:
+            return each
+    raise typer.BadParameter(f"{name!r} is none of {', '.join(known)}", param_hint="--protocol")

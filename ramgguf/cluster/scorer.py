@@ -1,5 +1,6 @@
 """Sequences scored on the workers of an executor, each of which keeps the models open."""
 
+import base64
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from ramgguf.cluster.worker_pool import WorkerPool
 from ramgguf.gguf.identity import FileIdentity
 from ramgguf.gguf.reader import open_gguf
 from ramgguf.llama.protocol import (
+    Detokenize,
+    Detokenized,
     Opened,
     Score,
     TokenIds,
@@ -19,7 +22,7 @@ from ramgguf.llama.protocol import (
     pack_ids,
     unpack_ids,
 )
-from ramgguf.llama.scorer import EngineOptions, Window, WindowScores
+from ramgguf.llama.scorer import NO_FILES, EngineOptions, LogitsFiles, Window, WindowScores
 
 
 class RemoteScorer:
@@ -38,15 +41,31 @@ class RemoteScorer:
         assert isinstance(opened, Opened)  # what OpenEngine is answered by
         self.opened = opened
 
-    def tokenize(self, text: str, *, add_special: bool) -> tuple[TokenIds, NDArray[np.int64]]:
+    def tokenize(
+        self, text: str, *, add_special: bool, control_tokens: bool = False
+    ) -> tuple[TokenIds, NDArray[np.int64]]:
         """Return the text's token ids and where each ends in its UTF-8 bytes."""
-        request = Tokenize(model=0, text=text, add_special=add_special)
+        request = Tokenize(
+            model=0, text=text, add_special=add_special, control_tokens=control_tokens
+        )
         found = self._pool.ask(self._task("tokenizing", request)).answer
         assert isinstance(found, Tokenized)
         return unpack_ids(found.ids), unpack_ids(found.ends).astype(np.int64)
 
+    def detokenize(self, ids: TokenIds) -> tuple[bytes, NDArray[np.int64]]:
+        """Return the text of the first model's tokens and where each ends in it."""
+        request = Detokenize(model=0, ids=pack_ids(ids))
+        found = self._pool.ask(self._task("detokenizing", request)).answer
+        assert isinstance(found, Detokenized)
+        return base64.b64decode(found.text), unpack_ids(found.ends).astype(np.int64)
+
     def score(
-        self, windows: Sequence[Window], first_target: int, *, has_reference: bool
+        self,
+        windows: Sequence[Window],
+        first_target: int,
+        *,
+        has_reference: bool,
+        logits: LogitsFiles = NO_FILES,
     ) -> Iterator[WindowScores]:
         """Yield the windows' scores, as workers finish them."""
         tasks = []
@@ -56,6 +75,8 @@ class RemoteScorer:
                 ids=pack_ids(window.ids),
                 first_target=first_target,
                 has_reference=has_reference,
+                reference_logits=logits.reference,
+                save_logits=logits.save,
             )
             tasks.append(self._task(f"sequence {window.index}", request))
         for position, done in self._pool.perform(tasks):

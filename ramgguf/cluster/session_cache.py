@@ -25,7 +25,14 @@ from ramgguf.core.errors import EngineError
 from ramgguf.gguf.identity import same_file
 from ramgguf.llama.child import Child
 from ramgguf.llama.client import Engine
-from ramgguf.llama.protocol import Score, SystemInfo, Tokenize, Tokenized
+from ramgguf.llama.protocol import (
+    Detokenize,
+    Detokenized,
+    Score,
+    SystemInfo,
+    Tokenize,
+    Tokenized,
+)
 from ramgguf.llama.runner_protocol import (
     AboutRunner,
     Compare,
@@ -111,6 +118,8 @@ class EngineTool:
                 return self._engine.opened
             case Tokenize():
                 return self._engine.ask(request, Tokenized)
+            case Detokenize():
+                return self._engine.ask(request, Detokenized)
             case Score():
                 return tuple(self._engine.answers(request))
         raise EngineError(f"an engine cannot {type(request).__name__}; this is a bug of ramgguf")

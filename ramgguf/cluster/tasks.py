@@ -5,7 +5,16 @@ from typing import Literal
 
 from ramgguf.gguf.identity import FileIdentity
 from ramgguf.llama.kind import ModelKind
-from ramgguf.llama.protocol import Opened, Score, Scored, SystemInfo, Tokenize, Tokenized
+from ramgguf.llama.protocol import (
+    Detokenize,
+    Detokenized,
+    Opened,
+    Score,
+    Scored,
+    SystemInfo,
+    Tokenize,
+    Tokenized,
+)
 from ramgguf.llama.runner_protocol import (
     AboutRunner,
     Compare,
@@ -50,9 +59,9 @@ class OpenEngine:
 
 Key = RunnerKey | EngineKey
 RunnerRequest = AboutRunner | DrawIds | Prepare | Compare
-EngineRequest = OpenEngine | Tokenize | Score
+EngineRequest = OpenEngine | Tokenize | Detokenize | Score
 RunnerAnswer = RunnerOpened | DrawnIds | Prepared | Compared
-Answer = RunnerAnswer | Opened | Tokenized | tuple[Scored, ...]
+Answer = RunnerAnswer | Opened | Tokenized | Detokenized | tuple[Scored, ...]
 
 
 @dataclass(frozen=True)

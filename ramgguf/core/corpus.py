@@ -38,12 +38,14 @@ class Corpus:
     """A text with a name for reports.
 
     has_control_tokens says that control tokens written in it (<|im_start|>) stand for themselves,
-    as in a chat that a template rendered; elsewhere they are text like any other.
+    as in a chat that a template rendered; elsewhere they are text like any other. documents are
+    where in its bytes each document starts, and its name; WikiText's headings say it themselves.
     """
 
     name: str
     text: str
     has_control_tokens: bool = False
+    documents: tuple[tuple[int, str], ...] = ()
 
     @cached_property
     def bytes(self) -> bytes:
@@ -61,6 +63,8 @@ class Corpus:
 
     @cached_property
     def _titles(self) -> list[tuple[int, str]]:
+        if self.documents:
+            return list(self.documents)
         found = _TITLE.finditer(self.bytes)
         return [(m.start(), m["title"].decode("utf-8", "replace").strip()) for m in found]
 
@@ -118,7 +122,9 @@ def dataset(name: str, *, split: str, files: Path | None = None) -> Corpus:
         found = ", ".join(loaded.column_names)
         raise EngineError(f"dataset {name}: no column 'text'; it has {found}")
     label = files.name if files is not None else f"{name}/{split}"
-    return Corpus(label, join_rows(loaded["text"]))
+    from ramgguf.core.wikitext import from_rows  # that module needs this one
+
+    return Corpus(label, from_rows(loaded["text"]) or join_rows(loaded["text"]))
 
 
 def join_rows(rows: Sequence[str]) -> str:

@@ -1,9 +1,11 @@
 """Evaluate: perplexity and KLD sequence by sequence, and what can be concluded from them."""
 
 from ramgguf.evaluate.comparison import compare
+from ramgguf.evaluate.continuations import Trajectories, TrajectoryResult, trajectories
 from ramgguf.evaluate.evaluation import Evaluation, evaluate
 from ramgguf.evaluate.held_out import SECONDS as SCORE_SECONDS
 from ramgguf.evaluate.held_out import HeldOutScore, score_held_out, scores_here
+from ramgguf.evaluate.multiple_choice import TaskResult, TaskResults, tasks
 from ramgguf.evaluate.result import EvalResult
 
 __all__ = [
@@ -11,8 +13,14 @@ __all__ = [
     "EvalResult",
     "Evaluation",
     "HeldOutScore",
+    "TaskResult",
+    "TaskResults",
+    "Trajectories",
+    "TrajectoryResult",
     "compare",
     "evaluate",
     "score_held_out",
     "scores_here",
+    "tasks",
+    "trajectories",
 ]

@@ -4,10 +4,8 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from ramgguf.core.errors import ResultError
-from ramgguf.evaluate.result import EvalResult, SequenceScore, incomparable, quantiles
+from ramgguf.evaluate.result import EvalResult, SequenceScore, incomparable, kld_figures
 from ramgguf.gguf.identity import difference
 
 _MIN_FINISHED = 0.9  # of the protocol's sequences; below, a model is not ranked beside whole ones
@@ -108,9 +106,8 @@ def _cut(result: EvalResult, shared: set[int]) -> EvalResult:
     if {s.index for s in result.sequences} == shared:
         return result
     kept = tuple(s for s in result.sequences if s.index in shared)
-    klds = [k for s in kept if (k := s.kld_per_token()) is not None]
-    known = quantiles(np.concatenate(klds)) if len(klds) == len(kept) else None
-    return result.model_copy(update={"sequences": kept, "kld_quantiles": known})
+    update = {"sequences": kept, **kld_figures(kept), "llama_statistics": None}
+    return result.model_copy(update=update)
 
 
 def _check_same_tokens(results: Sequence[EvalResult]) -> None:
@@ -142,6 +139,8 @@ def _references(results: Sequence[EvalResult]) -> list[EvalResult]:
             "sequences": scores,
             "broken": (),
             "kld_quantiles": None,
+            "kld_worst_share": None,
+            "llama_statistics": None,
             "failure": None,
             "notes": (),
         }

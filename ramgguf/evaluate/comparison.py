@@ -11,6 +11,7 @@ from ramgguf.evaluate.evaluation import Evaluation
 from ramgguf.evaluate.intervals import Estimate
 from ramgguf.evaluate.leaderboard import (
     CRITERIA,
+    PUBLISHED_CRITERIA,
     Aggregate,
     Disagreement,
     Gap,
@@ -35,7 +36,7 @@ def compare_published(aggregates: Sequence[Aggregate], notes: Sequence[str] = ()
         Row(
             a.label,
             a.n_bytes,
-            {c: Estimate(v) for c in CRITERIA if (v := getattr(a, c)) is not None},
+            {c: Estimate(v) for c in PUBLISHED_CRITERIA if (v := getattr(a, c)) is not None},
             a.n_outliers,
         )
         for a in aggregates

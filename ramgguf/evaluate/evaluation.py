@@ -1,11 +1,11 @@
 """Score models on a text: sequences from the corpus, numbers from the engine, results on disk."""
 
+import itertools
 from collections.abc import Sequence
 from concurrent.futures import Executor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 from ramgguf.cluster.worker_pool import WorkerPool
 from ramgguf.core.corpus import dataset as dataset_corpus
@@ -14,15 +14,19 @@ from ramgguf.core.drawing import Drawn
 from ramgguf.core.errors import EngineError
 from ramgguf.core.parallel import default_threads
 from ramgguf.core.progress import Progress, Silent
+from ramgguf.core.wikitext import is_canonical
+from ramgguf.evaluate.corpora import ScoredText, scored_texts
 from ramgguf.evaluate.embedding_result import EmbeddingResult
 from ramgguf.evaluate.embeddings import EmbeddingSettings, embed_models
 from ramgguf.evaluate.journal import Journal
-from ramgguf.evaluate.protocol import EvalProtocol
+from ramgguf.evaluate.protocol import EvalProtocol, ProtocolName
 from ramgguf.evaluate.result import EvalResult, ModelFile
 from ramgguf.evaluate.scoring import Run, Settings, score
+from ramgguf.evaluate.stored_logits import NO_LOGITS, StoredLogits, identify_logits
 from ramgguf.gguf.hub import local_path, origin_of
 from ramgguf.gguf.reader import open_gguf, require_loadable
 from ramgguf.llama.client import CrashError, WrongKindError
+from ramgguf.llama.logits_file import LogitsFile
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,7 @@ def score_models(
     resume: bool = False,
     executor: Executor | None = None,
     progress: Progress | None = None,
+    logits: StoredLogits = NO_LOGITS,
 ) -> Evaluation:
     """Return the models' results in their order, each compared with the reference if there is one.
 
@@ -57,18 +62,30 @@ def score_models(
     takes every sequence as it finishes; with resume, what it has is not computed again.
     safe_kernels None means: when llama.cpp crashes with its repacked kernels, all models are scored
     again without them, and the results say so. With an executor, its workers score. Where the
-    reference is an embedding model, embeddings are compared. Raises EngineError when nothing could
-    be scored, GGUFError for files that are no models.
+    reference is an embedding model, embeddings are compared. logits has the reference's file of
+    logits, or takes the reference's (the model's, without one). Raises EngineError when nothing
+    could be scored, GGUFError for files that are no models.
     """
     if not models:
         raise EngineError("there is no model to score")
+    against = None if reference is None else identify(reference)
+    if logits.reference is not None:
+        if reference is not None:
+            raise EngineError("a reference is a model or a file of logits, not both")
+        against = identify_logits(logits.reference)
+        protocol = protocol or EvalProtocol(protocol="llama")
+        logits.check(protocol)
+        protocol = replace(protocol, n_ctx=protocol.n_ctx or logits.reference.layout.n_ctx)
+    if logits.save is not None and reference is None and len(models) > 1:
+        raise EngineError("logits are saved of one model: give one, or a reference")
     settings = Settings(
         protocol or EvalProtocol(),
-        None if reference is None else identify(reference),
+        against,
         threads,
         safe_kernels=bool(safe_kernels),
         stop_at_crash=safe_kernels is None,
         verbose=verbose,
+        logits=replace(logits, resume=resume),
     )
     files = [identify(path) for path in models]
     shown = progress or Silent()
@@ -85,7 +102,12 @@ def score_models(
             return _embedded(files, settings, safe_kernels, journal, shown)
         except CrashError as e:
             note = f"scored without llama.cpp's repacked kernels, because: {e}"
-            settings = replace(settings, safe_kernels=True, stop_at_crash=False)
+            settings = replace(
+                settings,
+                safe_kernels=True,
+                stop_at_crash=False,
+                logits=replace(logits, resume=False),  # those of other kernels are no use
+            )
             runs = score(files, settings, journal, shown, pool)
         results = [_result(run, journal, note) for run in runs]
     failures = tuple(dict.fromkeys(run.failure for run in runs if run.failure is not None))
@@ -152,11 +174,14 @@ def evaluate(
     models: Sequence[str | Path],
     reference: str | Path | None = None,
     *,
-    protocol: Literal["ram", "llama"] = "ram",
-    n_ctx: int | None = None,
+    reference_logits: str | Path | None = None,
+    save_logits: str | Path | None = None,
+    protocol: ProtocolName | None = None,
+    n_ctx: int | Sequence[int] | None = None,
     n_seq: int | None = None,
     seed: int = 42,
     bos: bool = False,
+    corpus: Sequence[str] = (),
     text: str | Path | None = None,
     dataset: str | None = None,
     split: str = "test",
@@ -171,30 +196,70 @@ def evaluate(
     """Return the scores of models on a text, by llama.cpp, sequence by sequence.
 
     The text is the WikiText-2 test split unless text (a file) or dataset (a name on the hub, with
-    split) is given. With a reference, KLD and the like are measured against it. Raises EngineError
-    when nothing could be scored; a model that fails midway leaves its finished sequences. Where
-    llama.cpp's repacked kernels crash (safe_kernels None), all models are scored without them.
-    With an executor, its workers score the sequences (docs/scale.md), with `threads` threads each.
+    split) is given; corpus names several (prose, code, math, chat, multilingual, long, wikitext, or
+    files), each of which has a result per model, as has each of several n_ctx. wiki.test.raw has
+    the protocol llama by default, those of corpus have warm, all others ram.
+
+    With a reference, KLD and the like are measured against it. reference_logits is a file of
+    llama-perplexity's --kl-divergence-base in its place, save_logits one that is written of the
+    reference, or of the model where there is none; both have the protocol llama.
+
+    Raises EngineError when nothing could be scored; a model that fails midway leaves its finished
+    sequences. Where llama.cpp's repacked kernels crash (safe_kernels None), all models are scored
+    without them. With an executor, its workers score the sequences (docs/scale.md), with `threads`
+    threads each.
 
     Where the reference is an embedding model, the embeddings of n_seq lines of the text, of at most
     n_ctx tokens each, are compared with its own (docs/evaluation.md): the result has embeddings.
     """
-    if text is not None and dataset is not None:
-        raise EngineError("either a text or a dataset can be scored, not both")
-    corpus = default_corpus()
-    if text is not None:
-        corpus = text_file(Path(text))
+    has_files = reference_logits is not None or save_logits is not None
+    paths = [local_path(m) for m in models]
+    against = local_path(reference) if reference is not None else None
+    if sum((text is not None, dataset is not None, bool(corpus))) > 1:
+        raise EngineError("a text, a dataset or corpora can be scored, not several of these")
+    if not paths:
+        raise EngineError("there is no model to score")
+    texts: tuple[ScoredText, ...] = (ScoredText(default_corpus()),)
+    if corpus:
+        texts = scored_texts(corpus, against or paths[0])
+    elif text is not None:
+        texts = (ScoredText(text_file(Path(text))),)
     elif dataset is not None:
-        corpus = dataset_corpus(dataset, split=split)
-    return score_models(
-        [local_path(m) for m in models],
-        reference=local_path(reference) if reference is not None else None,
-        protocol=EvalProtocol(corpus, protocol, n_ctx=n_ctx, n_seq=n_seq, seed=seed, bos=bos),
-        threads=threads or default_threads(),
-        safe_kernels=safe_kernels,
-        verbose=verbose,
-        jsonl=Path(jsonl) if jsonl is not None else None,
-        resume=resume,
-        executor=executor,
-        progress=progress,
+        texts = (ScoredText(dataset_corpus(dataset, split=split)),)
+    lengths = (n_ctx,) if n_ctx is None or isinstance(n_ctx, int) else (tuple(n_ctx) or (None,))
+    if has_files and len(texts) * len(lengths) > 1:
+        raise EngineError("a file of logits is of one text and one length of sequences")
+    as_llama = has_files or all(is_canonical(t.corpus) for t in texts)
+    protocol = protocol or ("llama" if as_llama else "warm" if corpus else "ram")
+    if has_files and protocol != "llama":
+        raise EngineError(
+            f"files of logits hold the windows of the protocol llama, not of {protocol}"
+        )
+    logits = StoredLogits(
+        reference=LogitsFile(Path(reference_logits)) if reference_logits is not None else None,
+        save=Path(save_logits) if save_logits is not None else None,
+        has_text=text is not None or dataset is not None,
+    )
+    parts: list[Evaluation] = []
+    for each, length in itertools.product(texts, lengths):
+        found = score_models(
+            paths,
+            reference=against,
+            protocol=EvalProtocol(
+                each.corpus, protocol, n_ctx=length or each.n_ctx, n_seq=n_seq, seed=seed, bos=bos
+            ),
+            threads=threads or default_threads(),
+            safe_kernels=safe_kernels,
+            verbose=verbose,
+            jsonl=Path(jsonl) if jsonl is not None else None,
+            resume=resume or bool(parts),  # one file takes all
+            executor=executor,
+            progress=progress,
+            logits=logits,
+        )
+        parts.append(found)
+    return Evaluation(
+        tuple(r for part in parts for r in part.results),
+        tuple(dict.fromkeys(f for part in parts for f in part.failures)),
+        tuple(e for part in parts for e in part.embeddings),
     )

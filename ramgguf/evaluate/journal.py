@@ -5,11 +5,9 @@ sequences.
 """
 
 import hashlib
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-import numpy as np
 from pydantic import Field, TypeAdapter, ValidationError
 
 from ramgguf.core.documents import FrozenModel, NonNegativeFloat
@@ -18,7 +16,7 @@ from ramgguf.core.escape import json_text
 from ramgguf.core.inputs import read_bytes
 from ramgguf.core.line_file import LineFile, whole_lines
 from ramgguf.evaluate.embedding_result import EmbeddingResult
-from ramgguf.evaluate.result import BrokenSequence, EvalResult, Quantiles, SequenceScore, quantiles
+from ramgguf.evaluate.result import BrokenSequence, EvalResult, SequenceScore, kld_figures
 
 
 class RunRecord(FrozenModel):
@@ -76,11 +74,6 @@ def run_id(result: EvalResult) -> str:
 def _but_cpu(result: EvalResult) -> EvalResult:
     engine = result.engine.model_copy(update={"cpu": ""})
     return result.model_copy(update={"notes": (), "engine": engine})
-
-
-def _kld_quantiles(sequences: Sequence[SequenceScore]) -> Quantiles | None:
-    found = [kld for s in sequences if (kld := s.kld_per_token()) is not None]
-    return quantiles(np.concatenate(found)) if found else None
 
 
 def read_journal(path: Path) -> "Journal":
@@ -175,7 +168,7 @@ class Journal:
                 "sequences": sequences,
                 "broken": broken,
                 "cpus": tuple(sorted({blank.engine.cpu, *others})) if others else (),
-                "kld_quantiles": _kld_quantiles(sequences),
+                **kld_figures(sequences),
                 "failure": self._failures.get(run) if missing else None,
                 "seconds": sum(r.seconds for r in records),
                 "decode_seconds": sum(r.decode_seconds for r in records),

@@ -12,7 +12,9 @@ from ramgguf.evaluate.result import SequenceScore
 from ramgguf.evaluate.significance import PairedSequences, Ratio
 from ramgguf.evaluate.statistics import DIVERGENCES, STATISTICS
 
-CRITERIA = ("corpus_ppl", "mean_ppl", "median_ppl", "mean_kld")  # all: the lower the better
+PUBLISHED_CRITERIA = ("corpus_ppl", "mean_ppl", "median_ppl", "mean_kld")
+KLD_CRITERIA = ("mean_kld", "late_kld")
+CRITERIA = (*PUBLISHED_CRITERIA, "late_kld")  # all: the lower the better
 LABELS = {name: s.label for name, s in STATISTICS.items()} | {
     name: s.label for name, s in DIVERGENCES.items()
 }

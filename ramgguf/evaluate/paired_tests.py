@@ -34,7 +34,6 @@ from ramgguf.evaluate.statistics import (
     STATISTICS,
     FloatArray,
     SequenceDivergences,
-    SequenceLosses,
     outliers,
 )
 from ramgguf.evaluate.summary import losses, sequence_divergences, unique_labels
@@ -79,9 +78,9 @@ class PairedTests:
         return [
             Row(
                 label=label,
-                n_bytes=r.model.n_bytes,
+                n_bytes=r.model.n_bytes if r.model.is_model else None,
                 estimates={
-                    c: self._estimate(c, label) for c in CRITERIA if label in self._samples(c)
+                    c: self._estimate(c, label) for c in CRITERIA if self._is_known(c, label)
                 },
                 n_outliers=len(outliers(self._losses[label], outlier_ppl)),
                 is_reference=is_reference(r, everyone),
@@ -115,8 +114,11 @@ class PairedTests:
             and found.p >= SIGNIFICANCE
         )
 
-    def _samples(self, criterion: str) -> Mapping[str, SequenceLosses | SequenceDivergences]:
-        return self._divergences if criterion in DIVERGENCES else self._losses
+    def _is_known(self, criterion: str, label: str) -> bool:
+        if criterion in STATISTICS:
+            return label in self._losses
+        found = self._divergences.get(label)
+        return found is not None and DIVERGENCES[criterion].is_known(found)
 
     def _values(self, criterion: str, label: str, counts: CountArray) -> FloatArray:
         """Return the criterion under each row of counts[..., n]."""
@@ -161,9 +163,10 @@ class PairedTests:
             for c in CRITERIA
             if c in STATISTICS
         }
-        if a in self._divergences and b in self._divergences:
-            kld = DIVERGENCES["mean_kld"]
-            found["mean_kld"] = paired_ratio(kld, self._divergences[a], self._divergences[b])
+        for c in CRITERIA:
+            if c in DIVERGENCES and self._is_known(c, a) and self._is_known(c, b):
+                divergences = self._divergences[a], self._divergences[b]
+                found[c] = paired_ratio(DIVERGENCES[c], *divergences)
         return found
 
     def _pair(self, a: str, b: str) -> Pair:

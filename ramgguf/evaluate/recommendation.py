@@ -1,5 +1,6 @@
 """Which file of a comparison to take, and what its figures do not support."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ramgguf.evaluate.leaderboard import SIGNIFICANCE, Leaderboard, Pair, Row, Verdict
@@ -10,6 +11,7 @@ class Recommendation:
     """The file to take, and the next best that it was compared with (None: there is none).
 
     by is the criterion that decides: KLD where all files have it, else the median, else corpus PPL.
+    Where mean KLD and KLD without the first tokens prefer different files, it is the latter.
     resolved: paired tests tell the two apart. smaller are files that no smaller one beats.
     take is None where published means and medians prefer different files: preferred has them.
     """
@@ -38,6 +40,8 @@ def recommend(board: Leaderboard) -> Recommendation | None:
     if not known:
         return None
     by = known[0]
+    if by == "mean_kld" and parted_by_first_tokens(files):
+        by = "late_kld"
     ranked = sorted(files, key=lambda r: (r.estimates[by].value, r.n_bytes or 0))
     if len(files) == 1:
         reference = next((r.label for r in board.rows if r.label != files[0].label), None)
@@ -72,6 +76,14 @@ def told_apart(pair: Pair | None, by: str) -> bool:
     return any(x < SIGNIFICANCE for x in found)
 
 
+def parted_by_first_tokens(files: Sequence[Row]) -> bool:
+    """Return whether mean KLD prefers another file than KLD without the windows' first tokens."""
+    if not _all_have(files, "mean_kld") or not _all_have(files, "late_kld"):
+        return False
+    best = [min(files, key=lambda r: r.estimates[c].value) for c in ("mean_kld", "late_kld")]
+    return best[0] is not best[1]
+
+
 def carried_criteria(board: Leaderboard) -> tuple[str, ...]:
     """Return the means that few sequences carry against most of the others."""
     found = {
@@ -83,7 +95,7 @@ def carried_criteria(board: Leaderboard) -> tuple[str, ...]:
     return tuple(c for c in ("corpus_ppl", "mean_ppl") if c in found)
 
 
-def _all_have(rows: list[Row], criterion: str) -> bool:
+def _all_have(rows: Sequence[Row], criterion: str) -> bool:
     return bool(rows) and all(criterion in r.estimates for r in rows)
 
 

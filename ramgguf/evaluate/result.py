@@ -19,7 +19,10 @@ from ramgguf.core.documents import (
     Positive,
 )
 from ramgguf.core.values import HubFile
+from ramgguf.evaluate.llama_statistics import LlamaStatistics, llama_statistics
 from ramgguf.llama.protocol import Float32Array, decode_float32
+
+LOGITS = "logits"  # the file type of a reference that is a file of logits, not a model
 
 
 class ModelFile(FrozenModel):
@@ -47,6 +50,11 @@ class ModelFile(FrozenModel):
         return stem.removesuffix(".gguf")
 
     @property
+    def is_model(self) -> bool:
+        """Whether it has weights: a reference may be a file of logits, whose size says nothing."""
+        return self.file_type != LOGITS
+
+    @property
     def bpw(self) -> float:
         """Bits of file per weight."""
         return 8 * self.n_bytes / self.n_weights
@@ -67,10 +75,11 @@ class Protocol(FrozenModel):
     0 … i−1. Targets first_target … n_ctx−1 of every sequence are scored. n_windows is how many
     windows the text gave, n_seq how many were drawn; seed is None where none are drawn. bos says
     that every sequence starts with BOS: in front of the text's own tokens, so that the last of
-    them falls off (ram), or in place of the first of them (llama).
+    them falls off (ram), or in place of the first of them (llama). n_warm_up tokens that the model
+    reads before a text (BOS, the start of its chat template) stand before each window (warm).
     """
 
-    name: Literal["ram", "llama"]
+    name: Literal["ram", "warm", "llama"]
     n_ctx: Positive
     n_windows: Positive
     n_seq: Positive
@@ -78,6 +87,7 @@ class Protocol(FrozenModel):
     seed: int | None
     bos: bool
     first_target: Positive
+    n_warm_up: NonNegative = 0
 
     @property
     def n_scored(self) -> int:
@@ -98,6 +108,35 @@ class EngineSettings(FrozenModel):
 
 
 _ROUNDING = 1e-5  # nats per token by which a sum of losses may be below 0
+_KLD_ROUNDING = 16 / 65535 / 2  # and of KLD, against log-probabilities of 16 bits
+
+
+FIRST_TOKENS = 8  # of a window: so little context makes their KLD another quantity (statistics.md)
+
+
+class TokenSums(FrozenModel):
+    """Sums over groups of scored tokens: how many, their KLD in nats, equal top tokens."""
+
+    n: tuple[NonNegative, ...]
+    kld_sum: tuple[Number, ...]
+    n_same_top: tuple[NonNegative, ...]
+
+    @model_validator(mode="after")
+    def _check_lengths(self) -> Self:
+        if not len(self.n) == len(self.kld_sum) == len(self.n_same_top):
+            raise ValueError("groups of tokens: three rows of one length expected")
+        return self
+
+
+class WorstToken(FrozenModel):
+    """A token of large KLD: its position, its text and the text before it; nats."""
+
+    position: NonNegative
+    text: str
+    before: str
+    kld: Number
+    nll: Number
+    reference_nll: Number | None = None
 
 
 class SequenceScore(FrozenModel):
@@ -107,8 +146,10 @@ class SequenceScore(FrozenModel):
     text_start and text_end its span in the text's UTF-8 bytes, excerpt the start of that span.
     The fields from kld_sum on are there when a reference was scored alongside: KLD is
     KL(reference ‖ model), n_same_top counts equal most probable tokens, Δp is the probability of
-    the target under the model minus that under the reference. token_nll and token_kld are
-    base64 of little-endian float32, one per scored token; `without_tokens` drops them.
+    the target under the model minus that under the reference. token_nll, token_reference_nll and
+    token_kld are base64 of little-endian float32, one per scored token, token_same_top of bits
+    (numpy.packbits); `without_tokens` drops them. by_position, by_class and worst_tokens are as in
+    token_groups.py.
     """
 
     index: NonNegative
@@ -126,8 +167,13 @@ class SequenceScore(FrozenModel):
     delta_p_sum: Number | None = None
     delta_p_squared_sum: NonNegativeFloat | None = None
     token_kld: str | None = None
+    token_same_top: str | None = None
+    by_position: TokenSums | None = None
+    by_class: TokenSums | None = None
+    worst_tokens: tuple[WorstToken, ...] = ()
+    token_reference_nll: str | None = None
 
-    @field_validator("token_nll", "token_kld")
+    @field_validator("token_nll", "token_kld", "token_reference_nll")
     @classmethod
     def _check_tokens(cls, text: str | None) -> str | None:
         if text is not None and not np.isfinite(decode_float32(text)).all():
@@ -138,7 +184,8 @@ class SequenceScore(FrozenModel):
     def _check_signs(self) -> Self:
         for what in ("nll_sum", "reference_nll_sum", "kld_sum"):
             value = getattr(self, what)
-            if value is not None and value < -_ROUNDING * self.n_scored:
+            slack = _KLD_ROUNDING if what == "kld_sum" else _ROUNDING
+            if value is not None and value < -slack * self.n_scored:
                 raise ValueError(f"{what} of sequence {self.index} is {value:g}, expected ≥ 0")
         if self.n_same_top is not None and self.n_same_top > self.n_scored:
             raise ValueError(f"{self.n_same_top} equal top tokens of {self.n_scored} scored")
@@ -146,9 +193,16 @@ class SequenceScore(FrozenModel):
 
     @model_validator(mode="after")
     def _check_lengths(self) -> Self:
-        for values in (self.nll_per_token(), self.kld_per_token()):
+        for values in (
+            self.nll_per_token(),
+            self.kld_per_token(),
+            self.reference_nll_per_token(),
+        ):
             if values is not None and len(values) != self.n_scored:
                 raise ValueError(f"{len(values)} values of {self.n_scored} scored tokens")
+        for sums in (self.by_position, self.by_class):
+            if sums is not None and sum(sums.n) != self.n_scored:
+                raise ValueError(f"groups of {sum(sums.n)} tokens, {self.n_scored} were scored")
         return self
 
     @property
@@ -168,6 +222,12 @@ class SequenceScore(FrozenModel):
     def kld_per_token(self) -> Float32Array | None:
         """Return the KLD of each scored token, or None where they were not kept."""
         return None if self.token_kld is None else decode_float32(self.token_kld)
+
+    def reference_nll_per_token(self) -> Float32Array | None:
+        """Return the reference's NLL of each scored token, or None where they were not kept."""
+        return (
+            None if self.token_reference_nll is None else decode_float32(self.token_reference_nll)
+        )
 
 
 class BrokenSequence(FrozenModel):
@@ -212,8 +272,10 @@ class EvalResult(Document):
     sequences holds the finished ones and broken those with NaN or inf logits; failure says why
     the others are missing (llama.cpp crashed). token_ids_sha256 is of
     all sequences' token ids (little-endian int32), so two results with the same one scored the
-    same tokens. kld_quantiles are over all scored tokens of the finished sequences. cpus names the
-    CPUs that computed, where there were several.
+    same tokens. kld_quantiles are over all scored tokens of the finished sequences,
+    kld_worst_share is the share of their KLD that the worst thousandth of them carries.
+    llama_statistics are llama-perplexity's, kept where tokens are not. cpus names the CPUs that
+    computed, where there were several.
     """
 
     KIND: ClassVar[str] = "eval"
@@ -230,6 +292,8 @@ class EvalResult(Document):
     sequences: tuple[SequenceScore, ...]
     broken: tuple[BrokenSequence, ...] = ()
     kld_quantiles: Quantiles | None = None
+    kld_worst_share: Annotated[float, Field(ge=0, le=1)] | None = None
+    llama_statistics: LlamaStatistics | None = None
     cpus: tuple[str, ...] = ()
     failure: str | None = None
     notes: tuple[str, ...] = ()
@@ -266,9 +330,24 @@ class EvalResult(Document):
 
     def without_tokens(self) -> Self:
         """Return the result without per-token arrays: some kB instead of some MB."""
-        bare = {"token_nll": None, "token_kld": None}
+        arrays = ("token_nll", "token_kld", "token_reference_nll", "token_same_top")
+        bare = dict.fromkeys(arrays)
         slim = tuple(s.model_copy(update=bare) for s in self.sequences)
-        return self.model_copy(update={"sequences": slim})
+        update = {"sequences": slim, "llama_statistics": self.as_llama_perplexity()}
+        return self.model_copy(update=update)
+
+    def as_llama_perplexity(self) -> LlamaStatistics | None:
+        """Return llama-perplexity's statistics against the reference, where they are known."""
+        values = [
+            (s.nll_per_token(), s.reference_nll_per_token(), s.kld_per_token())
+            for s in self.sequences
+        ]
+        kept = [(q, p, d) for q, p, d in values if not (q is None or p is None or d is None)]
+        if len(kept) < len(values) or not kept:
+            return self.llama_statistics
+        nll, nll_base, kld = zip(*kept, strict=True)
+        n_same_top = sum(s.n_same_top or 0 for s in self.sequences)
+        return llama_statistics(nll, nll_base, kld, n_same_top)
 
 
 def incomparable(a: EvalResult, b: EvalResult) -> tuple[str, ...]:
@@ -296,6 +375,7 @@ def incomparable(a: EvalResult, b: EvalResult) -> tuple[str, ...]:
 def _comparable_protocol(p: Protocol) -> str:
     drawn = f"seed {p.seed}" if p.seed is not None else "in order"
     bos = "BOS" if p.bos else "no BOS"
+    bos += f" and what precedes a text, {p.n_warm_up} tokens" if p.n_warm_up else ""
     return (
         f"{p.name}, {p.n_seq} × {p.n_ctx} tokens, {drawn}, {bos}, scored from {p.first_target} on"
     )
@@ -304,6 +384,22 @@ def _comparable_protocol(p: Protocol) -> str:
 def sha256_int32(ids: npt.ArrayLike) -> str:
     """Return the sha256 of token ids as little-endian int32."""
     return hashlib.sha256(np.asarray(ids, dtype="<i4").tobytes()).hexdigest()
+
+
+def kld_figures(sequences: Iterable[SequenceScore]) -> dict[str, object]:
+    """Return kld_quantiles and kld_worst_share of a result with these sequences.
+
+    Both are None where not every sequence has kept its tokens' KLD.
+    """
+    found = [s.kld_per_token() for s in sequences]
+    known = [k for k in found if k is not None]
+    if not known or len(known) < len(found):
+        return {"kld_quantiles": None, "kld_worst_share": None}
+    values = np.sort(np.concatenate(known).astype(np.float64))
+    n_worst = -(-len(values) // 1000)
+    whole = float(np.maximum(values, 0).sum())
+    share = float(np.maximum(values[-n_worst:], 0).sum()) / whole if whole > 0 else 0.0
+    return {"kld_quantiles": quantiles(values), "kld_worst_share": min(1.0, share)}
 
 
 def quantiles(values: npt.ArrayLike) -> Quantiles:

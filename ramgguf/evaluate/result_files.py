@@ -7,6 +7,11 @@ from pathlib import Path
 
 from ramgguf.core.errors import ResultError
 from ramgguf.core.inputs import read_text
+from ramgguf.evaluate.continuations import (
+    TrajectoryResult,
+    has_trajectories,
+    read_trajectories,
+)
 from ramgguf.evaluate.embedding_result import EmbeddingResult
 from ramgguf.evaluate.journal import read_journal
 from ramgguf.evaluate.leaderboard import Aggregate
@@ -26,6 +31,7 @@ class Material:
     plans: tuple[tuple[str, Plan], ...] = ()
     measurements: tuple[tuple[str, Measurement], ...] = ()
     notes: tuple[str, ...] = ()
+    trajectories: tuple[TrajectoryResult, ...] = ()
 
 
 def read_material(paths: Sequence[Path]) -> Material:
@@ -41,12 +47,15 @@ def read_material(paths: Sequence[Path]) -> Material:
         aggregates=tuple(a for p in parts for a in p.aggregates),
         plans=tuple(x for p in parts for x in p.plans),
         measurements=tuple(m for p in parts for m in p.measurements),
+        trajectories=tuple(t for p in parts for t in p.trajectories),
         notes=tuple(dict.fromkeys(n for p in parts for n in p.notes)),
     )
 
 
 def _read(path: Path) -> Material:
     if path.suffix.lower() == ".jsonl":
+        if path.is_file() and has_trajectories(path):
+            return Material(trajectories=read_trajectories(path))
         if results := _lines_of_results(path):
             read = Material(results=results)
         else:

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -12,6 +13,7 @@ from ramgguf.cluster.worker_pool import WorkerPool
 from ramgguf.core.errors import EngineError
 from ramgguf.core.progress import Progress
 from ramgguf.core.version import __version__
+from ramgguf.core.wikitext import note_of
 from ramgguf.evaluate.journal import Journal, SequenceRecord
 from ramgguf.evaluate.protocol import EvalProtocol, Tokens, Windows
 from ramgguf.evaluate.result import (
@@ -22,9 +24,23 @@ from ramgguf.evaluate.result import (
     SequenceScore,
     sha256_int32,
 )
+from ramgguf.evaluate.stored_logits import NO_LOGITS, StoredLogits
+from ramgguf.evaluate.token_groups import TokenFigures
+from ramgguf.gguf.reader import open_gguf
+from ramgguf.llama.chat_template import start as chat_start
 from ramgguf.llama.client import CrashError, Engine, ModelError, WrongKindError
-from ramgguf.llama.protocol import Divergences, ModelInfo, Opened, Scored, encode_float32
-from ramgguf.llama.scorer import EngineOptions, EngineScorer, Scorer, Window
+from ramgguf.llama.logits_file import LogitsWriter
+from ramgguf.llama.protocol import (
+    Divergences,
+    ModelInfo,
+    Opened,
+    Scored,
+    decode_bits,
+    decode_float32,
+    encode_bits,
+    encode_float32,
+)
+from ramgguf.llama.scorer import EngineOptions, EngineScorer, LogitsFiles, Scorer, Window
 
 # Models that are compared with one reference share its decoding as long as all fit in this.
 TOGETHER_BYTES = 8 * 10**9
@@ -40,6 +56,12 @@ class Settings:
     safe_kernels: bool
     stop_at_crash: bool
     verbose: bool
+    logits: StoredLogits = NO_LOGITS
+
+    @property
+    def loaded_reference(self) -> ModelFile | None:
+        """The reference that is a model, not a file of logits."""
+        return None if self.logits.reference is not None else self.reference
 
 
 @dataclass
@@ -72,8 +94,9 @@ def score(
     runs = [Run(file) for file in files]
     stage = _Stage(settings, journal, progress, len(runs), pool)
     try:
-        for group in groups(runs, settings.reference):
+        for group in groups(runs, settings.loaded_reference):
             stage.score_group(group)
+        stage.finish()
     finally:
         progress.finish()
     return runs
@@ -110,7 +133,9 @@ class _Stage:
         self._progress = progress
         self._n_models = n_models
         self._pool = pool
-        self._windows: dict[tuple[str, bool], Windows] = {}
+        self._windows: dict[tuple[str, bool, tuple[int, ...]], Windows] = {}
+        self._corpus = settings.protocol.corpus
+        self._writer: LogitsWriter | None = None
 
     def score_group(self, group: list[Run]) -> None:
         """Score the group's models; one that fails is left out and the rest go on."""
@@ -136,9 +161,14 @@ class _Stage:
                     raise
                 left = [run for run in left if run.failure is None]
 
+    def finish(self) -> None:
+        """Give the file of saved logits its name."""
+        if self._writer is not None:
+            self._writer.finish()
+
     def _loaded(self, group: list[Run]) -> list[ModelFile]:
         """Return the files that the engine loads: the reference first, and once."""
-        reference = self._settings.reference
+        reference = self._settings.loaded_reference
         if reference is None:
             return [run.file for run in group]
         return [reference, *(run.file for run in group if run.file != reference)]
@@ -163,7 +193,7 @@ class _Stage:
             yield EngineScorer(engine)
 
     def _score(self, scorer: Scorer, group: list[Run], loaded: list[ModelFile]) -> None:
-        windows = self._cut(scorer)
+        windows = self._cut(scorer, Path(loaded[0].path))
         models = scorer.opened.models
         for number, info in enumerate(models):
             self._require_same_tokenizer(loaded[number], info, models[0])
@@ -173,10 +203,14 @@ class _Stage:
                 blank = self._blank(run, scorer.opened, info, windows)
                 run.id, run.blank = self._journal.begin(blank)
                 self._progress.advance(len(self._journal.done(run.id)))
-        waiting = [w for w in windows.windows if self._missing(group, w)]
-        has_reference = self._settings.reference is not None
+        waiting = [w for w in windows.windows if self._missing(group, w) or self._unsaved(w)]
+        has_reference = self._settings.loaded_reference is not None
         first_target = windows.protocol.first_target
-        for found in scorer.score(waiting, first_target, has_reference=has_reference):
+        files = LogitsFiles(
+            reference=self._settings.logits.reference_path,
+            save=None if self._writer is None else str(self._writer.part),
+        )
+        for found in scorer.score(waiting, first_target, has_reference=has_reference, logits=files):
             for run in self._missing(group, found.window):
                 number = loaded.index(run.file)
                 scored = found.scored[number]
@@ -185,26 +219,42 @@ class _Stage:
                 self._journal.add(self._record(run, found.window, scored, found.cpu))
                 self._progress.advance(1)
 
+    def _unsaved(self, window: Window) -> bool:
+        return self._writer is not None and not self._writer.has(window.index)
+
     def _missing(self, group: list[Run], window: Window) -> list[Run]:
         """Return the runs that the window is not scored for."""
         return [run for run in group if window.index not in self._journal.done(run.id)]
 
-    def _cut(self, scorer: Scorer) -> Windows:
-        """Return the sequences for the tokenizer of the first model."""
+    def _cut(self, scorer: Scorer, path: Path) -> Windows:
+        """Return the sequences for the tokenizer of the first model, whose path this is."""
         protocol, vocab = self._settings.protocol, scorer.opened.models[0].vocab
-        key = vocab.sha256, vocab.adds_bos
+        warm_up = _warm_up(scorer, path) if protocol.is_warm else ()
+        key = vocab.sha256, vocab.adds_bos, warm_up
         if key not in self._windows:
-            ids, ends = scorer.tokenize(protocol.text, add_special=protocol.add_special)
-            tokens = Tokens(ids, ends, vocab.bos, vocab.adds_bos)
+            self._settings.logits.check(protocol, vocab.n_tokens)
+            ids, ends = scorer.tokenize(
+                protocol.text,
+                add_special=protocol.add_special,
+                control_tokens=protocol.corpus.has_control_tokens,
+            )
+            tokens = Tokens(ids, ends, vocab.bos, vocab.adds_bos, warm_up)
             first = not self._windows
-            windows = self._windows[key] = protocol.windows(tokens)
+            stored = self._settings.logits
+            if stored.reference is not None:
+                windows, self._corpus = stored.windows(protocol, tokens, scorer)
+            else:
+                windows = protocol.windows(tokens)
+            self._windows[key] = windows
+            if first and stored.save is not None:
+                self._writer = stored.writer(windows.protocol, ids, vocab.n_tokens)
             if first:
                 n = self._n_models * windows.protocol.n_seq
                 self._progress.start("evaluate", n, "sequences")
         return self._windows[key]
 
     def _require_same_tokenizer(self, file: ModelFile, info: ModelInfo, first: ModelInfo) -> None:
-        reference = self._settings.reference
+        reference = self._settings.loaded_reference
         if reference is not None and info.vocab.sha256 != first.vocab.sha256:
             raise EngineError(
                 f"{file.path}: its tokenizer ({info.vocab.n_tokens} tokens) is not the reference's "
@@ -223,8 +273,10 @@ class _Stage:
             )
 
     def _blank(self, run: Run, opened: Opened, info: ModelInfo, windows: Windows) -> EvalResult:
-        cut, protocol = self._settings.protocol, windows.protocol
+        protocol = windows.protocol
         notes = windows.notes
+        if said := note_of(self._corpus):
+            notes += (said,)
         if protocol.n_ctx > info.n_ctx_train:
             notes += (f"sequences of {protocol.n_ctx}, but trained on {info.n_ctx_train} tokens",)
         return EvalResult(
@@ -232,7 +284,7 @@ class _Stage:
             model=run.file,
             reference=self._settings.reference,
             protocol=protocol,
-            text=cut.corpus.identity,
+            text=self._corpus.identity,
             tokenizer_sha256=info.vocab.sha256,
             token_ids_sha256=sha256_int32(np.concatenate([w.ids for w in windows.windows])),
             engine=EngineSettings(
@@ -249,7 +301,7 @@ class _Stage:
         )
 
     def _record(self, run: Run, window: Window, scored: Scored, cpu: str) -> SequenceRecord:
-        corpus = self._settings.protocol.corpus
+        corpus = self._corpus
         title = corpus.title_at((window.text_start + window.text_end) // 2)
         broken = found = None
         if scored.n_broken:
@@ -270,6 +322,7 @@ class _Stage:
                 nll_sum=scored.nll_sum,
                 token_nll=scored.token_nll,
                 **({} if scored.divergences is None else dict(scored.divergences)),
+                **token_groups(corpus.bytes, window, scored),
             )
         return SequenceRecord(
             run=run.id,
@@ -280,6 +333,22 @@ class _Stage:
             decode_seconds=scored.decode_seconds,
             cpu=None if run.blank is None or run.blank.engine.cpu == cpu else cpu,
         )
+
+
+def _warm_up(scorer: Scorer, path: Path) -> tuple[int, ...]:
+    """Return the tokens that the first model, in the file at path, reads before a text.
+
+    BOS where the tokenizer adds it, else the start of the chat template, else BOS where the
+    vocabulary has one.
+    """
+    vocab = scorer.opened.models[0].vocab
+    if not vocab.adds_bos:
+        with open_gguf(path) as file:
+            start = chat_start(file)
+        if start:
+            ids, _ = scorer.tokenize(start, add_special=False, control_tokens=True)
+            return tuple(int(i) for i in ids)
+    return (vocab.bos,) if vocab.bos >= 0 else ()
 
 
 def against_itself(scored: Scored) -> Scored:
@@ -294,5 +363,33 @@ def against_itself(scored: Scored) -> Scored:
         delta_p_sum=0.0,
         delta_p_squared_sum=0.0,
         token_kld=encode_float32(np.zeros(scored.n_scored)),
+        token_same_top=encode_bits(np.ones(scored.n_scored)),
+        token_reference_nll=scored.token_nll,
     )
     return scored.model_copy(update={"divergences": none})
+
+
+def token_groups(text: bytes, window: Window, scored: Scored) -> dict[str, Any]:
+    """Return a sequence's sums by position and class, and its worst tokens; nothing without KLD.
+
+    text is what the window's ends refer to.
+    """
+    against = scored.divergences
+    if against is None:
+        return {}
+    n = scored.n_scored
+    starts = np.concatenate([[window.text_start], window.ends[:-1]])
+    positions = np.arange(len(window.ends))[-n:]
+    figures = TokenFigures(
+        positions=positions,
+        texts=[text[starts[i] : window.ends[i]] for i in positions],
+        kld=decode_float32(against.token_kld).astype(np.float64),
+        same_top=decode_bits(against.token_same_top, n),
+        nll=decode_float32(scored.token_nll).astype(np.float64),
+        reference_nll=decode_float32(against.token_reference_nll).astype(np.float64),
+    )
+    return {
+        "by_position": figures.by_position(),
+        "by_class": figures.by_class(),
+        "worst_tokens": figures.worst(),
+    }

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ramgguf.core.errors import ResultError
+from ramgguf.evaluate.result import FIRST_TOKENS
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
@@ -60,7 +61,10 @@ class SequenceLosses:
 
 @dataclass(frozen=True, eq=False)
 class SequenceDivergences:
-    """Sums per sequence of differences to the reference: KLD in nats, Δp in [−1, 1]."""
+    """Sums per sequence of what parts a model from its reference: KLD in nats, Δp in [−1, 1].
+
+    n_first and first_kld_sum are of the first tokens of the window, where these are known.
+    """
 
     n_tokens: IntArray
     kld_sum: FloatArray
@@ -68,9 +72,22 @@ class SequenceDivergences:
     delta_p_sum: FloatArray
     delta_p_squared_sum: FloatArray
     group: IntArray | None = None
+    n_first: IntArray | None = None
+    first_kld_sum: FloatArray | None = None
 
     def __post_init__(self) -> None:
-        _check(self, ("kld_sum", "n_same_top", "delta_p_sum", "delta_p_squared_sum"))
+        known = () if self.n_first is None else ("n_first", "first_kld_sum")
+        _check(self, ("kld_sum", "n_same_top", "delta_p_sum", "delta_p_squared_sum", *known))
+
+    @property
+    def late_kld_sum(self) -> FloatArray:
+        """KLD of the tokens after the first ones, nats; of all where the first are not known."""
+        return self.kld_sum if self.first_kld_sum is None else self.kld_sum - self.first_kld_sum
+
+    @property
+    def n_late(self) -> IntArray:
+        """How many tokens come after the first ones."""
+        return self.n_tokens if self.n_first is None else self.n_tokens - self.n_first
 
 
 def _check(sample: Sample, fields: tuple[str, ...]) -> None:
@@ -135,6 +152,11 @@ def mad_ppl(losses: SequenceLosses, counts: FloatArray) -> FloatArray:
 def mean_kld(sample: SequenceDivergences, counts: FloatArray) -> FloatArray:
     """Return the mean KLD per token, nats."""
     return np.asarray((counts @ sample.kld_sum) / (counts @ sample.n_tokens))
+
+
+def late_kld(sample: SequenceDivergences, counts: FloatArray) -> FloatArray:
+    """Return the mean KLD per token without the first tokens of every window, nats."""
+    return np.asarray((counts @ sample.late_kld_sum) / (counts @ sample.n_late))
 
 
 def same_top_p(sample: SequenceDivergences, counts: FloatArray) -> FloatArray:
@@ -202,6 +224,7 @@ class Statistic(Generic[S]):
     quantile, values: for a quantile, which one and of what.
     logarithmic: it is positive and compared by ratios.
     needs_light_tail: it averages PPL itself, which has no finite variance under a heavy tail.
+    needs: the field of the sample without which there is no value.
     """
 
     label: str
@@ -211,6 +234,11 @@ class Statistic(Generic[S]):
     values: Callable[[S], FloatArray] | None = None
     logarithmic: bool = True
     needs_light_tail: bool = False
+    needs: str | None = None
+
+    def is_known(self, sample: S) -> bool:
+        """Return whether the sample has what the statistic is computed from."""
+        return self.needs is None or getattr(sample, self.needs) is not None
 
     def of(self, sample: S) -> float:
         """Return the statistic of the sample itself."""
@@ -248,6 +276,12 @@ STATISTICS: Mapping[str, Statistic[SequenceLosses]] = {
 
 DIVERGENCES: Mapping[str, Statistic[SequenceDivergences]] = {
     "mean_kld": Statistic("mean KLD", mean_kld, terms=lambda s: s.kld_sum),
+    "late_kld": Statistic(
+        f"KLD from token {FIRST_TOKENS} on",
+        late_kld,
+        terms=lambda s: s.late_kld_sum,
+        needs="n_first",
+    ),
     "same_top_p": Statistic(
         "same top p", same_top_p, terms=lambda s: s.n_same_top.astype(np.float64), logarithmic=False
     ),

@@ -8,6 +8,7 @@ import numpy as np
 from ramgguf.core.errors import ResultError
 from ramgguf.evaluate.embedding_result import EmbeddingResult
 from ramgguf.evaluate.intervals import Estimate, estimate
+from ramgguf.evaluate.llama_statistics import LlamaStatistics
 from ramgguf.evaluate.result import EvalResult, SequenceScore
 from ramgguf.evaluate.significance import (
     PairedSequences,
@@ -27,18 +28,32 @@ from ramgguf.evaluate.statistics import (
     outliers,
     tail,
 )
+from ramgguf.evaluate.token_groups import first_sums
 from ramgguf.gguf.identity import difference
 
 
 @dataclass(frozen=True)
 class KldQuantiles:
-    """Quantiles of the KLD over all scored tokens, nats; no interval is claimed for them."""
+    """Quantiles of the KLD over all scored tokens, nats; no interval is claimed for them.
+
+    worst_share is the share of all KLD that the worst thousandth of the tokens carries.
+    """
 
     median: float
     p90: float
     p99: float
     p999: float
     maximum: float
+    worst_share: float | None = None
+
+
+@dataclass(frozen=True)
+class FirstTokens:
+    """The first tokens of all windows: mean KLD (nats), share of the tokens and of all KLD."""
+
+    kld: float
+    share_of_tokens: float
+    share_of_kld: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +62,8 @@ class AgainstReference:
 
     delta_nll has a value per sequence, nats per token; ppl_ratio is corpus PPL over the
     reference's, with the p-value of no difference; sequences counts those on which it is better.
+    first is of the first tokens of all windows, where they are known and were scored. llama has
+    what llama-perplexity prints, where values per token were kept.
     """
 
     label: str
@@ -56,6 +73,8 @@ class AgainstReference:
     delta_nll: tuple[float, ...]
     ppl_ratio: Ratio
     sequences: PairedSequences
+    first: FirstTokens | None = None
+    llama: LlamaStatistics | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,19 +122,31 @@ def _against_reference(result: EvalResult, sample: SequenceLosses) -> AgainstRef
     return AgainstReference(
         label=result.reference.label,
         reference_corpus_ppl=corpus.of(reference),
-        divergences={k: estimate(s, divergences) for k, s in DIVERGENCES.items()},
+        divergences={
+            k: estimate(s, divergences) for k, s in DIVERGENCES.items() if s.is_known(divergences)
+        },
         quantiles=_kld_quantiles(result),
         delta_nll=tuple(float(d) for d in delta_nll(sample, reference)),
         ppl_ratio=paired_ratio(corpus, sample, reference),
         sequences=paired_sequences(sample, reference),
+        first=_first_tokens(divergences),
+        llama=result.as_llama_perplexity(),
     )
+
+
+def _first_tokens(sample: SequenceDivergences) -> FirstTokens | None:
+    if sample.n_first is None or sample.first_kld_sum is None or not sample.n_first.any():
+        return None
+    n, kld = int(sample.n_first.sum()), float(sample.first_kld_sum.sum())
+    whole = float(sample.kld_sum.sum())
+    return FirstTokens(kld / n, n / int(sample.n_tokens.sum()), kld / whole if whole > 0 else 0.0)
 
 
 def _kld_quantiles(result: EvalResult) -> KldQuantiles | None:
     if result.kld_quantiles is None:
         return None
     at = result.kld_quantiles.at
-    return KldQuantiles(at(0.5), at(0.9), at(0.99), at(0.999), at(1.0))
+    return KldQuantiles(at(0.5), at(0.9), at(0.99), at(0.999), at(1.0), result.kld_worst_share)
 
 
 def losses(result: EvalResult, only: Collection[int] | None = None) -> SequenceLosses:
@@ -154,6 +185,12 @@ def sequence_divergences(
     if any(value is None for row in rows for value in row):
         return None
     columns = np.array(rows, dtype=np.float64).T
+    first = [first_sums(s) for s in chosen]
+    known = [f for f, s in zip(first, chosen, strict=True) if f is not None and f[0] < s.n_scored]
+    n_first = first_kld = None
+    if len(known) == len(chosen):
+        n_first = np.array([n for n, _ in known], dtype=np.int64)
+        first_kld = np.array([kld for _, kld in known])
     return SequenceDivergences(
         n_tokens=columns[0].astype(np.int64),
         kld_sum=columns[1],
@@ -161,6 +198,8 @@ def sequence_divergences(
         delta_p_sum=columns[3],
         delta_p_squared_sum=columns[4],
         group=articles([s.title for s in chosen]),
+        n_first=n_first,
+        first_kld_sum=first_kld,
     )
 
 

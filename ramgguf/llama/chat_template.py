@@ -61,6 +61,14 @@ def render(file: GGUFFile, chats: Sequence[Sequence[Turn]]) -> list[Rendered]:
     ]
 
 
+def start(file: GGUFFile) -> str:
+    """Return what the model's template puts before a user's first words; "" without a template."""
+    mark = "FIRST-WORDS"
+    rendered, has_template = render(file, [[Turn(role="user", content=mark)]])[0]
+    before, found, _ = rendered.partition(mark)
+    return before if has_template and found else ""
+
+
 def _in_words(chat: Sequence[Turn]) -> str:
     return "\n\n".join(f"{t.role.title()}: {t.content}" for t in chat) + "\n"
 

@@ -1,5 +1,6 @@
 """The parent's side of the engine: start the worker, ask, and say what happened when it dies."""
 
+import base64
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -17,9 +18,15 @@ from ramgguf.llama.child import Child, ChildDiedError, describe_exit, quoted
 from ramgguf.llama.kind import ModelKind
 from ramgguf.llama.protocol import (
     Answer,
+    Detokenize,
+    Detokenized,
     Embed,
     Embedded,
     Failed,
+    Generate,
+    Generated,
+    Likelihood,
+    Likelihoods,
     Open,
     Opened,
     ResponseAdapter,
@@ -129,12 +136,48 @@ class Engine(Closing):
         found = self.ask(request, Tokenized)
         return unpack_ids(found.ids), unpack_ids(found.ends).astype(np.int64)
 
+    def detokenize(self, ids: TokenIds) -> tuple[bytes, npt.NDArray[np.int64]]:
+        """Return the text of the first model's tokens and where each ends in it."""
+        found = self.ask(Detokenize(model=0, ids=pack_ids(ids)), Detokenized)
+        return base64.b64decode(found.text), unpack_ids(found.ends).astype(np.int64)
+
+    def likelihoods(
+        self, index: int, sequences: Sequence[tuple[TokenIds, int]], *, model: int = 0
+    ) -> list[tuple[float, bool]]:
+        """Return log p of the last n tokens of each sequence, and whether all are greedy."""
+        request = Likelihood(
+            model=model,
+            index=index,
+            ids=tuple(pack_ids(ids) for ids, _ in sequences),
+            n_scored=tuple(n for _, n in sequences),
+        )
+        found = self.ask(request, Likelihoods)
+        return list(zip(found.values, found.greedy, strict=True))
+
+    def generate(self, prompts: Sequence[TokenIds], n_tokens: int) -> tuple[list[TokenIds], float]:
+        """Return the first model's greedy continuations of the prompts, and the seconds taken."""
+        request = Generate(prompts=tuple(pack_ids(p) for p in prompts), n_tokens=n_tokens)
+        found = self.ask(request, Generated)
+        return [unpack_ids(ids) for ids in found.ids], found.seconds
+
     def score(
-        self, index: int, ids: TokenIds, first_target: int, *, has_reference: bool
+        self,
+        index: int,
+        ids: TokenIds,
+        first_target: int,
+        *,
+        has_reference: bool,
+        reference_logits: str | None = None,
+        save_logits: str | None = None,
     ) -> Iterator[Scored]:
         """Yield the scores of the sequence, one for each model, in the models' order."""
         request = Score(
-            index=index, ids=pack_ids(ids), first_target=first_target, has_reference=has_reference
+            index=index,
+            ids=pack_ids(ids),
+            first_target=first_target,
+            has_reference=has_reference,
+            reference_logits=reference_logits,
+            save_logits=save_logits,
         )
         return self.answers(request)
 

@@ -75,6 +75,15 @@ class Vocab:
         n = self._llama.llama_token_to_piece(self._vocab, token, buffer, 512, 0, False)
         return buffer.raw[:n] if n > 0 else b""
 
+    @cached_property
+    def _ends_generation(self) -> npt.NDArray[np.bool_]:
+        llama, vocab = self._llama, self._vocab
+        return np.array([llama.llama_vocab_is_eog(vocab, i) for i in range(self.n_tokens)], bool)
+
+    def ends_generation(self, ids: TokenIds) -> npt.NDArray[np.bool_]:
+        """Return whether each token ends what a model generates."""
+        return self._ends_generation[ids]
+
     def ends(self, ids: TokenIds, n_bytes: int) -> npt.NDArray[np.int64]:
         """Return where in a text of n_bytes each of its tokens ends.
 
@@ -213,6 +222,21 @@ class LlamaModel(Closing):
         """Forget the sequence: the next chunk starts at position 0."""
         self._llama.llama_memory_clear(self._llama.llama_get_memory(self._context), True)
         self._n_past = 0
+
+    def rewind(self, n: int) -> int:
+        """Forget all but the first n tokens of the sequence, or all; return how many are left.
+
+        A model with a state, or with a window that has moved on, cannot go back.
+        """
+        llama, memory = self._llama, self._llama.llama_get_memory(self._context)
+        if n >= self._n_past:
+            return self._n_past
+        whole = llama.llama_memory_seq_pos_min(memory, 0) == 0
+        if n > 0 and whole and llama.llama_memory_seq_rm(memory, 0, n, -1):
+            self._n_past = n
+            return n
+        self.clear()
+        return 0
 
     def decode(self, tokens: npt.ArrayLike, *, first_output: int = 0) -> Logits:
         """Return the logits (n, n_vocab) of a chunk's tokens from first_output on.

@@ -40,6 +40,8 @@ class Score(FrozenModel):
     """Score a sequence with every model; answered by Started and Scored for each.
 
     With has_reference, model 0 is the reference of the others. Targets first_target … are scored.
+    reference_logits is a file (logits_file.py) whose window `index` is the reference of all;
+    save_logits one that takes model 0's.
     """
 
     kind: Literal["score"] = "score"
@@ -47,6 +49,37 @@ class Score(FrozenModel):
     ids: str
     first_target: int
     has_reference: bool
+    reference_logits: str | None = None
+    save_logits: str | None = None
+
+
+class Detokenize(FrozenModel):
+    """Ask for the text of a model's tokens; answered by Detokenized."""
+
+    kind: Literal["detokenize"] = "detokenize"
+    model: int
+    ids: str
+
+
+class Generate(FrozenModel):
+    """Continue prompts greedily with the first model, side by side; answered by Generated."""
+
+    kind: Literal["generate"] = "generate"
+    prompts: tuple[str, ...]
+    n_tokens: int
+
+
+class Likelihood(FrozenModel):
+    """Ask a model for log p of the last n_scored tokens of each sequence; answered by Likelihoods.
+
+    index is the item that they belong to, for messages.
+    """
+
+    kind: Literal["likelihood"] = "likelihood"
+    model: int
+    index: int
+    ids: tuple[str, ...]
+    n_scored: tuple[int, ...]
 
 
 class Embed(FrozenModel):
@@ -137,6 +170,14 @@ class Tokenized(FrozenModel):
     ends: str
 
 
+class Detokenized(FrozenModel):
+    """The tokens' text in base64 (it need not be UTF-8), and where in it each token ends."""
+
+    kind: Literal["detokenized"] = "detokenized"
+    text: str
+    ends: str
+
+
 class Started(FrozenModel):
     """The worker begins with this model and sequence (so that a crash can be named)."""
 
@@ -146,7 +187,7 @@ class Started(FrozenModel):
 
 
 class Divergences(FrozenModel):
-    """Sums over a sequence's scored tokens, against the reference; token_kld as in results.py."""
+    """Sums over a sequence's scored tokens, against the reference; tokens as in results.py."""
 
     reference_nll_sum: float
     kld_sum: float
@@ -155,6 +196,8 @@ class Divergences(FrozenModel):
     delta_p_sum: float
     delta_p_squared_sum: float
     token_kld: str
+    token_same_top: str
+    token_reference_nll: str
 
 
 class Scored(FrozenModel):
@@ -189,6 +232,22 @@ class Drawn(FrozenModel):
     kind: Literal["drawn"] = "drawn"
     ids: str
     seconds: float
+
+
+class Generated(FrozenModel):
+    """The prompts' continuations, each up to an end of generation."""
+
+    kind: Literal["generated"] = "generated"
+    ids: tuple[str, ...]
+    seconds: float
+
+
+class Likelihoods(FrozenModel):
+    """Log p of each sequence's end, in nats, and whether every token of it is the most probable."""
+
+    kind: Literal["likelihoods"] = "likelihoods"
+    values: tuple[float, ...]
+    greedy: tuple[bool, ...]
 
 
 class Tapped(FrozenModel):
@@ -230,8 +289,32 @@ class Failed(FrozenModel):
     model_kind: ModelKind | None = None
 
 
-AnyRequest = Open | Tokenize | Score | Embed | Draw | TapWeights | Observe | Collect
-Answer = Opened | Tokenized | Scored | Embedded | Drawn | Tapped | Observed | Collected
+AnyRequest = (
+    Open
+    | Tokenize
+    | Detokenize
+    | Generate
+    | Likelihood
+    | Score
+    | Embed
+    | Draw
+    | TapWeights
+    | Observe
+    | Collect
+)
+Answer = (
+    Opened
+    | Tokenized
+    | Detokenized
+    | Generated
+    | Likelihoods
+    | Scored
+    | Embedded
+    | Drawn
+    | Tapped
+    | Observed
+    | Collected
+)
 AnyResponse = Answer | Started | Failed
 RequestAdapter: TypeAdapter[AnyRequest] = TypeAdapter(
     Annotated[AnyRequest, Field(discriminator="kind")]
@@ -262,3 +345,16 @@ def encode_float32(values: npt.ArrayLike) -> str:
 def decode_float32(text: str) -> Float32Array:
     """Return the values that encode_float32 wrote. Raises ValueError for anything else."""
     return np.frombuffer(base64.b64decode(text, validate=True), dtype="<f4").astype(np.float32)
+
+
+def encode_bits(values: npt.ArrayLike) -> str:
+    """Return base64 of the truth values, eight a byte, the first in the highest bit."""
+    return base64.b64encode(np.packbits(np.asarray(values, dtype=bool)).tobytes()).decode("ascii")
+
+
+def decode_bits(text: str, n: int) -> npt.NDArray[np.bool_]:
+    """Return the n values that encode_bits wrote. Raises ValueError for anything else."""
+    packed = np.frombuffer(base64.b64decode(text, validate=True), dtype=np.uint8)
+    if len(packed) != -(-n // 8):
+        raise ValueError(f"{8 * len(packed)} bits for {n} values")
+    return np.unpackbits(packed, count=n).astype(bool)

@@ -5,6 +5,7 @@ from the last Started which model and sequence it was. When the parent goes, std
 does this process.
 """
 
+import base64
 import os
 import queue
 import sys
@@ -22,16 +23,25 @@ from ramgguf.core.errors import EngineError, RamggufError
 from ramgguf.llama.capture import Tap
 from ramgguf.llama.child import queue_lines
 from ramgguf.llama.embedding import EmbeddingModel
+from ramgguf.llama.generation import generate_together
 from ramgguf.llama.kind import KindError
+from ramgguf.llama.likelihood import LikelihoodScorer
+from ramgguf.llama.logits_file import LogitsFile
 from ramgguf.llama.model import LlamaModel
 from ramgguf.llama.observer import Observer
 from ramgguf.llama.protocol import (
     Collect,
+    Detokenize,
+    Detokenized,
     Divergences,
     Draw,
     Embed,
     Embedded,
     Failed,
+    Generate,
+    Generated,
+    Likelihood,
+    Likelihoods,
     Observe,
     Open,
     Opened,
@@ -42,11 +52,12 @@ from ramgguf.llama.protocol import (
     TapWeights,
     Tokenize,
     Tokenized,
+    encode_bits,
     encode_float32,
     pack_ids,
     unpack_ids,
 )
-from ramgguf.llama.scoring import RowPass, SequenceRecords, score_sequence
+from ramgguf.llama.scoring import RowPass, SequenceRecords, StoredWindow, score_sequence
 from ramgguf.llama.system import system_info
 
 Send = Callable[[FrozenModel], None]
@@ -60,6 +71,8 @@ class Session:
         self._stack = ExitStack()
         self._models: list[LlamaModel] = []
         self._row_pass = RowPass(1)
+        self._likelihoods: dict[int, LikelihoodScorer] = {}
+        self._logits_files: dict[str, LogitsFile] = {}
         self.observer = Observer(send, self._under_tap)
 
     def open(self, request: Open) -> None:
@@ -109,14 +122,55 @@ class Session:
         )
         self._send(Tokenized(ids=pack_ids(ids), ends=pack_ids(vocab.ends(ids, len(text)))))
 
+    def detokenize(self, request: Detokenize) -> None:
+        """Answer the tokens' text and where each ends in it."""
+        vocab = self._models[request.model].vocab
+        pieces = [vocab.piece(int(i)) for i in unpack_ids(request.ids)]
+        ends = np.cumsum([len(p) for p in pieces])
+        text = base64.b64encode(b"".join(pieces)).decode("ascii")
+        self._send(Detokenized(text=text, ends=pack_ids(ends)))
+
+    def generate(self, request: Generate) -> None:
+        """Answer the first model's greedy continuations of the prompts."""
+        start = time.perf_counter()
+        prompts = [unpack_ids(p) for p in request.prompts]
+        found = generate_together(self._models[0], prompts, request.n_tokens)
+        seconds = time.perf_counter() - start
+        self._send(Generated(ids=tuple(pack_ids(ids) for ids in found), seconds=seconds))
+
+    def likelihood(self, request: Likelihood) -> None:
+        """Answer a model's log-likelihoods of the ends of sequences."""
+        self._send(Started(model=request.model, index=request.index))
+        if request.model not in self._likelihoods:
+            model = self._models[request.model]
+            self._likelihoods[request.model] = LikelihoodScorer(model, self._row_pass)
+        scorer = self._likelihoods[request.model]
+        found = [
+            scorer.score(unpack_ids(ids), n)
+            for ids, n in zip(request.ids, request.n_scored, strict=True)
+        ]
+        values, greedy = zip(*found, strict=True)
+        self._send(Likelihoods(values=values, greedy=greedy))
+
+    def _logits_file(self, path: str | None) -> LogitsFile | None:
+        if path is None:
+            return None
+        if path not in self._logits_files:
+            self._logits_files[path] = LogitsFile(Path(path))
+        return self._logits_files[path]
+
     def score(self, request: Score) -> None:
         """Answer each model's scores of a sequence."""
+        stored = self._logits_file(request.reference_logits)
+        saved = self._logits_file(request.save_logits)
         found = score_sequence(
             self._models,
             unpack_ids(request.ids),
             request.first_target,
             self._row_pass,
             has_reference=request.has_reference,
+            stored=StoredWindow(stored, request.index) if stored else None,
+            saved=StoredWindow(saved, request.index) if saved else None,
             on_model=lambda number: self._send(Started(model=number, index=request.index)),
         )
         for number, records in enumerate(found):
@@ -150,6 +204,8 @@ def summarize(model: int, index: int, records: SequenceRecords) -> Scored:
             delta_p_sum=float(against["delta_p"].sum()),
             delta_p_squared_sum=float(np.square(against["delta_p"]).sum()),
             token_kld=encode_float32(against["kld"]),
+            token_same_top=encode_bits(against["same_top"]),
+            token_reference_nll=encode_float32(against["reference"]["nll"]),
         )
     return Scored(
         model=model,
@@ -183,6 +239,12 @@ def serve(lines: TextIO, out: TextIO) -> None:
                     session.open(request)
                 case Tokenize():
                     session.tokenize(request)
+                case Detokenize():
+                    session.detokenize(request)
+                case Generate():
+                    session.generate(request)
+                case Likelihood():
+                    session.likelihood(request)
                 case Score():
                     session.score(request)
                 case Embed():

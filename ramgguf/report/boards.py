@@ -8,7 +8,7 @@ from rich.console import Console
 
 from ramgguf.core.escape import markdown_text, printable, to_json
 from ramgguf.core.units import format_bytes
-from ramgguf.evaluate.leaderboard import CRITERIA, LABELS, Leaderboard, Row
+from ramgguf.evaluate.leaderboard import LABELS, PUBLISHED_CRITERIA, Leaderboard, Row
 from ramgguf.report.chart import board_chart
 from ramgguf.report.evaluation import ranking_grid
 from ramgguf.report.grid import Field, Grid, grid_of, to_markdown
@@ -30,7 +30,7 @@ def board_grid(board: Leaderboard) -> Grid:
     fields: list[Field[Row]] = [
         Field("model", lambda r: r.label, number=False),
         Field("size", lambda r: "" if r.n_bytes is None else format_bytes(r.n_bytes)),
-        *(Field(LABELS[c], value(c)) for c in CRITERIA),
+        *(Field(LABELS[c], value(c)) for c in PUBLISHED_CRITERIA),
         Field("outliers", lambda r: "" if r.n_outliers is None else str(r.n_outliers)),
     ]
     return grid_of("Published figures", fields, board.rows)
@@ -69,9 +69,11 @@ def board_csv(board: Leaderboard) -> str:
     """Return a row per model, in the form that `compare` reads."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(("model", "n_bytes", *CRITERIA, "n_outliers"))
+    writer.writerow(("model", "n_bytes", *PUBLISHED_CRITERIA, "n_outliers"))
     for row in board.rows:
-        values = [row.estimates[c].value if c in row.estimates else None for c in CRITERIA]
+        values = [
+            row.estimates[c].value if c in row.estimates else None for c in PUBLISHED_CRITERIA
+        ]
         writer.writerow((printable(row.label), row.n_bytes, *values, row.n_outliers))
     return out.getvalue()
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from ramgguf.core.escape import printable
 from ramgguf.core.units import format_bytes
 from ramgguf.evaluate.eval_report import EvalReport
-from ramgguf.evaluate.leaderboard import LABELS, Leaderboard, Row
+from ramgguf.evaluate.leaderboard import KLD_CRITERIA, LABELS, Leaderboard, Row
+from ramgguf.evaluate.recommendation import parted_by_first_tokens
 from ramgguf.report.numbers import kld, ppl
 
 _HEIGHT = 9
@@ -42,11 +43,20 @@ def points(rows: Sequence[Row], criterion: str) -> list[Point]:
     ]
 
 
+def charted_kld(board: Leaderboard) -> str:
+    """Return which KLD is drawn against size: the mean, where the first tokens do not change it.
+
+    Where they make it prefer another file, it is the KLD without them.
+    """
+    files = [r for r in board.rows if not r.is_reference]
+    return "late_kld" if parted_by_first_tokens(files) else "mean_kld"
+
+
 def charted_criterion(board: Leaderboard) -> str:
     """Return what is drawn against size: KLD where all files have it, else the median PPL."""
     files = [r for r in board.rows if not r.is_reference]
     has_kld = bool(files) and all("mean_kld" in r.estimates for r in files)
-    return "mean_kld" if has_kld else "median_ppl"
+    return charted_kld(board) if has_kld else "median_ppl"
 
 
 def chart(report: EvalReport, width: int) -> list[str]:
@@ -57,8 +67,8 @@ def chart(report: EvalReport, width: int) -> list[str]:
 def board_chart(board: Leaderboard, width: int) -> list[str]:
     """Return the lines of the leaderboard's chart, labels at the points; none without two files."""
     criterion = charted_criterion(board)
-    write = kld if criterion == "mean_kld" else ppl
-    rows = [r for r in board.rows if criterion != "mean_kld" or not r.is_reference]
+    write = kld if criterion in KLD_CRITERIA else ppl
+    rows = [r for r in board.rows if criterion not in KLD_CRITERIA or not r.is_reference]
     found = points(rows, criterion)
     if len(found) < 2 or width < 40:
         return []
@@ -79,7 +89,7 @@ def board_chart(board: Leaderboard, width: int) -> list[str]:
     lines.append(f"{'':>{_GUTTER}} └{'─' * inner}")
     lines.append(f"{'':>{_GUTTER + 2}}{small}{large:>{inner - len(small)}}".rstrip())
     for r in board.rows:
-        if r.is_reference and criterion == "mean_kld" and r.n_bytes:
+        if r.is_reference and criterion in KLD_CRITERIA and r.n_bytes:
             lines.append(f"{'':>{_GUTTER + 2}}baseline {r.label}: {format_bytes(r.n_bytes)}, KLD 0")
     return [line if len(line) <= width else f"{line[: width - 1]}…" for line in lines]
 
@@ -95,7 +105,8 @@ def _scale(values: Sequence[float], length: int) -> Callable[[float], int]:
 def _put(canvas: list[list[str]], x: int, y: int, mark: str, label: str) -> None:
     """Write mark and label where they cover nothing: right of the point, left, or a line away."""
     width = len(canvas[0])
-    canvas[y][x] = mark
+    if canvas[y][x] != "●":  # a file of the front is not covered
+        canvas[y][x] = mark
     label = label if len(label) <= width // 3 else label[: width // 3 - 1] + "…"
     for row in (y, y - 1, y + 1, y - 2, y + 2):
         for start in (x + 2, x - 1 - len(label)):

@@ -12,15 +12,16 @@ from ramgguf.core.units import format_bytes
 from ramgguf.evaluate.eval_report import EvalReport
 from ramgguf.evaluate.intervals import Estimate
 from ramgguf.evaluate.leaderboard import LABELS, Leaderboard
-from ramgguf.evaluate.result import EvalResult
+from ramgguf.evaluate.result import FIRST_TOKENS, EvalResult, Protocol
 from ramgguf.evaluate.statistics import n_units
 from ramgguf.evaluate.summary import AgainstReference, Summary, losses
 from ramgguf.report.chart import chart
-from ramgguf.report.grid import Field, Grid, grid_of, to_markdown
+from ramgguf.report.grid import Column, Field, Grid, grid_of, to_markdown
 from ramgguf.report.numbers import kld, p_value, percent, ppl, with_interval
 from ramgguf.report.sentences import findings, order
 from ramgguf.report.terminal import print_grid, print_statements
 from ramgguf.report.verdict import verdict_lines
+from ramgguf.report.where import NO_PLACES, kld_sentences, where_grids, where_json
 
 PPL_TITLE = "Perplexity of sequences (95 % intervals)"
 
@@ -39,8 +40,8 @@ def _perplexity_fields(report: EvalReport) -> list[Field[Summary]]:
 
     return [
         Field("model", lambda s: s.label, number=False),
-        Field("size", lambda s: format_bytes(s.result.model.n_bytes)),
-        Field("bpw", lambda s: f"{s.result.model.bpw:.2f}", 3),
+        Field("size", lambda s: format_bytes(m.n_bytes) if (m := s.result.model).is_model else ""),
+        Field("bpw", lambda s: f"{m.bpw:.2f}" if (m := s.result.model).is_model else "", 3),
         Field("corpus PPL", interval("corpus_ppl")),
         Field("median PPL", interval("median_ppl")),
         Field("mean PPL", value("mean_ppl"), 4),
@@ -51,6 +52,31 @@ def _perplexity_fields(report: EvalReport) -> list[Field[Summary]]:
         Field(f"PPL > {report.outlier_ppl:g}", lambda s: str(len(s.outliers))),
         Field("tail", lambda s: s.tail.verdict, 3, number=False),
     ]
+
+
+def domain_grid(label: str, report: EvalReport) -> Grid:
+    """Return one text's figures, a row per model: perplexity, and what parts it from the reference.
+
+    Intervals are in the pooled tables; those here are of the means.
+    """
+    result = report.summaries[0].result if report.summaries else None
+    how = f" ({result.protocol.n_seq} × {result.protocol.n_ctx} tokens)" if result else ""
+
+    def against(write: Callable[[AgainstReference], str]) -> Callable[[Summary], str]:
+        return lambda s: "" if s.against is None else write(s.against)
+
+    fields = [
+        Field[Summary]("model", lambda s: s.label, number=False),
+        Field("corpus PPL", lambda s: with_interval(s.estimates["corpus_ppl"], ppl)),
+        Field("median PPL", lambda s: ppl(s.estimates["median_ppl"].value)),
+        Field("P95", lambda s: ppl(s.estimates["p95_ppl"].value), 3),
+        Field(f"PPL > {report.outlier_ppl:g}", lambda s: str(len(s.outliers)), 4),
+        Field("mean KLD", against(lambda a: with_interval(a.divergences["mean_kld"], kld))),
+        Field("P99", against(lambda a: kld(a.quantiles.p99) if a.quantiles else ""), 2),
+        Field("same top p", against(lambda a: percent(a.divergences["same_top_p"].value)), 1),
+        Field("PPL(Q)/PPL(base)", against(lambda a: f"{a.ppl_ratio.value:.4f}"), 5),
+    ]
+    return grid_of(f"{label}{how}", fields, report.summaries).without_empty_columns()
 
 
 def reference_grid(report: EvalReport) -> Grid | None:
@@ -72,15 +98,31 @@ def _kld_quantile(name: str) -> Callable[[Against], str]:
     return lambda x: kld(getattr(x[1].quantiles, name)) if x[1].quantiles else ""
 
 
+def _worst_share(against: AgainstReference) -> str:
+    share = against.quantiles.worst_share if against.quantiles else None
+    return "" if share is None else f"{100 * share:.0f} %"
+
+
 _REFERENCE_FIELDS: list[Field[Against]] = [
     Field("model", lambda x: x[0].label, number=False),
     Field("reference", lambda x: x[1].label, 3, number=False),
     Field("PPL(Q)/PPL(base)", lambda x: with_interval(x[1].ppl_ratio, lambda v: f"{v:.4f}")),
     Field("mean KLD", lambda x: with_interval(x[1].divergences["mean_kld"], kld)),
+    Field(
+        f"from token {FIRST_TOKENS}",
+        lambda x: (
+            with_interval(x[1].divergences["late_kld"], kld)
+            if "late_kld" in x[1].divergences
+            else ""
+        ),
+        1,
+    ),
+    Field(f"first {FIRST_TOKENS}", lambda x: kld(x[1].first.kld) if x[1].first else "", 5),
     Field("median", _kld_quantile("median"), 3),
     Field("P90", _kld_quantile("p90"), 5),
     Field("P99", _kld_quantile("p99"), 1),
     Field("max", _kld_quantile("maximum"), 4),
+    Field("in worst 0.1 %", lambda x: _worst_share(x[1]), 5),
     Field("same top p", lambda x: with_interval(x[1].divergences["same_top_p"], percent)),
     Field("RMS Δp", lambda x: with_interval(x[1].divergences["rms_delta_p"], percent), 3),
     Field("mean Δp", lambda x: percent(x[1].divergences["mean_delta_p"].value), 6),
@@ -89,6 +131,21 @@ _REFERENCE_FIELDS: list[Field[Against]] = [
     Field("p sign", lambda x: p_value(x[1].sequences.p_sign), 7),
     Field("p Wilcoxon", lambda x: p_value(x[1].sequences.p_wilcoxon), 7),
 ]
+
+
+def llama_grid(report: EvalReport) -> Grid | None:
+    """Return llama-perplexity's statistics, a column per model; None but for its protocol."""
+    found = [
+        (s.label, dict(s.against.llama.rows()))
+        for s in report.summaries
+        if s.result.protocol.name == "llama" and s.against is not None and s.against.llama
+    ]
+    if not found:
+        return None
+    columns = (Column("statistic", number=False), *(Column(label) for label, _ in found))
+    names = dict.fromkeys(name for _, values in found for name in values)
+    rows = tuple((name, *(values.get(name, "") for _, values in found)) for name in names)
+    return Grid("As llama-perplexity prints it (± as if tokens were independent)", columns, rows)
 
 
 def ranking_grid(board: Leaderboard) -> Grid:
@@ -113,10 +170,17 @@ def protocol_line(result: EvalResult) -> str:
     units = "articles" if any(s.title for s in result.sequences) else "sequences"
     return (
         f"Protocol {p.name}: {p.n_seq} windows of {p.n_ctx} tokens of {result.text.name}, {drawn},"
-        f" {p.n_scored} tokens scored in each, {'BOS' if p.bos else 'no BOS'};"
+        f" {p.n_scored} tokens scored in each, {_before(p)};"
         f" llama.cpp {e.llama_cpp_build}{', safe kernels' if e.safe_kernels else ''};"
         f" intervals over {n} {units}."
     )
+
+
+def _before(protocol: Protocol) -> str:
+    """Return what stands before a window's text."""
+    if protocol.n_warm_up > 1:
+        return f"each after the {protocol.n_warm_up} tokens that start a chat"
+    return "BOS" if protocol.bos or protocol.n_warm_up else "no BOS"
 
 
 def statements(report: EvalReport) -> tuple[str, ...]:
@@ -124,6 +188,7 @@ def statements(report: EvalReport) -> tuple[str, ...]:
     said = list(findings(report.board)) if report.board else []
     if report.refusal and len(report.summaries) > 1:
         said.append(f"Not ranked: {report.refusal}.")
+    said += kld_sentences(report)
     said += [f"{failure}." for failure in report.failures]
     notes = dict.fromkeys(note for s in report.summaries for note in s.result.notes)
     said += [note if note.endswith(".") else f"{note}." for note in notes]
@@ -135,16 +200,22 @@ def protocol_lines(report: EvalReport) -> tuple[str, ...]:
     return tuple(dict.fromkeys(protocol_line(s.result) for s in report.summaries))
 
 
-def print_report(report: EvalReport, console: Console) -> None:
-    """Print the verdict, a chart, the tables, the rankings, and the findings."""
+def print_report(report: EvalReport, console: Console, *, where: bool = False) -> None:
+    """Print the verdict, a chart, the tables, the rankings, and the findings.
+
+    With where, also KLD by position and class of token, and the worst tokens.
+    """
     for line in verdict_lines(report):
         console.print(line, soft_wrap=not console.is_terminal)
     if drawn := chart(report, min(console.width, 100) if console.is_terminal else 80):
         console.print()
         console.print("\n".join(drawn), soft_wrap=True)
-    for grid in grids(report):
+    places = where_grids(report) if where else []
+    for grid in (*grids(report), *places):
         console.print()
         print_grid(console, grid)
+    if where and not places:
+        console.print(f"\n{NO_PLACES}", soft_wrap=True)
     console.print()
     print_statements(console, (*statements(report), *protocol_lines(report)))
 
@@ -156,22 +227,25 @@ def grids(report: EvalReport) -> list[Grid]:
         found.append(against)
     if report.board and len(report.board.rows) > 1:
         found.append(ranking_grid(report.board))
+    if (llama := llama_grid(report)) is not None:
+        found.append(llama)
     return [grid.without_empty_columns() for grid in found if grid.rows]
 
 
-def report_markdown(report: EvalReport) -> str:
+def report_markdown(report: EvalReport, *, where: bool = False) -> str:
     """Return the verdict, tables and findings as markdown, ready for a model card."""
     verdict = "".join(f"{markdown_text(line)}\n\n" for line in verdict_lines(report)).rstrip("\n")
-    tables = [f"**{grid.title}**\n\n{to_markdown(grid)}" for grid in grids(report)]
+    shown = [*grids(report), *(where_grids(report) if where else ())]
+    tables = [f"**{grid.title}**\n\n{to_markdown(grid)}" for grid in shown if grid.rows]
     items = "".join(
         f"- {markdown_text(s)}\n" for s in (*statements(report), *protocol_lines(report))
     )
     return "\n".join(filter(None, ("### Evaluation\n", verdict and f"{verdict}\n", *tables, items)))
 
 
-def report_csv(report: EvalReport) -> str:
+def report_csv(*reports: EvalReport) -> str:
     """Return a row per model with every statistic in full precision; an absent one is empty."""
-    rows = [dict(_flat(s)) for s in report.summaries]
+    rows = [dict(_flat(s)) for report in reports for s in report.summaries]
     names = list(dict.fromkeys(name for row in rows for name in row))
     out = io.StringIO()
     writer = csv.DictWriter(out, names, restval="", lineterminator="\n")
@@ -186,13 +260,20 @@ def report_json(report: EvalReport) -> dict[str, object]:
     """Return statistics, rankings and findings as JSON values; NaN and infinity become null."""
     rankings = report.board.rankings if report.board else ()
     return {
-        "models": [dict(_flat(s)) for s in report.summaries],
+        "models": [{**dict(_flat(s)), **_llama(s)} for s in report.summaries],
         "verdict": list(verdict_lines(report)),
         "rankings": {r.criterion: list(r.order) for r in rankings},
         "orders": {r.criterion: order(r) for r in rankings},
+        "where": where_json(report),
         "statements": list(statements(report)),
         "protocols": list(protocol_lines(report)),
     }
+
+
+def _llama(s: Summary) -> dict[str, object]:
+    if s.against is None or s.against.llama is None:
+        return {}
+    return {"llama_perplexity": s.against.llama.model_dump()}
 
 
 Cell = str | int | float | bool | None
@@ -223,6 +304,7 @@ def _flat(s: Summary) -> Iterator[tuple[str, Cell]]:
     if s.against is not None:
         yield from _flat_reference(s.against)
     yield from (
+        ("text", r.text.name),
         ("protocol", r.protocol.name),
         ("tokenizer_sha256", r.tokenizer_sha256),
         ("token_ids_sha256", r.token_ids_sha256),
@@ -245,6 +327,9 @@ def _flat_reference(against: AgainstReference) -> Iterator[tuple[str, Cell]]:
     yield "p_wilcoxon", s.p_wilcoxon
     for name, found in against.divergences.items():
         yield from _estimate(name, found)
+    if first := against.first:
+        yield "first_kld", first.kld
+        yield "first_share_of_kld", first.share_of_kld
     if q := against.quantiles:
         yield from (
             ("median_kld", q.median),
@@ -252,6 +337,7 @@ def _flat_reference(against: AgainstReference) -> Iterator[tuple[str, Cell]]:
             ("p99_kld", q.p99),
             ("p999_kld", q.p999),
             ("max_kld", q.maximum),
+            ("worst_share_of_kld", q.worst_share),
         )
 
 

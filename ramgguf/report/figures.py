@@ -10,7 +10,7 @@ from ramgguf.core.errors import RamggufError
 from ramgguf.core.escape import html_text
 from ramgguf.evaluate.eval_report import EvalReport
 from ramgguf.evaluate.intervals import Estimate
-from ramgguf.evaluate.leaderboard import LABELS, Leaderboard
+from ramgguf.evaluate.leaderboard import KLD_CRITERIA, LABELS, Leaderboard
 from ramgguf.evaluate.result import SequenceScore
 from ramgguf.evaluate.summary import Summary
 from ramgguf.report.chart import Point, points
@@ -105,8 +105,8 @@ def board_by_size(board: Leaderboard, criterion: str) -> Figure | None:
     placed = points(board.rows, criterion)
     if not placed:
         return None
-    unit = "mean KLD (nats per token)" if criterion == "mean_kld" else "perplexity"
-    write = kld if criterion == "mean_kld" else ppl
+    unit = f"{LABELS[criterion]} (nats per token)" if criterion in KLD_CRITERIA else "perplexity"
+    write = kld if criterion in KLD_CRITERIA else ppl
     fig = figure("file size (GB)", unit, 420)
     front = sorted((p for p in placed if p.on_front), key=lambda p: p.size)
     if len(front) > 1:
@@ -155,7 +155,7 @@ def board_by_size(board: Leaderboard, criterion: str) -> Figure | None:
             line = {"dash": "dash", "width": 1, "color": "#777"}
             fig.add_hline(y=row.estimates[criterion].value, line=line)
     fig.update_xaxes(range=[low, high])
-    if criterion == "mean_kld":
+    if criterion in KLD_CRITERIA:
         logarithmic("y", fig, shown)
     return fig
 

@@ -11,19 +11,24 @@ from ramgguf.core.errors import ResultError
 from ramgguf.core.escape import html_text, json_text
 from ramgguf.core.files import write_atomically
 from ramgguf.core.units import format_bytes
+from ramgguf.evaluate.continuations import TrajectoryResult
 from ramgguf.evaluate.eval_report import EvalReport
-from ramgguf.evaluate.leaderboard import Leaderboard
-from ramgguf.evaluate.result import SequenceScore
+from ramgguf.evaluate.leaderboard import LABELS, Leaderboard
+from ramgguf.evaluate.result import FIRST_TOKENS, SequenceScore
 from ramgguf.gguf.identity import difference
 from ramgguf.measure.result import Measurement
 from ramgguf.plan.result import Plan
 from ramgguf.report import figures, plan_figures
 from ramgguf.report.boards import board_grids
-from ramgguf.report.evaluation import grids, protocol_lines, statements
+from ramgguf.report.chart import charted_kld
+from ramgguf.report.evaluation import domain_grid, grids, protocol_lines, statements
 from ramgguf.report.grid import to_html
 from ramgguf.report.numbers import ppl
 from ramgguf.report.sentences import findings
+from ramgguf.report.trajectories import survival_figure, trajectory_grid, trajectory_line
 from ramgguf.report.verdict import board_verdict, verdict_lines
+from ramgguf.report.where import where_grids
+from ramgguf.report.where_figure import kld_by_position
 
 _MAX_CARDS = 12
 _HARDEST = 4  # sequences shown when no model has an outlier
@@ -40,12 +45,14 @@ def write_html(
     plans: Sequence[tuple[str, Plan]] = (),
     measurements: Sequence[tuple[str, Measurement]] = (),
     published: Leaderboard | None = None,
+    domains: Sequence[tuple[str, EvalReport]] = (),
+    trajectories: Sequence[TrajectoryResult] = (),
 ) -> None:
     """Write the page, whole or not at all; plans and measurements come with their labels.
 
     Raises RamggufError when plotly is missing, ResultError when path cannot be written.
     """
-    text = page(report, plans, measurements, published)
+    text = page(report, plans, measurements, published, domains, trajectories)
     write_atomically(path, text.encode(), error=ResultError)
 
 
@@ -54,12 +61,19 @@ def page(
     plans: Sequence[tuple[str, Plan]] = (),
     measurements: Sequence[tuple[str, Measurement]] = (),
     published: Leaderboard | None = None,
+    domains: Sequence[tuple[str, EvalReport]] = (),
+    trajectories: Sequence[TrajectoryResult] = (),
 ) -> str:
-    """Return the page's HTML; published is a leaderboard of figures without sequences."""
-    title = html_text(_title(report, plans, measurements, published))
+    """Return the page's HTML; published is a leaderboard of figures without sequences.
+
+    domains are the reports of several texts, which report pools.
+    """
+    title = html_text(_title(report, plans, measurements, published, trajectories))
     body = "".join(
         (
             *_evaluation(report),
+            *_domains(domains),
+            *_trajectories(trajectories),
             *_published(published),
             *_plans(plans),
             *_measurements(measurements, plans),
@@ -84,10 +98,12 @@ def _title(
     plans: Sequence[tuple[str, Plan]],
     measurements: Sequence[tuple[str, Measurement]],
     published: Leaderboard | None,
+    trajectories: Sequence[TrajectoryResult],
 ) -> str:
     """Return the names of what the page shows, the first four and how many more."""
     names = [s.label for s in report.summaries]
     names += [row.label for row in published.rows] if published else []
+    names = names or [t.model.label for t in trajectories]
     names = names or [label for label, _ in (*plans, *measurements)]
     more = f" and {len(names) - 4} more" if len(names) > 4 else ""
     return f"{', '.join(names[:4])}{more} · ramgguf report" if names else "ramgguf report"
@@ -121,6 +137,43 @@ def _evaluation(report: EvalReport) -> Iterator[str]:
             " the edge are sequences beyond it.",
         )
         yield _figure(delta, "Change of NLL per sequence")
+    yield from _where(report)
+
+
+def _where(report: EvalReport) -> Iterator[str]:
+    """Yield where models part from their reference, if the results say so."""
+    tables = where_grids(report)
+    if not tables:
+        return
+    yield _section(
+        "Where the models part from the reference",
+        "Mean KLD of the tokens at each distance from the start of a window (logarithmic), and by"
+        f" class of token. The first {FIRST_TOKENS} tokens have next to no context; they are part"
+        f" of the mean, and not of the KLD from token {FIRST_TOKENS} on. Probabilities are those of"
+        " the token that came.",
+    )
+    yield _figure(kld_by_position(report), "Mean KLD by position in the window")
+    yield from (to_html(grid) for grid in tables)
+
+
+def _domains(domains: Sequence[tuple[str, EvalReport]]) -> Iterator[str]:
+    if not domains:
+        return
+    yield _section("Text by text", "The figures above pool these texts; every token counts alike.")
+    yield from (to_html(domain_grid(label, report)) for label, report in domains)
+
+
+def _trajectories(found: Sequence[TrajectoryResult]) -> Iterator[str]:
+    if not found:
+        return
+    yield _section(
+        "Where texts part",
+        "The share of prompts whose greedy continuation is still the reference's, token by token;"
+        " bands are 95 % intervals.",
+    )
+    yield _figure(survival_figure(found), "Share of identical continuations against tokens")
+    yield to_html(trajectory_grid(found))
+    yield _list(list(dict.fromkeys(trajectory_line(t) for t in found)))
 
 
 def _published(board: Leaderboard | None) -> Iterator[str]:
@@ -140,8 +193,8 @@ def _verdict(lines: Sequence[str]) -> Iterator[str]:
 def _by_size(board: Leaderboard) -> Iterator[str]:
     """Yield KLD and perplexity against size, where sizes are known."""
     made = [
-        _figure(figures.board_by_size(board, criterion), f"{what} against file size")
-        for criterion, what in (("mean_kld", "Mean KLD"), ("corpus_ppl", "Perplexity"))
+        _figure(figures.board_by_size(board, criterion), f"{LABELS[criterion]} against file size")
+        for criterion in (charted_kld(board), "corpus_ppl")
     ]
     if not any(made):
         return

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 
 from ramgguf.core.units import format_bytes
 from ramgguf.evaluate.eval_report import EvalReport
-from ramgguf.evaluate.leaderboard import LABELS, Leaderboard, Pair, Row
+from ramgguf.evaluate.leaderboard import KLD_CRITERIA, LABELS, Leaderboard, Pair, Row
 from ramgguf.evaluate.recommendation import Recommendation, carried_criteria, recommend
+from ramgguf.evaluate.result import FIRST_TOKENS
 from ramgguf.evaluate.statistics import MIN_UNITS, n_units
 from ramgguf.evaluate.summary import losses
 from ramgguf.report.numbers import kld, ppl, ratio, with_interval
@@ -41,6 +42,11 @@ def board_verdict(board: Leaderboard) -> tuple[str, ...]:
     if found.smaller:
         sizes = [f"{s} ({_size(rows[s])}, {_value(rows[s], found.by)})" for s in found.smaller]
         lines.append(f"Smaller, and best for their size: {_list(sizes)}.")
+    if found.by == "late_kld":
+        lines.append(
+            f"Distrust mean KLD: without the first {FIRST_TOKENS} tokens of each window it prefers"
+            " another file."
+        )
     if carried := carried_criteria(board):
         n = len({i for d in board.disagreements for r in d.reversals for i in r.influential})
         lines.append(
@@ -92,14 +98,13 @@ def _by_size(take: Row, rival: Row) -> str:
 
 
 def _by_kld(found: Recommendation, take: Row, rival: Row) -> str:
-    if found.pair is not None and "mean_kld" in found.pair.ratios:
-        times = ratio(found.pair.ratios["mean_kld"])
-        return (
-            f"KLD {times.replace(' (', f' × {rival.label}’s (', 1)}"
-            if " (" in times
-            else (f"KLD {times} × {rival.label}’s")
-        )
-    return f"KLD {with_interval(take.estimates['mean_kld'], kld)}"
+    criterion = "late_kld" if found.by == "late_kld" else "mean_kld"
+    name = LABELS[criterion].removeprefix("mean ")
+    if found.pair is not None and criterion in found.pair.ratios:
+        times = ratio(found.pair.ratios[criterion])
+        value, bracket, interval = times.partition(" (")
+        return f"{name} {value} × {rival.label}’s{bracket}{interval}"
+    return f"{name} {with_interval(take.estimates[criterion], kld)}"
 
 
 def _by_ppl(found: Recommendation) -> list[str]:
@@ -121,7 +126,7 @@ def _known(row: Row) -> list[str]:
 
 
 def _value(row: Row, criterion: str) -> str:
-    write = kld if criterion == "mean_kld" else ppl
+    write = kld if criterion in KLD_CRITERIA else ppl
     return f"{LABELS[criterion].removeprefix('mean ')} {write(row.estimates[criterion].value)}"
 
 

@@ -64,6 +64,8 @@ def test_what_was_measured_is_plausible(passed: CheckResult) -> None:
     assert passed.margin == passed.limit - passed.peak_bytes
     assert passed.planned.weights + passed.planned.cache < passed.peak_bytes < 300_000_000
     assert passed.speed is not None
+    assert passed.speed.generation is not None
+    assert passed.speed.generation_full is not None
     assert passed.speed.prompt.n == passed.speed.generation.n == 2
     for spread in (passed.speed.prompt, passed.speed.generation):
         assert 0 < spread.low <= spread.median <= spread.high

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import gguf
 import numpy as np
@@ -271,7 +272,7 @@ def test_a_model_that_gives_all_tokens_one_logit_is_not_scored(tmp_path: Path) -
 
 def test_models_of_two_kinds_are_not_compared(folder: Path, tmp_path: Path) -> None:
     tiny = write_tiny_model(tmp_path / "tiny.gguf")
-    options = {"text": folder / "text.txt", "n_ctx": 32, "n_seq": 8, "threads": 1}
+    options: dict[str, Any] = {"text": folder / "text.txt", "n_ctx": 32, "n_seq": 8, "threads": 1}
     with pytest.raises(EngineError, match=r"tiny\.gguf is a causal language model"):
         ramgguf.evaluate([tiny], folder / "bert.gguf", **options)
     with pytest.raises(EngineError, match=r"bert\.gguf is an embedding model"):

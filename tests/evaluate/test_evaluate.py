@@ -7,6 +7,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import gguf
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -17,6 +18,7 @@ from ramgguf.core.errors import EngineError, GGUFError
 from ramgguf.evaluate.evaluation import Evaluation, identify, score_models
 from ramgguf.evaluate.protocol import EvalProtocol
 from ramgguf.evaluate.result import EvalResult, incomparable
+from ramgguf.evaluate.token_groups import TOKEN_CLASSES
 from ramgguf.llama import client
 from ramgguf.llama.model import LlamaModel
 from tiny_models import BOS, write_tiny_model
@@ -119,7 +121,9 @@ def test_results_say_what_was_scored(folder: Path, plain: Evaluation) -> None:
     assert EvalResult.from_json(near.to_json()) == near
     slim = near.without_tokens()
     assert slim.sequences[0].kld_per_token() is None
-    assert len(slim.to_json()) < 0.6 * len(near.to_json())
+    # 4 + 4 bytes and a bit per token, in base64
+    n_tokens = near.n_scored
+    assert len(near.to_json()) - len(slim.to_json()) > n_tokens * (8 + 1 / 8) * 4 / 3 * 0.95
 
 
 def test_other_settings_are_not_ranked_together(folder: Path, plain: Evaluation) -> None:
@@ -131,6 +135,74 @@ def test_other_settings_are_not_ranked_together(folder: Path, plain: Evaluation)
         folder, ["base"], protocol=EvalProtocol(CORPUS, n_ctx=64, n_seq=3, seed=1), reference=None
     )
     assert any("protocol" in r for r in incomparable(plain.results[0], other.results[0]))
+
+
+def test_positions_classes_and_worst_tokens_are_those_of_the_text(plain: Evaluation) -> None:
+    near = plain.results[1]
+    text = CORPUS.bytes
+    for s in near.sequences:
+        kld = s.kld_per_token()
+        assert kld is not None
+        assert s.by_position is not None
+        assert s.by_class is not None
+        assert s.by_position.n == (0, 1, 2, 4, 8, 16, 32)  # targets 1 … 63
+        assert sum(s.by_position.kld_sum[:4]) == pytest.approx(float(kld[:7].sum()), rel=1e-6)
+        assert sum(s.by_class.n_same_top) == sum(s.by_position.n_same_top) == s.n_same_top
+        worst = s.worst_tokens[0]
+        assert worst.position == 8 + int(np.argmax(kld[7:]))
+        assert worst.kld == pytest.approx(float(kld[7:].max()))
+        assert (worst.before + worst.text).encode() in text
+    spans = [text[s.text_start + 1 : s.text_end] for s in near.sequences]
+    digits = sum(chr(b).isdigit() for span in spans for b in span)
+    number = [name for name, _ in TOKEN_CLASSES].index("number")
+    assert sum(s.by_class.n[number] for s in near.sequences if s.by_class) == digits > 0
+    assert near.kld_worst_share is not None
+    assert 0 < near.kld_worst_share < 1
+
+
+@pytest.mark.parametrize("template", [False, True])
+def test_warm_windows_start_with_bos_or_the_chat_template(
+    folder: Path, tmp_path: Path, template: bool
+) -> None:
+    path = write_tiny_model(tmp_path / "m.gguf", add_bos=not template)
+    start = b""
+    if template:
+        template_text = "{% for m in messages %}<s>{{ m.role }}:{{ m.content }}{% endfor %}"
+        path = with_metadata(path, tmp_path / "chat.gguf", "tokenizer.chat_template", template_text)
+        start = b"user:"
+    protocol = EvalProtocol(CORPUS, protocol="warm", n_ctx=64, n_seq=3)
+    (result,) = score_models([path], reference=path, protocol=protocol, threads=1).results
+    assert result.protocol.n_warm_up == result.protocol.first_target == 1 + len(start)
+    n_text = 64 - 1 - len(start)
+    assert {s.n_scored for s in result.sequences} == {n_text}
+    first = result.sequences[0]
+    own = CORPUS.bytes[first.text_start : first.text_end]
+    ids = np.array([BOS, *(b + 3 for b in start + own)], np.int32)
+    assert len(ids) == 64  # no merged token in it
+    p = log_probabilities(path, ids)
+    at = (np.arange(len(start), 63), ids[1 + len(start) :])
+    assert first.nll_sum == pytest.approx(-p[at].sum(), rel=1e-5)
+    assert first.by_position is not None
+    assert first.by_position.n[0] == 1
+
+
+def with_metadata(source: Path, target: Path, key: str, value: str) -> Path:
+    """Write a copy of the model with one more string in its metadata."""
+    reader = gguf.GGUFReader(source)
+    writer = gguf.GGUFWriter(target, "llama")
+    for field in reader.fields.values():
+        if field.name.startswith(("GGUF.", "general.architecture")):
+            continue
+        sub = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+        writer.add_key_value(field.name, field.contents(), field.types[0], sub_type=sub)
+    writer.add_string(key, value)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return target
 
 
 @pytest.mark.parametrize("add_bos", [False, True])

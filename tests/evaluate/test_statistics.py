@@ -74,9 +74,19 @@ def test_divergences_equal_numpy_over_tokens() -> None:
     def sums(x: np.ndarray) -> np.ndarray:
         return np.array([part.sum() for part in np.split(x, splits)])
 
-    sample = SequenceDivergences(n_tokens, sums(kld), sums(same), sums(delta_p), sums(delta_p**2))
+    first = np.concatenate([np.arange(n) < 3 for n in n_tokens])
+    sample = SequenceDivergences(
+        n_tokens,
+        sums(kld),
+        sums(same),
+        sums(delta_p),
+        sums(delta_p**2),
+        n_first=np.full(30, 3),
+        first_kld_sum=sums(kld * first),
+    )
     expected = {
         "mean_kld": kld.mean(),
+        "late_kld": kld[~first].mean(),
         "same_top_p": 100 * same.mean(),
         "mean_delta_p": 100 * delta_p.mean(),
         "rms_delta_p": 100 * np.sqrt(np.mean(delta_p**2)),
@@ -426,6 +436,9 @@ def test_pairing_different_sequences_is_refused() -> None:
 def test_intervals_of_divergences_depend_on_nothing_but_the_sample() -> None:
     sample = random_divergences(1)
     for statistic in DIVERGENCES.values():
+        if not statistic.is_known(sample):
+            assert statistic is DIVERGENCES["late_kld"]
+            continue
         first, second = (intervals.estimate(statistic, sample) for _ in range(2))
         assert first == second
         low, high = interval(first)

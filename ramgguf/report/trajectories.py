@@ -1,0 +1,138 @@
+"""Where continuations part from the reference's, for the terminal, model cards and pages."""
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+from rich.console import Console
+
+from ramgguf.core.units import format_bytes
+from ramgguf.evaluate.continuations import SHORT, TrajectoryResult
+from ramgguf.evaluate.intervals import Estimate
+from ramgguf.report import figures
+from ramgguf.report.grid import Column, Grid, to_markdown
+from ramgguf.report.numbers import with_interval
+from ramgguf.report.terminal import print_grid
+
+T = TypeVar("T")
+TITLE = "Greedy continuations equal to the reference's (95 % intervals)"
+
+
+def trajectory_grid(results: Sequence[TrajectoryResult]) -> Grid:
+    """Return a row per model and domain: the median of equal tokens, shares identical."""
+    n_tokens = max(r.n_tokens for r in results)
+    lengths = sorted({min(SHORT, n_tokens), n_tokens})
+    columns = (
+        Column("model", number=False),
+        Column("size", 4),
+        Column("domain", number=False),
+        Column("prompts", 3),
+        Column("median equal tokens"),
+        *(Column(f"identical after {n}") for n in lengths),
+    )
+    rows = []
+    for r in results:
+        for domain in (None, *dict.fromkeys(r.domains)):
+            n = sum(domain in (None, d) for d in r.domains)
+            rows.append(
+                (
+                    r.model.label if domain is None else "",
+                    format_bytes(r.model.n_bytes) if domain is None else "",
+                    domain or "all",
+                    str(n),
+                    _median(r.median(domain), r.n_tokens),
+                    *(_share(r.survival(n, domain)) for n in lengths),
+                )
+            )
+    return Grid(TITLE, columns, tuple(rows))
+
+
+def _share(found: Estimate) -> str:
+    return with_interval(found, lambda x: f"{100 * x:.0f} %")
+
+
+def _median(found: Estimate, n_tokens: int) -> str:
+    return with_interval(found, lambda x: f"≥ {n_tokens}" if x >= n_tokens else f"{x:.0f}")
+
+
+def trajectory_line(result: TrajectoryResult) -> str:
+    """Return how it was measured."""
+    n = len(set(result.documents))
+    return (
+        f"{len(result.agreed)} prompts, {result.n_tokens} tokens each, {result.batch} side by"
+        f" side, against {result.reference.label}; llama.cpp {result.llama_cpp_build}"
+        f"{', safe kernels' if result.safe_kernels else ''}; intervals over {n} documents."
+    )
+
+
+def print_trajectories(results: Sequence[TrajectoryResult], console: Console) -> None:
+    """Print the table and how it was measured."""
+    print_grid(console, trajectory_grid(results))
+    for line in dict.fromkeys(trajectory_line(r) for r in results):
+        console.print(line, soft_wrap=True)
+
+
+def trajectories_markdown(results: Sequence[TrajectoryResult]) -> str:
+    """Return the table for a model card."""
+    lines = dict.fromkeys(trajectory_line(r) for r in results)
+    return f"**{TITLE}**\n\n{to_markdown(trajectory_grid(results))}\n{' '.join(lines)}\n"
+
+
+def summary(result: TrajectoryResult) -> dict[str, object]:
+    """Return the figures of all prompts and of each domain, and the survival curve, for --json."""
+    short = min(SHORT, result.n_tokens)
+    parts = {}
+    for domain in (None, *dict.fromkeys(result.domains)):
+        parts[domain or "all"] = {
+            "median_equal_tokens": _values(result.median(domain)),
+            f"identical_{short}": _values(result.survival(short, domain)),
+            f"identical_{result.n_tokens}": _values(result.survival(result.n_tokens, domain)),
+        }
+    curve = [{"tokens": n, **_values(found)} for n, found in result.curve()]
+    return {"domains": parts, "survival": curve}
+
+
+def _values(found: Estimate) -> dict[str, float | None]:
+    return {"value": found.value, "low": found.low, "high": found.high}
+
+
+def survival_figure(results: Sequence[TrajectoryResult]) -> figures.Figure:
+    """Return the share of prompts that are still the reference's, against tokens, with bands."""
+    made = figures.figure("tokens generated", "share still identical", 420)
+    made.update_layout(showlegend=True, legend={"x": 0.99, "xanchor": "right", "y": 0.98})
+    made.update_yaxes(range=[0, 1.02], tickformat=".0%")
+    for number, r in enumerate(results):
+        curve = r.curve()
+        x = _steps([n for n, _ in curve])[1:]
+        colour = figures.COLOURS[number % len(figures.COLOURS)]
+
+        def stepped(values: Sequence[float | None]) -> list[float | None]:
+            return _steps(values)[:-1]
+
+        if all(e.has_interval for _, e in curve):
+            made.add_scatter(
+                x=[*x, *reversed(x)],
+                y=[
+                    *stepped([e.high for _, e in curve]),
+                    *reversed(stepped([e.low for _, e in curve])),
+                ],
+                fill="toself",
+                mode="lines",
+                line={"width": 0},
+                fillcolor=colour,
+                opacity=0.15,
+                hoverinfo="skip",
+                showlegend=False,
+            )
+        made.add_scatter(
+            x=x,
+            y=stepped([e.value for _, e in curve]),
+            mode="lines",
+            line={"color": colour},
+            name=r.model.label,
+        )
+    return made
+
+
+def _steps(values: Sequence[T]) -> list[T]:
+    """Return each value twice: a curve that is flat until it falls has two points at a fall."""
+    return [v for v in values for _ in range(2)]

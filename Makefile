@@ -58,6 +58,7 @@ test-aarch64: $(STAMP)
 soak: $(STAMP)
 	VENV=$(VENV) sh tools/fuzz.sh 600
 	RAMGGUF_KILLS=60 $(BIN)/python -m pytest tests/core/test_faults.py tests/evaluate/test_faults_engine.py
+	RAMGGUF_LM_EVAL=1 $(BIN)/python -m pytest tests/evaluate/test_tasks.py
 	$(BIN)/python bench/size.py --folder $(MODELS)
 
 bench: $(STAMP)

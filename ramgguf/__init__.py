@@ -8,7 +8,7 @@ from ramgguf.calibrate import calibrate
 from ramgguf.core.documents import drawn_by as _drawn_by
 from ramgguf.core.version import __version__
 from ramgguf.deploy import MemoryLimit, MemoryRequest, check
-from ramgguf.evaluate import compare, evaluate, trajectories
+from ramgguf.evaluate import compare, evaluate, tasks, trajectories
 from ramgguf.measure import measure
 from ramgguf.plan import ByteLimit, SizeLimit, curve, diff, explain, follow, plan
 from ramgguf.quantize import Quantized, default_output, perturb, quantize
@@ -38,6 +38,7 @@ __all__ = [
     "refine",
     "reweigh",
     "sensitivity",
+    "tasks",
     "trajectories",
 ]
 

@@ -1,4 +1,4 @@
-"""The command that compares what models write themselves: trajectories."""
+"""The commands that look at what models do: trajectories (their texts), tasks (their answers)."""
 
 import json
 from pathlib import Path
@@ -10,6 +10,8 @@ import ramgguf as api
 from ramgguf.cli import options as opt
 from ramgguf.evaluate import continuations as defaults
 from ramgguf.evaluate.corpora import DOMAINS
+from ramgguf.evaluate.task_items import MADE
+from ramgguf.report import tasks as task_report
 from ramgguf.report.trajectories import print_trajectories, summary, trajectories_markdown
 
 
@@ -19,6 +21,10 @@ def register(app: typer.Typer) -> None:
         "trajectories",
         epilog="Example: ramgguf trajectories small.gguf --reference model-f16.gguf -o paths.jsonl",
     )(trajectories)
+    app.command(
+        "tasks",
+        epilog="Example: ramgguf tasks small.gguf --reference model-f16.gguf --task arithmetic",
+    )(tasks)
 
 
 Models = Annotated[
@@ -96,3 +102,52 @@ def trajectories(
         print(trajectories_markdown(found), end="")
     else:
         print_trajectories(found, terminal.out)
+
+
+OptionalReference = Annotated[
+    Path | None, typer.Option("--reference", "-r", help="Model whose answers are the measure.")
+]
+TaskNames = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--task",
+        "-k",
+        help="cloze, arithmetic (both by default), a file of JSON lines, or a dataset"
+        " ORG/NAME[:CONFIGURATION]; repeatable.",
+    ),
+]
+Split = Annotated[str, typer.Option("--split", help="Split of datasets.")]
+Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Items of each task.")]
+
+
+def tasks(
+    models: Models,
+    reference: OptionalReference = None,
+    task: TaskNames = None,
+    split: Split = "validation",
+    limit: Limit = None,
+    safe_kernels: Safe = None,
+    threads: opt.Threads = None,
+    as_json: opt.AsJson = False,
+    as_markdown: AsMarkdown = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Answer multiple-choice tasks by log-likelihood, and count answers that changed."""
+    terminal = opt.Terminal.make(quiet=quiet, as_json=as_json or as_markdown)
+    found = api.tasks(
+        [terminal.fetched(model) for model in models],
+        task or MADE,
+        reference and terminal.fetched(reference),
+        split=split,
+        limit=limit,
+        safe_kernels=safe_kernels,
+        threads=threads,
+        progress=terminal.progress,
+    ).results
+    if as_json:
+        documents = [{**json.loads(r.to_json()), "summary": task_report.summary(r)} for r in found]
+        print(json.dumps(documents, indent=1, ensure_ascii=False, allow_nan=False))
+    elif as_markdown:
+        print(task_report.tasks_markdown(found), end="")
+    else:
+        task_report.print_tasks(found, terminal.out)

@@ -5,6 +5,7 @@ from ramgguf.evaluate.continuations import Trajectories, TrajectoryResult, traje
 from ramgguf.evaluate.evaluation import Evaluation, evaluate
 from ramgguf.evaluate.held_out import SECONDS as SCORE_SECONDS
 from ramgguf.evaluate.held_out import HeldOutScore, score_held_out, scores_here
+from ramgguf.evaluate.multiple_choice import TaskResult, TaskResults, tasks
 from ramgguf.evaluate.result import EvalResult
 
 __all__ = [
@@ -12,11 +13,14 @@ __all__ = [
     "EvalResult",
     "Evaluation",
     "HeldOutScore",
+    "TaskResult",
+    "TaskResults",
     "Trajectories",
     "TrajectoryResult",
     "compare",
     "evaluate",
     "score_held_out",
     "scores_here",
+    "tasks",
     "trajectories",
 ]

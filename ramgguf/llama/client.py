@@ -22,6 +22,8 @@ from ramgguf.llama.protocol import (
     Failed,
     Generate,
     Generated,
+    Likelihood,
+    Likelihoods,
     Open,
     Opened,
     ResponseAdapter,
@@ -132,6 +134,19 @@ class Engine:
         """Return the text of the first model's tokens and where each ends in it."""
         found = self.ask(Detokenize(model=0, ids=pack_ids(ids)), Detokenized)
         return base64.b64decode(found.text), unpack_ids(found.ends).astype(np.int64)
+
+    def likelihoods(
+        self, index: int, sequences: Sequence[tuple[TokenIds, int]], *, model: int = 0
+    ) -> list[tuple[float, bool]]:
+        """Return log p of the last n tokens of each sequence, and whether all are greedy."""
+        request = Likelihood(
+            model=model,
+            index=index,
+            ids=tuple(pack_ids(ids) for ids, _ in sequences),
+            n_scored=tuple(n for _, n in sequences),
+        )
+        found = self.ask(request, Likelihoods)
+        return list(zip(found.values, found.greedy, strict=True))
 
     def generate(self, prompts: Sequence[TokenIds], n_tokens: int) -> tuple[list[TokenIds], float]:
         """Return the first model's greedy continuations of the prompts, and the seconds taken."""

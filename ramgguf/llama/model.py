@@ -207,6 +207,21 @@ class LlamaModel:
         self._llama.llama_memory_clear(self._llama.llama_get_memory(self._context), True)
         self._n_past = 0
 
+    def rewind(self, n: int) -> int:
+        """Forget all but the first n tokens of the sequence, or all; return how many are left.
+
+        A model with a state, or with a window that has moved on, cannot go back.
+        """
+        llama, memory = self._llama, self._llama.llama_get_memory(self._context)
+        if n >= self._n_past:
+            return self._n_past
+        whole = llama.llama_memory_seq_pos_min(memory, 0) == 0
+        if n > 0 and whole and llama.llama_memory_seq_rm(memory, 0, n, -1):
+            self._n_past = n
+            return n
+        self.clear()
+        return 0
+
     def decode(self, tokens: npt.ArrayLike, *, first_output: int = 0) -> Logits:
         """Return the logits (n, n_vocab) of a chunk's tokens from first_output on.
 

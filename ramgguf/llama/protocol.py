@@ -67,6 +67,19 @@ class Generate(FrozenModel):
     n_tokens: int
 
 
+class Likelihood(FrozenModel):
+    """Ask a model for log p of the last n_scored tokens of each sequence; answered by Likelihoods.
+
+    index is the item that they belong to, for messages.
+    """
+
+    kind: Literal["likelihood"] = "likelihood"
+    model: int
+    index: int
+    ids: tuple[str, ...]
+    n_scored: tuple[int, ...]
+
+
 class Draw(FrozenModel):
     """Draw sequences of these numbers (see probe_tokens); answered by Drawn for each.
 
@@ -208,6 +221,14 @@ class Generated(FrozenModel):
     seconds: float
 
 
+class Likelihoods(FrozenModel):
+    """Log p of each sequence's end, in nats, and whether every token of it is the most probable."""
+
+    kind: Literal["likelihoods"] = "likelihoods"
+    values: tuple[float, ...]
+    greedy: tuple[bool, ...]
+
+
 class Tapped(FrozenModel):
     """The tap is in place."""
 
@@ -243,9 +264,29 @@ class Failed(FrozenModel):
     message: str
 
 
-AnyRequest = Open | Tokenize | Detokenize | Generate | Score | Draw | TapWeights | Observe | Collect
+AnyRequest = (
+    Open
+    | Tokenize
+    | Detokenize
+    | Generate
+    | Likelihood
+    | Score
+    | Draw
+    | TapWeights
+    | Observe
+    | Collect
+)
 Answer = (
-    Opened | Tokenized | Detokenized | Generated | Scored | Drawn | Tapped | Observed | Collected
+    Opened
+    | Tokenized
+    | Detokenized
+    | Generated
+    | Likelihoods
+    | Scored
+    | Drawn
+    | Tapped
+    | Observed
+    | Collected
 )
 AnyResponse = Answer | Started | Failed
 RequestAdapter: TypeAdapter[AnyRequest] = TypeAdapter(

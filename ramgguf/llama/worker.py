@@ -23,6 +23,7 @@ from ramgguf.core.errors import EngineError, RamggufError
 from ramgguf.llama.capture import Tap
 from ramgguf.llama.child import queue_lines
 from ramgguf.llama.generation import generate_together
+from ramgguf.llama.likelihood import LikelihoodScorer
 from ramgguf.llama.logits_file import LogitsFile
 from ramgguf.llama.model import LlamaModel
 from ramgguf.llama.observer import Observer
@@ -35,6 +36,8 @@ from ramgguf.llama.protocol import (
     Failed,
     Generate,
     Generated,
+    Likelihood,
+    Likelihoods,
     Observe,
     Open,
     Opened,
@@ -64,6 +67,7 @@ class Session:
         self._stack = ExitStack()
         self._models: list[LlamaModel] = []
         self._row_pass = RowPass(1)
+        self._likelihoods: dict[int, LikelihoodScorer] = {}
         self._logits_files: dict[str, LogitsFile] = {}
         self.observer = Observer(send, self._under_tap)
 
@@ -128,6 +132,20 @@ class Session:
         found = generate_together(self._models[0], prompts, request.n_tokens)
         seconds = time.perf_counter() - start
         self._send(Generated(ids=tuple(pack_ids(ids) for ids in found), seconds=seconds))
+
+    def likelihood(self, request: Likelihood) -> None:
+        """Answer a model's log-likelihoods of the ends of sequences."""
+        self._send(Started(model=request.model, index=request.index))
+        if request.model not in self._likelihoods:
+            model = self._models[request.model]
+            self._likelihoods[request.model] = LikelihoodScorer(model, self._row_pass)
+        scorer = self._likelihoods[request.model]
+        found = [
+            scorer.score(unpack_ids(ids), n)
+            for ids, n in zip(request.ids, request.n_scored, strict=True)
+        ]
+        values, greedy = zip(*found, strict=True)
+        self._send(Likelihoods(values=values, greedy=greedy))
 
     def _logits_file(self, path: str | None) -> LogitsFile | None:
         if path is None:
@@ -208,6 +226,8 @@ def serve(lines: TextIO, out: TextIO) -> None:
                     session.detokenize(request)
                 case Generate():
                     session.generate(request)
+                case Likelihood():
+                    session.likelihood(request)
                 case Score():
                     session.score(request)
                 case Draw():

@@ -20,14 +20,14 @@ TITLE = "Greedy continuations equal to the reference's (95 % intervals)"
 def trajectory_grid(results: Sequence[TrajectoryResult]) -> Grid:
     """Return a row per model and domain: the median of equal tokens, shares identical."""
     n_tokens = max(r.n_tokens for r in results)
+    lengths = sorted({min(SHORT, n_tokens), n_tokens})
     columns = (
         Column("model", number=False),
         Column("size", 4),
         Column("domain", number=False),
         Column("prompts", 3),
         Column("median equal tokens"),
-        Column(f"identical after {min(SHORT, n_tokens)}"),
-        Column(f"identical after {n_tokens}"),
+        *(Column(f"identical after {n}") for n in lengths),
     )
     rows = []
     for r in results:
@@ -40,8 +40,7 @@ def trajectory_grid(results: Sequence[TrajectoryResult]) -> Grid:
                     domain or "all",
                     str(n),
                     _median(r.median(domain), r.n_tokens),
-                    _share(r.survival(min(SHORT, r.n_tokens), domain)),
-                    _share(r.survival(r.n_tokens, domain)),
+                    *(_share(r.survival(n, domain)) for n in lengths),
                 )
             )
     return Grid(TITLE, columns, tuple(rows))

@@ -2,7 +2,7 @@
 
     python bench/ram_run.py models/smol135-f16.gguf --name ram_smol135
     python bench/ram_run.py models/qwen05-f16.gguf --name ram_qwen05 --peer Q4_K_M \
-        --seq-len 512 --n-seq 20
+        --seq-len 192 --n-seq 10
 
 With --peer, the files are llama.cpp's mix of that name and ours at its bytes, both with one
 importance matrix from the package's mix of texts.

@@ -67,6 +67,18 @@ HessianFile = Annotated[
     Path | None,
     typer.Option("--hessian", help="Hessians of calibrate --hessian: weigh errors of outputs."),
 ]
+EffortOption = Annotated[
+    str | None,
+    typer.Option(
+        "--effort",
+        help="fast: priors; auto: also a matrix and error feedback, as about 5 minutes allow; "
+        "best: all that pays. Every step is gated on held-out text. Default: auto.",
+    ),
+]
+Time = Annotated[
+    str | None,
+    typer.Option("--time", help="What auto or best may take: 90s, 20m, 1h; alone, of best."),
+]
 Objective = Annotated[
     str | None,
     typer.Option(
@@ -217,9 +229,9 @@ def encoder(name: str) -> Encoder:
     return ENCODERS[name]
 
 
-def effort(name: str) -> Effort:
-    """Return the effort of this name; anything else is a usage error."""
-    if name not in EFFORTS:
+def effort(name: str | None) -> Effort | None:
+    """Return the effort of this name, None for none; anything else is a usage error."""
+    if name is not None and name not in EFFORTS:
         raise typer.BadParameter(f"{name!r} is none of {', '.join(EFFORTS)}", param_hint="--effort")
     return name
 

@@ -66,6 +66,7 @@ def quantize_once(
     hessian: str | Path | None = None,
     allow_requantize: bool = False,
     refine: int = 0,
+    refine_beside: Path | None = None,
     split_max_bytes: int | None = None,
     force: bool = False,
     verify: bool = True,
@@ -75,7 +76,10 @@ def quantize_once(
     announce: Callable[[str], None] = lambda _: None,
     **options: Unpack[PlanOptions],
 ) -> Quantized:
-    """Write what these options say and return what was made; effort.quantize explains them."""
+    """Write what these options say and return what was made; effort.quantize explains them.
+
+    The journal of a refinement is kept beside refine_beside, by default beside the output.
+    """
     if (budget is None) == (from_plan is None):
         raise PlanError("either a budget, memory or a plan is needed, and not both")
     model = local_path(model)
@@ -102,7 +106,7 @@ def quantize_once(
         measurement, plan = run.planned(size_limit(budget), measurement)
         journal = None
         if refine:
-            plan, journal = run.refined(plan, measurement, refine)
+            plan, journal = run.refined(plan, measurement, refine, refine_beside)
         plan = run.fed_back(plan)
         made = run.written(plan, measurement, verify=verify)
     if journal is not None:
@@ -181,9 +185,11 @@ class _Run:
                 preselects=self._file.n_weights >= MANY_WEIGHTS,
             )
 
-    def refined(self, plan: Plan, measurement: Measurement, n_trials: int) -> tuple[Plan, Path]:
+    def refined(
+        self, plan: Plan, measurement: Measurement, n_trials: int, at: Path | None
+    ) -> tuple[Plan, Path]:
         """Return the plan after trials of swaps, and the journal of these trials."""
-        wanted = self._output or beside(self._model, self._model.name)
+        wanted = at or self._output or beside(self._model, self._model.name)
         journal = refinement_journal(wanted, plan)
         with self._clock.stage("refine"):
             plan = refine_plan(

@@ -110,7 +110,7 @@ def test_a_file_scored_against_itself_has_lost_nothing(tiny: Path) -> None:
 
 
 def test_the_score_is_what_evaluate_finds_on_the_same_tokens(tiny: Path, tmp_path: Path) -> None:
-    small = ramgguf.quantize(tiny, "45%", tmp_path / "small.gguf").paths[0]
+    small = ramgguf.quantize(tiny, "45%", tmp_path / "small.gguf", effort="fast").paths[0]
     one, again = (score_held_out([small], tiny, n_ctx=64, max_rounds=2)[0] for _ in range(2))
     assert one.windows == again.windows
     assert one.overall().kld.value > 0.001
@@ -123,7 +123,7 @@ def test_auto_gates_each_step_keeps_what_it_measured_and_uses_it_again(
     monkeypatch.setattr(effort_module, "GATE_SECONDS", 2.0)
     monkeypatch.setattr(effort_module, "MOST", 8)
     said: list[str] = []
-    fast = ramgguf.quantize(tiny, "45%", tmp_path / "fast.gguf")
+    fast = ramgguf.quantize(tiny, "45%", tmp_path / "fast.gguf", effort="fast")
     made = ramgguf.quantize(
         tiny, "45%", tmp_path / "auto.gguf", effort="auto", announce=said.append
     )
@@ -148,7 +148,7 @@ def test_a_model_that_llama_cpp_cannot_load_is_quantized_all_the_same(
     monkeypatch.setattr(effort_module._Run, "_probe", refuse)
     said: list[str] = []
     made = ramgguf.quantize(tiny, "45%", tmp_path / "a.gguf", effort="auto", announce=said.append)
-    fast = ramgguf.quantize(tiny, "45%", tmp_path / "b.gguf")
+    fast = ramgguf.quantize(tiny, "45%", tmp_path / "b.gguf", effort="fast")
     assert made.paths[0].read_bytes() == fast.paths[0].read_bytes()
     assert any("unknown architecture" in line for line in said)
 
@@ -183,12 +183,23 @@ def test_an_explicit_step_and_an_effort_that_decides_exclude_each_other(tiny: Pa
 
 def test_quantize_ends_with_what_was_measured(tiny: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.gguf"
-    asked = ["quantize", str(tiny), "--budget", "45%", "-o", str(out), "--score"]
+    asked = [
+        "quantize",
+        str(tiny),
+        "--budget",
+        "45%",
+        "-o",
+        str(out),
+        "--score",
+        "--effort",
+        "fast",
+    ]
     found = CliRunner().invoke(app, asked)
     assert found.exit_code == 0, found.output
     assert "measured against the source on" in found.output
     assert "languages" in found.output
     again = [
-        "quantize", str(tiny), "--budget", "45%", "-o", str(out), "--force", "--no-score"
+        "quantize", str(tiny), "--budget", "45%", "-o", str(out), "--force", "--no-score",
+        "--effort", "fast",
     ]  # fmt: skip
     assert "measured against" not in CliRunner().invoke(app, again).output

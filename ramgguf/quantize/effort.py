@@ -56,6 +56,7 @@ AUTO_SECONDS = 300.0
 TOKENS = "mix"
 LATE = 1.1  # a step is left out where it would end later than so many times the limit
 FIRST_CTX, FIRST_ROUNDS = 16, 6  # the windows that show what becomes of first tokens
+clock = time.perf_counter
 NEEDS_LLAMA = (
     "no llama.cpp here: planned by priors alone, without calibration, gates and score; "
     "pip install 'ramgguf[eval]' adds them"
@@ -230,7 +231,6 @@ class _Run:
         threads: int | None,
         progress: Progress | None,
         announce: Callable[[str], None],
-        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._model, self._limit, self._output = model, limit, output
         self._effort, self._seconds = effort, seconds
@@ -238,7 +238,6 @@ class _Run:
         self._options, self._allow_requantize = options, allow_requantize
         self._threads, self._progress = threads, progress or Silent()
         self._announce, self._log = announce, _Log(announce)
-        self._clock = clock
         self._start = clock()
         self._n_candidates = 0
 
@@ -253,7 +252,7 @@ class _Run:
         with scratch_folder(folder, error=GGUFError) as scratch:
             self._scratch = scratch
             best = self._candidate(Recipe())
-            self._write = self._clock() - self._start
+            self._write = clock() - self._start
             try:
                 best = self._improved(best)
             except (EngineError, OSError) as e:
@@ -266,12 +265,12 @@ class _Run:
             self._require_memory(file.n_bytes + best.made.n_bytes)
             costs = measured_costs(file, self._scratch, self._write, TOKENS, self._threads)
             self._cache = StepCache.of(file, self._model, TOKENS)
-        limit, begun = self._time_limit(), self._clock()
+        limit, begun = self._time_limit(), clock()
         planned = schedule(self._effort, limit, costs, self._cache.kept(), TOKENS)
         self._schedule = planned
         self._announce_schedule(planned, limit)
         for number, step in enumerate(planned.steps, 1):
-            spent = self._clock() - begun
+            spent = clock() - begun
             if number > 1 and spent + step.seconds > LATE * limit:
                 self._log.add(
                     f"{step.name}: left out, {format_seconds(spent)} of {format_seconds(limit)} "
@@ -333,7 +332,7 @@ class _Run:
     def _time_limit(self) -> float:
         """Return the seconds that all steps together may take."""
         if self._seconds is not None:
-            return self._seconds - (self._clock() - self._start)
+            return self._seconds - (clock() - self._start)
         return max(AUTO_SECONDS, 2 * self._write) if self._effort == "auto" else 1e9
 
     # --- the steps ---
@@ -494,7 +493,7 @@ class _Run:
             worst = self._verified(best) if self._verify else None
             best.path.replace(path.resolve() if path.is_symlink() else path)
             made = replace(best.made, paths=(path,), worst_departure=worst)
-        seconds = {"effort": self._clock() - self._start}
+        seconds = {"effort": clock() - self._start}
         return replace(made, plan=plan, seconds=seconds)
 
     def _verified(self, best: _Candidate) -> float:

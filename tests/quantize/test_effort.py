@@ -9,10 +9,13 @@ from typer.testing import CliRunner
 import ramgguf
 from ramgguf.cli.app import app
 from ramgguf.core.errors import EngineError, PlanError
+from ramgguf.core.machine import Available
 from ramgguf.evaluate.held_out import HeldOutScore, WindowScore, resamples, score_held_out
+from ramgguf.quantize import default_effort
 from ramgguf.quantize import effort as effort_module
-from ramgguf.quantize.effort import Costs
+from ramgguf.quantize import schedule as schedule_module
 from ramgguf.quantize.gate import judge
+from ramgguf.quantize.schedule import Costs
 from tiny_models import write_tiny_model
 
 pytest.importorskip("llama_cpp")
@@ -117,40 +120,86 @@ def test_the_score_is_what_evaluate_finds_on_the_same_tokens(tiny: Path, tmp_pat
     assert one.overall().n_tokens == 2 * 5 * (64 - 8)
 
 
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read two sequences, and two windows per domain at a gate."""
+    monkeypatch.setattr(schedule_module, "SIZES", ((2, 2),))
+    monkeypatch.setattr(schedule_module, "LEAST_FOR_FEEDBACK", 1)
+
+
+@pytest.mark.usefixtures("quick")
 def test_auto_gates_each_step_keeps_what_it_measured_and_uses_it_again(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(effort_module, "GATE_SECONDS", 2.0)
-    monkeypatch.setattr(effort_module, "MOST", 8)
     said: list[str] = []
-    fast = ramgguf.quantize(tiny, "45%", tmp_path / "fast.gguf", effort="fast")
-    made = ramgguf.quantize(
-        tiny, "45%", tmp_path / "auto.gguf", effort="auto", announce=said.append
-    )
-    assert made.n_bytes <= fast.plan.budget
-    assert said[0].startswith("effort auto: 2 steps, about")
-    notes = [note for note in made.plan.notes if note.startswith("effort auto: importance matrix")]
-    assert len(notes) == 1
+    made = ramgguf.quantize(tiny, "45%", tmp_path / "auto.gguf", announce=said.append)
+    assert made.n_bytes <= made.plan.budget
+    assert made.worst_departure is not None
+    assert said[0].startswith("effort auto: 3 steps, about")
+    notes = [n for n in made.plan.notes if n.startswith("effort auto: ")]
+    assert [n.split(": ")[1] for n in notes] == [
+        "importance matrix", "massive activations", "error feedback",
+    ]  # fmt: skip
     assert "held-out windows" in notes[0]
-    (matrix,) = (tmp_path / "tiny-f16.effort").glob("*.imatrix.gguf")
+    assert "no tensor needs more" in notes[1]
+    kept = {p.name.split(".", 1)[1] for p in (tmp_path / "tiny-f16.effort").iterdir()}
+    assert {"imatrix.gguf", "massive.json"} <= kept
     assert not list(tmp_path.glob("ramgguf-scratch-*"))
     said.clear()
     ramgguf.quantize(tiny, "50%", tmp_path / "other.gguf", effort="auto", announce=said.append)
-    assert f"taking {matrix}" in said
+    taken = [Path(line.removeprefix("taking ")) for line in said if line.startswith("taking ")]
+    assert {path.name.split(".", 1)[1] for path in taken} == kept
 
 
-def test_a_model_that_llama_cpp_cannot_load_is_quantized_all_the_same(
+@pytest.mark.usefixtures("quick")
+def test_a_step_that_would_end_late_is_left_out_and_the_log_says_so(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The machine gets slow after it was measured: the clock leaps while the matrix is made."""
+    leaps = [0.0]
+    real = effort_module.time.perf_counter
+
+    def calibrated(run: effort_module._Run, imatrix: Path, hessian: Path | None) -> None:
+        leaps[0] += 400.0
+        original(run, imatrix, hessian)
+
+    original = effort_module._Run._calibrated
+    monkeypatch.setattr(effort_module._Run, "_calibrated", calibrated)
+    monkeypatch.setattr(effort_module, "clock", lambda: real() + leaps[0])
+    made = ramgguf.quantize(tiny, "45%", tmp_path / "a.gguf", effort="auto")
+    late = [note for note in made.plan.notes if "are spent" in note]
+    assert len(late) == 2
+    assert "massive activations: left out, 6 min 4" in late[0]
+    assert "error feedback: left out, 6 min 4" in late[1]
+
+
+def test_a_model_that_llama_cpp_cannot_run_is_quantized_all_the_same(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object, **__: object) -> Costs:
         raise EngineError("unknown architecture")
 
-    monkeypatch.setattr(effort_module._Run, "_probe", refuse)
+    monkeypatch.setattr(effort_module, "measured_costs", refuse)
     said: list[str] = []
     made = ramgguf.quantize(tiny, "45%", tmp_path / "a.gguf", effort="auto", announce=said.append)
     fast = ramgguf.quantize(tiny, "45%", tmp_path / "b.gguf", effort="fast")
     assert made.paths[0].read_bytes() == fast.paths[0].read_bytes()
     assert any("unknown architecture" in line for line in said)
+
+
+def test_a_model_that_does_not_fit_the_memory_is_not_decoded(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = Available(1000, "a test")
+    monkeypatch.setattr(effort_module, "available_memory", lambda: few)
+    made = ramgguf.quantize(tiny, "45%", tmp_path / "a.gguf", effort="auto")
+    assert any("1.00 kB are free" in note for note in made.plan.notes)
+
+
+def test_the_default_effort_is_auto_and_explicit_steps_or_a_time_decide_otherwise() -> None:
+    assert default_effort(is_explicit=False, has_time=False) == "auto"
+    assert default_effort(is_explicit=True, has_time=False) == "fast"
+    assert default_effort(is_explicit=False, has_time=True) == "best"
 
 
 def test_without_llama_cpp_auto_is_fast_and_says_in_one_line_what_is_missed(
@@ -177,7 +226,10 @@ def test_an_explicit_step_and_an_effort_that_decides_exclude_each_other(tiny: Pa
     run = CliRunner().invoke
     base = ["quantize", str(tiny), "--budget", "45%"]
     assert run(app, [*base, "--effort", "auto", "--calibrate", "self"]).exit_code == 2
-    assert run(app, [*base, "--time", "20m"]).exit_code == 2
+    assert run(app, [*base, "--effort", "fast", "--time", "20m"]).exit_code == 2
+    assert run(app, [*base, "--imatrix", "i.gguf", "--time", "20m"]).exit_code == 2
+    with pytest.raises(PlanError, match="seconds are for auto and best"):
+        ramgguf.quantize(tiny, "45%", effort="fast", seconds=60)
     assert run(app, [*base, "--effort", "slow"]).exit_code == 2
 
 

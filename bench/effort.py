@@ -92,7 +92,7 @@ def rows(
     if BASE not in done and matrix is not None:
         path = folder / f"{source.stem}-{mix}-matrix.gguf"
         made[BASE] = llama_quantize(source, path, mix, imatrix=matrix), {"notes": [matrix.name]}
-    if not made:
+    if not made or options.make:
         return
     files = [path for path, _ in made.values()]
     common = {"seconds": 1e9, "threads": 2}
@@ -163,6 +163,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=8, help="windows per domain")
     parser.add_argument("--folder", type=Path, default=Path("models/llama"))
     parser.add_argument("--out", type=Path, default=Path("bench/results/effort.jsonl"))
+    parser.add_argument("--make", action="store_true", help="only make files, score them later")
     parser.add_argument("--table", action="store_true", help="only print what is there")
     options = parser.parse_args()
     found: list[Row] = []

@@ -268,6 +268,11 @@ class _Run:
         limit, begun = self._time_limit(), clock()
         planned = schedule(self._effort, limit, costs, self._cache.kept(), TOKENS)
         self._schedule = planned
+        self._announce(
+            f"measured here: {format_seconds(costs.write)} for a first file, "
+            f"{format_seconds(costs.read)} to read {N_CTX} tokens, "
+            f"{format_seconds(costs.feedback)} to round all weights by GPTQ"
+        )
         self._announce_schedule(planned, limit)
         for number, step in enumerate(planned.steps, 1):
             spent = clock() - begun

@@ -29,7 +29,7 @@ READING_SHARE = 0.5
 SENSITIVITY_SECONDS = 1200.0
 SENSITIVITY_SHARE = 0.4
 N_TRIALS = 32
-PROBE_READS = 15  # what a few dozen passes over a few tokens take, in sequences read
+PROBE_READS = 8  # what a few dozen passes over a few tokens take, in sequences read
 DISK_SHARE = 0.5
 
 

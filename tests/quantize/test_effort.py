@@ -1,5 +1,8 @@
 """Effort: what is tried is gated and kept, and explicit options are never overruled."""
 
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -135,7 +138,8 @@ def test_auto_gates_each_step_keeps_what_it_measured_and_uses_it_again(
     made = ramgguf.quantize(tiny, "45%", tmp_path / "auto.gguf", announce=said.append)
     assert made.n_bytes <= made.plan.budget
     assert made.worst_departure is not None
-    assert said[0].startswith("effort auto: 3 steps, about")
+    assert said[0].startswith("measured here: ")
+    assert said[1].startswith("effort auto: 3 steps, about")
     notes = [n for n in made.plan.notes if n.startswith("effort auto: ")]
     assert [n.split(": ")[1] for n in notes] == [
         "importance matrix", "massive activations", "error feedback",
@@ -171,6 +175,33 @@ def test_a_step_that_would_end_late_is_left_out_and_the_log_says_so(
     assert len(late) == 2
     assert "massive activations: left out, 6 min 4" in late[0]
     assert "error feedback: left out, 6 min 4" in late[1]
+
+
+def test_a_run_that_was_killed_leaves_what_it_measured_to_the_next(
+    tiny: Path, tmp_path: Path
+) -> None:
+    script = (
+        "import sys\n"
+        "from ramgguf.quantize import schedule\n"
+        "schedule.SIZES = ((2, 2),)\n"
+        "from ramgguf.cli import main\n"
+        "main()\n"
+    )
+    out, cache = tmp_path / "out.gguf", tmp_path / "tiny-f16.effort"
+    arguments = ["quantize", str(tiny), "--budget", "45%", "-o", str(out), "--no-score", "-t", "1"]
+    command = [sys.executable, "-c", script, *arguments]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as child:
+        while not list(cache.glob("*.imatrix.gguf")):
+            assert child.poll() is None, "it ended before it could be killed"
+            time.sleep(0.01)
+        child.kill()
+    assert not out.exists()
+    assert list(tmp_path.glob("ramgguf-scratch-*"))
+    again = subprocess.run(command, capture_output=True, text=True, check=True)
+    (matrix,) = cache.glob("*.imatrix.gguf")
+    assert f"taking {matrix}" in again.stderr
+    assert out.exists()
+    assert not list(tmp_path.glob("ramgguf-scratch-*"))
 
 
 def test_a_model_that_llama_cpp_cannot_run_is_quantized_all_the_same(

@@ -85,7 +85,7 @@ def quantize(
     choice: opt.PlanChoice = opt.PlanChoice(),  # noqa: B008 (frozen)
     effort: opt.EffortOption = None,
     limit: opt.Time = None,
-    encoder: opt.EncoderOption = DEFAULT_ENCODER,
+    encoder: opt.OptionalEncoder = None,
     imatrix: opt.ImatrixFile = None,
     hessian: opt.HessianFile = None,
     calibrate: opt.Calibrate = None,
@@ -123,7 +123,7 @@ def quantize(
         raise typer.BadParameter("give one importance matrix", param_hint="--imatrix")
     if plan_file:
         others = {
-            "--encoder": encoder != DEFAULT_ENCODER,
+            "--encoder": encoder is not None,
             "--hessian": hessian is not None,
             "--sensitivity": sensitivity is not None,
             "--allow-requantize": allow_requantize,
@@ -132,7 +132,7 @@ def quantize(
         opt.refuse_idle(idle, "a ready plan is followed as it is")
     if measurement:
         others = {
-            "--encoder": encoder != DEFAULT_ENCODER and sensitivity != "measure",
+            "--encoder": encoder is not None and sensitivity != "measure",
             "--hessian": hessian is not None,
             "--allow-requantize": allow_requantize,
         }
@@ -151,7 +151,7 @@ def quantize(
         "--sensitivity": sensitivity,
         "--refine": refine or None,
         "--objective": choice.objective,
-        "--encoder": None if encoder == DEFAULT_ENCODER else encoder,
+        "--encoder": encoder,
     }
     given = [name for name, value in steps.items() if value is not None]
     level = opt.effort(effort) or default_effort(
@@ -185,7 +185,7 @@ def quantize(
             output,
             from_plan=Plan.load(plan_file) if plan_file else None,
             measurement=Measurement.load(measurement) if measurement else None,
-            encoder=chosen.name,
+            encoder=None if encoder is None else chosen.name,
             imatrix=weighed.imatrix,
             hessian=weighed.hessian,
             allow_requantize=allow_requantize,

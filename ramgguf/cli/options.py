@@ -15,7 +15,7 @@ from ramgguf.core.progress import Progress, Silent
 from ramgguf.gguf.hub import local_path
 from ramgguf.plan import DEFAULT_MIN_SQNR_DB, PlanOptions
 from ramgguf.quantize import EFFORTS, Effort
-from ramgguf.quants.encoders import ENCODERS, Encoder
+from ramgguf.quants.encoders import DEFAULT_ENCODER, ENCODERS, Encoder
 from ramgguf.quants.formats import expand
 from ramgguf.report.progress import Bars
 from ramgguf.report.terminal import PlainConsole
@@ -42,13 +42,16 @@ Formats = Annotated[
         "--formats", help="Formats to choose from: Q3_K,Q6_K or the sets cpu-fast, k, linear."
     ),
 ]
+_ENCODERS = "; ".join(f"{e.name}, {e.summary}" for e in ENCODERS.values())
 EncoderOption = Annotated[
-    str,
+    str, typer.Option("--encoder", help=f"How blocks are fitted: {_ENCODERS}.")
+]
+OptionalEncoder = Annotated[
+    str | None,
     typer.Option(
         "--encoder",
-        help="How blocks are fitted: "
-        + "; ".join(f"{e.name}, {e.summary}" for e in ENCODERS.values())
-        + ".",
+        help=f"How blocks are fitted: {_ENCODERS}. Default: {DEFAULT_ENCODER}, or what the effort "
+        "finds.",
     ),
 ]
 ImatrixFile = Annotated[
@@ -220,8 +223,9 @@ def split_formats(text: str | None) -> list[str] | None:
     return list(expand(name.strip() for name in text.split(",") if name.strip()))
 
 
-def encoder(name: str) -> Encoder:
-    """Return the encoder of this name; anything else is a usage error."""
+def encoder(name: str | None) -> Encoder:
+    """Return the encoder of this name, the default for None; anything else is a usage error."""
+    name = name or DEFAULT_ENCODER
     if name not in ENCODERS:
         raise typer.BadParameter(
             f"{name!r} is none of {', '.join(ENCODERS)}", param_hint="--encoder"

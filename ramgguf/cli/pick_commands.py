@@ -21,7 +21,6 @@ from ramgguf.deploy.picking import pick as _pick
 from ramgguf.plan import DEFAULT_MIN_SQNR_DB
 from ramgguf.plan.planning import PlanOptions
 from ramgguf.quantize import default_effort
-from ramgguf.quants.encoders import DEFAULT_ENCODER
 from ramgguf.report.frontier import curve_svg
 
 
@@ -47,7 +46,7 @@ def pick(
     output: opt.Output = None,
     effort: opt.EffortOption = None,
     effort_time: opt.Time = None,
-    encoder: opt.EncoderOption = DEFAULT_ENCODER,
+    encoder: opt.OptionalEncoder = None,
     sensitivity: opt.SensitivityFile = None,
     formats: opt.Formats = None,
     min_sqnr: opt.MinSqnr = DEFAULT_MIN_SQNR_DB,
@@ -65,7 +64,7 @@ def pick(
     opt.refuse_existing(output, svg, force=force)
     steps = {
         "--sensitivity": sensitivity,
-        "--encoder": None if encoder == DEFAULT_ENCODER else encoder,
+        "--encoder": encoder,
     }
     given = [name for name, value in steps.items() if value is not None]
     level = opt.effort(effort) or default_effort(

@@ -74,7 +74,7 @@ def quantize(
     score: bool = False,
     from_plan: Plan | None = None,
     measurement: Measurement | None = None,
-    encoder: EncoderName = DEFAULT_ENCODER,
+    encoder: EncoderName | None = None,
     imatrix: str | Path | None = None,
     hessian: str | Path | None = None,
     allow_requantize: bool = False,
@@ -119,7 +119,7 @@ def quantize(
         "from_plan": from_plan, "measurement": measurement, "imatrix": imatrix,
         "hessian": hessian, "refine": refine or None, "sensitivity": options.get("sensitivity"),
         "objective": options.get("objective"),
-        "encoder": None if encoder == DEFAULT_ENCODER else encoder,
+        "encoder": encoder,
     }  # fmt: skip
     given = [name for name, value in explicit.items() if value is not None]
     if effort is not None and effort not in EFFORTS:
@@ -129,7 +129,8 @@ def quantize(
         if seconds is not None:
             raise PlanError("effort fast takes what it takes; seconds are for auto and best")
         made = quantize_once(
-            model, budget, output, from_plan=from_plan, measurement=measurement, encoder=encoder,
+            model, budget, output, from_plan=from_plan, measurement=measurement,
+            encoder=encoder or DEFAULT_ENCODER,
             imatrix=imatrix, hessian=hessian, refine=refine, split_max_bytes=split_max_bytes,
             force=force, verify=verify, executor=executor, **common, **options,
         )  # fmt: skip

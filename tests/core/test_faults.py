@@ -50,7 +50,7 @@ command, source, target = sys.argv[1:]
 print("ready", flush=True)
 sys.stdin.readline()
 if command == "quantize":
-    ramgguf.quantize(source, "6bpw", target, min_sqnr_db=0, threads=2, force=True)
+    ramgguf.quantize(source, "6bpw", target, min_sqnr_db=0, threads=2, force=True, effort="fast")
 else:
     from pathlib import Path
     ramgguf.measure(source, threads=2).save(Path(target))

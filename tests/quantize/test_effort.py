@@ -81,6 +81,25 @@ def test_a_step_that_changes_nothing_is_not_taken() -> None:
     assert verdict.worse == ()
 
 
+def test_scores_of_unequal_length_are_judged_on_the_windows_that_both_have() -> None:
+    """One cut short still has whole rounds of domains, in the same order."""
+    rounds = [_score({d: [values[i]] for d, values in BEFORE.items()}).windows for i in range(4)]
+    whole = _score(BEFORE).model_copy(update={"windows": sum(rounds, ())})
+    halved = [
+        w.model_copy(update={"kld_sum": 0.5 * w.kld_sum}) for windows in rounds[:2] for w in windows
+    ]
+    verdict = judge(whole, whole.model_copy(update={"windows": tuple(halved)}))
+    assert verdict.n_windows == 4
+    assert verdict.ratio == pytest.approx(0.5)
+    assert verdict.taken
+
+
+def test_what_changes_nothing_is_harmless_and_what_harms_a_domain_is_not() -> None:
+    assert judge(_score(BEFORE), _score(BEFORE)).harmless
+    worse = {**BEFORE, "code": [1.2 * x for x in BEFORE["code"]]}
+    assert not judge(_score(BEFORE), _score(worse)).harmless
+
+
 def test_noise_of_one_domain_alone_does_not_refuse_a_step() -> None:
     after = {
         "prose": [0.5 * x for x in BEFORE["prose"]],

@@ -102,19 +102,25 @@ class Schedule:
 
 def schedule(effort: Effort, limit: float, costs: Costs, kept: Kept, tokens: str) -> Schedule:
     """Return the steps that fit the limit in seconds; tokens names what is calibrated on."""
-    tries = [_Try(effort, limit, costs, kept, tokens, *size) for size in SIZES]
+    tries = [
+        _Try(effort, limit, costs, kept, tokens, *size, with_massive=with_massive)
+        for with_massive in (True, False)
+        for size in SIZES
+    ]
     for one in tries:
         one.fill()
     fitting = [one for one in tries if one.has("importance matrix")]
     if not fitting:
-        least = tries[-1]
+        least = tries[-1]  # the smallest size
         needed = sum(step.seconds for step in least.steps) or least.matrix().seconds
         line = (
             f"importance matrix: left out, about {format_seconds(needed)} of "
             f"{format_seconds(max(0.0, limit))}; give more with --time"
         )
         return Schedule(left_out=(line,))
+    # Error feedback brings more than formats for massive activations: these yield to it.
     fed = [t for t in fitting if t.has("error feedback") and t.n_read >= LEAST_FOR_FEEDBACK]
+    fitting = [t for t in fitting if t.with_massive]
     calm = [t for t in fitting if t.reading <= READING_SHARE * limit or t.n <= LEAST_READ]
     best = (fed or calm or fitting)[0]
     return Schedule(tuple(best.steps), best.n_read, best.n_rounds, tuple(best.left_out))
@@ -131,6 +137,7 @@ class _Try:
     tokens: str
     n: int
     n_rounds: int
+    with_massive: bool
     steps: list[Step] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
 
@@ -157,7 +164,11 @@ class _Try:
     def fill(self) -> None:
         """Take the steps in turn, each if it fits what those before it leave."""
         left = self.limit
-        steps = [self.matrix(), self.massive()]
+        steps = [self.matrix()]
+        if self.with_massive:
+            steps.append(self.massive())
+        else:
+            self.left_out.append("massive activations: left out, error feedback needs the time")
         if self.effort == "best":
             steps.append(self.sensitivities(left - sum(step.seconds for step in steps)))
         steps.append(self.feedback())

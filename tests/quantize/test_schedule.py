@@ -99,6 +99,15 @@ def test_error_feedback_shrinks_the_matrix_rather_than_go_without_it() -> None:
     assert dear.n_sequences > found.n_sequences
 
 
+def test_massive_activations_yield_to_error_feedback_where_both_do_not_fit() -> None:
+    costs = replace(IDLE, feedback=10.0)
+    feedback = 16 * (costs.read + costs.gram) + 2 * costs.feedback + costs.write + 3 * costs.round
+    matrix = 16 * costs.read + costs.write + 4.5 * costs.round
+    found = schedule("auto", matrix + feedback + 1, costs, Kept(), "mix")
+    assert _names(found) == ["importance matrix", "error feedback"]
+    assert found.left_out == ("massive activations: left out, error feedback needs the time",)
+
+
 def test_hessians_that_the_disk_does_not_hold_are_left_out_and_the_line_says_so() -> None:
     found = schedule("auto", 300, IDLE, Kept(free_bytes=600_000_000), "mix")
     assert "error feedback" not in _names(found)

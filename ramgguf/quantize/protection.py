@@ -14,6 +14,8 @@ from ramgguf.sensitivity.massive import FirstTokenReading
 
 MOST_BYTES = 0.02  # of the planned file
 LEAST_KLD = 0.01  # nats at the first token, below which a tensor needs no protection
+ENOUGH_KLD = 0.03  # nats that a protected tensor may be expected to leave at the first token
+LADDER = ("Q5_0", "Q5_K", "Q6_K", "Q8_0")
 APART = 2.0  # times the KLD of later tokens: what costs these as well is the plan's own matter
 
 
@@ -26,8 +28,9 @@ def protected_formats(
 ) -> tuple[str, ...]:
     """Return pins for the tensors that first tokens need, most KLD per byte first.
 
-    A tensor's KLD is taken to be in proportion to its error in the plan. allowed are the formats
-    to choose from (None: all); tensors of the user's own pins are left to these.
+    A tensor's KLD is taken to be in proportion to its error in the plan, and that to fall by a
+    factor of 4 with each bit: it gets the smallest format that is enough. allowed are the formats
+    to choose from (None: LADDER); tensors of the user's own pins are left to these.
     """
     taken = [Pin.parse(pin) for pin in pinned]
     room = MOST_BYTES * plan.n_bytes
@@ -37,14 +40,17 @@ def protected_formats(
         now = planned.get(reading.name)
         if now is None or any(re.search(pin.pattern, now.name) for pin in taken):
             continue
-        name = _least_error(reading, allowed)
         kld = _first_kld(reading, now)
-        if name is None or kld < LEAST_KLD or reading.kld_first < APART * reading.kld_later:
+        if kld < LEAST_KLD or reading.kld_first < APART * reading.kld_later:
             continue
-        n_rows = now.n_weights // reading.row_length
-        extra = n_rows * formats.row_bytes(name, reading.row_length) - now.n_bytes
-        if extra > 0:
-            gains.append((kld / extra, extra, now.name, name))
+        larger = _larger(reading, now, allowed or LADDER)
+        if not larger:
+            continue
+        extra, name = next(
+            ((n, f) for n, f in larger if kld * 4.0 ** (-8 * n / now.n_weights) <= ENOUGH_KLD),
+            larger[-1],
+        )
+        gains.append((kld / extra, extra, now.name, name))
     pins = []
     for _, extra, tensor, name in sorted(gains, reverse=True):
         if extra <= room:
@@ -57,7 +63,14 @@ def _first_kld(reading: FirstTokenReading, now: Assignment) -> float:
     return reading.kld_first * now.nmse / reading.nmse if reading.nmse > 0 else 0.0
 
 
-def _least_error(reading: FirstTokenReading, allowed: Sequence[str] | None) -> str | None:
-    """Return Q8_0, or the largest format that is allowed and suits the tensor's rows."""
-    suiting = [f for f in allowed or ("Q8_0",) if formats.suits(f, reading.row_length)]
-    return max(suiting, key=lambda f: formats.row_bytes(f, reading.row_length), default=None)
+def _larger(
+    reading: FirstTokenReading, now: Assignment, names: Sequence[str]
+) -> list[tuple[int, str]]:
+    """Return the formats that suit the tensor and take more bytes than now, and how many more."""
+    n_rows = now.n_weights // reading.row_length
+    found = [
+        (n_rows * formats.row_bytes(name, reading.row_length) - now.n_bytes, name)
+        for name in names
+        if formats.suits(name, reading.row_length)
+    ]
+    return sorted((extra, name) for extra, name in found if extra > 0)

@@ -9,8 +9,7 @@ from collections.abc import Sequence
 
 from ramgguf.plan.result import Assignment, Pin, Plan
 from ramgguf.quants import formats
-from ramgguf.sensitivity import MassiveActivations
-from ramgguf.sensitivity.massive import FirstTokenReading
+from ramgguf.sensitivity import FirstTokenReading, MassiveActivations
 
 MOST_BYTES = 0.02  # of the planned file
 LEAST_KLD = 0.01  # nats at the first token, below which a tensor needs no protection

@@ -1,11 +1,12 @@
 """Sensitivity: how much the error of each tensor changes the model's output."""
 
 from ramgguf.sensitivity.alpha import sensitivity
-from ramgguf.sensitivity.massive import MassiveActivations, massive_activations
+from ramgguf.sensitivity.massive import FirstTokenReading, MassiveActivations, massive_activations
 from ramgguf.sensitivity.result import Sensitivity
 from ramgguf.sensitivity.reweighing import reweigh
 
 __all__ = [
+    "FirstTokenReading",
     "MassiveActivations",
     "Sensitivity",
     "massive_activations",

@@ -54,10 +54,11 @@ test-neon: $(STAMP)
 test-aarch64: $(STAMP)
 	VENV=$(VENV) sh tools/aarch64.sh
 
-# Hours of work for the machine, not for CI: fuzzing, kills, and whatever else takes long.
+# Hours of work for the machine, not for CI: fuzzing, kills, the soak of serve, and whatever else takes long.
 soak: $(STAMP)
 	VENV=$(VENV) sh tools/fuzz.sh 600
 	RAMGGUF_KILLS=60 $(BIN)/python -m pytest tests/core/test_faults.py tests/evaluate/test_faults_engine.py
+	RAMGGUF_SERVE_SOAK=1000 $(BIN)/python -m pytest -s tests/deploy/test_serve_soak.py
 	$(BIN)/python bench/size.py --folder $(MODELS)
 
 bench: $(STAMP)

@@ -18,7 +18,7 @@ from ramgguf.evaluate.result import EvalResult
 from ramgguf.measure.result import Measurement
 from ramgguf.plan.result import Plan
 from ramgguf.report.page import write_html
-from ramgguf.report.results import study_of
+from ramgguf.report.results import report_of
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -79,7 +79,7 @@ def main() -> None:
     lines = [record(result, origin) for result in found.results]
     (RESULTS / f"{options.name}.jsonl").write_text("\n".join(lines) + "\n")
     page = RESULTS / f"{options.name}.html"
-    write_html(page, study_of(found.results), plans, [(options.source.stem, measurement)])
+    write_html(page, report_of(found.results), plans, [(options.source.stem, measurement)])
     print("\n".join([*found.failures, f"{len(found.results)} results; {page}"]))
 
 

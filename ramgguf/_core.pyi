@@ -131,7 +131,7 @@ class Header:
         """Name, shape in ggml's order, type, absolute offset, bytes."""
 
 def scan_header(
-    buffer: bytes | bytearray | memoryview, n_file: int, types: list[tuple[int, int, int]]
+    buffer: bytes | bytearray | memoryview, n_file: int, types: list[tuple[int, int, int, int]]
 ) -> Header | None: ...
 
 # --- logits ---

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ramgguf.deploy.collapse_checks import KNOWN_TEXT
-from tiny_models import BOS, FEED_FORWARD, WIDTH, add_tokenizer
+from tiny_models import BOS, FEED_FORWARD, WIDTH, add_byte_tokenizer
 
 _FIRST_BYTE = 3  # of the tokens of tiny_models: after <unk>, <s>, </s>
 _TEXT = KNOWN_TEXT.encode()
@@ -46,7 +46,7 @@ def write_bigram_model(
     writer.add_head_count_kv(2)
     writer.add_rope_dimension_count(WIDTH // 2)
     writer.add_layer_norm_rms_eps(1e-6)
-    n_vocab = add_tokenizer(writer, "gpt2", add_bos=False, extra_tokens=0)
+    n_vocab = add_byte_tokenizer(writer, "gpt2", add_bos=False, extra_tokens=0)
     if template is not None:
         writer.add_chat_template(template)
     logits = np.log(_probabilities(n_vocab))

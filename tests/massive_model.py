@@ -10,7 +10,7 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
-from tiny_models import BOS, N_HEADS, add_tokenizer
+from tiny_models import BOS, N_HEADS, add_byte_tokenizer
 
 WIDTH, FEED_FORWARD, N_LAYERS = 64, 128, 4
 MARK, MASSIVE = 0, 1  # columns that no other weight writes
@@ -39,7 +39,7 @@ def write_massive_model(path: Path) -> Path:
     writer.add_rope_dimension_count(WIDTH // N_HEADS)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
-    n_vocab = add_tokenizer(writer, "gpt2", True, N_SPARE)
+    n_vocab = add_byte_tokenizer(writer, "gpt2", True, N_SPARE)
 
     def random(n_rows: int, n_columns: int, scale: float) -> Floats:
         return rng.standard_normal((n_rows, n_columns), dtype=np.float32) * np.float32(scale)

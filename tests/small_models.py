@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 from gguf import GGUFWriter, PoolingType
 
+from tiny_models import add_byte_tokenizer
+
 WIDTH, FFN, N_HEADS, HEAD, N_VOCAB, N_CONTEXT, N_LAYERS = 256, 512, 4, 64, 320, 64, 2
 KV = 2 * HEAD  # two key/value heads
 N_EXPERTS, EXPERT_FFN = 4, 256
@@ -337,16 +339,61 @@ def _values(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> np.n
 _IN_F32 = ("norm", "conv1d", "lerp", "token_types", "position_embd", "attn_rel_b")
 
 
-def write_small_model(path: Path, architecture: Architecture, seed: int = 0) -> Path:
-    """Write a model with matrices in F16, the rest in F32; return its path."""
+def _word_pieces() -> tuple[list[str], list[int]]:
+    """Return a BERT vocabulary that spells every word, and its token types."""
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    letters = [chr(c) for c in range(33, 127) if not chr(c).isupper()]
+    tokens = [*special, *(f"▁{c}" for c in letters), *letters]
+    tokens += [f"▁w{i}" for i in range(N_VOCAB - len(tokens))]
+    return tokens, [3] * len(special) + [1] * (N_VOCAB - len(special))
+
+
+def _add_tokenizer(out: GGUFWriter, architecture: Architecture) -> None:
+    """Add a tokenizer of N_VOCAB tokens: word pieces between [CLS] and [SEP], or bytes."""
+    if architecture.name != "bert":
+        add_byte_tokenizer(out, "gpt2", add_bos=False, extra_tokens=N_VOCAB - 260)
+        return
+    tokens, types = _word_pieces()
+    out.add_tokenizer_model("bert")
+    out.add_token_list(tokens)
+    out.add_token_types(types)
+    out.add_pad_token_id(0)
+    out.add_unk_token_id(1)
+    out.add_bos_token_id(2)
+    out.add_sep_token_id(3)
+    out.add_eos_token_id(3)
+
+
+def write_small_model(
+    path: Path,
+    architecture: Architecture,
+    seed: int = 0,
+    *,
+    tokenizer: bool = False,
+    pooling: PoolingType | None = None,
+    noise: float = 0.0,
+) -> Path:
+    """Write a model with matrices in F16, the rest in F32; return its path.
+
+    tokenizer gives it one; pooling makes an embedding model of a decoder; noise, as a share of
+    each weight's scale, makes a worse copy of it.
+    """
+    perturb = np.random.default_rng(seed + 1)
     rng = np.random.default_rng(seed)
     out = GGUFWriter(path, architecture.name)
     out.add_name(f"small {architecture.name}")
     architecture.describe(out)
     out.add_vocab_size(N_VOCAB)
-    out.add_tokenizer_model("none")
+    if tokenizer:
+        _add_tokenizer(out, architecture)
+    else:
+        out.add_tokenizer_model("none")
+    if pooling is not None:
+        out.add_pooling_type(pooling)
     for name, shape in _tensors(architecture):
         x = _values(name, shape, rng)
+        if noise and x.ndim > 1:
+            x += noise * x.std() * perturb.standard_normal(shape, np.float32)
         half = x.ndim > 1 and name.endswith("weight") and not any(p in name for p in _IN_F32)
         out.add_tensor(name, x.astype(np.float16) if half else x)
     out.write_header_to_file()

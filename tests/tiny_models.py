@@ -18,10 +18,10 @@ def _byte_level_tokens() -> list[str]:
     return [chr(b) if b in printable else chr(next(others)) for b in range(256)]
 
 
-def add_tokenizer(
+def add_byte_tokenizer(
     writer: gguf.GGUFWriter, kind: Literal["gpt2", "llama"], add_bos: bool, extra_tokens: int
 ) -> int:
-    """Add a tokenizer of bytes and some spare control tokens; return its number of tokens."""
+    """Add a tokenizer that knows bytes and little else; return how many tokens it has."""
     special = ["<unk>", "<s>", "</s>"]
     spare = [f"<spare{i}>" for i in range(extra_tokens)]
     normal, control, byte, unknown = 1, 3, 6, 2
@@ -73,7 +73,7 @@ def write_tiny_model(
     writer.add_rope_dimension_count(WIDTH // N_HEADS)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_file_type(gguf.LlamaFileType.ALL_F32)
-    n_vocab = add_tokenizer(writer, tokenizer, add_bos, extra_tokens)
+    n_vocab = add_byte_tokenizer(writer, tokenizer, add_bos, extra_tokens)
     wanted = gguf.GGMLQuantizationType[weight_type]
 
     def matrix(name: str, n_rows: int, n_columns: int, scale: float) -> None:

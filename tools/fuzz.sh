@@ -12,7 +12,7 @@ for name in clang++ clang++-19 clang++-18 clang++-17 clang++-16 clang++-15 clang
 done
 [ -n "$clangxx" ] || { echo "no clang++: apt install clang-14 libclang-rt-14-dev libfuzzer-14-dev" >&2; exit 1; }
 
-targets="gguf documents edits results journals imatrix hessian"
+targets="gguf documents edits results journals imatrix hessian headers-used hessian-encode imatrix-encode results-compared"
 mkdir -p "$work/header" "$work/findings"
 "$python" tests/fuzz/make_seeds.py "$work/seeds"
 "$clangxx" -std=c++17 -g -O1 -Wall -Wextra -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all \

@@ -12,7 +12,7 @@ namespace py = pybind11;
 namespace ramgguf {
 namespace {
 
-using TypeRow = std::tuple<uint32_t, uint32_t, uint32_t>;
+using TypeRow = std::tuple<uint32_t, uint32_t, uint32_t, uint32_t>;
 
 std::optional<Header> scan(const py::buffer& buffer, uint64_t n_file,
                            const std::vector<TypeRow>& rows) {
@@ -21,9 +21,9 @@ std::optional<Header> scan(const py::buffer& buffer, uint64_t n_file,
         throw py::value_error("the header must be a contiguous buffer of bytes");
     }
     std::vector<BlockType> types;
-    for (const auto& [id, block_weights, block_bytes] : rows) {
+    for (const auto& [id, block_weights, block_bytes, row_bytes] : rows) {
         if (block_weights == 0 || block_bytes == 0) throw py::value_error("a type without size");
-        types.push_back({id, block_weights, block_bytes});
+        types.push_back({id, block_weights, block_bytes, row_bytes});
     }
     const py::gil_scoped_release unlocked;
     try {

@@ -7,7 +7,7 @@
 //
 // Layout of ggml-common.h (block_mxfp4), the values twice those of the OCP Microscaling Formats
 // specification 1.0, the scale half. RTN, as in the specification: the largest magnitude's power of
-// two takes the largest value's (8); weights take the nearest value, of two as near the smaller.
+// two takes the largest value's (8); weights take the nearest value, ties the smaller one.
 #pragma once
 #include "formats/shared/least_squares.h"
 

@@ -7,9 +7,9 @@
 //         | byte l: weights l, l+32, | byte l: weights 160+l,     | byte l: weights 240+l,| F16|
 //         | l+64, l+96, l+128        | +16, +32, +48, +64         | +4, +8, +12           |    |
 //
-// A byte is its digits to base 3, the first counting most, as a fraction of 256: n of 243 is the
-// least byte of which 3^5/256 is n or more; four digits are taken as five with a last 0. The digits
-// come back as what leaves the byte on top when it is multiplied by 3 again and again.
+// Five digits to base 3, the first the most significant, make n in 0..242. The byte is n * 256 /
+// 243, rounded up; four digits get a fifth of 0. To decode, multiply the byte by 3 again and again:
+// what overflows it is the next digit.
 //
 // Layout of ggml-common.h (block_tq1_0). Encoder: ternary.h.
 #pragma once

@@ -1,4 +1,4 @@
-// Reading a GGUF header front to back: bounds-checked numbers and names, and how errors name them.
+// Reads a GGUF header front to back: bounds-checked numbers and names, and the text of errors.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -14,8 +14,8 @@ namespace ramgguf {
     throw HeaderError(what + " (at byte " + std::to_string(offset) + ")");
 }
 
-// Length of the valid UTF-8 sequence that text starts with; 0 if there is none, or if it is a
-// control character, which has no place in a name and would forge lines in a terminal.
+// Length of the UTF-8 sequence that text starts with; 0 if it is invalid, or a control character,
+// which could forge lines where the name is printed.
 inline size_t printable_length(std::string_view text) {
     const auto byte = [&](size_t i) {
         return i < text.size() ? static_cast<uint8_t>(text[i]) : uint8_t{0};

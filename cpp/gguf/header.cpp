@@ -114,12 +114,16 @@ uint64_t data_bytes(const TensorSpan& tensor, const BlockType& type, uint64_t at
                      " weights, no multiple of the " + std::to_string(type.block_weights) +
                      " of its type " + std::to_string(type.id));
     }
-    uint64_t n_blocks = tensor.shape[0] / type.block_weights;
-    for (size_t i = 1; i < tensor.shape.size(); ++i) n_blocks *= tensor.shape[i];
-    if (n_blocks > static_cast<uint64_t>(INT64_MAX) / type.block_bytes) {
+    uint64_t n_rows = 1;
+    for (size_t i = 1; i < tensor.shape.size(); ++i) n_rows *= tensor.shape[i];
+    const uint64_t n_blocks = tensor.shape[0] / type.block_weights;
+    // A row is of at most INT64_MAX weights, which read_shape has seen to.
+    const uint64_t most = static_cast<uint64_t>(INT64_MAX) / n_rows;
+    if (n_blocks > most / type.block_bytes ||
+        type.row_bytes > most - n_blocks * type.block_bytes) {
         fail(at, what + " has a size in bytes that overflows");
     }
-    return n_blocks * type.block_bytes;
+    return n_rows * (n_blocks * type.block_bytes + type.row_bytes);
 }
 
 TensorSpan read_tensor(Cursor& in, uint64_t index, uint32_t alignment,
@@ -137,7 +141,8 @@ TensorSpan read_tensor(Cursor& in, uint64_t index, uint32_t alignment,
     }
     tensor.n_bytes = data_bytes(tensor, *type, at, what);
     const uint64_t offset_at = in.position();
-    tensor.offset = in.number<uint64_t>("the offset of " + what);  // relative as yet
+    // From data_offset on; place_tensors makes it absolute.
+    tensor.offset = in.number<uint64_t>("the offset of " + what);
     if (tensor.offset % alignment != 0) {
         fail(offset_at, what + " has its data at offset " + std::to_string(tensor.offset) +
                             ", no multiple of the alignment " + std::to_string(alignment));
@@ -145,7 +150,7 @@ TensorSpan read_tensor(Cursor& in, uint64_t index, uint32_t alignment,
     return tensor;
 }
 
-// Refuses the first name, in the order of the file, that has been there before.
+// Refuses the first name in the file that stood there before.
 template <typename Span, typename Name>
 void refuse_duplicates(const std::vector<Span>& spans, Name name_of, const char* kind) {
     std::vector<size_t> order(spans.size());

@@ -8,8 +8,8 @@
 //   n_tensors x  { string name, u32 n_dims, u64 ne[n_dims], u32 type, u64 offset }
 //   zeros up to a multiple of general.alignment (32 unless given): tensor data start here
 //
-// What is declared is never believed: nothing is reserved by a declared count, every length is
-// compared with the bytes that are left, and what ggml refuses to load is refused here as well.
+// The scanner trusts no number in the file: it reserves no memory by a declared count, compares
+// every length with the bytes that are left, and refuses what ggml refuses to load.
 #pragma once
 #include <cstdint>
 #include <stdexcept>
@@ -18,19 +18,21 @@
 
 namespace ramgguf {
 
-// Limits of this scanner; real models have about 60 keys, names below 64 bytes and, with one
-// tensor per expert, fewer than 50,000 tensors. They bound the memory that a hostile file costs.
+// These limits bound the memory that a hostile file costs. Real models have about 60 keys, names
+// below 64 bytes and, with one tensor per expert, fewer than 50,000 tensors.
 constexpr uint64_t kMaxKeys = 4096;
 constexpr uint64_t kMaxKeyBytes = 1024;
 constexpr uint64_t kMaxTensors = 65536;
 constexpr uint64_t kMaxNameBytes = 63;  // ggml's: a name and its final zero fit 64 bytes
 constexpr uint32_t kMaxDims = 4;
 
-// A ggml type: its rows are whole blocks of block_weights weights in block_bytes bytes.
+// A ggml type: its rows are whole blocks of block_weights weights in block_bytes bytes, and
+// row_bytes more for the row itself (a scale per row, in types of ik_llama.cpp).
 struct BlockType {
     uint32_t id;
     uint32_t block_weights;
     uint32_t block_bytes;
+    uint32_t row_bytes = 0;
 };
 
 // One key/value record; offsets are into the file: [begin, end) is the whole record and
@@ -69,7 +71,7 @@ struct HeaderError : std::runtime_error {
     using std::runtime_error::runtime_error;
 };
 
-// The header is sound so far and goes on beyond the bytes at hand.
+// The bytes at hand are sound, but the header is longer: scan again with more of them.
 struct NeedMoreBytes {};
 
 // Scans a header from the first n_data bytes of a file of n_file bytes; throws HeaderError or

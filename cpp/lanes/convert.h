@@ -37,7 +37,7 @@ RAMGGUF_INLINE Lanes round_even(Lanes a) {
 
 // To the nearest integer, ties away from zero (C's roundf); INT32_MIN for what does not fit.
 RAMGGUF_INLINE IntLanes round_away(Lanes a) {
-    // The float below 0.5: with 0.5 itself 0.49999997 would become 1.
+    // The largest float below 0.5: adding 0.5 itself would round 0.49999997 up to 1.
     return truncate(a + copy_sign(broadcast(0.49999997f), a));
 }
 
@@ -116,7 +116,7 @@ RAMGGUF_INLINE void store_u16(uint8_t* x, IntLanes a) {
     const __m256i words = _mm256_packus_epi32((__m256i)low.p[0], (__m256i)low.p[1]);
     _mm256_storeu_si256((__m256i*)x, _mm256_permute4x64_epi64(words, 0xd8));
 #elif defined(__x86_64__)
-    const IntLanes same = (a << 16) >> 16;  // in the range of the saturating instruction
+    const IntLanes same = (a << 16) >> 16;  // sign-extended, so that nothing saturates
     for (int k = 0; k < 2; ++k) {
         _mm_storeu_si128((__m128i*)(x + 16 * k),
                          _mm_packs_epi32((__m128i)same.p[2 * k], (__m128i)same.p[2 * k + 1]));

@@ -10,11 +10,10 @@ namespace ramgguf::RAMGGUF_ISA {
 // e^r = 1 + r + r^2 q(r), where q is a fit of degree 4 with a relative error below 4e-9, and n is
 // added to the exponent's bits.
 //
-// A part is finished before the next one begins: all of its values then stay in registers.
+// Each part is computed to its end before the next one: its values then stay in registers.
 RAMGGUF_INLINE Lanes exp_nonpositive(Lanes a) {
     constexpr float kLog2E = 1.44269504f;
-    constexpr float kRound =
-        12582912.0f;  // 1.5 * 2^23: adding it leaves the integer in the low bits
+    constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: the sum has the integer in its low bits
     constexpr float kLn2High = 0.693359375f;
     constexpr float kLn2Low = -2.12194440e-4f;
     typedef uint32_t Word __attribute__((vector_size(RAMGGUF_PART_BYTES)));

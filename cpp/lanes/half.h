@@ -9,8 +9,8 @@ RAMGGUF_INLINE Lanes f16_to_f32(IntLanes h) {
 #if defined(RAMGGUF_AVX512)
     return {{(FloatPart)_mm512_cvtph_ps(_mm512_cvtepi32_epi16((__m512i)h.p[0]))}};
 #else
-    // The exponent and mantissa as those of a float, times 2^112, is the value (exactly, denormals
-    // too), except that infinity and NaN need the largest exponent.
+    // Exponent and mantissa, read as those of a float, give the value times 2^-112 exactly, also
+    // for denormals. Only infinity and NaN need the largest exponent instead.
     const IntLanes sign = (h & broadcast(0x8000)) << 16;
     const IntLanes magnitude = (h & broadcast(0x7fff)) << 13;
     const Lanes normal = from_bits(magnitude) * broadcast(0x1p112f);
@@ -34,7 +34,7 @@ RAMGGUF_INLINE IntLanes f32_to_f16(Lanes x) {
 #else
     const IntLanes sign = bits(x) & broadcast(INT32_MIN);
     const IntLanes magnitude = bits(x) ^ sign;
-    // Normal: rebias the exponent, round the 13 bits that go half to even.
+    // Normal: rebias the exponent and round 13 bits off, half to even.
     const IntLanes odd = (magnitude >> 13) & broadcast(1);
     const IntLanes normal = (magnitude - broadcast(0x37fff001) + odd) >> 13;
     // Denormal: adding 0.5 makes the float's last bit worth 2^-24.

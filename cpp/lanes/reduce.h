@@ -14,7 +14,7 @@ struct Max {
     RAMGGUF_INLINE Lanes operator()(Lanes a, Lanes b) const { return max(a, b); }
 };
 
-// What an operation on Lanes does to single parts.
+// Applies an operation on Lanes to single parts.
 template <class Op>
 RAMGGUF_INLINE FloatPart on_part(Op op, FloatPart a, FloatPart b) {
     Lanes x{}, y{};
@@ -45,7 +45,7 @@ RAMGGUF_INLINE FloatPart reduce_quads(Op op, FloatPart v0, FloatPart v1, FloatPa
 }
 
 // Lane j of the result is the reduction of all lanes of v[j]: 16 reductions for the price of four,
-// because their shuffles are shared. Equal entries of v cost nothing (the compiler sees them).
+// because they share their shuffles. The compiler computes equal entries of v once.
 template <class Op>
 RAMGGUF_INLINE Lanes reduce_each(Op op, const Lanes (&v)[kLanes]) {
 #if RAMGGUF_PART_BYTES == 64
@@ -115,11 +115,12 @@ RAMGGUF_INLINE Lanes exchange(Lanes a) {
     }
 }
 
-// Lane j of the result is the lane of v[j] of largest magnitude; of a and -a, the negative one
-// (zeros: of either sign, which depends on the level).
+// Lane j of the result is the lane of v[j] of largest magnitude; of a and -a, the negative one. The
+// sign of a zero depends on the ISA level.
 RAMGGUF_INLINE Lanes extreme_of_each(const Lanes (&v)[kLanes]) {
 #if defined(RAMGGUF_AVX512)
-    // As unsigned integers with the sign as their last bit: one tree instead of two.
+    // Rotated by one bit, the sign is the last bit and an unsigned maximum compares magnitudes:
+    // one tree instead of two.
     Lanes keys[kLanes];
 #pragma GCC unroll 16
     for (int j = 0; j < kLanes; ++j) {
@@ -146,7 +147,8 @@ RAMGGUF_INLINE Lanes lower_halves(Lanes a, Lanes b) {
 #endif
 }
 
-// Every lane holds the reduction of all lanes of a (with zeros of either sign: lane 0 counts).
+// Every lane holds the reduction of all lanes of a. Lanes may differ in the sign of a zero: lane 0
+// is the result.
 template <class Op>
 RAMGGUF_INLINE Lanes reduce_all(Op op, Lanes a) {
     a = op(a, exchange<8>(a));

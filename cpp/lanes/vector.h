@@ -4,7 +4,7 @@
 #include <cstring>
 
 #if defined(__x86_64__)
-// GCC 12 takes its own "undefined" vectors for a mistake of ours (GCC bug 105593).
+// GCC 12 warns of the "undefined" vectors in its own header (GCC bug 105593).
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
@@ -26,7 +26,7 @@
 
 #define RAMGGUF_INLINE inline __attribute__((always_inline))
 
-// Lanes of two parts in an order known at compile time.
+// Picks lanes of two parts, in an order known at compile time.
 #if defined(__clang__)
 #define RAMGGUF_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
@@ -78,7 +78,7 @@ RAMGGUF_INLINE T each_part(F part) {
 
 // --- loading, storing, casting ---
 
-// Of any alignment. Part by part: a memcpy of all 64 bytes would go through the stack.
+// From any alignment. Part by part: a memcpy of all 64 bytes goes through the stack.
 RAMGGUF_INLINE Lanes load(const float* x) {
     return each_part<Lanes>([&](int k) { return *(const LooseFloatPart*)(x + kPartLanes * k); });
 }
@@ -138,7 +138,7 @@ RAMGGUF_INLINE IntLanes operator<<(IntLanes a, int n) {
     return each_part<IntLanes>([&](int k) { return a.p[k] << n; });
 }
 
-// Copies of the sign bit come in from the left.
+// Arithmetic shift: the sign bit is repeated.
 RAMGGUF_INLINE IntLanes operator>>(IntLanes a, int n) {
     return each_part<IntLanes>([&](int k) { return a.p[k] >> n; });
 }

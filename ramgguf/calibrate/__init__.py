@@ -1,4 +1,4 @@
-"""Calibrate: importance matrices and Hessians, from what a model"s weights are multiplied with."""
+"""Calibrate: importance matrices and Hessians, from the inputs of a model's weights."""
 
 from ramgguf.calibrate.activations import Calibration, calibrate
 

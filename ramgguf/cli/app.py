@@ -15,6 +15,7 @@ from ramgguf.cli import (
     calibration_commands,
     card_command,
     check_commands,
+    end_at_once,
     eval_commands,
     model_commands,
     pick_commands,
@@ -23,6 +24,7 @@ from ramgguf.cli import (
     serve_commands,
 )
 from ramgguf.core.errors import RamggufError
+from ramgguf.core.escape import printable
 from ramgguf.core.inputs import protected
 from ramgguf.core.version import __version__
 
@@ -82,10 +84,12 @@ class _ClosedOutput(io.TextIOBase):
 
 
 def _end(number: int, _: object) -> None:
+    if number == signal.SIGINT:  # once more: do not wait for what is being cleaned up
+        signal.signal(signal.SIGINT, end_at_once)
     raise _EndedError(number)
 
 
-def _prepare() -> None:
+def _prepare(*, is_interruptible: bool) -> None:
     """Make standard streams safe to print to, and have signals clean up."""
     # A large model makes many small values and no cycles; looking for cycles takes a quarter of
     # the time that the values take.
@@ -97,46 +101,72 @@ def _prepare() -> None:
         sys.stdout = _ClosedOutput()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
+            stream.reconfigure(errors="backslashreplace")
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is signal.SIG_DFL:
             signal.signal(number, _end)
+    # Not Python's KeyboardInterrupt, of which command-line libraries make their own endings.
+    if is_interruptible:
+        signal.signal(signal.SIGINT, _end)
 
 
-def main() -> None:
-    """Run the command line; an error ends it with one line on stderr and exit status 1."""
-    _prepare()
+def main(*, is_interruptible: bool = False) -> None:
+    """Run the command line; an error ends it with one line on stderr and exit status 1.
+
+    is_interruptible: Ctrl-C ends it with status 130, unless the command handles that itself.
+    """
+    status = 1
+    try:
+        try:
+            _prepare(is_interruptible=is_interruptible)
+            status = _run()
+        finally:
+            if is_interruptible:  # the outcome is known
+                signal.signal(signal.SIGINT, end_at_once)
+    except _EndedError as e:  # while that was being found out
+        status = _ended(e)
+    sys.exit(status)
+
+
+def _run() -> int:
+    """Run the command, and return its exit status."""
     try:
         try:
             with protected():
                 app()
         finally:
             sys.stdout.flush()  # here, where a full disk is still an error
+    except SystemExit as e:  # how typer ends every command
+        return e.code if isinstance(e.code, int) else int(e.code is not None)
     except RamggufError as e:
-        _fail(str(e))
-    except KeyboardInterrupt:
-        print("interrupted; no file was left half-written", file=sys.stderr)
-        sys.exit(130)
-    except _EndedError as e:
-        name = signal.Signals(e.number).name
-        print(f"ended by {name}; no file was left half-written", file=sys.stderr)
-        sys.exit(128 + e.number)
+        return _failed(str(e))
+    except (_EndedError, KeyboardInterrupt) as e:
+        return _ended(e)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        sys.exit(141)
+        return 141
     except MemoryError:
-        _fail("out of memory; fewer --threads take less")
+        return _failed("out of memory; fewer --threads take less")
     except OSError as e:
         where = f"{e.filename}: " if e.filename else ""
-        _fail(f"{where}{e.strerror or e}")
+        return _failed(f"{where}{e.strerror or e}")
+    return 0
 
 
-def _fail(message: str) -> None:
+def _ended(e: BaseException) -> int:
+    number = e.number if isinstance(e, _EndedError) else signal.SIGINT
+    how = "interrupted" if number == signal.SIGINT else f"ended by {signal.Signals(number).name}"
     with contextlib.suppress(OSError):
-        print(f"error: {message}", file=sys.stderr)
+        print(f"{how}; no file was left half-written", file=sys.stderr)
+    return 128 + number
+
+
+def _failed(message: str) -> int:
+    with contextlib.suppress(OSError):
+        print(f"error: {printable(message)}", file=sys.stderr)
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
-        sys.exit(1)
+        return 1
     # What is left in the buffer cannot be written; Python would say so once more.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    sys.exit(1)
+    return 1

@@ -1,6 +1,5 @@
 """The commands around quantization: calibrate, and the control perturb."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -8,8 +7,10 @@ import typer
 
 import ramgguf as api
 from ramgguf.cli import options as opt
+from ramgguf.core.escape import to_json
 from ramgguf.core.units import format_bytes, parse_size
 from ramgguf.gguf.hub import beside
+from ramgguf.gguf.shards import model_stem
 from ramgguf.report.calibration import print_calibration, summary
 
 
@@ -41,11 +42,15 @@ def calibrate(
         typer.Option("--hessian", help="Also write XᵀX of the inputs here, for --encoder gptq."),
     ] = None,
     hessian_tensors: Annotated[
-        str, typer.Option("--hessian-tensors", help="Only of weights whose name this regex finds.")
-    ] = ".",
+        str | None,
+        typer.Option("--hessian-tensors", help="Only of weights whose name this regex finds."),
+    ] = None,
     hessian_memory: Annotated[
-        str, typer.Option("--hessian-memory", help="Read the tokens in batches that take this.")
-    ] = "4GiB",
+        str | None,
+        typer.Option(
+            "--hessian-memory", help="Read the tokens in batches that take this; default: 4GiB."
+        ),
+    ] = None,
     force: opt.Force = False,
     threads: opt.Threads = None,
     as_json: opt.AsJson = False,
@@ -56,23 +61,27 @@ def calibrate(
     With tokens drawn from the model itself no data are needed. llama-quantize takes the file, too.
     """
     terminal = opt.Terminal.make(quiet=quiet, as_json=as_json)
+    if hessian is None:
+        given = {"--hessian-tensors": hessian_tensors, "--hessian-memory": hessian_memory}
+        idle = [name for name, value in given.items() if value is not None]
+        opt.refuse_idle(idle, "only with --hessian")
     found = api.calibrate(
         terminal.fetched(model),
-        output or beside(model, f"{model.stem}.imatrix.gguf"),
+        output or beside(model, f"{model_stem(model)}.imatrix.gguf"),
         tokens=tokens,
         n_sequences=sequences,
         n_ctx=context,
         seed=seed,
         hessian=hessian,
-        hessian_pattern=hessian_tensors,
-        max_gram_bytes=parse_size(hessian_memory),
+        hessian_pattern=hessian_tensors or ".",
+        max_gram_bytes=parse_size(hessian_memory or "4GiB"),
         force=force,
         threads=threads,
         progress=terminal.progress,
         announce=terminal.err.print if not (quiet or as_json) else lambda _: None,
     )
     if as_json:
-        print(json.dumps(summary(found)))
+        print(to_json(summary(found)))
     else:
         print_calibration(found, terminal.out)
 
@@ -90,7 +99,7 @@ def perturb(
 ) -> None:
     """Write the model with Gaussian noise as large as a plan's quantization errors.
 
-    A control: what a quantized model does better or worse than this is not the errors' size.
+    A control: where a quantized model scores differently, the size of its errors is not the cause.
     """
     terminal = opt.Terminal.make(quiet=quiet, as_json=False)
     path = api.perturb(

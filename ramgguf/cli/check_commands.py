@@ -8,6 +8,7 @@ import typer
 
 from ramgguf.cli import memory_options as mem
 from ramgguf.cli import options as opt
+from ramgguf.core.escape import to_json
 from ramgguf.core.machine import Available, memory_limit
 from ramgguf.core.parallel import default_threads
 from ramgguf.deploy.checking import CheckRequest, check_file
@@ -28,13 +29,8 @@ def register(app: typer.Typer) -> None:
 
 
 def check(
-    model: Annotated[
-        Path, typer.Argument(metavar="FILE", help="Any GGUF model, also hf://ORG/REPO/FILE.gguf.")
-    ],
-    memory: Annotated[
-        str | None,
-        typer.Option("--memory", help="What it must run in: 16GB; default: what is left here."),
-    ] = None,
+    model: opt.AnyModel,
+    memory: mem.RunsIn = None,
     context: Annotated[
         int, typer.Option("--context", min=16, help="Tokens of context, really filled.")
     ] = 4096,
@@ -59,6 +55,8 @@ def check(
 
     Exit status 0 says that it passes, 3 that it fails.
     """
+    if as_json and markdown:
+        raise typer.BadParameter("give one of --json and --markdown")
     terminal = opt.Terminal.make(quiet=quiet, as_json=as_json or markdown)
     request = CheckRequest(
         ContextShape(context, 1, *parse_cache_types(cache_type)),
@@ -91,4 +89,4 @@ def limit(memory: str | None) -> Available:
 def _json(results: list[CheckResult]) -> str:
     if len(results) == 1:
         return results[0].to_json()
-    return json.dumps([json.loads(r.to_json()) for r in results], indent=1)
+    return to_json([json.loads(r.to_json()) for r in results], indent=1)

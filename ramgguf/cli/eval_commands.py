@@ -14,12 +14,20 @@ from ramgguf.core.errors import ResultError
 from ramgguf.core.units import format_bytes
 from ramgguf.evaluate.common_sequences import check_comparable
 from ramgguf.evaluate.comparison import compare_published
+from ramgguf.evaluate.embedding_result import EmbeddingResult
 from ramgguf.evaluate.leaderboard import Leaderboard
 from ramgguf.evaluate.result import EvalResult
 from ramgguf.evaluate.result_files import read_material
+from ramgguf.evaluate.statistics import OUTLIER_PPL
 from ramgguf.report.boards import board_csv, board_json, board_markdown, print_board
+from ramgguf.report.embeddings import (
+    embeddings_csv,
+    embeddings_json,
+    embeddings_markdown,
+    print_embeddings,
+)
 from ramgguf.report.page import write_html
-from ramgguf.report.results import eval_csv, eval_json, eval_markdown, print_eval, study_of
+from ramgguf.report.results import eval_csv, eval_json, eval_markdown, print_eval, report_of
 
 
 def register(app: typer.Typer) -> None:
@@ -32,13 +40,17 @@ def register(app: typer.Typer) -> None:
     app.command("report", epilog="Example: ramgguf report scores.jsonl -o report.html")(report)
 
 
+_SEED = 42
+
 Models = Annotated[
     list[Path],
     typer.Argument(metavar="MODEL...", help="GGUF files to score, also hf://ORG/REPO/FILE.gguf."),
 ]
 Reference = Annotated[
     Path | None,
-    typer.Option("--reference", "-r", help="Model to compare with, token by token: KLD."),
+    typer.Option(
+        "--reference", "-r", help="The original: KLD token by token, or cosines of embeddings."
+    ),
 ]
 ProtocolOption = Annotated[
     str,
@@ -46,10 +58,19 @@ ProtocolOption = Annotated[
 ]
 SeqLen = Annotated[
     int | None,
-    typer.Option("--seq-len", "--context", min=8, help="Tokens per sequence."),
+    typer.Option(
+        "--seq-len",
+        "--context",
+        min=8,
+        help="Tokens per sequence; at most so many of a text to embed.",
+    ),
 ]
-NSeq = Annotated[int | None, typer.Option("--n-seq", min=1, help="Sequences to score.")]
-Seed = Annotated[int, typer.Option("--seed", help="Seed of the draw of sequences.")]
+NSeq = Annotated[
+    int | None, typer.Option("--n-seq", min=1, help="Sequences to score, or texts to embed.")
+]
+Seed = Annotated[
+    int | None, typer.Option("--seed", help="Seed of the draw of sequences (ram); default: 42.")
+]
 Bos = Annotated[bool, typer.Option("--bos", help="Start every sequence with BOS (ram).")]
 TextFile = Annotated[
     Path | None, typer.Option("--text", help="Text or parquet file to score instead of WikiText-2.")
@@ -57,7 +78,9 @@ TextFile = Annotated[
 Dataset = Annotated[
     str | None, typer.Option("--dataset", help="Dataset on the hub, NAME[:CONFIGURATION].")
 ]
-SplitOption = Annotated[str, typer.Option("--split", help="Split of --dataset.")]
+SplitOption = Annotated[
+    str | None, typer.Option("--split", help="Split of --dataset; default: test.")
+]
 Safe = Annotated[
     bool | None,
     typer.Option(
@@ -70,7 +93,10 @@ Results = Annotated[
     typer.Option("--output", "-o", help="JSON lines: every sequence, as it finishes."),
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with what --output already has.")]
-Outlier = Annotated[float, typer.Option("--outlier", help="Sequence PPL above which it is one.")]
+Outlier = Annotated[
+    float | None,
+    typer.Option("--outlier", help="Sequence PPL above which it is one; default: 100."),
+]
 AsMarkdown = Annotated[bool, typer.Option("--markdown", help="Print tables for a model card.")]
 AsCsv = Annotated[bool, typer.Option("--csv", help="Print comma-separated values.")]
 
@@ -81,15 +107,15 @@ def evaluate(
     protocol: ProtocolOption = "ram",
     seq_len: SeqLen = None,
     n_seq: NSeq = None,
-    seed: Seed = 42,
+    seed: Seed = None,
     bos: Bos = False,
     text: TextFile = None,
     dataset: Dataset = None,
-    split: SplitOption = "test",
+    split: SplitOption = None,
     safe_kernels: Safe = None,
     output: Results = None,
     resume: Resume = False,
-    outlier: Outlier = 100.0,
+    outlier: Outlier = None,
     threads: opt.Threads = None,
     workers: opt.Workers = None,
     as_json: opt.AsJson = False,
@@ -101,6 +127,14 @@ def evaluate(
     """Score models by llama.cpp on the CPU, sequence by sequence."""
     style = _Style(as_json, as_markdown, as_csv)
     terminal = opt.Terminal.make(quiet=quiet, as_json=style.for_programs)
+    if split is not None and dataset is None:
+        opt.refuse_idle(["--split"], "only with --dataset")
+    if resume and output is None:
+        opt.refuse_idle(["--resume"], "only with --output")
+    if protocol == "llama":
+        given = {"--seed": seed is not None, "--bos": bos}
+        idle = [name for name, is_given in given.items() if is_given]
+        opt.refuse_idle(idle, "the protocol llama takes all windows in order, BOS from the model")
     with connected(workers) as executor:
         found = api.evaluate(
             [terminal.fetched(model) for model in models],
@@ -108,11 +142,11 @@ def evaluate(
             protocol=_protocol(protocol),
             n_ctx=seq_len,
             n_seq=n_seq,
-            seed=seed,
+            seed=_SEED if seed is None else seed,
             bos=bos,
             text=text,
             dataset=dataset,
-            split=split,
+            split=split or "test",
             safe_kernels=safe_kernels,
             jsonl=output,
             resume=resume,
@@ -121,7 +155,10 @@ def evaluate(
             verbose=verbose,
             progress=terminal.progress,
         )
-    _show(found.results, terminal, outlier, style)
+    if found.embeddings:
+        _show_embeddings(found.embeddings, terminal, outlier, style)
+    else:
+        _show(found.results, terminal, outlier, style)
     for failure in found.failures:
         terminal.err.print(f"error: {failure}")
     if found.failures:
@@ -134,14 +171,19 @@ class _Style:
     as_markdown: bool
     as_csv: bool
 
+    def __post_init__(self) -> None:
+        if self.as_json + self.as_markdown + self.as_csv > 1:
+            raise typer.BadParameter("give one of --json, --markdown and --csv")
+
     @property
     def for_programs(self) -> bool:
         return self.as_json or self.as_markdown or self.as_csv
 
 
 def _show(
-    results: Sequence[EvalResult], terminal: opt.Terminal, outlier: float, style: _Style
+    results: Sequence[EvalResult], terminal: opt.Terminal, outlier: float | None, style: _Style
 ) -> None:
+    outlier = OUTLIER_PPL if outlier is None else outlier
     if style.as_json:
         print(eval_json(results, outlier_ppl=outlier))
     elif style.as_markdown:
@@ -150,6 +192,21 @@ def _show(
         print(eval_csv(results, outlier_ppl=outlier), end="")
     else:
         print_eval(results, terminal.out, outlier_ppl=outlier)
+
+
+def _show_embeddings(
+    results: Sequence[EmbeddingResult], terminal: opt.Terminal, outlier: float | None, style: _Style
+) -> None:
+    if outlier is not None:
+        terminal.announce("--outlier has no effect: embedding models have no PPL")
+    if style.as_json:
+        print(embeddings_json(results))
+    elif style.as_markdown:
+        print(embeddings_markdown(results), end="")
+    elif style.as_csv:
+        print(embeddings_csv(results), end="")
+    else:
+        print_embeddings(results, terminal.out)
 
 
 ResultFiles = Annotated[
@@ -163,7 +220,7 @@ ResultFiles = Annotated[
 
 def compare(
     files: ResultFiles,
-    outlier: Outlier = 100.0,
+    outlier: Outlier = None,
     as_json: opt.AsJson = False,
     as_markdown: AsMarkdown = False,
     as_csv: AsCsv = False,
@@ -173,12 +230,22 @@ def compare(
     style = _Style(as_json, as_markdown, as_csv)
     terminal = opt.Terminal.make(quiet=quiet, as_json=style.for_programs)
     material = read_material(files)
+    if material.embeddings:
+        if material.results or material.aggregates:
+            raise ResultError(
+                "embedding models have no PPL or KLD and are not ranked together with language"
+                " models; compare their files on their own"
+            )
+        _show_embeddings(material.embeddings, terminal, outlier, style)
+        return
     if material.aggregates and material.results:
         raise ResultError(
             "published figures have no sequences and are not ranked together with results;"
             " compare the CSV files on their own"
         )
     if material.aggregates:
+        if outlier is not None:
+            opt.refuse_idle(["--outlier"], "published figures have no sequences")
         _show_published(compare_published(material.aggregates, material.notes), terminal, style)
         return
     check_comparable(material.results)
@@ -214,7 +281,7 @@ def report(
     output: Page = Path("report.html"),
     plan: PlanFiles = None,
     measurement: MeasurementFiles = None,
-    outlier: Outlier = 100.0,
+    outlier: Outlier = None,
     force: opt.Force = False,
     quiet: opt.Quiet = False,
 ) -> None:
@@ -222,7 +289,13 @@ def report(
     terminal = opt.Terminal.make(quiet=quiet, as_json=False)
     opt.refuse_existing(output, force=force)
     material = read_material([*files, *(plan or ()), *(measurement or ())])
-    made = study_of(material.results, outlier)
+    if material.embeddings:
+        raise ResultError(
+            "the page shows PPL and KLD, which embedding models do not have; use `ramgguf compare`"
+        )
+    if outlier is not None and not material.results:
+        opt.refuse_idle(["--outlier"], "there are no results of sequences")
+    made = report_of(material.results, OUTLIER_PPL if outlier is None else outlier)
     published = (
         compare_published(material.aggregates, material.notes) if material.aggregates else None
     )

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from ramgguf.cli.options import refuse_idle
 from ramgguf.core.errors import BudgetError
 from ramgguf.core.machine import available_memory
 from ramgguf.core.units import parse_size
@@ -21,6 +22,10 @@ Memory = Annotated[
         help="RAM that weights, cache, compute buffers and overhead must fit: 16GB, 16GiB.",
     ),
 ]
+RunsIn = Annotated[
+    str | None,
+    typer.Option("--memory", help="What it must run in: 16GB; default: what is left here."),
+]
 Fit = Annotated[
     bool,
     typer.Option("--fit", help="As --memory, with what this machine or its cgroup has left."),
@@ -31,6 +36,10 @@ Context = Annotated[
 ]
 CacheType = Annotated[
     str, typer.Option("--cache-type", help="Of keys and values: f16, q8_0, or two: q8_0,f16.")
+]
+OptionalCacheType = Annotated[
+    str | None,
+    typer.Option("--cache-type", help="Of keys and values: f16 (default), q8_0, or two: q8_0,f16."),
 ]
 Parallel = Annotated[
     int, typer.Option("--parallel", min=1, help="Sequences at a time, each with its context.")
@@ -59,7 +68,7 @@ class MemoryOptions:
     memory: Memory = None
     fit: Fit = False
     context: Context = None
-    cache_type: CacheType = "f16"
+    cache_type: OptionalCacheType = None
     parallel: Parallel = 1
     vram: Vram = None
     ngl: Ngl = None
@@ -69,10 +78,14 @@ class MemoryOptions:
         if self.memory is not None and self.fit:
             raise typer.BadParameter("give either --memory or --fit", param_hint="--fit")
         if self.memory is None and not self.fit and self.vram is None:
-            if self.context is not None or self.ngl is not None or self.parallel != 1:
-                raise typer.BadParameter(
-                    "only with --memory, --fit or --vram", param_hint="--context"
-                )
+            given = {
+                "--context": self.context is not None,
+                "--cache-type": self.cache_type is not None,
+                "--parallel": self.parallel != 1,
+                "--ngl": self.ngl is not None,
+            }
+            idle = [name for name, is_given in given.items() if is_given]
+            refuse_idle(idle, "only with --memory, --fit or --vram")
             return None
         if self.context is None:
             raise typer.BadParameter("say how long a context shall fit", param_hint="--context")
@@ -85,7 +98,7 @@ class MemoryOptions:
             if ram == 0:
                 raise BudgetError(f"{source} leaves no memory")
         return MemoryRequest(
-            ContextShape(self.context, self.parallel, *parse_cache_types(self.cache_type)),
+            ContextShape(self.context, self.parallel, *parse_cache_types(self.cache_type or "f16")),
             ram=ram,
             source=source,
             vram=None if self.vram is None else parse_size(self.vram),

@@ -1,6 +1,5 @@
 """The commands that read a model: quantize, measure."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -14,9 +13,11 @@ from ramgguf.cli.groups import grouped
 from ramgguf.cli.prepared import Weighed, calibrated
 from ramgguf.cli.sensitivity_commands import load_or_measure
 from ramgguf.cluster.executors import connected
+from ramgguf.core.escape import to_json
 from ramgguf.core.units import format_seconds, parse_seconds, parse_size
 from ramgguf.evaluate import scores_here
 from ramgguf.gguf.hub import beside
+from ramgguf.gguf.shards import model_stem
 from ramgguf.measure.result import Measurement
 from ramgguf.plan.result import Plan
 from ramgguf.quantize import default_effort
@@ -51,12 +52,11 @@ Verify = Annotated[
 SavePlan = Annotated[Path | None, typer.Option("--save-plan", help="Also write the plan here.")]
 SensitivityOrMeasure = Annotated[
     str | None,
-    typer.Option(
-        "--sensitivity", help="Plan by predicted KLD: a file, or `measure` to make it now."
-    ),
+    typer.Option("--sensitivity", help="Plan by measured α: a file, or `measure` to make it now."),
 ]
 SensitivityTime = Annotated[
-    str, typer.Option("--sensitivity-time", help="How long `measure` may take: 90s, 20m, 1h.")
+    str | None,
+    typer.Option("--sensitivity-time", help="How long `measure` may take: 90s, 20m (default), 1h."),
 ]
 
 Refine = Annotated[
@@ -90,7 +90,7 @@ def quantize(
     hessian: opt.HessianFile = None,
     calibrate: opt.Calibrate = None,
     sensitivity: SensitivityOrMeasure = None,
-    sensitivity_time: SensitivityTime = "20m",
+    sensitivity_time: SensitivityTime = None,
     plan_file: PlanFile = None,
     measurement: MeasurementFile = None,
     allow_requantize: opt.Requantize = False,
@@ -138,6 +138,8 @@ def quantize(
         }
         idle = [name for name, given in others.items() if given]
         opt.refuse_idle(idle, "a ready measurement says itself how it was made")
+    if sensitivity_time is not None and sensitivity != "measure":
+        opt.refuse_idle(["--sensitivity-time"], "only --sensitivity measure takes time")
     if workers and not (refine or sensitivity == "measure"):
         raise typer.BadParameter(
             "workers run passes: of --refine or --sensitivity measure", param_hint="--executor"
@@ -174,7 +176,7 @@ def quantize(
             sensitivity,
             encoder=planned_by or chosen.name,
             weighed=Weighed(weighed.imatrix, None) if planned_by else weighed,
-            limit=sensitivity_time,
+            limit=sensitivity_time or "20m",
             threads=threads,
             executor=executor,
             terminal=terminal,
@@ -204,7 +206,7 @@ def quantize(
         )
     export_plan(made.plan, save_plan, export_tensor_types, terminal)
     if as_json:
-        print(json.dumps(_summary(made)))
+        print(to_json(_summary(made)))
         return
     print_plan(made.plan, terminal.out, verbose=verbose)
     if made.score is not None:
@@ -255,7 +257,7 @@ def measure(
 ) -> None:
     """Measure every tensor's rate–distortion curve and write it as JSON."""
     terminal = opt.Terminal.make(quiet=quiet, as_json=as_json)
-    path = output or beside(model, f"{model.stem}.rd.json")
+    path = output or beside(model, f"{model_stem(model)}.rd.json")
     opt.refuse_existing(path, force=force)
     measured = api.measure(
         terminal.fetched(model),

@@ -13,7 +13,7 @@ from ramgguf.core import files
 from ramgguf.core.errors import PlanError
 from ramgguf.core.progress import Progress, Silent
 from ramgguf.gguf.hub import local_path
-from ramgguf.plan import DEFAULT_MIN_SQNR_DB, PlanOptions
+from ramgguf.plan import DEFAULT_MIN_SQNR_DB, OBJECTIVE_NAMES, PlanOptions
 from ramgguf.quantize import EFFORTS, Effort
 from ramgguf.quants.encoders import DEFAULT_ENCODER, ENCODERS, Encoder
 from ramgguf.quants.formats import expand
@@ -27,6 +27,9 @@ Model = Annotated[
         metavar="MODEL",
         help="GGUF model in F32, F16 or BF16: any shard of it, or hf://ORG/REPO/FILE.gguf.",
     ),
+]
+AnyModel = Annotated[
+    Path, typer.Argument(metavar="FILE", help="Any GGUF model, also hf://ORG/REPO/FILE.gguf.")
 ]
 Budget = Annotated[
     str,
@@ -86,12 +89,12 @@ Objective = Annotated[
     str | None,
     typer.Option(
         "--objective",
-        help="What is minimised: sensitivity (if given), weighted, nmse, activation, output, ram.",
+        help=f"What is minimised: {', '.join(OBJECTIVE_NAMES)}; default: sensitivity, if given.",
     ),
 ]
 SensitivityFile = Annotated[
     Path | None,
-    typer.Option("--sensitivity", help="From the command sensitivity: plan by predicted KLD."),
+    typer.Option("--sensitivity", help="From the command sensitivity: plan by measured α."),
 ]
 MinSqnr = Annotated[
     float, typer.Option("--min-sqnr", help="Floor for every tensor's SQNR, in dB; 0 for none.")
@@ -133,7 +136,8 @@ Workers = Annotated[
     typer.Option(
         "--executor",
         metavar="WORKERS",
-        help="Who runs the passes: dask://HOST:PORT (a cluster), local:N; --threads for each.",
+        help="Who runs the passes: dask://HOST:PORT or dask+tls://HOST:PORT (a cluster), local:N; "
+        "--threads for each.",
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON, nothing else.")]

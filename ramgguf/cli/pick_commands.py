@@ -10,6 +10,7 @@ from ramgguf.cli import memory_options as mem
 from ramgguf.cli import options as opt
 from ramgguf.cli.check_commands import limit
 from ramgguf.core.errors import PlanError
+from ramgguf.core.escape import to_json
 from ramgguf.core.files import write_atomically
 from ramgguf.core.parallel import default_threads
 from ramgguf.core.units import parse_seconds
@@ -34,10 +35,7 @@ def register(app: typer.Typer) -> None:
 
 def pick(
     model: opt.Model,
-    memory: Annotated[
-        str | None,
-        typer.Option("--memory", help="What it must run in: 16GB; default: what is left here."),
-    ] = None,
+    memory: mem.RunsIn = None,
     context: Annotated[int, typer.Option("--context", min=16, help="Tokens of context.")] = 4096,
     cache_type: mem.CacheType = "f16",
     min_speed: Annotated[
@@ -102,7 +100,7 @@ def pick(
         drawn = curve_svg(picked.frontier, [picked.plan])
         write_atomically(svg, drawn.encode(), error=PlanError)
     if as_json:
-        print(json.dumps(_summary(picked), indent=1))
+        print(to_json(_summary(picked), indent=1))
         return
     terminal.out.print(f"{picked.path}:", soft_wrap=True)
     for reason in picked.reasons():

@@ -1,6 +1,5 @@
 """The commands about plans: plan, curve, explain, diff, recipe."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +11,7 @@ from ramgguf.cli import options as opt
 from ramgguf.cli.exports import export_plan, export_types
 from ramgguf.cli.groups import grouped
 from ramgguf.core.errors import PlanError
+from ramgguf.core.escape import to_json
 from ramgguf.core.files import write_atomically
 from ramgguf.core.units import format_bytes
 from ramgguf.deploy import MemoryLimit
@@ -75,6 +75,8 @@ def plan(
         raise typer.BadParameter(
             "give either --budget, --memory or --recipe", param_hint="--budget"
         )
+    if model is not None and request is None:
+        opt.refuse_idle(["--model"], "only with --memory, --fit or --vram")
     if recipe is not None:
         idle = [*choice.given(), *(["--sensitivity"] if sensitivity is not None else [])]
         opt.refuse_idle(idle, "a recipe gives every tensor its format")
@@ -113,6 +115,9 @@ def curve(
     """Show the best size–quality trade-offs from the smallest safe size to 8.5 bpw."""
     terminal = opt.Terminal.make(quiet=quiet, as_json=as_json)
     opt.refuse_existing(output, svg, force=force)
+    request = memory.request()
+    if model is not None and request is None:
+        opt.refuse_idle(["--model"], "only with --memory, --fit or --vram")
     if _is_frontier(source):
         idle = [*choice.given(), *(["--sensitivity"] if sensitivity is not None else [])]
         opt.refuse_idle(idle, "a saved frontier was made with its options")
@@ -120,7 +125,6 @@ def curve(
     else:
         made = api.curve(source, **choice.options(sensitivity))
     plans = [api.plan(made, b) for b in budget or ()]
-    request = memory.request()
     if request is not None:
         source_model = model and terminal.fetched(model)
         plans.append(api.plan(made, MemoryLimit(request, model=source_model)))
@@ -158,8 +162,10 @@ def explain(
     """Say why each tensor has its format, and what one step up or down would cost and bring."""
     terminal = opt.Terminal.make(quiet=quiet, as_json=as_json)
     explained = api.explain(Plan.load(plan), measurement, sensitivity)
+    if tensor is not None and all(e.assignment.name != tensor for e in explained.tensors):
+        raise PlanError(f"the plan has no tensor {tensor!r}")
     if as_json:
-        print(json.dumps(_explanation(explained, tensor), indent=1))
+        print(to_json(_explanation(explained, tensor), indent=1))
         return
     print_explanation(explained, tensor, terminal.out)
 
@@ -195,7 +201,7 @@ def diff(
     terminal = opt.Terminal.make(quiet=quiet, as_json=as_json)
     difference = api.diff(terminal.fetched(a), terminal.fetched(b))
     if as_json:
-        print(json.dumps({"same": difference.n_same, "changes": _changes(difference.changes)}))
+        print(to_json({"same": difference.n_same, "changes": _changes(difference.changes)}))
         return
     print_difference(difference, terminal.out, verbose=verbose)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import ramgguf as api
 from ramgguf.cli import options as opt
 from ramgguf.gguf.hub import beside
+from ramgguf.gguf.shards import model_stem
 from ramgguf.quants.imatrix import load_importance
 from ramgguf.sensitivity.result import Sensitivity
 
@@ -27,8 +28,8 @@ def calibrated(
     Its name says its tokens: model.self.imatrix.gguf, and with hessians model.self.hessian.gguf.
     """
     tag = re.sub(r"[^\w.-]", "_", Path(tokens).stem)
-    imatrix = beside(model, f"{model.stem}.{tag}.imatrix.gguf")
-    hessian = beside(model, f"{model.stem}.{tag}.hessian.gguf") if hessians else None
+    imatrix = beside(model, f"{model_stem(model)}.{tag}.imatrix.gguf")
+    hessian = beside(model, f"{model_stem(model)}.{tag}.hessian.gguf") if hessians else None
     if imatrix.exists() and (hessian is None or hessian.exists()):
         terminal.err.print(f"taking {imatrix}; remove it to calibrate anew", soft_wrap=True)
         return Weighed(imatrix, hessian)

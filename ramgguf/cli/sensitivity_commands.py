@@ -11,8 +11,10 @@ from ramgguf.cli import options as opt
 from ramgguf.cli.prepared import Weighed, reweighed
 from ramgguf.cluster.executors import connected
 from ramgguf.core.errors import PlanError
+from ramgguf.core.inputs import reading
 from ramgguf.core.units import parse_seconds
 from ramgguf.gguf.hub import beside
+from ramgguf.gguf.shards import model_stem
 from ramgguf.llama.tokens import N_CTX
 from ramgguf.quants.encoders import DEFAULT_ENCODER, EncoderName
 from ramgguf.report.sensitivity import print_sensitivity
@@ -32,8 +34,11 @@ def sensitivity(
     output: opt.Output = None,
     tokens: opt.Tokens = "self",
     limit: Annotated[
-        str, typer.Option("--time", help="Fit this time by fewer tokens or layers: 90s, 20m, 1h.")
-    ] = "20m",
+        str | None,
+        typer.Option(
+            "--time", help="Fit this time by fewer tokens or layers: 90s, 20m (default), 1h."
+        ),
+    ] = None,
     sequences: Annotated[
         int | None,
         typer.Option("--sequences", min=1, help="So many sequences, whatever the time."),
@@ -60,7 +65,10 @@ def sensitivity(
     What was measured is kept beside the output: run the command again after a kill.
     """
     terminal = opt.Terminal.make(quiet=quiet, as_json=as_json)
-    path = output or beside(model, f"{model.stem}.sens.json")
+    if sequences is not None and limit is not None:
+        opt.refuse_idle(["--time"], "--sequences takes what it takes")
+    path = output or beside(model, f"{model_stem(model)}.sens.json")
+    reading(model)  # so that writing there is refused now, not after minutes of passes
     opt.refuse_existing(path, force=force)
     journal = path.with_name(f"{path.name}.partial")
     with connected(workers) as executor:
@@ -73,7 +81,7 @@ def sensitivity(
             n_sequences=sequences,
             n_ctx=context,
             seed=seed,
-            seconds=parse_seconds(limit),
+            seconds=parse_seconds(limit or "20m"),
             journal=journal,
             folder=scratch,
             threads=threads,
@@ -113,7 +121,7 @@ def load_or_measure(
         return None
     if asked != "measure":
         return reweighed(Sensitivity.load(Path(asked)), model, weighed, terminal)
-    path = beside(model, f"{model.stem}.sens.json")
+    path = beside(model, f"{model_stem(model)}.sens.json")
     if path.exists():
         terminal.announce(f"using {path}, measured before; remove it to measure again")
         return reweighed(Sensitivity.load(path), model, weighed, terminal)

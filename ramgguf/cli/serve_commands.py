@@ -1,6 +1,5 @@
 """The command that serves a file to OpenAI clients: serve."""
 
-import json
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -9,8 +8,10 @@ from typing import Annotated
 
 import typer
 
+from ramgguf.cli import memory_options as mem
 from ramgguf.cli import options as opt
 from ramgguf.cli.check_commands import limit
+from ramgguf.core.escape import to_json
 from ramgguf.core.parallel import default_threads
 from ramgguf.deploy.footprint import parse_cache_types
 from ramgguf.deploy.footprint_formula import ContextShape
@@ -27,17 +28,12 @@ def register(app: typer.Typer) -> None:
 
 
 def serve(
-    model: Annotated[
-        Path, typer.Argument(metavar="FILE", help="Any GGUF model, also hf://ORG/REPO/FILE.gguf.")
-    ],
+    model: opt.AnyModel,
     check: Annotated[
         Path | None,
         typer.Option("--check", help="What `check --json` printed, for its settings."),
     ] = None,
-    memory: Annotated[
-        str | None,
-        typer.Option("--memory", help="What it must run in: 16GB; default: what is left here."),
-    ] = None,
+    memory: mem.RunsIn = None,
     context: Annotated[
         int | None,
         typer.Option("--context", min=16, help="Tokens; default: 4096."),
@@ -113,10 +109,17 @@ def serve(
             ContextShape(context or _CONTEXT, 1, *parse_cache_types(cache_type or "f16")),
             limit(memory),
             n_threads=threads or default_threads(),
+            allow_grammars=allow_grammars,
             force=force,
         )
     elif context is None and cache_type is None and threads is None:
-        settings = checked_settings(model, CheckResult.load(check), limit(memory), force=force)
+        settings = checked_settings(
+            model,
+            CheckResult.load(check),
+            limit(memory),
+            allow_grammars=allow_grammars,
+            force=force,
+        )
     else:
         raise typer.BadParameter(
             "context, cache type and threads are those of the check", param_hint="--check"
@@ -132,7 +135,6 @@ def serve(
         verbose=verbose,
         hosts=tuple(allow_host or ()),
         origins=tuple(allow_origin or ()),
-        allow_grammars=allow_grammars,
         max_tokens=max_tokens,
         n_waiting=queue,
         seconds=time_limit,
@@ -145,7 +147,7 @@ def _serve(settings: Settings, place: Place, terminal: opt.Terminal, *, as_json:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: server.stop())
         if as_json:
-            print(json.dumps(summary(server)), flush=True)
+            print(to_json(summary(server)), flush=True)
         for line in lines(server):
             terminal.out.print(line, soft_wrap=True, markup=False)
         server.wait()

@@ -1,0 +1,1 @@
+"""Passes and sequences on the workers of an executor: threads, processes or Dask."""

@@ -6,6 +6,7 @@ import re
 import socket
 from collections.abc import Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
+from typing import Any
 
 from ramgguf.cluster.dask_executor import DaskExecutor
 from ramgguf.core.errors import EngineError
@@ -13,7 +14,7 @@ from ramgguf.core.errors import EngineError
 CONNECT_SECONDS = 5
 ANSWER_SECONDS = 30  # until a scheduler that is there has answered, on a busy machine
 WORKER_SECONDS = 10
-_DASK = re.compile(r"dask://(?P<host>[^/\s:]+|\[[0-9a-fA-F:]+\]):(?P<port>\d{1,5})")
+_DASK = re.compile(r"dask(?P<tls>\+tls)?://(?P<host>[^/\s:]+|\[[0-9a-fA-F:]+\]):(?P<port>\d{1,5})")
 _LOCAL = re.compile(r"local:(?P<n>[1-9]\d{0,3})")
 
 
@@ -21,9 +22,10 @@ _LOCAL = re.compile(r"local:(?P<n>[1-9]\d{0,3})")
 def connected(name: str | None) -> Iterator[Executor | None]:
     """Yield the executor that a name stands for; None for no name.
 
-    local:N are N workers on this machine, dask://HOST:PORT those of the Dask scheduler there. On
+    local:N are N workers on this machine, dask://HOST:PORT those of the Dask scheduler there, and
+    dask+tls://HOST:PORT the same by TLS, with the certificates that Dask's configuration names. On
     the way out, what has not begun is cancelled. Raises EngineError for other names, without
-    `distributed`, and when no scheduler or no worker answers within seconds.
+    `distributed` or a certificate, and when no scheduler or no worker answers within seconds.
     """
     if name is None:
         yield None
@@ -35,14 +37,17 @@ def connected(name: str | None) -> Iterator[Executor | None]:
         finally:
             pool.shutdown(cancel_futures=True)
     elif found := _DASK.fullmatch(name):
-        with _dask(name, found["host"], int(found["port"])) as executor:
+        at = found["host"], int(found["port"])
+        with _dask(name, *at, encrypted=found["tls"] is not None) as executor:
             yield executor
     else:
-        raise EngineError(f"executor {name!r} is neither local:N nor dask://HOST:PORT")
+        raise EngineError(
+            f"executor {name!r} is neither local:N nor dask://HOST:PORT nor dask+tls://HOST:PORT"
+        )
 
 
 @contextlib.contextmanager
-def _dask(name: str, host: str, port: int) -> Iterator[Executor]:
+def _dask(name: str, host: str, port: int, *, encrypted: bool) -> Iterator[Executor]:
     try:
         import distributed
     except ImportError as e:
@@ -52,13 +57,18 @@ def _dask(name: str, host: str, port: int) -> Iterator[Executor]:
     # Our own errors report lost connections.
     logging.getLogger("distributed").setLevel(logging.CRITICAL)
     address = f"{host}:{port}"
+    security = _certificates(name, distributed) if encrypted else None
     try:
         # Dask retries for long; a closed port is an error at once.
         socket.create_connection((host.strip("[]"), port), timeout=CONNECT_SECONDS).close()
         client = distributed.Client(
-            f"tcp://{address}", timeout=ANSWER_SECONDS, set_as_default=False
+            f"{'tls' if encrypted else 'tcp'}://{address}",
+            timeout=ANSWER_SECONDS,
+            set_as_default=False,
+            security=security,
         )
-    except (OSError, OverflowError, ValueError) as e:
+    # RuntimeError: Dask's configuration asks for encryption, and the name does not.
+    except (OSError, OverflowError, ValueError, RuntimeError) as e:
         reason = str(e).splitlines()[0] if str(e) else type(e).__name__
         raise EngineError(f"{name}: no scheduler answers there ({reason})") from None
     try:
@@ -71,3 +81,24 @@ def _dask(name: str, host: str, port: int) -> Iterator[Executor]:
         yield DaskExecutor(client)
     finally:
         client.close()
+
+
+def _certificates(name: str, distributed: Any) -> Any:
+    """Return Dask's security with what its configuration names. Raises EngineError without."""
+    security = distributed.Security(require_encryption=True)
+    told = {
+        "CA_FILE": security.tls_ca_file,
+        "CLIENT__CERT": security.tls_client_cert,
+        "CLIENT__KEY": security.tls_client_key,
+    }
+    missing = [f"DASK_DISTRIBUTED__COMM__TLS__{key}" for key, path in told.items() if not path]
+    if missing:
+        raise EngineError(
+            f"{name}: Dask's configuration names no certificates; set {', '.join(missing)}"
+        )
+    try:
+        security.get_connection_args("client")
+    except OSError as e:  # ssl.SSLError is one
+        paths = ", ".join(told.values())
+        raise EngineError(f"{name}: {paths} are no certificates that can be used ({e})") from None
+    return security

@@ -14,7 +14,7 @@ from ramgguf.gguf.reader import GGUFFile
 from ramgguf.llama.forward import ForwardRequest, ForwardResult, joint_fingerprint
 from ramgguf.llama.protocol import TokenIds, pack_ids, unpack_ids
 from ramgguf.llama.runner_protocol import (
-    AboutBench,
+    AboutRunner,
     Compare,
     Compared,
     DrawIds,
@@ -64,8 +64,8 @@ class RemoteRunner:
 
     @cached_property
     def _opened(self) -> RunnerOpened:
-        answer = self._pool.ask(self._task("loading", AboutBench())).answer
-        assert isinstance(answer, RunnerOpened)  # what AboutBench is answered by
+        answer = self._pool.ask(self._task("loading", AboutRunner())).answer
+        assert isinstance(answer, RunnerOpened)  # what AboutRunner is answered by
         return answer
 
     @property

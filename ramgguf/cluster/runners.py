@@ -1,6 +1,6 @@
 """Where passes run: in a child of this process, or on the workers of an executor.
 
-llama.cpp never runs in the command's own process: what ends it there is an error here.
+llama.cpp never runs in the command's own process: a crash there is an error here.
 """
 
 import contextlib

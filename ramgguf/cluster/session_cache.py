@@ -27,12 +27,12 @@ from ramgguf.llama.child import Child
 from ramgguf.llama.client import Engine
 from ramgguf.llama.protocol import Score, SystemInfo, Tokenize, Tokenized
 from ramgguf.llama.runner_protocol import (
-    AboutBench,
+    AboutRunner,
     Compare,
     Compared,
     DrawIds,
     DrawnIds,
-    OpenBench,
+    OpenRunner,
     Prepare,
     Prepared,
     RunnerOpened,
@@ -57,7 +57,7 @@ class RunnerTool:
     def __init__(self, key: RunnerKey) -> None:
         same_file(key.model).close()
         self._child = Child(_RUNNER_WORKER)
-        opening = OpenBench(
+        opening = OpenRunner(
             path=key.model.path,
             n_ctx=key.n_ctx,
             n_threads=key.n_threads,
@@ -74,7 +74,7 @@ class RunnerTool:
     def perform(self, request: RunnerRequest | EngineRequest) -> Answer:
         """Return the child's answer."""
         match request:
-            case AboutBench():
+            case AboutRunner():
                 return self._child.ask(request, RunnerOpened)
             case DrawIds():
                 return self._child.ask(request, DrawnIds)

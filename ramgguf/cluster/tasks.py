@@ -1,12 +1,13 @@
-"""What is sent to a worker and what comes back: values that can be pickled, and name everything."""
+"""Requests to workers and their answers: picklable values that carry all that they need."""
 
 from dataclasses import dataclass
 from typing import Literal
 
 from ramgguf.gguf.identity import FileIdentity
+from ramgguf.llama.kind import ModelKind
 from ramgguf.llama.protocol import Opened, Score, Scored, SystemInfo, Tokenize, Tokenized
 from ramgguf.llama.runner_protocol import (
-    AboutBench,
+    AboutRunner,
     Compare,
     Compared,
     DrawIds,
@@ -23,7 +24,7 @@ from ramgguf.quants.imatrix import ImportanceSource
 class RunnerKey:
     """A local runner that a worker keeps open: a copy of the model, made in `folder`, and settings.
 
-    ForwardRunner over the same model with the same settings give the same numbers on equal kernels.
+    On equal kernels, runners of the same model with the same settings give the same numbers.
     """
 
     model: FileIdentity
@@ -48,7 +49,7 @@ class OpenEngine:
 
 
 Key = RunnerKey | EngineKey
-RunnerRequest = AboutBench | DrawIds | Prepare | Compare
+RunnerRequest = AboutRunner | DrawIds | Prepare | Compare
 EngineRequest = OpenEngine | Tokenize | Score
 RunnerAnswer = RunnerOpened | DrawnIds | Prepared | Compared
 Answer = RunnerAnswer | Opened | Tokenized | tuple[Scored, ...]
@@ -106,7 +107,7 @@ class Failed:
 
     error: the worker or its files are unfit. refused, crashed: it is the model's fault, as
     ModelError and CrashError say. lost: the child was killed from outside, which the task may
-    survive elsewhere.
+    survive elsewhere. model_kind is as in WrongKindError.
     """
 
     worker: str
@@ -114,3 +115,4 @@ class Failed:
     message: str
     model: int = 0
     index: int | None = None
+    model_kind: ModelKind | None = None

@@ -11,7 +11,7 @@ from ramgguf.cluster.tasks import Done, Failed, Task, WorkerInfo
 from ramgguf.core.errors import RamggufError
 from ramgguf.core.version import __version__
 from ramgguf.llama.child import ChildDiedError
-from ramgguf.llama.client import CrashError, ModelError
+from ramgguf.llama.client import CrashError, ModelError, WrongKindError
 
 
 def perform(task: Task) -> Done | Failed:
@@ -25,6 +25,8 @@ def perform(task: Task) -> Done | Failed:
             return Done(WorkerInfo(name, tool.system), tool.perform(task.request))
     except CrashError as e:
         return Failed(name, _kind(e.code), str(e), e.model, e.index)
+    except WrongKindError as e:
+        return Failed(name, "refused", str(e), e.model, e.index, e.kind)
     except ModelError as e:
         return Failed(name, "refused", str(e), e.model, e.index)
     except ChildDiedError as e:

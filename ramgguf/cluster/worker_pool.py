@@ -23,7 +23,7 @@ from ramgguf.cluster.tasks import (
 from ramgguf.cluster.worker import perform
 from ramgguf.core.errors import EngineError
 from ramgguf.core.version import __version__
-from ramgguf.llama.client import CrashError, ModelError
+from ramgguf.llama.client import CrashError, ModelError, WrongKindError
 
 MAX_TRIES = 3  # of a task whose child is killed from outside, by the system short of memory say
 
@@ -158,6 +158,8 @@ def _error(failed: Failed, task: Task, n_tries: int, *, here: bool) -> EngineErr
         case "error":
             where = "" if here else f"worker {failed.worker}: "
             return EngineError(f"{where}{failed.message}")
+        case "refused" if failed.model_kind is not None:
+            return WrongKindError(failed.model, failed.index, failed.message, failed.model_kind)
         case "refused":
             return ModelError(failed.model, failed.index, failed.message)
     message = failed.message

@@ -1,0 +1,1 @@
+"""Errors, units, files, documents, progress and threads: nothing about models."""

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from ramgguf.core.documents import FrozenModel, Positive
 from ramgguf.core.errors import EngineError
-from ramgguf.core.inputs import read_text
+from ramgguf.core.inputs import read_text, reading
 
 
 class Text(FrozenModel):
@@ -86,6 +86,7 @@ def text_file(path: Path) -> Corpus:
     Raises EngineError when it cannot be read.
     """
     if path.suffix == ".parquet":
+        reading(path)
         return dataset("parquet", split="train", files=path)
     return Corpus(path.name, read_text(path, error=EngineError))
 

@@ -1,32 +1,17 @@
 """What all values have in common, and those that are files: JSON with a schema name and version."""
 
-from collections.abc import Callable
+import json
 from pathlib import Path
 from typing import Annotated, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticSerializationError, to_jsonable_python
 
+from ramgguf.core.drawing import Drawn
 from ramgguf.core.errors import PlanError
+from ramgguf.core.escape import json_text, surrogates_escaped
 from ramgguf.core.files import write_atomically
 from ramgguf.core.inputs import read_text
-
-_artists: list[Callable[[object], str | None]] = []
-
-
-def drawn_by(artist: Callable[[object], str | None]) -> None:
-    """Have artist draw values for notebooks: it returns HTML, or None for what it does not know.
-
-    The package's front door names one; values are below those rooms that know how to draw.
-    """
-    _artists[:] = [artist]
-
-
-class Drawn:
-    """A value that notebooks show as a table."""
-
-    def _repr_html_(self) -> str | None:
-        """Return the value as HTML, None where nothing draws it."""
-        return _artists[0](self) if _artists else None
 
 
 class FrozenModel(BaseModel):
@@ -55,14 +40,15 @@ class Document(FrozenModel, Drawn):
 
     def to_json(self) -> str:
         """Return the JSON text, headed by its schema: {"schema": "ramgguf.plan/1", ...}."""
-        body = self.model_dump_json(indent=1, exclude_none=False)
-        return f'{{\n "schema": "ramgguf.{self.KIND}/{self.VERSION}",{body[1:]}\n'
+        try:
+            body = self.model_dump_json(indent=1, exclude_none=False)
+        except PydanticSerializationError:  # a path of bytes that are no UTF-8
+            body = json.dumps(surrogates_escaped(to_jsonable_python(self)), indent=1)
+        return json_text(f'{{\n "schema": "ramgguf.{self.KIND}/{self.VERSION}",{body[1:]}\n')
 
     @classmethod
     def from_json(cls, text: str, *, name: str = "the text") -> Self:
         """Return the value that to_json wrote. Raises PlanError that names what is wrong."""
-        import json
-
         try:
             data = json.loads(text)
         except (ValueError, RecursionError) as e:

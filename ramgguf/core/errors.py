@@ -1,11 +1,6 @@
 """What can go wrong: every error that is the user's to fix derives from RamggufError."""
 
-
-def printable(text: str) -> str:
-    """Return the text on one line, with escapes for what would control a terminal."""
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+from ramgguf.core.escape import printable
 
 
 class RamggufError(Exception):

@@ -1,4 +1,4 @@
-"""Files that appear under their names whole or not at all, and survive whatever stops their writer.
+"""Files that appear under their names whole or not at all, however their writer ends.
 
 A file is written to `.NAME.ramgguf-tmp` beside its target, which its writer holds locked (flock),
 flushed to disk and renamed. A temporary that nobody holds locked is an orphan of a process that was

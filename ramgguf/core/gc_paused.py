@@ -9,10 +9,10 @@ MANY = 10_000  # scanning that many values takes milliseconds
 
 @contextlib.contextmanager
 def gc_paused() -> Iterator[None]:
-    """Have cyclic garbage collected later: for code that makes many values and no cycles.
+    """Put off collecting cyclic garbage: for code that makes many values and no cycles.
 
-    The collector looks at new values again and again, which takes longer than making them. When
-    MANY were made, what is alive at the end counts as old: it is looked at when everything is.
+    The collector scans new values again and again, which takes longer than making them. If MANY
+    were made, all that is alive at the end counts as old: only a full collection scans it.
     """
     was_enabled = gc.isenabled()
     gc.disable()

@@ -2,11 +2,13 @@
 
 import fcntl
 import os
+import stat
 from contextlib import suppress
 from pathlib import Path
 
 from ramgguf.core.errors import RamggufError
 from ramgguf.core.files import refuse_input
+from ramgguf.core.inputs import reading
 
 
 def whole_lines(data: bytes) -> list[bytes]:
@@ -31,6 +33,7 @@ class LineFile:
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
             self._lock()
             data = path.read_bytes()
+            reading(path)  # no other output of the run may replace it
         except OSError as e:
             self.close()
             raise error(f"{path}: {e.strerror}") from None
@@ -58,8 +61,12 @@ class LineFile:
         self._end += n_bytes
 
     def close(self) -> None:
-        """Close the file, which frees it for others."""
+        """Close the file, which frees it for others; one without a byte is removed."""
         if self._fd >= 0:
+            told = os.fstat(self._fd)
+            if told.st_size == 0 and stat.S_ISREG(told.st_mode):
+                with suppress(OSError):
+                    self.path.unlink()
             os.close(self._fd)
             self._fd = -1
 

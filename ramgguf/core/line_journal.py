@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from ramgguf.core.documents import FrozenModel
 from ramgguf.core.errors import PlanError
+from ramgguf.core.escape import json_text
 from ramgguf.core.line_file import LineFile
 
 S = TypeVar("S", bound=FrozenModel)
@@ -50,7 +51,7 @@ class LineJournal(Generic[S, T]):
         self._write(step)
 
     def _write(self, value: FrozenModel) -> None:
-        self._file.append(value.model_dump_json().encode())
+        self._file.append(json_text(value.model_dump_json()).encode())
 
     def _read(self, lines: list[bytes]) -> None:
         settings, step = self._types

@@ -25,6 +25,7 @@ from ramgguf.deploy.result import Answer, CheckResult, Speed, Spread, Stage
 from ramgguf.gguf.hub import local_path
 from ramgguf.gguf.reader import GGUFFile, open_gguf
 from ramgguf.llama.child import Child, ChildDiedError, describe_exit
+from ramgguf.llama.kind import KindError, ModelKind
 from ramgguf.llama.limits import Limiter, limiter
 from ramgguf.llama.protocol import SystemInfo
 from ramgguf.llama.trial_protocol import (
@@ -65,6 +66,8 @@ class _Found:
     """What a trial has found so far."""
 
     stage: Stage = "load"
+    kind: ModelKind = "causal"
+    n_ctx: int | None = None
     load_seconds: float | None = None
     peak_bytes: int | None = None
     filled: Filled | None = None
@@ -86,8 +89,9 @@ def check_file(
     """Return what a deployment test of the file finds; it fails without raising.
 
     With a reference (the model it was made from), the answers are also judged by it. Both may be
-    on the hub (hf://…). Raises GGUFError for a file that is none, EngineError when llama.cpp is
-    missing.
+    on the hub (hf://…). Of an embedding model, prompts are timed and nothing is generated. Raises
+    GGUFError for a file that is none, EngineError when llama.cpp is missing, KindError for a model
+    that gives neither tokens nor embeddings.
     """
     path = local_path(path)
     reference = None if reference is None else local_path(reference)
@@ -97,6 +101,11 @@ def check_file(
         found = _Found()
         limits = limiter(request.limit.n_bytes)
         _try(path, request, limits, found, announce)
+        if reference is not None and found.kind == "embedding":
+            raise EngineError(
+                f"{path} is an embedding model and says nothing for --reference to judge; "
+                "`ramgguf eval FILE --reference ORIGINAL` compares embeddings"
+            )
         surprises = _judged(reference, request, found, announce)
         failures = [*found.failures, *_failures(planned, request, found, surprises)]
         return CheckResult(
@@ -106,7 +115,8 @@ def check_file(
             header_sha256=file.header_sha256,
             sample_sha256=file.sample_sha256,
             name=file.name,
-            n_ctx=request.shape.n_ctx,
+            model_kind=found.kind,
+            n_ctx=found.n_ctx or request.shape.n_ctx,
             type_k=request.shape.type_k,
             type_v=request.shape.type_v,
             n_threads=request.n_threads,
@@ -146,7 +156,10 @@ def _try(
             announce(f"{path.name}: loading under {format_bytes(request.limit.n_bytes)}")
             loaded = child.ask(load, Loaded)
             found.load_seconds, found.system = loaded.seconds, loaded.system
-            announce(f"{path.name}: filling {shape.n_ctx} tokens of context")
+            found.kind, found.n_ctx = loaded.kind_of_model, loaded.n_ctx
+            if found.kind not in ("causal", "embedding"):
+                raise KindError(path, found.kind)
+            announce(f"{path.name}: filling {loaded.n_ctx} tokens of context")
             found.stage = "fill"
             n_generated = max(1, min(request.n_generated, shape.n_ctx // 2))
             found.filled = child.ask(Fill(text=KNOWN_TEXT, n_generated=n_generated), Filled)
@@ -160,6 +173,8 @@ def _try(
                 n_repeats=request.n_repeats,
             )
             found.rates = child.ask(timing, Rates)
+            if found.kind == "embedding":
+                return
             announce(f"{path.name}: asking {len(PROMPTS)} questions")
             found.stage = "talk"
             found.asked = child.ask(_talk(request), Conversation).answers
@@ -172,6 +187,8 @@ def _try(
                 f"{_DOING[found.stage]}: llama.cpp ended with {describe_exit(e.code)}{last}"
             )
             found.is_out_of_memory = e.code == -signal.SIGKILL or _tells_of_memory(e.said)
+        except KindError:
+            raise
         except EngineError as e:
             if "pip install" in str(e):
                 raise
@@ -269,13 +286,17 @@ def _is_memory(planned: Footprint, request: CheckRequest, found: _Found) -> bool
 
 
 def _speed(found: _Found) -> Speed | None:
-    if found.rates is None or found.filled is None or not found.asked:
+    if found.rates is None or found.filled is None:
+        return None
+    if not (found.asked or found.kind == "embedding"):
         return None
     return Speed(
         n_prompt=found.rates.n_prompt,
         prompt=Spread.of(found.rates.prompt),
-        generation=Spread.of(found.rates.generation),
-        first_token_seconds=Spread.of([a.first_seconds for a in found.asked]),
+        generation=Spread.of(found.rates.generation) if found.rates.generation else None,
+        first_token_seconds=Spread.of([a.first_seconds for a in found.asked])
+        if found.asked
+        else None,
         filling=found.filled.n_tokens / found.filled.seconds,
         generation_full=found.filled.generation,
     )

@@ -1,4 +1,4 @@
-"""What a model would take in memory: asked of llama.cpp, or estimated where it cannot be asked."""
+"""The memory that a model takes: llama.cpp's own figures, or an estimate where it has none."""
 
 import contextlib
 from collections.abc import Mapping
@@ -85,8 +85,8 @@ class FootprintEstimator:
         self._file = file
         self._stack = contextlib.ExitStack()
         self._child = self._stack.enter_context(Child("ramgguf.llama.sizes"))
-        self._hollow = contextlib.ExitStack()
-        self._hollow_of: tuple[Mapping[str, str], str] | None = None
+        self._stub = contextlib.ExitStack()
+        self._stub_of: tuple[Mapping[str, str], str] | None = None
         self._why: str | None = None
 
     def __enter__(self) -> Self:
@@ -94,7 +94,7 @@ class FootprintEstimator:
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
-        self._hollow.close()
+        self._stub.close()
 
     def footprint(self, shape: ContextShape, tensor_types: Mapping[str, str]) -> Footprint:
         """Return what the model takes with these types, the source's own for others.
@@ -112,11 +112,11 @@ class FootprintEstimator:
 
     def _path(self, tensor_types: Mapping[str, str]) -> str:
         """Return the path of a stub model with these types; it is kept until the types change."""
-        if self._hollow_of is None or self._hollow_of[0] != tensor_types:
-            self._hollow.close()
-            path = self._hollow.enter_context(stub_model(self._file, tensor_types))
-            self._hollow_of = (dict(tensor_types), str(path))
-        return self._hollow_of[1]
+        if self._stub_of is None or self._stub_of[0] != tensor_types:
+            self._stub.close()
+            path = self._stub.enter_context(stub_model(self._file, tensor_types))
+            self._stub_of = (dict(tensor_types), str(path))
+        return self._stub_of[1]
 
     def _require_allowed(self, path: str, shape: ContextShape, why: str) -> None:
         """Raise BudgetError if only the types of the cache are what llama.cpp refuses."""
@@ -199,7 +199,7 @@ def _estimated(
 
 
 def _overhead(file: GGUFFile, n_vocab: int, shape: ContextShape) -> int:
-    """Return what neither buffers nor files show: process, vocabulary, logits, work buffer.
+    """Return the overhead: process, vocabulary, logits, work buffer.
 
     The work buffer holds one batch's activations as the weights' kernels want them.
     """

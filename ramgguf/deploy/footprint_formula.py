@@ -1,4 +1,4 @@
-"""What a context takes in memory, from the header alone: an estimate, where llama.cpp is not asked.
+"""The memory of a context from the header alone: an estimate, for where llama.cpp cannot tell.
 
 Caches follow llama.cpp: src/llama-kv-cache.cpp, llama-kv-cache-iswa.cpp, llama-memory-recurrent.cpp
 and llama-hparams.cpp of late 2026. Keys that are unknown here, such as those of sparse attention
@@ -7,8 +7,6 @@ with an index, are not counted.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import numpy as np
 
 from ramgguf.gguf.architecture import TOKEN_EMBEDDING
 from ramgguf.gguf.header import ggml_type
@@ -58,13 +56,15 @@ class Header:
 
     def per_layer(self, key: str, default: Sequence[int]) -> list[int]:
         """Return a value for each layer, of a key that holds one for all or one for each."""
-        value = self._metadata.get(f"{self.architecture}.{key}")
-        if isinstance(value, np.ndarray):
-            values = [int(v) for v in value[: self.n_layers]]
+        name = f"{self.architecture}.{key}"
+        each = self._metadata.numbers(name)
+        if each is not None:
+            values = [int(v) for v in each[: self.n_layers]]
             return values + list(default[len(values) :])
-        if isinstance(value, bool | int):
-            return [int(value)] * self.n_layers
-        return list(default)
+        flag, one = self._metadata.flag(name), self._metadata.integer(name)
+        if flag is None and one is None:
+            return list(default)
+        return [int(flag or one or 0)] * self.n_layers
 
 
 def cache_bytes(file: GGUFFile, shape: ContextShape) -> tuple[int, ...]:
@@ -109,7 +109,7 @@ def _state_bytes(header: Header) -> int:
 
 
 def _attention_bytes(header: Header, shape: ContextShape) -> list[int]:
-    """Return what each layer's keys and values take, a window's worth where that is all it has."""
+    """Return the bytes of each layer's keys and values; layers with a window keep one window."""
     n = header.n_layers
     heads = header.per_layer("attention.head_count", [1] * n)
     kv_heads = header.per_layer("attention.head_count_kv", heads)

@@ -30,6 +30,7 @@ from ramgguf.deploy.front_children import (
     checked_grammar,
 )
 from ramgguf.deploy.front_requests import (
+    GRAMMAR_BYTES,
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
@@ -72,6 +73,8 @@ def bind(host: str, port: int) -> socket.socket:
 
     Raises EngineError when it cannot be bound.
     """
+    if not 0 <= port < 1 << 16:  # getaddrinfo takes it modulo that
+        raise EngineError(f"port {port} is none; choose another --port, 0 to 65535")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -83,7 +86,7 @@ def bind(host: str, port: int) -> socket.socket:
         except OSError:
             found.close()
             raise
-    except (OSError, OverflowError) as e:
+    except OSError as e:
         raise EngineError(
             f"{host}:{port} cannot be listened at: {e}; choose another --host or --port"
         ) from None
@@ -291,8 +294,10 @@ class Api:
         if grammar is not None and schema is not None:
             raise RequestError(400, "grammar and response_format exclude each other")
         text = None if schema is None else json.dumps(schema)
-        check = CheckGrammar(path=self._path, grammar=grammar, schema_text=text)
-        async with self._grammar_turn:  # each may take half a gigabyte
+        check = CheckGrammar(
+            path=self._path, grammar=grammar, schema_text=text, growth_bytes=GRAMMAR_BYTES
+        )
+        async with self._grammar_turn:  # each takes the memory of a vocabulary, and a limit's
             return await checked_grammar(check, self._limits)
 
     def _require_short(self, text: str) -> None:

@@ -18,6 +18,28 @@ _IGNORED = frozenset(
 _LOGPROBS = "logprobs is not supported: it takes the logits of the whole context"
 
 
+# What one request takes in the model's process beyond what it has after loading, measured with
+# llama-cpp-python 0.3.36: up to 165 bytes for each byte of a prompt that is one long word (its
+# tokenizer's queue), and 9 MB for samplers. A grammar is tried with half of what it may take.
+_BYTES_PER_PROMPT_BYTE = 192
+_SAMPLING_BYTES = 32 << 20
+GRAMMAR_BYTES = 64 << 20
+# A prompt of more bytes than these for each token of the context does not fit it; a short context
+# leaves room for a request that is refused because of its tokens, in words.
+_BYTES_PER_TOKEN, _LEAST_BYTES = 32, 64 << 10
+
+
+def prompt_bytes(n_ctx: int) -> int:
+    """Return the most bytes of a prompt for a context of n_ctx tokens."""
+    return max(_LEAST_BYTES, _BYTES_PER_TOKEN * n_ctx)
+
+
+def request_bytes(n_prompt_bytes: int, *, allow_grammars: bool) -> int:
+    """Return what one request may take in the model's process: what is planned is the limit."""
+    grammar = 2 * GRAMMAR_BYTES if allow_grammars else 0
+    return _SAMPLING_BYTES + _BYTES_PER_PROMPT_BYTE * n_prompt_bytes + grammar
+
+
 class Limits(FrozenModel):
     """What one request may take, and how many may wait."""
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ramgguf.core.errors import BudgetError, PlanError
@@ -197,10 +197,11 @@ class MemoryPlanner:
         advice.append("a lower --min-sqnr or more --formats allow smaller plans")
         return "; ".join(advice)
 
-    def longest_context(self, n_bytes: int) -> int:
+    def longest_context(self, n_bytes: int, besides: Callable[[int], int] = lambda _: 0) -> int:
         """Return the longest context with which a file of so many bytes fits; 0 if none does.
 
-        The bytes are shared among the tensors as in the source.
+        The bytes are shared among the tensors as in the source. besides is what else a context of
+        so many tokens takes.
         """
         shape = self._request.shape
 
@@ -208,7 +209,10 @@ class MemoryPlanner:
             tried = ContextShape(n_ctx, shape.n_seq, shape.type_k, shape.type_v)
             footprint = self._scale.footprint(tried, {})
             share = (n_bytes - self._header_bytes) / footprint.use.weights
-            return self._excess(self._place(footprint.scaled(share))) <= 0
+            overhead = footprint.overhead + besides(n_ctx)
+            return (
+                self._excess(self._place(replace(footprint.scaled(share), overhead=overhead))) <= 0
+            )
 
         low, high = 0, shape.n_ctx // CONTEXT_STEP
         while low < high:

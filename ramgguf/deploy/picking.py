@@ -97,6 +97,8 @@ class Picked:
             return "speed: not measured"
         asked = f", asked were {self.request.min_speed:g}" if self.request.min_speed else ""
         found = speed.generation
+        if found is None:
+            return f"speed: prompts {speed.prompt.median:.0f} tokens/s"
         return (
             f"speed: {found.median:.1f} tokens/s ({found.low:.1f}–{found.high:.1f}){asked}; "
             f"prompts {speed.prompt.median:.0f} tokens/s"
@@ -198,17 +200,25 @@ def _smaller(found: CheckResult, plan: Plan, request: PickRequest) -> int | None
             f"{found.path} fails its trial: {'; '.join(found.failures)}; a smaller one will not do "
             "better: allow more memory, or a shorter context"
         )
-    speed = found.speed.generation.median if found.speed else 0.0
+    if found.model_kind == "embedding":
+        raise EngineError(
+            f"{found.path} is an embedding model and generates nothing: leave out the least speed"
+        )
+    speed = _tokens_per_second(found)
     if speed >= request.min_speed:
         return None
     return max(1, int(plan.n_bytes * speed / request.min_speed * _SLOWER))
 
 
+def _tokens_per_second(found: CheckResult) -> float:
+    speed = found.speed.generation if found.speed else None
+    return speed.median if speed else 0.0
+
+
 def _reached(found: CheckResult, request: PickRequest) -> str:
     if found.speed is None:
         return "it does not fit its memory"
-    reached = found.speed.generation.median
-    return f"{reached:.1f} tokens/s were reached, {request.min_speed:g} asked for"
+    return f"{_tokens_per_second(found):.1f} tokens/s were reached, {request.min_speed:g} asked for"
 
 
 def _score(

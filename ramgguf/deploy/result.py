@@ -13,6 +13,7 @@ from ramgguf.core.documents import (
     Positive,
 )
 from ramgguf.gguf.identity import FileIdentity, Identified, difference
+from ramgguf.llama.kind import ModelKind
 from ramgguf.llama.protocol import SystemInfo
 from ramgguf.plan.result import MemoryUse
 
@@ -36,15 +37,16 @@ class Spread(FrozenModel):
 class Speed(FrozenModel):
     """Tokens per second of prompts of n_prompt tokens and of generation; first token in seconds.
 
-    filling and generation_full are tokens per second while and after the context was filled.
+    filling and generation_full are tokens per second while and after the context was filled. What
+    generates nothing (an embedding model) has None there.
     """
 
     n_prompt: Positive
     prompt: Spread
-    generation: Spread
-    first_token_seconds: Spread
+    generation: Spread | None
+    first_token_seconds: Spread | None
     filling: NonNegativeFloat
-    generation_full: NonNegativeFloat
+    generation_full: NonNegativeFloat | None
 
 
 class Answer(FrozenModel):
@@ -68,12 +70,13 @@ class CheckResult(Document):
     """A deployment test: where it was run, how far it came, what was measured, pass or fail.
 
     limit_method says how the limit was imposed; peak_bytes is the process's most, with everything
-    that Python takes; known_ppl is the perplexity of a known paragraph. Where the test ended early,
-    failed_stage says at what, and what was not measured is None.
+    that Python takes; known_ppl is the perplexity of a known paragraph. An embedding model, which
+    model_kind tells, is neither asked nor scored, and n_ctx is no more than it was trained on.
+    Where the test ended early, failed_stage says at what, and what was not measured is None.
     """
 
     KIND: ClassVar[str] = "check"
-    VERSION: ClassVar[int] = 2  # 2: sample_sha256
+    VERSION: ClassVar[int] = 3  # 2: sample_sha256; 3: model_kind
 
     ramgguf_version: str
     path: str
@@ -81,6 +84,7 @@ class CheckResult(Document):
     header_sha256: str | None = None
     sample_sha256: str | None = None
     name: str | None
+    model_kind: ModelKind = "causal"
     n_ctx: Positive
     type_k: str
     type_v: str

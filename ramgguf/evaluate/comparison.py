@@ -1,4 +1,4 @@
-"""A leaderboard that says where its own rankings disagree, why, and whether that means anything."""
+"""A leaderboard that says where its rankings disagree, why, and whether this is significant."""
 
 import itertools
 from collections.abc import Sequence

@@ -10,17 +10,19 @@ from typing import Literal
 from ramgguf.cluster.worker_pool import WorkerPool
 from ramgguf.core.corpus import dataset as dataset_corpus
 from ramgguf.core.corpus import default_corpus, text_file
-from ramgguf.core.documents import Drawn
+from ramgguf.core.drawing import Drawn
 from ramgguf.core.errors import EngineError
 from ramgguf.core.parallel import default_threads
 from ramgguf.core.progress import Progress, Silent
+from ramgguf.evaluate.embedding_result import EmbeddingResult
+from ramgguf.evaluate.embeddings import EmbeddingSettings, embed_models
 from ramgguf.evaluate.journal import Journal
 from ramgguf.evaluate.protocol import EvalProtocol
 from ramgguf.evaluate.result import EvalResult, ModelFile
 from ramgguf.evaluate.scoring import Run, Settings, score
 from ramgguf.gguf.hub import local_path, origin_of
-from ramgguf.gguf.reader import open_gguf
-from ramgguf.llama.client import CrashError
+from ramgguf.gguf.reader import open_gguf, require_loadable
+from ramgguf.llama.client import CrashError, WrongKindError
 
 
 @dataclass(frozen=True)
@@ -28,11 +30,12 @@ class Evaluation(Drawn):
     """Results in the order of the models, and what went wrong, one message per failed model.
 
     A model that failed midway has a result with its finished sequences; one that did not load has
-    none.
+    none. Of embedding models, whose reference is one, there are embeddings instead of results.
     """
 
     results: tuple[EvalResult, ...]
     failures: tuple[str, ...]
+    embeddings: tuple[EmbeddingResult, ...] = ()
 
 
 def score_models(
@@ -53,8 +56,9 @@ def score_models(
     A model that crashes llama.cpp ends with what it had and a failure; the others go on. jsonl
     takes every sequence as it finishes; with resume, what it has is not computed again.
     safe_kernels None means: when llama.cpp crashes with its repacked kernels, all models are scored
-    again without them, and the results say so. With an executor, its workers score. Raises
-    EngineError when nothing could be scored, GGUFError for files that are no models.
+    again without them, and the results say so. With an executor, its workers score. Where the
+    reference is an embedding model, embeddings are compared. Raises EngineError when nothing could
+    be scored, GGUFError for files that are no models.
     """
     if not models:
         raise EngineError("there is no model to score")
@@ -73,6 +77,12 @@ def score_models(
         pool = None if executor is None else stack.enter_context(WorkerPool(executor))
         try:
             runs = score(files, settings, journal, shown, pool)
+        except WrongKindError as e:
+            if pool is not None:
+                raise EngineError(
+                    f"{e}; embedding models are compared in this process: leave out the executor"
+                ) from None
+            return _embedded(files, settings, safe_kernels, journal, shown)
         except CrashError as e:
             note = f"scored without llama.cpp's repacked kernels, because: {e}"
             settings = replace(settings, safe_kernels=True, stop_at_crash=False)
@@ -84,9 +94,27 @@ def score_models(
     return Evaluation(tuple(r for r in results if r is not None), failures)
 
 
+def _embedded(
+    files: Sequence[ModelFile],
+    settings: Settings,
+    safe_kernels: bool | None,
+    journal: Journal,
+    progress: Progress,
+) -> Evaluation:
+    assert settings.reference is not None  # by which this was called for
+    how = EmbeddingSettings(
+        settings.protocol, settings.reference, settings.threads, safe_kernels, settings.verbose
+    )
+    found, failures = embed_models(files, how, journal, progress)
+    if not found:
+        raise EngineError("; ".join(failures))
+    return Evaluation((), failures, found)
+
+
 def identify(path: Path) -> ModelFile:
     """Return which file a model is. Raises GGUFError when it is none."""
     with open_gguf(path) as gguf:
+        require_loadable(gguf)
         return ModelFile(
             path=str(path),
             n_bytes=gguf.n_bytes,
@@ -147,6 +175,9 @@ def evaluate(
     when nothing could be scored; a model that fails midway leaves its finished sequences. Where
     llama.cpp's repacked kernels crash (safe_kernels None), all models are scored without them.
     With an executor, its workers score the sequences (docs/scale.md), with `threads` threads each.
+
+    Where the reference is an embedding model, the embeddings of n_seq lines of the text, of at most
+    n_ctx tokens each, are compared with its own (docs/evaluation.md): the result has embeddings.
     """
     if text is not None and dataset is not None:
         raise EngineError("either a text or a dataset can be scored, not both")

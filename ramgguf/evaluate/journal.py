@@ -14,7 +14,10 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from ramgguf.core.documents import FrozenModel, NonNegativeFloat
 from ramgguf.core.errors import EngineError
+from ramgguf.core.escape import json_text
+from ramgguf.core.inputs import read_bytes
 from ramgguf.core.line_file import LineFile, whole_lines
+from ramgguf.evaluate.embedding_result import EmbeddingResult
 from ramgguf.evaluate.result import BrokenSequence, EvalResult, Quantiles, SequenceScore, quantiles
 
 
@@ -42,6 +45,13 @@ class SequenceRecord(FrozenModel):
     cpu: str | None = None
 
 
+class EmbeddingRecord(FrozenModel):
+    """An embedding model was compared with its original."""
+
+    record: Literal["embeddings"] = "embeddings"
+    result: EmbeddingResult
+
+
 class FailureRecord(FrozenModel):
     """A run ended early; what is missing is tried again when the evaluation is resumed."""
 
@@ -50,8 +60,8 @@ class FailureRecord(FrozenModel):
     message: str
 
 
-Record = Annotated[RunRecord | SequenceRecord | FailureRecord, Field(discriminator="record")]
-_ADAPTER: TypeAdapter[RunRecord | SequenceRecord | FailureRecord] = TypeAdapter(Record)
+AnyRecord = RunRecord | SequenceRecord | EmbeddingRecord | FailureRecord
+_ADAPTER: TypeAdapter[AnyRecord] = TypeAdapter(Annotated[AnyRecord, Field(discriminator="record")])
 
 
 def run_id(result: EvalResult) -> str:
@@ -73,18 +83,19 @@ def _kld_quantiles(sequences: Sequence[SequenceScore]) -> Quantiles | None:
     return quantiles(np.concatenate(found)) if found else None
 
 
-def read_results(path: Path) -> tuple[EvalResult, ...]:
-    """Return the results in a file that an evaluation wrote. Raises EngineError if it is none.
+def read_journal(path: Path) -> "Journal":
+    """Return what is in a file that an evaluation wrote. Raises EngineError if it is none.
 
     The file is not touched: the evaluation may still be writing it.
     """
-    try:
-        data = path.read_bytes()
-    except OSError as e:
-        raise EngineError(f"{path}: {e.strerror}; expected what `ramgguf eval -o` writes") from None
     journal = Journal(None, resume=False)
-    journal.load(path, whole_lines(data))
-    return journal.results()
+    journal.load(path, whole_lines(read_bytes(path, error=EngineError)))
+    return journal
+
+
+def read_results(path: Path) -> tuple[EvalResult, ...]:
+    """Return the results of language models in a file that an evaluation wrote."""
+    return read_journal(path).results()
 
 
 class Journal:
@@ -98,6 +109,7 @@ class Journal:
         self._done: dict[str, dict[int, SequenceRecord]] = {}
         self._announced: dict[str, EvalResult] = {}
         self._failures: dict[str, str] = {}
+        self._embeddings: list[EmbeddingResult] = []
         self._file: LineFile | None = None
         if path is None:
             return
@@ -188,9 +200,32 @@ class Journal:
                 last[key] = found
         return tuple(last.values())
 
-    def _write(self, record: RunRecord | SequenceRecord | FailureRecord) -> None:
+    @property
+    def embeddings(self) -> tuple[EmbeddingResult, ...]:
+        """The results of embedding models, each model's last one for the same texts."""
+        last: dict[tuple[str, str, str], EmbeddingResult] = {}
+        for found in self._embeddings:
+            key = (found.model.path, found.model.header_sha256, found.token_ids_sha256)
+            last.pop(key, None)
+            last[key] = found
+        return tuple(last.values())
+
+    def add_embeddings(self, result: EmbeddingResult) -> None:
+        """Record that an embedding model was compared with its original."""
+        self._embeddings.append(result)
+        self._write(EmbeddingRecord(result=result))
+
+    def embeddings_like(self, blank: EmbeddingResult) -> EmbeddingResult | None:
+        """Return the result of which this one has everything but texts and time, if it is there."""
+        wanted = blank.model_copy(update={"notes": ()})
+        for found in self._embeddings:
+            if found.model_copy(update={"texts": (), "seconds": 0.0, "notes": ()}) == wanted:
+                return found
+        return None
+
+    def _write(self, record: AnyRecord) -> None:
         if self._file is not None:
-            self._file.append(record.model_dump_json().encode())
+            self._file.append(json_text(record.model_dump_json()).encode())
 
     def load(self, path: Path, lines: list[bytes]) -> None:
         """Take over the records of these lines, which path holds."""
@@ -208,5 +243,7 @@ class Journal:
                     self._announced[record.run] = record.result
                 case SequenceRecord():
                     self.done(record.run)[record.index] = record
+                case EmbeddingRecord():
+                    self._embeddings.append(record.result)
                 case FailureRecord():
                     self._failures[record.run] = record.message

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
-from ramgguf.core.documents import Drawn
+from ramgguf.core.drawing import Drawn
 from ramgguf.evaluate.intervals import Estimate
 from ramgguf.evaluate.result import SequenceScore
 from ramgguf.evaluate.significance import PairedSequences, Ratio

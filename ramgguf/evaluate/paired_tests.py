@@ -95,7 +95,7 @@ class PairedTests:
         """Return the disagreement with its significance, its causes, and what is left of it."""
         x, y = first.criterion, second.criterion
         reversals = tuple(self._reversal(x, y, pair) for pair in reversed_pairs)
-        # every pair has its own causes; those that few pairs share still belong to the story
+        # Each reversed pair has its own influential sequences; all of them are removed together.
         removed = sorted({i for r in reversals for i in r.influential})
         if not removed:
             return Disagreement(first, second, reversals)

@@ -87,7 +87,8 @@ def ram_windows(
     """Return n_seq windows drawn without replacement from the text's consecutive windows.
 
     All tokens after the first are scored. With bos, BOS is put in front of every window and its
-    last token falls off. When the text has fewer windows all are used, and a note says so.
+    last token falls off. When the text has fewer windows all are used, and a note says so; so does
+    one where the tokenizer adds BOS and the windows have none.
     """
     if bos and tokens.bos < 0:
         raise EngineError("--bos: this tokenizer has no BOS token")
@@ -109,6 +110,8 @@ def ram_windows(
             Window(w.index, np.concatenate([head, w.ids[:-1]]), w.text_start, w.text_end)
             for w in windows
         )
+    elif tokens.adds_bos:
+        notes += ("the model expects BOS before a text, and no window has it; --bos puts it there",)
     protocol = Protocol(
         name="ram",
         n_ctx=n_ctx,

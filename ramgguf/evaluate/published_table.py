@@ -16,10 +16,10 @@ _NAMES = {
     "family": ("family", "base", "basemodel", "modelfamily"),
     "n_bytes": ("nbytes", "size", "bytes", "filesize", "sizegb", "gb"),
     "corpus_ppl": ("corpusppl", "corpusperplexity", "ppl", "perplexity"),
-    "mean": ("mean", "meanppl", "meanperplexity", "averageppl", "avgppl"),
+    "mean": ("mean", "meanppl", "meanperplexity", "averageppl", "avgppl", "pplmean"),
     "mean_ppl": ("arithmeticmeanppl", "sequencemeanppl"),
-    "median_ppl": ("median", "medianppl", "medianperplexity"),
-    "mean_kld": ("kld", "meankld", "kldivergence", "kl"),
+    "median_ppl": ("median", "medianppl", "pplmedian", "medianperplexity"),
+    "mean_kld": ("kld", "meankld", "kldmean", "avgkld", "averagekld", "kldivergence", "kl"),
     "n_outliers": ("noutliers", "outliers", "outliersequences"),
 }
 _COLUMNS = "model, n_bytes, corpus_ppl, mean_ppl, median_ppl, mean_kld, n_outliers"

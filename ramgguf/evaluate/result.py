@@ -1,4 +1,4 @@
-"""What an evaluation found: one value per model, whole enough to be compared without the model."""
+"""Results of an evaluation: one value per model, which can be compared without the model."""
 
 import hashlib
 import math

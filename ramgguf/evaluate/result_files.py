@@ -7,7 +7,8 @@ from pathlib import Path
 
 from ramgguf.core.errors import ResultError
 from ramgguf.core.inputs import read_text
-from ramgguf.evaluate.journal import read_results
+from ramgguf.evaluate.embedding_result import EmbeddingResult
+from ramgguf.evaluate.journal import read_journal
 from ramgguf.evaluate.leaderboard import Aggregate
 from ramgguf.evaluate.published_table import TABLE_SUFFIXES, published_table
 from ramgguf.evaluate.result import EvalResult
@@ -20,6 +21,7 @@ class Material:
     """What some files hold, in their order; plans and measurements with their file's name."""
 
     results: tuple[EvalResult, ...] = ()
+    embeddings: tuple[EmbeddingResult, ...] = ()
     aggregates: tuple[Aggregate, ...] = ()
     plans: tuple[tuple[str, Plan], ...] = ()
     measurements: tuple[tuple[str, Measurement], ...] = ()
@@ -35,6 +37,7 @@ def read_material(paths: Sequence[Path]) -> Material:
     parts = [_read(path) for path in paths]
     return Material(
         results=tuple(r for p in parts for r in p.results),
+        embeddings=tuple(e for p in parts for e in p.embeddings),
         aggregates=tuple(a for p in parts for a in p.aggregates),
         plans=tuple(x for p in parts for x in p.plans),
         measurements=tuple(m for p in parts for m in p.measurements),
@@ -44,10 +47,14 @@ def read_material(paths: Sequence[Path]) -> Material:
 
 def _read(path: Path) -> Material:
     if path.suffix.lower() == ".jsonl":
-        results = _lines_of_results(path) or read_results(path)
-        if not any(r.sequences for r in results):
+        if results := _lines_of_results(path):
+            read = Material(results=results)
+        else:
+            journal = read_journal(path)
+            read = Material(results=journal.results(), embeddings=journal.embeddings)
+        if not read.embeddings and not any(r.sequences for r in read.results):
             raise ResultError(f"{path} has no evaluation with a finished sequence in it")
-        return Material(results=results)
+        return read
     text = _text(path)
     if path.suffix.lower() in TABLE_SUFFIXES:
         aggregates, notes = published_table(text, name=str(path))
@@ -60,6 +67,13 @@ def _read(path: Path) -> Material:
     match kind.partition("/")[0]:
         case "ramgguf.eval":
             return Material(results=(EvalResult.from_json(text, name=str(path)),))
+        case "ramgguf.embeddings":
+            return Material(embeddings=(EmbeddingResult.from_json(text, name=str(path)),))
+        case "ramgguf.embedding-evaluation" if isinstance(data.get("results"), list):
+            texts = [json.dumps(r) for r in data["results"]]
+            return Material(
+                embeddings=tuple(EmbeddingResult.from_json(t, name=str(path)) for t in texts)
+            )
         case "ramgguf.evaluation" if isinstance(data.get("results"), list):
             texts = [json.dumps(r) for r in data["results"]]
             return Material(results=tuple(EvalResult.from_json(t, name=str(path)) for t in texts))

@@ -22,7 +22,7 @@ from ramgguf.evaluate.result import (
     SequenceScore,
     sha256_int32,
 )
-from ramgguf.llama.client import CrashError, Engine, ModelError
+from ramgguf.llama.client import CrashError, Engine, ModelError, WrongKindError
 from ramgguf.llama.protocol import Divergences, ModelInfo, Opened, Scored, encode_float32
 from ramgguf.llama.scorer import EngineOptions, EngineScorer, Scorer, Window
 
@@ -67,7 +67,7 @@ def score(
 
     With a pool, its workers score the sequences.
     A model that fails leaves its run with a failure, and the others go on; with stop_at_crash a
-    CrashError is raised instead.
+    CrashError is raised instead. Raises WrongKindError when the reference is an embedding model.
     """
     runs = [Run(file) for file in files]
     stage = _Stage(settings, journal, progress, len(runs), pool)
@@ -123,6 +123,9 @@ class _Stage:
                 return
             except ModelError as e:
                 failed = loaded[e.model]
+                is_reference = failed == self._settings.reference
+                if isinstance(e, WrongKindError) and e.kind == "embedding" and is_reference:
+                    raise  # its copies have embeddings, which are compared in another way
                 for run in left:
                     # Without its reference, no model can be scored as was asked.
                     if failed in (run.file, self._settings.reference):

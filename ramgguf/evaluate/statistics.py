@@ -60,7 +60,7 @@ class SequenceLosses:
 
 @dataclass(frozen=True, eq=False)
 class SequenceDivergences:
-    """Sums per sequence of what parts a model from its reference: KLD in nats, Δp in [−1, 1]."""
+    """Sums per sequence of differences to the reference: KLD in nats, Δp in [−1, 1]."""
 
     n_tokens: IntArray
     kld_sum: FloatArray

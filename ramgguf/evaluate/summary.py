@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ramgguf.core.errors import ResultError
+from ramgguf.evaluate.embedding_result import EmbeddingResult
 from ramgguf.evaluate.intervals import Estimate, estimate
 from ramgguf.evaluate.result import EvalResult, SequenceScore
 from ramgguf.evaluate.significance import (
@@ -123,7 +124,7 @@ def losses(result: EvalResult, only: Collection[int] | None = None) -> SequenceL
     return SequenceLosses(
         nll_sum=np.array([s.nll_sum for s in chosen]),
         n_tokens=np.array([s.n_scored for s in chosen], dtype=np.int64),
-        group=_articles(chosen),
+        group=articles([s.title for s in chosen]),
     )
 
 
@@ -134,7 +135,7 @@ def reference_losses(result: EvalResult) -> SequenceLosses | None:
     if len(sums) != len(chosen):
         return None
     n_tokens = np.array([s.n_scored for s in chosen], dtype=np.int64)
-    return SequenceLosses(np.array(sums), n_tokens, _articles(chosen))
+    return SequenceLosses(np.array(sums), n_tokens, articles([s.title for s in chosen]))
 
 
 def sequence_divergences(
@@ -159,7 +160,7 @@ def sequence_divergences(
         n_same_top=columns[2].astype(np.int64),
         delta_p_sum=columns[3],
         delta_p_squared_sum=columns[4],
-        group=_articles(chosen),
+        group=articles([s.title for s in chosen]),
     )
 
 
@@ -173,16 +174,15 @@ def _chosen(result: EvalResult, only: Collection[int] | None) -> tuple[SequenceS
     return tuple(chosen)
 
 
-def _articles(sequences: Sequence[SequenceScore]) -> IntArray | None:
-    """Return the article of each sequence as a number; None where the text names no articles."""
-    titles = [s.title for s in sequences]
+def articles(titles: Sequence[str | None]) -> IntArray | None:
+    """Return the article of each title as a number; None where the text names no articles."""
     if all(title is None for title in titles):
         return None
     numbers = {title: i for i, title in enumerate(dict.fromkeys(titles))}
     return np.array([numbers[title] for title in titles], dtype=np.int64)
 
 
-def unique_labels(results: Sequence[EvalResult]) -> tuple[str, ...]:
+def unique_labels(results: Sequence[EvalResult | EmbeddingResult]) -> tuple[str, ...]:
     """Return a label per result: the file's name, with as many folders as tell them apart."""
     parts = [r.model.path.replace("\\", "/").removesuffix(".gguf").split("/") for r in results]
     labels = [p[-1] for p in parts]

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 TOKEN_EMBEDDING, HEAD = "token_embd.weight", "output.weight"
 
-_LAYER = re.compile(r"^(?P<stack>(?:enc|dec)\.)?blk\.(?P<layer>\d+)\.(?P<rest>.+)$")
+# No model has a million layers; a longer number is part of an unknown name.
+_LAYER = re.compile(r"^(?P<stack>(?:enc|dec)\.)?blk\.(?P<layer>[0-9]{1,6})\.(?P<rest>.+)$")
 
 
 @dataclass(frozen=True)
@@ -273,8 +274,8 @@ def _n_dims(shape: tuple[int, ...]) -> int:
 def never_quantized(name: str, shape: tuple[int, ...], arch: str = "") -> str | None:
     """Return why llama.cpp never quantizes the tensor, or None if it may be quantized.
 
-    shape is in ggml's order. One rule is ours: llama.cpp's quantizer walks two- and
-    three-dimensional tensors only, so that those of four dimensions are kept.
+    shape is in ggml's order. One rule is ours: llama.cpp's quantizer aborts on
+    tensors of four dimensions, so they are kept.
     """
     del arch
     n_dims = _n_dims(shape)

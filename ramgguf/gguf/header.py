@@ -80,6 +80,8 @@ _DTYPES: Mapping[ValueType, np.dtype[Any]] = {
     )
 }
 
+_INTEGERS = frozenset(t for t, dtype in _DTYPES.items() if dtype.kind in "iu")
+MOST_CHARACTERS = 1 << 20  # of a string that is looked up: templates have tens of thousands
 Scalar = int | float | bool | str
 MetadataValue = Scalar | NDArray[Any] | tuple[str, ...]
 
@@ -220,13 +222,44 @@ class Metadata(Mapping[str, MetadataValue]):
 
     def integer(self, key: str) -> int | None:
         """Return an integer value; None if the key is missing or not an integer."""
-        value = self.get(key)
-        return value if isinstance(value, int) and not isinstance(value, bool) else None
+        value = self[key] if self._kind(key) in _INTEGERS else None
+        return value if isinstance(value, int) else None
 
-    def string(self, key: str) -> str | None:
-        """Return a string value; None if the key is missing or not a string."""
-        value = self.get(key)
-        return value if isinstance(value, str) else None
+    def flag(self, key: str) -> bool | None:
+        """Return a boolean value; None if the key is missing or not a boolean."""
+        value = self[key] if self._kind(key) == ValueType.BOOL else None
+        return value if isinstance(value, bool) else None
+
+    def string(self, key: str, most: int = MOST_CHARACTERS) -> str | None:
+        """Return a string value, cut to `most` characters; None if the key holds no string."""
+        if self._kind(key) != ValueType.STRING:
+            return None
+        span = self._spans[key]
+        begin = span.value_begin + 8
+        # A character takes 4 bytes at most, and more is not decoded than is returned.
+        return _text(self._header[begin : min(span.end, begin + 4 * most)])[:most]
+
+    def numbers(self, key: str) -> NDArray[Any] | None:
+        """Return an array of numbers, a view; None if the key is missing or something else."""
+        value = self[key] if self._item_kind(key) not in (None, ValueType.STRING) else None
+        return value if isinstance(value, np.ndarray) else None
+
+    def strings(self, key: str, most: int | None = None) -> tuple[str, ...] | None:
+        """Return an array of strings, or its first `most`; None if the key is something else."""
+        if self._item_kind(key) != ValueType.STRING:
+            return None
+        span = self._spans[key]
+        count = span.n_items if most is None else min(most, span.n_items)
+        return tuple(_strings(self._header, span.value_begin + 12, count))
+
+    def _kind(self, key: str) -> int | None:
+        # Looked at before anything is decoded: any key may hold an array of millions.
+        span = self._spans.get(key)
+        return None if span is None else span.type
+
+    def _item_kind(self, key: str) -> int | None:
+        span = self._spans.get(key)
+        return span.item_type if span is not None and span.type == ValueType.ARRAY else None
 
     @cached_property
     def types(self) -> Mapping[str, ValueType]:

@@ -42,9 +42,10 @@ def parse_address(model: str | Path) -> HubFile | None:
             f"hf://{text} is no address of a model; expected hf://ORG/REPO/FILE.gguf, or with a "
             "revision hf://ORG/REPO@REVISION/FILE.gguf"
         )
-    return HubFile(
-        repo=found["repo"], revision=found["revision"] or "main", file=found["file"] or ""
-    )
+    file = found["file"] or ""
+    if any(part in ("", ".", "..") for part in file.split("/")[:-1]) or file.endswith("/.."):
+        raise HubError(f"hf://{text} leads out of its repository; name a file in it")
+    return HubFile(repo=found["repo"], revision=found["revision"] or "main", file=file)
 
 
 def origin_of(path: Path) -> HubFile | None:

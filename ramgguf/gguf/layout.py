@@ -12,6 +12,7 @@ from pathlib import Path
 from ramgguf.core.errors import GGUFError
 from ramgguf.gguf.header import Value, ggml_type, i32, u16
 from ramgguf.gguf.reader import GGUFFile, TensorInfo
+from ramgguf.gguf.shards import model_stem
 
 _VERSION = 3
 _MAX_SHARDS = 65535  # split.count is a uint16
@@ -33,10 +34,15 @@ class PlannedTensor:
 
 @dataclass(frozen=True)
 class PlannedShard:
-    """A file to be written: its header, padding included, and its whole length."""
+    """A file to be written: its header, where the data begin, and its whole length.
+
+    What lies between is zero. A source may ask for an alignment of 2 GiB, so that padding is
+    counted and never made.
+    """
 
     path: Path
     header: bytes = field(repr=False)
+    data_offset: int
     n_bytes: int
 
 
@@ -55,7 +61,7 @@ class Layout:
     @property
     def header_bytes(self) -> int:
         """Bytes of all headers, padding included."""
-        return sum(len(s.header) for s in self.shards)
+        return sum(s.data_offset for s in self.shards)
 
 
 def padded(n_bytes: int, alignment: int) -> int:
@@ -126,17 +132,16 @@ def _shard(
         parts.append(_tensor_info(tensor, ggml_type(type_name).id, offset))
         offset += n_bytes
     header = b"".join(parts)
-    header += bytes(padded(len(header), alignment) - len(header))
-    planned, at = [], len(header)
+    data_offset = padded(len(header), alignment)
+    planned, at = [], data_offset
     for tensor, type_name, n_encoded, n_bytes in sized:
         planned.append(PlannedTensor(tensor.name, type_name, n_encoded, number, at))
         at += n_bytes
-    return PlannedShard(path, header, at), planned
+    return PlannedShard(path, header, data_offset, at), planned
 
 
 def _shard_path(path: Path, number: int, count: int) -> Path:
-    stem = path.name.removesuffix(".gguf")
-    return path.with_name(f"{stem}-{number + 1:05d}-of-{count:05d}.gguf")
+    return path.with_name(f"{model_stem(path)}-{number + 1:05d}-of-{count:05d}.gguf")
 
 
 def plan_layout(

@@ -1,4 +1,4 @@
-"""What people name in place of a GGUF file, and what to do about it."""
+"""Files that people give in place of a GGUF file, and what to do about each."""
 
 import re
 from pathlib import Path

@@ -11,18 +11,25 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ramgguf.core.closing import Closing
 from ramgguf.core.errors import GGUFError
 from ramgguf.gguf.architecture import has_tied_embedding, trunk_layers
-from ramgguf.gguf.header import TensorInfo, ValueType
+from ramgguf.gguf.fork_types import FORK
+from ramgguf.gguf.header import GGML_TYPES_BY_ID, TensorInfo, ValueType
 from ramgguf.gguf.shards import Shard, require_whole, shard_paths
 
-__all__ = ["GGUFFile", "TensorInfo", "open_gguf", "open_shards", "require_language_model"]
+__all__ = [
+    "GGUFFile",
+    "TensorInfo",
+    "open_gguf",
+    "open_shards",
+    "require_language_model",
+    "require_loadable",
+]
 
 # What else comes as GGUF, by general.type or general.architecture.
 _OTHER_KINDS: Mapping[str, str] = {
@@ -36,6 +43,9 @@ _OTHER_KINDS: Mapping[str, str] = {
 
 # What sample_sha256 reads: of each tensor up to _MOST_SPANS spans, fewer where tensors are many.
 _SPAN_BYTES, _MOST_SPANS, _ALL_SPANS = 4096, 2, 4096
+_MOST_LAYERS = 1 << 16
+_LONGEST_ROW = 1 << 22  # weights; those of models have tens of thousands
+_MOST_NAME = 256  # characters
 # Where rows may lie in memory, and how far apart tensors may be to be read at one go.
 _ALIGNMENT, _MOST_PADDING = 32, 4096
 
@@ -55,7 +65,7 @@ class _Span:
         return near and (begin - self.begin) % _ALIGNMENT == 0
 
 
-class GGUFFile:
+class GGUFFile(Closing):
     """An open GGUF file, or all shards of one. Reads are safe from any number of threads."""
 
     def __init__(self, shards: tuple[Shard, ...]) -> None:
@@ -73,14 +83,6 @@ class GGUFFile:
                 path = self.paths[tensor.shard]
                 raise GGUFError(f"{path}: tensor {tensor.name!r} is in another shard, too")
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, e: BaseException | None, at: TracebackType | None
-    ) -> None:
-        self.close()
-
     def close(self) -> None:
         """Close the file; rows that were handed out stay valid."""
         for shard in self._shards:
@@ -96,8 +98,8 @@ class GGUFFile:
 
     @property
     def name(self) -> str | None:
-        """general.name, if the file has one."""
-        return self.metadata.string("general.name")
+        """general.name, if the file has one; of a very long one, how it begins."""
+        return self.metadata.string("general.name", _MOST_NAME)
 
     @property
     def kv_types(self) -> Mapping[str, ValueType]:
@@ -106,8 +108,16 @@ class GGUFFile:
 
     @property
     def n_layers(self) -> int | None:
-        """The architecture's block_count, if the file has one."""
-        return self.metadata.integer(f"{self.architecture}.block_count")
+        """The architecture's block_count, if the file has one.
+
+        Raises GGUFError where it is more than any model has: whoever asks counts by layer.
+        """
+        found = self.metadata.integer(f"{self.architecture}.block_count")
+        if found is not None and not 0 <= found <= _MOST_LAYERS:
+            raise GGUFError(
+                f"{self.paths[0]}: block_count is {found}, expected {_MOST_LAYERS} at most"
+            )
+        return found
 
     @cached_property
     def n_trunk_layers(self) -> int | None:
@@ -227,10 +237,32 @@ def require_language_model(file: GGUFFile) -> None:
     _ = file.architecture
 
 
+def require_loadable(file: GGUFFile) -> None:
+    """Raise GGUFError for a model whose data nothing here or in llama.cpp can read.
+
+    That is one with types of a fork of llama.cpp, or with rows longer than any model's: a row is
+    the least that is read at a time.
+    """
+    foreign = [t for t in file.tensors if t.type_id not in GGML_TYPES_BY_ID]
+    if foreign:
+        names = ", ".join(sorted({t.type_name for t in foreign}))
+        raise GGUFError(
+            f"{file.paths[0]}: {len(foreign)} tensors ({foreign[0].name!r} first) are in types of "
+            f"{FORK} ({names}), which llama.cpp does not have; take the model in F16 or BF16"
+        )
+    for tensor in file.tensors:
+        if tensor.row_length > _LONGEST_ROW:
+            raise GGUFError(
+                f"{file.paths[tensor.shard]}: tensor {tensor.name!r} has rows of "
+                f"{tensor.row_length} weights; at most {_LONGEST_ROW} are supported"
+            )
+
+
 def open_gguf(path: Path, *, kind_check: bool = False) -> GGUFFile:
     """Return the open file; given one shard of a model, all shards as one file.
 
-    With kind_check, files that are no language models are refused. Raises GGUFError for whatever
+    With kind_check, files that are no language models are refused, and those whose data cannot be
+    read (require_loadable). Raises GGUFError for whatever
     is wrong with the file.
     """
     return open_shards(shard_paths(path), kind_check=kind_check)
@@ -247,5 +279,6 @@ def open_shards(paths: Sequence[Path], *, kind_check: bool = False) -> GGUFFile:
         file = GGUFFile(shards)
         if kind_check:
             require_language_model(file)
+            require_loadable(file)
         opened.pop_all()
     return file

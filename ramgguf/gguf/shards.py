@@ -10,12 +10,20 @@ from ramgguf.core.errors import GGUFError
 from ramgguf.core.gc_paused import gc_paused
 from ramgguf.core.inputs import reading
 from ramgguf.gguf import other_files
+from ramgguf.gguf.fork_types import FORK_TYPES
 from ramgguf.gguf.header import GGML_TYPES, GGML_TYPES_BY_ID, KeySpan, Metadata, TensorInfo
 
 _FIRST_READ = 1 << 22
 _LONGEST_HEADER = 1 << 27  # many times any real model's; bounds what a damaged file costs
 _SHARD_NAME = re.compile(r"(?P<prefix>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
-_TYPE_ROWS = [(t.id, t.block_weights, t.block_bytes) for t in GGML_TYPES.values()]
+_TYPE_ROWS = [
+    *((t.id, t.block_weights, t.block_bytes, 0) for t in GGML_TYPES.values()),
+    *((t.id, t.block_weights, t.block_bytes, t.row_bytes) for t in FORK_TYPES.values()),
+]
+_TYPE_NAMES = {
+    **{t.id: t.name for t in FORK_TYPES.values()},
+    **{t.id: t.name for t in GGML_TYPES_BY_ID.values()},
+}
 
 
 class Shard:
@@ -50,7 +58,7 @@ class Shard:
         self.version = header.version
         self.metadata = Metadata(self.head, map(KeySpan._make, header.keys))
         with gc_paused():
-            names = {kind: GGML_TYPES_BY_ID[kind].name for _, _, kind, _, _ in header.tensors}
+            names = {kind: _TYPE_NAMES[kind] for _, _, kind, _, _ in header.tensors}
             self.tensors = tuple(
                 TensorInfo(name, shape, names[kind], kind, n_bytes, number, offset)
                 for name, shape, kind, offset, n_bytes in header.tensors
@@ -115,6 +123,12 @@ class Shard:
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
+
+
+def model_stem(path: Path) -> str:
+    """Return the model's name: that of its file without .gguf, in any case, and shard number."""
+    stem = re.sub(r"\.gguf$", "", path.name, flags=re.IGNORECASE)
+    return re.sub(r"-\d{5}-of-\d{5}$", "", stem) or stem
 
 
 def shard_paths(path: Path) -> tuple[Path, ...]:

@@ -21,7 +21,7 @@ def stub_model(source: GGUFFile, tensor_types: Mapping[str, str]) -> Iterator[Pa
     Tensors that are not named keep their type. Raises GGUFError when it cannot be written.
     """
     with scratch_folder(None, error=GGUFError) as folder:
-        path = folder / "hollow.gguf"
+        path = folder / "stub.gguf"
         shard = plan_layout(path, source, tensor_types, {}).shards[0]
         try:
             with path.open("wb") as out:

@@ -20,6 +20,7 @@ from ramgguf.core.files import (
 from ramgguf.gguf.layout import Layout
 from ramgguf.gguf.reader import GGUFFile, open_shards
 
+_MOST_PADDING = 4096  # that is written, to join two tensors; longer gaps are zero as they are
 Bytes = bytes | bytearray | memoryview | NDArray[Any]
 
 
@@ -86,9 +87,10 @@ class GGUFOutput:
                     f"{tensor.n_bytes} in {tensor.type_name}"
                 )
             at = tensor.offset + offset
+            gap = at - end
             padding = -end % self._source.alignment
-            if views and tensor.shard == shard and at in (end, end + padding):
-                views.append(memoryview(bytes(at - end)))
+            if views and tensor.shard == shard and gap in (0, min(padding, _MOST_PADDING)):
+                views.append(memoryview(bytes(gap)))
             else:
                 self._write(shard, begin, views)
                 shard, begin, views = tensor.shard, at, []

@@ -1,0 +1,1 @@
+"""llama.cpp in child processes: the only importer of llama_cpp."""

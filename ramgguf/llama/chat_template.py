@@ -1,59 +1,137 @@
-"""A chat as the model was trained to read it: rendered by the template in its own metadata."""
+"""Chats as the model was trained to read them: rendered by the template in its own metadata.
 
-from collections.abc import Mapping, Sequence
+A template is a program. It runs in a child process: Jinja's sandbox keeps it from files and the
+interpreter's insides, and limits keep it from all of the machine's time and memory.
+"""
 
+import resource
+import subprocess
+import sys
+from collections.abc import Sequence
+
+from pydantic import ValidationError
+
+from ramgguf.core.documents import FrozenModel
 from ramgguf.core.mix import Turn
 from ramgguf.gguf.reader import GGUFFile
+from ramgguf.llama.child import PYTHON, take_stdout
+from ramgguf.llama.limits import cap_growth
 
 TEMPLATE = "tokenizer.chat_template"
+_MOST_TOKENS = 1 << 24  # many times any vocabulary
+GROWTH_BYTES = 128 << 20
+CPU_SECONDS = 10  # of all chats; of the CPU, so that a busy machine renders what an idle one does
+_WALL_SECONDS = 300  # for one that waits
+_LONGEST = 1 << 20  # characters of a chat
+
+Rendered = tuple[str, bool]
 
 
-def render(file: GGUFFile, turns: Sequence[Turn]) -> tuple[str, bool]:
-    """Return the chat as text, and whether control tokens are written in it.
+class Chats(FrozenModel):
+    """Render these turns, given by role and content, with the template."""
+
+    template: str
+    tokens: dict[str, str]
+    chats: tuple[tuple[tuple[str, str], ...], ...]
+
+
+class RenderedChats(FrozenModel):
+    """The text of each chat, None where the template makes none."""
+
+    texts: tuple[str | None, ...]
+
+
+def render(file: GGUFFile, chats: Sequence[Sequence[Turn]]) -> list[Rendered]:
+    """Return each chat as text, and whether control tokens are written in it.
 
     Without a template, or with one that fails on plain turns, the roles are named in words.
     """
+    texts: Sequence[str | None] = [None] * len(chats)
     template = file.metadata.string(TEMPLATE)
-    if template:
+    if template and chats:
         tokens = {
             f"{name}_token": _token(file, f"tokenizer.ggml.{name}_token_id")
             for name in ("bos", "eos")
         }
-        rendered = _rendered(template, turns, tokens)
-        if rendered:
-            return rendered, True
-    return "\n\n".join(f"{t.role.title()}: {t.content}" for t in turns) + "\n", False
+        turns = tuple(tuple((t.role, t.content) for t in chat) for chat in chats)
+        texts = _by_child(Chats(template=template, tokens=tokens, chats=turns)) or texts
+    return [
+        (text, True) if text else (_in_words(chat), False)
+        for text, chat in zip(texts, chats, strict=True)
+    ]
 
 
-def _rendered(template: str, turns: Sequence[Turn], tokens: Mapping[str, str]) -> str | None:
-    """Return what the template makes of the turns; None where it, or its engine, refuses."""
+def _in_words(chat: Sequence[Turn]) -> str:
+    return "\n\n".join(f"{t.role.title()}: {t.content}" for t in chat) + "\n"
+
+
+def _by_child(request: Chats) -> Sequence[str | None] | None:
+    """Return what the template makes of the chats; None where it ends its process."""
+    try:
+        done = subprocess.run(
+            [*PYTHON, "-c", f"from {__name__} import main; main()"],
+            input=request.model_dump_json().encode(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            timeout=_WALL_SECONDS,
+            start_new_session=True,  # Ctrl-C is for the command
+            check=False,
+        )
+        found = RenderedChats.model_validate_json(done.stdout)
+    except (subprocess.TimeoutExpired, ValidationError):
+        return None
+    return found.texts if len(found.texts) == len(request.chats) else None
+
+
+def rendered(request: Chats) -> RenderedChats:
+    """Return what the template makes of each chat; a chat on which it fails has no text."""
     try:
         import jinja2
         from jinja2.sandbox import ImmutableSandboxedEnvironment
     except ImportError:
-        return None
+        return RenderedChats(texts=(None,) * len(request.chats))
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    messages = [{"role": t.role, "content": t.content} for t in turns]
 
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)
 
-    try:
-        return environment.from_string(template).render(
-            messages=messages,
-            add_generation_prompt=False,
-            raise_exception=raise_exception,
-            strftime_now=lambda _: "1 January 2025",
-            **tokens,
-        )
-    # A template is the model's code: whatever it raises, this chat has no rendering.
-    except Exception:
-        return None
+    texts: list[str | None] = []
+    for chat in request.chats:
+        try:
+            text = environment.from_string(request.template).render(
+                messages=[{"role": role, "content": content} for role, content in chat],
+                add_generation_prompt=False,
+                raise_exception=raise_exception,
+                strftime_now=lambda _: "1 January 2025",
+                **request.tokens,
+            )
+            text.encode()  # a lone surrogate is no text
+            texts.append(text if len(text) <= _LONGEST else None)
+        # A template is the model's code: whatever it raises, this chat has no rendering.
+        except Exception:
+            texts.append(None)
+    return RenderedChats(texts=tuple(texts))
+
+
+def main() -> None:
+    """Answer the request on stdin."""
+    out = take_stdout()
+    request = Chats.model_validate_json(sys.stdin.buffer.read())
+    cap_growth(GROWTH_BYTES)
+    resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    out.write(rendered(request).model_dump_json())
+    out.flush()
 
 
 def _token(file: GGUFFile, key: str) -> str:
     """Return the text of a special token, "" where the model has none."""
-    number, tokens = file.metadata.integer(key), file.metadata.get("tokenizer.ggml.tokens")
-    if number is None or not isinstance(tokens, Sequence) or not 0 <= number < len(tokens):
+    number = file.metadata.integer(key)
+    if number is None or not 0 <= number < _MOST_TOKENS:
         return ""
-    return str(tokens[number])
+    tokens = file.metadata.strings("tokenizer.ggml.tokens", number + 1) or ()
+    return tokens[number] if number < len(tokens) else ""
+
+
+if __name__ == "__main__":
+    main()

@@ -12,13 +12,15 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from types import TracebackType
-from typing import Any, Literal, Self, TextIO, TypeVar
+from typing import Any, Literal, TextIO, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
+from pydantic_core import PydanticSerializationError
 
+from ramgguf.core.closing import Closing
 from ramgguf.core.documents import FrozenModel
 from ramgguf.core.errors import EngineError, RamggufError
+from ramgguf.core.escape import printable_lines
 
 STDERR_LINES = 12  # of the child's last words that an error repeats
 _SECONDS_TO_LEAVE = 2.0  # after its stdin was closed; one that is still there is killed
@@ -75,7 +77,7 @@ def describe_exit(code: int) -> str:
     return f"signal {name} ({_CAUSES[name]})" if name in _CAUSES else f"signal {name}"
 
 
-class Child:
+class Child(Closing):
     """A running child. Use as a context manager; leaving it ends the child.
 
     A module's main is run, or a command, by the command `runner` if one is given (to limit it).
@@ -105,14 +107,6 @@ class Child:
         )
         self._drain = threading.Thread(target=self._read_stderr, daemon=True)
         self._drain.start()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, e: BaseException | None, at: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """End the child: close its stdin, at which it leaves, and kill it if it does not."""
@@ -166,7 +160,13 @@ class Child:
         """Write a request; raises ChildDiedError when nobody reads it."""
         assert self._process.stdin is not None  # asked for above
         try:
-            self._process.stdin.write(request.model_dump_json() + "\n")
+            text = request.model_dump_json()
+        except PydanticSerializationError:
+            raise EngineError(
+                "llama.cpp takes no file whose name is not UTF-8; rename it"
+            ) from None
+        try:
+            self._process.stdin.write(text + "\n")
             self._process.stdin.flush()
         except OSError:
             raise self.died() from None
@@ -187,7 +187,7 @@ class Child:
         assert self._process.stderr is not None  # asked for above
         for line in self._process.stderr:
             self._said.append(line.rstrip())
-            self._on_stderr(line)
+            self._on_stderr(printable_lines(line))  # llama.cpp logs what models say
 
 
 def answer_requests(kind: TypeAdapter[Request], answer: Callable[[Request], FrozenModel]) -> None:

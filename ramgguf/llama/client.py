@@ -4,18 +4,21 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Self, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 from pydantic import ValidationError
 
+from ramgguf.core.closing import Closing
 from ramgguf.core.documents import FrozenModel
 from ramgguf.core.errors import EngineError
 from ramgguf.llama.child import Child, ChildDiedError, describe_exit, quoted
+from ramgguf.llama.kind import ModelKind
 from ramgguf.llama.protocol import (
     Answer,
+    Embed,
+    Embedded,
     Failed,
     Open,
     Opened,
@@ -44,6 +47,14 @@ class ModelError(EngineError):
         self.index = index
 
 
+class WrongKindError(ModelError):
+    """The model is of a kind that was not to be run: which one."""
+
+    def __init__(self, model: int, index: int | None, message: str, kind: ModelKind) -> None:
+        super().__init__(model, index, message)
+        self.kind = kind
+
+
 class CrashError(ModelError):
     """The worker process ended by itself; code is its exit status, negative for a signal."""
 
@@ -52,10 +63,11 @@ class CrashError(ModelError):
         self.code = code
 
 
-class Engine:
+class Engine(Closing):
     """Models loaded in a child process. Use as a context manager; leaving it ends the child.
 
-    Raises ModelError when llama.cpp refuses a model, CrashError when it crashes.
+    With embeds, models embed texts instead of predicting tokens. Raises ModelError when llama.cpp
+    refuses a model, WrongKindError for one of another kind, CrashError when it crashes.
     """
 
     def __init__(
@@ -66,6 +78,7 @@ class Engine:
         n_threads: int,
         safe_kernels: bool = False,
         verbose: bool = False,
+        embeds: bool = False,
     ) -> None:
         self._paths = tuple(models)
         self._safe_kernels = safe_kernels
@@ -77,6 +90,7 @@ class Engine:
             n_threads=n_threads,
             safe_kernels=safe_kernels,
             verbose=verbose,
+            embeds=embeds,
         )
         try:
             self.opened = self.ask(request, Opened)
@@ -88,14 +102,6 @@ class Engine:
     def pid(self) -> int:
         """The child's process id."""
         return self._child.pid
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, e: BaseException | None, at: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """End the child."""
@@ -138,6 +144,12 @@ class Engine:
         for _ in self._paths:
             yield self.receive(Scored)
 
+    def embed(self, index: int, ids: TokenIds) -> Iterator[Embedded]:
+        """Yield the embeddings of a text, one for each model, in the models' order."""
+        self._send(Embed(index=index, ids=pack_ids(ids)))
+        for _ in self._paths:
+            yield self.receive(Embedded)
+
     def _send(self, message: FrozenModel) -> None:
         try:
             self._child.send(message)
@@ -150,6 +162,9 @@ class Engine:
                 found = ResponseAdapter.validate_json(line)
             except ValidationError:
                 break  # cut short by a crash in the middle of a line
+            if isinstance(found, Failed) and found.model_kind is not None:
+                at = self._at
+                raise WrongKindError(at.model, at.index, found.message, found.model_kind)
             if isinstance(found, Failed):
                 raise ModelError(self._at.model, self._at.index, found.message)
             if not isinstance(found, Started):

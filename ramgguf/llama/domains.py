@@ -10,9 +10,9 @@ def domain_corpora(file: GGUFFile, part: Part) -> dict[str, Corpus]:
     """Return the texts of a part by domain, for the model in the file."""
     found = {}
     for domain, documents in by_domain(part).items():
+        chats = iter(render(file, [d.turns for d in documents if d.turns]))
         rendered = [
-            render(file, d.turns) if d.turns else (f"{d.text.rstrip()}\n\n", False)
-            for d in documents
+            next(chats) if d.turns else (f"{d.text.rstrip()}\n\n", False) for d in documents
         ]
         has_control = any(control for _, control in rendered)
         text = "".join(text for text, _ in rendered)

@@ -38,7 +38,7 @@ class ForwardResult:
 
 
 class ForwardRunner(Protocol):
-    """ForwardRunner over one model, with one context length, encoder and number of threads each."""
+    """Forward passes over one model, with one context length, encoder and number of threads."""
 
     @property
     def n_workers(self) -> int:
@@ -80,7 +80,7 @@ class ForwardRunner(Protocol):
 def fingerprint(logits: Logits) -> str:
     """Return what tells the logits of a sequence from those of other kernels: a hash of some rows.
 
-    Rows depend on all weights, and any other kernel, build or file changes their last bits.
+    Rows depend on all weights; another kernel, build or file changes their last bits.
     """
     digest = hashlib.sha256(np.ascontiguousarray(logits[::FINGERPRINT_STRIDE]).tobytes())
     digest.update(np.ascontiguousarray(logits[-1]).tobytes())

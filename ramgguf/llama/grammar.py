@@ -16,7 +16,7 @@ from ramgguf.llama.limits import cap_growth
 from ramgguf.llama.server_protocol import CheckedGrammar, CheckGrammar
 from ramgguf.llama.system import llama_module
 
-GROWTH_BYTES = 512 << 20
+GROWTH_BYTES = 512 << 20  # of the process: the vocabulary, and what a schema becomes
 CPU_SECONDS = 10  # should the parent be stopped
 _LONGEST = 256 << 10  # bytes of a grammar
 
@@ -30,20 +30,27 @@ def load_vocabulary(llama: ModuleType, path: str) -> Any:
     return functions.llama_model_get_vocab(model)
 
 
-def check(llama: ModuleType, vocab: Any, request: CheckGrammar) -> CheckedGrammar:
-    """Parse the grammar and try it once on the whole vocabulary; return it, or what is wrong."""
+def grammar_of(request: CheckGrammar) -> CheckedGrammar:
+    """Return the request's grammar, or the one of its schema; or what is wrong with it."""
     grammar = request.grammar
     if request.schema_text is not None:
         from llama_cpp.llama_grammar import json_schema_to_gbnf
 
         try:
             grammar = json_schema_to_gbnf(request.schema_text)
+        except MemoryError:
+            raise
         except Exception as e:  # it raises KeyError, AttributeError and others
             said = (str(e).splitlines() or [""])[0][:200]
             return CheckedGrammar(error=f"the schema makes no grammar ({type(e).__name__}: {said})")
     assert grammar is not None  # one of the two is there
     if len(grammar.encode("utf-8", "replace")) > _LONGEST:
         return CheckedGrammar(error=f"the grammar has more than {_LONGEST} bytes")
+    return CheckedGrammar(grammar=grammar)
+
+
+def tried(llama: ModuleType, vocab: Any, grammar: str) -> CheckedGrammar:
+    """Parse the grammar and try it once on the whole vocabulary; return it, or what is wrong."""
     functions: Any = llama.llama_cpp
     sampler = functions.llama_sampler_init_grammar(vocab, grammar.encode(), b"root")
     if not sampler:
@@ -70,7 +77,10 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     try:
-        answer = check(llama, vocab, request)
+        answer = grammar_of(request)
+        cap_growth(request.growth_bytes)
+        if answer.error is None:
+            answer = tried(llama, vocab, answer.grammar)
     except (MemoryError, RecursionError) as e:
         answer = CheckedGrammar(error=f"the grammar takes too much ({type(e).__name__})")
     out.write(answer.model_dump_json() + "\n")

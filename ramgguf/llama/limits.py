@@ -41,9 +41,9 @@ def _runs(command: Sequence[str]) -> bool:
     return done.returncode == 0
 
 
-# An rlimit counts what is asked for, touched or not, and that differs from run to run: with one
-# thread, allocators and stacks ask for 20 to 40 MB that nobody touches, and a limit without room
-# for that ends a process that fits. peak_bytes shows a process that uses the room.
+# An rlimit counts reserved memory, touched or not. With one thread, allocators and stacks reserve
+# 20 to 40 MB that nobody touches, and without this allowance a process that fits would end. One
+# that uses the allowance shows by its peak_bytes.
 _UNTOUCHED_BYTES = 64 << 20
 _STACK_BYTES = 8 << 20
 

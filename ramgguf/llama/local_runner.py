@@ -29,7 +29,7 @@ KEPT_LOGITS_BYTES = 8 << 30
 
 
 class LocalRunner:
-    """ForwardRunner over a copy of the file in `folder`, with `threads` threads. A context manager.
+    """Forward passes over a copy of the file in `folder`, on `threads` threads; a context manager.
 
     Raises EngineError when llama.cpp fails, GGUFError when the file is changed meanwhile.
     """

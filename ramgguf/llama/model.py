@@ -6,13 +6,15 @@ import time
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from types import ModuleType, TracebackType
-from typing import Any, Self
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from ramgguf.core.closing import Closing
 from ramgguf.core.errors import EngineError
+from ramgguf.llama.kind import POOLINGS, KindError, ModelKind, kind_of
 from ramgguf.llama.protocol import ModelInfo, TokenIds, VocabInfo
 from ramgguf.llama.system import llama_module
 
@@ -87,13 +89,16 @@ class Vocab:
         return np.clip(ends, 0, n_bytes)
 
 
-class LlamaModel:
+class LlamaModel(Closing):
     """A model with one context, for one sequence at a time. Use as a context manager.
 
     safe_kernels keeps llama.cpp from its extra buffer types (repacked weights, AMX), which crash
     on some CPUs; all weights are then read straight from the file's mapped pages. eval_callback
-    (see tap) is asked about every node of a graph that is computed.
+    (see tap) is asked about every node of a graph that is computed. Raises KindError for a model
+    that predicts no next token, unless any_kind: its logits are zeros, or another model's input.
     """
+
+    runs: ModelKind = "causal"
 
     def __init__(
         self,
@@ -104,6 +109,7 @@ class LlamaModel:
         safe_kernels: bool = False,
         verbose: bool = False,
         eval_callback: Any = None,
+        any_kind: bool = False,
     ) -> None:
         self.path = path
         self.n_ctx = n_ctx
@@ -124,23 +130,36 @@ class LlamaModel:
                 f"(llama-cpp-python {llama.__version__})"
             )
         self.vocab = Vocab(llama, self._model)
-        self.n_batch = chunk_size(n_ctx, self.vocab.n_tokens)
+        self.n_batch = self._batch_size()
         self.decode_seconds = 0.0
         self._n_past = 0
+        self._has_given_logits = any_kind
         try:
             self._open_context(eval_callback)
+            found = kind_of(llama, self._model, self._context)
+            if found != self.runs and not any_kind:
+                raise KindError(path, found)
         except BaseException:
             self.close()
             raise
 
-    def _open_context(self, eval_callback: Any) -> None:
-        llama = self._llama
-        parameters = llama.llama_context_default_params()
+    def _batch_size(self) -> int:
+        """Return how many tokens are decoded at a time."""
+        return chunk_size(self.n_ctx, self.vocab.n_tokens)
+
+    def _parameters(self) -> Any:
+        """Return the parameters of the context."""
+        parameters = self._llama.llama_context_default_params()
         parameters.n_ctx = self.n_ctx
         # Every token of a chunk may have logits; the defaults reserve room for one per sequence.
         parameters.n_batch = parameters.n_ubatch = self.n_batch
         parameters.n_outputs_max = parameters.n_outputs_max_per_seq = self.n_batch
         parameters.n_threads = parameters.n_threads_batch = self.n_threads
+        return parameters
+
+    def _open_context(self, eval_callback: Any) -> None:
+        llama = self._llama
+        parameters = self._parameters()
         if eval_callback is not None:
             self._eval_callback = parameters.cb_eval = eval_callback  # must outlive the context
         self._context = llama.llama_init_from_model(self._model, parameters)
@@ -154,23 +173,19 @@ class LlamaModel:
         for i in range(self.n_batch):
             self._batch.seq_id[i][0] = 0
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, e: BaseException | None, at: TracebackType | None
-    ) -> None:
-        self.close()
-
     def close(self) -> None:
         """Free the context and the model; views of logits become invalid."""
+        self._free_context()
+        if self._model:
+            self._llama.llama_model_free(self._model)
+        self._model = None
+
+    def _free_context(self) -> None:
         if self._batch is not None:
             self._llama.llama_batch_free(self._batch)
         if self._context:
             self._llama.llama_free(self._context)
-        if self._model:
-            self._llama.llama_model_free(self._model)
-        self._batch = self._context = self._model = None
+        self._batch = self._context = None
 
     @property
     def llama(self) -> ModuleType:
@@ -191,6 +206,7 @@ class LlamaModel:
             description=buffer.value.decode("utf-8", "replace"),
             n_ctx_train=self._llama.llama_model_n_ctx_train(self._model),
             vocab=self.vocab.info,
+            pooling=POOLINGS.get(self._llama.llama_pooling_type(self._context), "none"),
         )
 
     def clear(self) -> None:
@@ -211,10 +227,7 @@ class LlamaModel:
                 f"{self.path}: a chunk of {n} tokens after {self._n_past} does not fit a batch of "
                 f"{self.n_batch} and a context of {self.n_ctx}"
             )
-        self._tokens[:n] = ids
-        self._positions[:n] = np.arange(self._n_past, self._n_past + n)
-        self._wants_logits[:n] = np.arange(n) >= first_output
-        self._batch.n_tokens = n
+        self._put(ids, first_output)
         start = time.perf_counter()
         code = self._llama.llama_decode(self._context, self._batch)
         if code != 0:
@@ -228,7 +241,24 @@ class LlamaModel:
         self.decode_seconds += time.perf_counter() - start
         if not pointer:
             raise EngineError(f"{self.path}: it gives no logits; is it a language model?")
-        return np.ctypeslib.as_array(pointer, shape=(n_rows, self.vocab.n_tokens))
+        logits: Logits = np.ctypeslib.as_array(pointer, shape=(n_rows, self.vocab.n_tokens))
+        if not self._has_given_logits:
+            # A graph without an output leaves the buffer as it was: the same number everywhere.
+            if (logits[0] == logits[0, 0]).all():
+                raise EngineError(
+                    f"{self.path}: it gives all tokens one logit, {logits[0, 0]:g}; "
+                    "is it a language model?"
+                )
+            self._has_given_logits = True
+        return logits
+
+    def _put(self, ids: TokenIds, first_output: int) -> None:
+        """Make the ids the batch; those from first_output on have outputs."""
+        n = len(ids)
+        self._tokens[:n] = ids
+        self._positions[:n] = np.arange(self._n_past, self._n_past + n)
+        self._wants_logits[:n] = np.arange(n) >= first_output
+        self._batch.n_tokens = n
 
     def chunks(self, n_tokens: int) -> Iterator[tuple[int, int]]:
         """Yield the bounds of the chunks in which a sequence of n_tokens is decoded."""

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from ramgguf.core.errors import EngineError
 from ramgguf.core.files import require_disk_space
 from ramgguf.gguf.reader import GGUFFile, TensorInfo
+from ramgguf.llama.kind import KindError
 from ramgguf.llama.model import LlamaModel, Logits
 from ramgguf.llama.protocol import TokenIds
 from ramgguf.llama.scoring import RowPass
@@ -46,6 +47,8 @@ class PatchedModel:
                 safe_kernels=True,
                 verbose=verbose,
             )
+        except KindError as e:
+            raise KindError(file.paths[0], e.kind) from None  # not the copy, which goes
         finally:
             self._remove()
 

@@ -9,12 +9,13 @@ from pydantic import Field, TypeAdapter
 
 from ramgguf.core.documents import FrozenModel
 from ramgguf.core.values import TokenKind
+from ramgguf.llama.kind import ModelKind
 
 TokenIds = npt.NDArray[np.int32]
 
 
 class Open(FrozenModel):
-    """Load the models; answered by Opened."""
+    """Load the models, to predict tokens or to embed texts; answered by Opened."""
 
     kind: Literal["open"] = "open"
     models: tuple[str, ...]
@@ -22,6 +23,7 @@ class Open(FrozenModel):
     n_threads: int
     safe_kernels: bool
     verbose: bool
+    embeds: bool = False
 
 
 class Tokenize(FrozenModel):
@@ -45,6 +47,14 @@ class Score(FrozenModel):
     ids: str
     first_target: int
     has_reference: bool
+
+
+class Embed(FrozenModel):
+    """Embed a text with every model; answered by Started and Embedded for each."""
+
+    kind: Literal["embed"] = "embed"
+    index: int
+    ids: str
 
 
 class Draw(FrozenModel):
@@ -95,11 +105,12 @@ class VocabInfo(FrozenModel):
 
 
 class ModelInfo(FrozenModel):
-    """What llama.cpp knows of a loaded model."""
+    """What llama.cpp knows of a loaded model; pooling is how tokens become one embedding."""
 
     description: str
     n_ctx_train: int
     vocab: VocabInfo
+    pooling: str = "none"
 
 
 class SystemInfo(FrozenModel):
@@ -162,6 +173,16 @@ class Scored(FrozenModel):
     decode_seconds: float
 
 
+class Embedded(FrozenModel):
+    """One model's embedding of a text, as encode_float32 writes it."""
+
+    kind: Literal["embedded"] = "embedded"
+    model: int
+    index: int
+    vector: str
+    seconds: float
+
+
 class Drawn(FrozenModel):
     """A sequence that was drawn."""
 
@@ -199,14 +220,18 @@ class Collected(FrozenModel):
 
 
 class Failed(FrozenModel):
-    """llama.cpp, or this package, refused: an error that has a message and no crash."""
+    """llama.cpp, or this package, refused: an error that has a message and no crash.
+
+    model_kind is what the model is, where that is why.
+    """
 
     kind: Literal["failed"] = "failed"
     message: str
+    model_kind: ModelKind | None = None
 
 
-AnyRequest = Open | Tokenize | Score | Draw | TapWeights | Observe | Collect
-Answer = Opened | Tokenized | Scored | Drawn | Tapped | Observed | Collected
+AnyRequest = Open | Tokenize | Score | Embed | Draw | TapWeights | Observe | Collect
+Answer = Opened | Tokenized | Scored | Embedded | Drawn | Tapped | Observed | Collected
 AnyResponse = Answer | Started | Failed
 RequestAdapter: TypeAdapter[AnyRequest] = TypeAdapter(
     Annotated[AnyRequest, Field(discriminator="kind")]

@@ -12,7 +12,7 @@ from ramgguf.llama.protocol import Draw, SystemInfo
 from ramgguf.quants.imatrix import ImportanceSource
 
 
-class OpenBench(FrozenModel):
+class OpenRunner(FrozenModel):
     """Load a copy of the model, made in `folder`; answered by RunnerOpened."""
 
     kind: Literal["open"] = "open"
@@ -24,7 +24,7 @@ class OpenBench(FrozenModel):
     folder: str | None = None
 
 
-class AboutBench(FrozenModel):
+class AboutRunner(FrozenModel):
     """Ask again what is open; answered by RunnerOpened."""
 
     kind: Literal["about"] = "about"
@@ -90,9 +90,9 @@ class Compared(FrozenModel):
     seconds: float
 
 
-AnyBenchRequest = OpenBench | AboutBench | DrawIds | Prepare | Compare
-RunnerRequestAdapter: TypeAdapter[AnyBenchRequest] = TypeAdapter(
-    Annotated[AnyBenchRequest, Field(discriminator="kind")]
+AnyRunnerRequest = OpenRunner | AboutRunner | DrawIds | Prepare | Compare
+RunnerRequestAdapter: TypeAdapter[AnyRunnerRequest] = TypeAdapter(
+    Annotated[AnyRunnerRequest, Field(discriminator="kind")]
 )
 
 

@@ -13,13 +13,13 @@ from ramgguf.llama.forward import ForwardRequest
 from ramgguf.llama.local_runner import LocalRunner
 from ramgguf.llama.protocol import pack_ids, unpack_ids
 from ramgguf.llama.runner_protocol import (
-    AboutBench,
-    AnyBenchRequest,
+    AboutRunner,
+    AnyRunnerRequest,
     Compare,
     Compared,
     DrawIds,
     DrawnIds,
-    OpenBench,
+    OpenRunner,
     Prepare,
     Prepared,
     RunnerOpened,
@@ -36,31 +36,31 @@ class RunnerSession:
 
     def __init__(self) -> None:
         self._stack = ExitStack()
-        self._bench: LocalRunner | None = None
+        self._runner: LocalRunner | None = None
 
-    def answer(self, request: AnyBenchRequest) -> FrozenModel:
-        """Return the answer to a request; the first opens the bench."""
-        if isinstance(request, OpenBench):
+    def answer(self, request: AnyRunnerRequest) -> FrozenModel:
+        """Return the answer to a request; the first opens the runner."""
+        if isinstance(request, OpenRunner):
             return self._open(request)
-        if self._bench is None:
+        if self._runner is None:
             raise EngineError("there is no local runner yet; this is a bug of ramgguf")
         match request:
-            case AboutBench():
-                return _about(self._bench)
+            case AboutRunner():
+                return _about(self._runner)
             case DrawIds():
-                return _drawn(self._bench, request)
+                return _drawn(self._runner, request)
             case Prepare():
                 ids = [unpack_ids(text) for text in request.ids]
-                return Prepared(fingerprints=tuple(self._bench.fingerprints(ids)))
+                return Prepared(fingerprints=tuple(self._runner.fingerprints(ids)))
             case Compare():
-                return _compared(self._bench, request)
+                return _compared(self._runner, request)
 
-    def _open(self, request: OpenBench) -> RunnerOpened:
+    def _open(self, request: OpenRunner) -> RunnerOpened:
         file = self._stack.enter_context(open_gguf(Path(request.path), kind_check=True))
         parent = Path(request.folder) if request.folder is not None else None
         # The copy has no name any more when the folder goes.
         with scratch_folder(parent, error=EngineError) as folder:
-            self._bench = self._stack.enter_context(
+            self._runner = self._stack.enter_context(
                 LocalRunner(
                     file,
                     folder,
@@ -70,31 +70,31 @@ class RunnerSession:
                     imatrix=planned_imatrix(request.imatrix),
                 )
             )
-        return _about(self._bench)
+        return _about(self._runner)
 
 
-def _about(bench: LocalRunner) -> RunnerOpened:
-    return RunnerOpened(system=system_info(), n_vocab=bench.n_vocab)
+def _about(runner: LocalRunner) -> RunnerOpened:
+    return RunnerOpened(system=system_info(), n_vocab=runner.n_vocab)
 
 
-def _drawn(bench: LocalRunner, request: DrawIds) -> DrawnIds:
+def _drawn(runner: LocalRunner, request: DrawIds) -> DrawnIds:
     wanted = wanted_by(request)
     start = time.perf_counter()
     if request.sizes:
-        sets = bench.draw_sets(wanted, request.sizes, request.first)
+        sets = runner.draw_sets(wanted, request.sizes, request.first)
         drawn = tuple(ids for part in sets for ids in part)
     else:
-        drawn = bench.draw(wanted, request.indices)
+        drawn = runner.draw(wanted, request.indices)
     seconds = time.perf_counter() - start
     return DrawnIds(ids=tuple(pack_ids(ids) for ids in drawn), seconds=seconds)
 
 
-def _compared(bench: LocalRunner, request: Compare) -> Compared:
+def _compared(runner: LocalRunner, request: Compare) -> Compared:
     ids = tuple(unpack_ids(text) for text in request.ids)
-    bench.fingerprints([unpack_ids(text) for text in request.prepared])
-    fingerprints = tuple(bench.fingerprints(ids))
+    runner.fingerprints([unpack_ids(text) for text in request.prepared])
+    fingerprints = tuple(runner.fingerprints(ids))
     start = time.perf_counter()
-    ((_, found),) = bench.run([ForwardRequest(request.changes, ids)])
+    ((_, found),) = runner.run([ForwardRequest(request.changes, ids)])
     return Compared(
         kld=pack_float64(found.kld),
         nmse=found.nmse,

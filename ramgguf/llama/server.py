@@ -19,6 +19,7 @@ from pydantic import BaseModel, TypeAdapter
 from ramgguf.core.errors import EngineError
 from ramgguf.gguf.header import ggml_type
 from ramgguf.llama.child import Failure, take_stdout
+from ramgguf.llama.kind import KindError, kind_of
 from ramgguf.llama.limits import cap_growth
 from ramgguf.llama.server_protocol import (
     Cancel,
@@ -39,8 +40,6 @@ from ramgguf.llama.sizes import N_BATCH, N_UBATCH, SizesOf, context_parameters
 from ramgguf.llama.system import llama_module, system_info
 
 _SAMPLE_TOKENS = 64  # enough for the kernels of whole batches
-# Beyond what is there after loading: tokens and texts of requests, buffers of samplers.
-GROWTH_BYTES = 256 << 20
 _REQUEST: TypeAdapter[Any] = TypeAdapter(Request)
 
 Say = Callable[[BaseModel], None]
@@ -82,6 +81,7 @@ def impose(llama: ModuleType, request: Serve) -> None:
 def load(llama: ModuleType, request: Serve) -> Any:
     """Return the model, loaded and tried. Raises EngineError when llama.cpp refuses."""
     impose(llama, request)
+    functions = llama.llama_cpp
     require_chat_format(request.chat_format)
     # Its compiler computes constants: 'x' * 2000000000 takes the memory of the machine. Templates
     # are compiled by the process for them alone.
@@ -108,6 +108,8 @@ def load(llama: ModuleType, request: Serve) -> Any:
         raise EngineError(
             f"{request.path}: llama.cpp cannot serve it ({_told(e)}); run with -v to see why"
         ) from None
+    if (kind := kind_of(functions, model._model.model, model._ctx.ctx)) != "causal":
+        raise KindError(request.path, kind)
     _try(model, request)
     return model
 
@@ -280,7 +282,7 @@ def main() -> None:
         llama = llama_module(verbose=request.verbose)
         model = load(llama, request)
         engines.append(Engine(llama, model, request.n_ctx))
-        cap_growth(GROWTH_BYTES)
+        cap_growth(request.growth_bytes)
         say(Loaded(system=system_info(), chat=chat_format(model, request.chat_format)))
         while True:
             engines[0].answer(lines.get(), say)

@@ -18,6 +18,7 @@ class Serve(FrozenModel):
 
     port 0 is any that is free. chat_format None is the file's own template. n_ctx is a multiple of
     256: llama.cpp rounds it up, while llama-cpp-python and its batches would keep to less.
+    growth_bytes is what the process may take beyond what it has when it is loaded.
     """
 
     path: str
@@ -33,6 +34,7 @@ class Serve(FrozenModel):
     safe_kernels: bool
     verbose: bool
     sample_text: str
+    growth_bytes: int
 
 
 class Serving(FrozenModel):
@@ -175,6 +177,7 @@ class CheckGrammar(FrozenModel):
     path: str
     grammar: str | None
     schema_text: str | None
+    growth_bytes: int  # beyond what the vocabulary takes
 
 
 class CheckedGrammar(FrozenModel):

@@ -17,6 +17,7 @@ from ramgguf.core.documents import FrozenModel
 from ramgguf.core.errors import EngineError
 from ramgguf.llama.breakdown import memory_breakdown
 from ramgguf.llama.child import answer_requests
+from ramgguf.llama.kind import kind_of, run_batch
 from ramgguf.llama.limits import limit_data, peak_bytes
 from ramgguf.llama.model import Vocab, draw
 from ramgguf.llama.protocol import TokenIds
@@ -42,7 +43,11 @@ _SCORED_AT_A_TIME = 16  # logits of more tokens would take memory that deploymen
 
 
 class Deployed:
-    """A model and a context with the parameters of llama.cpp's own programs."""
+    """A model and a context with the parameters of llama.cpp's own programs.
+
+    An embedding model gets a batch of the whole context, as llama-server gives it: texts are not
+    embedded in parts.
+    """
 
     def __init__(self, request: Load) -> None:
         self._llama = llama = llama_module()
@@ -55,7 +60,7 @@ class Deployed:
         self._model: Any = llama.llama_model_load_from_file(os.fsencode(request.path), parameters)
         if not self._model:
             raise EngineError("llama.cpp could not load the weights")
-        self.n_ctx = request.n_ctx
+        self.n_ctx, self.n_batch = request.n_ctx, N_BATCH
         sizes = SizesOf(
             path=request.path,
             n_ctx=request.n_ctx,
@@ -65,13 +70,29 @@ class Deployed:
         )
         context = context_parameters(llama, sizes)
         context.n_threads = context.n_threads_batch = request.n_threads
-        self._context: Any = llama.llama_init_from_model(self._model, context)
-        if not self._context:
-            raise EngineError(f"llama.cpp could not make a context of {request.n_ctx} tokens")
+        self._context: Any = None
+        self._open(context)
+        self.kind = kind_of(llama, self._model, self._context)
+        if self.embeds:
+            self.n_ctx = min(self.n_ctx, llama.llama_model_n_ctx_train(self._model))
+            self.n_batch = context.n_ctx = context.n_batch = context.n_ubatch = self.n_ctx
+            context.embeddings = True
+            llama.llama_free(self._context)
+            self._open(context)
         self.load_seconds = time.perf_counter() - started
         self.vocab = Vocab(llama, self._model)
-        self._batch: Any = llama.llama_batch_init(N_BATCH, 0, 1)
+        self._batch: Any = llama.llama_batch_init(self.n_batch, 0, 1)
         self._n_past = 0
+
+    def _open(self, parameters: Any) -> None:
+        self._context = self._llama.llama_init_from_model(self._model, parameters)
+        if not self._context:
+            raise EngineError(f"llama.cpp could not make a context of {parameters.n_ctx} tokens")
+
+    @property
+    def embeds(self) -> bool:
+        """Whether it is an embedding model."""
+        return self.kind == "embedding"
 
     def loaded(self) -> Loaded:
         """Return what was loaded, and how long it took."""
@@ -83,6 +104,8 @@ class Deployed:
             compute=sum(b.compute for b in buffers),
             n_vocab=self.vocab.n_tokens,
             system=system_info(),
+            kind_of_model=self.kind,
+            n_ctx=self.n_ctx,
         )
 
     def clear(self) -> None:
@@ -93,8 +116,11 @@ class Deployed:
     def decode(self, ids: TokenIds) -> Row:
         """Return the logits after the last of the tokens, which continue the sequence.
 
-        They are llama.cpp's own memory, valid until the next call.
+        They are llama.cpp's own memory, valid until the next call. An embedding model takes all
+        tokens at once and gives no logits.
         """
+        if self.embeds:
+            return self._embed(ids)
         row: Row = np.empty(0, np.float32)
         for start in range(0, len(ids), N_BATCH):
             part = ids[start : start + N_BATCH]
@@ -113,16 +139,18 @@ class Deployed:
                 found.append(float(np.log(np.exp(wide).sum()) - wide[ids[start + i + 1]]))
         return found
 
+    def _embed(self, ids: TokenIds) -> Row:
+        self._put(ids, n_outputs=len(ids))
+        code = run_batch(self._llama, self._model, self._context, self._batch)
+        if code != 0:
+            raise EngineError(f"llama.cpp failed to embed {len(ids)} tokens ({code})")
+        self._llama.llama_synchronize(self._context)
+        return np.empty(0, np.float32)
+
     def _decode(self, ids: TokenIds, n_outputs: int) -> Row:
-        batch, n = self._batch, len(ids)
-        batch.n_tokens = n
-        for i, token in enumerate(ids):
-            batch.token[i] = int(token)
-            batch.pos[i] = self._n_past + i
-            batch.n_seq_id[i] = 1
-            batch.seq_id[i][0] = 0
-            batch.logits[i] = i >= n - n_outputs
-        code = self._llama.llama_decode(self._context, batch)
+        n = len(ids)
+        self._put(ids, n_outputs)
+        code = self._llama.llama_decode(self._context, self._batch)
         if code != 0:
             raise EngineError(f"llama.cpp failed to decode after {self._n_past} tokens ({code})")
         self._n_past += n
@@ -132,6 +160,16 @@ class Deployed:
         if not pointer:
             raise EngineError("it gives no logits; is it a language model?")
         return np.ctypeslib.as_array(pointer, shape=(n_outputs, self.vocab.n_tokens))
+
+    def _put(self, ids: TokenIds, n_outputs: int) -> None:
+        batch, n = self._batch, len(ids)
+        batch.n_tokens = n
+        for i, token in enumerate(ids):
+            batch.token[i] = int(token)
+            batch.pos[i] = self._n_past + i
+            batch.n_seq_id[i] = 1
+            batch.seq_id[i][0] = 0
+            batch.logits[i] = i >= n - n_outputs
 
     def tokens(self, text: str, *, special: bool) -> TokenIds:
         """Return the text's tokens; with special, control tokens written in it count as such."""
@@ -185,12 +223,13 @@ def tokenize(llama: ModuleType, model: Any, text: bytes, *, special: bool) -> To
 
 def fill(model: Deployed, request: Fill) -> Filled:
     """Decode text until the context is full but for n_generated tokens, and generate these."""
-    ids = np.resize(model.tokens(request.text, special=False), model.n_ctx - request.n_generated)
+    n_generated = 0 if model.embeds else request.n_generated
+    ids = np.resize(model.tokens(request.text, special=False), model.n_ctx - n_generated)
     model.clear()
     started = time.perf_counter()
     logits = model.decode(ids)
     seconds = time.perf_counter() - started
-    rate = generate_rate(model, logits, request.n_generated)
+    rate = generate_rate(model, logits, n_generated) if n_generated else None
     return Filled(n_tokens=len(ids), seconds=seconds, generation=rate, peak_bytes=peak_bytes())
 
 
@@ -204,17 +243,19 @@ def generate_rate(model: Deployed, logits: Row, n_tokens: int) -> float:
 
 def rates(model: Deployed, request: Time) -> Rates:
     """Return tokens per second of prompts and of generation after them, one for each repeat."""
-    n_prompt = max(1, min(request.n_prompt, model.n_ctx - request.n_generated))
+    n_generated = 0 if model.embeds else request.n_generated
+    n_prompt = max(1, min(request.n_prompt, model.n_ctx - n_generated))
     ids = np.resize(model.tokens(request.text, special=False), n_prompt)
     model.clear()
-    generate_rate(model, model.decode(ids), 1)  # what is touched first is slow
+    generate_rate(model, model.decode(ids), min(1, n_generated))  # what is touched first is slow
     prompts, generations = [], []
     for _ in range(request.n_repeats):
         model.clear()
         started = time.perf_counter()
         logits = model.decode(ids)
         prompts.append(n_prompt / (time.perf_counter() - started))
-        generations.append(generate_rate(model, logits, request.n_generated))
+        if n_generated:
+            generations.append(generate_rate(model, logits, n_generated))
     return Rates(n_prompt=n_prompt, prompt=tuple(prompts), generation=tuple(generations))
 
 

@@ -3,6 +3,7 @@
 from typing import Literal
 
 from ramgguf.core.documents import FrozenModel
+from ramgguf.llama.kind import ModelKind
 from ramgguf.llama.protocol import SystemInfo
 
 
@@ -20,7 +21,10 @@ class Load(FrozenModel):
 
 
 class Loaded(FrozenModel):
-    """What was loaded: buffers in bytes (0 where llama.cpp does not tell)."""
+    """What was loaded: buffers in bytes (0 where llama.cpp does not tell).
+
+    n_ctx is the context's, which of an embedding model is no more than what it was trained on.
+    """
 
     kind: Literal["loaded"] = "loaded"
     seconds: float
@@ -29,10 +33,15 @@ class Loaded(FrozenModel):
     compute: int
     n_vocab: int
     system: SystemInfo
+    kind_of_model: ModelKind = "causal"
+    n_ctx: int
 
 
 class Fill(FrozenModel):
-    """Fill the context with this text, again and again, and generate the last n_generated."""
+    """Fill the context with this text, again and again, and generate the last n_generated.
+
+    An embedding model generates nothing: the whole context is text.
+    """
 
     kind: Literal["fill"] = "fill"
     text: str
@@ -40,12 +49,15 @@ class Fill(FrozenModel):
 
 
 class Filled(FrozenModel):
-    """How long filling took, tokens/s of generation at its end, the process's peak in bytes."""
+    """How long filling took, tokens/s of generation at its end, the process's peak in bytes.
+
+    generation is None for an embedding model.
+    """
 
     kind: Literal["filled"] = "filled"
     n_tokens: int
     seconds: float
-    generation: float
+    generation: float | None
     peak_bytes: int
 
 
@@ -60,7 +72,7 @@ class Time(FrozenModel):
 
 
 class Rates(FrozenModel):
-    """Tokens per second, one for each repeat."""
+    """Tokens per second, one for each repeat; an embedding model has no generation."""
 
     kind: Literal["rates"] = "rates"
     n_prompt: int

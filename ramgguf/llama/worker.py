@@ -9,6 +9,7 @@ import os
 import queue
 import sys
 import threading
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,12 +21,16 @@ from ramgguf.core.documents import FrozenModel
 from ramgguf.core.errors import EngineError, RamggufError
 from ramgguf.llama.capture import Tap
 from ramgguf.llama.child import queue_lines
+from ramgguf.llama.embedding import EmbeddingModel
+from ramgguf.llama.kind import KindError
 from ramgguf.llama.model import LlamaModel
 from ramgguf.llama.observer import Observer
 from ramgguf.llama.protocol import (
     Collect,
     Divergences,
     Draw,
+    Embed,
+    Embedded,
     Failed,
     Observe,
     Open,
@@ -78,7 +83,8 @@ class Session:
 
     def _load(self, number: int, tap: Tap | None = None) -> LlamaModel:
         request = self._request
-        return LlamaModel(
+        loaded = EmbeddingModel if request.embeds else LlamaModel
+        return loaded(
             Path(request.models[number]),
             n_ctx=request.n_ctx,
             n_threads=request.n_threads,
@@ -115,6 +121,18 @@ class Session:
         )
         for number, records in enumerate(found):
             self._send(summarize(number, request.index, records))
+
+    def embed(self, request: Embed) -> None:
+        """Answer each model's embedding of a text."""
+        ids = unpack_ids(request.ids)
+        for number, model in enumerate(self._models):
+            self._send(Started(model=number, index=request.index))
+            start = time.perf_counter()
+            if not isinstance(model, EmbeddingModel):
+                raise EngineError("no model was opened to embed; this is a bug of ramgguf")
+            vector = encode_float32(model.embed(ids))
+            seconds = time.perf_counter() - start
+            self._send(Embedded(model=number, index=request.index, vector=vector, seconds=seconds))
 
 
 def summarize(model: int, index: int, records: SequenceRecords) -> Scored:
@@ -167,6 +185,8 @@ def serve(lines: TextIO, out: TextIO) -> None:
                     session.tokenize(request)
                 case Score():
                     session.score(request)
+                case Embed():
+                    session.embed(request)
                 case Draw():
                     session.draw(request)
                 case TapWeights():
@@ -177,7 +197,8 @@ def serve(lines: TextIO, out: TextIO) -> None:
                     session.observer.collect(request)
         except (RamggufError, MemoryError, ValueError) as e:
             message = str(e) if isinstance(e, EngineError) else f"{type(e).__name__}: {e}"
-            send(Failed(message=message))
+            kind = e.kind if isinstance(e, KindError) else None
+            send(Failed(message=message, model_kind=kind))
 
 
 def main() -> None:

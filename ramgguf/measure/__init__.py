@@ -1,4 +1,4 @@
-"""Measure: every tensor"s rate–distortion curve."""
+"""Measure: every tensor's rate–distortion curve."""
 
 from ramgguf.measure.rate_distortion import measure, measure_file
 from ramgguf.measure.result import Measurement, Point, TensorMeasurement

@@ -106,7 +106,7 @@ def measure_file(
         n_layers=file.n_trunk_layers,
         tensors=_tensors(file, jobs, parts, of_samples),
         seconds=time.perf_counter() - start,
-        notes=(*told, *_unsuited(jobs, wanted)),
+        notes=(*told, *_unsuited(jobs, wanted), *_idle_requantize(jobs, allow_requantize)),
     )
 
 
@@ -118,6 +118,11 @@ def _unsuited(jobs: Sequence[Job], wanted: Sequence[str] | None) -> Iterator[str
         if not used:
             known = sorted(reason for reason in reasons if reason)
             yield f"{name} suits no tensor{': ' if known else ''}{'; '.join(known[:2])}"
+
+
+def _idle_requantize(jobs: Sequence[Job], allow_requantize: bool) -> Iterator[str]:
+    if allow_requantize and not any(j.tensor.type_name == "Q8_0" and j.candidates for j in jobs):
+        yield "--allow-requantize changed nothing: no tensor of the source is in Q8_0"
 
 
 def _measure(

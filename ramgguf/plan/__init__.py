@@ -3,7 +3,7 @@
 from ramgguf.plan.frontier_result import Frontier
 from ramgguf.plan.knapsack import Choice, efficient, price, smallest
 from ramgguf.plan.limits import ByteLimit, PlanAt, Room, SizeLimit, SourceSize, size_limit
-from ramgguf.plan.objectives import Costing, costing
+from ramgguf.plan.objectives import OBJECTIVE_NAMES, Costing, costing
 from ramgguf.plan.planning import (
     DEFAULT_MIN_SQNR_DB,
     PlanOptions,
@@ -20,6 +20,7 @@ from ramgguf.plan.result import Plan
 
 __all__ = [
     "DEFAULT_MIN_SQNR_DB",
+    "OBJECTIVE_NAMES",
     "ByteLimit",
     "Choice",
     "Costing",

@@ -1,9 +1,8 @@
 """What a plan minimises: each objective gives the cost of one tensor in one format.
 
-The priors are soft: they scale a cost, they never forbid a format. Priors and published objectives
-were made for errors of the weights by themselves, and get these also where an importance matrix
-weights the encoder's errors: with weighted errors plans are worse than without a
-matrix (docs/findings.md).
+Priors scale a cost; they never forbid a format. `weighted`, `nmse` and `ram` take unweighted
+errors, also where an importance matrix weights the encoder's: with weighted errors their plans are
+worse than without a matrix (docs/findings.md).
 """
 
 import math
@@ -74,6 +73,8 @@ OBJECTIVES: dict[str, Objective] = {
 # Objectives that need errors weighted by an importance matrix.
 WEIGHED: dict[str, Objective] = {"output": output_error, "activation": activation_nmse}
 
+OBJECTIVE_NAMES = (SENSITIVITY, *OBJECTIVES, *WEIGHED)
+
 
 Cost = Callable[[TensorMeasurement, Point], float]
 
@@ -108,7 +109,7 @@ def costing(
     """Return the objective of this name for the model; None takes the best that is known.
 
     That is `sensitivity` where there is one, else DEFAULT_OBJECTIVE. Raises PlanError for names
-    that are not known, and for a sensitivity that is missing or of another model.
+    that are not known, and for a sensitivity that is missing, of another model or not used.
     """
     if name is None:
         name = DEFAULT_OBJECTIVE if sensitivity is None else SENSITIVITY
@@ -117,8 +118,10 @@ def costing(
     try:
         objective = (OBJECTIVES | WEIGHED)[name]
     except KeyError:
-        known = ", ".join([*OBJECTIVES, *WEIGHED, SENSITIVITY])
+        known = ", ".join(OBJECTIVE_NAMES)
         raise PlanError(f"objective {name!r} is unknown; known are {known}") from None
+    if sensitivity is not None:
+        raise PlanError(f"the objective {name} uses no sensitivity; leave one of the two out")
     if name in WEIGHED and measurement.imatrix is None:
         raise PlanError(f"the objective {name} needs errors that an importance matrix weighs")
     shape = ModelShape.of(measurement)

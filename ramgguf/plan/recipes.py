@@ -91,8 +91,8 @@ class Recipe(Document):
         try:
             with path.open("rb") as f:
                 head = f.read(512).lstrip()
-        except OSError as e:
-            raise PlanError(f"{path}: cannot be read: {e.strerror}") from None
+        except OSError:  # missing, a folder, an address: opening it as a model says what to do
+            head = b""
         if not head.startswith(b"{"):
             with open_gguf(path) as file:
                 return cls.of_file(file)

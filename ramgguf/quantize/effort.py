@@ -26,13 +26,14 @@ from ramgguf.core.units import format_bytes, format_seconds
 from ramgguf.evaluate import SCORE_SECONDS, HeldOutScore, score_held_out
 from ramgguf.gguf.hub import beside, local_path
 from ramgguf.gguf.reader import open_gguf
+from ramgguf.llama.client import WrongKindError
 from ramgguf.llama.system import llama_installed
 from ramgguf.measure.result import Measurement
 from ramgguf.plan import PlanOptions, SizeLimit, size_limit
 from ramgguf.plan.result import Plan
 from ramgguf.quantize.gate import Verdict, judge
 from ramgguf.quantize.output_paths import default_output
-from ramgguf.quantize.pipeline import Quantized, quantize_once
+from ramgguf.quantize.pipeline import Quantized, QuantizeOptions, quantize_once
 from ramgguf.quantize.protection import protected_formats
 from ramgguf.quantize.schedule import (
     EFFORTS,
@@ -54,6 +55,7 @@ from ramgguf.sensitivity import sensitivity as measure_sensitivity
 
 AUTO_SECONDS = 300.0
 TOKENS = "mix"
+SCORE_SHARE = 0.15  # of the time that was asked for
 LATE = 1.1  # a step is left out where it would end later than so many times the limit
 FIRST_CTX, FIRST_ROUNDS = 16, 6  # the windows that show what becomes of first tokens
 clock = time.perf_counter
@@ -108,6 +110,7 @@ def quantize(
 
     Raises RamggufError; an older output is then untouched.
     """
+    start = clock()
     model = local_path(model)
     common: dict[str, Any] = {
         "allow_requantize": allow_requantize,
@@ -128,12 +131,14 @@ def quantize(
     if level == "fast":
         if seconds is not None:
             raise PlanError("effort fast takes what it takes; seconds are for auto and best")
-        made = quantize_once(
-            model, budget, output, from_plan=from_plan, measurement=measurement,
-            encoder=encoder or DEFAULT_ENCODER,
-            imatrix=imatrix, hessian=hessian, refine=refine, split_max_bytes=split_max_bytes,
-            force=force, verify=verify, executor=executor, **common, **options,
+        settings = QuantizeOptions(
+            encoder=encoder or DEFAULT_ENCODER, imatrix=imatrix, hessian=hessian, refine=refine,
+            split_max_bytes=split_max_bytes, force=force, verify=verify, executor=executor,
+            plan=options, **common,
         )  # fmt: skip
+        made = quantize_once(
+            model, budget, output, settings, from_plan=from_plan, measurement=measurement
+        )
     else:
         if given:
             raise PlanError(
@@ -141,14 +146,20 @@ def quantize(
             )
         if budget is None:
             raise PlanError("either a budget, memory or a plan is needed, and not both")
+        # The score is part of what the time is for.
+        left = seconds and seconds - (min(SCORE_SECONDS, SCORE_SHARE * seconds) if score else 0.0)
         run = _Run(
-            model, size_limit(budget), None if output is None else Path(output), level, seconds,
+            model, size_limit(budget), None if output is None else Path(output), level, left,
             split_max_bytes=split_max_bytes, force=force, verify=verify, options=options, **common,
         )  # fmt: skip
         made = run.made()
     if not score:
         return made
-    return replace(made, score=scored(made, model, threads, progress, announce))
+    for_score = SCORE_SECONDS
+    if seconds is not None:
+        for_score = max(0.0, min(SCORE_SECONDS, seconds - (clock() - start)))
+    found = scored(made, model, threads, progress, announce, for_score)
+    return replace(made, score=found)
 
 
 def default_effort(*, is_explicit: bool, has_time: bool) -> Effort:
@@ -164,11 +175,12 @@ def scored(
     threads: int | None,
     progress: Progress | None,
     announce: Callable[[str], None],
+    seconds: float = SCORE_SECONDS,
 ) -> HeldOutScore | None:
     """Return the score of what was written; None, and a line, where llama.cpp cannot score it."""
     try:
         (found,) = score_held_out(
-            made.paths[:1], model, seconds=SCORE_SECONDS, threads=threads, progress=progress
+            made.paths[:1], model, seconds=seconds, threads=threads, progress=progress
         )
     except EngineError as e:
         announce(f"not scored: {e}")
@@ -256,12 +268,21 @@ class _Run:
             self._write = clock() - self._start
             try:
                 best = self._improved(best)
+            except WrongKindError as e:
+                self._log.add(f"it falls back to fast: {e}")
             except (EngineError, OSError) as e:
                 self._log.add(f"ends here, with what was made so far: {e}")
             return self._finished(best)
 
     def _improved(self, best: _Candidate) -> _Candidate:
         """Return the best candidate after the steps that fit the time and pass the gate."""
+        if self._seconds is not None and self._write >= self._seconds:
+            took, asked = format_seconds(self._write), format_seconds(self._seconds)
+            self._log.add(
+                "importance matrix: left out, for the least possible, to plan by priors and "
+                f"write, took {took}, and {asked} were asked for; give more with --time"
+            )
+            return best
         with open_gguf(self._model) as file:
             self._require_memory(file.n_bytes + best.made.n_bytes)
             costs = measured_costs(file, self._scratch, self._write, TOKENS, self._threads)
@@ -449,14 +470,14 @@ class _Run:
             options["sensitivity"] = recipe.sensitivity
         if recipe.pins:
             options["pins"] = (*self._options.get("pins", ()), *recipe.pins)
-        return quantize_once(
-            self._model, self._limit, output, encoder=recipe.encoder, imatrix=recipe.imatrix,
-            hessian=recipe.hessian, refine=recipe.refine,
+        settings = QuantizeOptions(
+            encoder=recipe.encoder, imatrix=recipe.imatrix, hessian=recipe.hessian,
+            allow_requantize=self._allow_requantize, refine=recipe.refine,
             refine_beside=self._cache.swaps if recipe.refine else None, split_max_bytes=split,
             force=self._force, verify=self._verify if verify is None else verify,
-            allow_requantize=self._allow_requantize, threads=self._threads,
-            progress=self._progress, announce=self._announce, **options,
+            threads=self._threads, progress=self._progress, announce=self._announce, plan=options,
         )  # fmt: skip
+        return quantize_once(self._model, self._limit, output, settings)
 
     # --- the gate ---
 
@@ -488,11 +509,11 @@ class _Run:
         plan = plan.model_copy(update={"notes": (*plan.notes, *notes)})
         path = self._output or default_output(self._model, plan)
         if self._split_max_bytes is not None:
-            made = quantize_once(
-                self._model, None, path, from_plan=plan, split_max_bytes=self._split_max_bytes,
-                force=self._force, verify=self._verify, threads=self._threads,
-                progress=self._progress,
+            settings = QuantizeOptions(
+                split_max_bytes=self._split_max_bytes, force=self._force, verify=self._verify,
+                threads=self._threads, progress=self._progress,
             )  # fmt: skip
+            made = quantize_once(self._model, None, path, settings, from_plan=plan)
             made = replace(made, measurement=best.made.measurement)
         else:
             refuse_existing(path, force=self._force, error=GGUFError)

@@ -6,6 +6,7 @@ from pathlib import Path
 from ramgguf.core.errors import GGUFError
 from ramgguf.core.files import refuse_existing, require_disk_space
 from ramgguf.gguf.hub import beside
+from ramgguf.gguf.shards import model_stem
 from ramgguf.plan.result import Plan
 
 
@@ -24,7 +25,5 @@ def default_output(model: Path, plan: Plan) -> Path:
 
     It is beside the model, or in the current folder for a model from the hub.
     """
-    stem = re.sub(r"\.gguf$", "", model.name, flags=re.IGNORECASE)
-    stem = re.sub(r"-\d{5}-of-\d{5}$", "", stem)
-    stem = re.sub(r"[-.](f32|f16|bf16)$", "", stem, flags=re.IGNORECASE)
+    stem = re.sub(r"[-.](f32|f16|bf16)$", "", model_stem(model), flags=re.IGNORECASE)
     return beside(model, f"{stem}-ram-{plan.bpw:.2f}bpw.gguf")

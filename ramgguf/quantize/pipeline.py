@@ -3,10 +3,9 @@
 from collections.abc import Callable
 from concurrent.futures import Executor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Unpack
 
 from ramgguf.core.errors import PlanError
 from ramgguf.core.inputs import protected
@@ -53,62 +52,50 @@ class Quantized:
     score: HeldOutScore | None = None
 
 
+@dataclass(frozen=True)
+class QuantizeOptions:
+    """How a file is made, whatever its size: the options of `quantize`, which explains them."""
+
+    encoder: EncoderName = DEFAULT_ENCODER
+    imatrix: str | Path | None = None
+    hessian: str | Path | None = None
+    allow_requantize: bool = False
+    refine: int = 0
+    refine_beside: Path | None = None  # what the journal of a refinement is kept beside
+    split_max_bytes: int | None = None
+    force: bool = False
+    verify: bool = True
+    threads: int | None = None
+    executor: Executor | None = None
+    progress: Progress | None = None
+    announce: Callable[[str], None] = lambda _: None
+    plan: PlanOptions = field(default_factory=PlanOptions)
+
+
 @protected()
 def quantize_once(
     model: str | Path,
     budget: int | str | SizeLimit | None = None,
     output: str | Path | None = None,
+    options: QuantizeOptions | None = None,
     *,
     from_plan: Plan | None = None,
     measurement: Measurement | None = None,
-    encoder: EncoderName = DEFAULT_ENCODER,
-    imatrix: str | Path | None = None,
-    hessian: str | Path | None = None,
-    allow_requantize: bool = False,
-    refine: int = 0,
-    refine_beside: Path | None = None,
-    split_max_bytes: int | None = None,
-    force: bool = False,
-    verify: bool = True,
-    threads: int | None = None,
-    executor: Executor | None = None,
-    progress: Progress | None = None,
-    announce: Callable[[str], None] = lambda _: None,
-    **options: Unpack[PlanOptions],
 ) -> Quantized:
-    """Write what these options say and return what was made; effort.quantize explains them.
-
-    The journal of a refinement is kept beside refine_beside, by default beside the output.
-    """
+    """Write what these options say and return what was made; effort.quantize explains them."""
     if (budget is None) == (from_plan is None):
         raise PlanError("either a budget, memory or a plan is needed, and not both")
     model = local_path(model)
     with open_gguf(model, kind_check=True) as file:
-        run = _Run(
-            model=model,
-            file=file,
-            output=None if output is None else Path(output),
-            encoder=encoder,
-            imatrix=imatrix,
-            hessian=hessian,
-            allow_requantize=allow_requantize,
-            split_max_bytes=split_max_bytes,
-            force=force,
-            threads=threads or default_threads(),
-            executor=executor,
-            progress=progress or Silent(),
-            announce=announce,
-            options=options,
-        )
+        output = None if output is None else Path(output)
+        run = _Run(model, file, output, options or QuantizeOptions())
         if from_plan is not None:
-            return run.written(from_plan, None, verify=verify)
+            return run.written(from_plan, None)
         assert budget is not None
         measurement, plan = run.planned(size_limit(budget), measurement)
-        journal = None
-        if refine:
-            plan, journal = run.refined(plan, measurement, refine, refine_beside)
+        plan, journal = run.refined(plan, measurement)
         plan = run.fed_back(plan)
-        made = run.written(plan, measurement, verify=verify)
+        made = run.written(plan, measurement)
     if journal is not None:
         journal.unlink(missing_ok=True)
     return made
@@ -118,30 +105,12 @@ class _Run:
     """One run of `quantize`: its options, and the time of each of its stages."""
 
     def __init__(
-        self,
-        *,
-        model: Path,
-        file: GGUFFile,
-        output: Path | None,
-        encoder: str,
-        imatrix: str | Path | None,
-        hessian: str | Path | None,
-        allow_requantize: bool,
-        split_max_bytes: int | None,
-        force: bool,
-        threads: int,
-        executor: Executor | None,
-        progress: Progress,
-        announce: Callable[[str], None],
-        options: PlanOptions,
+        self, model: Path, file: GGUFFile, output: Path | None, options: QuantizeOptions
     ) -> None:
         self._model, self._file, self._output = model, file, output
-        self._encoder, self._imatrix, self._hessian = ENCODERS[encoder], imatrix, hessian
-        self._allow_requantize = allow_requantize
-        self._split_max_bytes, self._force = split_max_bytes, force
-        self._threads, self._executor = threads, executor
-        self._progress, self._announce = progress, announce
-        self._options = options
+        self._options, self._encoder = options, ENCODERS[options.encoder]
+        self._threads = options.threads or default_threads()
+        self._progress = options.progress or Silent()
         self._clock = Clock()
         self._feed_back: Callable[[Plan], Plan] | None = None
 
@@ -149,12 +118,13 @@ class _Run:
         self, limit: SizeLimit, measurement: Measurement | None
     ) -> tuple[Measurement, Plan]:
         """Return the plan that keeps to the limit, and what was measured for it."""
+        options = self._options
         with ExitStack() as stack:
             room = stack.enter_context(limit.room(SourceSize.of(self._file)))
             wanted = self._output or beside(self._model, self._model.name)
             most = min(room.n_bytes, self._file.n_bytes)  # a budget may be more than the source
-            check_destination(wanted, self._output is not None and not self._force, most)
-            shards = partial(plan_for_shards, self._file, self._options, self._split_max_bytes)
+            check_destination(wanted, self._output is not None and not options.force, most)
+            shards = partial(plan_for_shards, self._file, options.plan, options.split_max_bytes)
 
             def plan_it(measured: Measurement) -> Plan:
                 return room.plan(partial(shards, measured))
@@ -163,12 +133,12 @@ class _Run:
                 require_model("the measurement", measurement.source, self._file)
                 with self._clock.stage("plan"):
                     return measurement, plan_it(measurement)
-            weighed = load_importance(self._imatrix, self._hessian, self._encoder.name)
+            weighed = load_importance(options.imatrix, options.hessian, options.encoder)
             measure = partial(
                 measure_file,
                 self._file,
                 n_overhead_bytes=overhead_bytes(self._file, weighed.source if weighed else None),
-                allow_requantize=self._allow_requantize,
+                allow_requantize=options.allow_requantize,
                 threads=self._threads,
                 progress=self._progress,
             )
@@ -176,34 +146,35 @@ class _Run:
                 self._feed_back = partial(
                     fed_back, measure=measure, encoder=self._encoder, imatrix=weighed
                 )
-            names = self._options.get("formats")
+            names = options.plan.get("formats")
             return measure_and_plan(
                 first_measure(measure, self._encoder, weighed, expand(names) if names else None),
                 plan_it,
-                self._options,
+                options.plan,
                 self._clock.stage,
                 preselects=self._file.n_weights >= MANY_WEIGHTS,
             )
 
-    def refined(
-        self, plan: Plan, measurement: Measurement, n_trials: int, at: Path | None
-    ) -> tuple[Plan, Path]:
-        """Return the plan after trials of swaps, and the journal of these trials."""
-        wanted = at or self._output or beside(self._model, self._model.name)
+    def refined(self, plan: Plan, measurement: Measurement) -> tuple[Plan, Path | None]:
+        """Return the plan after trials of swaps, if asked for, and the journal of these trials."""
+        options = self._options
+        if not options.refine:
+            return plan, None
+        wanted = options.refine_beside or self._output or beside(self._model, self._model.name)
         journal = refinement_journal(wanted, plan)
         with self._clock.stage("refine"):
             plan = refine_plan(
                 self._model,
                 plan,
                 measurement,
-                n_trials=n_trials,
-                sensitivity=self._options.get("sensitivity"),
-                imatrix=self._imatrix,
+                n_trials=options.refine,
+                sensitivity=options.plan.get("sensitivity"),
+                imatrix=options.imatrix,
                 journal=journal,
                 threads=self._threads,
-                executor=self._executor,
+                executor=options.executor,
                 progress=self._progress,
-                announce=self._announce,
+                announce=options.announce,
             )
         return plan, journal
 
@@ -214,17 +185,18 @@ class _Run:
         with self._clock.stage("feed back"):
             return self._feed_back(plan)
 
-    def written(self, plan: Plan, measurement: Measurement | None, *, verify: bool) -> Quantized:
+    def written(self, plan: Plan, measurement: Measurement | None) -> Quantized:
         """Write and verify the planned output."""
         path = self._output or default_output(self._model, plan)
-        destination = Destination(path, self._force, self._split_max_bytes)
+        options = self._options
+        destination = Destination(path, options.force, options.split_max_bytes)
         plan = settled(self._file, plan, destination)
         clock, shown = self._clock, self._progress
         worst = None
         with begin(self._file, plan, destination) as out:
             with clock.stage("write"):
                 write(self._file, plan, out, threads=self._threads, progress=shown)
-            if verify:
+            if options.verify:
                 with clock.stage("verify"), out.written() as written:
                     worst = verify_file(
                         self._file, plan, written, threads=self._threads, progress=shown

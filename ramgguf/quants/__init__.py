@@ -1,0 +1,1 @@
+"""Formats, encoders, measuring and encoding of row blocks, importance matrices, Hessians."""

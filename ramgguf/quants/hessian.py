@@ -26,6 +26,7 @@ _KEPT = 4  # Hessians in memory: threads work on neighbouring tensors
 MODEL_SAMPLE_KEY = "ramgguf.model_sample_sha256"  # of matrices, too
 _WEIGHTS, _OWNERS, _N_TOKENS = "hessian.weights", "hessian.owners", "hessian.token_count"
 
+_ASYMMETRY = 1e-4  # of the largest element: what rounding leaves
 DAMPING = 0.01  # of the mean of H's diagonal: that of the paper's code
 
 Floats = NDArray[np.float32]
@@ -44,8 +45,11 @@ class Hessian:
 
     @staticmethod
     def of(gram: Floats, n_tokens: int, damping: float = DAMPING) -> "Hessian":
-        """Return it for XᵀX over n_tokens inputs; inputs that never were active count as others."""
-        from scipy.linalg import cholesky
+        """Return it for XᵀX over n_tokens inputs; inputs that never were active count as others.
+
+        Raises ValueError where XᵀX plus damping is not positive definite, which no inputs make.
+        """
+        from scipy.linalg import LinAlgError, cholesky
         from scipy.linalg.lapack import dtrtri
 
         mean = gram.astype(np.float64) / n_tokens
@@ -55,7 +59,10 @@ class Hessian:
         np.fill_diagonal(damped, np.where(diagonal > 0, diagonal, typical) + damping * typical)
         # Of H with its order reversed the lower factor is, reversed, an upper R with H = RRᵀ;
         # then H⁻¹ = UᵀU with U = R⁻¹.
-        lower = cholesky(damped[::-1, ::-1], lower=True, overwrite_a=True, check_finite=False)
+        try:
+            lower = cholesky(damped[::-1, ::-1], lower=True, overwrite_a=True, check_finite=False)
+        except LinAlgError:
+            raise ValueError("the Hessian is not positive definite") from None
         upper, _ = dtrtri(np.asfortranarray(lower[::-1, ::-1]), lower=0)
         factor = np.triu(upper).astype(np.float32)
         return Hessian(mean.astype(np.float32), np.ascontiguousarray(factor))
@@ -98,19 +105,27 @@ class Hessians:
         return threading.Lock()
 
     @cached_property
-    def _recent(self) -> OrderedDict[str, Hessian]:
+    def _recent(self) -> OrderedDict[tuple[str, int], Hessian]:
         return OrderedDict()
 
     def factored(self, name: str, n_columns: int) -> Hessian:
         """Return what error feedback needs of the weight's inputs; the last few are kept."""
+        # A file may say that weights of other columns have the same input: get refuses that.
         owner = self.owner(name) or name
+        key = owner, n_columns
         with self._lock:
-            found = self._recent.pop(owner, None)
+            found = self._recent.pop(key, None)
             if found is None:
                 gram = self.get(name, n_columns)
                 assert gram is not None  # there is an owner
-                found = Hessian.of(gram, self.n_tokens)
-            self._recent[owner] = found
+                try:
+                    found = Hessian.of(gram, self.n_tokens)
+                except ValueError as e:
+                    raise ImatrixError(
+                        f"{self.path}: {owner}{_GRAM}: {e}; make the file again with "
+                        "`ramgguf calibrate --hessian`"
+                    ) from None
+            self._recent[key] = found
             while len(self._recent) > _KEPT:
                 self._recent.popitem(last=False)
             return found
@@ -140,6 +155,8 @@ class Hessians:
         gram = self._file.read_rows(tensor, 0, n_columns).view("<f4").astype(np.float32)
         if not np.isfinite(gram).all():
             raise ImatrixError(f"{self.path}: {owner}{_GRAM} is NaN or infinite")
+        if np.abs(gram - gram.T).max() > _ASYMMETRY * np.abs(gram).max():
+            raise ImatrixError(f"{self.path}: {owner}{_GRAM} is not symmetric, as XᵀX is")
         return gram
 
     def close(self) -> None:
@@ -153,11 +170,11 @@ def load_hessians(path: Path) -> Hessians:
         kind = file.metadata.string("general.type")
         if kind != "hessian":
             raise ImatrixError(f"{path}: general.type is {kind!r}, expected 'hessian'")
-        weights, owners = file.metadata.get(_WEIGHTS), file.metadata.get(_OWNERS)
+        weights, owners = file.metadata.strings(_WEIGHTS), file.metadata.strings(_OWNERS)
         n_tokens = file.metadata.integer(_N_TOKENS)
         sample = file.metadata.string(MODEL_SAMPLE_KEY)
         names = {t.name for t in file.tensors}
-    if not (isinstance(weights, tuple) and isinstance(owners, tuple) and n_tokens):
+    if weights is None or owners is None or n_tokens is None or n_tokens <= 0:
         raise ImatrixError(f"{path}: the metadata do not say which weights have which input")
     missing = [o for o in owners if o + _GRAM not in names]
     if len(weights) != len(owners) or missing:

@@ -9,6 +9,7 @@ import hashlib
 import math
 import os
 import re
+import stat
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -52,6 +53,7 @@ class ImportanceSource(FrozenModel):
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 _LARGEST_FILE = 1 << 32  # that of a 1000B model has under 1 GiB
 _LONGEST_NAME = 1 << 12
+_MOST_DATASETS = 64  # the first is named
 
 
 @dataclass(frozen=True)
@@ -184,7 +186,10 @@ def load_imatrix(path: Path, hessian: Path | None = None) -> Imatrix:
         return replace(load_imatrix(path), hessians=load_hessians(hessian))
     try:
         with path.open("rb") as file:
-            n_bytes = os.fstat(file.fileno()).st_size
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise ImatrixError(f"{path}: is not a regular file")
+            n_bytes = status.st_size
             if n_bytes > _LARGEST_FILE:
                 raise ImatrixError(f"{path}: has {n_bytes} bytes; this is no importance matrix")
             reading(path)
@@ -219,11 +224,11 @@ def _read_gguf(path: Path, file: GGUFFile) -> Imatrix:
         entry = _mean_squares(plain_name(name), sums, counts)
         if entry is not None:
             entries.setdefault(entry.name, entry)
-    datasets = file.metadata.get("imatrix.datasets")
+    datasets = file.metadata.strings("imatrix.datasets", _MOST_DATASETS)
     return Imatrix(
         path=path,
         entries=_some(path, entries),
-        datasets=datasets if isinstance(datasets, tuple) else (),
+        datasets=datasets or (),
         n_chunks=_count(file.metadata.integer("imatrix.chunk_count")),
         model_sample=file.metadata.string(MODEL_SAMPLE_KEY),
     )

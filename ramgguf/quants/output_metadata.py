@@ -1,4 +1,4 @@
-"""The metadata that a quantized model has and its source has not, or has otherwise."""
+"""The metadata in which a quantized model differs from its source."""
 
 from ramgguf.core.values import HubFile
 from ramgguf.core.version import __version__

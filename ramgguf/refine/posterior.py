@@ -1,4 +1,4 @@
-"""Which changes of a plan are worth a trial: what each is believed to bring, and how surely.
+"""Which changes of a plan are worth a trial: the expected gain of each, and its uncertainty.
 
 The predicted cost of a change is multiplied by a factor of its tensor, which is not known exactly.
 The factors are normally distributed; every trial observes a weighted sum of some of them (a Kalman
@@ -70,8 +70,7 @@ class _Steps:
 def _neighbours(item: Sequence[Choice], now: int) -> list[int]:
     """Return the N_NEIGHBOURS next smaller and next larger of the item's efficient choices.
 
-    A factor is believed to be about so large for changes of about this size: what a jump from
-    eight bits to two would do, it does not tell.
+    A factor is learned from small changes. It says nothing about a jump from eight bits to two.
     """
     kept = efficient(item)
     smaller = [j for j in kept if item[j].n_bytes < item[now].n_bytes]

@@ -2,16 +2,16 @@
 
 import csv
 import io
-import json
 from collections.abc import Callable
 
 from rich.console import Console
 
+from ramgguf.core.escape import markdown_text, printable, to_json
 from ramgguf.core.units import format_bytes
 from ramgguf.evaluate.leaderboard import CRITERIA, LABELS, Leaderboard, Row
 from ramgguf.report.chart import board_chart
 from ramgguf.report.evaluation import ranking_grid
-from ramgguf.report.grid import Field, Grid, grid_of, markdown_text, to_markdown
+from ramgguf.report.grid import Field, Grid, grid_of, to_markdown
 from ramgguf.report.numbers import kld, ppl, with_interval
 from ramgguf.report.sentences import findings
 from ramgguf.report.terminal import print_grid, print_statements
@@ -36,6 +36,12 @@ def board_grid(board: Leaderboard) -> Grid:
     return grid_of("Published figures", fields, board.rows)
 
 
+def board_grids(board: Leaderboard) -> list[Grid]:
+    """Return the table, and the rankings where two models have a figure of one kind."""
+    grids = (board_grid(board), ranking_grid(board))
+    return [grid.without_empty_columns() for grid in grids if grid.rows]
+
+
 def print_board(board: Leaderboard, console: Console) -> None:
     """Print the verdict, a chart, the table, the rankings and the findings."""
     for line in board_verdict(board):
@@ -44,19 +50,15 @@ def print_board(board: Leaderboard, console: Console) -> None:
         console.print()
         console.print("\n".join(drawn), soft_wrap=True)
     console.print()
-    print_grid(console, board_grid(board))
-    console.print()
-    print_grid(console, ranking_grid(board))
-    console.print()
+    for grid in board_grids(board):
+        print_grid(console, grid)
+        console.print()
     print_statements(console, findings(board))
 
 
 def board_markdown(board: Leaderboard) -> str:
     """Return the table, the rankings and the findings as markdown."""
-    tables = [
-        f"**{grid.title}**\n\n{to_markdown(grid.without_empty_columns())}"
-        for grid in (board_grid(board), ranking_grid(board))
-    ]
+    tables = [f"**{grid.title}**\n\n{to_markdown(grid)}" for grid in board_grids(board)]
     verdict = "\n".join(f"{markdown_text(line)}\n" for line in board_verdict(board))
     return "\n".join(
         (verdict, *tables, "".join(f"- {markdown_text(s)}\n" for s in findings(board)))
@@ -70,7 +72,7 @@ def board_csv(board: Leaderboard) -> str:
     writer.writerow(("model", "n_bytes", *CRITERIA, "n_outliers"))
     for row in board.rows:
         values = [row.estimates[c].value if c in row.estimates else None for c in CRITERIA]
-        writer.writerow((row.label, row.n_bytes, *values, row.n_outliers))
+        writer.writerow((printable(row.label), row.n_bytes, *values, row.n_outliers))
     return out.getvalue()
 
 
@@ -91,4 +93,4 @@ def board_json(board: Leaderboard) -> str:
         "rankings": {r.criterion: list(r.order) for r in board.rankings},
         "statements": list(findings(board)),
     }
-    return json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    return to_json(document, indent=1) + "\n"

@@ -1,27 +1,26 @@
-"""A model card: Markdown with YAML front matter, from what a file and its papers say."""
+"""A model card: Markdown with YAML front matter, from a file, its plan and its results."""
 
-import json
-import re
-import shlex
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+from ramgguf.core.escape import longest_fence, markdown_code, markdown_text, shell_word, yaml_text
 from ramgguf.core.units import format_bytes
+from ramgguf.gguf.shards import model_stem
 from ramgguf.plan.recipes import RecipeTensor
 from ramgguf.plan.result import Plan
 from ramgguf.report.card_sources import Card, CardFile
 from ramgguf.report.check import markdown as check_markdown
-from ramgguf.report.grid import Column, Grid, markdown_text, to_markdown
+from ramgguf.report.grid import Field, grid_of, to_markdown
 from ramgguf.report.memory import remarks
 from ramgguf.report.plans import optimality, refinement
 from ramgguf.report.results import eval_markdown
+from ramgguf.report.roles import RoleTensors, largest_first
 from ramgguf.report.tensor_types import imatrix_note, recipe_types
 
 
 def model_card(card: Card) -> str:
     """Return the card; it says nothing that is not in the files, and names are escaped."""
-    title = card.file.name or Path(card.file.names[0]).stem
+    title = card.file.name or model_stem(Path(card.file.names[0]))
     parts = [
         _front_matter(card.file),
         f"# {markdown_text(title)}, {format_bytes(card.file.n_bytes)} GGUF",
@@ -43,16 +42,11 @@ def model_card(card: Card) -> str:
 def _front_matter(file: CardFile) -> str:
     lines = ["---"]
     if file.base_models:
-        lines += ["base_model:", *(f"- {_yaml(name)}" for name in file.base_models)]
+        lines += ["base_model:", *(f"- {yaml_text(name)}" for name in file.base_models)]
         lines += ["base_model_relation: quantized"] if file.quantized_from_them else []
-    lines += [f"license: {_yaml(file.license)}"] if file.license else []
+    lines += [f"license: {yaml_text(file.license)}"] if file.license else []
     lines += ["tags:", "- gguf", "- ramgguf"] if file.origin.version else ["tags:", "- gguf"]
     return "\n".join([*lines, "---"])
-
-
-def _yaml(text: str) -> str:
-    """Return a YAML string: JSON's, without what YAML would not take."""
-    return json.dumps("".join(c if c.isprintable() else " " for c in text), ensure_ascii=False)
 
 
 def _what(file: CardFile) -> str:
@@ -61,14 +55,14 @@ def _what(file: CardFile) -> str:
     by = f", made by ramgguf {markdown_text(file.origin.version)}" if file.origin.version else ""
     context = f"; context of {file.n_context:,} tokens" if file.n_context else ""
     return (
-        f"{kind} {_code(file.names[0])}: {file.n_bytes:,} bytes, {n_weights:,} weights, "
+        f"{kind} {markdown_code(file.names[0])}: {file.n_bytes:,} bytes, {n_weights:,} weights, "
         f"{8 * file.n_bytes / n_weights:.3f} bits of file per weight; architecture "
         f"{markdown_text(file.architecture)}{context}{by}."
     )
 
 
 def _use(card: Card) -> str:
-    name = shlex.quote(card.file.names[0])
+    name = shell_word(card.file.names[0])
     length = f" -c {card.check.n_ctx}" if card.check and card.check.passed else ""
     commands = _block(f"llama-cli -m {name}{length}\nllama-server -m {name}{length}")
     if card.plan is None or card.plan.memory is None:
@@ -77,41 +71,20 @@ def _use(card: Card) -> str:
     return f"{commands}\n\n{told}"
 
 
-def _code(text: str) -> str:
-    """Return text as inline code, whatever it holds."""
-    line = " ".join(text.split())
-    fence = "`" * (_longest_run(line) + 1)
-    return f"{fence} {line} {fence}" if "`" in line else f"`{line}`"
-
-
 def _block(text: str) -> str:
-    fence = "`" * max(3, _longest_run(text) + 1)
+    fence = "`" * max(3, longest_fence(text) + 1)
     return f"{fence}sh\n{text}\n{fence}"
 
 
-def _longest_run(text: str) -> int:
-    return max((len(run) for run in re.findall("`+", text)), default=0)
-
-
 def _formats(file: CardFile) -> str:
-    roles: dict[str, list[RecipeTensor]] = {}
-    for tensor in file.recipe.tensors:
-        roles.setdefault(tensor.role, []).append(tensor)
-    rows = []
-    for role, members in sorted(roles.items(), key=lambda r: -sum(t.n_bytes for t in r[1])):
-        counts = Counter(t.format for t in members).most_common()
-        n_bytes = sum(t.n_bytes for t in members)
-        bpw = 8 * n_bytes / sum(t.n_weights for t in members)
-        named = ", ".join(f"{name} ×{n}" for name, n in counts)
-        rows.append((role, named, format_bytes(n_bytes), f"{bpw:.2f}"))
-    columns = (
-        Column("role", number=False),
-        Column("formats (tensors)", number=False),
-        Column("bytes"),
-        Column("bpw"),
-    )
+    fields: list[Field[RoleTensors[RecipeTensor]]] = [
+        Field("role", lambda r: r.role, number=False),
+        Field("formats (tensors)", lambda r: r.formats(", "), number=False),
+        Field("bytes", lambda r: format_bytes(r.n_bytes)),
+        Field("bpw", lambda r: f"{r.bpw:.2f}"),
+    ]
     total = f"All tensors together: {file.recipe.bpw:.3f} bits per weight."
-    return f"{to_markdown(Grid('', columns, tuple(rows)))}\n{total}"
+    return f"{to_markdown(grid_of('', fields, largest_first(file.recipe.tensors)))}\n{total}"
 
 
 def _plan(plan: Plan) -> str:
@@ -160,8 +133,11 @@ def _provenance(card: Card) -> str:
         )
         if value is not None
     ]
-    columns = (Column("what", number=False), Column("value", number=False))
-    return to_markdown(Grid("", columns, tuple(rows)))
+    fields: list[Field[tuple[str, str]]] = [
+        Field("what", lambda row: row[0], number=False),
+        Field("value", lambda row: row[1], number=False),
+    ]
+    return to_markdown(grid_of("", fields, rows))
 
 
 def _recipe(card: Card) -> Iterator[str]:
@@ -169,13 +145,14 @@ def _recipe(card: Card) -> Iterator[str]:
     file, plan = card.file, card.plan
     hub = file.origin.hub or (plan.source.hub if plan else None)
     source = hub.address if hub else Path(plan.source.path).name if plan else "SOURCE.gguf"
-    source, made = shlex.quote(source), shlex.quote(file.names[0])
+    source, made = shell_word(source), shell_word(file.names[0])
     if plan is not None and card.plan_name is not None:
-        followed = shlex.quote(card.plan_name)
+        followed = shell_word(card.plan_name)
         yield "From the source and the plan:"
         yield _block(f"ramgguf quantize {source} --plan {followed} -o {made}")
         yield "The plan was made with these options, and the files named above:"
-        yield _block(f"--budget {plan.budget} {shlex.join(_options(plan))}")
+        options = " ".join(map(shell_word, _options(plan)))
+        yield _block(f"--budget {plan.budget} {options}")
     types = recipe_types(file.recipe)
     yield "The same formats by llama.cpp's own encoders:"
     yield _block(

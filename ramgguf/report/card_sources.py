@@ -12,7 +12,7 @@ from ramgguf.evaluate.result import EvalResult
 from ramgguf.evaluate.result_files import read_material
 from ramgguf.gguf.hub import local_path
 from ramgguf.gguf.identity import difference
-from ramgguf.gguf.reader import GGUFFile, open_gguf
+from ramgguf.gguf.reader import GGUFFile, open_gguf, require_language_model
 from ramgguf.plan.recipes import Recipe
 from ramgguf.plan.result import Plan
 
@@ -77,12 +77,16 @@ def card(
     when one of them is of another file.
     """
     path = local_path(model)
-    with open_gguf(path, kind_check=True) as file:
+    with open_gguf(path) as file:  # also of a fork's types: no data are looked at
+        require_language_model(file)
         facts = _facts(file)
     followed = None if plan is None else Plan.load(Path(plan))
     if followed is not None:
         _require_followed(facts, followed, Path(plan or ""))
-    found = read_material([Path(r) for r in results]).results
+    material = read_material([Path(r) for r in results])
+    if material.embeddings:
+        raise ResultError("a card shows PPL and KLD; add what `compare --markdown` prints by hand")
+    found = material.results
     if results:
         _require_scored(facts, found)
     tried = None if check is None else CheckResult.load(Path(check))

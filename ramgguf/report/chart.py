@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ramgguf.core.errors import printable
+from ramgguf.core.escape import printable
 from ramgguf.core.units import format_bytes
 from ramgguf.evaluate.eval_report import EvalReport
 from ramgguf.evaluate.leaderboard import LABELS, Leaderboard, Row
@@ -49,9 +49,9 @@ def charted_criterion(board: Leaderboard) -> str:
     return "mean_kld" if has_kld else "median_ppl"
 
 
-def chart(study: EvalReport, width: int) -> list[str]:
+def chart(report: EvalReport, width: int) -> list[str]:
     """Return the lines of the chart; none for fewer than two files."""
-    return [] if study.board is None else board_chart(study.board, width)
+    return [] if report.board is None else board_chart(report.board, width)
 
 
 def board_chart(board: Leaderboard, width: int) -> list[str]:

@@ -7,14 +7,7 @@ from rich.console import Console
 
 from ramgguf.core.units import format_bytes, format_seconds
 from ramgguf.deploy.result import CheckResult, Spread
-from ramgguf.report.grid import Column, Grid, to_rich
-
-_COLUMNS = (
-    Column("", number=False),
-    Column("median"),
-    Column("low–high", number=False),
-    Column("n"),
-)
+from ramgguf.report.grid import Field, Grid, grid_of, to_markdown, to_rich
 
 
 @dataclass(frozen=True)
@@ -42,11 +35,13 @@ def lines(result: CheckResult) -> Iterator[Line]:
         yield Line("load time", format_seconds(result.load_seconds))
     if (speed := result.speed) is not None:
         yield _spread(f"prompt of {speed.n_prompt} tokens, tokens/s", speed.prompt)
-        yield _spread("generation, tokens/s", speed.generation)
-        first = speed.first_token_seconds
-        yield _spread("time to first token, s", first, digits=2)
+        if speed.generation is not None:
+            yield _spread("generation, tokens/s", speed.generation)
+        if speed.first_token_seconds is not None:
+            yield _spread("time to first token, s", speed.first_token_seconds, digits=2)
         yield Line(f"filling {result.n_ctx} tokens, tokens/s", f"{speed.filling:.1f}", n="1")
-        yield Line("generation, context full, tokens/s", f"{speed.generation_full:.1f}", n="1")
+        if speed.generation_full is not None:
+            yield Line("generation, context full, tokens/s", f"{speed.generation_full:.1f}", n="1")
     if result.known_ppl is not None:
         yield Line("perplexity of a plain paragraph", f"{result.known_ppl:,.1f}")
     if result.answers:
@@ -60,7 +55,13 @@ def lines(result: CheckResult) -> Iterator[Line]:
 
 def check_grid(result: CheckResult) -> Grid:
     """Return the rows as a table."""
-    return Grid("", _COLUMNS, tuple((i.what, i.value, i.spread, i.n) for i in lines(result)))
+    fields: list[Field[Line]] = [
+        Field("", lambda line: line.what, number=False),
+        Field("median", lambda line: line.value),
+        Field("low–high", lambda line: line.spread, number=False),
+        Field("n", lambda line: line.n),
+    ]
+    return grid_of("", fields, lines(result))
 
 
 def _spread(what: str, spread: Spread, digits: int = 1) -> Line:
@@ -73,7 +74,8 @@ def verdict(result: CheckResult) -> str:
     where = f"{format_bytes(result.limit)} ({result.limit_source}) at {result.n_ctx} tokens"
     if result.passed:
         margin = format_bytes(result.margin or 0)
-        return f"PASS: {result.path} runs in {where}, {margin} to spare"
+        what = " (an embedding model)" if result.model_kind == "embedding" else ""
+        return f"PASS: {result.path}{what} runs in {where}, {margin} to spare"
     return f"FAIL: {result.path} in {where}: {'; '.join(result.failures)}"
 
 
@@ -116,11 +118,15 @@ def ratios(result: CheckResult, other: CheckResult) -> list[Ratio]:
         a, b = result.speed, other.speed
         pairs += [
             ("prompt tokens/s", a.prompt.median, b.prompt.median),
-            ("generation tokens/s", a.generation.median, b.generation.median),
-            ("time to first token", a.first_token_seconds.median, b.first_token_seconds.median),
+            ("generation tokens/s", _median(a.generation), _median(b.generation)),
+            ("time to first token", _median(a.first_token_seconds), _median(b.first_token_seconds)),
             ("generation tokens/s, context full", a.generation_full, b.generation_full),
         ]
     return [Ratio(what, x / y) for what, x, y in pairs if x is not None and y]
+
+
+def _median(spread: Spread | None) -> float | None:
+    return None if spread is None else spread.median
 
 
 def print_ratios(result: CheckResult, other: CheckResult, console: Console) -> None:
@@ -134,19 +140,18 @@ def markdown(results: Sequence[CheckResult]) -> str:
     """Return the tests as Markdown: a table and a verdict each, and the ratios of two."""
     parts = []
     for result in results:
-        rows = [
-            f"| {line.what} | {line.value} | {line.spread} | {line.n} |" for line in lines(result)
-        ]
         parts += [
             f"### {result.path}",
-            "\n".join(["| | median | low–high | n |", "|---|---:|---|---:|", *rows]),
+            to_markdown(check_grid(result)).rstrip(),
             f"**{verdict(result)}.** {conditions(result)}.",
         ]
         if result.advice:
             parts.append("\n".join(f"- {change}" for change in result.advice))
     if len(results) == 2:
         first, second = results
-        rows = [f"| {r.what} | {r.value:.2f} × |" for r in ratios(first, second)]
-        header = f"| {first.path} / {second.path} | ratio |"
-        parts.append("\n".join([header, "|---|---:|", *rows]))
+        fields: list[Field[Ratio]] = [
+            Field(f"{first.path} / {second.path}", lambda r: r.what, number=False),
+            Field("ratio", lambda r: f"{r.value:.2f} ×"),
+        ]
+        parts.append(to_markdown(grid_of("", fields, ratios(first, second))).rstrip())
     return "\n\n".join(parts) + "\n"

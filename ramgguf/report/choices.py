@@ -4,12 +4,13 @@ from collections import Counter
 from collections.abc import Sequence
 
 from rich.console import Console
-from rich.table import Table
 
 from ramgguf.core.errors import PlanError
 from ramgguf.core.units import format_bytes
 from ramgguf.plan.explanation import Explanation, PlanExplanation, Step
-from ramgguf.plan.recipes import Change, Difference, Recipe
+from ramgguf.plan.recipes import Change, Difference, Recipe, RecipeTensor
+from ramgguf.report.grid import Field, grid_of, to_rich
+from ramgguf.report.roles import RoleTensors, by_role
 
 
 def print_explanation(explained: PlanExplanation, wanted: str | None, console: Console) -> None:
@@ -28,13 +29,17 @@ def print_explanation(explained: PlanExplanation, wanted: str | None, console: C
             raise PlanError(f"the plan has no tensor {wanted!r}")
         _print_tensor(explained, found[0], console)
         return
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("tensor", "format", "why"):
-        table.add_column(column, overflow="fold")
-    for e in explained.tensors:
-        if e.assignment.note is None or e.assignment.note.startswith("pinned"):
-            table.add_row(e.assignment.name, e.assignment.format, explained.reason(e))
-    console.print(table)
+    fields: list[Field[Explanation]] = [
+        Field("tensor", lambda e: e.assignment.name, number=False),
+        Field("format", lambda e: e.assignment.format, number=False),
+        Field("why", explained.reason, number=False),
+    ]
+    chosen = [
+        e
+        for e in explained.tensors
+        if e.assignment.note is None or e.assignment.note.startswith("pinned")
+    ]
+    console.print(to_rich(grid_of("", fields, chosen), header_style="bold"))
 
 
 def _print_tensor(explained: PlanExplanation, e: Explanation, console: Console) -> None:
@@ -69,17 +74,14 @@ def print_difference(difference: Difference, console: Console, *, verbose: bool)
             f"{side}: {recipe.path}: {recipe.n_bytes:,} bytes, {recipe.bpw:.3f} bpw, "
             f"{len(recipe.tensors)} tensors"
         )
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("role")
-    table.add_column("A → B (tensors)", overflow="fold")
-    table.add_column("bytes", justify="right")
-    for role, changes in _by_role(difference.changes):
-        counts = Counter(_change(c) for c in changes)
-        n_bytes = sum(c.n_bytes for c in changes)
-        told = "  ".join(f"{text} ×{n}" for text, n in counts.most_common())
-        table.add_row(role, told, f"{n_bytes:+,}")
+    fields: list[Field[tuple[str, list[Change]]]] = [
+        Field("role", lambda x: x[0], number=False),
+        Field("A → B (tensors)", lambda x: _changes(x[1]), number=False),
+        Field("bytes", lambda x: f"{sum(c.n_bytes for c in x[1]):+,}"),
+    ]
     if difference.changes:
-        console.print(table)
+        roles = grid_of("", fields, _by_role(difference.changes))
+        console.print(to_rich(roles, header_style="bold"))
     console.print(f"{len(difference.changes)} tensors differ, {difference.n_same} do not")
     if verbose:
         for c in difference.changes:
@@ -93,6 +95,11 @@ def _by_role(changes: Sequence[Change]) -> list[tuple[str, list[Change]]]:
     return sorted(roles.items(), key=lambda r: -sum(abs(c.n_bytes) for c in r[1]))
 
 
+def _changes(changes: Sequence[Change]) -> str:
+    counts = Counter(_change(c) for c in changes)
+    return "  ".join(f"{text} ×{n}" for text, n in counts.most_common())
+
+
 def _change(change: Change) -> str:
     a, b = (t.format if t else "absent" for t in (change.a, change.b))
     if a == b and change.a and change.b:
@@ -102,20 +109,12 @@ def _change(change: Change) -> str:
 
 def print_recipe(recipe: Recipe, console: Console) -> None:
     """Print how many tensors of each role have which format, and their bytes."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("role")
-    table.add_column("formats (tensors)", overflow="fold")
-    table.add_column("bytes", justify="right")
-    table.add_column("bpw", justify="right")
-    for role in dict.fromkeys(t.role for t in recipe.tensors):
-        members = [t for t in recipe.tensors if t.role == role]
-        counts = Counter(t.format for t in members)
-        n_bytes = sum(t.n_bytes for t in members)
-        table.add_row(
-            role,
-            "  ".join(f"{name} ×{n}" for name, n in counts.most_common()),
-            format_bytes(n_bytes),
-            f"{8 * n_bytes / sum(t.n_weights for t in members):.2f}",
-        )
-    console.print(table)
+    fields: list[Field[RoleTensors[RecipeTensor]]] = [
+        Field("role", lambda r: r.role, number=False),
+        Field("formats (tensors)", lambda r: r.formats(), number=False),
+        Field("bytes", lambda r: format_bytes(r.n_bytes)),
+        Field("bpw", lambda r: f"{r.bpw:.2f}"),
+    ]
+    roles = grid_of("", fields, by_role(recipe.tensors))
+    console.print(to_rich(roles, header_style="bold"))
     console.print(f"{recipe.path}: {recipe.n_bytes:,} bytes, {recipe.bpw:.3f} bpw")

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 
 from rich.console import Console
 
+from ramgguf.core.escape import markdown_text, printable
 from ramgguf.core.units import format_bytes
 from ramgguf.evaluate.eval_report import EvalReport
 from ramgguf.evaluate.intervals import Estimate
@@ -15,7 +16,7 @@ from ramgguf.evaluate.result import EvalResult
 from ramgguf.evaluate.statistics import n_units
 from ramgguf.evaluate.summary import AgainstReference, Summary, losses
 from ramgguf.report.chart import chart
-from ramgguf.report.grid import Field, Grid, grid_of, markdown_text, to_markdown
+from ramgguf.report.grid import Field, Grid, grid_of, to_markdown
 from ramgguf.report.numbers import kld, p_value, percent, ppl, with_interval
 from ramgguf.report.sentences import findings, order
 from ramgguf.report.terminal import print_grid, print_statements
@@ -24,12 +25,12 @@ from ramgguf.report.verdict import verdict_lines
 PPL_TITLE = "Perplexity of sequences (95 % intervals)"
 
 
-def perplexity_grid(study: EvalReport) -> Grid:
+def perplexity_grid(report: EvalReport) -> Grid:
     """Return a row per model: size, corpus PPL first, then what a mean hides."""
-    return grid_of(PPL_TITLE, _perplexity_fields(study), study.summaries)
+    return grid_of(PPL_TITLE, _perplexity_fields(report), report.summaries)
 
 
-def _perplexity_fields(study: EvalReport) -> list[Field[Summary]]:
+def _perplexity_fields(report: EvalReport) -> list[Field[Summary]]:
     def interval(name: str) -> Callable[[Summary], str]:
         return lambda s: with_interval(s.estimates[name], ppl)
 
@@ -47,14 +48,14 @@ def _perplexity_fields(study: EvalReport) -> list[Field[Summary]]:
         Field("P99", value("p99_ppl")),
         Field("max", value("max_ppl"), 3),
         Field("MAD", value("mad_ppl"), 6),
-        Field(f"PPL > {study.outlier_ppl:g}", lambda s: str(len(s.outliers))),
+        Field(f"PPL > {report.outlier_ppl:g}", lambda s: str(len(s.outliers))),
         Field("tail", lambda s: s.tail.verdict, 3, number=False),
     ]
 
 
-def reference_grid(study: EvalReport) -> Grid | None:
+def reference_grid(report: EvalReport) -> Grid | None:
     """Return a row per model that was scored against a reference; None if none was."""
-    found = [(s, s.against) for s in study.summaries if s.against is not None]
+    found = [(s, s.against) for s in report.summaries if s.against is not None]
     if not found:
         return None
     references = {against.label for _, against in found}
@@ -118,75 +119,79 @@ def protocol_line(result: EvalResult) -> str:
     )
 
 
-def statements(study: EvalReport) -> tuple[str, ...]:
+def statements(report: EvalReport) -> tuple[str, ...]:
     """Return what is to be said beside the tables: findings, refusals, failures, notes."""
-    said = list(findings(study.board)) if study.board else []
-    if study.refusal and len(study.summaries) > 1:
-        said.append(f"Not ranked: {study.refusal}.")
-    said += [f"{failure}." for failure in study.failures]
-    notes = dict.fromkeys(note for s in study.summaries for note in s.result.notes)
+    said = list(findings(report.board)) if report.board else []
+    if report.refusal and len(report.summaries) > 1:
+        said.append(f"Not ranked: {report.refusal}.")
+    said += [f"{failure}." for failure in report.failures]
+    notes = dict.fromkeys(note for s in report.summaries for note in s.result.notes)
     said += [note if note.endswith(".") else f"{note}." for note in notes]
     return tuple(said)
 
 
-def protocol_lines(study: EvalReport) -> tuple[str, ...]:
+def protocol_lines(report: EvalReport) -> tuple[str, ...]:
     """Return how the results were measured, once for each way."""
-    return tuple(dict.fromkeys(protocol_line(s.result) for s in study.summaries))
+    return tuple(dict.fromkeys(protocol_line(s.result) for s in report.summaries))
 
 
-def print_study(study: EvalReport, console: Console) -> None:
+def print_report(report: EvalReport, console: Console) -> None:
     """Print the verdict, a chart, the tables, the rankings, and the findings."""
-    for line in verdict_lines(study):
+    for line in verdict_lines(report):
         console.print(line, soft_wrap=not console.is_terminal)
-    if drawn := chart(study, min(console.width, 100) if console.is_terminal else 80):
+    if drawn := chart(report, min(console.width, 100) if console.is_terminal else 80):
         console.print()
         console.print("\n".join(drawn), soft_wrap=True)
-    for grid in grids(study):
+    for grid in grids(report):
         console.print()
         print_grid(console, grid)
     console.print()
-    print_statements(console, (*statements(study), *protocol_lines(study)))
+    print_statements(console, (*statements(report), *protocol_lines(report)))
 
 
-def grids(study: EvalReport) -> list[Grid]:
+def grids(report: EvalReport) -> list[Grid]:
     """Return the tables: perplexity, against the reference, rankings where some differ."""
-    found = [perplexity_grid(study)] if study.summaries else []
-    if (against := reference_grid(study)) is not None:
+    found = [perplexity_grid(report)] if report.summaries else []
+    if (against := reference_grid(report)) is not None:
         found.append(against)
-    if study.board and len(study.board.rows) > 1:
-        found.append(ranking_grid(study.board))
-    return [grid.without_empty_columns() for grid in found]
+    if report.board and len(report.board.rows) > 1:
+        found.append(ranking_grid(report.board))
+    return [grid.without_empty_columns() for grid in found if grid.rows]
 
 
-def study_markdown(study: EvalReport) -> str:
+def report_markdown(report: EvalReport) -> str:
     """Return the verdict, tables and findings as markdown, ready for a model card."""
-    verdict = "".join(f"{markdown_text(line)}\n\n" for line in verdict_lines(study)).rstrip("\n")
-    tables = [f"**{grid.title}**\n\n{to_markdown(grid)}" for grid in grids(study) if grid.rows]
-    items = "".join(f"- {markdown_text(s)}\n" for s in (*statements(study), *protocol_lines(study)))
+    verdict = "".join(f"{markdown_text(line)}\n\n" for line in verdict_lines(report)).rstrip("\n")
+    tables = [f"**{grid.title}**\n\n{to_markdown(grid)}" for grid in grids(report)]
+    items = "".join(
+        f"- {markdown_text(s)}\n" for s in (*statements(report), *protocol_lines(report))
+    )
     return "\n".join(filter(None, ("### Evaluation\n", verdict and f"{verdict}\n", *tables, items)))
 
 
-def study_csv(study: EvalReport) -> str:
+def report_csv(report: EvalReport) -> str:
     """Return a row per model with every statistic in full precision; an absent one is empty."""
-    rows = [dict(_flat(s)) for s in study.summaries]
+    rows = [dict(_flat(s)) for s in report.summaries]
     names = list(dict.fromkeys(name for row in rows for name in row))
     out = io.StringIO()
     writer = csv.DictWriter(out, names, restval="", lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows(
+        {k: printable(v) if isinstance(v, str) else v for k, v in row.items()} for row in rows
+    )
     return out.getvalue()
 
 
-def study_json(study: EvalReport) -> dict[str, object]:
+def report_json(report: EvalReport) -> dict[str, object]:
     """Return statistics, rankings and findings as JSON values; NaN and infinity become null."""
-    rankings = study.board.rankings if study.board else ()
+    rankings = report.board.rankings if report.board else ()
     return {
-        "models": [dict(_flat(s)) for s in study.summaries],
-        "verdict": list(verdict_lines(study)),
+        "models": [dict(_flat(s)) for s in report.summaries],
+        "verdict": list(verdict_lines(report)),
         "rankings": {r.criterion: list(r.order) for r in rankings},
         "orders": {r.criterion: order(r) for r in rankings},
-        "statements": list(statements(study)),
-        "protocols": list(protocol_lines(study)),
+        "statements": list(statements(report)),
+        "protocols": list(protocol_lines(report)),
     }
 
 

@@ -3,14 +3,14 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from html import escape
 
 from rich.console import Console
 
+from ramgguf.core.escape import html_text
 from ramgguf.core.units import format_bytes
 from ramgguf.plan.frontier_result import Frontier
 from ramgguf.plan.result import Plan
-from ramgguf.report.grid import Column, Grid, to_rich
+from ramgguf.report.grid import Field, Grid, grid_of, to_rich
 
 BPW_STEP = 0.25
 
@@ -43,21 +43,19 @@ def rows(frontier: Frontier, plans: Sequence[Plan] = ()) -> list[Row]:
 
 def curve_grid(frontier: Frontier, plans: Sequence[Plan] = ()) -> Grid:
     """Return sizes, bpw, the objective, and what 1 % more bytes would lower it by."""
-    headings = ("size", "bpw", frontier.objective, "next 1 %")
-    table = []
-    for row in rows(frontier, plans):
+
+    def next_percent(row: Row) -> str:
         later = cost_at(frontier, round(row.n_bytes * 1.01))
-        saved = 1 - later / row.cost if row.cost > 0 and later is not None else None
-        table.append(
-            (
-                format_bytes(row.n_bytes),
-                f"{frontier.bpw(row.n_bytes):.3f}",
-                f"{row.cost:.4g}",
-                "–" if saved is None else f"−{saved:.1%}",
-                row.mark,
-            )
-        )
-    return Grid("", (*map(Column, headings), Column("", number=False)), tuple(table))
+        return f"−{1 - later / row.cost:.1%}" if row.cost > 0 and later is not None else "–"
+
+    fields: list[Field[Row]] = [
+        Field("size", lambda r: format_bytes(r.n_bytes)),
+        Field("bpw", lambda r: f"{frontier.bpw(r.n_bytes):.3f}"),
+        Field(frontier.objective, lambda r: f"{r.cost:.4g}"),
+        Field("next 1 %", next_percent),
+        Field("", lambda r: r.mark, number=False),
+    ]
+    return grid_of("", fields, rows(frontier, plans))
 
 
 def cost_at(frontier: Frontier, n_bytes: int) -> float | None:
@@ -132,7 +130,7 @@ def curve_svg(frontier: Frontier, plans: Sequence[Plan] = ()) -> str:
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}">',
             '<g font-family="sans-serif" font-size="12">',
             f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
-            f'<text x="{LEFT}" y="22" font-size="15">{escape(title)}</text>',
+            f'<text x="{LEFT}" y="22" font-size="15">{html_text(title)}</text>',
             *_grid(frontier, axes),
             f'<polyline points="{_path(axes, points)}" {LINE}/>',
             *_marks(frontier, plans, axes),

@@ -1,7 +1,5 @@
 """A table as a value, rendered for terminals (rich), markdown and HTML alike."""
 
-import html
-import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -9,7 +7,7 @@ from typing import Generic, TypeVar
 from rich.table import Table
 from rich.text import Text
 
-from ramgguf.core.errors import printable
+from ramgguf.core.escape import html_text, markdown_text, printable
 
 T = TypeVar("T")
 DETAILS_RANK = 2  # columns of a higher rank go before the intervals do, the others after
@@ -129,19 +127,13 @@ def _markdown_row(cells: Iterable[str]) -> str:
     return "| " + " | ".join(markdown_text(cell) for cell in cells) + " |"
 
 
-def markdown_text(text: str) -> str:
-    """Return text that markdown shows as it is, on one line."""
-    return re.sub(r"([\\`*_{}\[\]<>|#~&$])", r"\\\1", " ".join(text.split()))
-
-
 def to_html(grid: Grid) -> str:
     """Return the grid as an HTML table; all text is escaped."""
     head = "".join(
-        f'<th scope="col"{_css(column)}>{html.escape(column.heading)}</th>'
-        for column in grid.columns
+        f'<th scope="col"{_css(column)}>{html_text(column.heading)}</th>' for column in grid.columns
     )
     body = "".join(f"<tr>{_html_row(grid, row)}</tr>\n" for row in grid.rows)
-    caption = f"<caption>{html.escape(grid.title)}</caption>" if grid.title else ""
+    caption = f"<caption>{html_text(grid.title)}</caption>" if grid.title else ""
     return (
         f'<div class="scroll"><table>{caption}\n'
         f"<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody></table></div>\n"
@@ -150,7 +142,7 @@ def to_html(grid: Grid) -> str:
 
 def _html_row(grid: Grid, row: tuple[str, ...]) -> str:
     return "".join(
-        f"<td{_css(column)}>{_html_cell(cell) if column.number else html.escape(cell)}</td>"
+        f"<td{_css(column)}>{_html_cell(cell) if column.number else html_text(cell)}</td>"
         for column, cell in zip(grid.columns, row, strict=True)
     )
 
@@ -161,5 +153,5 @@ def _css(column: Column) -> str:
 
 def _html_cell(text: str) -> str:
     """Return the cell with what stands in parentheses, the interval, small on a second line."""
-    value, parenthesis, rest = html.escape(text).partition(" (")
+    value, parenthesis, rest = html_text(text).partition(" (")
     return f"{value}<br><small>{rest.removesuffix(')')}</small>" if parenthesis else value

@@ -4,30 +4,21 @@ from rich.console import Console
 
 from ramgguf.core.units import format_seconds
 from ramgguf.evaluate.held_out import DomainScore, HeldOutScore
-from ramgguf.report.grid import Column, Grid, to_rich
+from ramgguf.report.grid import Field, Grid, grid_of, to_rich
 from ramgguf.report.numbers import kld, with_interval
 
 
 def held_out_grid(score: HeldOutScore) -> Grid:
     """Return a row per domain and one for all: tokens, KLD, PPL ratio and same top p."""
-    columns = (
-        Column("held-out text", number=False),
-        Column("tokens"),
-        Column("KLD, nats"),
-        Column("PPL ×"),
-        Column("same top"),
-    )
-    rows = [(domain, *_figures(score.of(domain))) for domain in score.domains]
-    return Grid("", columns, (*rows, ("all", *_figures(score.overall()))))
-
-
-def _figures(found: DomainScore) -> tuple[str, ...]:
-    return (
-        f"{found.n_tokens:,}",
-        with_interval(found.kld, kld),
-        with_interval(found.ppl_ratio, lambda x: f"{x:.3f}"),
-        with_interval(found.same_top, lambda x: f"{x:.1%}"),
-    )
+    fields: list[Field[tuple[str, DomainScore]]] = [
+        Field("held-out text", lambda x: x[0], number=False),
+        Field("tokens", lambda x: f"{x[1].n_tokens:,}"),
+        Field("KLD, nats", lambda x: with_interval(x[1].kld, kld)),
+        Field("PPL ×", lambda x: with_interval(x[1].ppl_ratio, lambda v: f"{v:.3f}")),
+        Field("same top", lambda x: with_interval(x[1].same_top, lambda v: f"{v:.1%}")),
+    ]
+    domains = [(domain, score.of(domain)) for domain in score.domains]
+    return grid_of("", fields, [*domains, ("all", score.overall())])
 
 
 def print_held_out(score: HeldOutScore, console: Console) -> None:

@@ -1,20 +1,48 @@
 """Where the memory goes, for the terminal."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 from rich.console import Console
 
 from ramgguf.core.units import format_bytes
 from ramgguf.plan.result import MemoryBudget, MemoryUse
-from ramgguf.report.grid import Column, Grid, to_rich
+from ramgguf.report.grid import Field, Grid, grid_of, to_rich
 
-_COLUMNS = ("weights", "cache", "compute", "overhead", "sum", "limit", "margin")
+
+@dataclass(frozen=True)
+class _Device:
+    """What is used of RAM or of the GPU's memory, and its limit."""
+
+    name: str
+    use: MemoryUse
+    limit: int | None
+
+    @property
+    def margin(self) -> int | None:
+        return None if self.limit is None else self.limit - self.use.total
 
 
 def memory_grid(memory: MemoryBudget) -> Grid:
     """Return the breakdown of RAM and the GPU: weights, cache, compute, overhead and margin."""
-    rows = [("RAM", *_cells(memory.ram, memory.limit))]
+
+    def size(n_bytes: Callable[[_Device], int | None]) -> Callable[[_Device], str]:
+        return lambda d: "–" if (n := n_bytes(d)) is None else format_bytes(n)
+
+    fields: list[Field[_Device]] = [
+        Field("memory", lambda d: d.name, number=False),
+        Field("weights", size(lambda d: d.use.weights)),
+        Field("cache", size(lambda d: d.use.cache)),
+        Field("compute", size(lambda d: d.use.compute)),
+        Field("overhead", size(lambda d: d.use.overhead)),
+        Field("sum", size(lambda d: d.use.total)),
+        Field("limit", size(lambda d: d.limit)),
+        Field("margin", size(lambda d: d.margin)),
+    ]
+    devices = [_Device("RAM", memory.ram, memory.limit)]
     if memory.vram is not None:
-        rows.append(("GPU", *_cells(memory.vram, memory.vram_limit)))
-    return Grid("", (Column("memory", number=False), *map(Column, _COLUMNS)), tuple(rows))
+        devices.append(_Device("GPU", memory.vram, memory.vram_limit))
+    return grid_of("", fields, devices)
 
 
 def context(memory: MemoryBudget) -> str:
@@ -50,9 +78,3 @@ def remarks(memory: MemoryBudget) -> list[str]:
     if memory.vram is not None:
         told.append("the GPU's part is an estimate, not measured on a GPU")
     return told
-
-
-def _cells(use: MemoryUse, limit: int | None) -> list[str]:
-    parts = (use.weights, use.cache, use.compute, use.overhead, use.total)
-    ends = ["–", "–"] if limit is None else [format_bytes(limit), format_bytes(limit - use.total)]
-    return [*(format_bytes(n) for n in parts), *ends]

@@ -3,29 +3,31 @@
 Everything that comes from a file is escaped: names of tensors and models are anybody's.
 """
 
-import html
 import math
 import statistics
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 
+from ramgguf.core.escape import html_text
 from ramgguf.core.units import format_bytes
-from ramgguf.deploy.result import CheckResult
+from ramgguf.deploy.result import Answer, CheckResult
+from ramgguf.evaluate.embedding_report import embedding_report
+from ramgguf.evaluate.embedding_result import EmbeddingResult
 from ramgguf.evaluate.evaluation import Evaluation
 from ramgguf.evaluate.leaderboard import Leaderboard
 from ramgguf.evaluate.result import EvalResult
 from ramgguf.gguf.identity import Source
-from ramgguf.measure.result import Measurement
+from ramgguf.measure.result import Measurement, Point, TensorMeasurement
 from ramgguf.plan.frontier_result import Frontier
 from ramgguf.plan.result import Plan
-from ramgguf.report import check, memory, plans
+from ramgguf.report import check, embeddings, memory, plans
 from ramgguf.report import frontier as curves
 from ramgguf.report import sensitivity as sensing
-from ramgguf.report.boards import board_grid
-from ramgguf.report.evaluation import grids as study_grids
-from ramgguf.report.evaluation import protocol_lines, ranking_grid, statements
-from ramgguf.report.grid import Column, Grid, to_html
-from ramgguf.report.results import study_of
+from ramgguf.report.boards import board_grids
+from ramgguf.report.evaluation import grids as report_grids
+from ramgguf.report.evaluation import protocol_lines, statements
+from ramgguf.report.grid import Field, Grid, grid_of, to_html
+from ramgguf.report.results import report_of
 from ramgguf.report.sentences import findings
 from ramgguf.report.verdict import board_verdict, verdict_lines
 from ramgguf.sensitivity.result import Sensitivity
@@ -51,6 +53,10 @@ def drawing(value: object) -> str | None:
             return _sensitivity(value)
         case CheckResult():
             return _check(value)
+        case EmbeddingResult():
+            return _embeddings([value])
+        case Evaluation() if value.embeddings:
+            return _embeddings(value.embeddings, value.failures)
         case EvalResult():
             return _evaluation([value])
         case Evaluation():
@@ -71,27 +77,41 @@ def _plan(plan: Plan) -> str:
     return _drawn(f"Plan of {_name(plan.source)}", grids, [*told, *plan.notes])
 
 
+@dataclass(frozen=True)
+class _InFormat:
+    """The tensors that can take a format, all in it."""
+
+    name: str
+    points: list[tuple[TensorMeasurement, Point]]
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(p.n_bytes for _, p in self.points)
+
+    @property
+    def bpw(self) -> float:
+        return 8 * self.n_bytes / sum(t.n_weights for t, _ in self.points)
+
+    def sqnr(self, statistic: Callable[[list[float]], float]) -> str:
+        return _decibels(statistic([p.sqnr_db for _, p in self.points]))
+
+
 def format_grid(measured: Measurement) -> Grid:
     """Return a row per format: tensors that can take it, their bytes, bpw and SQNR in it."""
-    columns = (
-        Column("format", number=False),
-        Column("tensors"),
-        Column("bytes"),
-        Column("bpw"),
-        Column("median SQNR, dB"),
-        Column("lowest"),
-    )
-    rows = []
-    for name in dict.fromkeys(p.format for t in measured.tensors if not t.kept for p in t.points):
-        found = [
-            (t, p) for t in measured.tensors for p in t.points if p.format == name and not t.kept
-        ]
-        n_bytes = sum(p.n_bytes for _, p in found)
-        sqnr = [p.sqnr_db for _, p in found]
-        bpw = 8 * n_bytes / sum(t.n_weights for t, _ in found)
-        told = (_decibels(statistics.median_low(sqnr)), _decibels(min(sqnr)))
-        rows.append((name, str(len(found)), format_bytes(n_bytes), f"{bpw:.2f}", *told))
-    return Grid("", columns, tuple(sorted(rows, key=lambda row: float(row[3]))))
+    formats: dict[str, _InFormat] = {}
+    for tensor in measured.tensors:
+        for point in () if tensor.kept else tensor.points:
+            found = formats.setdefault(point.format, _InFormat(point.format, []))
+            found.points.append((tensor, point))
+    fields: list[Field[_InFormat]] = [
+        Field("format", lambda f: f.name, number=False),
+        Field("tensors", lambda f: str(len(f.points))),
+        Field("bytes", lambda f: format_bytes(f.n_bytes)),
+        Field("bpw", lambda f: f"{f.bpw:.2f}"),
+        Field("median SQNR, dB", lambda f: f.sqnr(statistics.median_low)),
+        Field("lowest", lambda f: f.sqnr(min)),
+    ]
+    return grid_of("", fields, sorted(formats.values(), key=lambda f: f.bpw))
 
 
 def _decibels(value: float) -> str:
@@ -120,26 +140,32 @@ def _sensitivity(found: Sensitivity) -> str:
 
 def _check(result: CheckResult) -> str:
     told = [check.conditions(result), *(f"change: {change}" for change in result.advice)]
-    answers = [(a.prompt, a.text[:200], "; ".join(a.signs)) for a in result.answers]
-    headings = (Column(h, number=False) for h in ("asked", "answered", "signs of collapse"))
-    said = Grid("", tuple(headings), tuple(answers)).without_empty_columns()
-    grids = [check.check_grid(result), *([said] if answers else [])]
+    fields: list[Field[Answer]] = [
+        Field("asked", lambda a: a.prompt, number=False),
+        Field("answered", lambda a: a.text[:200], number=False),
+        Field("signs of collapse", lambda a: "; ".join(a.signs), number=False),
+    ]
+    said = grid_of("", fields, result.answers).without_empty_columns()
+    grids = [check.check_grid(result), *([said] if result.answers else [])]
     return _drawn(check.verdict(result), grids, told)
 
 
 def _evaluation(results: Iterable[EvalResult], failures: Iterable[str] = ()) -> str:
-    study = study_of(list(results))
-    told = (*verdict_lines(study), *statements(study), *failures, *protocol_lines(study))
-    return _drawn("", study_grids(study), told)
+    report = report_of(list(results))
+    told = (*verdict_lines(report), *statements(report), *failures, *protocol_lines(report))
+    return _drawn("", report_grids(report), told)
+
+
+def _embeddings(results: Sequence[EmbeddingResult], failures: Iterable[str] = ()) -> str:
+    report = embedding_report(results)
+    told = (*embeddings.verdict_lines(report), *embeddings.statements(report), *failures)
+    return _drawn("", [embeddings.embedding_grid(report)], told)
 
 
 def _board(board: Leaderboard) -> str:
-    grids = [replace(board_grid(board), title="Models"), ranking_grid(board)]
-    return _drawn(
-        "",
-        [grid.without_empty_columns() for grid in grids],
-        (*board_verdict(board), *findings(board)),
-    )
+    models, *rankings = board_grids(board)
+    grids = [replace(models, title="Models"), *rankings]
+    return _drawn("", grids, (*board_verdict(board), *findings(board)))
 
 
 def _name(source: Source) -> str:
@@ -148,9 +174,9 @@ def _name(source: Source) -> str:
 
 def _drawn(title: str, grids: Iterable[Grid], told: Iterable[str], picture: str = "") -> str:
     """Return a heading, tables, a picture and remarks; text is escaped, the picture is SVG."""
-    heading = f"<p><b>{html.escape(title)}</b></p>\n" if title else ""
+    heading = f"<p><b>{html_text(title)}</b></p>\n" if title else ""
     tables = "".join(map(to_html, grids))
-    items = "".join(f"<li>{html.escape(line)}</li>\n" for line in told)
+    items = "".join(f"<li>{html_text(line)}</li>\n" for line in told)
     remarks = f"<ul>\n{items}</ul>\n" if items else ""
     return (
         f'<div class="ramgguf"><style>{_STYLE}</style>\n{heading}{tables}{picture}{remarks}</div>\n'

@@ -1,7 +1,6 @@
 """`ramgguf report`: one HTML page that holds all it shows and asks nothing of the network."""
 
 import hashlib
-import html
 import json
 from collections.abc import Iterator, Sequence
 from importlib import resources
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ramgguf.core.errors import ResultError
+from ramgguf.core.escape import html_text, json_text
 from ramgguf.core.files import write_atomically
 from ramgguf.core.units import format_bytes
 from ramgguf.evaluate.eval_report import EvalReport
@@ -18,9 +18,8 @@ from ramgguf.gguf.identity import difference
 from ramgguf.measure.result import Measurement
 from ramgguf.plan.result import Plan
 from ramgguf.report import figures, plan_figures
-from ramgguf.report.boards import board_grid
-from ramgguf.report.delta_figure import delta_nll
-from ramgguf.report.evaluation import grids, protocol_lines, ranking_grid, statements
+from ramgguf.report.boards import board_grids
+from ramgguf.report.evaluation import grids, protocol_lines, statements
 from ramgguf.report.grid import to_html
 from ramgguf.report.numbers import ppl
 from ramgguf.report.sentences import findings
@@ -37,7 +36,7 @@ _POLICY = (
 
 def write_html(
     path: Path,
-    study: EvalReport,
+    report: EvalReport,
     plans: Sequence[tuple[str, Plan]] = (),
     measurements: Sequence[tuple[str, Measurement]] = (),
     published: Leaderboard | None = None,
@@ -46,21 +45,21 @@ def write_html(
 
     Raises RamggufError when plotly is missing, ResultError when path cannot be written.
     """
-    text = page(study, plans, measurements, published)
+    text = page(report, plans, measurements, published)
     write_atomically(path, text.encode(), error=ResultError)
 
 
 def page(
-    study: EvalReport,
+    report: EvalReport,
     plans: Sequence[tuple[str, Plan]] = (),
     measurements: Sequence[tuple[str, Measurement]] = (),
     published: Leaderboard | None = None,
 ) -> str:
     """Return the page's HTML; published is a leaderboard of figures without sequences."""
-    title = html.escape(_title(study, plans, measurements, published))
+    title = html_text(_title(report, plans, measurements, published))
     body = "".join(
         (
-            *_evaluation(study),
+            *_evaluation(report),
             *_published(published),
             *_plans(plans),
             *_measurements(measurements, plans),
@@ -81,13 +80,13 @@ def _asset(name: str) -> str:
 
 
 def _title(
-    study: EvalReport,
+    report: EvalReport,
     plans: Sequence[tuple[str, Plan]],
     measurements: Sequence[tuple[str, Measurement]],
     published: Leaderboard | None,
 ) -> str:
     """Return the names of what the page shows, the first four and how many more."""
-    names = [s.label for s in study.summaries]
+    names = [s.label for s in report.summaries]
     names += [row.label for row in published.rows] if published else []
     names = names or [label for label, _ in (*plans, *measurements)]
     more = f" and {len(names) - 4} more" if len(names) > 4 else ""
@@ -97,24 +96,24 @@ def _title(
 # --- evaluations ---
 
 
-def _evaluation(study: EvalReport) -> Iterator[str]:
-    if not study.summaries:
+def _evaluation(report: EvalReport) -> Iterator[str]:
+    if not report.summaries:
         return
-    yield from _verdict(verdict_lines(study))
-    if study.board is not None:
-        yield from _by_size(study.board)
+    yield from _verdict(verdict_lines(report))
+    if report.board is not None:
+        yield from _by_size(report.board)
     yield _section("Results", "Intervals are 95 %; none is claimed where the text is too short.")
-    yield from (to_html(grid) for grid in grids(study))
-    yield _list(statements(study))
-    yield "".join(f'<p class="soft">{html.escape(line)}</p>\n' for line in protocol_lines(study))
+    yield from (to_html(grid) for grid in grids(report))
+    yield _list(statements(report))
+    yield "".join(f'<p class="soft">{html_text(line)}</p>\n' for line in protocol_lines(report))
     yield _section(
         "Every sequence",
         "One point per sequence, with the quartiles. The grey diamond is corpus PPL with its"
-        f" interval; crosses right of the dotted line are outliers, PPL > {study.outlier_ppl:g}.",
+        f" interval; crosses right of the dotted line are outliers, PPL > {report.outlier_ppl:g}.",
     )
-    yield _figure(figures.ppl_distribution(study), "Distribution of sequence perplexity")
-    yield from _cards(study)
-    if (delta := delta_nll(study)) is not None:
+    yield _figure(figures.ppl_distribution(report), "Distribution of sequence perplexity")
+    yield from _cards(report)
+    if (delta := figures.delta_nll(report)) is not None:
         yield _section(
             "What quantization did to each sequence",
             "ΔNLL of every sequence against the reference on the same tokens. The grey diamond is"
@@ -130,14 +129,12 @@ def _published(board: Leaderboard | None) -> Iterator[str]:
     yield from _verdict(board_verdict(board))
     yield from _by_size(board)
     yield _section("Published figures", "Without sequences: no interval, and no test.")
-    yield from (
-        to_html(g.without_empty_columns()) for g in (board_grid(board), ranking_grid(board))
-    )
+    yield from (to_html(grid) for grid in board_grids(board))
     yield _list(findings(board))
 
 
 def _verdict(lines: Sequence[str]) -> Iterator[str]:
-    yield from (f'<p class="verdict">{html.escape(line)}</p>\n' for line in lines)
+    yield from (f'<p class="verdict">{html_text(line)}</p>\n' for line in lines)
 
 
 def _by_size(board: Leaderboard) -> Iterator[str]:
@@ -157,36 +154,36 @@ def _by_size(board: Leaderboard) -> Iterator[str]:
     yield f'<div class="pair">{"".join(made)}</div>\n'
 
 
-def _cards(study: EvalReport) -> Iterator[str]:
+def _cards(report: EvalReport) -> Iterator[str]:
     """Yield the outliers with their text, or the hardest sequences where there are none."""
-    scores = [{x.index: x for x in s.result.sequences} for s in study.summaries]
+    scores = [{x.index: x for x in s.result.sequences} for s in report.summaries]
     worst: dict[int, SequenceScore] = {}
-    for s in study.summaries:
+    for s in report.summaries:
         hardest = sorted(s.result.sequences, key=lambda x: -x.ppl)[:_HARDEST]
-        for x in s.outliers or (() if _any_outlier(study) else hardest):
+        for x in s.outliers or (() if _any_outlier(report) else hardest):
             if x.index not in worst or x.ppl > worst[x.index].ppl:
                 worst[x.index] = x
     ranked = sorted(worst.values(), key=lambda x: -x.ppl)
-    what = "Outliers and their text" if _any_outlier(study) else "No outliers; the hardest text"
+    what = "Outliers and their text" if _any_outlier(report) else "No outliers; the hardest text"
     more = f" ({_MAX_CARDS} of {len(ranked)})" if len(ranked) > _MAX_CARDS else ""
     yield f'<h3>{what}{more}</h3>\n<div class="cards">\n'
     for x in ranked[:_MAX_CARDS]:
         title = f"#{x.index}" + (f" · {x.title}" if x.title else "")
         rows = "".join(
-            f'<tr><td>{html.escape(s.label)}</td><td class="number">{ppl(known[x.index].ppl)}</td>'
+            f'<tr><td>{html_text(s.label)}</td><td class="number">{ppl(known[x.index].ppl)}</td>'
             "</tr>"
-            for s, known in zip(study.summaries, scores, strict=True)
+            for s, known in zip(report.summaries, scores, strict=True)
             if x.index in known
         )
         yield (
-            f'<div class="card"><h4>{html.escape(title)}</h4><table>{rows}</table>'
-            f"<blockquote>{html.escape(x.excerpt)} …</blockquote></div>\n"
+            f'<div class="card"><h4>{html_text(title)}</h4><table>{rows}</table>'
+            f"<blockquote>{html_text(x.excerpt)} …</blockquote></div>\n"
         )
     yield "</div>\n"
 
 
-def _any_outlier(study: EvalReport) -> bool:
-    return any(s.outliers for s in study.summaries)
+def _any_outlier(report: EvalReport) -> bool:
+    return any(s.outliers for s in report.summaries)
 
 
 # --- plans and measurements ---
@@ -203,11 +200,11 @@ def _plans(plans: Sequence[tuple[str, Plan]]) -> Iterator[str]:
     for label, plan in plans:
         kept = [a for a in plan.assignments if plan_figures.is_kept(a)]
         gap = "proven optimal" if plan.gap == 0 else f"within {plan.gap:.1g} of the optimum, proven"
-        yield f"<h3>{html.escape(label)}</h3>\n"
+        yield f"<h3>{html_text(label)}</h3>\n"
         yield (
             f'<p class="soft">{format_bytes(plan.n_bytes)} of a budget of'
             f" {format_bytes(plan.budget)}; {plan.bpw:.3f} bits per weight; objective"
-            f" {html.escape(plan.objective)}, {gap}; kept as found:"
+            f" {html_text(plan.objective)}, {gap}; kept as found:"
             f" {len(kept)} of {len(plan.assignments)} tensors,"
             f" {format_bytes(sum(a.n_bytes for a in kept))}.</p>\n"
         )
@@ -232,7 +229,7 @@ def _measurements(
     for i, (label, measurement) in enumerate(measurements):
         same = [(name, p) for name, p in plans if difference(p.source, measurement.source) is None]
         yield (
-            f"<h3>{html.escape(label)}</h3>\n"
+            f"<h3>{html_text(label)}</h3>\n"
             f'<p><label for="tensor-{i}">Tensor</label> <select id="tensor-{i}"></select></p>\n'
             f'<figure><div class="plot" data-curves="curves-{i}" data-layout="layout-{i}"'
             f' data-select="tensor-{i}" role="img"'
@@ -246,11 +243,11 @@ def _measurements(
 
 
 def _section(title: str, text: str) -> str:
-    return f'<h2>{html.escape(title)}</h2>\n<p class="soft">{html.escape(text)}</p>\n'
+    return f'<h2>{html_text(title)}</h2>\n<p class="soft">{html_text(text)}</p>\n'
 
 
 def _list(items: Sequence[str]) -> str:
-    return "<ul>\n" + "".join(f"<li>{html.escape(i)}</li>\n" for i in items) + "</ul>\n"
+    return "<ul>\n" + "".join(f"<li>{html_text(i)}</li>\n" for i in items) + "</ul>\n"
 
 
 def _figure(made: figures.Figure | None, label: str) -> str:
@@ -261,12 +258,13 @@ def _figure(made: figures.Figure | None, label: str) -> str:
     name = "figure-" + hashlib.sha256(json.dumps([label, data]).encode()).hexdigest()[:12]
     return (
         f'<figure><div class="plot" data-figure="{name}" role="img"'
-        f' aria-label="{html.escape(label, quote=True)}"></div></figure>\n'
+        f' aria-label="{html_text(label)}"></div></figure>\n'
         f"{_data(name, data)}"
     )
 
 
 def _data(name: str, value: Any) -> str:
     """Return a JSON block; no text in it can end the script element."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+    text = json_text(json.dumps(value, ensure_ascii=False, separators=(",", ":")))
+    text = text.replace("<", "\\u003c")
     return f'<script type="application/json" id="{name}">{text}</script>\n'

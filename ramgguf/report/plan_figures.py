@@ -1,9 +1,9 @@
 """Figures of plans and measurements: bits by layer and role, rate–distortion curves."""
 
-import html
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+from ramgguf.core.escape import html_text
 from ramgguf.gguf.architecture import layer_of
 from ramgguf.measure.result import Measurement, TensorMeasurement
 from ramgguf.plan.result import Assignment, Plan
@@ -37,7 +37,7 @@ def bits_by_layer(plan: Plan) -> Figure:
             orientation="h",
             x=[1] * len(filled),
             base=[column - 0.5 for _, column, _ in filled],
-            y=[html.escape(role) for role, _, _ in filled],
+            y=[html_text(role) for role, _, _ in filled],
             text=[f"{bpw(found):.1f}" if labelled else "" for _, _, found in filled],
             textposition="inside",
             insidetextanchor="middle",
@@ -81,9 +81,7 @@ def bpw(assignments: Sequence[Assignment]) -> float:
 
 
 def _told(a: Assignment) -> str:
-    return (
-        f"{html.escape(a.name)}<br>{html.escape(a.format)}, {bpw([a]):.2f} bpw, NMSE {a.nmse:.2e}"
-    )
+    return f"{html_text(a.name)}<br>{html_text(a.format)}, {bpw([a]):.2f} bpw, NMSE {a.nmse:.2e}"
 
 
 @dataclass(frozen=True)

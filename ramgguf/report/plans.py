@@ -1,48 +1,30 @@
-"""What a plan gives to whom, for the terminal."""
-
-from collections import Counter
-from collections.abc import Iterable
+"""Plans for the terminal: formats by role, size, how near the optimum, what more would buy."""
 
 from rich.console import Console
 
 from ramgguf.core.units import format_bytes
 from ramgguf.plan.objectives import DEFAULT_OBJECTIVE
 from ramgguf.plan.result import Assignment, Plan, Refinement
-from ramgguf.report.grid import Column, Grid, to_rich
+from ramgguf.report.grid import Field, Grid, grid_of, to_rich
 from ramgguf.report.memory import print_memory
+from ramgguf.report.roles import RoleTensors, largest_first
 
 
 def role_grid(plan: Plan) -> Grid:
     """Return one row per role: tensors, formats with their counts, bytes, bpw, share of cost."""
-    columns = (
-        Column("role", number=False),
-        Column("formats (tensors)", number=False),
-        Column("bytes"),
-        Column("bpw"),
-        Column("cost"),
-    )
-    rows = []
-    for role, members in _by_role(plan.assignments):
-        counts = Counter(a.format for a in members)
-        n_bytes, n_weights = sum(a.n_bytes for a in members), sum(a.n_weights for a in members)
-        cost = sum(a.cost for a in members)
-        rows.append(
-            (
-                role,
-                "  ".join(f"{name} ×{n}" for name, n in counts.most_common()),
-                format_bytes(n_bytes),
-                f"{8 * n_bytes / n_weights:.2f}",
-                f"{cost / plan.total_cost:.1%}" if plan.total_cost > 0 else "–",
-            )
-        )
-    return Grid("", columns, tuple(rows))
 
+    def share(role: RoleTensors[Assignment]) -> str:
+        cost = sum(a.cost for a in role.tensors)
+        return f"{cost / plan.total_cost:.1%}" if plan.total_cost > 0 else "–"
 
-def _by_role(assignments: Iterable[Assignment]) -> list[tuple[str, list[Assignment]]]:
-    roles: dict[str, list[Assignment]] = {}
-    for assignment in assignments:
-        roles.setdefault(assignment.role, []).append(assignment)
-    return sorted(roles.items(), key=lambda r: -sum(a.n_bytes for a in r[1]))
+    fields: list[Field[RoleTensors[Assignment]]] = [
+        Field("role", lambda r: r.role, number=False),
+        Field("formats (tensors)", lambda r: r.formats(), number=False),
+        Field("bytes", lambda r: format_bytes(r.n_bytes)),
+        Field("bpw", lambda r: f"{r.bpw:.2f}"),
+        Field("cost", share),
+    ]
+    return grid_of("", fields, largest_first(plan.assignments))
 
 
 def size(plan: Plan) -> str:

@@ -1,13 +1,26 @@
 """Sensitivities for the terminal: per role, with their spread over the layers."""
 
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
 import numpy as np
 from rich.console import Console
 
 from ramgguf.core.units import format_seconds
-from ramgguf.report.grid import Column, Grid, to_rich
-from ramgguf.sensitivity.result import Sensitivity
+from ramgguf.report.grid import Field, Grid, grid_of, to_rich
+from ramgguf.sensitivity.result import Sensitivity, TensorSensitivity
 
-_NUMBERS = ("tensors", "median α", "least", "most", "error", "per weight")
+
+@dataclass(frozen=True)
+class _Role:
+    """The sensitivities of one role's tensors."""
+
+    name: str
+    tensors: list[TensorSensitivity]
+
+    def alpha(self, statistic: Callable[[list[float]], Any]) -> str:
+        return f"{statistic([t.alpha for t in self.tensors]):.3g}"
 
 
 def sensitivity_grid(found: Sensitivity) -> Grid:
@@ -15,25 +28,27 @@ def sensitivity_grid(found: Sensitivity) -> Grid:
 
     The last column is in relation to the median over all weights' tensors.
     """
-    overall = float(np.median([t.alpha / t.n_weights for t in found.tensors]))
-    rows = []
-    for role in dict.fromkeys(t.role for t in found.tensors):
-        members = [t for t in found.tensors if t.role == role]
-        alpha = np.array([t.alpha for t in members])
-        per_weight = float(np.median([t.alpha / t.n_weights for t in members]))
-        error = float(np.median([t.relative_error for t in members]))
-        rows.append(
-            (
-                role,
-                str(len(members)),
-                f"{np.median(alpha):.3g}",
-                f"{alpha.min():.3g}",
-                f"{alpha.max():.3g}",
-                f"{error:.0%}",
-                f"{per_weight / overall:.2f} ×" if overall else "–",
-            )
-        )
-    return Grid("", (Column("role", number=False), *map(Column, _NUMBERS)), tuple(rows))
+    overall = _median_per_weight(found.tensors)
+    fields: list[Field[_Role]] = [
+        Field("role", lambda r: r.name, number=False),
+        Field("tensors", lambda r: str(len(r.tensors))),
+        Field("median α", lambda r: r.alpha(np.median)),
+        Field("least", lambda r: r.alpha(min)),
+        Field("most", lambda r: r.alpha(max)),
+        Field("error", lambda r: f"{np.median([t.relative_error for t in r.tensors]):.0%}"),
+        Field(
+            "per weight",
+            lambda r: f"{_median_per_weight(r.tensors) / overall:.2f} ×" if overall else "–",
+        ),
+    ]
+    roles: dict[str, _Role] = {}
+    for tensor in found.tensors:
+        roles.setdefault(tensor.role, _Role(tensor.role, [])).tensors.append(tensor)
+    return grid_of("", fields, roles.values())
+
+
+def _median_per_weight(tensors: Iterable[TensorSensitivity]) -> float:
+    return float(np.median([t.alpha / t.n_weights for t in tensors]))
 
 
 def remarks(found: Sensitivity) -> list[str]:

@@ -33,7 +33,7 @@ def conditions(server: Server) -> str:
         f"chat in {settings.chat_format or 'the file’s template'}",
         f"memory {format_bytes(settings.needed)} ({settings.needed_by})",
     ]
-    if checked is not None and checked.speed is not None:
+    if checked is not None and checked.speed is not None and checked.speed.generation is not None:
         told.append(f"{checked.speed.generation.median:.1f} tokens/s when checked")
     if server.safe_kernels:
         told.append("safe kernels")

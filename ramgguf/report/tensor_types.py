@@ -50,7 +50,7 @@ def _lines(formats: Iterable[tuple[str, str]]) -> str:
 
 
 def _pattern(name: str) -> str:
-    """Return an anchored pattern for the name; what would not survive the reading is any byte."""
+    """Return an anchored pattern for the name; `.` stands for what llama-quantize would change."""
     return f"^{''.join(map(_character, name))}$"
 
 

@@ -8,7 +8,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from ramgguf.core.errors import printable
+from ramgguf.core.escape import printable_lines
 from ramgguf.report.grid import Grid, to_rich
 
 
@@ -19,15 +19,11 @@ class PlainConsole(Console):
         super().__init__(highlight=False, markup=False, emoji=False, **options)
 
     def render_str(self, text: str, **options: Any) -> Text:
-        return super().render_str(_lines(text), **options)
-
-
-def _lines(text: str) -> str:
-    return "\n".join(printable(line) for line in text.split("\n"))
+        return super().render_str(printable_lines(text), **options)
 
 
 def print_grid(console: Console, grid: Grid) -> None:
-    """Print the grid; on a terminal too narrow for it, without its least columns, and say so.
+    """Print the grid; a narrow terminal gets fewer columns, and a line that says so.
 
     A file or pipe has no width: there the table is as wide as it needs to be.
     """
@@ -63,7 +59,7 @@ def _width(console: Console, grid: Grid) -> int:
 
 def print_statements(console: Console, statements: Iterable[str]) -> None:
     """Print each statement as an item of a list; on a terminal, wrapped under itself."""
-    items = [Text(_lines(s)) for s in statements]
+    items = [Text(printable_lines(s)) for s in statements]
     if not console.is_terminal:
         for item in items:
             console.print(Text("• ") + item, soft_wrap=True)

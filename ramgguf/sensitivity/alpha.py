@@ -6,9 +6,7 @@ itself serve as well as text, so no data are needed.
 """
 
 import hashlib
-import math
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -32,6 +30,7 @@ from ramgguf.quants.roundtrip import SOURCES
 from ramgguf.sensitivity.impute import Member, impute
 from ramgguf.sensitivity.journal import Journal, Settings
 from ramgguf.sensitivity.result import ProbeTokens, Reading, Sensitivity
+from ramgguf.sensitivity.timing import Choice, Costs, Timer, choose, probe, spread_order
 
 # The first that suits a tensor's rows is its probe: 4-bit errors are where plans are made.
 PROBE_FORMATS = ("Q4_K", "Q4_0")
@@ -47,15 +46,18 @@ def measure_alpha(
     journal_path: Path,
     progress: Progress,
     announce: Callable[[str], None] = lambda _: None,
+    timer: Timer | None = None,
 ) -> Sensitivity:
     """Return every quantizable tensor's α, measured by forward passes of llama.cpp.
 
     opening gives the passes; journal_path takes the readings, from which a run that was killed goes
-    on, wherever its passes run. announce gets the planned cost before it is spent. Raises
+    on, wherever its passes run. announce gets the planned cost before it is spent. timer has run
+    since the request was made; where no number of sequences is asked for, readings end with its
+    time, and tensors that were not read are imputed. Raises
     ImatrixError for another model's matrix, EngineError when llama.cpp fails or the model does not
     come back unchanged.
     """
-    start = time.perf_counter()
+    timer = timer or Timer(request.seconds)
     tensors = [t for t in file.tensors if is_probed(file, t)]
     if not tensors:
         raise PlanError(f"{file.paths[0]}: no tensor can be probed; a source in F32, F16 or BF16")
@@ -63,18 +65,24 @@ def measure_alpha(
     with Journal(journal_path) as journal, opening as passes:
         settings = journal.settings
         if settings is None:
-            settings = _settle(file, request, passes, tensors, coverage, announce)
+            settings = _settle(file, request, passes, tensors, coverage, announce, timer)
             journal.begin(settings)
         else:
             announce(f"{settings.promise}; {len(journal.readings)} tensors are done")
             _check_resumed(settings, file, request, journal_path)
             _check_computed_alike(settings, passes, journal_path)
-        wanted = [t for t in tensors if t.name in set(settings.names)]
-        _read_all(file, wanted, passes, settings, journal, progress)
+        by_name = {t.name: t for t in tensors}
+        wanted = [by_name[name] for name in settings.names]
+        hurry = timer if request.n_sequences is None else None
+        _read_all(file, wanted, passes, settings, journal, progress, hurry)
         unchanged = ForwardRequest((), settings.sequences)
         if any(found.kld.any() for _, found in passes.run([unchanged])):
             raise EngineError(f"{file.paths[0]}: the copy did not come back to the original")
         readings = dict(journal.readings)
+        notes = settings.notes
+        if len(readings) < len(wanted):
+            said = f"the time was over after {len(readings)} of {len(wanted)} tensors; the others"
+            notes += (f"{said} are interpolated within their role",)
         members = [_member(file, t) for t in tensors]
         return Sensitivity(
             ramgguf_version=__version__,
@@ -85,8 +93,8 @@ def measure_alpha(
             cpus=passes.cpus,
             tokens=settings.tokens,
             tensors=impute(members, readings),
-            seconds=time.perf_counter() - start,
-            notes=settings.notes,
+            seconds=timer.spent,
+            notes=notes,
         )
 
 
@@ -97,17 +105,38 @@ def _read_all(
     settings: Settings,
     journal: Journal,
     progress: Progress,
+    timer: Timer | None,
 ) -> None:
-    """Add to the journal what the tensors' quantizations do to the output, one by one."""
+    """Add to the journal what the tensors' quantizations do to the output, one by one.
+
+    With a timer, they end when the next ones would be late, after one at least.
+    """
     left = [t for t in wanted if t.name not in journal.readings]
     progress.start("sensitivity", len(wanted), "tensors")
     try:
         progress.advance(len(wanted) - len(left))
-        changed = [ForwardRequest(((t.name, probe_format(t)),), settings.sequences) for t in left]
-        for position, found in passes.run(changed):
-            file.require_unchanged()
-            journal.add(_reading(left[position], found))
-            progress.advance(1)
+        # Of several workers none should wait for another, so they get some readings at a time.
+        step = max(1, len(left))
+        if timer is not None:
+            step = 1 if passes.n_workers == 1 else 4 * passes.n_workers
+        costs, n = settings.costs or Costs(0.0, 1.0, 0.0), len(settings.sequences)
+        start, expected = timer.spent if timer else 0.0, 0.0
+        for first in range(0, len(left), step):
+            part = left[first : first + step]
+            seconds = sum(costs.reading(t, n) for t in part)
+            if timer is not None and expected > 0:
+                slower = (timer.spent - start) / expected  # than the probe has told
+                # The last pass, which shows that the copy is whole, has to follow.
+                if not timer.has_time(slower * (seconds + n * costs.each)):
+                    return
+            changed = [
+                ForwardRequest(((t.name, probe_format(t)),), settings.sequences) for t in part
+            ]
+            for position, found in passes.run(changed):
+                file.require_unchanged()
+                journal.add(_reading(part[position], found))
+                progress.advance(1)
+            expected += seconds
     finally:
         progress.finish()
 
@@ -148,6 +177,7 @@ def _settle(
     tensors: Sequence[TensorInfo],
     coverage: Sequence[str],
     announce: Callable[[str], None],
+    timer: Timer,
 ) -> Settings:
     """Return the tokens and tensors that fit the time, and a sentence about what is left out.
 
@@ -156,27 +186,27 @@ def _settle(
     most = request.n_sequences or MAX_SEQUENCES
     bytes_each = 4 * request.n_ctx * passes.n_vocab
     most = max(1, min(most, MAX_REFERENCE_BYTES // bytes_each))
-    start = time.perf_counter()
-    sequences = passes.draw(request, range(1))
-    seconds_drawing = time.perf_counter() - start
-    seconds_each = passes.seconds(sequences[0]) / passes.n_workers
-    n_sequences, stride = most, 1
+    costs = probe(passes, request, tensors, probe_format, timer.clock)
     if request.n_sequences is None:
-        affordable = request.seconds / (seconds_each * (len(tensors) + 2) + seconds_drawing)
-        n_sequences = max(1, min(most, int(affordable)))
-        stride = max(1, math.ceil(n_sequences / affordable))
-    names = tuple(t.name for t in _strided(file, tensors, stride))
-    seconds = n_sequences * (seconds_each * len(names) + seconds_drawing)
+        n_layers = max(1, file.n_trunk_layers or 1)
+        strides = [_strided(file, tensors, stride) for stride in range(1, n_layers + 1)]
+        choice = choose(costs, most, strides, timer, announce)
+    else:
+        every = _strided(file, tensors, 1)
+        choice = Choice(most, every, costs.whole(every, most))
+    n_sequences, names = choice.n_sequences, tuple(t.name for t in choice.tensors)
+    seconds = timer.spent + choice.seconds
     promise = (
         f"{len(names)} of {len(tensors)} tensors × {n_sequences} sequences of {request.n_ctx} "
         f"tokens ({request.tokens}), about {format_seconds(seconds)}"
     )
     announce(promise)
+    sequences = passes.draw(request, range(1))
     sequences += passes.draw(request, range(1, n_sequences))
     notes = list(coverage)
-    if stride > 1:
+    if len(names) < len(tensors):
         notes.append(
-            f"to keep to {format_seconds(request.seconds)}, {len(names)} of {len(tensors)} tensors "
+            f"to keep to {format_seconds(timer.limit)}, {len(names)} of {len(tensors)} tensors "
             "were measured; those between are interpolated within their role"
         )
     digest = hashlib.sha256(b"".join(ids.tobytes() for ids in sequences)).hexdigest()
@@ -197,20 +227,32 @@ def _settle(
         fingerprint=passes.prepare(sequences),
         promise=promise,
         notes=tuple(notes),
+        costs=costs,
     )
 
 
-def _strided(file: GGUFFile, tensors: Sequence[TensorInfo], stride: int) -> Iterator[TensorInfo]:
-    """Yield the tensors outside of layers, and of every stride-th layer; both ends twice as dense.
+def _strided(file: GGUFFile, tensors: Sequence[TensorInfo], stride: int) -> tuple[TensorInfo, ...]:
+    """Return the tensors outside of layers, and of every stride-th layer; both ends twice as dense.
 
     The first two and the last two layers are unlike the others, and are always measured. Draft
-    blocks never are: the next token does not depend on them.
+    blocks never are: the next token does not depend on them. Layers come in an order in which any
+    first few are spread over the depth, in case that the time ends before.
     """
     n_layers = file.n_trunk_layers or 0
+    by_layer: dict[int, list[TensorInfo]] = {}
+    found = []
     for tensor in tensors:
         layer = layer_of(tensor.name)
-        if layer is None or _is_read(layer, n_layers, stride):
-            yield tensor
+        if layer is None:
+            found.append(tensor)
+        elif _is_read(layer, n_layers, stride):
+            by_layer.setdefault(layer, []).append(tensor)
+    layers = sorted(by_layer)
+    ends = [*layers[:2], *layers[2:][-2:]] if len(layers) > 2 else layers
+    between = layers[2:-2]
+    for layer in (*ends, *(between[i] for i in spread_order(len(between)))):
+        found += by_layer[layer]
+    return tuple(found)
 
 
 def _is_read(layer: int, n_layers: int, stride: int) -> bool:
@@ -274,10 +316,10 @@ def sensitivity(
 
     encoder, imatrix and hessian are those that the model will be quantized with, as in quantize.
     tokens is self (drawn from the model), random, wikitext, or a text file, in sequences of n_ctx.
-    n_sequences None takes as many, up to four, as fit the seconds; with a number, all tensors are
-    measured and two runs agree exactly. journal keeps every reading, and a run that was killed goes
-    on from it; folder takes a copy of the model meanwhile, by default the system's temporary
-    folder. announce gets what will be done, and for how long.
+    n_sequences None takes as many, up to four, as fit the seconds, of the whole call; with a
+    number, all tensors are measured and two runs agree exactly. journal keeps every reading, and a
+    run that was killed goes on from it; folder takes a copy of the model meanwhile, by default the
+    system's temporary folder. announce gets what will be done, and for how long.
 
     With an executor, the passes run on its workers (docs/scale.md), with `threads` threads each;
     folder is then theirs. Equal kernels and threads give equal numbers.
@@ -296,6 +338,7 @@ def sensitivity(
         seconds=seconds,
         imatrix=load_importance(imatrix, hessian, encoder),
     )
+    timer = Timer(seconds)
     with opened(
         model, request, folder=folder, journal=journal, threads=threads, executor=executor
     ) as at:
@@ -306,4 +349,5 @@ def sensitivity(
             journal_path=at.journal,
             progress=progress or Silent(),
             announce=announce,
+            timer=timer,
         )

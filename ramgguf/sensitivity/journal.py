@@ -12,12 +12,14 @@ from ramgguf.llama.protocol import TokenIds
 from ramgguf.quants.encoders import EncoderName
 from ramgguf.quants.imatrix import ImportanceSource
 from ramgguf.sensitivity.result import ProbeTokens, Reading
+from ramgguf.sensitivity.timing import Costs
 
 
 class Settings(FrozenModel):
     """What a run was settled to do: tokens, tensors, and what was promised about its cost.
 
     fingerprint is of the unchanged model's logits: where another one is found, numbers differ.
+    names are in the order in which they are read, costs what was expected of that.
     """
 
     source: Source
@@ -29,6 +31,7 @@ class Settings(FrozenModel):
     fingerprint: str | None = None
     promise: str
     notes: tuple[str, ...]
+    costs: Costs | None = None
 
     @cached_property
     def sequences(self) -> tuple[TokenIds, ...]:

@@ -1,4 +1,4 @@
-"""From a Sensitivity to one whose errors are weighed in another way, without running the model."""
+"""Converts a Sensitivity to other error weights, without running the model."""
 
 from pathlib import Path
 

@@ -37,7 +37,7 @@ from ramgguf.quantize import output_paths
 from ramgguf.quants.hessian import gram_name, new_hessians
 from ramgguf.quants.imatrix import InputSquares, write_imatrix
 from ramgguf.report.page import write_html
-from ramgguf.report.results import study_of
+from ramgguf.report.results import report_of
 
 KILLS = int(os.environ.get("RAMGGUF_KILLS", "4"))
 BUDGET = "6bpw"
@@ -314,7 +314,7 @@ def _importance(path: Path) -> None:
 # What writes an output, but for the models and what llama.cpp computes (test_faults_engine.py).
 _WRITERS: dict[str, Callable[[Path], None]] = {
     **{d.KIND: d.save for d in made_documents.documents()},
-    "page": lambda path: write_html(path, study_of([made_documents.result()])),
+    "page": lambda path: write_html(path, report_of([made_documents.result()])),
     "imatrix": _importance,
     "hessian": _grams,
 }

@@ -35,7 +35,7 @@ from ramgguf.report.choices import print_difference, print_explanation, print_re
 from ramgguf.report.frontier import curve_svg, print_curve
 from ramgguf.report.page import write_html
 from ramgguf.report.plans import print_plan
-from ramgguf.report.results import eval_markdown, print_eval, study_of
+from ramgguf.report.results import eval_markdown, print_eval, report_of
 from ramgguf.report.sensitivity import print_sensitivity
 from ramgguf.report.terminal import PlainConsole
 from ramgguf.sensitivity.journal import Journal as SensitivityJournal
@@ -202,7 +202,7 @@ def test_a_perplexity_beyond_all_numbers_is_shown(tmp_path: Path) -> None:
         assert isinstance(loaded, EvalResult)
         assert loaded.sequences[0].ppl == np.inf
         _use(loaded, PlainConsole(file=io.StringIO()))
-        write_html(tmp_path / "page.html", study_of([loaded]))
+        write_html(tmp_path / "page.html", report_of([loaded]))
 
 
 def test_messages_quote_nothing_that_controls_a_terminal() -> None:

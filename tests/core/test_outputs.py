@@ -8,13 +8,24 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+import imatrix_samples
+import made_documents
+import made_results
 import ramgguf
-from ramgguf.core import files
+from imatrix_samples import floats
+from ramgguf.cli import main
+from ramgguf.core import corpus, files
 from ramgguf.core.errors import GGUFError, PlanError
 from ramgguf.core.files import AtomicFile, temporary_path, write_atomically
-from tiny_models import write_tiny_model
+from ramgguf.core.inputs import protected
+from ramgguf.core.line_file import LineFile
+from ramgguf.evaluate.journal import read_results
+from ramgguf.gguf.reader import open_gguf
+from ramgguf.quants.hessian import gram_name, new_hessians
+from tiny_models import FEED_FORWARD, WIDTH, write_tiny_model
 
 
 def run(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
@@ -67,6 +78,119 @@ def test_force_never_destroys_an_input(made: Path, tmp_path: Path, command: str,
     assert done.returncode == 1, done.stderr
     assert "is an input of this command" in done.stderr or "is the source" in done.stderr
     assert {n: (tmp_path / n).read_bytes() for n in inputs} == inputs
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with every kind of input: shards, matrix, Hessians, text, results, readings."""
+    folder = tmp_path_factory.mktemp("prepared")
+    model = write_tiny_model(folder / "m.gguf")
+    whole = write_tiny_model(folder / "whole.gguf")
+    ramgguf.quantize(whole, "60%", folder / "s.gguf", min_sqnr_db=0, split_max_bytes=30_000)
+    whole.unlink()
+    weights = {"blk.0.attn_q.weight": WIDTH, "blk.0.ffn_down.weight": FEED_FORWARD}
+    sums = {f"{name}.in_sum2": floats(*[1.0] * n) for name, n in weights.items()}
+    imatrix_samples.write_gguf(
+        folder / "i.gguf", sums | {f"{name}.counts": floats(4.0) for name in weights}
+    )
+    with new_hessians(
+        folder / "h.gguf", {name: name for name in weights}, weights, 4, force=False
+    ) as hessians:
+        for name, n in weights.items():
+            hessians.write(gram_name(name), np.eye(n, dtype=np.float32))
+        hessians.commit()
+    (folder / "t.txt").write_text("The sea is calm. " * 400)
+    plan = ramgguf.plan(ramgguf.measure(model, threads=1), "60%", min_sqnr_db=0)
+    plan.save(folder / "p.json")
+    ramgguf.quantize(model, output=folder / "c.gguf", from_plan=plan, threads=1)
+    with open_gguf(folder / "c.gguf") as file:
+        scored = {"n_bytes": file.n_bytes, "header_sha256": file.header_sha256}
+    result = made_documents.result()
+    result = result.model_copy(update={"model": result.model.model_copy(update=scored)})
+    result.save(folder / "r.json")
+    made_results.journal(folder / "j.jsonl", result)
+    return folder
+
+
+GPTQ = "--encoder gptq --imatrix i.gguf --hessian h.gguf"
+MORE_COMMANDS = (
+    "measure {first} -o {second}",
+    "recipe {first} -o {second}",
+    "card {second} -o {first}",
+    "quantize {first} -b 50% --min-sqnr 0 -o q.gguf --save-plan {second}",
+    "quantize {first} -b 50% --min-sqnr 0 -o q.gguf --export-tensor-types {second}",
+    "measure m.gguf --imatrix i.gguf -o i.gguf",
+    "quantize m.gguf -b 50% --min-sqnr 0 --imatrix i.gguf -o i.gguf",
+    "quantize m.gguf -b 50% --min-sqnr 0 --imatrix i.gguf -o q.gguf --save-plan i.gguf",
+    "measure m.gguf {gptq} -o h.gguf",
+    "quantize m.gguf -b 50% --min-sqnr 0 {gptq} -o h.gguf",
+    "quantize m.gguf -b 50% --min-sqnr 0 {gptq} -o q.gguf --save-plan h.gguf",
+    "calibrate m.gguf --tokens t.txt --sequences 1 --context 16 -o t.txt",
+    "calibrate m.gguf --tokens t.txt --sequences 1 --context 16 -o q.gguf --hessian t.txt",
+    "sensitivity m.gguf --tokens t.txt --sequences 1 --context 16 -o t.txt",
+    "eval m.gguf --text t.txt --seq-len 16 --n-seq 1 --resume -o t.txt",
+    "eval m.gguf --text t.txt --seq-len 16 --n-seq 1 --resume -o m.gguf",
+    "report r.json -o r.json",
+    "report j.jsonl -o j.jsonl",
+    "report r.json --plan p.json -o p.json",
+    "card c.gguf --results r.json -o r.json",
+    "card c.gguf --results j.jsonl -o j.jsonl",
+    "card c.gguf --plan p.json -o p.json",
+)
+
+
+@pytest.mark.parametrize("forced", [False, True])
+@pytest.mark.parametrize("command", MORE_COMMANDS)
+def test_no_input_of_any_kind_is_an_output(
+    prepared: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+    forced: bool,
+) -> None:
+    for path in prepared.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    shards = sorted(path.name for path in tmp_path.glob("s-*"))
+    words = command.format(first=shards[0], second=shards[1], gptq=GPTQ).split()
+    if forced and words[0] != "eval":  # which adds to its output
+        words.append("--force")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["ramgguf", *words])
+    with pytest.raises(SystemExit) as done:
+        main()
+    said = capsys.readouterr().err
+    assert (done.value.code, said.count("error: ")) == (1, 1), said
+    if forced:
+        assert "is an input of this command" in said or "is the source" in said, said
+    else:
+        assert "exists" in said or "is an input" in said or "is no line of JSON" in said, said
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
+
+
+def test_a_journal_is_no_output_of_the_run_that_reads_or_writes_it(tmp_path: Path) -> None:
+    made_results.journal(tmp_path / "read", made_documents.result())
+    with protected():
+        read_results(tmp_path / "read")
+        file = LineFile(tmp_path / "written", error=PlanError)
+        try:
+            for name in ("read", "written"):
+                with pytest.raises(PlanError, match="is an input of this command"):
+                    write_atomically(tmp_path / name, b"x", error=PlanError)
+        finally:
+            file.close()
+        LineFile(tmp_path / "other", error=PlanError).close()
+
+
+def test_a_parquet_file_is_an_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "t.parquet"
+    path.write_bytes(b"PAR1")
+    monkeypatch.setattr(corpus, "dataset", lambda *_, **__: corpus.Corpus("t", "x"))
+    with protected():
+        corpus.text_file(path)
+        with pytest.raises(PlanError, match="is an input of this command"):
+            write_atomically(path, b"x", error=PlanError)
 
 
 def test_what_is_no_regular_file_is_never_replaced(tmp_path: Path) -> None:

@@ -142,14 +142,14 @@ def _limit(path: Path, shape: ContextShape, n_bytes: int) -> int:
     return use.total - use.weights + n_bytes
 
 
-def test_a_hollow_model_takes_no_disk_and_is_as_long_as_the_real_one(llama: Path) -> None:
+def test_a_stub_model_takes_no_disk_and_is_as_long_as_the_real_one(llama: Path) -> None:
     with open_gguf(llama) as file, stub_model(file, {"token_embd.weight": "Q4_0"}) as path:
         status = path.stat()
         embedding = file.tensor("token_embd.weight")
         assert status.st_size < file.n_bytes - embedding.n_bytes // 2
         assert 512 * status.st_blocks < status.st_size // 4
-        with open_gguf(path) as hollow:
-            assert hollow.tensor("token_embd.weight").type_name == "Q4_0"
+        with open_gguf(path) as stub:
+            assert stub.tensor("token_embd.weight").type_name == "Q4_0"
     assert not path.exists()
 
 
@@ -222,7 +222,7 @@ def test_what_llama_cpp_cannot_load_is_estimated_and_says_so(tmp_path: Path) -> 
     with open_gguf(path) as file, FootprintEstimator(file) as scale:
         footprint = scale.footprint(ContextShape(4096), {})
     assert footprint.method == "estimate"
-    assert footprint.why_estimate == "hollow.gguf: llama.cpp cannot load it"
+    assert footprint.why_estimate == "stub.gguf: llama.cpp cannot load it"
     assert footprint.use.cache == 4096 * 2 * 2 * 2 * 128
 
 

@@ -25,8 +25,16 @@ from ramgguf.core.machine import Available
 from ramgguf.deploy.checking import CheckRequest, check_file
 from ramgguf.deploy.collapse_checks import KNOWN_TEXT
 from ramgguf.deploy.footprint_formula import ContextShape
+from ramgguf.deploy.front_requests import request_bytes
 from ramgguf.deploy.result import CheckResult
-from ramgguf.deploy.serving import Place, Server, Settings, checked_settings, planned_settings
+from ramgguf.deploy.serving import (
+    SERVER_BYTES,
+    Place,
+    Server,
+    Settings,
+    checked_settings,
+    planned_settings,
+)
 from ramgguf.llama import server as engine_server
 from ramgguf.llama.server_protocol import Serve
 from ramgguf.report.serving import conditions, curl
@@ -304,15 +312,19 @@ def test_a_check_of_another_file_or_a_failed_one_is_refused(
 def test_what_was_measured_must_fit_what_is_left_now(model: Path, checked: CheckResult) -> None:
     assert checked.peak_bytes is not None
     needed = checked_settings(model, checked, ENOUGH).needed
-    assert checked.peak_bytes < needed < checked.peak_bytes + 100_000_000
+    assert needed == checked.peak_bytes + SERVER_BYTES + request_bytes(
+        64 << 10, allow_grammars=False
+    )
     just = Available(needed, "a test")
     assert checked_settings(model, checked, just).needed == needed
+    with pytest.raises(BudgetError, match="needs"):
+        checked_settings(model, checked, just, allow_grammars=True)
     with pytest.raises(BudgetError, match="needs"):
         checked_settings(model, checked, Available(needed - 1, "a test"))
 
 
 def test_what_does_not_fit_is_refused_in_one_line_with_what_would(model: Path) -> None:
-    options = ["--context", str(1 << 18), "--memory", "150MB"]
+    options = ["--context", str(1 << 18), "--memory", "300MB"]
     done = subprocess.run(
         [RAMGGUF, "serve", model, *options], capture_output=True, text=True, check=False
     )
@@ -322,9 +334,11 @@ def test_what_does_not_fit_is_refused_in_one_line_with_what_would(model: Path) -
     assert line.count("\n") == 0
     assert line.startswith("error: chat.gguf with a context of 262144 tokens needs")
     longest = int(line.partition("--context ")[2].partition(";")[0])
-    room = Available(150_000_000, "--memory")
+    room = Available(300_000_000, "--memory")
     fits = planned_settings(model, ContextShape(longest), room, n_threads=1)
-    assert 130_000_000 < fits.needed <= room.n_bytes
+    assert fits.needed <= room.n_bytes
+    with pytest.raises(BudgetError):
+        planned_settings(model, ContextShape(longest + 256), room, n_threads=1)
     forced = planned_settings(model, ContextShape(1 << 18), room, n_threads=1, force=True)
     assert forced.needed > room.n_bytes
 
@@ -420,6 +434,7 @@ def test_kernels_and_context_are_imposed_where_llama_cpp_python_has_no_setting()
     request = Serve(
         path="m", alias="m", host="h", port=0, api_key=None, n_ctx=77, n_threads=3, type_k="Q8_0",
         type_v="F16", chat_format=None, safe_kernels=True, verbose=False, sample_text="",
+        growth_bytes=1,
     )  # fmt: skip
     engine_server.impose(llama, request)
     functions.llama_model_load_from_file(b"m", SimpleNamespace(use_extra_bufts=True))

@@ -9,74 +9,40 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from bigram_model import write_bigram_model
+from ramgguf.core.machine import Available
 from ramgguf.deploy.footprint_formula import ContextShape
-from ramgguf.deploy.serving import Place, Server, Settings
+from ramgguf.deploy.serving import Place, Server, planned_settings
+from serve_requests import (
+    CHAT,
+    FORMAT,
+    GOOD,
+    HUGE_SCHEMA,
+    LEFT_RECURSION,
+    MALFORMED,
+    N_CONTEXT,
+    NESTED,
+    OTHER_HOSTS,
+    OTHER_ORIGINS,
+    UNDEFINED,
+    WRONG_CHATS,
+    WRONG_NUMBERS,
+    WRONG_TOKENS,
+    Reply,
+    ask,
+    model_pid,
+    serve,
+    until_ready,
+    write_model,
+)
 
 pytest.importorskip("llama_cpp")
 pytest.importorskip("starlette")
-
-TEMPLATE = (
-    "{% for m in messages %}"
-    "{% if m['content'] == 'loop' %}"
-    "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}{% endif %}"
-    "{% if m['content'] == 'memory' %}{% set x = 'x' * (2000000000 + m | length) %}"
-    "{{ x | length }}{% endif %}"
-    "{% if m['content'] == 'raise' %}{{ raise_exception('not\nso') }}{% endif %}"
-    "{% if m['content'] == 'escape' %}{{ ''.__class__.__mro__[1].__subclasses__() }}{% endif %}"
-    "[{{ m['content'] }}]{% endfor %}>"
-)
-GOOD = {"prompt": "The ", "max_tokens": 2, "temperature": 0}
-CHAT = "/v1/chat/completions"
-N_CONTEXT = 4096
-
-
-@dataclass(frozen=True)
-class Reply:
-    """A status and a body."""
-
-    status: int
-    body: bytes
-    headers: dict[str, str]
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.body)
-
-    @property
-    def line(self) -> str:
-        """The error, which is one line."""
-        message: str = self.json["error"]["message"]
-        assert message
-        assert "\n" not in message
-        assert len(message) < 1000
-        return message
-
-
-def ask(
-    server: Server,
-    path: str,
-    body: bytes | dict[str, Any] | None = None,
-    headers: dict[str, str] | None = None,
-    method: str | None = None,
-) -> Reply:
-    connection = http.client.HTTPConnection("127.0.0.1", server.serving.port, timeout=120)
-    try:
-        data = json.dumps(body).encode() if isinstance(body, dict) else body
-        method = method or ("GET" if data is None else "POST")
-        connection.request(
-            method, path, data, {"Content-Type": "application/json", **(headers or {})}
-        )
-        answer = connection.getresponse()
-        return Reply(answer.status, answer.read(), dict(answer.getheaders()))
-    finally:
-        connection.close()
 
 
 def complete(server: Server, **options: Any) -> Reply:
@@ -88,33 +54,10 @@ def say(server: Server, content: str, **options: Any) -> Reply:
     return ask(server, CHAT, {"messages": messages, "max_tokens": 2} | options)
 
 
-def model_pid(server: Server) -> int:
-    """Return the front's child that runs the model."""
-    children = Path(f"/proc/{server.pid}/task/{server.pid}/children").read_text().split()
-    (found,) = [
-        int(pid)
-        for pid in children
-        if b"ramgguf.llama.server" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    ]
-    return found
-
-
-def until_ready(server: Server) -> None:
-    end = time.monotonic() + 120
-    while ask(server, "/health").status != 200:
-        assert time.monotonic() < end
-        time.sleep(0.05)
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("hostile")
-    return write_bigram_model(folder / "chat.gguf", template=TEMPLATE, n_context=N_CONTEXT)
-
-
-def serve(model: Path, **options: Any) -> Server:
-    settings = Settings(model, "chat", ContextShape(N_CONTEXT), 1, None, 1, "estimate")
-    return Server(settings, Place(port=0, **options))
+    return write_model(folder / "chat.gguf")
 
 
 @pytest.fixture(scope="module")
@@ -136,13 +79,6 @@ def unharmed(server: Server) -> Iterator[Server]:
     yield server
     assert complete(server).status == 200
     assert model_pid(server) == before
-
-
-UNDEFINED = 'root ::= "a" missing'
-LEFT_RECURSION = 'root ::= root "a" | "a"'
-NESTED = "root ::= " + "(" * 12 + '"a"' + "){0,2000}" * 12
-HUGE_SCHEMA = {"type": "array", "items": {"type": "string"}, "minItems": 1_000_000_000}
-FORMAT = {"type": "json_object", "schema": HUGE_SCHEMA}
 
 
 @pytest.mark.parametrize("grammar", [UNDEFINED, LEFT_RECURSION, NESTED, 'root ::= "a"'])
@@ -274,16 +210,6 @@ def test_a_template_whose_constants_take_all_memory_is_held_to_its_own_process(
         assert int(peak.split()[1]) < 1_000_000  # kB
 
 
-WRONG_NUMBERS: dict[str, list[Any]] = {
-    "temperature": [-1, "hot", 1e9], "top_p": [-0.1, 1.1], "min_p": [2], "typical_p": [0],
-    "top_k": [-1, 1.5, 10**12], "repeat_penalty": [0, -1, 1e30], "presence_penalty": [3],
-    "frequency_penalty": [-3], "mirostat_mode": [3], "mirostat_tau": [-1], "mirostat_eta": [0],
-    "seed": [-2, 2**32, 2**70], "max_tokens": [-1, N_CONTEXT + 1, 10**30], "n": [2, 0],
-    "logit_bias": [{"x": 1}, {"999999": 1}, {"1": 1e9}, 5], "stop": [[""], [1], ["x"] * 17],
-    "prompt": [None, 5, [], ["a", "b"], [[1]]], "stream": ["perhaps"], "no_such_option": [1],
-}  # fmt: skip
-
-
 @pytest.mark.parametrize("name", WRONG_NUMBERS)
 @pytest.mark.parametrize("stream", [False, True])
 def test_options_out_of_range_are_bad_requests_that_name_them(
@@ -295,11 +221,7 @@ def test_options_out_of_range_are_bad_requests_that_name_them(
         assert name in reply.line or "token 999999" in reply.line
 
 
-@pytest.mark.parametrize(
-    "body",
-    [b"", b"{", b"null", b"[]", b"\xff\xfe", b'{"prompt": "\\ud800"}', b'{"temperature": NaN}',
-     b'{"temperature": Infinity}', b"[" * 50_000, b'{"a":' * 50_000, b'{"prompt": "x"} trailing'],
-)  # fmt: skip
+@pytest.mark.parametrize("body", MALFORMED)
 def test_malformed_bodies_are_bad_requests(unharmed: Server, body: bytes) -> None:
     for path in ("/v1/completions", CHAT, "/extras/tokenize", "/extras/detokenize"):
         reply = ask(unharmed, path, body)
@@ -308,14 +230,9 @@ def test_malformed_bodies_are_bad_requests(unharmed: Server, body: bytes) -> Non
 
 
 def test_wrong_chats_and_tokens_are_bad_requests(unharmed: Server) -> None:
-    wrong: list[list[Any]] = [
-        [], [{}], [{"role": "boss", "content": "x"}], [{"role": "user", "content": 5}],
-        [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}],
-        [{"role": "user", "content": "\x00", "x": 1}],
-    ]  # fmt: skip
-    for messages in wrong:
+    for messages in WRONG_CHATS:
         assert ask(unharmed, CHAT, {"messages": messages}).status == 400
-    for tokens in ([-1], [2**31], [2**62], [10**9], ["a"], [1.5]):
+    for tokens in WRONG_TOKENS:
         assert ask(unharmed, "/extras/detokenize", {"tokens": tokens}).status == 400
 
 
@@ -335,7 +252,7 @@ def test_what_is_no_endpoint_is_404_and_a_wrong_method_405(unharmed: Server) -> 
     assert ask(unharmed, "/v1/models", {}, method="DELETE").status == 405
 
 
-@pytest.mark.parametrize("host", ["evil.example", "evil.example:80", "127.0.0.1.evil.example", ""])
+@pytest.mark.parametrize("host", OTHER_HOSTS)
 def test_another_host_is_refused(unharmed: Server, host: str) -> None:
     assert ask(unharmed, "/v1/models", headers={"Host": host}).status == 400
 
@@ -345,9 +262,7 @@ def test_loopback_names_are_hosts(server: Server) -> None:
         assert ask(server, "/v1/models", headers={"Host": host}).status == 200
 
 
-@pytest.mark.parametrize(
-    "origin", ["https://evil.example", "null", "http://localhost.evil.example"]
-)
+@pytest.mark.parametrize("origin", OTHER_ORIGINS)
 def test_another_origin_is_refused_and_never_reflected(unharmed: Server, origin: str) -> None:
     for method, body in (("GET", None), ("POST", GOOD), ("OPTIONS", None)):
         path = "/v1/models" if method == "GET" else "/v1/completions"
@@ -451,10 +366,58 @@ def test_a_wrong_key_is_refused_everywhere(model: Path) -> None:
         assert ask(found, "/v1/models", headers=right).status == 200
 
 
-def test_the_models_process_may_not_grow_without_end(server: Server) -> None:
-    limits = Path(f"/proc/{model_pid(server)}/limits").read_text()
-    (line,) = [line for line in limits.splitlines() if line.startswith("Max data size")]
-    assert int(line.split()[3]) < 2_000_000_000
+def data_bytes(pid: int, name: str) -> int:
+    """Return a size that Linux tells of a process: VmData, or Pss, shared pages by shares."""
+    file = "smaps_rollup" if name == "Pss" else "status"
+    lines = Path(f"/proc/{pid}/{file}").read_text().splitlines()
+    (line,) = [line for line in lines if line.startswith(f"{name}:")]
+    return 1024 * int(line.split()[1])
+
+
+@pytest.mark.parametrize("allow_grammars", [False, True])
+def test_the_models_process_may_grow_by_what_is_planned_for_a_request(
+    model: Path, allow_grammars: bool
+) -> None:
+    room = Available(10**10, "a test")
+    settings = planned_settings(
+        model, ContextShape(2048), room, n_threads=1, allow_grammars=allow_grammars
+    )
+    with Server(settings, Place(port=0)) as found:
+        pid = model_pid(found)
+        limits = Path(f"/proc/{pid}/limits").read_text()
+        (line,) = [line for line in limits.splitlines() if line.startswith("Max data size")]
+        growth = int(line.split()[3]) - data_bytes(pid, "VmData")
+    assert 0.8 * settings.request_bytes < growth <= settings.request_bytes
+
+
+def test_the_server_takes_no_more_than_is_planned_after_the_largest_requests(model: Path) -> None:
+    settings = planned_settings(
+        model, ContextShape(N_CONTEXT), Available(10**10, "a test"), n_threads=1
+    )
+    with Server(settings, Place(port=0)) as found:
+        biased: dict[str, Any] = {"logit_bias": {str(i): 1 for i in range(200)}, "mirostat_mode": 2}
+        assert complete(found, prompt="x" * (N_CONTEXT - 10), **biased).status == 200
+        assert say(found, "hi").status == 200
+        for text in ("x", "é", " "):
+            longest = text * (32 * N_CONTEXT // len(text.encode()))
+            assert ask(found, "/extras/tokenize", {"input": longest}).status == 200
+        children = Path(f"/proc/{found.pid}/task/{found.pid}/children").read_text().split()
+        pids = [found.pid, *map(int, children)]
+        taken = sum(data_bytes(pid, "Pss") for pid in pids)
+    assert 0.3 * settings.needed < taken < settings.needed
+
+
+def test_the_longest_prompt_of_a_long_context_does_not_end_the_model(model: Path) -> None:
+    """Its tokens take 350 MB: the limit must follow from the context."""
+    settings = planned_settings(
+        model, ContextShape(1 << 17), Available(10**10, "a test"), n_threads=1
+    )
+    with Server(settings, Place(port=0)) as found:
+        before = model_pid(found)
+        reply = complete(found, prompt="x" * (32 << 17))
+        assert reply.status == 400
+        assert "maximum context length" in reply.line
+        assert model_pid(found) == before
 
 
 def test_many_clients_at_once_get_their_own_answers(server: Server) -> None:

@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -380,3 +381,13 @@ def test_other_runs_in_the_journal_are_not_mixed_in(folder: Path, tmp_path: Path
     assert untimed(first) != untimed(second)
     again = score_models(models, protocol=protocol, threads=1, jsonl=journal, resume=True)
     assert again == first
+
+
+@pytest.mark.parametrize(("add_bos", "bos"), [(True, False), (True, True), (False, False)])
+def test_a_model_that_expects_bos_is_told_where_there_is_none(
+    tmp_path: Path, add_bos: bool, bos: bool
+) -> None:
+    path = write_tiny_model(tmp_path / "m.gguf", add_bos=add_bos)
+    made = score_models([path], protocol=replace(RECIPE, bos=bos), threads=1)
+    told = [note for note in made.results[0].notes if "expects BOS" in note]
+    assert len(told) == (add_bos and not bos)

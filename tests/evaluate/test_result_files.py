@@ -329,3 +329,26 @@ def test_the_recorded_run_of_the_bench_opens() -> None:
     text = run("compare", path)
     assert text.startswith("smol135-f16-Q8_0: ")
     assert "smol135-f16 < smol135-f16-Q8_0 < smol135-f16-42pct" in text
+
+
+@pytest.mark.parametrize("heading", ["kld_mean", "KLD mean (nats)", "Mean KLD", "avg_kld"])
+def test_a_mean_kld_is_understood_whichever_word_comes_first(tmp_path: Path, heading: str) -> None:
+    table = tmp_path / "t.csv"
+    table.write_text(f"model,ppl_median,{heading}\na,9,0.02\nb,8,0.03\n")
+    found = read_material([table])
+    assert [a.mean_kld for a in found.aggregates] == [0.02, 0.03]
+    assert [a.median_ppl for a in found.aggregates] == [9, 8]
+    assert found.notes == ()
+
+
+@pytest.mark.parametrize("style", [[], ["--markdown"]])
+def test_where_no_two_models_have_one_figure_there_are_no_rankings(
+    tmp_path: Path, style: list[str]
+) -> None:
+    table = tmp_path / "t.csv"
+    table.write_text("model,ppl,kld\na,9,\nb,,0.03\n")
+    done = CliRunner().invoke(app, ["compare", str(table), *style])
+    assert done.exit_code == 0, done.output
+    assert "0.030" in done.output
+    assert "Rankings" not in done.output
+    assert "ranked by" not in done.output

@@ -24,6 +24,7 @@ from ramgguf.plan.result import Plan
 
 RAMGGUF = str(Path(sys.executable).with_name("ramgguf"))
 REPO, GATED, EMPTY = "acme/tiny-GGUF", "acme/closed", "acme/weights"
+HOSTILE = "acme/hostile"
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +40,11 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StandIn]:
     files = {model.name: model.read_bytes(), "README.md": b"# tiny"}
     files |= {f"split/{p.name}": p.read_bytes() for p in shards}
     repos = {REPO: files, GATED: files, EMPTY: {"model.safetensors": b"0"}}
+    repos[HOSTILE] = {
+        "cut.gguf": files[model.name][:300],
+        "page.gguf": b"<!DOCTYPE html><html>",
+        "\x1b[2J\u202eforged\n.gguf": b"",
+    }
     with StandIn(repos, gated=frozenset({GATED})).serving() as stand_in:
         yield stand_in
 
@@ -161,6 +167,31 @@ def test_what_cannot_be_had_is_said_in_one_line(hub: StandIn, address: str, said
     assert said in line
     assert done.stdout == ""
     assert list(Path.cwd().iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "said"),
+    [
+        ("cut.gguf", "cut.gguf: "),
+        ("page.gguf", "page.gguf: "),
+        ("none.gguf", "no such file; "),  # it lists names that would control a terminal
+    ],
+)
+def test_what_the_hub_serves_is_as_hostile_as_any_file(hub: StandIn, file: str, said: str) -> None:
+    done = run(hub, "measure", f"hf://{HOSTILE}/{file}", status=1)
+    line = done.stderr.removesuffix("\n")
+    assert line.startswith("error: ")
+    assert said in line
+    assert line.isprintable()
+
+
+@pytest.mark.parametrize(
+    "file", ["../../../outside.gguf", "/etc/outside.gguf", "a/../../x.gguf", "a/./x.gguf", "a/.."]
+)
+def test_an_address_cannot_leave_its_repository(file: str) -> None:
+    with pytest.raises(HubError, match="leads out of its repository"):
+        parse_address(f"hf://{HOSTILE}/{file}")
+    assert parse_address(f"hf://{HOSTILE}/a/..b/x.gguf") is not None
 
 
 def test_offline_what_is_not_in_the_cache_is_not_asked_for(hub: StandIn) -> None:

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 import ramgguf
 from ramgguf.cli import plan_commands
-from ramgguf.core.errors import PlanError
+from ramgguf.core.errors import GGUFError, PlanError
 from ramgguf.plan.recipes import Recipe, pins_for
 from ramgguf.plan.result import Plan
 from ramgguf.quants import formats
@@ -201,7 +201,7 @@ def test_files_that_are_neither_plan_nor_gguf_are_refused(tmp_path: Path) -> Non
     path.write_text('{"schema": "ramgguf.measurement/1"}')
     with pytest.raises(PlanError, match="measurement"):
         Recipe.read(path)
-    with pytest.raises(PlanError, match="cannot be read"):
+    with pytest.raises(GGUFError, match="cannot be opened: No such file"):
         Recipe.read(tmp_path / "nowhere")
 
 

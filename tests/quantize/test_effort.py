@@ -269,6 +269,29 @@ def test_what_does_not_fit_the_time_is_left_out_and_said(tiny: Path, tmp_path: P
     assert any("importance matrix: left out" in line for line in said)
 
 
+def test_a_step_that_would_end_late_is_left_out_and_writing_and_probing_count(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    now = iter([3.0, 6.0, *[6.5] * 9])  # seconds: written, probed, and before the step
+    run = effort_module._Run
+    monkeypatch.setattr(run, "_spent", property(lambda _: next(now)))
+    monkeypatch.setattr(run, "_probe", lambda *_: Costs(0.5, 0.1, 1.0, 0))
+    limits: list[float] = []
+
+    def steps(self: object, costs: Costs, limit: float) -> list[effort_module.Step]:
+        limits.append(limit)
+        return [effort_module.Step("importance matrix", "made up", 5.0)]
+
+    monkeypatch.setattr(run, "_steps", steps)
+    made = ramgguf.quantize(
+        tiny, "45%", tmp_path / "a.gguf", effort="auto", seconds=10.0, announce=said.append
+    )
+    assert limits == [4.0]
+    assert "importance matrix: left out, about 5.0 s and 3.5 s are left" in said
+    assert made.plan.imatrix is None
+
+
 def test_an_explicit_step_and_an_effort_that_decides_exclude_each_other(tiny: Path) -> None:
     with pytest.raises(PlanError, match="refine was given"):
         ramgguf.quantize(tiny, "45%", effort="auto", refine=3)

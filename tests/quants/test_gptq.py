@@ -194,4 +194,25 @@ def test_the_hessian_file_of_another_model_is_refused(tmp_path: Path) -> None:
     assert hessians.factored("a", 64) is hessians.factored("b", 64)
     with pytest.raises(ImatrixError, match="has 32 columns"):
         hessians.get("b", 32)
+    with pytest.raises(ImatrixError, match="has 32 columns"):
+        hessians.factored("b", 32)  # though the owner's is kept
     hessians.close()
+
+
+def test_what_no_inputs_make_is_named_by_file_and_tensor(tmp_path: Path) -> None:
+    from ramgguf.core.errors import ImatrixError
+    from ramgguf.quants.hessian import gram_name, load_hessians, new_hessians
+
+    indefinite = np.ones((64, 64), np.float32) + np.diag(np.arange(64, dtype=np.float32) - 40)
+    lopsided = np.triu(np.ones((64, 64), np.float32))
+    for number, (gram, message) in enumerate(
+        ((indefinite, "not positive definite"), (lopsided, "not symmetric"))
+    ):
+        path = tmp_path / f"{number}.gguf"
+        with new_hessians(path, {"a": "a"}, {"a": 64}, 10, force=False) as file:
+            file.write(gram_name("a"), gram)
+            file.commit()
+        hessians = load_hessians(path)
+        with pytest.raises(ImatrixError, match=rf"{number}\.gguf: a\.gram.*{message}"):
+            hessians.factored("a", 64)
+        hessians.close()

@@ -11,7 +11,7 @@ import pytest
 import ramgguf
 from made_plans import made_measurement, made_plan
 from made_results import eval_result, ordinary_ppl
-from ramgguf.core.documents import Drawn, drawn_by
+from ramgguf.core.drawing import Drawn, drawn_by
 from ramgguf.core.units import format_bytes
 from ramgguf.deploy.result import Answer, CheckResult, Speed, Spread
 from ramgguf.evaluate.comparison import compare_results

@@ -21,6 +21,7 @@ from rich.console import Console
 import published
 from made_plans import made_measurement, made_plan
 from made_results import eval_result, ordinary_ppl, wild_ppl
+from ramgguf.core.escape import markdown_text
 from ramgguf.evaluate.comparison import compare_published
 from ramgguf.evaluate.eval_report import EvalReport, eval_report
 from ramgguf.evaluate.intervals import Estimate
@@ -29,7 +30,7 @@ from ramgguf.evaluate.result import EvalResult
 from ramgguf.report import evaluation, results
 from ramgguf.report.chart import board_chart
 from ramgguf.report.figures import board_by_size, label_places, log_ticks
-from ramgguf.report.grid import Column, Grid, markdown_text, to_html, to_markdown
+from ramgguf.report.grid import Column, Grid, to_html, to_markdown
 from ramgguf.report.numbers import kld, ppl, with_interval
 from ramgguf.report.page import page, write_html
 from ramgguf.report.terminal import print_grid
@@ -68,7 +69,7 @@ def printed(made: EvalReport, *, terminal: bool, width: int) -> str:
     console = Console(
         file=out, force_terminal=terminal, width=width, color_system=None, highlight=False
     )
-    evaluation.print_study(made, console)
+    evaluation.print_report(made, console)
     return out.getvalue()
 
 
@@ -139,7 +140,7 @@ def test_a_model_without_scores_is_named_beside_the_others() -> None:
 
 
 def test_markdown_has_a_row_per_model_and_equal_columns(three: EvalReport) -> None:
-    text = evaluation.study_markdown(three)
+    text = evaluation.report_markdown(three)
     tables = [block for block in text.split("\n\n") if block.startswith("|")]
     assert len(tables) == 3
     for table in tables:
@@ -160,11 +161,11 @@ def test_markdown_text_survives_being_rendered(text: str) -> None:
     cells = [t.content for t in tokens if t.type == "inline"]
     assert cells[2:][-1] == "last"
     assert len(cells) == 4
-    assert "<" not in re.sub(r"\\<", "", markdown_text(text))
+    assert "<" not in re.sub(r"\\<|<!-- -->", "", markdown_text(text))
 
 
 def test_csv_has_full_precision_and_leaves_unknown_values_empty(three: EvalReport) -> None:
-    rows = list(csv.DictReader(io.StringIO(evaluation.study_csv(three))))
+    rows = list(csv.DictReader(io.StringIO(evaluation.report_csv(three))))
     assert [r["model"] for r in rows] == ["f16", "good", "wild"]
     for row, summary in zip(rows, three.summaries, strict=True):
         assert float(row["corpus_ppl"]) == summary.estimates["corpus_ppl"].value

@@ -1,9 +1,9 @@
-// The 512 points of IQ3_S and the nearest ones of any four magnitudes.
+// The 512 points of IQ3_S, and the two nearest to any four magnitudes.
 //
-// A point is four of the magnitudes 1, 3, 5 .. 15, that is four digits 0..7; it is written as a
-// code, the first digit in bits 0..2, the last in bits 9..11. Which 512 of the 4096 codes are
-// points was chosen by search (iq3s_grid of ggml-common.h), so the choice is carried here, as a
-// set: a point's index in the format is its rank in it.
+// A point is four of the magnitudes 1, 3, 5 .. 15. Its code holds them as four digits 0..7, the
+// first in bits 0..2, the last in bits 9..11. ggml chose its 512 of the 4096 codes by a search
+// (iq3s_grid of ggml-common.h), so they are listed here, as a bit set. A point's index in the
+// format is its rank in this set.
 #pragma once
 #include "formats/shared/unit.h"
 
@@ -30,12 +30,13 @@ constexpr uint64_t kIq3sPoints[kPointCodes / 64] = {
     0x0004100140050091, 0x0000002800100204, 0x0000020001024112, 0x0000080024000004,
     0x0000010000010822, 0x0000000400040000, 0x0000000002000004, 0x0000000000000001};
 
-// Four magnitudes 0 <= t < 16 lie in one of 16^4 cells of width 1, the first in bits 0..3.
+// Four magnitudes 0 <= t < 16 lie in one of 16^4 cells of width 1. A cell's number has the first
+// magnitude in bits 0..3, the last in bits 12..15.
 struct PointTables {
     uint32_t magnitudes[kPoints];  // the four of a point, a byte each
     uint16_t index[kPointCodes];   // of codes that are points; 0 for others
-    uint32_t nearest[1 << 16];  // per cell the codes of the two points nearest to its centre, the
-                                // nearer in bits 0..11 and the other in bits 12..23
+    uint32_t nearest[1 << 16];     // of a cell: the code of the point nearest to its centre in bits
+                                   // 0..11, of the second nearest in bits 12..23
 
     PointTables() {
         uint16_t codes[kPoints];
@@ -49,8 +50,8 @@ struct PointTables {
             magnitudes[n] = bytes;
             codes[n++] = (uint16_t)code;
         }
-        // Squared distances are counted in half widths, times kPoints, plus the point's index: the
-        // least of these keys is the nearest point, of two as near the one of lower index.
+        // A key is a squared distance, in half cell widths, times kPoints, plus the point's index:
+        // the least key is the nearest point, and ties go to the lower index.
         int32_t of_last[16][kPoints], of_first[kPoints];
         for (int c = 0; c < 16; ++c) {
             for (int i = 0; i < kPoints; ++i) of_last[c][i] = distance(c, digit(codes[i], 3));
@@ -99,7 +100,7 @@ struct PointTables {
     }
 };
 
-// Made when first asked for, which takes some milliseconds.
+// Made at the first call, in some milliseconds.
 inline const PointTables& iq3s_tables() {
     static const PointTables tables;
     return tables;

@@ -1,8 +1,8 @@
-// What TQ1_0 and TQ2_0 share: x = d * (q - 1), q in 0..2, one F16 d per 256 weights. They hold
-// models that were trained with such weights, exactly; of others they lose most.
+// What TQ1_0 and TQ2_0 share: x = d * (q - 1), q in 0..2, one F16 d per 256 weights. Models that
+// were trained with ternary weights fit exactly; others lose most of their quality.
 //
 // The encoder gives the bytes of ggml's quantize_row_tq1_0_ref and quantize_row_tq2_0_ref: d is the
-// largest magnitude, weights are rounded, ties away from zero, before d is rounded to F16.
+// largest magnitude, and q is rounded (ties away from zero) with d as a float, not as an F16.
 #pragma once
 #include "formats/shared/unit.h"
 

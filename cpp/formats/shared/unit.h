@@ -6,7 +6,8 @@
 //   block_size, Block      weights per block; the packed bytes of one
 //   Fit                    what an encoder chooses for a unit: scales, mins, as bytes and as floats
 //   rtn(x, fit)            the encoder without a search: x points at 256 floats
-//   quantize(fit, x, j)    codes of vector j (weights 16j..16j+15) of the unit, as floats or ints
+//   quantize(fit, x, j)    codes of vector j (weights 16j..16j+15) of the unit: Lanes of whole
+//                          numbers, or IntLanes where a block is one weight
 //   reconstruct(fit, q, j) the weights that a decoder makes of these codes
 //   pack(fit, q, out)      bytes of the unit: 256 / block_size blocks
 //   unpack(in, fit, q)     the inverse; fills of the Fit what reconstruct needs

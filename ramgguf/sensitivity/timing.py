@@ -1,0 +1,141 @@
+"""What readings cost, and which of them fit the time that was asked for.
+
+Everything counts, from the start of the run: copying and loading the model, probing it, drawing
+tokens, the original's passes, encoding, and the pass that shows that the copy is whole again.
+"""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+from ramgguf.core.units import format_seconds
+from ramgguf.gguf.reader import TensorInfo
+from ramgguf.llama.forward import ForwardRequest, ForwardRunner
+from ramgguf.llama.tokens import TokenRequest
+
+Clock = Callable[[], float]
+FormatOf = Callable[[TensorInfo], str]
+
+_DRAWN = 16  # tokens that the drawing of a sequence is judged by
+# By how much of its time a run may be late before it stops reading. What is left until 1.25 is for
+# the pass that is under way, and for the end.
+LATE = 1.1
+
+
+@dataclass
+class Timer:
+    """The time of a run: what was asked for, and what has passed since its start.
+
+    limit is what the run keeps to: the seconds asked for, or the least that it can take.
+    """
+
+    seconds: float
+    clock: Clock = time.perf_counter
+    start: float = field(default=math.nan)
+    limit: float = field(default=math.nan)
+
+    def __post_init__(self) -> None:
+        if math.isnan(self.start):
+            self.start = self.clock()
+        self.limit = self.seconds
+
+    @property
+    def spent(self) -> float:
+        """Seconds since the start."""
+        return self.clock() - self.start
+
+    def has_time(self, seconds: float) -> bool:
+        """Return whether what takes so many seconds more ends in time, or nearly so."""
+        return self.spent + seconds <= LATE * self.limit
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Measured seconds: drawing a sequence, a pass over one, and encoding, for each weight."""
+
+    drawing: float
+    each: float
+    encoding: float
+    n_workers: int = 1
+
+    def reading(self, tensor: TensorInfo, n_sequences: int) -> float:
+        """Return what a reading of the tensor takes of the run's time."""
+        return (self.encoding * tensor.n_weights + n_sequences * self.each) / self.n_workers
+
+    def whole(self, tensors: Sequence[TensorInfo], n_sequences: int) -> float:
+        """Return what is still to come: tokens, the original's passes, readings, the last pass."""
+        before = n_sequences * (self.drawing + self.each)
+        readings = sum(self.reading(t, n_sequences) for t in tensors)
+        return before + readings + n_sequences * self.each
+
+
+def probe(
+    passes: ForwardRunner,
+    request: TokenRequest,
+    tensors: Sequence[TensorInfo],
+    format_of: FormatOf,
+    clock: Clock,
+) -> Costs:
+    """Return what the parts cost here, from one pass of each kind.
+
+    They are over random tokens: those of the model itself take as long to draw as many passes.
+    """
+    (ids,) = passes.draw(replace(request, tokens="random"), range(1))
+    each = passes.seconds(ids)
+    start, drawn = clock(), min(_DRAWN, request.n_ctx - 1)
+    if request.tokens == "self":
+        passes.draw(replace(request, n_ctx=drawn + 1), range(1))
+    drawing = (clock() - start) * (request.n_ctx - 1) / drawn
+    middle = sorted(tensors, key=lambda t: t.n_weights)[len(tensors) // 2]
+    start = clock()
+    list(passes.run([ForwardRequest(((middle.name, format_of(middle)),), (ids,))]))
+    encoding = max(0.0, clock() - start - each) / middle.n_weights
+    return Costs(drawing, each, encoding, passes.n_workers)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What is to be read: tensors in the order in which they tell most, and sequences."""
+
+    n_sequences: int
+    tensors: tuple[TensorInfo, ...]
+    seconds: float
+
+
+def choose(
+    costs: Costs,
+    most_sequences: int,
+    strides: Sequence[Sequence[TensorInfo]],
+    timer: Timer,
+    announce: Callable[[str], None],
+) -> Choice:
+    """Return the most that fits the time: all tensors, or else fewer layers on one sequence.
+
+    strides are choices of tensors, all of them first, the fewest last. Where not even these fit,
+    announce gets the least time, to which the run then keeps.
+    """
+    left = timer.limit - timer.spent
+    choices = [(n, strides[0]) for n in range(most_sequences, 0, -1)]
+    choices += [(1, tensors) for tensors in strides[1:]]
+    for n, tensors in choices:
+        seconds = costs.whole(tensors, n)
+        if seconds <= left:
+            return Choice(n, tuple(tensors), seconds)
+    least = timer.spent + seconds
+    announce(
+        f"{format_seconds(timer.seconds)} are too short: the least possible here is about "
+        f"{format_seconds(least)}, loading and probing included"
+    )
+    timer.limit = least
+    return Choice(1, tuple(strides[-1]), seconds)
+
+
+def spread_order(n: int) -> list[int]:
+    """Return 0 … n − 1 so that any first few of them are spread evenly: 0, middle, quarters …"""
+    order: dict[int, None] = {}
+    parts = 1
+    while len(order) < n:
+        order.update(dict.fromkeys(i * n // parts for i in range(parts)))
+        parts *= 2
+    return list(order)

@@ -1,0 +1,191 @@
+"""Sensitivity keeps to its time: a clock that costs advance, and passes that take what they say."""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ramgguf.core.progress import Silent
+from ramgguf.gguf.reader import GGUFFile, open_gguf
+from ramgguf.llama.forward import ForwardRequest, ForwardResult
+from ramgguf.llama.protocol import TokenIds
+from ramgguf.llama.tokens import TokenRequest
+from ramgguf.sensitivity.alpha import measure_alpha
+from ramgguf.sensitivity.result import Sensitivity
+from ramgguf.sensitivity.timing import Timer, spread_order
+from tiny_models import write_tiny_model
+
+N_CTX = 64
+TOLERANCE = 1.25  # the command ends within this much of the time that was asked for, or announced
+
+
+@dataclass
+class Passes:
+    """A runner that computes nothing: each step moves the clock by what it costs.
+
+    loading comes with the first step; drawing is for a token, each for a pass, encoding for a
+    weight. From the reading `slow_from` on, everything takes `slower` times as long.
+    """
+
+    file: GGUFFile
+    loading: float
+    drawing: float
+    each: float
+    encoding: float
+    slow_from: int = 10**9
+    slower: float = 1.0
+    now: float = 0.0
+    n_read: int = 0
+    known: set[bytes] = field(default_factory=set)
+    n_workers: int = 1
+    n_vocab: int = 260
+    build: str = "made up"
+    cpus: tuple[str, ...] = ("none",)
+
+    def _take(self, seconds: float) -> None:
+        self.now += seconds * (self.slower if self.n_read >= self.slow_from else 1.0) + self.loading
+        self.loading = 0.0
+
+    def _original(self, sequences: Sequence[TokenIds]) -> None:
+        for ids in sequences:
+            if ids.tobytes() not in self.known:
+                self.known.add(ids.tobytes())
+                self._take(self.each)
+
+    def draw(self, request: TokenRequest, indices: Sequence[int]) -> tuple[TokenIds, ...]:
+        if request.tokens == "self":
+            self._take(self.drawing * len(indices) * (request.n_ctx - 1))
+        return tuple(np.full(request.n_ctx, i + request.n_ctx, np.int32) for i in indices)
+
+    def draw_sets(
+        self, request: TokenRequest, sizes: Sequence[int], first: int
+    ) -> tuple[tuple[TokenIds, ...], ...]:
+        raise NotImplementedError
+
+    def seconds(self, ids: TokenIds) -> float:
+        self._original([ids])
+        self._take(self.each)
+        return self.each
+
+    def prepare(self, sequences: Sequence[TokenIds]) -> str:
+        self._original(sequences)
+        return "the same"
+
+    def run(self, wanted: Sequence[ForwardRequest]) -> Iterator[tuple[int, ForwardResult]]:
+        for position, one in enumerate(wanted):
+            self._original(one.sequences)
+            for name, _ in one.changes:
+                self._take(self.encoding * self.file.tensor(name).n_weights)
+                self.n_read += 1
+            self._take(self.each * len(one.sequences))
+            kld = np.full(N_CTX * len(one.sequences), 0.01 if one.changes else 0.0)
+            yield position, ForwardResult(kld, (0.005,) * len(one.changes))
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("deep")
+    return write_tiny_model(folder / "deep.gguf", weight_type="F16", n_layers=24)
+
+
+def _run(
+    model: Path, folder: Path, seconds: float, **costs: float
+) -> tuple[Sensitivity, Passes, list[str]]:
+    said: list[str] = []
+    request = TokenRequest(encoder="search", n_ctx=N_CTX, seconds=seconds)
+    with open_gguf(model) as file:
+        given = {"loading": 1.0, "drawing": 0.01, "each": 0.05, "encoding": 1e-6, **costs}
+        passes = Passes(file, **given)  # type: ignore[arg-type]
+        found = measure_alpha(
+            file,
+            request,
+            nullcontext(passes),
+            journal_path=folder / "journal",
+            progress=Silent(),
+            announce=said.append,
+            timer=Timer(seconds, clock=lambda: passes.now),
+        )
+    assert found.seconds == pytest.approx(passes.now)
+    return found, passes, said
+
+
+def _origins(found: Sensitivity) -> dict[str, int]:
+    origins = [t.origin for t in found.tensors]
+    return {origin: origins.count(origin) for origin in ("measured", "interpolated", "role")}
+
+
+@pytest.mark.parametrize("seconds", [6.0, 8.0, 12.0, 30.0, 300.0])
+@pytest.mark.parametrize(
+    "costs",
+    [
+        {},
+        {"loading": 3.0},
+        {"drawing": 0.05},  # as a model's own tokens: a sequence takes many passes
+        {"encoding": 2e-5, "each": 0.01},  # as the search for scales: encoding takes most
+        {"each": 0.2},
+    ],
+    ids=lambda costs: "-".join(costs) or "plain",
+)
+def test_the_whole_run_ends_in_its_time_or_in_the_least_that_it_announced(
+    deep: Path, tmp_path: Path, seconds: float, costs: dict[str, float]
+) -> None:
+    found, passes, said = _run(deep, tmp_path, seconds, **costs)
+    short = [line for line in said if "the least possible here is about" in line]
+    if short:
+        said_before, _ = short[0].split(", loading")
+        least = float(said_before.rsplit("about ", 1)[1].removesuffix(" s"))
+        assert said.index(short[0]) == 0
+        assert seconds < least
+        assert passes.now <= TOLERANCE * least
+    else:
+        assert passes.now <= TOLERANCE * seconds
+    assert found.tokens.n_sequences >= 1
+    assert _origins(found)["measured"] > 20
+
+
+def test_a_time_that_suffices_measures_all_tensors_on_all_sequences(
+    deep: Path, tmp_path: Path
+) -> None:
+    found, passes, said = _run(deep, tmp_path, 300.0)
+    assert _origins(found)["measured"] == len(found.tensors)
+    assert found.tokens.n_sequences == 4
+    assert not found.notes
+    promised = said[-1].rsplit("about ", 1)[1]
+    minutes, _, rest = promised.removesuffix(" s").rpartition(" min ")
+    assert 60 * float(minutes or 0) + float(rest) == pytest.approx(passes.now, rel=0.1)
+
+
+def test_a_machine_that_gets_slower_ends_readings_early_and_the_rest_is_imputed(
+    deep: Path, tmp_path: Path
+) -> None:
+    found, passes, _ = _run(deep, tmp_path, 12.0, slow_from=40, slower=4.0)
+    assert passes.now <= TOLERANCE * 12.0
+    assert any(note.startswith("the time was over after ") for note in found.notes)
+    origins = _origins(found)
+    assert origins["measured"] >= 40
+    assert origins["interpolated"] > 0
+    depths = {t.layer for t in found.tensors if t.origin == "measured" and t.layer is not None}
+    assert {0, 1, 22, 23} < depths  # the ends, and some of those between
+    assert all(math.isfinite(t.alpha) and t.alpha > 0 for t in found.tensors)
+
+
+def test_a_run_goes_on_from_readings_that_its_time_cut_off(deep: Path, tmp_path: Path) -> None:
+    found, _, _ = _run(deep, tmp_path, 12.0, slow_from=40, slower=4.0)
+    again, passes, said = _run(deep, tmp_path, 60.0)
+    assert passes.now < 60
+    assert _origins(again)["measured"] > _origins(found)["measured"]
+    assert "tensors are done" in said[0]
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 5, 22])
+def test_any_first_few_of_a_spread_order_are_spread(n: int) -> None:
+    order = spread_order(n)
+    assert sorted(order) == list(range(n))
+    for k in (2, 4, 8):
+        if k <= n:
+            gaps = np.diff(sorted([*order[:k], n]))
+            assert gaps.max() <= math.ceil(n / k) + 1

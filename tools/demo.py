@@ -27,7 +27,8 @@ def main() -> None:
     source, output = models / "smol768-f16.gguf", models / "smol768-104MB.gguf"
 
     run("python", str(TOOLS / "real_models.py"), "--out", str(models), "--only", "smol768-f16")
-    run("ramgguf", "quantize", str(source), "--budget", BUDGET, "-o", str(output), "--force")
+    run("ramgguf", "quantize", str(source), "--budget", BUDGET, "-o", str(output), "--force",
+        "--effort", "fast")  # fmt: skip
     run("python", str(TOOLS / "generate.py"), str(output), "The three primary colours are")
     run(
         "ramgguf", "eval", str(output), "--reference", str(source),

@@ -113,12 +113,10 @@ def calibrate_file(
             for source, n in zip(sources, shares(sources, n_sequences), strict=True)
             for ids in run.draw(source, n)
         ]
-        found = run.observe(sequences, tuple(weights))
-        entries = run.sums(found)
-        owners = {s.name: s.owner for s in found.sums if s.owner is not None}
-        n_grams = 0
-        if outputs.hessian is not None:
-            n_grams = _write_hessians(run, sequences, outputs, owners, weights, file.sample_sha256)
+        if outputs.hessian is None:
+            entries, n_grams = run.sums(run.observe(sequences, tuple(weights))), 0
+        else:
+            entries, n_grams = _write_hessians(run, sequences, outputs, weights, file.sample_sha256)
     write_imatrix(
         outputs.imatrix,
         entries,
@@ -239,13 +237,51 @@ def _write_hessians(
     run: _Run,
     sequences: Sequence[str],
     outputs: Outputs,
-    owners: Mapping[str, str],
     weights: Mapping[str, TensorInfo],
     model_sample: str,
-) -> int:
-    """Write XᵀX of the wanted weights' inputs, in batches that fit the memory; return how many."""
-    if outputs.hessian is None:
-        return 0
+) -> tuple[dict[str, InputSquares], int]:
+    """Write XᵀX of the wanted weights' inputs, in batches that fit the memory.
+
+    Return the sums of all weights, taken along with the first batch, and the number of Hessians.
+    Which weights share an input is known from one sequence; it must hold for all.
+    """
+    assert outputs.hessian is not None
+    owners = _owners(run.observe(sequences[:1], tuple(weights)))
+    while True:
+        wanted, sizes = _wanted(owners, outputs, weights)
+        entries: dict[str, InputSquares] | None = None
+        seen = owners
+        with new_hessians(
+            outputs.hessian,
+            wanted,
+            sizes,
+            run.n_tokens(sequences),
+            model_sample=model_sample,
+            force=outputs.force,
+        ) as file:
+            for group in groups(sizes, outputs.max_gram_bytes):
+                found = run.observe(sequences, tuple(weights) if entries is None else group, group)
+                if entries is None:
+                    entries, seen = run.sums(found), _owners(found)
+                    if seen != owners:
+                        break
+                for owner, path in run.grams(found).items():
+                    file.write(gram_name(owner), np.load(path, mmap_mode="r"))
+                    path.unlink()
+            else:
+                file.commit()
+                return entries or {}, len(sizes)
+        owners = seen  # another sequence runs through other weights
+
+
+def _owners(found: Collected) -> dict[str, str]:
+    return {s.name: s.owner for s in found.sums if s.owner is not None}
+
+
+def _wanted(
+    owners: Mapping[str, str], outputs: Outputs, weights: Mapping[str, TensorInfo]
+) -> tuple[dict[str, str], dict[str, int]]:
+    """Return the owner of each weight that gets a Hessian, and the columns of each owner."""
     try:
         wanted = {n: o for n, o in owners.items() if re.search(outputs.pattern, n)}
     except re.error as e:
@@ -259,21 +295,7 @@ def _write_hessians(
             f"the largest Hessian takes {format_bytes(largest)}, more than the "
             f"{format_bytes(outputs.max_gram_bytes)} allowed; leave that weight out"
         )
-    with new_hessians(
-        outputs.hessian,
-        wanted,
-        sizes,
-        run.n_tokens(sequences),
-        model_sample=model_sample,
-        force=outputs.force,
-    ) as file:
-        for group in groups(sizes, outputs.max_gram_bytes):
-            found = run.grams(run.observe(sequences, group, group))
-            for owner, path in found.items():
-                file.write(gram_name(owner), np.load(path, mmap_mode="r"))
-                path.unlink()
-        file.commit()
-    return len(sizes)
+    return wanted, sizes
 
 
 @protected()

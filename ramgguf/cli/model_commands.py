@@ -20,6 +20,7 @@ from ramgguf.gguf.hub import beside
 from ramgguf.gguf.shards import model_stem
 from ramgguf.measure.result import Measurement
 from ramgguf.plan.result import Plan
+from ramgguf.quantize import default_effort
 from ramgguf.quants.encoders import DEFAULT_ENCODER
 from ramgguf.report.held_out import print_held_out
 from ramgguf.report.held_out import summary as score_summary
@@ -66,17 +67,6 @@ Refine = Annotated[
 ]
 
 
-EffortOption = Annotated[
-    str,
-    typer.Option(
-        "--effort",
-        help="fast: priors; auto: also a matrix and error feedback, as about 5 minutes allow; "
-        "best: all that pays. Every step is gated on held-out text.",
-    ),
-]
-Time = Annotated[
-    str | None, typer.Option("--time", help="What auto or best may take: 90s, 20m, 1h.")
-]
 ScoreOption = Annotated[
     bool | None,
     typer.Option(
@@ -93,9 +83,9 @@ def quantize(
     output: opt.Output = None,
     memory: mem.MemoryOptions = mem.MemoryOptions(),  # noqa: B008 (frozen)
     choice: opt.PlanChoice = opt.PlanChoice(),  # noqa: B008 (frozen)
-    effort: EffortOption = "fast",
-    limit: Time = None,
-    encoder: opt.EncoderOption = DEFAULT_ENCODER,
+    effort: opt.EffortOption = None,
+    limit: opt.Time = None,
+    encoder: opt.OptionalEncoder = None,
     imatrix: opt.ImatrixFile = None,
     hessian: opt.HessianFile = None,
     calibrate: opt.Calibrate = None,
@@ -133,7 +123,7 @@ def quantize(
         raise typer.BadParameter("give one importance matrix", param_hint="--imatrix")
     if plan_file:
         others = {
-            "--encoder": encoder != DEFAULT_ENCODER,
+            "--encoder": encoder is not None,
             "--hessian": hessian is not None,
             "--sensitivity": sensitivity is not None,
             "--allow-requantize": allow_requantize,
@@ -142,7 +132,7 @@ def quantize(
         opt.refuse_idle(idle, "a ready plan is followed as it is")
     if measurement:
         others = {
-            "--encoder": encoder != DEFAULT_ENCODER and sensitivity != "measure",
+            "--encoder": encoder is not None and sensitivity != "measure",
             "--hessian": hessian is not None,
             "--allow-requantize": allow_requantize,
         }
@@ -154,23 +144,26 @@ def quantize(
         raise typer.BadParameter(
             "workers run passes: of --refine or --sensitivity measure", param_hint="--executor"
         )
-    if effort != "fast":
-        steps = {
-            "--plan": plan_file,
-            "--measurement": measurement,
-            "--imatrix": imatrix,
-            "--hessian": hessian,
-            "--calibrate": calibrate,
-            "--sensitivity": sensitivity,
-            "--refine": refine or None,
-            "--encoder": None if encoder == DEFAULT_ENCODER else encoder,
-        }
-        idle = [name for name, given in steps.items() if given is not None]
-        opt.refuse_idle(idle, f"--effort {effort} decides by itself what it does")
+    steps = {
+        "--plan": plan_file,
+        "--measurement": measurement,
+        "--imatrix": imatrix,
+        "--hessian": hessian,
+        "--calibrate": calibrate,
+        "--sensitivity": sensitivity,
+        "--refine": refine or None,
+        "--objective": choice.objective,
+        "--encoder": encoder,
+    }
+    given = [name for name, value in steps.items() if value is not None]
+    level = opt.effort(effort) or default_effort(
+        is_explicit=bool(given), has_time=limit is not None
+    )
+    if level != "fast":
+        opt.refuse_idle(given, f"--effort {level} decides by itself what it does")
     elif limit is not None:
-        opt.refuse_idle(["--time"], "--effort fast takes what it takes; give auto or best")
-    level = opt.effort(effort)
-    scores = effort != "fast" if score is None else score
+        opt.refuse_idle(["--time"], "the steps of --effort fast take what they take")
+    scores = level != "fast" if score is None else score
     chosen = opt.encoder(encoder)
     model = terminal.fetched(model)
     weighed = Weighed(imatrix, hessian)
@@ -194,7 +187,7 @@ def quantize(
             output,
             from_plan=Plan.load(plan_file) if plan_file else None,
             measurement=Measurement.load(measurement) if measurement else None,
-            encoder=chosen.name,
+            encoder=None if encoder is None else chosen.name,
             imatrix=weighed.imatrix,
             hessian=weighed.hessian,
             allow_requantize=allow_requantize,
@@ -218,7 +211,7 @@ def quantize(
     print_plan(made.plan, terminal.out, verbose=verbose)
     if made.score is not None:
         print_held_out(made.score, terminal.out)
-    elif scores and not scores_here():
+    elif score and not scores_here():
         terminal.announce("not scored: pip install 'ramgguf[eval]' measures what was lost")
     seconds = ", ".join(f"{name} {format_seconds(s)}" for name, s in made.seconds.items())
     checked = (

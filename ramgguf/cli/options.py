@@ -15,7 +15,7 @@ from ramgguf.core.progress import Progress, Silent
 from ramgguf.gguf.hub import local_path
 from ramgguf.plan import DEFAULT_MIN_SQNR_DB, OBJECTIVE_NAMES, PlanOptions
 from ramgguf.quantize import EFFORTS, Effort
-from ramgguf.quants.encoders import ENCODERS, Encoder
+from ramgguf.quants.encoders import DEFAULT_ENCODER, ENCODERS, Encoder
 from ramgguf.quants.formats import expand
 from ramgguf.report.progress import Bars
 from ramgguf.report.terminal import PlainConsole
@@ -45,13 +45,16 @@ Formats = Annotated[
         "--formats", help="Formats to choose from: Q3_K,Q6_K or the sets cpu-fast, k, linear."
     ),
 ]
+_ENCODERS = "; ".join(f"{e.name}, {e.summary}" for e in ENCODERS.values())
 EncoderOption = Annotated[
-    str,
+    str, typer.Option("--encoder", help=f"How blocks are fitted: {_ENCODERS}.")
+]
+OptionalEncoder = Annotated[
+    str | None,
     typer.Option(
         "--encoder",
-        help="How blocks are fitted: "
-        + "; ".join(f"{e.name}, {e.summary}" for e in ENCODERS.values())
-        + ".",
+        help=f"How blocks are fitted: {_ENCODERS}. Default: {DEFAULT_ENCODER}, or what the effort "
+        "finds.",
     ),
 ]
 ImatrixFile = Annotated[
@@ -69,6 +72,18 @@ Calibrate = Annotated[
 HessianFile = Annotated[
     Path | None,
     typer.Option("--hessian", help="Hessians of calibrate --hessian: weigh errors of outputs."),
+]
+EffortOption = Annotated[
+    str | None,
+    typer.Option(
+        "--effort",
+        help="fast: priors; auto: also a matrix and error feedback, as about 5 minutes allow; "
+        "best: all that pays. Every step is gated on held-out text. Default: auto.",
+    ),
+]
+Time = Annotated[
+    str | None,
+    typer.Option("--time", help="What auto or best may take: 90s, 20m, 1h; alone, of best."),
 ]
 Objective = Annotated[
     str | None,
@@ -212,8 +227,9 @@ def split_formats(text: str | None) -> list[str] | None:
     return list(expand(name.strip() for name in text.split(",") if name.strip()))
 
 
-def encoder(name: str) -> Encoder:
-    """Return the encoder of this name; anything else is a usage error."""
+def encoder(name: str | None) -> Encoder:
+    """Return the encoder of this name, the default for None; anything else is a usage error."""
+    name = name or DEFAULT_ENCODER
     if name not in ENCODERS:
         raise typer.BadParameter(
             f"{name!r} is none of {', '.join(ENCODERS)}", param_hint="--encoder"
@@ -221,9 +237,9 @@ def encoder(name: str) -> Encoder:
     return ENCODERS[name]
 
 
-def effort(name: str) -> Effort:
-    """Return the effort of this name; anything else is a usage error."""
-    if name not in EFFORTS:
+def effort(name: str | None) -> Effort | None:
+    """Return the effort of this name, None for none; anything else is a usage error."""
+    if name is not None and name not in EFFORTS:
         raise typer.BadParameter(f"{name!r} is none of {', '.join(EFFORTS)}", param_hint="--effort")
     return name
 

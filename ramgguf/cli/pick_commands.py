@@ -13,6 +13,7 @@ from ramgguf.core.errors import PlanError
 from ramgguf.core.escape import to_json
 from ramgguf.core.files import write_atomically
 from ramgguf.core.parallel import default_threads
+from ramgguf.core.units import parse_seconds
 from ramgguf.deploy.checking import CheckRequest
 from ramgguf.deploy.footprint import parse_cache_types
 from ramgguf.deploy.footprint_formula import ContextShape
@@ -20,7 +21,7 @@ from ramgguf.deploy.picking import Picked, PickRequest
 from ramgguf.deploy.picking import pick as _pick
 from ramgguf.plan import DEFAULT_MIN_SQNR_DB
 from ramgguf.plan.planning import PlanOptions
-from ramgguf.quants.encoders import DEFAULT_ENCODER
+from ramgguf.quantize import default_effort
 from ramgguf.report.frontier import curve_svg
 
 
@@ -41,7 +42,9 @@ def pick(
         float, typer.Option("--min-speed", min=0, help="Tokens/s of generation, at least.")
     ] = 0.0,
     output: opt.Output = None,
-    encoder: opt.EncoderOption = DEFAULT_ENCODER,
+    effort: opt.EffortOption = None,
+    effort_time: opt.Time = None,
+    encoder: opt.OptionalEncoder = None,
     sensitivity: opt.SensitivityFile = None,
     formats: opt.Formats = None,
     min_sqnr: opt.MinSqnr = DEFAULT_MIN_SQNR_DB,
@@ -57,6 +60,18 @@ def pick(
     """Measure, plan, write, try and score: the best file that runs in this memory, fast enough."""
     terminal = opt.Terminal.make(quiet=quiet, as_json=as_json)
     opt.refuse_existing(output, svg, force=force)
+    steps = {
+        "--sensitivity": sensitivity,
+        "--encoder": encoder,
+    }
+    given = [name for name, value in steps.items() if value is not None]
+    level = opt.effort(effort) or default_effort(
+        is_explicit=bool(given), has_time=effort_time is not None
+    )
+    if level != "fast":
+        opt.refuse_idle(given, f"--effort {level} decides by itself what it does")
+    elif effort_time is not None:
+        opt.refuse_idle(["--time"], "the steps of --effort fast take what they take")
     trial = CheckRequest(
         ContextShape(context, 1, *parse_cache_types(cache_type)),
         limit(memory),
@@ -65,7 +80,14 @@ def pick(
     picked = _pick(
         terminal.fetched(model),
         output,
-        PickRequest(trial, min_speed, opt.encoder(encoder).name, n_seq),
+        PickRequest(
+            trial,
+            min_speed,
+            opt.encoder(encoder).name,
+            n_seq,
+            effort=level,
+            effort_seconds=None if effort_time is None else parse_seconds(effort_time),
+        ),
         force=force,
         threads=threads,
         progress=terminal.progress,

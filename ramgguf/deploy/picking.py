@@ -20,7 +20,7 @@ from ramgguf.plan import PlanOptions, curve
 from ramgguf.plan import plan as make_plan
 from ramgguf.plan.frontier_result import Frontier
 from ramgguf.plan.result import Plan
-from ramgguf.quantize import quantize
+from ramgguf.quantize import Effort, quantize
 from ramgguf.quants.encoders import DEFAULT_ENCODER, EncoderName
 
 _MOST_ROUNDS = 4
@@ -31,7 +31,8 @@ _SLOWER = 0.97  # a file of half the bytes is not quite twice as fast
 class PickRequest:
     """The requirements on the file; min_speed is tokens per second of generation.
 
-    The score is taken on n_seq sequences of n_ctx tokens; n_seq 0 takes none.
+    The score is taken on n_seq sequences of n_ctx tokens; n_seq 0 takes none. Sizes are tried with
+    plans by priors; effort auto or best, within effort_seconds, then makes the file of that size.
     """
 
     trial: CheckRequest
@@ -39,6 +40,8 @@ class PickRequest:
     encoder: EncoderName = DEFAULT_ENCODER
     n_seq: int = 8
     n_ctx: int = 512
+    effort: Effort = "fast"
+    effort_seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -150,9 +153,40 @@ def pick(
         found = check_file(output, trial, announce=announce)
         most = _smaller(found, plan, request)
         if most is None:
+            if request.effort != "fast":
+                plan, found = _improved(
+                    model, output, plan, found, request, options, threads, progress, announce
+                )
             score = _score(output, model, request, threads, progress)
             return Picked(output, plan, frontier, found, score, n_tried, request)
     raise BudgetError(f"{output}: {_reached(found, request)} after {_MOST_ROUNDS} tries")
+
+
+def _improved(
+    model: Path,
+    output: Path,
+    plan: Plan,
+    found: CheckResult,
+    request: PickRequest,
+    options: PlanOptions,
+    threads: int | None,
+    progress: Progress | None,
+    announce: Callable[[str], None],
+) -> tuple[Plan, CheckResult]:
+    """Return the plan and trial of the file that the effort makes in as many bytes.
+
+    Should that fail its trial or be too slow, the file by priors is written again, and stays.
+    """
+    made = quantize(
+        model, plan.n_bytes, output, effort=request.effort, seconds=request.effort_seconds,
+        force=True, threads=threads, progress=progress, announce=announce, **options,
+    )  # fmt: skip
+    tried = check_file(output, request.trial, announce=announce)
+    if tried.passed and _smaller(tried, made.plan, request) is None:
+        return made.plan, tried
+    announce("the file of that effort fails its trial or is too slow: the one before it stays")
+    quantize(model, output=output, from_plan=plan, force=True, threads=threads, progress=progress)
+    return plan, found
 
 
 def _smaller(found: CheckResult, plan: Plan, request: PickRequest) -> int | None:
@@ -173,7 +207,7 @@ def _smaller(found: CheckResult, plan: Plan, request: PickRequest) -> int | None
     speed = _tokens_per_second(found)
     if speed >= request.min_speed:
         return None
-    return int(plan.n_bytes * speed / request.min_speed * _SLOWER)
+    return max(1, int(plan.n_bytes * speed / request.min_speed * _SLOWER))
 
 
 def _tokens_per_second(found: CheckResult) -> float:

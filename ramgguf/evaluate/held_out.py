@@ -142,6 +142,7 @@ def score_held_out(
     *,
     part: Part = "score",
     n_ctx: int = N_CTX,
+    first_target: int = FIRST_TARGET,
     seconds: float = SECONDS,
     max_rounds: int = MAX_ROUNDS,
     threads: int | None = None,
@@ -150,8 +151,10 @@ def score_held_out(
     """Return the score of each model against the reference, all on the same windows.
 
     A window of every domain is scored whatever it takes; more follow while the seconds last, up to
-    max_rounds of each. Raises EngineError when llama.cpp is missing or fails, GGUFError for files
-    that are no models.
+    max_rounds of each; calls with the same max_rounds score the same windows in the same order.
+    Tokens before first_target (at least 1) are read and not scored.
+
+    Raises EngineError when llama.cpp is missing or fails, GGUFError for files that are no models.
     """
     paths = [local_path(m) for m in models]
     source = local_path(reference)
@@ -160,7 +163,16 @@ def score_held_out(
     for safe_kernels in (False, True):
         try:
             return _score(
-                paths, source, part, n_ctx, seconds, max_rounds, threads, safe_kernels, shown
+                paths,
+                source,
+                part,
+                n_ctx,
+                first_target,
+                seconds,
+                max_rounds,
+                threads,
+                safe_kernels,
+                shown,
             )
         except CrashError:  # llama.cpp's repacked kernels crash on some CPUs
             if safe_kernels:
@@ -173,6 +185,7 @@ def _score(
     source: Path,
     part: Part,
     n_ctx: int,
+    first_target: int,
     seconds: float,
     max_rounds: int,
     threads: int,
@@ -193,7 +206,7 @@ def _score(
                 if number and time.perf_counter() - began + each > seconds:
                     break
                 for domain, ids in windows.items():
-                    scored = list(engine.score(number, ids, FIRST_TARGET, has_reference=True))
+                    scored = list(engine.score(number, ids, first_target, has_reference=True))
                     for path, mine, told in zip(paths, found, scored[1:], strict=True):
                         mine.append(_window_score(path, domain, told))
                 progress.advance(1)
@@ -209,7 +222,7 @@ def _score(
             reference=str(source),
             part=part,
             n_ctx=n_ctx,
-            first_target=FIRST_TARGET,
+            first_target=first_target,
             engine=build,
             windows=tuple(windows),
             seconds=spent,

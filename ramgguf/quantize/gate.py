@@ -33,6 +33,11 @@ class Verdict:
     def taken(self) -> bool:
         return self.ratio < 1 and not self.worse
 
+    @property
+    def harmless(self) -> bool:
+        """Whether the file after it is as good, by what chance and SLACK allow."""
+        return self.ratio < 1 + SLACK and not self.worse
+
     def __str__(self) -> str:
         domain = max(self.ratios, key=lambda d: self.ratios[d])
         told = (
@@ -46,11 +51,14 @@ class Verdict:
 
 
 def judge(before: HeldOutScore, after: HeldOutScore) -> Verdict:
-    """Return the verdict on two scores of the same windows."""
+    """Return the verdict on two scores of the same windows, as far as both go."""
     ratios, worse = {}, []
+    n_windows = min(len(before.windows), len(after.windows))
     for domain in before.domains:
         a, b = (
-            np.array([w.kld_sum / w.n_tokens for w in score.windows if w.domain == domain])
+            np.array(
+                [w.kld_sum / w.n_tokens for w in score.windows[:n_windows] if w.domain == domain]
+            )
             for score in (before, after)
         )
         difference = b - a
@@ -63,4 +71,4 @@ def judge(before: HeldOutScore, after: HeldOutScore) -> Verdict:
         if mean > slack:
             worse.append(domain)
     logs = [math.log(max(r, 1e-9)) if math.isfinite(r) else 1.0 for r in ratios.values()]
-    return Verdict(math.exp(sum(logs) / len(logs)), ratios, tuple(worse), len(before.windows))
+    return Verdict(math.exp(sum(logs) / len(logs)), ratios, tuple(worse), n_windows)

@@ -61,6 +61,7 @@ class QuantizeOptions:
     hessian: str | Path | None = None
     allow_requantize: bool = False
     refine: int = 0
+    refine_beside: Path | None = None  # what the journal of a refinement is kept beside
     split_max_bytes: int | None = None
     force: bool = False
     verify: bool = True
@@ -159,7 +160,7 @@ class _Run:
         options = self._options
         if not options.refine:
             return plan, None
-        wanted = self._output or beside(self._model, self._model.name)
+        wanted = options.refine_beside or self._output or beside(self._model, self._model.name)
         journal = refinement_journal(wanted, plan)
         with self._clock.stage("refine"):
             plan = refine_plan(

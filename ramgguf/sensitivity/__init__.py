@@ -1,7 +1,15 @@
 """Sensitivity: how much the error of each tensor changes the model's output."""
 
 from ramgguf.sensitivity.alpha import sensitivity
+from ramgguf.sensitivity.massive import FirstTokenReading, MassiveActivations, massive_activations
 from ramgguf.sensitivity.result import Sensitivity
 from ramgguf.sensitivity.reweighing import reweigh
 
-__all__ = ["Sensitivity", "reweigh", "sensitivity"]
+__all__ = [
+    "FirstTokenReading",
+    "MassiveActivations",
+    "Sensitivity",
+    "massive_activations",
+    "reweigh",
+    "sensitivity",
+]

@@ -58,7 +58,7 @@ def measure_alpha(
     come back unchanged.
     """
     timer = timer or Timer(request.seconds)
-    tensors = [t for t in file.tensors if _is_probed(file, t)]
+    tensors = [t for t in file.tensors if is_probed(file, t)]
     if not tensors:
         raise PlanError(f"{file.paths[0]}: no tensor can be probed; a source in F32, F16 or BF16")
     coverage = coverage_notes(file, request.imatrix)
@@ -156,7 +156,8 @@ def probe_format(tensor: TensorInfo) -> str:
     return next(f for f in PROBE_FORMATS if formats.suits(f, tensor.row_length))
 
 
-def _is_probed(file: GGUFFile, tensor: TensorInfo) -> bool:
+def is_probed(file: GGUFFile, tensor: TensorInfo) -> bool:
+    """Return whether passes can read the tensor's sensitivity: a matrix with a probe format."""
     return (
         tensor.type_name in SOURCES
         and never_quantized(tensor.name, tensor.shape, file.architecture) is None

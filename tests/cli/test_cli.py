@@ -51,7 +51,7 @@ def test_measure_plan_quantize_step_by_step_equals_quantize(model: Path, tmp_pat
     assert "^blk\\.0\\.attn_q\\.weight$=" in types.read_text()
     assert Plan.load(plan).n_bytes <= Plan.load(plan).budget
     run("quantize", model, "--plan", plan, "-o", tmp_path / "a.gguf")
-    done = run("quantize", model, "-b", "5bpw", "-o", tmp_path / "b.gguf")
+    done = run("quantize", model, "-b", "5bpw", "-o", tmp_path / "b.gguf", "--effort", "fast")
     assert "every tensor decoded again: errors as planned" in done.stdout
     assert done.stderr == ""  # no progress bars where there is no terminal
     assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
@@ -86,7 +86,9 @@ def test_options_that_a_ready_value_leaves_without_effect_are_refused(
 
 
 def test_json_is_one_document_and_nothing_else(model: Path, tmp_path: Path) -> None:
-    done = run("quantize", model, "-b", "5bpw", "-o", tmp_path / "b.gguf", "--json")
+    done = run(
+        "quantize", model, "-b", "5bpw", "-o", tmp_path / "b.gguf", "--json", "--effort", "fast"
+    )
     result = json.loads(done.stdout)
     assert result["n_bytes"] == (tmp_path / "b.gguf").stat().st_size <= result["budget"]
     assert result["verified"] is True
@@ -97,7 +99,18 @@ def test_json_is_one_document_and_nothing_else(model: Path, tmp_path: Path) -> N
 
 
 def test_quiet_prints_nothing(model: Path, tmp_path: Path) -> None:
-    done = run("quantize", model, "-b", "5bpw", "-o", tmp_path / "b.gguf", "-q", "--no-verify")
+    done = run(
+        "quantize",
+        model,
+        "-b",
+        "5bpw",
+        "-o",
+        tmp_path / "b.gguf",
+        "-q",
+        "--no-verify",
+        "--effort",
+        "fast",
+    )
     assert done.stdout == done.stderr == ""
 
 
@@ -130,7 +143,18 @@ def test_an_existing_plan_is_refused_before_the_model_is_written(
 ) -> None:
     plan, output = tmp_path / "p.json", tmp_path / "b.gguf"
     plan.write_text("older")
-    command = ("quantize", model, "-b", "5bpw", "-o", output, "--save-plan", plan)
+    command = (
+        "quantize",
+        model,
+        "-b",
+        "5bpw",
+        "-o",
+        output,
+        "--save-plan",
+        plan,
+        "--effort",
+        "fast",
+    )
     assert "--force" in run(*command, status=1).stderr
     assert not output.exists()
     assert plan.read_text() == "older"
@@ -162,7 +186,18 @@ def test_ctrl_c_leaves_an_older_output_and_the_source_untouched(tmp_path: Path) 
     older, before = tmp_path / "b.gguf", source.read_bytes()
     older.write_bytes(b"older")
     for delay in (0.3, 0.8, 1.2):
-        command = [RAMGGUF, "quantize", str(source), "-b", "5bpw", "-o", str(older), "--force"]
+        command = [
+            RAMGGUF,
+            "quantize",
+            str(source),
+            "-b",
+            "5bpw",
+            "-o",
+            str(older),
+            "--force",
+            "--effort",
+            "fast",
+        ]
         with subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=unwatched()
         ) as process:
@@ -175,7 +210,18 @@ def test_ctrl_c_leaves_an_older_output_and_the_source_untouched(tmp_path: Path) 
 
 
 def test_a_split_output_loads_as_one(model: Path, tmp_path: Path) -> None:
-    run("quantize", model, "-b", "5bpw", "-o", tmp_path / "s.gguf", "--split-max-size", "200kB")
+    run(
+        "quantize",
+        model,
+        "-b",
+        "5bpw",
+        "-o",
+        tmp_path / "s.gguf",
+        "--split-max-size",
+        "200kB",
+        "--effort",
+        "fast",
+    )
     shards = sorted(tmp_path.glob("s-*-of-*.gguf"))
     assert len(shards) > 1
 

@@ -50,7 +50,7 @@ command, source, target = sys.argv[1:]
 print("ready", flush=True)
 sys.stdin.readline()
 if command == "quantize":
-    ramgguf.quantize(source, "6bpw", target, min_sqnr_db=0, threads=2, force=True)
+    ramgguf.quantize(source, "6bpw", target, min_sqnr_db=0, threads=2, force=True, effort="fast")
 else:
     from pathlib import Path
     ramgguf.measure(source, threads=2).save(Path(target))
@@ -65,7 +65,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _quantize(source: Path, target: Path) -> None:
-    ramgguf.quantize(source, BUDGET, target, min_sqnr_db=0, threads=2, force=True)
+    ramgguf.quantize(source, BUDGET, target, min_sqnr_db=0, threads=2, force=True, effort="fast")
 
 
 def _measure(source: Path, target: Path) -> None:
@@ -217,7 +217,18 @@ def test_ctrl_c_leaves_nothing_and_says_so_in_one_line(source: Path, tmp_path: P
     undisturbed, target = tmp_path / "undisturbed.gguf", tmp_path / "target.gguf"
     _quantize(source, undisturbed)
     cli = "from ramgguf.cli import main; main()"
-    arguments = ["quantize", str(source), "-b", BUDGET, "-o", str(target), "--force", "-q"]
+    arguments = [
+        "quantize",
+        str(source),
+        "-b",
+        BUDGET,
+        "-o",
+        str(target),
+        "--force",
+        "-q",
+        "--effort",
+        "fast",
+    ]
     seen = False
     for delay in (0, 0.02):
         target.write_bytes(b"older")
@@ -394,7 +405,9 @@ def test_a_source_that_changes_while_it_is_read_is_an_error(
     copy, target = tmp_path / "copy.gguf", tmp_path / "target.gguf"
     copy.write_bytes(source.read_bytes())
     with open_gguf(source) as file:
-        plan = ramgguf.quantize(source, BUDGET, tmp_path / "x.gguf", min_sqnr_db=0).plan
+        plan = ramgguf.quantize(
+            source, BUDGET, tmp_path / "x.gguf", min_sqnr_db=0, effort="fast"
+        ).plan
         last = file.tensors[-1]
     (tmp_path / "x.gguf").unlink()
     read, n_reads = Shard.read, 0

@@ -223,10 +223,14 @@ def test_an_output_is_no_more_readable_than_its_source(made: Path, tmp_path: Pat
     source = tmp_path / "m.gguf"
     source.write_bytes((made / "m.gguf").read_bytes())
     source.chmod(0o600)
-    done = ramgguf.quantize(source, "50%", tmp_path / "q.gguf", min_sqnr_db=0, threads=1)
+    done = ramgguf.quantize(
+        source, "50%", tmp_path / "q.gguf", min_sqnr_db=0, threads=1, effort="fast"
+    )
     assert stat.S_IMODE(done.paths[0].stat().st_mode) == 0o600
     source.chmod(0o644)
-    again = ramgguf.quantize(source, "50%", tmp_path / "r.gguf", min_sqnr_db=0, threads=1)
+    again = ramgguf.quantize(
+        source, "50%", tmp_path / "r.gguf", min_sqnr_db=0, threads=1, effort="fast"
+    )
     umask = os.umask(0)
     os.umask(umask)
     assert stat.S_IMODE(again.paths[0].stat().st_mode) == 0o644 & ~umask
@@ -265,7 +269,20 @@ def test_a_signal_leaves_no_temporary(made: Path, tmp_path: Path, number: int) -
         "main()\n"
     )
     out = tmp_path / "q.gguf"
-    arguments = ["quantize", made / "m.gguf", "-b", "50%", "--min-sqnr", "0", "-t", "1", "-o", out]
+    arguments = [
+        "quantize",
+        made / "m.gguf",
+        "-b",
+        "50%",
+        "--min-sqnr",
+        "0",
+        "-t",
+        "1",
+        "-o",
+        out,
+        "--effort",
+        "fast",
+    ]
     with subprocess.Popen(
         [sys.executable, "-c", script, *map(str, arguments)], stderr=subprocess.PIPE, text=True
     ) as child:

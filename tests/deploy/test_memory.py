@@ -106,7 +106,9 @@ def test_planned_sizes_are_what_llama_cpp_allocates(
 ) -> None:
     source = write_small_model(tmp_path / "source.gguf", architecture)
     target = tmp_path / "target.gguf"
-    made = ramgguf.quantize(source, "6bpw", target, min_sqnr_db=0, threads=1, verify=False)
+    made = ramgguf.quantize(
+        source, "6bpw", target, min_sqnr_db=0, threads=1, verify=False, effort="fast"
+    )
     types = {a.name: a.format for a in made.plan.assignments}
     with open_gguf(source) as file, FootprintEstimator(file) as scale:
         for shape in _shapes(architecture):
@@ -341,12 +343,16 @@ def test_quantize_writes_a_file_that_fits_the_memory(llama: Path, tmp_path: Path
     limit = _limit(llama, ContextShape(1024), 1_400_000)
     target = tmp_path / "out.gguf"
     command = ["quantize", str(llama), "-o", str(target), "--memory", str(limit), "--min-sqnr", "0"]
-    done = CliRunner().invoke(app, [*command, "--context", "1024", "--threads", "1"])
+    done = CliRunner().invoke(
+        app, [*command, "--context", "1024", "--threads", "1", "--effort", "fast"]
+    )
     assert done.exit_code == 0, done.output
     for word in ("weights", "cache", "compute", "overhead", "margin", "-c 1024"):
         assert word in done.output
     assert 1_300_000 < target.stat().st_size < 1_430_000
-    again = CliRunner().invoke(app, [*command, "--context", "1024", "--json", "--force"])
+    again = CliRunner().invoke(
+        app, [*command, "--context", "1024", "--json", "--force", "--effort", "fast"]
+    )
     memory = json.loads(again.stdout)["memory"]
     assert memory["limit"] == limit >= sum(memory["ram"].values())
 

@@ -242,7 +242,7 @@ def test_names_are_shown_as_they_are(oddly_named: Path, tmp_path: Path) -> None:
     assert plan in run("plan", curves, *size, "-o", plan)
     run("curve", curves, *safe)
     for shown in (
-        run("quantize", oddly_named, *size, "-o", output, "--verbose"),
+        run("quantize", oddly_named, *size, "-o", output, "--verbose", "--effort", "fast"),
         run("plan", curves, *size, "--verbose"),
         run("diff", oddly_named, output, "--verbose"),
         run("explain", plan, "-m", curves),
@@ -250,7 +250,7 @@ def test_names_are_shown_as_they_are(oddly_named: Path, tmp_path: Path) -> None:
         assert all(name in shown for name in _NAMES[:2])
     assert _NAMES[0] in run("explain", plan, _NAMES[0], "-m", curves)
     assert str(oddly_named) in run("recipe", oddly_named)
-    run("quantize", oddly_named, *size, "--split-max-size", "20kB")
+    run("quantize", oddly_named, *size, "--split-max-size", "20kB", "--effort", "fast")
     # Whatever the names say, all outputs are where they were wanted.
     written = {p for p in tmp_path.rglob("*") if p.is_file()}
     assert {p.parent for p in written} == {folder}

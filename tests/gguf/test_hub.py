@@ -82,7 +82,20 @@ def run(
 
 def test_a_model_of_the_hub_is_quantized_into_the_current_folder(hub: StandIn, here: Path) -> None:
     address = f"hf://{REPO}/tiny-f16.gguf"
-    done = run(hub, "quantize", address, "-b", "5bpw", "--save-plan", "p.json", "--json", "-t", "1")
+    done = run(
+        hub,
+        "quantize",
+        address,
+        "-b",
+        "5bpw",
+        "--save-plan",
+        "p.json",
+        "--json",
+        "-t",
+        "1",
+        "--effort",
+        "fast",
+    )
     (path,) = json.loads(done.stdout)["paths"]
     assert Path(path).resolve().parent == here
     assert {p.name for p in here.iterdir()} == {path, "p.json"}

@@ -1,5 +1,8 @@
 """Effort: what is tried is gated and kept, and explicit options are never overruled."""
 
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +12,13 @@ from typer.testing import CliRunner
 import ramgguf
 from ramgguf.cli.app import app
 from ramgguf.core.errors import EngineError, PlanError
+from ramgguf.core.machine import Available
 from ramgguf.evaluate.held_out import HeldOutScore, WindowScore, resamples, score_held_out
+from ramgguf.quantize import default_effort
 from ramgguf.quantize import effort as effort_module
-from ramgguf.quantize.effort import Costs
+from ramgguf.quantize import schedule as schedule_module
 from ramgguf.quantize.gate import judge
+from ramgguf.quantize.schedule import Costs
 from tiny_models import write_tiny_model
 
 pytest.importorskip("llama_cpp")
@@ -75,6 +81,25 @@ def test_a_step_that_changes_nothing_is_not_taken() -> None:
     assert verdict.worse == ()
 
 
+def test_scores_of_unequal_length_are_judged_on_the_windows_that_both_have() -> None:
+    """One cut short still has whole rounds of domains, in the same order."""
+    rounds = [_score({d: [values[i]] for d, values in BEFORE.items()}).windows for i in range(4)]
+    whole = _score(BEFORE).model_copy(update={"windows": sum(rounds, ())})
+    halved = [
+        w.model_copy(update={"kld_sum": 0.5 * w.kld_sum}) for windows in rounds[:2] for w in windows
+    ]
+    verdict = judge(whole, whole.model_copy(update={"windows": tuple(halved)}))
+    assert verdict.n_windows == 4
+    assert verdict.ratio == pytest.approx(0.5)
+    assert verdict.taken
+
+
+def test_what_changes_nothing_is_harmless_and_what_harms_a_domain_is_not() -> None:
+    assert judge(_score(BEFORE), _score(BEFORE)).harmless
+    worse = {**BEFORE, "code": [1.2 * x for x in BEFORE["code"]]}
+    assert not judge(_score(BEFORE), _score(worse)).harmless
+
+
 def test_noise_of_one_domain_alone_does_not_refuse_a_step() -> None:
     after = {
         "prose": [0.5 * x for x in BEFORE["prose"]],
@@ -110,47 +135,120 @@ def test_a_file_scored_against_itself_has_lost_nothing(tiny: Path) -> None:
 
 
 def test_the_score_is_what_evaluate_finds_on_the_same_tokens(tiny: Path, tmp_path: Path) -> None:
-    small = ramgguf.quantize(tiny, "45%", tmp_path / "small.gguf").paths[0]
+    small = ramgguf.quantize(tiny, "45%", tmp_path / "small.gguf", effort="fast").paths[0]
     one, again = (score_held_out([small], tiny, n_ctx=64, max_rounds=2)[0] for _ in range(2))
     assert one.windows == again.windows
     assert one.overall().kld.value > 0.001
     assert one.overall().n_tokens == 2 * 5 * (64 - 8)
 
 
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read two sequences, and two windows per domain at a gate."""
+    monkeypatch.setattr(schedule_module, "SIZES", ((2, 2),))
+    monkeypatch.setattr(schedule_module, "LEAST_FOR_FEEDBACK", 1)
+
+
+@pytest.mark.usefixtures("quick")
 def test_auto_gates_each_step_keeps_what_it_measured_and_uses_it_again(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(effort_module, "GATE_SECONDS", 2.0)
-    monkeypatch.setattr(effort_module, "MOST", 8)
     said: list[str] = []
-    fast = ramgguf.quantize(tiny, "45%", tmp_path / "fast.gguf")
-    made = ramgguf.quantize(
-        tiny, "45%", tmp_path / "auto.gguf", effort="auto", announce=said.append
-    )
-    assert made.n_bytes <= fast.plan.budget
-    assert said[0].startswith("effort auto: 2 steps, about")
-    notes = [note for note in made.plan.notes if note.startswith("effort auto: importance matrix")]
-    assert len(notes) == 1
+    made = ramgguf.quantize(tiny, "45%", tmp_path / "auto.gguf", announce=said.append)
+    assert made.n_bytes <= made.plan.budget
+    assert made.worst_departure is not None
+    assert said[0].startswith("measured here: ")
+    assert said[1].startswith("effort auto: 3 steps, about")
+    notes = [n for n in made.plan.notes if n.startswith("effort auto: ")]
+    assert [n.split(": ")[1] for n in notes] == [
+        "importance matrix", "massive activations", "error feedback",
+    ]  # fmt: skip
     assert "held-out windows" in notes[0]
-    (matrix,) = (tmp_path / "tiny-f16.effort").glob("*.imatrix.gguf")
+    assert "no tensor needs more" in notes[1]
+    kept = {p.name.split(".", 1)[1] for p in (tmp_path / "tiny-f16.effort").iterdir()}
+    assert {"imatrix.gguf", "massive.json"} <= kept
     assert not list(tmp_path.glob("ramgguf-scratch-*"))
     said.clear()
     ramgguf.quantize(tiny, "50%", tmp_path / "other.gguf", effort="auto", announce=said.append)
-    assert f"taking {matrix}" in said
+    taken = [Path(line.removeprefix("taking ")) for line in said if line.startswith("taking ")]
+    assert {path.name.split(".", 1)[1] for path in taken} == kept
 
 
-def test_a_model_that_llama_cpp_cannot_load_is_quantized_all_the_same(
+@pytest.mark.usefixtures("quick")
+def test_a_step_that_would_end_late_is_left_out_and_the_log_says_so(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The machine gets slow after it was measured: the clock leaps while the matrix is made."""
+    leaps = [0.0]
+
+    def calibrated(run: effort_module._Run, imatrix: Path, hessian: Path | None) -> None:
+        leaps[0] += 400.0
+        original(run, imatrix, hessian)
+
+    original = effort_module._Run._calibrated
+    monkeypatch.setattr(effort_module._Run, "_calibrated", calibrated)
+    monkeypatch.setattr(effort_module, "clock", lambda: leaps[0])
+    made = ramgguf.quantize(tiny, "45%", tmp_path / "a.gguf", effort="auto")
+    late = [note for note in made.plan.notes if "are spent" in note]
+    assert len(late) == 2
+    assert "massive activations: left out, 6 min 40 s of 5 min 0 s are spent" in late[0]
+    assert "error feedback: left out, 6 min 40 s of 5 min 0 s are spent" in late[1]
+
+
+def test_a_run_that_was_killed_leaves_what_it_measured_to_the_next(
+    tiny: Path, tmp_path: Path
+) -> None:
+    script = (
+        "import sys\n"
+        "from ramgguf.quantize import schedule\n"
+        "schedule.SIZES = ((2, 2),)\n"
+        "from ramgguf.cli import main\n"
+        "main()\n"
+    )
+    out, cache = tmp_path / "out.gguf", tmp_path / "tiny-f16.effort"
+    arguments = ["quantize", str(tiny), "--budget", "45%", "-o", str(out), "--no-score", "-t", "1"]
+    command = [sys.executable, "-c", script, *arguments]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as child:
+        while not list(cache.glob("*.imatrix.gguf")):
+            assert child.poll() is None, "it ended before it could be killed"
+            time.sleep(0.01)
+        child.kill()
+    assert not out.exists()
+    assert list(tmp_path.glob("ramgguf-scratch-*"))
+    again = subprocess.run(command, capture_output=True, text=True, check=True)
+    (matrix,) = cache.glob("*.imatrix.gguf")
+    assert f"taking {matrix}" in again.stderr
+    assert out.exists()
+    assert not list(tmp_path.glob("ramgguf-scratch-*"))
+
+
+def test_a_model_that_llama_cpp_cannot_run_is_quantized_all_the_same(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object, **__: object) -> Costs:
         raise EngineError("unknown architecture")
 
-    monkeypatch.setattr(effort_module._Run, "_probe", refuse)
+    monkeypatch.setattr(effort_module, "measured_costs", refuse)
     said: list[str] = []
     made = ramgguf.quantize(tiny, "45%", tmp_path / "a.gguf", effort="auto", announce=said.append)
-    fast = ramgguf.quantize(tiny, "45%", tmp_path / "b.gguf")
+    fast = ramgguf.quantize(tiny, "45%", tmp_path / "b.gguf", effort="fast")
     assert made.paths[0].read_bytes() == fast.paths[0].read_bytes()
     assert any("unknown architecture" in line for line in said)
+
+
+def test_a_model_that_does_not_fit_the_memory_is_not_decoded(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = Available(1000, "a test")
+    monkeypatch.setattr(effort_module, "available_memory", lambda: few)
+    made = ramgguf.quantize(tiny, "45%", tmp_path / "a.gguf", effort="auto")
+    assert any("1.00 kB are free" in note for note in made.plan.notes)
+
+
+def test_the_default_effort_is_auto_and_explicit_steps_or_a_time_decide_otherwise() -> None:
+    assert default_effort(is_explicit=False, has_time=False) == "auto"
+    assert default_effort(is_explicit=True, has_time=False) == "fast"
+    assert default_effort(is_explicit=False, has_time=True) == "best"
 
 
 def test_without_llama_cpp_auto_is_fast_and_says_in_one_line_what_is_missed(
@@ -200,18 +298,32 @@ def test_an_explicit_step_and_an_effort_that_decides_exclude_each_other(tiny: Pa
     run = CliRunner().invoke
     base = ["quantize", str(tiny), "--budget", "45%"]
     assert run(app, [*base, "--effort", "auto", "--calibrate", "self"]).exit_code == 2
-    assert run(app, [*base, "--time", "20m"]).exit_code == 2
+    assert run(app, [*base, "--effort", "fast", "--time", "20m"]).exit_code == 2
+    assert run(app, [*base, "--imatrix", "i.gguf", "--time", "20m"]).exit_code == 2
+    with pytest.raises(PlanError, match="seconds are for auto and best"):
+        ramgguf.quantize(tiny, "45%", effort="fast", seconds=60)
     assert run(app, [*base, "--effort", "slow"]).exit_code == 2
 
 
 def test_quantize_ends_with_what_was_measured(tiny: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.gguf"
-    asked = ["quantize", str(tiny), "--budget", "45%", "-o", str(out), "--score"]
+    asked = [
+        "quantize",
+        str(tiny),
+        "--budget",
+        "45%",
+        "-o",
+        str(out),
+        "--score",
+        "--effort",
+        "fast",
+    ]
     found = CliRunner().invoke(app, asked)
     assert found.exit_code == 0, found.output
     assert "measured against the source on" in found.output
     assert "languages" in found.output
     again = [
-        "quantize", str(tiny), "--budget", "45%", "-o", str(out), "--force", "--no-score"
+        "quantize", str(tiny), "--budget", "45%", "-o", str(out), "--force", "--no-score",
+        "--effort", "fast",
     ]  # fmt: skip
     assert "measured against" not in CliRunner().invoke(app, again).output

@@ -56,7 +56,7 @@ def test_planned_errors_are_those_of_the_written_weights(source_type: Kind, tmp_
     weights = random(64, 512)
     name = "blk.0.ffn_up.weight"
     source = write(tmp_path / "a.gguf", {name: (weights, source_type)})
-    made = ramgguf.quantize(source, "5bpw", tmp_path / "b.gguf")
+    made = ramgguf.quantize(source, "5bpw", tmp_path / "b.gguf", effort="fast")
     (assignment,) = made.plan.assignments
     before = decoded(source)[name].astype(np.float64)
     error = before - decoded(made.paths[0])[name]
@@ -126,7 +126,9 @@ def test_q8_0_is_a_source_only_when_asked(tmp_path: Path) -> None:
     source = write(tmp_path / "a.gguf", {name: (random(64, 512), Kind.Q8_0)})
     with pytest.raises(PlanError, match="--allow-requantize"):
         ramgguf.measure(source)
-    made = ramgguf.quantize(source, "60%", tmp_path / "b.gguf", allow_requantize=True)
+    made = ramgguf.quantize(
+        source, "60%", tmp_path / "b.gguf", allow_requantize=True, effort="fast"
+    )
     (assignment,) = made.plan.assignments
     assert assignment.source_format == "Q8_0"
     before, after = decoded(source)[name], decoded(made.paths[0])[name]
@@ -141,7 +143,7 @@ def test_other_types_are_copied_and_it_is_said(tmp_path: Path) -> None:
         "blk.0.ffn_norm.weight": (random(512), Kind.F32),
     }
     source = write(tmp_path / "a.gguf", tensors)
-    made = ramgguf.quantize(source, "70%", tmp_path / "b.gguf")
+    made = ramgguf.quantize(source, "70%", tmp_path / "b.gguf", effort="fast")
     assert any("copied: Q5_0 is no source" in note for note in made.plan.notes)
     with open_gguf(source) as a, open_gguf(made.paths[0]) as b:
         for name in ("blk.0.ffn_gate.weight", "blk.0.ffn_norm.weight"):
@@ -158,7 +160,7 @@ def test_weights_that_are_no_numbers_are_reported_by_name_and_index(
     weights[5, 3] = value
     source = write(tmp_path / "a.gguf", {"blk.0.ffn_up.weight": (weights, Kind.F16)})
     with pytest.raises(FormatError, match=rf"blk\.0\.ffn_up\.weight\[{5 * 512 + 3}\]"):
-        ramgguf.quantize(source, "5bpw", tmp_path / "b.gguf")
+        ramgguf.quantize(source, "5bpw", tmp_path / "b.gguf", effort="fast")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.gguf"]
 
 
@@ -170,14 +172,14 @@ def test_threads_and_isa_levels_do_not_change_a_byte(
 
     monkeypatch.setattr(parallel, "CHUNK_WEIGHTS", 1 << 12)  # many chunks
     source = write_model(tmp_path / "a.gguf", rng=np.random.default_rng(2))
-    first = ramgguf.quantize(source, "5bpw", tmp_path / "b.gguf", threads=1)
+    first = ramgguf.quantize(source, "5bpw", tmp_path / "b.gguf", threads=1, effort="fast")
     active = _core.isa()
     try:
         for isa in _core.supported_isas():
             _core.set_isa(isa)
             for threads in (1, 3):
                 again = ramgguf.quantize(
-                    source, "5bpw", tmp_path / "c.gguf", threads=threads, force=True
+                    source, "5bpw", tmp_path / "c.gguf", threads=threads, force=True, effort="fast"
                 )
                 assert again.measurement is not None
                 assert first.measurement is not None
@@ -189,9 +191,11 @@ def test_threads_and_isa_levels_do_not_change_a_byte(
 
 def test_shards_fit_the_budget_together_and_hold_the_same_tensors(tmp_path: Path) -> None:
     source = write_model(tmp_path / "a.gguf", rng=np.random.default_rng(3), n_layers=4)
-    whole = ramgguf.quantize(source, "5bpw", tmp_path / "b.gguf")
+    whole = ramgguf.quantize(source, "5bpw", tmp_path / "b.gguf", effort="fast")
     budget = whole.plan.budget
-    split = ramgguf.quantize(source, budget, tmp_path / "c.gguf", split_max_bytes=budget // 3)
+    split = ramgguf.quantize(
+        source, budget, tmp_path / "c.gguf", split_max_bytes=budget // 3, effort="fast"
+    )
     assert len(split.paths) >= 3
     assert sum(p.stat().st_size for p in split.paths) == split.n_bytes <= budget
     assert split.worst_departure == 0
@@ -214,7 +218,7 @@ def test_verification_notices_a_byte_that_is_not_as_planned(tmp_path: Path) -> N
     from ramgguf.quantize.verify import verify
 
     source = write_model(tmp_path / "a.gguf", rng=np.random.default_rng(5))
-    made = ramgguf.quantize(source, "5bpw", tmp_path / "b.gguf")
+    made = ramgguf.quantize(source, "5bpw", tmp_path / "b.gguf", effort="fast")
     with open_gguf(made.paths[0]) as file:
         offsets = [t.offset + t.n_bytes // 2 for t in file.tensors]
     data = bytearray(made.paths[0].read_bytes())
@@ -235,11 +239,11 @@ def test_nothing_is_overwritten_without_force_and_before_any_work(tmp_path: Path
     older = tmp_path / "b.gguf"
     older.write_bytes(b"older")
     with pytest.raises(GGUFError, match="--force"):
-        ramgguf.quantize(source, "5bpw", older)
+        ramgguf.quantize(source, "5bpw", older, effort="fast")
     with pytest.raises(GGUFError, match="source"):
-        ramgguf.quantize(source, "5bpw", source, force=True)
+        ramgguf.quantize(source, "5bpw", source, force=True, effort="fast")
     assert older.read_bytes() == b"older"
-    ramgguf.quantize(source, "5bpw", older, force=True)
+    ramgguf.quantize(source, "5bpw", older, force=True, effort="fast")
     assert older.read_bytes()[:4] == b"GGUF"
 
 
@@ -249,9 +253,9 @@ def test_too_little_disk_is_said_before_work_starts(
     source = write_model(tmp_path / "a.gguf", rng=np.random.default_rng(7))
     monkeypatch.setattr(files, "_free_bytes", lambda _: source.stat().st_size - 1)
     with pytest.raises(GGUFError, match="free"):
-        ramgguf.quantize(source, "900TB", tmp_path / "b.gguf")
+        ramgguf.quantize(source, "900TB", tmp_path / "b.gguf", effort="fast")
     # A budget beyond the disk's room is no error: the output is smaller.
-    ramgguf.quantize(source, "40%", tmp_path / "c.gguf", min_sqnr_db=-99)
+    ramgguf.quantize(source, "40%", tmp_path / "c.gguf", min_sqnr_db=-99, effort="fast")
     (tmp_path / "c.gguf").unlink()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.gguf"]
 
@@ -263,7 +267,7 @@ def test_a_plan_or_a_budget_but_not_both(tmp_path: Path) -> None:
         with pytest.raises(PlanError, match="either"):
             ramgguf.quantize(source, budget, tmp_path / "b.gguf", from_plan=from_plan)
     with pytest.raises(BudgetError):
-        ramgguf.quantize(source, -5, tmp_path / "b.gguf")
+        ramgguf.quantize(source, -5, tmp_path / "b.gguf", effort="fast")
 
 
 def test_a_measurement_survives_its_file_and_serves_again(tmp_path: Path) -> None:
@@ -272,13 +276,13 @@ def test_a_measurement_survives_its_file_and_serves_again(tmp_path: Path) -> Non
     measured.save(tmp_path / "m.json")
     assert Measurement.load(tmp_path / "m.json") == measured
     again = ramgguf.quantize(source, "5bpw", tmp_path / "b.gguf", measurement=measured)
-    fresh = ramgguf.quantize(source, "5bpw", tmp_path / "c.gguf")
+    fresh = ramgguf.quantize(source, "5bpw", tmp_path / "c.gguf", effort="fast")
     assert again.paths[0].read_bytes() == fresh.paths[0].read_bytes()
 
 
 def test_the_default_name_says_the_bits(tmp_path: Path) -> None:
     source = write_model(tmp_path / "tiny-F16.gguf", rng=np.random.default_rng(10))
-    made = ramgguf.quantize(source, "6bpw")
+    made = ramgguf.quantize(source, "6bpw", effort="fast")
     assert made.paths[0].name == f"tiny-ram-{made.plan.bpw:.2f}bpw.gguf"
 
 
@@ -309,7 +313,9 @@ def test_what_a_sample_leaves_out_is_in_no_better_plan(
     source = _large(tmp_path / "a.gguf")
     everything = ramgguf.measure(source, encoder=encoder)
     best = ramgguf.plan(everything, budget, min_sqnr_db=0)
-    made = ramgguf.quantize(source, budget, tmp_path / "b.gguf", encoder=encoder, min_sqnr_db=0)
+    made = ramgguf.quantize(
+        source, budget, tmp_path / "b.gguf", encoder=encoder, min_sqnr_db=0, effort="fast"
+    )
     assert made.measurement is not None
     assert made.plan.n_bytes <= best.budget
     # Of so few tensors, formats far from the others fill the last bytes of the best plan.
@@ -329,8 +335,10 @@ def test_everything_is_measured_when_what_the_sample_chose_does_not_fit(
     names = [t.name for t in ramgguf.measure(source, formats=["Q8_0"]).tensors]
     chosen = dict.fromkeys(names, frozenset({"Q8_0"}))
     monkeypatch.setattr(preselection, "worth_measuring", lambda *_: chosen)
-    made = ramgguf.quantize(source, "5bpw", tmp_path / "b.gguf", encoder="search", min_sqnr_db=0)
+    made = ramgguf.quantize(
+        source, "5bpw", tmp_path / "b.gguf", encoder="search", min_sqnr_db=0, effort="fast"
+    )
     assert made.plan.n_bytes <= made.plan.budget
     assert "F16" not in {a.format for a in made.plan.assignments}
     with pytest.raises(BudgetError, match="below the smallest plan"):
-        ramgguf.quantize(source, "1bpw", tmp_path / "c.gguf", encoder="search")
+        ramgguf.quantize(source, "1bpw", tmp_path / "c.gguf", encoder="search", effort="fast")

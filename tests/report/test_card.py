@@ -63,7 +63,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     folder = tmp_path_factory.mktemp("card")
     source = _write(folder / "tiny-f16.gguf", general__license="apache-2.0")
     pins = ["blk.0.ffn_up=Q6_K"]
-    done = ramgguf.quantize(source, "7bpw", folder / "tiny.gguf", pins=pins, min_sqnr_db=12)
+    done = ramgguf.quantize(
+        source, "7bpw", folder / "tiny.gguf", pins=pins, min_sqnr_db=12, effort="fast"
+    )
     done.plan.save(folder / "plan.json")
     with open_gguf(done.paths[0]) as file:
         header = file.header_sha256

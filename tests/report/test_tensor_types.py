@@ -71,7 +71,7 @@ def test_what_the_source_had_quantized_is_left_as_it_is(tmp_path: Path) -> None:
     model = write_small_model(tmp_path / "f16.gguf", LLAMA)
     mixed = ["blk.0.ffn_up=Q4_K", "blk.0.attn_q=Q8_0", "^(?!blk.0.(ffn_up|attn_q)).*=F16"]
     kwargs = {"formats": ["Q4_K", "Q8_0"], "threads": 1}
-    made = ramgguf.quantize(model, 10**9, tmp_path / "m.gguf", pins=mixed, **kwargs)  # type: ignore[arg-type]
+    made = ramgguf.quantize(model, 10**9, tmp_path / "m.gguf", pins=mixed, **kwargs, effort="fast")  # type: ignore[arg-type]
     plan = _plan(made.paths[0], ["Q4_0", "Q5_K"])
     planned = {a.name: a.format for a in plan.assignments}
     assert planned["blk.0.ffn_up.weight"] == "Q4_K"
@@ -81,7 +81,7 @@ def test_what_the_source_had_quantized_is_left_as_it_is(tmp_path: Path) -> None:
 
 def test_a_recipe_of_a_file_gives_its_formats_to_another_source(tmp_path: Path) -> None:
     model = write_small_model(tmp_path / "m.gguf", LLAMA)
-    made = ramgguf.quantize(model, "5bpw", tmp_path / "made.gguf", threads=1)
+    made = ramgguf.quantize(model, "5bpw", tmp_path / "made.gguf", threads=1, effort="fast")
     recipe = Recipe.read(made.paths[0])
     wanted = {t.name: t.format for t in recipe.tensors}
     assert _quantized_by_llama_cpp(model, recipe_types(recipe)) == wanted

@@ -1,0 +1,190 @@
+"""Efforts at equal bytes: llama.cpp's mixes with and without a matrix, fast, auto and best.
+
+    python bench/effort.py models/smol768-f16.gguf --mixes Q4_K_M,Q3_K_M --efforts fast,auto
+
+At the bytes of each of llama.cpp's mixes, `ramgguf quantize` runs with each effort in a process of
+its own and is timed. llama.cpp's mix gets the importance matrix that auto made: the same tokens for
+both. All files are then scored side by side on the package's `score` texts of every domain, which
+nothing else has read, from the 8th token of a window on. Rows are added to the results file; what
+is there is not done again. `--table` prints the results, ratios to the mix with a matrix, 95 %
+intervals by bootstrap over windows, paired.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from llama_quantize import quantize as llama_quantize
+from provenance import provenance
+from ramgguf.evaluate import HeldOutScore, score_held_out
+from ramgguf.evaluate.held_out import resamples
+
+MIXES = ("Q3_K_M", "Q4_K_M", "Q5_K_M", "Q6_K")
+BASE = "mix with matrix"
+ORDER = ("mix", BASE, "fast", "matrix step", "auto", "best")
+LEAST_WINDOWS = 3  # per domain, for an interval
+
+
+@dataclass(frozen=True)
+class Row:
+    """A file's KLD in nats per token by window, and the domain of each; seconds to make it."""
+
+    model: str
+    mix: str
+    contender: str
+    n_bytes: int
+    n_ctx: int
+    domains: tuple[str, ...]
+    kld: tuple[float, ...]
+    first_kld: tuple[float, ...]
+    seconds: float
+    notes: tuple[str, ...]
+    engine: str
+    cpu: str
+    commit: str
+
+
+def ours(
+    source: Path, output: Path, n_bytes: int, effort: str, limit: str | None
+) -> dict[str, object]:
+    """Quantize by the command line; return what it says of the file, and its seconds."""
+    command = [sys.executable, "-c", "from ramgguf.cli import main; main()", "quantize"]
+    command += [str(source), "--budget", str(n_bytes), "-o", str(output), "--effort", effort]
+    command += ["--no-score", "--json", "--force"]
+    command += ["--time", limit] if limit and effort != "fast" else []
+    start = time.perf_counter()
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    said = dict(json.loads(done.stdout))
+    return {"seconds": time.perf_counter() - start, "notes": said["notes"]}
+
+
+def matrix_of(source: Path) -> Path | None:
+    """Return the matrix from most tokens that an effort has kept."""
+    found = (source.parent / f"{source.stem}.effort").glob("mix-*.imatrix.gguf")
+    return max(found, key=lambda p: int(p.name.split("-")[1].partition("x")[0]), default=None)
+
+
+def rows(
+    source: Path, mix: str, efforts: Sequence[str], done: set[str], options: argparse.Namespace
+) -> Iterator[Row]:
+    """Make what is missing at the mix's bytes, and yield its rows."""
+    made: dict[str, tuple[Path, dict[str, object]]] = {}
+    folder: Path = options.folder
+    plain = llama_quantize(source, folder / f"{source.stem}-{mix}.gguf", mix)
+    budget = plain.stat().st_size
+    for effort in efforts:
+        if effort in done:
+            continue
+        path = folder / f"{source.stem}-{mix}-{effort}.gguf"
+        told = path.with_suffix(".json")
+        if not (path.exists() and told.exists()):
+            told.write_text(json.dumps(ours(source, path, budget, effort, options.time)))
+        made[effort] = path, json.loads(told.read_text())
+    if "mix" not in done:
+        made["mix"] = plain, {}
+    matrix = matrix_of(source)
+    if BASE not in done and matrix is not None:
+        path = folder / f"{source.stem}-{mix}-matrix.gguf"
+        made[BASE] = llama_quantize(source, path, mix, imatrix=matrix), {"notes": [matrix.name]}
+    if not made or options.make:
+        return
+    files = [path for path, _ in made.values()]
+    common = {"seconds": 1e9, "threads": 2}
+    later = score_held_out(files, source, n_ctx=options.n_ctx, max_rounds=options.rounds, **common)
+    first = score_held_out(files, source, n_ctx=16, first_target=1, max_rounds=6, **common)
+    origin = provenance()
+    for (name, (path, said)), score, short in zip(made.items(), later, first, strict=True):
+        print(f"{mix} {name}: KLD {score.overall().kld.value:.4f}", flush=True)
+        yield Row(
+            model=source.stem,
+            mix=mix,
+            contender=name,
+            n_bytes=path.stat().st_size,
+            n_ctx=options.n_ctx,
+            domains=tuple(w.domain for w in score.windows),
+            kld=_klds(score),
+            first_kld=_klds(short),
+            seconds=round(float(said.get("seconds", 0.0)), 1),  # type: ignore[arg-type]
+            notes=tuple(said.get("notes", ())),  # type: ignore[arg-type]
+            engine=score.engine,
+            cpu=origin["cpu"],
+            commit=origin["commit"],
+        )
+
+
+def _klds(score: HeldOutScore) -> tuple[float, ...]:
+    return tuple(round(w.kld_sum / w.n_tokens, 6) for w in score.windows)
+
+
+def table(found: Sequence[Row]) -> Iterator[str]:
+    """Yield a Markdown table per model, mix and context: ratios to the mix with a matrix."""
+    for model, mix, n_ctx in dict.fromkeys((r.model, r.mix, r.n_ctx) for r in found):
+        group = {r.contender: r for r in found if (r.model, r.mix, r.n_ctx) == (model, mix, n_ctx)}
+        base = group.get(BASE)
+        if base is None:
+            continue
+        domains = tuple(dict.fromkeys(base.domains))
+        n = len(base.kld) // len(domains)
+        yield f"\n{model} at {base.n_bytes:,} bytes ({mix}), {n} windows of {n_ctx} per domain:\n"
+        yield f"| | {' | '.join(domains)} | all | first tokens, nats | time |"
+        yield "|---" * (len(domains) + 4) + "|"
+        for name in ORDER:
+            if name in group:
+                cells = [ratio(group[name], base, d) for d in (*domains, None)]
+                shorts = group[name].first_kld
+                first = f"{np.mean(shorts):.3f}" if shorts else ""
+                spent = f"{group[name].seconds:.0f} s" if group[name].seconds else ""
+                yield f"| {name} | {' | '.join(cells)} | {first} | {spent} |"
+
+
+def ratio(row: Row, base: Row, domain: str | None) -> str:
+    """Return the mean KLD over the base's, and its interval; of the base, the KLD itself."""
+    wanted = [i for i, d in enumerate(base.domains) if domain in (d, None)]
+    mine, theirs = np.array(row.kld)[wanted], np.array(base.kld)[wanted]
+    if row.contender == BASE:
+        return f"1 ({theirs.mean():.4f})"
+    value = f"{mine.mean() / theirs.mean():.2f}"
+    if min(base.domains.count(d) for d in base.domains) < LEAST_WINDOWS:
+        return value
+    counts = resamples([base.domains[i] for i in wanted])
+    low, high = np.quantile(counts @ mine / (counts @ theirs), (0.025, 0.975))
+    return f"{value} ({low:.2f}–{high:.2f})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("source", type=Path, nargs="?")
+    parser.add_argument("--mixes", default=",".join(MIXES))
+    parser.add_argument("--efforts", default="fast,auto,best")
+    parser.add_argument("--time", help="what each of auto and best may take: 10m")
+    parser.add_argument("--n-ctx", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=8, help="windows per domain")
+    parser.add_argument("--folder", type=Path, default=Path("models/llama"))
+    parser.add_argument("--out", type=Path, default=Path("bench/results/effort.jsonl"))
+    parser.add_argument("--make", action="store_true", help="only make files, score them later")
+    parser.add_argument("--table", action="store_true", help="only print what is there")
+    options = parser.parse_args()
+    found: list[Row] = []
+    if options.out.exists():
+        found = [Row(**json.loads(line)) for line in options.out.read_text().splitlines()]
+    if not options.table:
+        options.folder.mkdir(parents=True, exist_ok=True)
+        for mix in options.mixes.split(","):
+            here = (options.source.stem, mix, options.n_ctx)
+            done = {r.contender for r in found if (r.model, r.mix, r.n_ctx) == here}
+            for row in rows(options.source, mix, options.efforts.split(","), done, options):
+                found.append(row)
+                with options.out.open("a") as out:
+                    out.write(json.dumps(asdict(row)) + "\n")
+    print("\n".join(table(found)))
+
+
+if __name__ == "__main__":
+    main()

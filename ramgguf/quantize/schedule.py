@@ -1,0 +1,249 @@
+"""Which steps of an effort fit the time, in the order of what they bring per second.
+
+The matrix comes first: the others build on it, and it brings most per second. Where the time is
+short, fewer tokens are calibrated on and the gates are shorter, before a step is left out.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from ramgguf.core.units import format_bytes, format_seconds
+
+Effort = Literal["fast", "auto", "best"]
+EFFORTS: tuple[Effort, ...] = get_args(Effort)
+StepName = Literal[
+    "importance matrix", "massive activations", "sensitivities", "error feedback", "swaps"
+]
+
+N_CTX = 512  # tokens of a sequence that is calibrated on
+GATE_CTX = 256  # of a gate's window
+N_DOMAINS = 5
+# How much is read for the matrix and at each gate, best first: sequences, windows per domain.
+SIZES = (
+    *((64, 6), (48, 6), (32, 6), (32, 4), (24, 4), (16, 4), (16, 3), (12, 3), (8, 3)),
+    *((8, 2), (6, 2), (4, 2), (4, 1), (2, 1), (1, 1)),
+)
+LEAST_FOR_FEEDBACK = 16  # sequences: fewer tell too little of the inputs' correlations
+LEAST_READ = 8  # sequences that may take more than READING_SHARE of the time
+READING_SHARE = 0.5
+SENSITIVITY_SECONDS = 1200.0
+SENSITIVITY_SHARE = 0.4
+N_TRIALS = 32
+PROBE_READS = 8  # what a few dozen passes over a few tokens take, in sequences read
+DISK_SHARE = 0.5
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What was measured on this model and machine, in seconds.
+
+    write is a candidate by priors, from measuring to writing; read a sequence of N_CTX tokens
+    under the tap; gram the same with XᵀX of all inputs; feedback GPTQ's sweep over all weights.
+    hessian_bytes is what all Hessians take.
+    """
+
+    write: float
+    read: float
+    gram: float
+    feedback: float
+    hessian_bytes: int
+
+    @property
+    def round(self) -> float:
+        """A window of each domain, read by the source and by a candidate."""
+        return 2 * N_DOMAINS * GATE_CTX / N_CTX * self.read
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What earlier runs left: the sequences of the largest matrix, 0 for none, and what else.
+
+    hessian is that which belongs to the matrix; free_bytes is the room for a new one.
+    """
+
+    matrix: int = 0
+    hessian: bool = False
+    massive: bool = False
+    sensitivity: bool = False
+    free_bytes: int = 1 << 62
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step that is planned: what it does, and how long that is expected to take.
+
+    measuring is the part of the seconds for what is measured before a candidate is written.
+    """
+
+    name: StepName
+    what: str
+    seconds: float
+    measuring: float = 0.0
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The steps in their order; left_out says, a line each, what does not fit and why.
+
+    n_sequences are read for the matrix (as many as a kept one has, if that will do); each gate
+    reads n_rounds windows of every domain.
+    """
+
+    steps: tuple[Step, ...] = ()
+    n_sequences: int = 0
+    n_rounds: int = 0
+    left_out: tuple[str, ...] = ()
+
+    @property
+    def seconds(self) -> float:
+        """What all steps take."""
+        return sum(step.seconds for step in self.steps)
+
+
+def schedule(effort: Effort, limit: float, costs: Costs, kept: Kept, tokens: str) -> Schedule:
+    """Return the steps that fit the limit in seconds; tokens names what is calibrated on."""
+    tries = [
+        _Try(effort, limit, costs, kept, tokens, *size, with_massive=with_massive)
+        for with_massive in (True, False)
+        for size in SIZES
+    ]
+    for one in tries:
+        one.fill()
+    fitting = [one for one in tries if one.has("importance matrix")]
+    if not fitting:
+        least = tries[-1]  # the smallest size
+        needed = sum(step.seconds for step in least.steps) or least.matrix().seconds
+        line = (
+            f"importance matrix: left out, about {format_seconds(needed)} of "
+            f"{format_seconds(max(0.0, limit))}; give more with --time"
+        )
+        return Schedule(left_out=(line,))
+    # Error feedback brings more than formats for massive activations: these yield to it.
+    fed = [t for t in fitting if t.has("error feedback") and t.n_read >= LEAST_FOR_FEEDBACK]
+    fitting = [t for t in fitting if t.with_massive]
+    calm = [t for t in fitting if t.reading <= READING_SHARE * limit or t.n <= LEAST_READ]
+    best = (fed or calm or fitting)[0]
+    return Schedule(tuple(best.steps), best.n_read, best.n_rounds, tuple(best.left_out))
+
+
+@dataclass
+class _Try:
+    """The steps with so many sequences of calibration, and rounds of each gate."""
+
+    effort: Effort
+    limit: float
+    costs: Costs
+    kept: Kept
+    tokens: str
+    n: int
+    n_rounds: int
+    with_massive: bool
+    steps: list[Step] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+
+    @property
+    def n_read(self) -> int:
+        """Sequences of the matrix: a kept one serves from half of the wanted tokens on."""
+        return self.kept.matrix if 2 * self.kept.matrix >= self.n else self.n
+
+    @property
+    def is_kept(self) -> bool:
+        return self.n_read == self.kept.matrix
+
+    @property
+    def reading(self) -> float:
+        return 0.0 if self.is_kept else self.n * self.costs.read
+
+    @property
+    def gate(self) -> float:
+        return self.n_rounds * self.costs.round
+
+    def has(self, name: StepName) -> bool:
+        return any(step.name == name for step in self.steps)
+
+    def fill(self) -> None:
+        """Take the steps in turn, each if it fits what those before it leave."""
+        left = self.limit
+        steps = [self.matrix()]
+        if self.with_massive:
+            steps.append(self.massive())
+        else:
+            self.left_out.append("massive activations: left out, error feedback needs the time")
+        if self.effort == "best":
+            steps.append(self.sensitivities(left - sum(step.seconds for step in steps)))
+        steps.append(self.feedback())
+        if self.effort == "best":
+            steps.append(self.swaps())
+        for step in steps:
+            if why := self._obstacle(step, left):
+                self.left_out.append(f"{step.name}: left out, {why}")
+                if step.name == "importance matrix":
+                    return  # the others build on it
+                continue
+            self.steps.append(step)
+            left -= step.seconds
+
+    def _obstacle(self, step: Step, left: float) -> str | None:
+        needed = self.costs.hessian_bytes
+        is_new = not (self.is_kept and self.kept.hessian)
+        if step.name == "error feedback" and is_new and needed > DISK_SHARE * self.kept.free_bytes:
+            return (
+                f"its Hessians take {format_bytes(needed)} of disk, "
+                f"{format_bytes(self.kept.free_bytes)} are free"
+            )
+        if step.seconds > left:
+            spent = f"{format_seconds(step.seconds)} of {format_seconds(max(0.0, left))}"
+            return f"about {spent} that are left"
+        return None
+
+    def matrix(self) -> Step:
+        """Its first gate also scores the file before it."""
+        source = "kept" if self.is_kept else self.tokens
+        return Step(
+            "importance matrix",
+            f"{self.n_read} × {N_CTX} tokens ({source})",
+            self.reading + self.costs.write + 1.5 * self.gate,
+            self.reading,
+        )
+
+    def massive(self) -> Step:
+        """A few tokens by a few dozen passes; the gate is longer by windows of 16 tokens."""
+        probe = 0.0 if self.kept.massive else PROBE_READS * self.costs.read
+        return Step(
+            "massive activations",
+            "tensors that the first token of a text depends on",
+            probe + self.costs.write + self.gate + self.costs.read,
+            probe,
+        )
+
+    def sensitivities(self, left: float) -> Step:
+        seconds = min(SENSITIVITY_SECONDS, SENSITIVITY_SHARE * max(0.0, left))
+        if self.kept.sensitivity:
+            seconds = 0.0
+        return Step(
+            "sensitivities",
+            "of every tensor, by forward passes",
+            seconds + self.costs.write + self.gate,
+            seconds,
+        )
+
+    def feedback(self) -> Step:
+        """Errors are measured in one sweep, blocks written in another."""
+        has_hessian = self.is_kept and self.kept.hessian
+        reading = 0.0 if has_hessian else self.n_read * (self.costs.read + self.costs.gram)
+        return Step(
+            "error feedback",
+            f"GPTQ, with Hessians of {format_bytes(self.costs.hessian_bytes)}",
+            reading + 2 * self.costs.feedback + self.costs.write + self.gate,
+            reading,
+        )
+
+    def swaps(self) -> Step:
+        """Three sets of sequences: proposal and acceptance for each trial, a report at the end."""
+        trials = (3 * N_TRIALS + 24) * self.costs.read
+        return Step(
+            "swaps",
+            f"{N_TRIALS} tried by forward passes",
+            trials + self.costs.write + self.gate,
+            trials,
+        )

@@ -1,0 +1,101 @@
+"""What the steps of an effort have measured, kept beside the model for the next run and budget."""
+
+import hashlib
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from ramgguf.core.errors import GGUFError, RamggufError
+from ramgguf.gguf.hub import beside
+from ramgguf.gguf.identity import FileIdentity
+from ramgguf.gguf.reader import GGUFFile
+from ramgguf.quantize.schedule import N_CTX, Kept
+from ramgguf.quants.imatrix import load_importance
+from ramgguf.sensitivity import MassiveActivations, Sensitivity
+
+
+@dataclass(frozen=True)
+class StepCache:
+    """Files named after the model's own data, and the tokens that matrices were made from."""
+
+    folder: Path
+    identity: str
+    tokens: str
+
+    @classmethod
+    def of(cls, file: GGUFFile, model: Path, tokens: str) -> "StepCache":
+        """Return the cache of the model in the file; the folder is made."""
+        found = FileIdentity.of(file)
+        text = f"{found.n_bytes} {found.header_sha256} {found.sample_sha256}"
+        folder = beside(model, f"{model.name.removesuffix('.gguf')}.effort")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise GGUFError(f"{folder}: cannot be made: {e.strerror}") from None
+        return cls(folder, hashlib.sha256(text.encode()).hexdigest()[:12], tokens)
+
+    def kept(self) -> Kept:
+        """Return what is there."""
+        n = max(self._matrices(), default=0)
+        return Kept(
+            matrix=n,
+            hessian=n > 0 and self.hessian(n).exists(),
+            massive=self.massive() is not None,
+            sensitivity=n > 0 and self.sensitivity(n) is not None,
+            free_bytes=shutil.disk_usage(self.folder).free,
+        )
+
+    def _matrices(self) -> dict[int, Path]:
+        found = {}
+        for path in self.folder.glob(f"{self.tokens}-*x{N_CTX}-{self.identity}.imatrix.gguf"):
+            count = path.name.removeprefix(f"{self.tokens}-").partition("x")[0]
+            if count.isdigit():
+                found[int(count)] = path
+        return found
+
+    def matrix(self, n_sequences: int) -> Path:
+        """Return the path of the matrix from so many sequences."""
+        return self.folder / f"{self.tokens}-{n_sequences}x{N_CTX}-{self.identity}.imatrix.gguf"
+
+    def hessian(self, n_sequences: int) -> Path:
+        """Return the path of the Hessians from so many sequences."""
+        return self.folder / f"{self.tokens}-{n_sequences}x{N_CTX}-{self.identity}.hessian.gguf"
+
+    @property
+    def sensitivity_path(self) -> Path:
+        """The path of the sensitivities."""
+        return self.folder / f"{self.identity}.sens.json"
+
+    @property
+    def massive_path(self) -> Path:
+        """The path of what first tokens meet."""
+        return self.folder / f"{self.identity}.massive.json"
+
+    @property
+    def swaps(self) -> Path:
+        """What the journals of swaps are kept beside, and named after."""
+        return self.folder / f"{self.identity}.swaps"
+
+    def sensitivity(self, n_sequences: int | None) -> Sensitivity | None:
+        """Return those under the matrix of so many sequences (None: no matrix), if they are there.
+
+        A file that cannot be read is as good as none.
+        """
+        path = self.sensitivity_path
+        try:
+            if not path.exists():
+                return None
+            found = Sensitivity.load(path)
+            matrix = None if n_sequences is None else load_importance(self.matrix(n_sequences))
+        except RamggufError:
+            return None
+        wanted = matrix.source.identity if matrix else None
+        have = found.imatrix.identity if found.imatrix else None
+        return found if wanted == have else None
+
+    def massive(self) -> MassiveActivations | None:
+        """Return what first tokens meet, if it is there and can be read."""
+        try:
+            return MassiveActivations.load(self.massive_path)
+        except RamggufError:
+            return None

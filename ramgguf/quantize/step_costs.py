@@ -1,0 +1,85 @@
+"""What the steps of an effort cost on this model and machine, measured on one of its layers."""
+
+import re
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from ramgguf.calibrate import calibrate
+from ramgguf.core.errors import EngineError
+from ramgguf.core.parallel import default_threads
+from ramgguf.core.progress import Silent
+from ramgguf.gguf.architecture import layer_of, never_quantized
+from ramgguf.gguf.reader import GGUFFile, TensorInfo
+from ramgguf.quantize.schedule import N_CTX, Costs
+from ramgguf.quants import formats
+from ramgguf.quants.imatrix import load_importance
+from ramgguf.quants.roundtrip import SOURCES, simulated
+
+PROBE_FORMATS = ("Q4_K", "Q4_0")  # the first that suits a tensor's rows
+
+
+class Laps(Silent):
+    """Progress that takes the seconds of each start … finish of a stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, list[float]] = {}
+        self._stage, self._start = "", 0.0
+
+    def start(self, stage: str, total: int, unit: str) -> None:
+        self._stage, self._start = stage, time.perf_counter()
+
+    def finish(self) -> None:
+        self.seconds.setdefault(self._stage, []).append(time.perf_counter() - self._start)
+
+
+def measured_costs(
+    file: GGUFFile, scratch: Path, write: float, tokens: str, threads: int | None
+) -> Costs:
+    """Return the costs; write is what a candidate by priors took.
+
+    One sequence is read under the tap, once plain and once with the Hessians of a layer in the
+    middle, whose weights GPTQ then rounds. Raises EngineError when llama.cpp fails.
+    """
+    weights = [t for t in file.tensors if _is_weight(file, t)]
+    layers = sorted({layer for t in weights if (layer := layer_of(t.name)) is not None})
+    middle = layers[len(layers) // 2] if layers else 0
+    probed = [t for t in weights if layer_of(t.name) == middle] or weights[:1]
+    pattern = "^(" + "|".join(re.escape(t.name) for t in probed) + ")$"
+    imatrix, hessian = scratch / "probe.imatrix.gguf", scratch / "probe.hessian.gguf"
+    laps = Laps()
+    calibrate(
+        file.paths[0], imatrix, tokens=tokens, n_sequences=1, n_ctx=N_CTX, hessian=hessian,
+        hessian_pattern=pattern, force=True, threads=threads, progress=laps,
+    )  # fmt: skip
+    plain, *batches = laps.seconds["calibrate"]
+    grams = sum(batches) / max(1, len(batches))
+    hessian_bytes = hessian.stat().st_size * max(1, len(layers))
+    weighed = load_importance(imatrix, hessian, "gptq")
+    start, n_swept = time.perf_counter(), 0
+    for tensor in probed:
+        form = next(f for f in PROBE_FORMATS if formats.suits(f, tensor.row_length))
+        with suppress(EngineError, ValueError):
+            simulated(
+                file, tensor, form, encoder="gptq", imatrix=weighed,
+                threads=threads or default_threads(),
+            )  # fmt: skip
+            n_swept += tensor.n_weights
+    swept = (time.perf_counter() - start) / max(1, n_swept)
+    for path in (imatrix, hessian):
+        path.unlink(missing_ok=True)
+    return Costs(
+        write=write,
+        read=min(plain, grams),
+        gram=max(0.0, grams - plain) * max(1, len(layers)),
+        feedback=swept * sum(t.n_weights for t in weights if layer_of(t.name) is not None),
+        hessian_bytes=hessian_bytes,
+    )
+
+
+def _is_weight(file: GGUFFile, tensor: TensorInfo) -> bool:
+    return (
+        tensor.type_name in SOURCES
+        and never_quantized(tensor.name, tensor.shape, file.architecture) is None
+        and any(formats.suits(f, tensor.row_length) for f in PROBE_FORMATS)
+    )

@@ -1,0 +1,157 @@
+"""The schedule of an effort: it keeps to the time, and shrinks steps before it leaves them out."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ramgguf.quantize.schedule import EFFORTS, Costs, Kept, Schedule, Step, schedule
+
+# smol768 on two idle cores, in seconds.
+IDLE = Costs(write=12.0, read=1.2, gram=1.0, feedback=20.0, hessian_bytes=500_000_000)
+
+
+def _busy(factor: float) -> Costs:
+    """What the same steps cost on a machine that is so many times as slow."""
+    return replace(
+        IDLE,
+        write=factor * IDLE.write,
+        read=factor * IDLE.read,
+        gram=factor * IDLE.gram,
+        feedback=factor * IDLE.feedback,
+    )
+
+
+def _names(found: Schedule) -> list[str]:
+    return [step.name for step in found.steps]
+
+
+def _step(found: Schedule, name: str) -> Step:
+    return next(step for step in found.steps if step.name == name)
+
+
+def test_on_an_idle_machine_auto_has_all_its_steps_within_five_minutes() -> None:
+    found = schedule("auto", 300, IDLE, Kept(), "mix")
+    assert _names(found) == ["importance matrix", "massive activations", "error feedback"]
+    assert found.n_sequences >= 16
+    assert found.seconds <= 300
+    assert found.left_out == ()
+
+
+@pytest.mark.parametrize("factor", [2, 4, 6, 8, 10])
+def test_on_a_busy_machine_tokens_and_gates_get_fewer_before_the_matrix_goes(factor: float) -> None:
+    found = schedule("auto", 300, _busy(factor), Kept(), "mix")
+    assert _names(found)[0] == "importance matrix"
+    assert found.seconds <= 300
+    at_leisure = schedule("auto", 1e9, IDLE, Kept(), "mix")
+    assert (found.n_sequences, found.n_rounds) < (at_leisure.n_sequences, at_leisure.n_rounds)
+    if factor > 2:
+        faster = schedule("auto", 300, _busy(factor / 2), Kept(), "mix")
+        assert "error feedback" in _names(faster) or found.n_sequences < faster.n_sequences
+
+
+def test_the_last_resort_is_one_sequence_and_one_round_and_then_the_line_says_what_it_takes() -> (
+    None
+):
+    least = schedule("auto", 1e9, IDLE, Kept(), "mix")
+    assert least.n_sequences == 64
+    needed = IDLE.write + IDLE.read + 1.5 * IDLE.round
+    just = schedule("auto", needed * 1.001, IDLE, Kept(), "mix")
+    assert (just.n_sequences, just.n_rounds) == (1, 1)
+    short = schedule("auto", needed * 0.999, IDLE, Kept(), "mix")
+    assert short.steps == ()
+    assert "importance matrix: left out" in short.left_out[0]
+    assert "--time" in short.left_out[0]
+
+
+def test_time_that_is_over_leaves_everything_out() -> None:
+    assert schedule("best", -5.0, IDLE, Kept(), "mix").steps == ()
+
+
+def test_what_is_kept_costs_nothing_and_only_that() -> None:
+    anew = schedule("best", 1e9, IDLE, Kept(), "mix")
+    matrix = schedule("best", 1e9, IDLE, Kept(matrix=64), "mix")
+    assert _step(anew, "importance matrix").measuring == 64 * IDLE.read
+    assert _step(matrix, "importance matrix").measuring == 0
+    # A kept matrix says nothing of its Hessians.
+    assert _step(matrix, "error feedback") == _step(anew, "error feedback")
+    both = schedule("best", 1e9, IDLE, Kept(matrix=64, hessian=True), "mix")
+    assert _step(both, "error feedback").measuring == 0
+    kept = Kept(matrix=64, hessian=True, sensitivity=True, massive=True)
+    everything = schedule("best", 1e9, IDLE, kept, "mix")
+    assert [s.measuring for s in everything.steps if s.name != "swaps"] == [0, 0, 0, 0]
+
+
+def test_a_kept_matrix_serves_where_the_time_allows_up_to_twice_its_tokens() -> None:
+    assert schedule("auto", 1e9, IDLE, Kept(matrix=32), "mix").n_sequences == 32
+    assert schedule("auto", 1e9, IDLE, Kept(matrix=31), "mix").n_sequences == 64
+
+
+def test_error_feedback_shrinks_the_matrix_rather_than_go_without_it() -> None:
+    costs = replace(IDLE, feedback=60.0)
+    found = schedule("auto", 300, costs, Kept(), "mix")
+    assert "error feedback" in _names(found)
+    assert found.n_sequences < 64
+    dear = schedule("auto", 300, replace(IDLE, feedback=600.0), Kept(), "mix")
+    assert _names(dear) == ["importance matrix", "massive activations"]
+    assert any("error feedback: left out" in line for line in dear.left_out)
+    assert dear.n_sequences > found.n_sequences
+
+
+def test_massive_activations_yield_to_error_feedback_where_both_do_not_fit() -> None:
+    costs = replace(IDLE, feedback=10.0)
+    feedback = 16 * (costs.read + costs.gram) + 2 * costs.feedback + costs.write + 3 * costs.round
+    matrix = 16 * costs.read + costs.write + 4.5 * costs.round
+    found = schedule("auto", matrix + feedback + 1, costs, Kept(), "mix")
+    assert _names(found) == ["importance matrix", "error feedback"]
+    assert found.left_out == ("massive activations: left out, error feedback needs the time",)
+
+
+def test_hessians_that_the_disk_does_not_hold_are_left_out_and_the_line_says_so() -> None:
+    found = schedule("auto", 300, IDLE, Kept(free_bytes=600_000_000), "mix")
+    assert "error feedback" not in _names(found)
+    assert "500 MB of disk" in found.left_out[-1]
+
+
+def test_best_has_every_step_and_gives_sensitivities_a_share_of_a_given_time() -> None:
+    free = schedule("best", 1e9, IDLE, Kept(), "mix")
+    assert _names(free) == [
+        "importance matrix", "massive activations", "sensitivities", "error feedback", "swaps",
+    ]  # fmt: skip
+    assert _step(free, "sensitivities").measuring == 1200
+    timed = schedule("best", 600, IDLE, Kept(), "mix")
+    assert timed.seconds <= 600
+    assert 0 < _step(timed, "sensitivities").measuring < 300
+
+
+@given(
+    st.sampled_from(EFFORTS[1:]),
+    st.floats(0, 1e5),
+    st.floats(0.01, 1e4),
+    st.floats(0.001, 1e3),
+    st.floats(0, 1e3),
+    st.floats(0, 1e5),
+    st.integers(0, 80),
+    st.booleans(),
+)
+def test_a_schedule_never_takes_more_than_the_limit_nor_a_step_twice(
+    effort: str,
+    limit: float,
+    write: float,
+    read: float,
+    gram: float,
+    feedback: float,
+    matrix: int,
+    hessian: bool,
+) -> None:
+    costs = Costs(write, read, gram, feedback, 1000)
+    found = schedule(effort, limit, costs, Kept(matrix, hessian and matrix > 0), "mix")  # type: ignore[arg-type]
+    assert found.seconds <= limit + 1e-6
+    assert len(set(_names(found))) == len(found.steps)
+    told = {line.split(":")[0] for line in found.left_out}
+    assert told.isdisjoint(_names(found))
+    assert _names(found)[:1] in ([], ["importance matrix"])
+    if found.steps:
+        every = 3 if effort == "auto" else 5
+        assert len(found.steps) + len(told) == every

@@ -96,9 +96,12 @@ def rows(
     if not made or options.make:
         return
     files = [path for path, _ in made.values()]
-    common = {"seconds": 1e9, "threads": 2}
-    later = score_held_out(files, source, n_ctx=options.n_ctx, max_rounds=options.rounds, **common)
-    first = score_held_out(files, source, n_ctx=16, first_target=1, max_rounds=6, **common)
+    later = score_held_out(
+        files, source, n_ctx=options.n_ctx, max_rounds=options.rounds, seconds=1e9, threads=2
+    )
+    first = score_held_out(
+        files, source, n_ctx=16, first_target=1, max_rounds=6, seconds=1e9, threads=2
+    )
     origin = provenance()
     for (name, (path, said)), score, short in zip(made.items(), later, first, strict=True):
         print(f"{mix} {name}: KLD {score.overall().kld.value:.4f}", flush=True)

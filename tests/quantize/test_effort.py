@@ -3,7 +3,9 @@
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +20,8 @@ from ramgguf.quantize import default_effort
 from ramgguf.quantize import effort as effort_module
 from ramgguf.quantize import schedule as schedule_module
 from ramgguf.quantize.gate import judge
-from ramgguf.quantize.schedule import Costs
+from ramgguf.quantize.schedule import Costs, Effort, Schedule
+from ramgguf.quantize.step_costs import measured_costs
 from tiny_models import write_tiny_model
 
 pytest.importorskip("llama_cpp")
@@ -269,27 +272,28 @@ def test_what_does_not_fit_the_time_is_left_out_and_said(tiny: Path, tmp_path: P
     assert any("importance matrix: left out" in line for line in said)
 
 
-def test_a_step_that_would_end_late_is_left_out_and_writing_and_probing_count(
+def test_writing_the_first_file_and_probing_count_towards_the_time(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    said: list[str] = []
-    now = iter([3.0, 6.0, *[6.5] * 9])  # seconds: written, probed, and before the step
-    run = effort_module._Run
-    monkeypatch.setattr(run, "_spent", property(lambda _: next(now)))
-    monkeypatch.setattr(run, "_probe", lambda *_: Costs(0.5, 0.1, 1.0, 0))
-    limits: list[float] = []
+    now, limits = [0.0], list[float]()
 
-    def steps(self: object, costs: Costs, limit: float) -> list[effort_module.Step]:
+    def slowed(original: Callable[..., Any], seconds: float) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            now[0] += seconds
+            return original(*args, **options)
+
+        return call
+
+    def planned(effort: Effort, limit: float, *_: object) -> Schedule:
         limits.append(limit)
-        return [effort_module.Step("importance matrix", "made up", 5.0)]
+        return Schedule()
 
-    monkeypatch.setattr(run, "_steps", steps)
-    made = ramgguf.quantize(
-        tiny, "45%", tmp_path / "a.gguf", effort="auto", seconds=10.0, announce=said.append
-    )
-    assert limits == [4.0]
-    assert "importance matrix: left out, about 5.0 s and 3.5 s are left" in said
-    assert made.plan.imatrix is None
+    monkeypatch.setattr(effort_module, "clock", lambda: now[0])
+    monkeypatch.setattr(effort_module._Run, "_once", slowed(effort_module._Run._once, 3.0))
+    monkeypatch.setattr(effort_module, "measured_costs", slowed(measured_costs, 2.5))
+    monkeypatch.setattr(effort_module, "schedule", planned)
+    ramgguf.quantize(tiny, "45%", tmp_path / "a.gguf", effort="auto", seconds=10.0)
+    assert limits == [4.5]
 
 
 def test_an_explicit_step_and_an_effort_that_decides_exclude_each_other(tiny: Path) -> None:

@@ -328,8 +328,7 @@ class _Run:
             self._model, imatrix, tokens=TOKENS, n_sequences=1, n_ctx=N_CTX, hessian=hessian,
             hessian_pattern=pattern, force=True, threads=self._threads, progress=watch,
         )  # fmt: skip
-        # The sequence is read twice: for the matrix, then for the Hessians.
-        read = watch.seconds.get("calibrate", time.perf_counter() - began) / 2
+        read = watch.seconds.get("calibrate", time.perf_counter() - began)
         hessian_bytes = hessian.stat().st_size * max(1, len(layers))
         weighed = load_importance(imatrix, hessian, "gptq")
         began, n_swept = time.perf_counter(), 0

@@ -14,6 +14,9 @@ CPP_SOURCES := $(shell find cpp -name "*.cpp" -o -name "*.h")
 KERNEL_TESTS := tests/cpp tests/quants tests/quantize tests/calibrate tests/sensitivity tests/refine tests/cli \
 	tests/plan/test_calibrated_plans.py tests/evaluate/test_evaluate.py tests/llama/test_engine.py
 
+# Two files of tests at a time: much of what they do waits for a child or uses one core.
+PARALLEL := -n 2 --dist loadfile
+
 .PHONY: all demo test test-neon test-aarch64 test-oldest sanitize lint soak bench clean
 
 all: $(STAMP)
@@ -31,8 +34,8 @@ lint: $(STAMP)
 	VENV=$(VENV) sh tools/tidy.sh
 
 test: $(STAMP) lint
-	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered --cov-fail-under=90
-	RAMGGUF_ISA=baseline $(BIN)/python -m pytest $(KERNEL_TESTS)
+	$(BIN)/python -m pytest $(PARALLEL) --cov --cov-report=term:skip-covered --cov-fail-under=90
+	RAMGGUF_ISA=baseline $(BIN)/python -m pytest $(PARALLEL) $(KERNEL_TESTS)
 	VENV=$(VENV) sh tools/sanitize.sh
 
 # The extension with ASan and UBSan, under the tests that call it most.

@@ -1,6 +1,7 @@
 """Fixtures shared by all tests: real models, made once and kept in the user's cache."""
 
 import contextlib
+import fcntl
 import os
 import shutil
 import signal
@@ -31,12 +32,15 @@ def _models() -> Path:
 def _real_model(label: str) -> Path:
     """Return the path of the model, made on first use; skip the test if that cannot be."""
     path = _models() / f"{label}.gguf"
-    if not path.exists():
-        command = [sys.executable, str(_TOOL), "--out", str(path.parent), "--only", label]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            lines = done.stderr.strip().splitlines() or ["no message"]
-            pytest.skip(f"{label} cannot be made: {lines[-1]}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with (path.parent / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # tests run in two processes
+        if not path.exists():
+            command = [sys.executable, str(_TOOL), "--out", str(path.parent), "--only", label]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                lines = done.stderr.strip().splitlines() or ["no message"]
+                pytest.skip(f"{label} cannot be made: {lines[-1]}")
     return path
 
 

@@ -324,15 +324,20 @@ class Templates:
 
 async def checked_grammar(request: CheckGrammar, limits: Limits) -> str:
     """Return the grammar that llama.cpp can use. Raises RequestError for one that it cannot."""
-    process = await _Process.start(_GRAMMAR)
+    process, begun = await _Process.start(_GRAMMAR), False
     try:
-        async with asyncio.timeout(limits.grammar_seconds):
+        async with asyncio.timeout(_START_SECONDS) as deadline:
             await process.send(request)
-            line = await process.receive()
+            if line := await process.receive():
+                begun = True
+                deadline.reschedule(asyncio.get_running_loop().time() + limits.grammar_seconds)
+                line = await process.receive()
         if not line:
             how = describe_exit(await process.reap())
             raise RequestError(400, f"llama.cpp ended with {how} when it parsed the grammar")
     except TimeoutError:
+        if not begun:
+            raise RequestError(503, "the process for grammars does not start") from None
         raise RequestError(
             400, f"the grammar took longer than {limits.grammar_seconds:g} seconds to parse"
         ) from None

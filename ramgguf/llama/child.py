@@ -21,6 +21,7 @@ from ramgguf.core.documents import FrozenModel
 from ramgguf.core.errors import EngineError, RamggufError
 
 STDERR_LINES = 12  # of the child's last words that an error repeats
+_SECONDS_TO_LEAVE = 2.0  # after its stdin was closed; one that is still there is killed
 # -P: a folder named ramgguf in the working directory must not be imported instead of this package.
 PYTHON = (sys.executable, "-P")
 
@@ -114,7 +115,10 @@ class Child:
         self.close()
 
     def close(self) -> None:
-        """End the child."""
+        """End the child: close its stdin, at which it leaves, and kill it if it does not."""
+        self.hang_up()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(_SECONDS_TO_LEAVE)
         self._process.kill()
         self._process.wait()
         self._drain.join()

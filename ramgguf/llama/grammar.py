@@ -21,7 +21,16 @@ CPU_SECONDS = 10  # should the parent be stopped
 _LONGEST = 256 << 10  # bytes of a grammar
 
 
-def check(llama: ModuleType, request: CheckGrammar) -> CheckedGrammar:
+def load_vocabulary(llama: ModuleType, path: str) -> Any:
+    """Return llama.cpp's vocabulary of the model in the file."""
+    functions: Any = llama.llama_cpp
+    parameters = functions.llama_model_default_params()
+    parameters.vocab_only = True
+    model = functions.llama_model_load_from_file(os.fsencode(path), parameters)
+    return functions.llama_model_get_vocab(model)
+
+
+def check(llama: ModuleType, vocab: Any, request: CheckGrammar) -> CheckedGrammar:
     """Parse the grammar and try it once on the whole vocabulary; return it, or what is wrong."""
     grammar = request.grammar
     if request.schema_text is not None:
@@ -36,10 +45,6 @@ def check(llama: ModuleType, request: CheckGrammar) -> CheckedGrammar:
     if len(grammar.encode("utf-8", "replace")) > _LONGEST:
         return CheckedGrammar(error=f"the grammar has more than {_LONGEST} bytes")
     functions: Any = llama.llama_cpp
-    parameters = functions.llama_model_default_params()
-    parameters.vocab_only = True
-    model = functions.llama_model_load_from_file(os.fsencode(request.path), parameters)
-    vocab = functions.llama_model_get_vocab(model)
     sampler = functions.llama_sampler_init_grammar(vocab, grammar.encode(), b"root")
     if not sampler:
         return CheckedGrammar(error="llama.cpp cannot parse the grammar")
@@ -53,16 +58,19 @@ def check(llama: ModuleType, request: CheckGrammar) -> CheckedGrammar:
 
 
 def main() -> None:
-    """Answer the one line of stdin."""
+    """Answer the one line of stdin, after a line that says that the work begins."""
     out = take_stdout()
     request = CheckGrammar.model_validate_json(sys.stdin.readline())
     os.environ.setdefault("GGML_NO_BACKTRACE", "1")
     llama = llama_module()
+    vocab = load_vocabulary(llama, request.path)
+    out.write("\n")
+    out.flush()
     cap_growth(GROWTH_BYTES)
     resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     try:
-        answer = check(llama, request)
+        answer = check(llama, vocab, request)
     except (MemoryError, RecursionError) as e:
         answer = CheckedGrammar(error=f"the grammar takes too much ({type(e).__name__})")
     out.write(answer.model_dump_json() + "\n")

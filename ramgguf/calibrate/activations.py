@@ -8,6 +8,7 @@ are added up while the tokens are drawn.
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -40,6 +41,7 @@ from ramgguf.llama.protocol import (
 from ramgguf.llama.tokens import N_CTX, TokenRequest
 from ramgguf.quants.hessian import gram_name, groups, new_hessians
 from ramgguf.quants.imatrix import InputSquares, write_imatrix
+from ramgguf.quants.stand_in import StandIn, chosen_stand_in, write_stand_in
 
 N_SEQUENCES = 12
 MAX_GRAM_BYTES = 4 << 30
@@ -50,13 +52,15 @@ class Outputs:
     """Where the importance matrix goes, and the Hessians of the weights whose name a regex finds.
 
     At most max_gram_bytes of Hessians are in memory at a time; the tokens are read once more for
-    every such batch after the first.
+    every such batch after the first. scratch takes a stand-in meanwhile, by default the system's
+    folder for temporary files.
     """
 
     imatrix: Path
     hessian: Path | None = None
     pattern: str = "."
     max_gram_bytes: int = MAX_GRAM_BYTES
+    scratch: Path | None = None
     force: bool = False
 
 
@@ -64,7 +68,8 @@ class Outputs:
 class Calibration:
     """What was written: entries, and the weights that were asked for and met no input.
 
-    n_unused counts the experts that saw no token; n_grams the Hessians, 0 without.
+    n_unused counts the experts that saw no token; n_grams the Hessians, 0 without. stand_in is the
+    format of the stand-in that met the tokens, None for the model itself.
     """
 
     outputs: Outputs
@@ -75,6 +80,7 @@ class Calibration:
     missed: tuple[str, ...]
     n_grams: int
     seconds: float
+    stand_in: str | None = None
 
 
 def calibrate_file(
@@ -89,7 +95,8 @@ def calibrate_file(
 ) -> Calibration:
     """Write the importance matrix of the model, and Hessians if wanted; return what was written.
 
-    The sources share the sequences by their weights; what else the request says is for all.
+    The sources share the sequences by their weights; what else the request says is for all. With a
+    stand-in, that is written first and meets the tokens.
     announce gets the estimated cost once a part is done. Raises EngineError when llama.cpp
     fails, ImatrixError when nothing can be written; then no file is left.
     """
@@ -103,12 +110,15 @@ def calibrate_file(
         if is_multiplied(t.name, t.shape, file.architecture, tied=file.has_tied_embedding)
     }
     n_sequences = request.n_sequences or N_SEQUENCES
-    with (
-        Engine(
-            [file.paths[0]], n_ctx=request.n_ctx, n_threads=threads, safe_kernels=True
-        ) as engine,
-        scratch_folder(None, error=EngineError) as folder,
-    ):
+    with ExitStack() as stack:
+        folder = stack.enter_context(scratch_folder(outputs.scratch, error=EngineError))
+        path = file.paths[0]
+        if request.stand_in is not None:
+            path = folder / "stand-in.gguf"
+            write_stand_in(file, request.stand_in, path, threads=threads, progress=progress)
+        engine = stack.enter_context(
+            Engine([path], n_ctx=request.n_ctx, n_threads=threads, safe_kernels=True)
+        )
         head = TOKEN_EMBEDDING if file.has_tied_embedding else HEAD
         run = _Run(engine, request, folder, head, progress, announce)
         owners: Mapping[str, str] = {}
@@ -122,14 +132,17 @@ def calibrate_file(
         entries = run.sums(found)
         n_grams = 0
         if outputs.hessian is not None:
-            n_grams = _write_hessians(run, found, owners, later, outputs, weights, file)
+            n_grams = _write_hessians(
+                run, found, owners, later, outputs, weights, file, request.stand_in
+            )
     write_imatrix(
         outputs.imatrix,
         entries,
-        dataset=dataset_name(sources, request.seed),
+        dataset=dataset_name(sources, request.seed, request.stand_in),
         n_chunks=n_sequences,
         chunk_size=request.n_ctx,
         model_sample=file.sample_sha256,
+        stand_in=request.stand_in,
         force=outputs.force,
     )
     return Calibration(
@@ -141,15 +154,16 @@ def calibrate_file(
         missed=tuple(n for n in weights if n not in entries or not entries[n].counts.any()),
         n_grams=n_grams,
         seconds=time.perf_counter() - start,
+        stand_in=request.stand_in,
     )
 
 
-def dataset_name(sources: Sequence[TokenSource], seed: int) -> str:
+def dataset_name(sources: Sequence[TokenSource], seed: int, stand_in: str | None = None) -> str:
     """Return what the matrix says of its tokens."""
     named = [s.corpus.name if s.corpus else f"{s.kind}-drawn tokens" for s in sources]
     weights = [f" {s.weight:.0%}" if len(sources) > 1 else "" for s in sources]
     told = " + ".join(name + weight for name, weight in zip(named, weights, strict=True))
-    return f"{told}, seed {seed}"
+    return f"{told}, seed {seed}" + (f", on a stand-in in {stand_in}" if stand_in else "")
 
 
 class _Run:
@@ -307,6 +321,7 @@ def _write_hessians(
     outputs: Outputs,
     weights: Mapping[str, TensorInfo],
     file: GGUFFile,
+    stand_in: str | None,
 ) -> int:
     """Write XᵀX of the wanted weights' inputs, those in `later` by further passes; return how many.
 
@@ -325,6 +340,7 @@ def _write_hessians(
         sizes,
         run.n_tokens,
         model_sample=file.sample_sha256,
+        stand_in=stand_in,
         force=outputs.force,
     ) as output:
         further = (*later, *groups(parted, outputs.max_gram_bytes))
@@ -349,6 +365,8 @@ def calibrate(
     hessian: str | Path | None = None,
     hessian_pattern: str = ".",
     max_gram_bytes: int = MAX_GRAM_BYTES,
+    stand_in: StandIn = "auto",
+    folder: str | Path | None = None,
     force: bool = False,
     threads: int | None = None,
     progress: Progress | None = None,
@@ -361,18 +379,34 @@ def calibrate(
     are read. hessian also takes XᵀX of the inputs of the weights whose name hessian_pattern finds.
     announce gets the cost once it is known.
 
+    stand_in is what meets the tokens: none (the model), q8_0, q6_k or q4_k (a quick quantization of
+    it, written to folder meanwhile), or auto (the model where it fits the memory, else the largest
+    of these that fits).
+
     Raises GGUFError, ImatrixError for outputs that cannot be written, EngineError when llama.cpp is
     missing or fails.
     """
-    request = TokenRequest(encoder="rtn", n_sequences=n_sequences, n_ctx=n_ctx, seed=seed)
     outputs = Outputs(
         Path(output),
         Path(hessian) if hessian is not None else None,
         hessian_pattern,
         max_gram_bytes,
+        Path(folder) if folder is not None else None,
         force,
     )
     with open_gguf(local_path(model), kind_check=True) as file:
+        request = TokenRequest(
+            encoder="rtn",
+            n_sequences=n_sequences,
+            n_ctx=n_ctx,
+            seed=seed,
+            stand_in=chosen_stand_in(
+                stand_in,
+                file,
+                beside=max_gram_bytes if hessian is not None else 0,
+                announce=announce,
+            ),
+        )
         return calibrate_file(
             file,
             request,

@@ -46,6 +46,8 @@ def calibrate(
     hessian_memory: Annotated[
         str, typer.Option("--hessian-memory", help="Read the tokens in batches that take this.")
     ] = "4GiB",
+    stand_in: opt.StandInOption = "auto",
+    scratch: opt.Scratch = None,
     force: opt.Force = False,
     threads: opt.Threads = None,
     as_json: opt.AsJson = False,
@@ -66,6 +68,8 @@ def calibrate(
         hessian=hessian,
         hessian_pattern=hessian_tensors,
         max_gram_bytes=parse_size(hessian_memory),
+        stand_in=opt.stand_in(stand_in),
+        folder=scratch,
         force=force,
         threads=threads,
         progress=terminal.progress,

@@ -101,6 +101,7 @@ def quantize(
     calibrate: opt.Calibrate = None,
     sensitivity: SensitivityOrMeasure = None,
     sensitivity_time: SensitivityTime = "20m",
+    stand_in: opt.StandInOption = "auto",
     plan_file: PlanFile = None,
     measurement: MeasurementFile = None,
     allow_requantize: opt.Requantize = False,
@@ -162,18 +163,23 @@ def quantize(
             "--sensitivity": sensitivity,
             "--refine": refine or None,
             "--encoder": None if encoder == DEFAULT_ENCODER else encoder,
+            "--stand-in": None if stand_in == "auto" else stand_in,
         }
         idle = [name for name, given in steps.items() if given is not None]
         opt.refuse_idle(idle, f"--effort {effort} decides by itself what it does")
     elif limit is not None:
         opt.refuse_idle(["--time"], "--effort fast takes what it takes; give auto or best")
+    elif stand_in != "auto" and not (calibrate or sensitivity == "measure"):
+        opt.refuse_idle(["--stand-in"], "neither --calibrate nor --sensitivity measure is given")
     level = opt.effort(effort)
     scores = effort != "fast" if score is None else score
     chosen = opt.encoder(encoder)
     model = terminal.fetched(model)
     weighed = Weighed(imatrix, hessian)
     if calibrate:
-        weighed = calibrated(model, calibrate, threads, terminal, hessians=chosen.needs_hessian)
+        weighed = calibrated(
+            model, calibrate, threads, terminal, hessians=chosen.needs_hessian, stand_in=stand_in
+        )
     with connected(workers) as executor:
         planned_by = chosen.plans_by if not (plan_file or measurement) else None
         sensed = load_or_measure(
@@ -184,6 +190,7 @@ def quantize(
             limit=sensitivity_time,
             threads=threads,
             executor=executor,
+            stand_in=stand_in,
             terminal=terminal,
         )
         made = api.quantize(

@@ -23,6 +23,8 @@ from ramgguf.quants.imatrix import ImportanceSource
 class RunnerKey:
     """A local runner that a worker keeps open: a copy of the model, made in `folder`, and settings.
 
+    stand_in is the format of the stand-in that is made instead of a copy.
+
     ForwardRunner over the same model with the same settings give the same numbers on equal kernels.
     """
 
@@ -32,6 +34,7 @@ class RunnerKey:
     encoder: str
     imatrix: ImportanceSource | None
     folder: str | None
+    stand_in: str | None = None
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,8 @@ TOGETHER = 64  # sequences that a model draws side by side, where the memory all
 class TokenRequest:
     """What is wanted. n_sequences None lets the time decide; corpus is for tokens of kind text.
 
-    imatrix weighs the encoder's errors, as it will those of the quantized model.
+    imatrix weighs the encoder's errors, as it will those of the quantized model. stand_in is the
+    format of the stand-in that passes run on, None for the model itself.
     """
 
     encoder: EncoderName
@@ -36,6 +37,7 @@ class TokenRequest:
     seed: int = 0
     seconds: float = 1200.0
     imatrix: Imatrix | None = None
+    stand_in: str | None = None
 
 
 def parse_tokens(text: str) -> tuple[TokenKind, Corpus | None]:

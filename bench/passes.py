@@ -228,37 +228,43 @@ def drawn_in_python() -> Iterator[None]:
 
 
 def quality(arguments: argparse.Namespace) -> list[dict[str, object]]:
-    """Return the KLD of files made from each stand-in's matrix, over that of the model's own."""
+    """Return the KLD of files made from each stand-in's matrix, over that of the model's own.
+
+    A second matrix from the model itself, by another seed, shows what other tokens alone change.
+    """
     folder: Path = arguments.folder
     folder.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, object]] = []
-    matrices = {s: folder / f"{arguments.model.stem}-{s}.imatrix" for s in arguments.stand_ins}
-    for stand_in, path in matrices.items():
-        if not path.exists():
+    variants: list[tuple[StandIn, int]] = [(s, 0) for s in arguments.stand_ins] + [("none", 1)]
+    stem = arguments.model.stem
+    for stand_in, seed in variants:
+        matrix = folder / f"{stem}-{stand_in}-{seed}.imatrix"
+        if not matrix.exists():
             ramgguf.calibrate(
-                arguments.model, path, n_sequences=arguments.sequences, n_ctx=arguments.tokens,
-                stand_in=stand_in, threads=arguments.threads,
+                arguments.model, matrix, n_sequences=arguments.sequences, n_ctx=arguments.tokens,
+                stand_in=stand_in, seed=seed, threads=arguments.threads,
             )  # fmt: skip
-    for size in arguments.sizes:
-        files = [folder / f"{arguments.model.stem}-{size}-{s}.gguf" for s in matrices]
-        for path, matrix in zip(files, matrices.values(), strict=True):
+        for size in arguments.sizes:
+            path = matrix.with_name(f"{matrix.stem}-{size}.gguf")
             if not path.exists():
                 ramgguf.quantize(
                     arguments.model, size, path, imatrix=matrix, verify=False,
                     threads=arguments.threads,
                 )  # fmt: skip
+    for size in arguments.sizes:
+        files = [folder / f"{stem}-{stand_in}-{seed}-{size}.gguf" for stand_in, seed in variants]
         found = ramgguf.evaluate(
             files, arguments.model, n_ctx=256, n_seq=arguments.windows, threads=arguments.threads
         )
-        results = dict(zip(matrices, found.results, strict=True))
-        for stand_in, result in results.items():
-            ratio = kld_ratio(result, results["none"])
+        for (stand_in, seed), path, result in zip(variants, files, found.results, strict=True):
+            ratio = kld_ratio(result, found.results[0])
             rows.append(
                 {
                     "part": "quality",
                     "stand_in": stand_in,
+                    "seed": seed,
                     "size": size,
-                    "n_bytes": files[list(matrices).index(stand_in)].stat().st_size,
+                    "n_bytes": path.stat().st_size,
                     "n_tokens": arguments.sequences * arguments.tokens,
                     "n_windows": arguments.windows,
                     "kld": scores(result).kld,

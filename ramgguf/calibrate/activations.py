@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, count
 from pathlib import Path
 
 import numpy as np
@@ -233,19 +233,20 @@ class _Run:
         self._progress.start("calibrate" if is_own else "draw tokens", total, "tokens")
         try:
             found = self._engine.ask(asked, Drawn)
-            if is_own:
-                seconds = total * found.seconds / max(1, found.n_tokens)
-                self._announce(
-                    f"{n_sequences} sequences of {request.n_ctx} tokens (self), about "
-                    f"{format_seconds(seconds)} to draw"
-                )
-            while True:
+            for number in count(1):
                 self._progress.advance(found.n_tokens)
+                if is_own and number == 2 and found.n_tokens:  # the first step is slow
+                    seconds = total * found.seconds / found.n_tokens
+                    self._announce(
+                        f"{n_sequences} sequences of {request.n_ctx} tokens (self), about "
+                        f"{format_seconds(seconds)} to draw"
+                    )
                 if found.ids is not None:
                     drawn.append(found.ids)
                 if len(drawn) == n_sequences:
-                    return drawn
+                    break
                 found = self._engine.receive(Drawn)
+            return drawn
         finally:
             self._progress.finish()
 

@@ -244,11 +244,14 @@ def quality(arguments: argparse.Namespace) -> list[dict[str, object]]:
                 arguments.model, matrix, n_sequences=arguments.sequences, n_ctx=arguments.tokens,
                 stand_in=stand_in, seed=seed, threads=arguments.threads,
             )  # fmt: skip
+        measured = ramgguf.measure(
+            arguments.model, imatrix=matrix, formats=arguments.formats, threads=arguments.threads
+        )
         for size in arguments.sizes:
             path = matrix.with_name(f"{matrix.stem}-{size}.gguf")
             if not path.exists():
                 ramgguf.quantize(
-                    arguments.model, size, path, imatrix=matrix, verify=False,
+                    arguments.model, size, path, measurement=measured, verify=False,
                     threads=arguments.threads,
                 )  # fmt: skip
     for size in arguments.sizes:
@@ -264,6 +267,7 @@ def quality(arguments: argparse.Namespace) -> list[dict[str, object]]:
                     "stand_in": stand_in,
                     "seed": seed,
                     "size": size,
+                    "formats": arguments.formats,
                     "n_bytes": path.stat().st_size,
                     "n_tokens": arguments.sequences * arguments.tokens,
                     "n_windows": arguments.windows,
@@ -291,6 +295,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--sequences", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=16, help="of each sequence")
     parser.add_argument("--sizes", nargs="+", default=["3.5bpw", "4.5bpw"])
+    parser.add_argument("--formats", nargs="+", help="to choose from in quality; default: all")
     parser.add_argument("--windows", type=int, default=12)
     parser.add_argument("--folder", type=Path, default=Path("passes"))
     parser.add_argument("--threads", type=int, default=default_threads())

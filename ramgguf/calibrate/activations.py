@@ -1,13 +1,16 @@
 """Importance matrices and Hessians of a model, from the inputs of its weights.
 
 llama.cpp decodes tokens in a child process; an evaluation callback adds up the inputs of every
-matrix multiplication. With tokens drawn from the model itself no data are needed.
+matrix multiplication. With tokens drawn from the model itself no data are needed, and the inputs
+are added up while the tokens are drawn.
 """
 
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import chain, count
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +23,7 @@ from ramgguf.core.parallel import default_threads
 from ramgguf.core.progress import Progress, Silent
 from ramgguf.core.scratch import scratch_folder
 from ramgguf.core.units import format_bytes, format_seconds
-from ramgguf.gguf.architecture import is_multiplied
+from ramgguf.gguf.architecture import HEAD, TOKEN_EMBEDDING, is_multiplied
 from ramgguf.gguf.hub import local_path
 from ramgguf.gguf.reader import GGUFFile, TensorInfo, open_gguf
 from ramgguf.llama.client import Engine
@@ -33,10 +36,12 @@ from ramgguf.llama.protocol import (
     Observed,
     Tapped,
     TapWeights,
+    pack_ids,
 )
 from ramgguf.llama.tokens import N_CTX, TokenRequest
 from ramgguf.quants.hessian import gram_name, groups, new_hessians
 from ramgguf.quants.imatrix import InputSquares, write_imatrix
+from ramgguf.quants.stand_in import StandIn, chosen_stand_in, write_stand_in
 
 N_SEQUENCES = 12
 MAX_GRAM_BYTES = 4 << 30
@@ -47,13 +52,15 @@ class Outputs:
     """Where the importance matrix goes, and the Hessians of the weights whose name a regex finds.
 
     At most max_gram_bytes of Hessians are in memory at a time; the tokens are read once more for
-    every such batch.
+    every such batch after the first. scratch takes a stand-in meanwhile, by default the system's
+    folder for temporary files.
     """
 
     imatrix: Path
     hessian: Path | None = None
     pattern: str = "."
     max_gram_bytes: int = MAX_GRAM_BYTES
+    scratch: Path | None = None
     force: bool = False
 
 
@@ -61,7 +68,8 @@ class Outputs:
 class Calibration:
     """What was written: entries, and the weights that were asked for and met no input.
 
-    n_unused counts the experts that saw no token; n_grams the Hessians, 0 without.
+    n_unused counts the experts that saw no token; n_grams the Hessians, 0 without. stand_in is the
+    format of the stand-in that met the tokens, None for the model itself.
     """
 
     outputs: Outputs
@@ -72,6 +80,7 @@ class Calibration:
     missed: tuple[str, ...]
     n_grams: int
     seconds: float
+    stand_in: str | None = None
 
 
 def calibrate_file(
@@ -86,44 +95,54 @@ def calibrate_file(
 ) -> Calibration:
     """Write the importance matrix of the model, and Hessians if wanted; return what was written.
 
-    The sources share the sequences by their weights; what else the request says is for all.
-    announce gets the estimated cost after the first sequence. Raises EngineError when llama.cpp
+    The sources share the sequences by their weights; what else the request says is for all. With a
+    stand-in, that is written first and meets the tokens.
+    announce gets the estimated cost once a part is done. Raises EngineError when llama.cpp
     fails, ImatrixError when nothing can be written; then no file is left.
     """
     start = time.perf_counter()
     for path in (outputs.imatrix, outputs.hessian):
         if path is not None:
             refuse_existing(path, force=outputs.force, error=ImatrixError)
-    tied = file.has_tied_embedding
     weights = {
         t.name: t
         for t in file.tensors
-        if is_multiplied(t.name, t.shape, file.architecture, tied=tied)
+        if is_multiplied(t.name, t.shape, file.architecture, tied=file.has_tied_embedding)
     }
     n_sequences = request.n_sequences or N_SEQUENCES
-    with (
-        Engine(
-            [file.paths[0]], n_ctx=request.n_ctx, n_threads=threads, safe_kernels=True
-        ) as engine,
-        scratch_folder(None, error=EngineError) as folder,
-    ):
-        run = _Run(engine, request, folder, progress, announce)
-        sequences = [
-            ids
-            for source, n in zip(sources, shares(sources, n_sequences), strict=True)
-            for ids in run.draw(source, n)
-        ]
-        if outputs.hessian is None:
-            entries, n_grams = run.sums(run.observe(sequences, tuple(weights))), 0
-        else:
-            entries, n_grams = _write_hessians(run, sequences, outputs, weights, file.sample_sha256)
+    with ExitStack() as stack:
+        folder = stack.enter_context(scratch_folder(outputs.scratch, error=EngineError))
+        path = file.paths[0]
+        if request.stand_in is not None:
+            path = folder / "stand-in.gguf"
+            write_stand_in(file, request.stand_in, path, threads=threads, progress=progress)
+        engine = stack.enter_context(
+            Engine([path], n_ctx=request.n_ctx, n_threads=threads, safe_kernels=True)
+        )
+        head = TOKEN_EMBEDDING if file.has_tied_embedding else HEAD
+        run = _Run(engine, request, folder, head, progress, announce)
+        owners: Mapping[str, str] = {}
+        if outputs.hessian is not None:
+            owners = _wanted_owners(run.owners(tuple(weights)), weights, outputs)
+        first, later = _gram_groups(owners, weights, outputs.max_gram_bytes)
+        run.tap(tuple(weights), first)
+        for source, n in zip(sources, shares(sources, n_sequences), strict=True):
+            run.take(source, n)
+        found = run.collect()
+        entries = run.sums(found)
+        n_grams = 0
+        if outputs.hessian is not None:
+            n_grams = _write_hessians(
+                run, found, owners, later, outputs, weights, file, request.stand_in
+            )
     write_imatrix(
         outputs.imatrix,
         entries,
-        dataset=dataset_name(sources, request.seed),
+        dataset=dataset_name(sources, request.seed, request.stand_in),
         n_chunks=n_sequences,
         chunk_size=request.n_ctx,
         model_sample=file.sample_sha256,
+        stand_in=request.stand_in,
         force=outputs.force,
     )
     return Calibration(
@@ -135,39 +154,71 @@ def calibrate_file(
         missed=tuple(n for n in weights if n not in entries or not entries[n].counts.any()),
         n_grams=n_grams,
         seconds=time.perf_counter() - start,
+        stand_in=request.stand_in,
     )
 
 
-def dataset_name(sources: Sequence[TokenSource], seed: int) -> str:
+def dataset_name(sources: Sequence[TokenSource], seed: int, stand_in: str | None = None) -> str:
     """Return what the matrix says of its tokens."""
     named = [s.corpus.name if s.corpus else f"{s.kind}-drawn tokens" for s in sources]
     weights = [f" {s.weight:.0%}" if len(sources) > 1 else "" for s in sources]
     told = " + ".join(name + weight for name, weight in zip(named, weights, strict=True))
-    return f"{told}, seed {seed}"
+    return f"{told}, seed {seed}" + (f", on a stand-in in {stand_in}" if stand_in else "")
 
 
 class _Run:
-    """A child with the model, and the tokens it is to read."""
+    """A child with the model under a tap, and the sequences that it has met."""
 
     def __init__(
         self,
         engine: Engine,
         request: TokenRequest,
         folder: Path,
+        head: str,
         progress: Progress,
         announce: Callable[[str], None],
     ) -> None:
         self._engine = engine
         self._request = request
         self._folder = folder
+        self._head = head
         self._progress = progress
         self._announce = announce
+        self._sequences: list[str] = []
 
-    def draw(self, source: TokenSource, n_sequences: int) -> Sequence[str]:
-        """Return sequences of the source, packed."""
+    @property
+    def n_tokens(self) -> int:
+        """The number of tokens that were met."""
+        return len(self._sequences) * self._request.n_ctx
+
+    def owners(self, names: tuple[str, ...]) -> Mapping[str, str]:
+        """Return which weight's input each weight has, from a pass over a few tokens."""
+        self.tap(names, ())
+        self._engine.ask(Observe(ids=pack_ids(np.zeros(2, np.int32))), Observed)
+        found = self._engine.ask(Collect(folder=str(self._folder)), Collected)
+        return {s.name: s.owner for s in found.sums if s.owner is not None}
+
+    def tap(self, names: tuple[str, ...], grams: tuple[str, ...]) -> None:
+        """Begin anew with the inputs of these weights, and XᵀX of these."""
+        self._engine.ask(TapWeights(names=names, grams=grams, head=self._head), Tapped)
+
+    def collect(self) -> Collected:
+        """Return what the tap took; its arrays are in the folder afterwards."""
+        return self._engine.ask(Collect(folder=str(self._folder)), Collected)
+
+    def take(self, source: TokenSource, n_sequences: int) -> None:
+        """Let the model meet sequences of the source: its own are drawn, others are read."""
         if n_sequences == 0:
-            return []
+            return
+        drawn = self._draw(source, n_sequences)
+        self._sequences += drawn
+        if source.kind != "self":
+            self._read(drawn)
+
+    def _draw(self, source: TokenSource, n_sequences: int) -> list[str]:
+        """Return sequences of the source, packed; the model's own are drawn under the tap."""
         request, corpus = self._request, source.corpus
+        is_own = source.kind == "self"
         asked = Draw(
             tokens=source.kind,
             n_ctx=request.n_ctx,
@@ -176,47 +227,48 @@ class _Run:
             name=corpus.name if corpus else "",
             text=corpus.text if corpus else None,
             control_tokens=corpus is not None and corpus.has_control_tokens,
+            is_tapped=is_own,
         )
-        drawn: list[str] = []
-        self._progress.start("draw tokens", n_sequences, "sequences")
+        total, drawn = n_sequences * request.n_ctx, list[str]()
+        self._progress.start("calibrate" if is_own else "draw tokens", total, "tokens")
         try:
             found = self._engine.ask(asked, Drawn)
-            if source.kind == "self":
-                self._announce(
-                    f"{n_sequences} sequences of {request.n_ctx} tokens (self), about "
-                    f"{format_seconds(n_sequences * found.seconds)} to draw"
-                )
-            drawn.append(found.ids)
-            self._progress.advance(1)
-            for _ in range(1, n_sequences):
-                drawn.append(self._engine.receive(Drawn).ids)
-                self._progress.advance(1)
+            for number in count(1):
+                self._progress.advance(found.n_tokens)
+                if is_own and number == 2 and found.n_tokens:  # the first step is slow
+                    seconds = total * found.seconds / found.n_tokens
+                    self._announce(
+                        f"{n_sequences} sequences of {request.n_ctx} tokens (self), about "
+                        f"{format_seconds(seconds)} to draw"
+                    )
+                if found.ids is not None:
+                    drawn.append(found.ids)
+                if len(drawn) == n_sequences:
+                    break
+                found = self._engine.receive(Drawn)
+            return drawn
         finally:
             self._progress.finish()
-        return drawn
 
-    def observe(
-        self, sequences: Sequence[str], names: tuple[str, ...], grams: tuple[str, ...] = ()
-    ) -> Collected:
-        """Decode the sequences under a tap; what it took is in the folder afterwards."""
-        self._engine.ask(TapWeights(names=names, grams=grams), Tapped)
-        self._progress.start("calibrate", len(sequences), "sequences")
+    def read_again(self, grams: tuple[str, ...]) -> Collected:
+        """Let the model meet all sequences once more, for XᵀX of these weights' inputs."""
+        self.tap(grams, grams)
+        self._read(self._sequences, f", with XᵀX of {len(grams)} inputs")
+        return self.collect()
+
+    def _read(self, sequences: Sequence[str], what: str = "") -> None:
+        """Decode the sequences under the tap."""
+        n_ctx = self._request.n_ctx
+        self._progress.start("calibrate", len(sequences) * n_ctx, "tokens")
         try:
             for number, ids in enumerate(sequences):
                 seconds = self._engine.ask(Observe(ids=ids), Observed).seconds
                 if number == 0:
-                    self._announce(
-                        f"about {format_seconds(len(sequences) * seconds)} to read them"
-                        + (f", with XᵀX of {len(grams)} inputs" if grams else "")
-                    )
-                self._progress.advance(1)
+                    about = format_seconds(len(sequences) * seconds)
+                    self._announce(f"about {about} to read them{what}")
+                self._progress.advance(n_ctx)
         finally:
             self._progress.finish()
-        return self._engine.ask(Collect(folder=str(self._folder)), Collected)
-
-    def n_tokens(self, sequences: Sequence[str]) -> int:
-        """Return the number of tokens of the sequences."""
-        return len(sequences) * self._request.n_ctx
 
     def sums(self, found: Collected) -> dict[str, InputSquares]:
         """Return the sums of what was seen."""
@@ -233,69 +285,73 @@ class _Run:
         return {name: self._folder / f"gram-{n}.npy" for n, name in enumerate(found.grams)}
 
 
-def _write_hessians(
-    run: _Run,
-    sequences: Sequence[str],
-    outputs: Outputs,
-    weights: Mapping[str, TensorInfo],
-    model_sample: str,
-) -> tuple[dict[str, InputSquares], int]:
-    """Write XᵀX of the wanted weights' inputs, in batches that fit the memory.
-
-    Return the sums of all weights, taken along with the first batch, and the number of Hessians.
-    Which weights share an input is known from one sequence; it must hold for all.
-    """
-    assert outputs.hessian is not None
-    owners = _owners(run.observe(sequences[:1], tuple(weights)))
-    while True:
-        wanted, sizes = _wanted(owners, outputs, weights)
-        entries: dict[str, InputSquares] | None = None
-        seen = owners
-        with new_hessians(
-            outputs.hessian,
-            wanted,
-            sizes,
-            run.n_tokens(sequences),
-            model_sample=model_sample,
-            force=outputs.force,
-        ) as file:
-            for group in groups(sizes, outputs.max_gram_bytes):
-                found = run.observe(sequences, tuple(weights) if entries is None else group, group)
-                if entries is None:
-                    entries, seen = run.sums(found), _owners(found)
-                    if seen != owners:
-                        break
-                for owner, path in run.grams(found).items():
-                    file.write(gram_name(owner), np.load(path, mmap_mode="r"))
-                    path.unlink()
-            else:
-                file.commit()
-                return entries or {}, len(sizes)
-        owners = seen  # another sequence runs through other weights
-
-
-def _owners(found: Collected) -> dict[str, str]:
-    return {s.name: s.owner for s in found.sums if s.owner is not None}
-
-
-def _wanted(
-    owners: Mapping[str, str], outputs: Outputs, weights: Mapping[str, TensorInfo]
-) -> tuple[dict[str, str], dict[str, int]]:
-    """Return the owner of each weight that gets a Hessian, and the columns of each owner."""
+def _wanted_owners(
+    owners: Mapping[str, str], weights: Mapping[str, TensorInfo], outputs: Outputs
+) -> Mapping[str, str]:
+    """Return the owners of the inputs of the weights whose name the pattern finds."""
     try:
         wanted = {n: o for n, o in owners.items() if re.search(outputs.pattern, n)}
     except re.error as e:
         raise ImatrixError(f"{outputs.pattern!r} is not a regular expression: {e}") from None
     if not wanted:
         raise ImatrixError(f"no weight with inputs has a name like {outputs.pattern!r}")
-    sizes = {owner: weights[owner].row_length for owner in wanted.values()}
-    largest = 4 * max(sizes.values()) ** 2
+    largest = 4 * max(weights[owner].row_length for owner in wanted.values()) ** 2
     if largest > outputs.max_gram_bytes:
         raise EngineError(
             f"the largest Hessian takes {format_bytes(largest)}, more than the "
             f"{format_bytes(outputs.max_gram_bytes)} allowed; leave that weight out"
         )
-    return wanted, sizes
+    return wanted
+
+
+def _gram_groups(
+    owners: Mapping[str, str], weights: Mapping[str, TensorInfo], max_bytes: int
+) -> tuple[tuple[str, ...], Sequence[tuple[str, ...]]]:
+    """Return the owners whose XᵀX are taken first, and in further passes, as fits the memory."""
+    if not owners:
+        return (), []
+    first, *later = groups({o: weights[o].row_length for o in owners.values()}, max_bytes)
+    return first, later
+
+
+def _write_hessians(
+    run: _Run,
+    found: Collected,
+    expected: Mapping[str, str],
+    later: Sequence[tuple[str, ...]],
+    outputs: Outputs,
+    weights: Mapping[str, TensorInfo],
+    file: GGUFFile,
+    stand_in: str | None,
+) -> int:
+    """Write XᵀX of the wanted weights' inputs, those in `later` by further passes; return how many.
+
+    The owners are those of the pass: where graphs of other shapes do not share an input that the
+    first few tokens shared, XᵀX of its own takes a further pass.
+    """
+    assert outputs.hessian is not None
+    met = {s.name: s.owner for s in found.sums if s.owner is not None}
+    owners = {name: met.get(name, owner) for name, owner in expected.items()}
+    sizes = {owner: weights[owner].row_length for owner in owners.values()}
+    planned = {name for group in later for name in group} | set(found.grams)
+    parted = {owner: n for owner, n in sizes.items() if owner not in planned}
+    with new_hessians(
+        outputs.hessian,
+        owners,
+        sizes,
+        run.n_tokens,
+        model_sample=file.sample_sha256,
+        stand_in=stand_in,
+        force=outputs.force,
+    ) as output:
+        further = (*later, *groups(parted, outputs.max_gram_bytes))
+        for taken in chain([found], map(run.read_again, further)):
+            for owner, path in run.grams(taken).items():
+                if owner in sizes:
+                    output.write(gram_name(owner), np.load(path, mmap_mode="r"))
+                path.unlink()
+        output.commit()
+    return len(sizes)
 
 
 @protected()
@@ -310,6 +366,8 @@ def calibrate(
     hessian: str | Path | None = None,
     hessian_pattern: str = ".",
     max_gram_bytes: int = MAX_GRAM_BYTES,
+    stand_in: StandIn = "auto",
+    folder: str | Path | None = None,
     force: bool = False,
     threads: int | None = None,
     progress: Progress | None = None,
@@ -322,18 +380,34 @@ def calibrate(
     are read. hessian also takes XᵀX of the inputs of the weights whose name hessian_pattern finds.
     announce gets the cost once it is known.
 
+    stand_in is what meets the tokens: none (the model), q8_0, q6_k or q4_k (a quick quantization of
+    it, written to folder meanwhile), or auto (the model where it fits the memory, else the largest
+    of these that fits).
+
     Raises GGUFError, ImatrixError for outputs that cannot be written, EngineError when llama.cpp is
     missing or fails.
     """
-    request = TokenRequest(encoder="rtn", n_sequences=n_sequences, n_ctx=n_ctx, seed=seed)
     outputs = Outputs(
         Path(output),
         Path(hessian) if hessian is not None else None,
         hessian_pattern,
         max_gram_bytes,
+        Path(folder) if folder is not None else None,
         force,
     )
     with open_gguf(local_path(model), kind_check=True) as file:
+        request = TokenRequest(
+            encoder="rtn",
+            n_sequences=n_sequences,
+            n_ctx=n_ctx,
+            seed=seed,
+            stand_in=chosen_stand_in(
+                stand_in,
+                file,
+                beside=max_gram_bytes if hessian is not None else 0,
+                announce=announce,
+            ),
+        )
         return calibrate_file(
             file,
             request,

@@ -51,6 +51,8 @@ def calibrate(
             "--hessian-memory", help="Read the tokens in batches that take this; default: 4GiB."
         ),
     ] = None,
+    stand_in: opt.StandInOption = "auto",
+    scratch: opt.Scratch = None,
     force: opt.Force = False,
     threads: opt.Threads = None,
     as_json: opt.AsJson = False,
@@ -75,6 +77,8 @@ def calibrate(
         hessian=hessian,
         hessian_pattern=hessian_tensors or ".",
         max_gram_bytes=parse_size(hessian_memory or "4GiB"),
+        stand_in=opt.stand_in(stand_in),
+        folder=scratch,
         force=force,
         threads=threads,
         progress=terminal.progress,

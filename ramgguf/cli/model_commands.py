@@ -91,6 +91,7 @@ def quantize(
     calibrate: opt.Calibrate = None,
     sensitivity: SensitivityOrMeasure = None,
     sensitivity_time: SensitivityTime = None,
+    stand_in: opt.StandInOption = "auto",
     plan_file: PlanFile = None,
     measurement: MeasurementFile = None,
     allow_requantize: opt.Requantize = False,
@@ -154,6 +155,7 @@ def quantize(
         "--refine": refine or None,
         "--objective": choice.objective,
         "--encoder": encoder,
+        "--stand-in": None if stand_in == "auto" else stand_in,
     }
     given = [name for name, value in steps.items() if value is not None]
     level = opt.effort(effort) or default_effort(
@@ -163,12 +165,16 @@ def quantize(
         opt.refuse_idle(given, f"--effort {level} decides by itself what it does")
     elif limit is not None:
         opt.refuse_idle(["--time"], "the steps of --effort fast take what they take")
+    elif stand_in != "auto" and not (calibrate or sensitivity == "measure"):
+        opt.refuse_idle(["--stand-in"], "neither --calibrate nor --sensitivity measure is given")
     scores = level != "fast" if score is None else score
     chosen = opt.encoder(encoder)
     model = terminal.fetched(model)
     weighed = Weighed(imatrix, hessian)
     if calibrate:
-        weighed = calibrated(model, calibrate, threads, terminal, hessians=chosen.needs_hessian)
+        weighed = calibrated(
+            model, calibrate, threads, terminal, hessians=chosen.needs_hessian, stand_in=stand_in
+        )
     with connected(workers) as executor:
         planned_by = chosen.plans_by if not (plan_file or measurement) else None
         sensed = load_or_measure(
@@ -179,6 +185,7 @@ def quantize(
             limit=sensitivity_time or "20m",
             threads=threads,
             executor=executor,
+            stand_in=stand_in,
             terminal=terminal,
         )
         made = api.quantize(

@@ -17,6 +17,7 @@ from ramgguf.plan import DEFAULT_MIN_SQNR_DB, OBJECTIVE_NAMES, PlanOptions
 from ramgguf.quantize import EFFORTS, Effort
 from ramgguf.quants.encoders import DEFAULT_ENCODER, ENCODERS, Encoder
 from ramgguf.quants.formats import expand
+from ramgguf.quants.stand_in import STAND_INS, StandIn
 from ramgguf.report.progress import Bars
 from ramgguf.report.terminal import PlainConsole
 from ramgguf.sensitivity import Sensitivity
@@ -68,6 +69,18 @@ Calibrate = Annotated[
         help="Weigh errors by the activations on tokens of these sources: self (drawn from "
         "the model), mix (texts of the package), random, wikitext, FILE, or self,mix,FILE:2.",
     ),
+]
+StandInOption = Annotated[
+    str,
+    typer.Option(
+        "--stand-in",
+        help="What meets the tokens: none (the model), q8_0, q6_k, q4_k (a quick quantization of "
+        "it), auto (the model if it fits the memory, else the largest of these that fits).",
+    ),
+]
+Scratch = Annotated[
+    Path | None,
+    typer.Option("--scratch", help="Folder for a copy of the model, or a stand-in, meanwhile."),
 ]
 HessianFile = Annotated[
     Path | None,
@@ -235,6 +248,14 @@ def encoder(name: str | None) -> Encoder:
             f"{name!r} is none of {', '.join(ENCODERS)}", param_hint="--encoder"
         )
     return ENCODERS[name]
+
+
+def stand_in(name: str) -> StandIn:
+    """Return the stand-in of this name; anything else is a usage error."""
+    for known in STAND_INS:
+        if name == known:
+            return known
+    raise typer.BadParameter(f"{name!r} is none of {', '.join(STAND_INS)}", param_hint="--stand-in")
 
 
 def effort(name: str | None) -> Effort | None:

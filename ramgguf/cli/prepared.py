@@ -21,7 +21,13 @@ class Weighed:
 
 
 def calibrated(
-    model: Path, tokens: str, threads: int | None, terminal: opt.Terminal, *, hessians: bool
+    model: Path,
+    tokens: str,
+    threads: int | None,
+    terminal: opt.Terminal,
+    *,
+    hessians: bool,
+    stand_in: str = "auto",
 ) -> Weighed:
     """Return the importance matrix that --calibrate asks for; what is there is taken as it is.
 
@@ -38,6 +44,7 @@ def calibrated(
         imatrix,
         tokens=tokens,
         hessian=hessian,
+        stand_in=opt.stand_in(stand_in),
         force=True,  # of the two, one may be there
         threads=threads,
         progress=terminal.progress,

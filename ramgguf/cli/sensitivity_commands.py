@@ -50,9 +50,8 @@ def sensitivity(
     imatrix: opt.ImatrixFile = None,
     hessian: opt.HessianFile = None,
     seed: opt.TokenSeed = 0,
-    scratch: Annotated[
-        Path | None, typer.Option("--scratch", help="Folder for a copy of the model meanwhile.")
-    ] = None,
+    stand_in: opt.StandInOption = "auto",
+    scratch: opt.Scratch = None,
     force: opt.Force = False,
     threads: opt.Threads = None,
     workers: opt.Workers = None,
@@ -84,6 +83,7 @@ def sensitivity(
             seconds=parse_seconds(limit or "20m"),
             journal=journal,
             folder=scratch,
+            stand_in=opt.stand_in(stand_in),
             threads=threads,
             executor=executor,
             progress=terminal.progress,
@@ -110,6 +110,7 @@ def load_or_measure(
     limit: str,
     threads: int | None,
     executor: Executor | None = None,
+    stand_in: str = "auto",
     terminal: opt.Terminal,
 ) -> Sensitivity | None:
     """Return what `--sensitivity` asks for; what is measured is kept beside the model.
@@ -133,6 +134,7 @@ def load_or_measure(
         hessian=weighed.hessian,
         seconds=parse_seconds(limit),
         journal=journal,
+        stand_in=opt.stand_in(stand_in),
         threads=threads,
         executor=executor,
         progress=terminal.progress,

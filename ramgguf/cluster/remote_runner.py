@@ -31,7 +31,8 @@ from ramgguf.quants.imatrix import Imatrix, ImportanceSource
 class RemoteRunner:
     """Forward passes on the workers of a pool.
 
-    folder is where workers copy the model to; None takes their temporary folder.
+    folder is where workers copy the model to; None takes their temporary folder. With a stand-in,
+    they write one of that format there.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class RemoteRunner:
         encoder: str,
         imatrix: Imatrix | None,
         folder: Path | None,
+        stand_in: str | None = None,
     ) -> None:
         self._pool = pool
         self._key = RunnerKey(
@@ -53,6 +55,7 @@ class RemoteRunner:
             encoder=encoder,
             imatrix=_absolute(imatrix),
             folder=None if folder is None else str(folder.absolute()),
+            stand_in=stand_in,
         )
         self._prepared: tuple[str, ...] = ()
         self._fingerprints: dict[str, tuple[str, str]] = {}

@@ -88,4 +88,5 @@ def open_runner(
             encoder=request.encoder,
             imatrix=request.imatrix,
             folder=folder,
+            stand_in=request.stand_in,
         )

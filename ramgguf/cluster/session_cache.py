@@ -71,6 +71,7 @@ class RunnerTool:
             encoder=key.encoder,
             imatrix=key.imatrix,
             folder=key.folder,
+            stand_in=key.stand_in,
         )
         try:
             self.system = self._child.ask(opening, RunnerOpened).system

@@ -33,7 +33,8 @@ from ramgguf.quants.imatrix import ImportanceSource
 class RunnerKey:
     """A local runner that a worker keeps open: a copy of the model, made in `folder`, and settings.
 
-    On equal kernels, runners of the same model with the same settings give the same numbers.
+    stand_in is the format of the stand-in that is made instead of a copy. On equal kernels, runners
+    of the same model with the same settings give the same numbers.
     """
 
     model: FileIdentity
@@ -42,6 +43,7 @@ class RunnerKey:
     encoder: str
     imatrix: ImportanceSource | None
     folder: str | None
+    stand_in: str | None = None
 
 
 @dataclass(frozen=True)

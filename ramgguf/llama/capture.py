@@ -3,9 +3,13 @@
 llama.cpp's scheduler asks the tap about every node of a graph before and after computing it
 (cb_eval of the context's parameters). For a matrix multiplication with a wanted weight the float32
 input is added up: Σx² per column, per expert where a router chooses, and on request XᵀX.
+
+Rows for XᵀX are kept until there are a few hundred, and added after the decode by several threads:
+adding few rows costs nearly as much. A pass that needs no logits ends before the head.
 """
 
 import ctypes
+from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,10 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ramgguf import _core
+from ramgguf.core.parallel import ordered_map
 from ramgguf.llama import ggml
 from ramgguf.llama.system import llama_module
 
 Floats = NDArray[np.float32]
+
+_GRAM_ROWS = 256  # kept for an XᵀX before they are added
 
 
 @dataclass
@@ -47,66 +54,155 @@ class Taken:
 class Tap:
     """An evaluation callback for llama.cpp, and what it has added up.
 
-    It sees the weights of these names; of those in grams, owners of their inputs, XᵀX, too.
-    Hand `callback` to a context, and call check after each decode: an exception cannot pass
-    through llama.cpp, so it is kept until then.
+    It sees the weights of these names; of those in grams, owners of their inputs, XᵀX, too, added
+    by n_threads threads. Hand `callback` to a context, and call check after each decode: an
+    exception cannot pass through llama.cpp, so it is kept until then.
+
+    head is the weight that makes the logits: while skips_head is set, a graph ends once the head's
+    input is computed, and what is read of its logits is no number.
     """
 
-    def __init__(self, names: Collection[str], grams: Collection[str] = ()) -> None:
+    def __init__(
+        self, names: Collection[str], grams: Collection[str] = (), *, head: str | None = None
+    ) -> None:
         self._operations = ggml.check_layout()
         self._names = {name.encode(): name for name in names}
         self._grams = frozenset(grams)
+        self.n_threads = 1
         self._failure: Exception | None = None
         self._seen: dict[int, str] = {}  # by the input's address in this graph, its first weight
-        self.taken = Taken()
+        self._squares: dict[int, NDArray[np.float64]] = {}  # by the same, Σx²
+        self._rows: dict[str, list[Floats]] = {}
+        self._taken = Taken()
+        self._head = _Head(head)
+        self.skips_head = False
         self.callback: Any = llama_module().ggml_backend_sched_eval_callback(self._called)
+
+    @property
+    def taken(self) -> Taken:
+        """What was added up so far."""
+        self._add_grams(1)
+        return self._taken
 
     def check(self) -> None:
         """Raise what went wrong in the callback, and be ready for the next graph."""
         self._seen.clear()
+        self._squares.clear()
+        self._head.graph_ended()
         if self._failure is not None:
             raise self._failure
+        self._add_grams(_GRAM_ROWS)
+
+    def _add_grams(self, n_rows: int) -> None:
+        """Add the rows that are kept to XᵀX where there are n_rows of them."""
+        ready = [n for n, kept in self._rows.items() if sum(map(len, kept)) >= n_rows]
+
+        def add(name: str) -> None:
+            rows = np.concatenate(self._rows.pop(name))
+            _core.add_gram(rows, self._taken.grams[name])
+
+        for _ in ordered_map(add, ready, self.n_threads):
+            pass
 
     def _called(self, pointer: int, ask: bool, _user_data: object) -> bool:
         """Answer llama.cpp: whether the node is wanted, or, once it is computed, to go on."""
         try:
-            node = ctypes.cast(pointer, ggml.TensorPointer).contents
+            tensor = ctypes.cast(pointer, ggml.TensorPointer)
+            node = tensor.contents
+            ends = self.skips_head and self._head.is_input(node)
             name = self._wanted(node)
-            if name is not None and not ask:
+            if ask:
+                self._head.asked(node)
+            elif name is not None:
                 self._take(name, node)
+            if ends and not ask:
+                self._take_head(tensor)
         except Exception as e:
             self._failure = self._failure or e
             return False
-        return not ask or name is not None
+        wanted = ends or name is not None
+        return wanted if ask else not ends
 
     def _wanted(self, node: Any) -> str | None:
         operations = (self._operations.mul_mat, self._operations.mul_mat_id)
         if self._failure is not None or node.op not in operations:
             return None
-        return self._names.get(node.src[0].contents.name)
+        weight: bytes = node.src[0].contents.name
+        self._head.met(weight, node)
+        return self._names.get(weight)
+
+    def _take_head(self, x: Any) -> None:
+        """Take the head's input, which is computed; the head is not."""
+        name = self._head.name
+        if name is not None and name.encode() in self._names:
+            assert name in self._taken.sums  # the graph before this one computed the head
+            self._add(name, ggml.read_array(x, np.float32), ctypes.addressof(x.contents), (1, 1))
 
     def _take(self, name: str, node: Any) -> None:
         weight, x = node.src[0].contents, ggml.read_array(node.src[1], np.float32)
         n_matrices = weight.ne[2] * weight.ne[3]
-        sums = self.taken.sums.get(name)
         routed = node.op == self._operations.mul_mat_id
-        if sums is None:
+        if name not in self._taken.sums:
             shape = (n_matrices, weight.ne[0])
             counts = np.zeros(n_matrices if routed else 1, np.int64)
-            sums = self.taken.sums[name] = Sums(np.zeros(shape), counts)
+            self._taken.sums[name] = Sums(np.zeros(shape), counts)
         if routed:
-            add_routed(sums, x, ggml.read_array(node.src[2], np.int32))
+            add_routed(self._taken.sums[name], x, ggml.read_array(node.src[2], np.int32))
         else:
-            add_dense(sums, x, (weight.ne[3], weight.ne[2]))
-        if routed or n_matrices > 1:
+            self._add(name, x, ggml.address(node.src[1]), (weight.ne[3], weight.ne[2]))
+
+    def _add(self, name: str, x: Floats, at: int, matrices: tuple[int, int]) -> None:
+        """Add an input that lies at this address in the graph to what was taken of the weight."""
+        sums = self._taken.sums[name]
+        if matrices != (1, 1):
+            add_dense(sums, x, matrices)
             return
-        owner = self._seen.setdefault(ggml.address(node.src[1]), name)
-        if self.taken.owners.setdefault(name, owner) != owner:
-            self.taken.owners[name] = name  # they part in some graphs
+        n = x.shape[-1]
+        if at not in self._squares:
+            self._squares[at] = _sum_squares(x.reshape(-1, n))
+        sums.squares[0] += self._squares[at]
+        sums.counts += x.size // n
+        owner = self._seen.setdefault(at, name)
+        if self._taken.owners.setdefault(name, owner) != owner:
+            self._taken.owners[name] = name  # they part in some graphs
         if name in self._grams:
-            n = x.shape[-1]
-            gram = self.taken.grams.setdefault(name, np.zeros((n, n), np.float32))
-            _core.add_gram(np.ascontiguousarray(x.reshape(-1, n)), gram)
+            self._taken.grams.setdefault(name, np.zeros((n, n), np.float32))
+            self._rows.setdefault(name, []).append(np.ascontiguousarray(x.reshape(-1, n)))
+
+
+class _Head:
+    """Where in a graph the weight that makes the logits gets its input.
+
+    The first graph that computes it tells the name of the node that is its input. A name that other
+    nodes have, or that ggml numbers through, is not kept: then no graph ends early.
+    """
+
+    def __init__(self, name: str | None) -> None:
+        self.name = name
+        self._input: bytes | None = None
+        self._found: bytes | None = None
+        self._asked: Counter[bytes] = Counter()
+
+    def asked(self, node: Any) -> None:
+        """Count the node's name, until the input is found."""
+        if self.name is not None and self._input is None:
+            self._asked[node.name] += 1
+
+    def met(self, weight: bytes, node: Any) -> None:
+        """Keep what a multiplication by the head gets."""
+        if self.name is not None and self._input is None and weight == self.name.encode():
+            self._found = node.src[1].contents.name
+
+    def graph_ended(self) -> None:
+        """Settle on the input that this graph had."""
+        if self._found and self._asked[self._found] == 1 and not self._found.startswith(b"node_"):
+            self._input = self._found
+        self._asked.clear()
+        self._found = None
+
+    def is_input(self, node: Any) -> bool:
+        """Return whether the node computes the head's input."""
+        return self._input is not None and node.name == self._input
 
 
 def add_dense(sums: Sums, x: Floats, matrices: tuple[int, int]) -> None:

@@ -31,6 +31,8 @@ KEPT_LOGITS_BYTES = 8 << 30
 class LocalRunner:
     """Forward passes over a copy of the file in `folder`, on `threads` threads; a context manager.
 
+    With a stand-in, the copy is one of that format, and all that is said of the original is of it.
+
     Raises EngineError when llama.cpp fails, GGUFError when the file is changed meanwhile.
     """
 
@@ -45,9 +47,10 @@ class LocalRunner:
         threads: int,
         encoder: str,
         imatrix: Imatrix | None,
+        stand_in: str | None = None,
     ) -> None:
         self._file = file
-        self._probe = PatchedModel(file, folder, n_ctx=n_ctx, n_threads=threads)
+        self._probe = PatchedModel(file, folder, n_ctx=n_ctx, n_threads=threads, stand_in=stand_in)
         self._weights = PatchedWeights(file, self._probe, encoder, imatrix, threads)
         self._formats: dict[str, str] = {}
         self._nmse: dict[Change, float] = {}

@@ -2,6 +2,7 @@
 
 llama.cpp maps the file it loads and computes straight from the pages (without its extra buffer
 types); what is written to the copy is what the next decode reads. The original is never touched.
+The copy may be a stand-in, a quick quantization of the model: tensors are then put in its formats.
 """
 
 import shutil
@@ -16,29 +17,38 @@ from numpy.typing import NDArray
 
 from ramgguf.core.errors import EngineError
 from ramgguf.core.files import require_disk_space
-from ramgguf.gguf.reader import GGUFFile, TensorInfo
+from ramgguf.gguf.reader import GGUFFile, TensorInfo, open_gguf
 from ramgguf.llama.kind import KindError
 from ramgguf.llama.model import LlamaModel, Logits
 from ramgguf.llama.protocol import TokenIds
 from ramgguf.llama.scoring import RowPass
+from ramgguf.quants.stand_in import stored_rows, write_stand_in
 
 
 class PatchedModel:
     """A model loaded from a copy of its file in `folder`. Use as a context manager.
 
-    The copy takes as much disk as the model. It loses its name once it is loaded, so that nothing
-    is left of it however this process ends.
+    The copy takes as much disk as the model, or as its stand-in of the format given. It loses its
+    name once it is loaded, so that nothing is left of it however this process ends.
     """
 
     def __init__(
-        self, file: GGUFFile, folder: Path, *, n_ctx: int, n_threads: int, verbose: bool = False
+        self,
+        file: GGUFFile,
+        folder: Path,
+        *,
+        n_ctx: int,
+        n_threads: int,
+        verbose: bool = False,
+        stand_in: str | None = None,
     ) -> None:
-        require_disk_space(folder, file.n_bytes, error=EngineError)
         self._file = file
-        self._paths = tuple(folder / path.name for path in file.paths)
+        self._n_threads = n_threads
+        names = [path.name for path in file.paths] if stand_in is None else ["stand-in.gguf"]
+        self._paths = tuple(folder / name for name in names)
         self._rows = RowPass(n_threads)
         try:
-            self._copy()
+            self._copy(stand_in)
             self._maps = tuple(np.memmap(path, np.uint8, mode="r+") for path in self._paths)
             self.model = LlamaModel(
                 self._paths[0],
@@ -52,7 +62,14 @@ class PatchedModel:
         finally:
             self._remove()
 
-    def _copy(self) -> None:
+    def _copy(self, stand_in: str | None) -> None:
+        if stand_in is not None:
+            write_stand_in(self._file, stand_in, self._paths[0], threads=self._n_threads)
+            with open_gguf(self._paths[0]) as copied:
+                self._places = {t.name: t for t in copied.tensors}
+            return
+        require_disk_space(self._paths[0].parent, self._file.n_bytes, error=EngineError)
+        self._places = {t.name: t for t in self._file.tensors}
         for original, copy in zip(self._file.paths, self._paths, strict=True):
             try:
                 shutil.copyfile(original, copy)
@@ -82,11 +99,19 @@ class PatchedModel:
             self.put(tensor, None)
 
     def put(self, tensor: TensorInfo, data: NDArray[np.uint8] | None) -> None:
-        """Make `data` the tensor's bytes from now on; None gives it back the original's."""
+        """Make `data` the tensor's bytes from now on; None gives it back the original's.
+
+        data is in the format that the copy has the tensor in (stored_as).
+        """
+        place = self._places[tensor.name]
         if data is None:
-            data = self._file.read_rows(tensor, 0, tensor.n_rows)
-        place = self._maps[tensor.shard][tensor.offset : tensor.offset + tensor.n_bytes]
-        place[:] = data.reshape(-1)
+            data = stored_rows(self._file, tensor, place.type_name, threads=self._n_threads)
+        whole = self._maps[place.shard][place.offset : place.offset + place.n_bytes]
+        whole[:] = data.reshape(-1)
+
+    def stored_as(self, name: str) -> str:
+        """Return the format that the copy has the tensor in."""
+        return self._places[name].type_name
 
     def logits(self, ids: TokenIds) -> Logits:
         """Return a copy of the logits (tokens, vocabulary) of a sequence."""

@@ -44,6 +44,7 @@ class PatchedWeights:
             encoder=self.encoder,
             imatrix=self.imatrix,
             threads=self.threads,
+            store_as=self.probe.stored_as(name),
         )
         self.probe.put(tensor, data)
         return nmse

@@ -91,9 +91,10 @@ class Embed(FrozenModel):
 
 
 class Draw(FrozenModel):
-    """Draw sequences of these numbers (see probe_tokens); answered by Drawn for each.
+    """Draw sequences of these numbers (see tokens.py); answered by Drawn for each, and meanwhile.
 
-    name and text are those of the corpus for tokens of kind text.
+    name and text are those of the corpus for tokens of kind text. With is_tapped, tokens of kind
+    self are drawn under the tap, which then has seen all of them.
     """
 
     kind: Literal["draw"] = "draw"
@@ -104,14 +105,19 @@ class Draw(FrozenModel):
     name: str = ""
     text: str | None = None
     control_tokens: bool = False
+    is_tapped: bool = False
 
 
 class TapWeights(FrozenModel):
-    """Watch what these weights are multiplied with, for grams with XᵀX; answered by Tapped."""
+    """Watch what these weights are multiplied with, for grams with XᵀX; answered by Tapped.
+
+    head is the weight that makes the logits: Observe does not compute it again.
+    """
 
     kind: Literal["tap"] = "tap"
     names: tuple[str, ...]
     grams: tuple[str, ...] = ()
+    head: str | None = None
 
 
 class Observe(FrozenModel):
@@ -227,11 +233,15 @@ class Embedded(FrozenModel):
 
 
 class Drawn(FrozenModel):
-    """A sequence that was drawn."""
+    """Tokens that were drawn since the answer before, in so many seconds.
+
+    ids is a sequence that is complete: the last answers to a Draw, one for each number, in order.
+    """
 
     kind: Literal["drawn"] = "drawn"
-    ids: str
+    n_tokens: int
     seconds: float
+    ids: str | None = None
 
 
 class Generated(FrozenModel):

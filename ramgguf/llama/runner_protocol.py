@@ -13,7 +13,7 @@ from ramgguf.quants.imatrix import ImportanceSource
 
 
 class OpenRunner(FrozenModel):
-    """Load a copy of the model, made in `folder`; answered by RunnerOpened."""
+    """Load a copy of the model, or a stand-in, made in `folder`; answered by RunnerOpened."""
 
     kind: Literal["open"] = "open"
     path: str
@@ -22,6 +22,7 @@ class OpenRunner(FrozenModel):
     encoder: str
     imatrix: ImportanceSource | None = None
     folder: str | None = None
+    stand_in: str | None = None
 
 
 class AboutRunner(FrozenModel):

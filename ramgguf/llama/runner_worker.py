@@ -68,6 +68,7 @@ class RunnerSession:
                     threads=request.n_threads,
                     encoder=request.encoder,
                     imatrix=planned_imatrix(request.imatrix),
+                    stand_in=request.stand_in,
                 )
             )
         return _about(self._runner)

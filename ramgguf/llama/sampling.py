@@ -1,30 +1,51 @@
-"""Several sequences drawn from a model side by side: its weights are read once for all of them."""
+"""Many sequences drawn from a model side by side: its weights are read once for all of them.
 
-from collections.abc import Sequence
+A step decodes one token of each sequence. With 64 of them it costs about as much as a prompt of 64
+tokens, and drawing runs at nearly the speed of prompts.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from ramgguf.core.errors import EngineError
-from ramgguf.llama.model import LlamaModel, draw, view
+from ramgguf.core.errors import BudgetError, EngineError
+from ramgguf.core.machine import available_memory
+from ramgguf.llama.breakdown import memory_breakdown
+from ramgguf.llama.capture import Tap
+from ramgguf.llama.model import LlamaModel, Logits, view
 from ramgguf.llama.protocol import TokenIds
 
 _CONTEXT_STEP = 256  # llama.cpp rounds a sequence's context up to a multiple of it
+_BLOCK = 512  # tokens of the vocabulary whose probabilities are added up first
+_SAMPLED_BYTES = 16 << 20  # of probabilities that are worked on at a time
 
 
 def draw_together(
-    model: LlamaModel, firsts: Sequence[int], n_tokens: int, rngs: Sequence[np.random.Generator]
+    model: LlamaModel,
+    firsts: Sequence[int],
+    n_tokens: int,
+    rngs: Sequence[np.random.Generator],
+    *,
+    tap: Tap | None = None,
+    on_step: Callable[[], None] = lambda: None,
 ) -> list[TokenIds]:
     """Return n_tokens after each first token, drawn from the model itself at temperature 1.
 
     The same arguments give the same tokens on the same machine, build and thread count. Drawn
     alone (LlamaModel.sample) or with others, a sequence has the same distribution, but not the
     same tokens: kernels for one column and for several round activations differently.
-    A context for all sequences is made for it and freed. Raises EngineError when that fails.
+
+    A tap sees the inputs of the weights meanwhile, those at the last token drawn included; on_step
+    is called after each decode. A context for all sequences is made for it and freed. Raises
+    EngineError when that fails.
     """
     n = len(firsts)
     llama, batch = model.llama, None
-    context = _context(model, n, n_tokens)
+    n_steps = n_tokens if tap is None else n_tokens + 1
+    context = _context(model, n, n_steps, tap)
     try:
         batch = llama.llama_batch_init(n, 0, 1)
         batch.n_tokens = n
@@ -34,18 +55,22 @@ def draw_together(
         for i in range(n):
             batch.seq_id[i][0] = i
         drawn = np.empty((n, n_tokens), np.int32)
+        uniforms = np.stack([rng.random(n_tokens) for rng in rngs])
         tokens[:] = firsts
-        for position in range(n_tokens):
+        for position in range(n_steps):
             positions[:] = position
             if code := llama.llama_decode(context, batch):
                 raise EngineError(f"{model.path}: llama_decode failed with code {code}")
-            pointer = llama.llama_get_logits(context)
+            pointer = llama.llama_get_logits(context)  # waits for the computation's end
+            if tap is not None:
+                tap.check()
             if not pointer:
                 raise EngineError(f"{model.path}: it gives no logits; is it a language model?")
-            logits = np.ctypeslib.as_array(pointer, shape=(n, model.vocab.n_tokens))
-            for i, rng in enumerate(rngs):
-                drawn[i, position] = draw(logits[i], rng, 1.0)
-            tokens[:] = drawn[:, position]
+            if position < n_tokens:
+                logits = np.ctypeslib.as_array(pointer, shape=(n, model.vocab.n_tokens))
+                drawn[:, position] = sampled(logits, uniforms[:, position])
+                tokens[:] = drawn[:, position]
+            on_step()
         return list(drawn)
     finally:
         if batch is not None:
@@ -53,7 +78,86 @@ def draw_together(
         llama.llama_free(context)
 
 
-def _context(model: LlamaModel, n_sequences: int, n_tokens: int) -> Any:
+def sampled(logits: Logits, uniforms: npt.NDArray[np.float64]) -> TokenIds:
+    """Return a token for each row of logits (n, n_vocab), drawn from its softmax.
+
+    The token is where the cumulative probability passes the row's uniform number in [0, 1).
+    Probabilities are float32, their sums over blocks of the vocabulary float64. Raises EngineError
+    when logits are NaN or infinite.
+    """
+    n, n_vocab = logits.shape
+    at_a_time = max(1, _SAMPLED_BYTES // (4 * n_vocab))
+    found = np.empty(n, np.int32)
+    for start in range(0, n, at_a_time):
+        rows = slice(start, start + at_a_time)
+        found[rows] = _sampled(logits[rows], uniforms[rows])
+    return found
+
+
+def _sampled(logits: Logits, uniforms: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
+    n, n_vocab = logits.shape
+    n_blocks = -(-n_vocab // _BLOCK)
+    shares = np.zeros((n, n_blocks * _BLOCK), np.float32)
+    inside = shares[:, :n_vocab]
+    with np.errstate(invalid="ignore"):  # infinite logits; the sum shows them
+        np.subtract(logits, logits.max(axis=1, keepdims=True), out=inside)
+    np.exp(inside, out=inside)
+    blocks = shares.reshape(n, n_blocks, _BLOCK)
+    cumulative = blocks.sum(axis=2).cumsum(axis=1, dtype=np.float64)
+    if not np.isfinite(cumulative[:, -1]).all():
+        raise EngineError("nothing can be drawn: logits are NaN or infinite")
+    wanted = uniforms * cumulative[:, -1]
+    block = _passed(cumulative, wanted)
+    every = np.arange(n)
+    before = np.where(block > 0, cumulative[every, block - 1], 0.0)
+    chosen = blocks[every, block]
+    return block * _BLOCK + _passed(chosen.cumsum(axis=1, dtype=np.float64), wanted - before)
+
+
+def _passed(
+    cumulative: npt.NDArray[np.float64], wanted: npt.NDArray[np.float64]
+) -> npt.NDArray[np.int64]:
+    """Return where each row of sums first exceeds its number.
+
+    Where rounding lets none exceed it, that is the last place at which the sum still grows: no
+    token of probability 0 is drawn.
+    """
+    passed = (cumulative <= wanted[:, None]).sum(axis=1)
+    last = (cumulative < cumulative[:, -1:]).sum(axis=1)
+    found: npt.NDArray[np.int64] = np.minimum(passed, last)
+    return found
+
+
+def most_together(model: LlamaModel, n_tokens: int, most: int) -> int:
+    """Return how many sequences of n_tokens the model draws side by side: at most `most`.
+
+    What they take, key-value cache and logits, is held to half of the memory that is left beside
+    the weights (a quarter of all that is available, where the weights leave less). A number below
+    `most` is a power of two, so that it seldom differs between two runs.
+    """
+    try:
+        available = available_memory().n_bytes
+    except BudgetError:  # a system that does not tell
+        return most
+    left = max(available - model.llama.llama_model_size(model.handle), available // 2) // 2
+    fits = left // max(1, _bytes_each(model, n_tokens))
+    return most if fits >= most else 1 << (max(1, fits).bit_length() - 1)
+
+
+def _bytes_each(model: LlamaModel, n_tokens: int) -> int:
+    """Return what a further sequence takes: its cache, its logits twice, its probabilities."""
+    n_bytes = 3 * 4 * model.vocab.n_tokens
+    with suppress(EngineError):
+        context = _context(model, 1, n_tokens)
+        try:
+            found = memory_breakdown(model.llama, context) or ()
+            n_bytes += sum(part.cache for part in found)
+        finally:
+            model.llama.llama_free(context)
+    return n_bytes
+
+
+def _context(model: LlamaModel, n_sequences: int, n_tokens: int, tap: Tap | None = None) -> Any:
     """Return a context with room for each sequence."""
     llama = model.llama
     parameters = llama.llama_context_default_params()
@@ -61,6 +165,8 @@ def _context(model: LlamaModel, n_sequences: int, n_tokens: int) -> Any:
     parameters.n_seq_max = n_sequences
     parameters.n_batch = parameters.n_ubatch = parameters.n_outputs_max = n_sequences
     parameters.n_threads = parameters.n_threads_batch = model.n_threads
+    if tap is not None:
+        parameters.cb_eval = tap.callback  # the tap outlives the context
     context = llama.llama_init_from_model(model.handle, parameters)
     if not context:
         raise EngineError(

@@ -1,7 +1,8 @@
 """The tokens with which a model's sensitivity is measured: its own, random ones, or a text's."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -9,21 +10,23 @@ import numpy as np
 from ramgguf.core.corpus import Corpus, default_corpus, text_file
 from ramgguf.core.errors import EngineError
 from ramgguf.core.values import TokenKind
+from ramgguf.llama.capture import Tap
 from ramgguf.llama.model import LlamaModel
 from ramgguf.llama.protocol import Draw, TokenIds
-from ramgguf.llama.sampling import draw_together
+from ramgguf.llama.sampling import draw_together, most_together
 from ramgguf.quants.encoders import EncoderName
 from ramgguf.quants.imatrix import Imatrix
 
 N_CTX = 512
-TOGETHER = 8  # sequences that a model draws side by side
+TOGETHER = 64  # sequences that a model draws side by side, where the memory allows
 
 
 @dataclass(frozen=True)
 class TokenRequest:
     """What is wanted. n_sequences None lets the time decide; corpus is for tokens of kind text.
 
-    imatrix weighs the encoder's errors, as it will those of the quantized model.
+    imatrix weighs the encoder's errors, as it will those of the quantized model. stand_in is the
+    format of the stand-in that passes run on, None for the model itself.
     """
 
     encoder: EncoderName
@@ -34,6 +37,7 @@ class TokenRequest:
     seed: int = 0
     seconds: float = 1200.0
     imatrix: Imatrix | None = None
+    stand_in: str | None = None
 
 
 def parse_tokens(text: str) -> tuple[TokenKind, Corpus | None]:
@@ -66,10 +70,17 @@ def wanted_by(message: Draw) -> TokenRequest:
     )
 
 
-def batches(indices: Iterable[int]) -> list[tuple[int, ...]]:
-    """Return the numbers of sequences in the batches in which they are drawn, wherever that is."""
+def batches(indices: Iterable[int], most: int = TOGETHER) -> list[tuple[int, ...]]:
+    """Return the numbers of sequences in the batches in which they are drawn, wherever that is.
+
+    There are as few batches as batches of at most `most` can be, all of about one size.
+    """
     numbers = tuple(indices)
-    return [numbers[i : i + TOGETHER] for i in range(0, len(numbers), TOGETHER)]
+    if not numbers:
+        return []
+    n_batches = -(-len(numbers) // most)
+    ends = [len(numbers) * i // n_batches for i in range(n_batches + 1)]
+    return [numbers[start:end] for start, end in pairwise(ends)]
 
 
 def draw_sequences(
@@ -77,14 +88,40 @@ def draw_sequences(
 ) -> tuple[TokenIds, ...]:
     """Return the sequences of these numbers: request.n_ctx token ids each, told by seed and number.
 
-    The model's own are drawn side by side, in batches, and depend on their batch. Raises
-    EngineError when a text is too short, or missing.
+    The model's own are drawn side by side, in batches, and depend on their batch, and so on the
+    memory where there is too little for TOGETHER. Raises EngineError when a text is too short, or
+    missing.
     """
-    return tuple(ids for batch in batches(indices) for ids in _draw_batch(model, request, batch))
+    return tuple(ids for batch in drawn_together(model, request, indices) for ids in batch)
+
+
+def drawn_together(
+    model: LlamaModel,
+    request: TokenRequest,
+    indices: Iterable[int],
+    *,
+    tap: Tap | None = None,
+    on_step: Callable[[int], None] = lambda _: None,
+) -> Iterator[list[TokenIds]]:
+    """Yield the sequences as draw_sequences does, batch by batch.
+
+    A tap sees what the weights meet meanwhile: only for tokens of kind self, which are decoded.
+    on_step gets the number of tokens that a step of the model drew.
+    """
+    numbers = tuple(indices)
+    most = TOGETHER
+    if request.tokens == "self" and len(numbers) > 1:
+        most = most_together(model, request.n_ctx, TOGETHER)
+    for batch in batches(numbers, most):
+        yield list(_draw_batch(model, request, batch, tap, on_step))
 
 
 def _draw_batch(
-    model: LlamaModel, request: TokenRequest, batch: Sequence[int]
+    model: LlamaModel,
+    request: TokenRequest,
+    batch: Sequence[int],
+    tap: Tap | None,
+    on_step: Callable[[int], None],
 ) -> Iterator[TokenIds]:
     bos, n_vocab, length = model.vocab.info.bos, model.vocab.n_tokens, request.n_ctx - 1
     rngs = [np.random.default_rng([request.seed, index]) for index in batch]
@@ -94,10 +131,12 @@ def _draw_batch(
         rest = [rng.integers(n_vocab, size=length, dtype=np.int32) for rng in rngs]
     elif request.tokens == "text":
         rest = _text_tokens(model, request, batch, rngs)
-    elif len(batch) == 1:
+    elif len(batch) == 1 and tap is None:
         rest = [model.sample(firsts, length, rngs[0])]
     else:
-        rest = draw_together(model, firsts, length, rngs)
+        rest = draw_together(
+            model, firsts, length, rngs, tap=tap, on_step=lambda: on_step(len(batch))
+        )
     for first, ids in zip(firsts, rest, strict=True):
         yield np.concatenate([np.array([first], np.int32), ids])
 

@@ -24,6 +24,7 @@ from ramgguf.gguf.reader import GGUFFile, open_gguf
 _GRAM = ".gram"
 _KEPT = 4  # Hessians in memory: threads work on neighbouring tensors
 MODEL_SAMPLE_KEY = "ramgguf.model_sample_sha256"  # of matrices, too
+STAND_IN_KEY = "ramgguf.stand_in"  # of matrices, too
 _WEIGHTS, _OWNERS, _N_TOKENS = "hessian.weights", "hessian.owners", "hessian.token_count"
 
 _ASYMMETRY = 1e-4  # of the largest element: what rounding leaves
@@ -189,11 +190,13 @@ def new_hessians(
     n_tokens: int,
     *,
     model_sample: str | None = None,
+    stand_in: str | None = None,
     force: bool,
 ) -> ArrayFile:
     """Return a new file with room for the gram of every owner; sizes are the owners' columns.
 
-    model_sample is the sample_sha256 of the model, to which they are then bound.
+    model_sample is the sample_sha256 of the model, to which they are then bound; stand_in the
+    format of the stand-in that met the tokens.
     """
     keys: Keys = {
         "general.type": string("hessian"),
@@ -201,6 +204,7 @@ def new_hessians(
         _OWNERS: tuple(owners.values()),
         _N_TOKENS: u32(n_tokens),
         **({} if model_sample is None else {MODEL_SAMPLE_KEY: string(model_sample)}),
+        **({} if stand_in is None else {STAND_IN_KEY: string(stand_in)}),
     }
     shapes = {owner + _GRAM: (n, n) for owner, n in sizes.items()}
     return ArrayFile(path, keys, shapes, force=force, error=ImatrixError)

@@ -27,7 +27,7 @@ from ramgguf.gguf.arrays import ArrayFile, Keys
 from ramgguf.gguf.header import Value, string, u32
 from ramgguf.gguf.reader import GGUFFile, open_gguf
 from ramgguf.quants.encoders import DEFAULT_ENCODER, ENCODERS
-from ramgguf.quants.hessian import MODEL_SAMPLE_KEY, Hessians, load_hessians
+from ramgguf.quants.hessian import MODEL_SAMPLE_KEY, STAND_IN_KEY, Hessians, load_hessians
 
 
 class ImportanceSource(FrozenModel):
@@ -379,11 +379,13 @@ def write_imatrix(
     n_chunks: int,
     chunk_size: int,
     model_sample: str | None = None,
+    stand_in: str | None = None,
     force: bool,
 ) -> None:
     """Write the matrix; names are stored in order, weights that met nothing are left out.
 
-    model_sample is the sample_sha256 of the model, to which the matrix is then bound.
+    model_sample is the sample_sha256 of the model, to which the matrix is then bound; stand_in the
+    format of the stand-in that met the tokens.
 
     Raises ImatrixError when nothing was met, a sum is not finite or the file cannot be written.
     """
@@ -405,6 +407,7 @@ def write_imatrix(
         "imatrix.chunk_count": u32(n_chunks),
         "imatrix.chunk_size": u32(chunk_size),
         **({} if model_sample is None else {MODEL_SAMPLE_KEY: string(model_sample)}),
+        **({} if stand_in is None else {STAND_IN_KEY: string(stand_in)}),
     }
     shapes = {name: array.shape for name, array in arrays.items()}
     with ArrayFile(path, keys, shapes, force=force, error=ImatrixError) as file:

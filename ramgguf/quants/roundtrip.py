@@ -27,26 +27,37 @@ def simulated(
     encoder: str,
     imatrix: Imatrix | None = None,
     threads: int = 1,
+    store_as: str | None = None,
 ) -> tuple[Rows, float]:
     """Return the tensor quantized to a format and decoded again, and the NMSE of that.
 
-    The rows, uint8 (n_rows, row_bytes), are of the source's type, one of SOURCES. The NMSE is
-    weighed by the tensor's importance, where the matrix has some. Raises ImatrixError when that is
-    for another shape.
+    The rows, uint8 (n_rows, bytes), are of the source's type, one of SOURCES, or encoded once more
+    (RTN) in the format store_as, that of a stand-in; the NMSE is then against the source as that
+    stores it. It is weighed by the tensor's importance, where the matrix has some. Raises
+    ImatrixError when that is for another shape.
     """
     scale = ErrorWeights.of(tensor, imatrix)
-    out = np.empty((tensor.n_rows, tensor.row_bytes), np.uint8)
+    kept = store_as or tensor.type_name
+    out = np.empty((tensor.n_rows, formats.row_bytes(kept, tensor.row_length)), np.uint8)
 
     def convert(chunk: Chunk) -> _core.RowStats:
         rows = file.read_rows(tensor, chunk.start, chunk.stop)
         blocks = scale.encode(to, tensor.type_name, rows, chunk.start, tensor.row_length, encoder)
-        out[chunk.start : chunk.stop] = _decoded(blocks, to, tensor)
-        after = out[chunk.start : chunk.stop]
-        return scale.compare(tensor.type_name, rows, tensor.type_name, after, chunk.start)
+        decoded = _decoded(blocks, to, tensor)
+        out[chunk.start : chunk.stop] = after = stored(tensor, decoded, kept)
+        return scale.compare(kept, stored(tensor, rows, kept), kept, after, chunk.start)
 
     stats = _core.RowStats.merged(list(map_chunks(convert, runs([tensor]), threads)))
     squares = scale.squares(stats)
     return out, scale.error(stats.errors[0]) / squares if squares else 0.0
+
+
+def stored(tensor: TensorInfo, rows: Rows, to: str) -> Rows:
+    """Return rows of the tensor, uint8 (rows, bytes), as a stand-in in the format `to` has them."""
+    if to == tensor.type_name:
+        return rows
+    plain = ErrorWeights(None, tensor.n_rows)
+    return plain.encode(to, tensor.type_name, rows, 0, tensor.row_length, "rtn")
 
 
 def _decoded(blocks: Rows, name: str, tensor: TensorInfo) -> Rows:

@@ -14,6 +14,8 @@ def print_calibration(found: Calibration, out: Console) -> None:
         f"{found.n_tokens} tokens, in {format_seconds(found.seconds)} ({rate:,.0f} tokens/s)",
         soft_wrap=True,
     )
+    if found.stand_in:
+        out.print(f"a stand-in in {found.stand_in} met the tokens, not the model itself")
     if found.n_unused:
         out.print(f"{found.n_unused} experts saw no token; they get the mean of the others")
     if found.missed:
@@ -38,5 +40,6 @@ def summary(found: Calibration) -> dict[str, object]:
         "missed": list(found.missed),
         "hessian": str(hessian) if hessian else None,
         "n_grams": found.n_grams,
+        "stand_in": found.stand_in,
         "seconds": found.seconds,
     }

@@ -16,9 +16,10 @@ from ramgguf.core.errors import EngineError, PlanError
 from ramgguf.core.progress import Progress, Silent
 from ramgguf.core.units import format_seconds
 from ramgguf.core.version import __version__
-from ramgguf.gguf.architecture import layer_of, never_quantized, role_of
+from ramgguf.gguf.architecture import HEAD, TOKEN_EMBEDDING, layer_of, never_quantized, role_of
+from ramgguf.gguf.hub import local_path
 from ramgguf.gguf.identity import Source, difference
-from ramgguf.gguf.reader import GGUFFile, TensorInfo
+from ramgguf.gguf.reader import GGUFFile, TensorInfo, open_gguf
 from ramgguf.llama.forward import ForwardRequest, ForwardResult, ForwardRunner
 from ramgguf.llama.token_statistics import standard_error
 from ramgguf.llama.tokens import N_CTX, TokenRequest, parse_tokens
@@ -27,6 +28,7 @@ from ramgguf.quants.coverage import coverage_notes
 from ramgguf.quants.encoders import EncoderName
 from ramgguf.quants.imatrix import ImportanceSource, load_importance
 from ramgguf.quants.roundtrip import SOURCES
+from ramgguf.quants.stand_in import FINE, StandIn, chosen_stand_in
 from ramgguf.sensitivity.impute import Member, impute
 from ramgguf.sensitivity.journal import Journal, Settings
 from ramgguf.sensitivity.result import ProbeTokens, Reading, Sensitivity
@@ -91,6 +93,7 @@ def measure_alpha(
             imatrix=settings.imatrix,
             engine=passes.build,
             cpus=passes.cpus,
+            stand_in=settings.stand_in,
             tokens=settings.tokens,
             tensors=impute(members, readings),
             seconds=timer.spent,
@@ -214,6 +217,7 @@ def _settle(
         source=Source.of(file),
         encoder=request.encoder,
         imatrix=request.imatrix.source if request.imatrix else None,
+        stand_in=request.stand_in,
         tokens=ProbeTokens(
             kind=request.tokens,
             n_sequences=n_sequences,
@@ -229,6 +233,12 @@ def _settle(
         notes=tuple(notes),
         costs=costs,
     )
+
+
+def _reference_bytes(file: GGUFFile, n_sequences: int, n_ctx: int) -> int:
+    """Return the bytes of the unchanged model's logits, which are kept."""
+    rows = [t.n_rows for t in file.tensors if t.name in (TOKEN_EMBEDDING, HEAD)]
+    return min(MAX_REFERENCE_BYTES, 4 * n_sequences * n_ctx * max(rows, default=0))
 
 
 def _strided(file: GGUFFile, tensors: Sequence[TensorInfo], stride: int) -> tuple[TensorInfo, ...]:
@@ -264,7 +274,7 @@ def _check_resumed(settings: Settings, file: GGUFFile, request: TokenRequest, pa
     """Raise PlanError when the journal is of another model, encoder or choice of tokens."""
     same = (
         difference(file, settings.source) is None
-        and settings.encoder == request.encoder
+        and (settings.encoder, settings.stand_in) == (request.encoder, request.stand_in)
         and _sha(settings.imatrix) == _sha(request.imatrix.source if request.imatrix else None)
         and (settings.tokens.kind, settings.tokens.seed) == (request.tokens, request.seed)
         and request.n_sequences in (None, settings.tokens.n_sequences)
@@ -272,7 +282,7 @@ def _check_resumed(settings: Settings, file: GGUFFile, request: TokenRequest, pa
     )
     if not same:
         raise PlanError(
-            f"{path} is of another model, encoder, imatrix or choice of tokens; "
+            f"{path} is of another model, encoder, imatrix, stand-in or choice of tokens; "
             "remove it to start anew"
         )
 
@@ -307,6 +317,7 @@ def sensitivity(
     seconds: float = DEFAULT_SECONDS,
     journal: str | Path | None = None,
     folder: str | Path | None = None,
+    stand_in: StandIn = "auto",
     threads: int | None = None,
     executor: Executor | None = None,
     progress: Progress | None = None,
@@ -321,13 +332,24 @@ def sensitivity(
     run that was killed goes on from it; folder takes a copy of the model meanwhile, by default the
     system's temporary folder. announce gets what will be done, and for how long.
 
+    stand_in is what the passes run on: none (the model), q8_0 or q6_k (a quick quantization of it),
+    or auto (the model where it fits the memory, else the largest of these that fits).
+
     With an executor, the passes run on its workers (docs/scale.md), with `threads` threads each;
-    folder is then theirs. Equal kernels and threads give equal numbers.
+    folder is then theirs, and auto the model itself. Equal kernels and threads give equal numbers.
 
     Raises GGUFError, ImatrixError, PlanError for a model or journal that does not suit,
     EngineError when llama.cpp is missing or fails.
     """
     kind, corpus = parse_tokens(tokens)
+    with open_gguf(local_path(model), kind_check=True) as file:
+        form = chosen_stand_in(
+            "none" if stand_in == "auto" and executor is not None else stand_in,
+            file,
+            beside=_reference_bytes(file, n_sequences or MAX_SEQUENCES, n_ctx),
+            allowed=FINE,
+            announce=announce,
+        )
     request = TokenRequest(
         encoder=encoder,
         tokens=kind,
@@ -337,6 +359,7 @@ def sensitivity(
         seed=seed,
         seconds=seconds,
         imatrix=load_importance(imatrix, hessian, encoder),
+        stand_in=form,
     )
     timer = Timer(seconds)
     with opened(

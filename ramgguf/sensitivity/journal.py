@@ -25,6 +25,7 @@ class Settings(FrozenModel):
     source: Source
     encoder: EncoderName
     imatrix: ImportanceSource | None = None
+    stand_in: str | None = None
     tokens: ProbeTokens
     ids: tuple[tuple[int, ...], ...]
     names: tuple[str, ...]

@@ -65,7 +65,7 @@ class Sensitivity(Document):
     """The sensitivities of all tensors that can be quantized, in the order of the file.
 
     With an importance matrix, α is per unit of the NMSE that it weighs. cpus names the CPUs that
-    computed.
+    computed, stand_in the format of the stand-in that the passes ran on.
     """
 
     KIND: ClassVar[str] = "sensitivity"
@@ -77,6 +77,7 @@ class Sensitivity(Document):
     imatrix: ImportanceSource | None = None
     engine: str
     cpus: tuple[str, ...] = ()
+    stand_in: str | None = None
     tokens: ProbeTokens
     tensors: Annotated[tuple[TensorSensitivity, ...], Field(min_length=1)]
     seconds: NonNegativeFloat = 0.0

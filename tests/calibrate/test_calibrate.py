@@ -58,6 +58,19 @@ def _taken(path: Path, ids: np.ndarray, grams: tuple[str, ...] = ()) -> Taken:
     return tap.taken
 
 
+class _CountingTap(Tap):
+    """A tap that counts how often the head is computed."""
+
+    n_heads = 0
+
+    def _called(self, pointer: int, ask: bool, user_data: object) -> bool:
+        node = ctypes.cast(pointer, ggml.TensorPointer).contents
+        head = self._head.name
+        if not ask and head and node.src[0] and node.src[0].contents.name == head.encode():
+            self.n_heads += 1
+        return super()._called(pointer, ask, user_data)
+
+
 def test_sums_of_squares_are_those_of_a_forward_pass_in_numpy(tiny: Path) -> None:
     ids = np.random.default_rng(0).integers(3, 250, size=33, dtype=np.int32)
     forward = Forward(tiny, N_HEADS, N_HEADS)
@@ -123,11 +136,25 @@ def test_every_architecture_is_calibrated_without_harm(name: str, tmp_path: Path
     ids = np.random.default_rng(4).integers(N_VOCAB, size=24, dtype=np.int32)
     with LlamaModel(path, n_ctx=64, n_threads=1) as model:
         plain = model.decode(ids).copy()
-    tap = Tap(_weights(path))
+    with open_gguf(path) as file:
+        head = "token_embd.weight" if file.has_tied_embedding else "output.weight"
+    tap, short = Tap(_weights(path)), _CountingTap(_weights(path), head=head)
     with LlamaModel(path, n_ctx=64, n_threads=1, eval_callback=tap.callback) as model:
         watched = model.decode(ids).copy()
         tap.check()
+        model.decode(ids)
+        tap.check()
     np.testing.assert_allclose(watched, plain, atol=1e-3)
+    short.skips_head = True
+    with LlamaModel(path, n_ctx=64, n_threads=1, eval_callback=short.callback) as model:
+        for _ in range(2):
+            model.decode(ids)
+            short.check()
+    assert short.n_heads == 1  # the first graph tells where the head's input is
+    assert set(short.taken.sums) == set(tap.taken.sums)
+    for weight, sums in tap.taken.sums.items():
+        np.testing.assert_array_equal(short.taken.sums[weight].squares, sums.squares)
+        np.testing.assert_array_equal(short.taken.sums[weight].counts, sums.counts)
     assert "output.weight" in tap.taken.sums or "token_embd.weight" in tap.taken.sums
     for sums in tap.taken.sums.values():
         assert np.isfinite(sums.squares).all()
@@ -238,6 +265,27 @@ def test_a_field_out_of_place_is_refused_by_name(monkeypatch: pytest.MonkeyPatch
     assert (what, found, expected) == ("ne of weight", [2, 16, 48, 96], [8, 3, 2, 1])
 
 
+def test_grams_of_short_decodes_are_those_of_a_long_one(tiny: Path) -> None:
+    """Rows are kept until there are 256: what is left is added when the sums are asked for."""
+    rng = np.random.default_rng(6)
+    ids = rng.integers(3, 250, size=600, dtype=np.int32)
+    found = []
+    for step in (1, 60, 600):
+        tap = Tap(["blk.0.attn_q.weight"], ["blk.0.attn_q.weight"])
+        tap.n_threads = 2
+        with LlamaModel(tiny, n_ctx=640, n_threads=1, eval_callback=tap.callback) as model:
+            for start in range(0, 600, step):
+                for begin, end in model.chunks(step):
+                    model.decode(ids[start + begin : start + end])
+                    tap.check()
+        found.append(tap.taken)
+    for taken in found:
+        (sums,), (gram,) = taken.sums.values(), taken.grams.values()
+        assert sums.counts.tolist() == [600]
+        np.testing.assert_allclose(np.diag(gram), sums.squares[0], rtol=1e-4)
+        np.testing.assert_allclose(gram, found[-1].grams["blk.0.attn_q.weight"], rtol=1e-3, atol=1)
+
+
 def test_an_error_in_the_callback_is_raised_after_the_decode(
     tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -280,14 +328,24 @@ def test_the_file_is_read_back_by_us_and_by_gguf(tiny: Path, tmp_path: Path) -> 
     hessians.close()
 
 
-def test_hessians_taken_in_lots_are_the_same(tiny: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("tokens", ["random", "self"])
+def test_hessians_taken_in_batches_are_the_same(tiny: Path, tmp_path: Path, tokens: str) -> None:
     paths = [tmp_path / "one.gguf", tmp_path / "batches.gguf"]
     for path, n_bytes in zip(paths, (1 << 30, 4 * 128 * 128 + 4 * 64 * 64), strict=True):
         ramgguf.calibrate(
-            tiny, path.with_suffix(".imatrix"), n_sequences=1, n_ctx=32, hessian=path,
-            max_gram_bytes=n_bytes, threads=1,
+            tiny, path.with_suffix(".imatrix"), tokens=tokens, n_sequences=2, n_ctx=32,
+            hessian=path, max_gram_bytes=n_bytes, threads=1,
         )  # fmt: skip
-    assert paths[0].read_bytes() == paths[1].read_bytes()
+    if tokens == "random":
+        assert paths[0].read_bytes() == paths[1].read_bytes()
+    # The model's own tokens are drawn for the first batch and read for the others.
+    one, batches = ({t.name: t.data for t in GGUFReader(p).tensors} for p in paths)
+    assert set(one) == set(batches)
+    for name, gram in one.items():
+        np.testing.assert_allclose(gram, batches[name], rtol=0.02, atol=0.01 * np.abs(gram).max())
+
+
+def test_hessians_that_do_not_fit_are_refused(tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="leave that weight out"):
         ramgguf.calibrate(
             tiny, tmp_path / "x", n_sequences=1, n_ctx=32, hessian=tmp_path / "y",

@@ -121,7 +121,7 @@ def test_a_run_does_not_go_on_from_the_readings_of_a_twin(model: Path, tmp_path:
     twin = write_tiny_model(tmp_path / "twin" / "tiny.gguf", weight_type="F16", noise=0.01)
     with open_gguf(model) as a, open_gguf(twin) as b:
         assert (a.header_sha256, a.n_bytes) == (b.header_sha256, b.n_bytes)
-    with pytest.raises(PlanError, match="another model, encoder, imatrix or choice of tokens"):
+    with pytest.raises(PlanError, match="imatrix, stand-in or choice of tokens"):
         _measured(twin, tmp_path)
 
 
@@ -205,7 +205,7 @@ def test_a_killed_run_goes_on_where_it_was(
 
 def test_a_journal_of_something_else_is_refused(model: Path, tmp_path: Path) -> None:
     _measured(model, tmp_path)
-    with pytest.raises(PlanError, match="another model, encoder, imatrix or choice of tokens"):
+    with pytest.raises(PlanError, match="imatrix, stand-in or choice of tokens"):
         _measured(model, tmp_path, TokenRequest(encoder="rtn", n_sequences=2, n_ctx=64, seed=5))
     with pytest.raises(PlanError, match="choice of tokens"):
         _measured(model, tmp_path, TokenRequest(encoder="rtn", n_sequences=2, n_ctx=32))

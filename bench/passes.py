@@ -1,0 +1,322 @@
+"""Forward passes: tokens/s of drawing by sequences at a time and stand-in, capture, and its worth.
+
+    python bench/passes.py rates models/smol768-f16.gguf
+    python bench/passes.py capture models/smol768-f16.gguf
+    python bench/passes.py quality models/smol768-f16.gguf --sizes 3.5bpw 4.5bpw
+
+rates: the first steps of drawing, 8, 64 or 128 sequences at a time, on the model and its stand-ins.
+capture: the same few tokens drawn and captured as one pass (64 at a time, XᵀX from 256 rows up),
+and in two passes (8 at a time, a draw in Python for each, XᵀX after each chunk, the head computed).
+quality: files of equal bytes made with importance matrices from the model and from its stand-ins;
+their mean KLD on WikiText-2, resampled together.
+
+Variants take turns, --rounds times. With --threads 1, seconds are CPU time of the process, which
+other work on the machine changes little; with more, threads wait for each other by spinning, and
+seconds are those of the clock. Appends a line per variant to bench/results/passes.jsonl.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+import ramgguf
+from provenance import provenance
+from ramgguf.core.parallel import default_threads
+from ramgguf.gguf.architecture import HEAD, TOKEN_EMBEDDING, is_multiplied
+from ramgguf.gguf.reader import open_gguf
+from ramgguf.llama import sampling
+from ramgguf.llama.capture import Tap
+from ramgguf.llama.model import LlamaModel, draw
+from ramgguf.llama.protocol import TokenIds
+from ramgguf.llama.sampling import draw_together
+from ramgguf.quants.stand_in import StandIn, write_stand_in
+from scores import kld_ratio, scores
+
+RESULTS = Path(__file__).parent / "results" / "passes.jsonl"
+TOGETHER = (8, 64, 128)
+N_STEPS = {8: 6, 64: 4, 128: 3}  # timed steps: about as long for each
+FIRST = 300  # a token to begin with; what is drawn after it depends on the generator alone
+BEFORE = 8  # sequences that were drawn at a time before
+
+
+@contextmanager
+def source(model: Path, stand_in: StandIn, threads: int) -> Iterator[tuple[Path, float]]:
+    """Yield the file that passes run on, and the seconds that writing it took."""
+    with tempfile.TemporaryDirectory() as folder:
+        if stand_in == "none":
+            yield model, 0.0
+            return
+        start = time.perf_counter()
+        with open_gguf(model) as file:
+            path = write_stand_in(file, stand_in.upper(), Path(folder) / "s.gguf", threads=threads)
+        yield path, time.perf_counter() - start
+
+
+def rates(arguments: argparse.Namespace) -> list[dict[str, object]]:
+    """Return tokens/s of drawing for every stand-in and number of sequences at a time."""
+    found: dict[tuple[StandIn, int], list[float]] = {}
+    written: dict[StandIn, float] = {}
+    for _ in range(arguments.rounds):
+        for stand_in in arguments.stand_ins:
+            with (
+                source(arguments.model, stand_in, arguments.threads) as (path, seconds),
+                LlamaModel(
+                    path, n_ctx=512, n_threads=arguments.threads, safe_kernels=True
+                ) as model,
+            ):
+                written[stand_in] = seconds
+                for n in arguments.together:
+                    found.setdefault((stand_in, n), []).append(
+                        drawing_rate(model, n, arguments.clock)
+                    )
+    return [
+        {
+            "part": "rates",
+            "stand_in": stand_in,
+            "n_together": n,
+            "tokens_per_second": float(np.median(values)),
+            "all": values,
+            "write_seconds": written[stand_in],
+        }
+        for (stand_in, n), values in found.items()
+    ]
+
+
+def drawing_rate(model: LlamaModel, n: int, clock: Callable[[], float]) -> float:
+    """Return the tokens/s of drawing n sequences, its first step aside: the median of the steps."""
+    ends: list[float] = []
+    rngs = [np.random.default_rng([0, k]) for k in range(n)]
+    draw_together(
+        model,
+        [FIRST] * n,
+        1 + N_STEPS.get(n, 4),
+        rngs,
+        on_step=lambda: ends.append(clock()),
+    )
+    return n / float(np.median(np.diff(ends)))
+
+
+class TapBefore(Tap):
+    """The tap as it was: XᵀX is added with each decode, by one thread."""
+
+    def check(self) -> None:
+        super().check()
+        self._add_grams(1)
+
+
+def capture(arguments: argparse.Namespace) -> list[dict[str, object]]:
+    """Return the seconds of drawing and capturing so many tokens, in one pass and in two."""
+    n, length = arguments.sequences, arguments.tokens
+    with open_gguf(arguments.model) as file:
+        tied = file.has_tied_embedding
+        names = [
+            t.name
+            for t in file.tensors
+            if is_multiplied(t.name, t.shape, file.architecture, tied=tied)
+        ]
+        head = TOKEN_EMBEDDING if tied else HEAD
+    seconds: dict[tuple[str, bool], list[dict[str, float]]] = {}
+    owners: set[str] = set()
+    for number in range(arguments.rounds):
+        for with_grams in (False, True):
+            for way in (one_pass, two_passes):
+                if number == 0 and not owners:
+                    owners = owners_of(arguments.model, names)
+                grams = owners if with_grams else set[str]()
+                took = way(arguments, names, grams, head)
+                seconds.setdefault((way.__name__, with_grams), []).append(took)
+    return [
+        {
+            "part": "capture",
+            "way": way,
+            "with_hessians": with_grams,
+            "n_sequences": n,
+            "n_tokens": length,
+            "seconds": {key: float(np.median([took[key] for took in all_])) for key in all_[0]},
+            "all": all_,
+        }
+        for (way, with_grams), all_ in seconds.items()
+    ]
+
+
+def owners_of(path: Path, names: list[str]) -> set[str]:
+    """Return the weights under which inputs are kept."""
+    tap = Tap(names)
+    with LlamaModel(
+        path, n_ctx=64, n_threads=1, safe_kernels=True, eval_callback=tap.callback
+    ) as model:
+        model.decode(np.array([FIRST, FIRST], np.int32))
+        tap.check()
+    return set(tap.taken.owners.values())
+
+
+def one_pass(
+    arguments: argparse.Namespace, names: list[str], grams: set[str], head: str
+) -> dict[str, float]:
+    """Return the seconds of drawing under the tap."""
+    n = arguments.sequences
+    tap = Tap(names, grams, head=head)
+    tap.n_threads = arguments.threads
+    rngs = [np.random.default_rng([0, k]) for k in range(n)]
+    with LlamaModel(
+        arguments.model, n_ctx=512, n_threads=arguments.threads, safe_kernels=True
+    ) as model:
+        start = arguments.clock()
+        draw_together(model, [FIRST] * n, arguments.tokens - 1, rngs, tap=tap)
+        _ = tap.taken
+        seconds = arguments.clock() - start
+    return {"draw": seconds, "read": 0.0, "whole": seconds}
+
+
+def two_passes(
+    arguments: argparse.Namespace, names: list[str], grams: set[str], head: str
+) -> dict[str, float]:
+    """Return the seconds of drawing eight sequences at a time, then reading 512 tokens each."""
+    del head  # it is computed
+    tap, n = TapBefore(names, grams), arguments.sequences
+    with LlamaModel(
+        arguments.model,
+        n_ctx=512,
+        n_threads=arguments.threads,
+        safe_kernels=True,
+        eval_callback=tap.callback,
+    ) as model:
+        start = arguments.clock()
+        with drawn_in_python():
+            drawn = [
+                np.array([FIRST, *ids], np.int32)
+                for first in range(0, n, BEFORE)
+                for ids in draw_together(
+                    model,
+                    [FIRST] * min(BEFORE, n - first),
+                    arguments.tokens - 1,
+                    [np.random.default_rng([0, k]) for k in range(first, min(n, first + BEFORE))],
+                )
+            ]
+        between = arguments.clock()
+        together = np.concatenate(drawn)
+        for ids in np.split(together, range(512, len(together), 512)):
+            model.clear()
+            for begin, end in model.chunks(len(ids)):
+                model.decode(ids[begin:end])
+                tap.check()
+        _ = tap.taken
+        end = arguments.clock()
+    return {"draw": between - start, "read": end - between, "whole": end - start}
+
+
+@contextmanager
+def drawn_in_python() -> Iterator[None]:
+    """Draw a token of each sequence by itself, in float64, while this lasts."""
+
+    def each(logits: np.ndarray, uniforms: np.ndarray) -> TokenIds:
+        generators = (np.random.default_rng(int(2**32 * u)) for u in uniforms)
+        return np.array([draw(row, rng, 1.0) for row, rng in zip(logits, generators, strict=True)])
+
+    whole = sampling.sampled
+    sampling.sampled = each
+    try:
+        yield
+    finally:
+        sampling.sampled = whole
+
+
+def quality(arguments: argparse.Namespace) -> list[dict[str, object]]:
+    """Return the KLD of files made from each stand-in's matrix, over that of the model's own.
+
+    A second matrix from the model itself, by another seed, shows what other tokens alone change.
+    """
+    folder: Path = arguments.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    rows: list[dict[str, object]] = []
+    variants: list[tuple[StandIn, int]] = [(s, 0) for s in arguments.stand_ins] + [("none", 1)]
+    stem = arguments.model.stem
+    for stand_in, seed in variants:
+        matrix = folder / f"{stem}-{stand_in}-{seed}.imatrix"
+        if not matrix.exists():
+            ramgguf.calibrate(
+                arguments.model, matrix, n_sequences=arguments.sequences, n_ctx=arguments.tokens,
+                stand_in=stand_in, seed=seed, threads=arguments.threads,
+            )  # fmt: skip
+        measured = ramgguf.measure(
+            arguments.model, imatrix=matrix, formats=arguments.formats, threads=arguments.threads
+        )
+        for size in arguments.sizes:
+            path = matrix.with_name(f"{matrix.stem}-{size}.gguf")
+            if not path.exists():
+                ramgguf.quantize(
+                    arguments.model, size, path, measurement=measured, verify=False,
+                    threads=arguments.threads,
+                )  # fmt: skip
+    for size in arguments.sizes:
+        files = [folder / f"{stem}-{stand_in}-{seed}-{size}.gguf" for stand_in, seed in variants]
+        found = ramgguf.evaluate(
+            files, arguments.model, n_ctx=256, n_seq=arguments.windows, threads=arguments.threads
+        )
+        for (stand_in, seed), path, result in zip(variants, files, found.results, strict=True):
+            ratio = kld_ratio(result, found.results[0])
+            rows.append(
+                {
+                    "part": "quality",
+                    "stand_in": stand_in,
+                    "seed": seed,
+                    "size": size,
+                    "formats": arguments.formats,
+                    "n_bytes": path.stat().st_size,
+                    "n_tokens": arguments.sequences * arguments.tokens,
+                    "n_windows": arguments.windows,
+                    "kld": scores(result).kld,
+                    "ratio": [ratio.value, ratio.low, ratio.high],
+                }
+            )
+    return rows
+
+
+PARTS: dict[str, Callable[[argparse.Namespace], list[dict[str, object]]]] = {
+    "rates": rates,
+    "capture": capture,
+    "quality": quality,
+}
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("part", choices=PARTS)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--together", type=int, nargs="+", default=TOGETHER)
+    parser.add_argument("--stand-ins", nargs="+", default=["none", "q8_0", "q4_k"])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--sequences", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=16, help="of each sequence")
+    parser.add_argument("--sizes", nargs="+", default=["3.5bpw", "4.5bpw"])
+    parser.add_argument("--formats", nargs="+", help="to choose from in quality; default: all")
+    parser.add_argument("--windows", type=int, default=12)
+    parser.add_argument("--folder", type=Path, default=Path("passes"))
+    parser.add_argument("--threads", type=int, default=default_threads())
+    arguments = parser.parse_args()
+    arguments.clock = time.process_time if arguments.threads == 1 else time.perf_counter
+    return arguments
+
+
+def timed(arguments: argparse.Namespace) -> dict[str, object]:
+    """Return what seconds are of."""
+    return {"threads": arguments.threads, "clock": arguments.clock.__name__}
+
+
+def main() -> None:
+    arguments = parse()
+    for row in PARTS[arguments.part](arguments):
+        line = {"model": arguments.model.name, **row, **timed(arguments), **provenance()}
+        print(json.dumps(row))
+        with RESULTS.open("a") as out:
+            out.write(json.dumps(line) + "\n")
+
+
+if __name__ == "__main__":
+    main()

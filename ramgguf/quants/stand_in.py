@@ -1,0 +1,147 @@
+"""A stand-in for a model: a quick quantization of itself (RTN), on which forward passes run.
+
+What is measured by passes (tokens that the model draws, activations, sensitivities) changes little
+when the weights are rounded to 8 bits. A stand-in has half the source's bytes or fewer, so it fits
+where the source does not. Where that fits, a stand-in is no faster: with 64 tokens at a time a pass
+waits for arithmetic, of which quantized weights take more (docs/speed.md).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Literal, get_args
+
+import numpy as np
+
+from ramgguf.core.errors import BudgetError, EngineError
+from ramgguf.core.machine import Available, available_memory
+from ramgguf.core.parallel import Chunk, map_chunks, runs
+from ramgguf.core.progress import Progress, Silent
+from ramgguf.core.units import format_bytes
+from ramgguf.core.version import __version__
+from ramgguf.gguf.architecture import never_quantized
+from ramgguf.gguf.header import string, u32
+from ramgguf.gguf.layout import Layout, plan_layout
+from ramgguf.gguf.reader import GGUFFile, TensorInfo
+from ramgguf.gguf.writer import GGUFOutput
+from ramgguf.quants import formats
+from ramgguf.quants.roundtrip import SOURCES, Rows, stored
+
+StandIn = Literal["auto", "none", "q8_0", "q6_k", "q4_k"]
+STAND_INS: tuple[StandIn, ...] = get_args(StandIn)
+# Sensitivities are read by 4-bit errors, against which the stand-in's own must be small.
+FINE: tuple[StandIn, ...] = ("auto", "none", "q8_0", "q6_k")
+
+# From the largest. A tensor gets the first of its formats whose blocks divide its rows.
+_FORMATS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {"Q8_0": ("Q8_0",), "Q6_K": ("Q6_K", "Q8_0"), "Q4_K": ("Q4_K", "Q4_0")}
+)
+_BESIDE_BYTES = 512 << 20  # of contexts and graphs, and of the process itself
+
+
+def chosen_stand_in(
+    choice: StandIn,
+    file: GGUFFile,
+    *,
+    beside: int = 0,
+    allowed: Sequence[StandIn] = STAND_INS,
+    announce: Callable[[str], None] = lambda _: None,
+) -> str | None:
+    """Return the format of the stand-in that passes over the model run on; None: on the model.
+
+    auto takes the model where it fits the memory with `beside` bytes, else the largest of the
+    allowed stand-ins that fits, else the smallest: its pages are then read again for every pass.
+    announce gets what is taken for the model, and why. Raises EngineError for a choice that is
+    none, or not allowed.
+    """
+    if choice not in STAND_INS:
+        raise EngineError(f"stand-in {choice!r} is none of {', '.join(STAND_INS)}")
+    if choice == "none":
+        return None
+    if choice != "auto":
+        if choice not in allowed:
+            raise EngineError(
+                f"a stand-in in {choice.upper()} is too coarse to read sensitivities on; "
+                f"take {', '.join(allowed)}"
+            )
+        return choice.upper()
+    try:
+        available = available_memory()
+    except BudgetError:  # a system that does not tell
+        return None
+    forms = [f for f in _FORMATS if f.lower() in allowed]
+    room = available.n_bytes - beside - _BESIDE_BYTES
+    if file.n_bytes <= room:
+        return None
+    sizes = {form: stand_in_layout(file, form, Path("stand-in")).n_bytes for form in forms}
+    form = next((f for f in forms if sizes[f] <= room), forms[-1])
+    announce(_why(file, form, sizes[form], available))
+    return form
+
+
+def _why(file: GGUFFile, form: str, n_bytes: int, available: Available) -> str:
+    return (
+        f"passes run on a stand-in in {form} of {format_bytes(n_bytes)}: the model takes "
+        f"{format_bytes(file.n_bytes)}, and {format_bytes(available.n_bytes)} are available"
+    )
+
+
+def stored_type(tensor: TensorInfo, form: str) -> str:
+    """Return the format that the tensor has in a stand-in of this format."""
+    if tensor.type_name not in SOURCES or never_quantized(tensor.name, tensor.shape) is not None:
+        return tensor.type_name
+    fitting = (f for f in _FORMATS[form] if formats.suits(f, tensor.row_length))
+    return next(fitting, tensor.type_name)
+
+
+def stand_in_layout(file: GGUFFile, form: str, path: Path) -> Layout:
+    """Return where every byte of a stand-in goes: one file, whatever the source's shards."""
+    types = {t.name: stored_type(t, form) for t in file.tensors}
+    overrides = {
+        "general.file_type": u32(formats.file_type(form)),
+        "general.quantization_version": u32(formats.QUANTIZATION_VERSION),
+        "ramgguf.version": string(__version__),
+    }
+    return plan_layout(path, file, types, overrides)
+
+
+def write_stand_in(
+    file: GGUFFile, form: str, path: Path, *, threads: int, progress: Progress | None = None
+) -> Path:
+    """Write the model's stand-in of this format, and return its path.
+
+    Raises GGUFError when it does not fit the disk.
+    """
+    layout = stand_in_layout(file, form, path)
+    shown = progress or Silent()
+
+    def write(chunk: Chunk) -> int:
+        tensor = file.tensors[chunk.index]
+        rows = file.read_rows(tensor, chunk.start, chunk.stop)
+        data = stored(tensor, rows, layout.tensors[tensor.name].type_name)
+        output.write_at(tensor.name, chunk.start * data.shape[1], data)
+        return rows.nbytes
+
+    shown.start("stand-in", sum(t.n_bytes for t in file.tensors), "bytes")
+    try:
+        with GGUFOutput(layout, file, force=False) as output:
+            for n_bytes in map_chunks(write, runs(file.tensors), threads):
+                shown.advance(n_bytes)
+            return output.commit()[0]
+    finally:
+        shown.finish()
+
+
+def stored_rows(file: GGUFFile, tensor: TensorInfo, to: str, *, threads: int) -> Rows:
+    """Return all rows of a tensor as a stand-in has them in the format `to`."""
+    if to == tensor.type_name:
+        return file.read_rows(tensor, 0, tensor.n_rows)
+    out = np.empty((tensor.n_rows, formats.row_bytes(to, tensor.row_length)), np.uint8)
+
+    def encode(chunk: Chunk) -> None:
+        rows = file.read_rows(tensor, chunk.start, chunk.stop)
+        out[chunk.start : chunk.stop] = stored(tensor, rows, to)
+
+    for _ in map_chunks(encode, runs([tensor]), threads):
+        pass
+    return out

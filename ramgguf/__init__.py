@@ -53,7 +53,7 @@ __all__ = [
 _PACKAGES = {
     "calibrate": ("calibrate",),
     "deploy": ("MemoryLimit", "MemoryRequest", "check"),
-    "evaluate": ("compare", "evaluate"),
+    "evaluate": ("compare", "evaluate", "tasks", "trajectories"),
     "measure": ("measure",),
     "plan": ("ByteLimit", "SizeLimit", "curve", "diff", "explain", "follow", "plan"),
     "quantize": ("Quantized", "default_output", "perturb", "quantize"),

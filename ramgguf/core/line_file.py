@@ -27,11 +27,10 @@ class LineFile:
     def __init__(self, path: Path, *, error: type[RamggufError]) -> None:
         self.path = path
         self._error = error
-        self._fd = -1
+        self._fd, self._is_locked = -1, False
         refuse_input(path, error=error)
         try:
-            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
-            self._lock()
+            self._open()
             data = path.read_bytes()
             reading(path)  # no other output of the run may replace it
         except OSError as e:
@@ -64,15 +63,31 @@ class LineFile:
         """Close the file, which frees it for others; one without a byte is removed."""
         if self._fd >= 0:
             told = os.fstat(self._fd)
-            if told.st_size == 0 and stat.S_ISREG(told.st_mode):
+            if self._is_locked and told.st_size == 0 and stat.S_ISREG(told.st_mode):
                 with suppress(OSError):
                     self.path.unlink()
             os.close(self._fd)
-            self._fd = -1
+            self._fd, self._is_locked = -1, False
+
+    def _open(self) -> None:
+        """Open and lock the file, again where another process removed it before it was locked."""
+        while True:
+            self._fd = os.open(
+                self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666
+            )
+            self._lock()
+            try:
+                if os.path.samestat(os.fstat(self._fd), self.path.stat()):
+                    return
+            except FileNotFoundError:
+                pass
+            os.close(self._fd)
+            self._fd, self._is_locked = -1, False
 
     def _lock(self) -> None:
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._is_locked = True
         except BlockingIOError:
             raise self._error(f"{self.path}: another process is writing it") from None
         except OSError:

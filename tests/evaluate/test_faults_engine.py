@@ -235,9 +235,11 @@ def test_a_second_writer_of_one_journal_is_refused(what: str, tmp_path: Path) ->
     error = EngineError if what == "eval" else PlanError
     arguments = (model, model, output) if what == "eval" else (model, output)
     run: Callable[..., None] = run_eval if what == "eval" else run_sensitivity
-    with Journal(journal, resume=False), pytest.raises(error, match="another process is writing"):
-        run(*arguments)
-    assert journal.read_bytes() == b""
+    with Journal(journal, resume=False):
+        with pytest.raises(error, match="another process is writing"):
+            run(*arguments)
+        assert journal.read_bytes() == b""  # it is the first writer's
+    assert not journal.exists()  # who wrote nothing
 
 
 def _readings(model: Path, disk: Path) -> None:

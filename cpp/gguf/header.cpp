@@ -119,8 +119,7 @@ uint64_t data_bytes(const TensorSpan& tensor, const BlockType& type, uint64_t at
     const uint64_t n_blocks = tensor.shape[0] / type.block_weights;
     // A row is of at most INT64_MAX weights, which read_shape has seen to.
     const uint64_t most = static_cast<uint64_t>(INT64_MAX) / n_rows;
-    if (n_blocks > most / type.block_bytes ||
-        type.row_bytes > most - n_blocks * type.block_bytes) {
+    if (n_blocks > most / type.block_bytes || type.row_bytes > most - n_blocks * type.block_bytes) {
         fail(at, what + " has a size in bytes that overflows");
     }
     return n_rows * (n_blocks * type.block_bytes + type.row_bytes);

@@ -2,7 +2,6 @@
 
 import fcntl
 import os
-import stat
 from contextlib import suppress
 from pathlib import Path
 
@@ -27,7 +26,7 @@ class LineFile:
     def __init__(self, path: Path, *, error: type[RamggufError]) -> None:
         self.path = path
         self._error = error
-        self._fd, self._is_locked = -1, False
+        self._fd, self._is_ours = -1, False
         refuse_input(path, error=error)
         try:
             self._open()
@@ -60,34 +59,37 @@ class LineFile:
         self._end += n_bytes
 
     def close(self) -> None:
-        """Close the file, which frees it for others; one without a byte is removed."""
+        """Close the file, which frees it for others; one that it made and left empty is removed."""
         if self._fd >= 0:
-            told = os.fstat(self._fd)
-            if self._is_locked and told.st_size == 0 and stat.S_ISREG(told.st_mode):
+            if self._is_ours and os.fstat(self._fd).st_size == 0:
                 with suppress(OSError):
                     self.path.unlink()
             os.close(self._fd)
-            self._fd, self._is_locked = -1, False
+            self._fd, self._is_ours = -1, False
 
     def _open(self) -> None:
         """Open and lock the file, again where another process removed it before it was locked."""
+        flags = os.O_RDWR | os.O_APPEND | os.O_CLOEXEC
         while True:
-            self._fd = os.open(
-                self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666
-            )
+            try:
+                self._fd = os.open(self.path, flags | os.O_CREAT | os.O_EXCL, 0o666)
+                is_new = True
+            except FileExistsError:
+                self._fd = os.open(self.path, flags | os.O_CREAT, 0o666)
+                is_new = False
             self._lock()
             try:
                 if os.path.samestat(os.fstat(self._fd), self.path.stat()):
+                    self._is_ours = is_new
                     return
             except FileNotFoundError:
                 pass
             os.close(self._fd)
-            self._fd, self._is_locked = -1, False
+            self._fd = -1
 
     def _lock(self) -> None:
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._is_locked = True
         except BlockingIOError:
             raise self._error(f"{self.path}: another process is writing it") from None
         except OSError:

@@ -86,7 +86,9 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("prepared")
     model = write_tiny_model(folder / "m.gguf")
     whole = write_tiny_model(folder / "whole.gguf")
-    ramgguf.quantize(whole, "60%", folder / "s.gguf", min_sqnr_db=0, split_max_bytes=30_000)
+    ramgguf.quantize(
+        whole, "60%", folder / "s.gguf", min_sqnr_db=0, split_max_bytes=30_000, effort="fast"
+    )
     whole.unlink()
     weights = {"blk.0.attn_q.weight": WIDTH, "blk.0.ffn_down.weight": FEED_FORWARD}
     sums = {f"{name}.in_sum2": floats(*[1.0] * n) for name, n in weights.items()}
@@ -117,8 +119,8 @@ MORE_COMMANDS = (
     "measure {first} -o {second}",
     "recipe {first} -o {second}",
     "card {second} -o {first}",
-    "quantize {first} -b 50% --min-sqnr 0 -o q.gguf --save-plan {second}",
-    "quantize {first} -b 50% --min-sqnr 0 -o q.gguf --export-tensor-types {second}",
+    "quantize {first} -b 50% --min-sqnr 0 --effort fast -o q.gguf --save-plan {second}",
+    "quantize {first} -b 50% --min-sqnr 0 --effort fast -o q.gguf --export-tensor-types {second}",
     "measure m.gguf --imatrix i.gguf -o i.gguf",
     "quantize m.gguf -b 50% --min-sqnr 0 --imatrix i.gguf -o i.gguf",
     "quantize m.gguf -b 50% --min-sqnr 0 --imatrix i.gguf -o q.gguf --save-plan i.gguf",

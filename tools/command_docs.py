@@ -22,7 +22,7 @@ _OPTIONS = re.compile(r"(?<=^## Options\n\n).*?(?=^## )", re.MULTILINE | re.DOTA
 def commands() -> dict[str, Any]:
     """Return the commands of the command line by name."""
     group: Any = typer.main.get_command(app)
-    return dict(group.commands)
+    return {name: c for name, c in group.commands.items() if not c.hidden}
 
 
 def option_table(name: str) -> str:

@@ -31,9 +31,10 @@ def register(app: typer.Typer) -> None:
     app.command("plan", epilog="Example: ramgguf plan model.rd.json --budget 4.5bpw -o plan.json")(
         grouped(plan)
     )
-    app.command("curve", epilog="Example: ramgguf curve model.rd.json --budget 104MB --svg c.svg")(
-        grouped(curve)
-    )
+    app.command(
+        "frontier", epilog="Example: ramgguf frontier model.rd.json --budget 104MB --svg c.svg"
+    )(grouped(curve))
+    app.command("curve", hidden=True)(grouped(curve))  # what it was called at first
     app.command("explain", epilog="Example: ramgguf explain plan.json --measurement model.rd.json")(
         explain
     )

@@ -189,7 +189,7 @@ def scored(
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Choice:
     """How a candidate is made."""
 
     encoder: EncoderName = DEFAULT_ENCODER
@@ -204,7 +204,7 @@ class Recipe:
 class _Candidate:
     """A file in the scratch folder, what made it, and its score at the gate once it has one."""
 
-    recipe: Recipe
+    choice: Choice
     made: Quantized
     score: HeldOutScore | None = None
 
@@ -260,11 +260,11 @@ class _Run:
             refuse_existing(self._output, force=False, error=GGUFError)
         if not llama_installed():
             self._announce(f"effort {self._effort} is fast: {NEEDS_LLAMA}")
-            return self._once(Recipe(), self._output, split=self._split_max_bytes)
+            return self._once(Choice(), self._output, split=self._split_max_bytes)
         folder = (self._output or beside(self._model, "output")).absolute().parent
         with scratch_folder(folder, error=GGUFError) as scratch:
             self._scratch = scratch
-            best = self._candidate(Recipe())
+            best = self._candidate(Choice())
             self._write = clock() - self._start
             try:
                 best = self._improved(best)
@@ -366,7 +366,7 @@ class _Run:
 
     def _tried(self, step: Step, best: _Candidate) -> _Candidate | None:
         """Return the candidate of a step; None, and a line, where it has nothing to try."""
-        now = best.recipe
+        now = best.choice
         match step.name:
             case "importance matrix":
                 return self._candidate(replace(now, imatrix=self._matrix()))
@@ -432,8 +432,8 @@ class _Run:
         found.save(self._cache.massive_path)
         return found
 
-    def _sensitivity(self, now: Recipe, seconds: float) -> Sensitivity:
-        """Return the sensitivities under the recipe's matrix, measured now or before."""
+    def _sensitivity(self, now: Choice, seconds: float) -> Sensitivity:
+        """Return the sensitivities under the choice's matrix, measured now or before."""
         path = self._cache.sensitivity_path
         n = None if now.imatrix is None else self._schedule.n_sequences
         found = self._cache.sensitivity(n)
@@ -451,29 +451,29 @@ class _Run:
         journal.unlink(missing_ok=True)
         return found
 
-    def _candidate(self, recipe: Recipe) -> _Candidate:
-        """Write the file of a recipe into the scratch folder."""
+    def _candidate(self, choice: Choice) -> _Candidate:
+        """Write the file of a choice into the scratch folder."""
         self._n_candidates += 1
         path = self._scratch / f"candidate-{self._n_candidates}.gguf"
-        return _Candidate(recipe, self._once(recipe, path, verify=False))
+        return _Candidate(choice, self._once(choice, path, verify=False))
 
     def _once(
         self,
-        recipe: Recipe,
+        choice: Choice,
         output: Path | None,
         *,
         split: int | None = None,
         verify: bool | None = None,
     ) -> Quantized:
         options: PlanOptions = {**self._options}
-        if recipe.sensitivity is not None:
-            options["sensitivity"] = recipe.sensitivity
-        if recipe.pins:
-            options["pins"] = (*self._options.get("pins", ()), *recipe.pins)
+        if choice.sensitivity is not None:
+            options["sensitivity"] = choice.sensitivity
+        if choice.pins:
+            options["pins"] = (*self._options.get("pins", ()), *choice.pins)
         settings = QuantizeOptions(
-            encoder=recipe.encoder, imatrix=recipe.imatrix, hessian=recipe.hessian,
-            allow_requantize=self._allow_requantize, refine=recipe.refine,
-            refine_beside=self._cache.swaps if recipe.refine else None, split_max_bytes=split,
+            encoder=choice.encoder, imatrix=choice.imatrix, hessian=choice.hessian,
+            allow_requantize=self._allow_requantize, refine=choice.refine,
+            refine_beside=self._cache.swaps if choice.refine else None, split_max_bytes=split,
             force=self._force, verify=self._verify if verify is None else verify,
             threads=self._threads, progress=self._progress, announce=self._announce, plan=options,
         )  # fmt: skip

@@ -163,7 +163,7 @@ def test_an_existing_plan_is_refused_before_the_model_is_written(
 
 
 def test_every_command_explains_itself_with_an_example() -> None:
-    commands = ("quantize", "measure", "plan", "eval", "compare", "report", "curve", "explain")
+    commands = ("quantize", "measure", "plan", "eval", "compare", "report", "frontier", "explain")
     for command in (*commands, "diff", "recipe"):
         shown = run(command, "--help").stdout
         assert f"Example: ramgguf {command}" in " ".join(shown.split())

@@ -19,18 +19,19 @@ from ramgguf.quants.roundtrip import SOURCES, simulated
 PROBE_FORMATS = ("Q4_K", "Q4_0")  # the first that suits a tensor's rows
 
 
-class Laps(Silent):
-    """Progress that takes the seconds of each start … finish of a stage."""
+class _Reading(Silent):
+    """Progress that takes the seconds of reading, without loading and writing."""
 
     def __init__(self) -> None:
-        self.seconds: dict[str, list[float]] = {}
-        self._stage, self._start = "", 0.0
+        self.seconds = 0.0
+        self._start: float | None = None
 
     def start(self, stage: str, total: int, unit: str) -> None:
-        self._stage, self._start = stage, time.perf_counter()
+        self._start = time.perf_counter() if stage == "calibrate" else None
 
     def finish(self) -> None:
-        self.seconds.setdefault(self._stage, []).append(time.perf_counter() - self._start)
+        if self._start is not None:
+            self.seconds += time.perf_counter() - self._start
 
 
 def measured_costs(
@@ -38,8 +39,8 @@ def measured_costs(
 ) -> Costs:
     """Return the costs; write is what a candidate by priors took.
 
-    One sequence is read under the tap, once plain and once with the Hessians of a layer in the
-    middle, whose weights GPTQ then rounds. Raises EngineError when llama.cpp fails.
+    One sequence is read under the tap, once with the Hessians of a layer in the middle, whose
+    weights GPTQ then rounds, and once without. Raises EngineError when llama.cpp fails.
     """
     weights = [t for t in file.tensors if _is_weight(file, t)]
     layers = sorted({layer for t in weights if (layer := layer_of(t.name)) is not None})
@@ -47,13 +48,16 @@ def measured_costs(
     probed = [t for t in weights if layer_of(t.name) == middle] or weights[:1]
     pattern = "^(" + "|".join(re.escape(t.name) for t in probed) + ")$"
     imatrix, hessian = scratch / "probe.imatrix.gguf", scratch / "probe.hessian.gguf"
-    laps = Laps()
-    calibrate(
-        file.paths[0], imatrix, tokens=tokens, n_sequences=1, n_ctx=N_CTX, hessian=hessian,
-        hessian_pattern=pattern, force=True, threads=threads, progress=laps,
-    )  # fmt: skip
-    plain, *batches = laps.seconds["calibrate"]
-    grams = sum(batches) / max(1, len(batches))
+
+    def read(hessian: Path | None) -> float:
+        reading = _Reading()
+        calibrate(
+            file.paths[0], imatrix, tokens=tokens, n_sequences=1, n_ctx=N_CTX, hessian=hessian,
+            hessian_pattern=pattern, force=True, threads=threads, progress=reading,
+        )  # fmt: skip
+        return reading.seconds
+
+    with_grams, plain = read(hessian), read(None)
     hessian_bytes = hessian.stat().st_size * max(1, len(layers))
     weighed = load_importance(imatrix, hessian, "gptq")
     start, n_swept = time.perf_counter(), 0
@@ -70,8 +74,8 @@ def measured_costs(
         path.unlink(missing_ok=True)
     return Costs(
         write=write,
-        read=min(plain, grams),
-        gram=max(0.0, grams - plain) * max(1, len(layers)),
+        read=plain,
+        gram=max(0.0, with_grams - plain) * max(1, len(layers)),
         feedback=swept * sum(t.n_weights for t in weights if layer_of(t.name) is not None),
         hessian_bytes=hessian_bytes,
     )

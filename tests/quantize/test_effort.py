@@ -16,6 +16,7 @@ from ramgguf.cli.app import app
 from ramgguf.core.errors import EngineError, PlanError
 from ramgguf.core.machine import Available
 from ramgguf.evaluate.held_out import HeldOutScore, WindowScore, resamples, score_held_out
+from ramgguf.gguf.reader import open_gguf
 from ramgguf.quantize import default_effort
 from ramgguf.quantize import effort as effort_module
 from ramgguf.quantize import schedule as schedule_module
@@ -270,6 +271,19 @@ def test_what_does_not_fit_the_time_is_left_out_and_said(tiny: Path, tmp_path: P
         tiny, "45%", tmp_path / "a.gguf", effort="auto", seconds=0.01, announce=said.append
     )
     assert any("importance matrix: left out" in line for line in said)
+
+
+def test_reading_and_rounding_take_time_here(tiny: Path, tmp_path: Path) -> None:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    with open_gguf(tiny) as file:
+        found = measured_costs(file, scratch, 0.5, "mix", 1)
+    assert found.write == 0.5
+    assert found.read > 0  # or all sequences of the schedule would be free
+    assert found.gram >= 0
+    assert found.feedback > 0
+    assert found.hessian_bytes > 0
+    assert not list(scratch.iterdir())
 
 
 def test_writing_the_first_file_and_probing_count_towards_the_time(

@@ -20,7 +20,6 @@ from ramgguf.gguf.hub import beside
 from ramgguf.gguf.shards import model_stem
 from ramgguf.measure.result import Measurement
 from ramgguf.plan.result import Plan
-from ramgguf.quantize import default_effort
 from ramgguf.quants.encoders import DEFAULT_ENCODER
 from ramgguf.report.held_out import print_held_out
 from ramgguf.report.held_out import summary as score_summary
@@ -157,15 +156,8 @@ def quantize(
         "--encoder": encoder,
         "--stand-in": None if stand_in == "auto" else stand_in,
     }
-    given = [name for name, value in steps.items() if value is not None]
-    level = opt.effort(effort) or default_effort(
-        is_explicit=bool(given), has_time=limit is not None
-    )
-    if level != "fast":
-        opt.refuse_idle(given, f"--effort {level} decides by itself what it does")
-    elif limit is not None:
-        opt.refuse_idle(["--time"], "the steps of --effort fast take what they take")
-    elif stand_in != "auto" and not (calibrate or sensitivity == "measure"):
+    level = opt.effort(effort, limit, steps)
+    if stand_in != "auto" and not (calibrate or sensitivity == "measure"):
         opt.refuse_idle(["--stand-in"], "neither --calibrate nor --sensitivity measure is given")
     scores = level != "fast" if score is None else score
     chosen = opt.encoder(encoder)

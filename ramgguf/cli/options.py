@@ -1,7 +1,7 @@
 """Options that several commands share, so that each is spelled and explained once."""
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated
@@ -14,7 +14,7 @@ from ramgguf.core.errors import PlanError
 from ramgguf.core.progress import Progress, Silent
 from ramgguf.gguf.hub import local_path
 from ramgguf.plan import DEFAULT_MIN_SQNR_DB, OBJECTIVE_NAMES, PlanOptions
-from ramgguf.quantize import EFFORTS, Effort
+from ramgguf.quantize import EFFORTS, Effort, default_effort
 from ramgguf.quants.encoders import DEFAULT_ENCODER, ENCODERS, Encoder
 from ramgguf.quants.formats import expand
 from ramgguf.quants.stand_in import STAND_INS, StandIn
@@ -258,11 +258,21 @@ def stand_in(name: str) -> StandIn:
     raise typer.BadParameter(f"{name!r} is none of {', '.join(STAND_INS)}", param_hint="--stand-in")
 
 
-def effort(name: str | None) -> Effort | None:
-    """Return the effort of this name, None for none; anything else is a usage error."""
+def effort(name: str | None, time: str | float | None, steps: Mapping[str, object]) -> Effort:
+    """Return the effort of this name, or what the other options make of None.
+
+    steps are those that the user may ask for one by one, by option; not None is asked for. An
+    unknown name, and what would have no effect, are usage errors.
+    """
     if name is not None and name not in EFFORTS:
         raise typer.BadParameter(f"{name!r} is none of {', '.join(EFFORTS)}", param_hint="--effort")
-    return name
+    given = [option for option, value in steps.items() if value is not None]
+    level = name or default_effort(is_explicit=bool(given), has_time=time is not None)
+    if level != "fast":
+        refuse_idle(given, f"--effort {level} decides by itself what it does")
+    elif time is not None:
+        refuse_idle(["--time"], "the steps of --effort fast take what they take")
+    return level
 
 
 def refuse_existing(*paths: Path | None, force: bool) -> None:

@@ -21,7 +21,6 @@ from ramgguf.deploy.picking import Picked, PickRequest
 from ramgguf.deploy.picking import pick as _pick
 from ramgguf.plan import DEFAULT_MIN_SQNR_DB
 from ramgguf.plan.planning import PlanOptions
-from ramgguf.quantize import default_effort
 from ramgguf.report.frontier import curve_svg
 
 
@@ -60,18 +59,8 @@ def pick(
     """Measure, plan, write, try and score: the best file that runs in this memory, fast enough."""
     terminal = opt.Terminal.make(quiet=quiet, as_json=as_json)
     opt.refuse_existing(output, svg, force=force)
-    steps = {
-        "--sensitivity": sensitivity,
-        "--encoder": encoder,
-    }
-    given = [name for name, value in steps.items() if value is not None]
-    level = opt.effort(effort) or default_effort(
-        is_explicit=bool(given), has_time=effort_time is not None
-    )
-    if level != "fast":
-        opt.refuse_idle(given, f"--effort {level} decides by itself what it does")
-    elif effort_time is not None:
-        opt.refuse_idle(["--time"], "the steps of --effort fast take what they take")
+    steps = {"--sensitivity": sensitivity, "--encoder": encoder}
+    level = opt.effort(effort, effort_time, steps)
     trial = CheckRequest(
         ContextShape(context, 1, *parse_cache_types(cache_type)),
         limit(memory),

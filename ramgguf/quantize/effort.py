@@ -112,12 +112,11 @@ def quantize(
     """
     start = clock()
     model = local_path(model)
-    common: dict[str, Any] = {
-        "allow_requantize": allow_requantize,
-        "threads": threads,
-        "progress": progress,
-        "announce": announce,
-    }
+    settings = QuantizeOptions(
+        encoder or DEFAULT_ENCODER, imatrix, hessian, allow_requantize, refine,
+        split_max_bytes=split_max_bytes, force=force, verify=verify, threads=threads,
+        executor=executor, progress=progress, announce=announce, plan=options,
+    )  # fmt: skip
     explicit = {
         "from_plan": from_plan, "measurement": measurement, "imatrix": imatrix,
         "hessian": hessian, "refine": refine or None, "sensitivity": options.get("sensitivity"),
@@ -131,11 +130,6 @@ def quantize(
     if level == "fast":
         if seconds is not None:
             raise PlanError("effort fast takes what it takes; seconds are for auto and best")
-        settings = QuantizeOptions(
-            encoder=encoder or DEFAULT_ENCODER, imatrix=imatrix, hessian=hessian, refine=refine,
-            split_max_bytes=split_max_bytes, force=force, verify=verify, executor=executor,
-            plan=options, **common,
-        )  # fmt: skip
         made = quantize_once(
             model, budget, output, settings, from_plan=from_plan, measurement=measurement
         )
@@ -148,11 +142,9 @@ def quantize(
             raise PlanError("either a budget, memory or a plan is needed, and not both")
         # The score is part of what the time is for.
         left = seconds and seconds - (min(SCORE_SECONDS, SCORE_SHARE * seconds) if score else 0.0)
-        run = _Run(
-            model, size_limit(budget), None if output is None else Path(output), level, left,
-            split_max_bytes=split_max_bytes, force=force, verify=verify, options=options, **common,
-        )  # fmt: skip
-        made = run.made()
+        target = None if output is None else Path(output)
+        alone = replace(settings, executor=None)  # steps are measured on this machine, and run here
+        made = _Run(model, size_limit(budget), target, level, left, alone).made()
     if not score:
         return made
     for_score = SCORE_SECONDS
@@ -235,32 +227,22 @@ class _Run:
         output: Path | None,
         effort: Effort,
         seconds: float | None,
-        *,
-        split_max_bytes: int | None,
-        force: bool,
-        verify: bool,
-        options: PlanOptions,
-        allow_requantize: bool,
-        threads: int | None,
-        progress: Progress | None,
-        announce: Callable[[str], None],
+        options: QuantizeOptions,
     ) -> None:
         self._model, self._limit, self._output = model, limit, output
-        self._effort, self._seconds = effort, seconds
-        self._split_max_bytes, self._force, self._verify = split_max_bytes, force, verify
-        self._options, self._allow_requantize = options, allow_requantize
-        self._threads, self._progress = threads, progress or Silent()
-        self._announce, self._log = announce, _Log(announce)
+        self._effort, self._seconds, self._options = effort, seconds, options
+        self._threads, self._progress = options.threads, options.progress or Silent()
+        self._announce, self._log = options.announce, _Log(options.announce)
         self._start = clock()
         self._n_candidates = 0
 
     def made(self) -> Quantized:
         """Return what was made: the best candidate, under its final name."""
-        if self._output is not None and not self._force:
+        if self._output is not None and not self._options.force:
             refuse_existing(self._output, force=False, error=GGUFError)
         if not llama_installed():
             self._announce(f"effort {self._effort} is fast: {NEEDS_LLAMA}")
-            return self._once(Choice(), self._output, split=self._split_max_bytes)
+            return self._once(Choice(), self._output)
         folder = (self._output or beside(self._model, "output")).absolute().parent
         with scratch_folder(folder, error=GGUFError) as scratch:
             self._scratch = scratch
@@ -372,12 +354,12 @@ class _Run:
                 return self._candidate(replace(now, imatrix=self._matrix()))
             case "massive activations":
                 found = self._massive()
-                names = self._options.get("formats")
+                names = self._options.plan.get("formats")
                 pins = protected_formats(
                     found,
                     best.made.plan,
                     allowed=None if names is None else expand(names),
-                    pinned=self._options.get("pins", ()),
+                    pinned=self._options.plan.get("pins", ()),
                 )
                 if pins:
                     self._announce(f"first tokens depend on {', '.join(pins)}")
@@ -455,29 +437,21 @@ class _Run:
         """Write the file of a choice into the scratch folder."""
         self._n_candidates += 1
         path = self._scratch / f"candidate-{self._n_candidates}.gguf"
-        return _Candidate(choice, self._once(choice, path, verify=False))
+        return _Candidate(choice, self._once(choice, path, split_max_bytes=None, verify=False))
 
-    def _once(
-        self,
-        choice: Choice,
-        output: Path | None,
-        *,
-        split: int | None = None,
-        verify: bool | None = None,
-    ) -> Quantized:
-        options: PlanOptions = {**self._options}
+    def _once(self, choice: Choice, output: Path | None, **changed: Any) -> Quantized:
+        """Write the file of a choice, with some of the options changed."""
+        plan: PlanOptions = {**self._options.plan}
         if choice.sensitivity is not None:
-            options["sensitivity"] = choice.sensitivity
+            plan["sensitivity"] = choice.sensitivity
         if choice.pins:
-            options["pins"] = (*self._options.get("pins", ()), *choice.pins)
-        settings = QuantizeOptions(
-            encoder=choice.encoder, imatrix=choice.imatrix, hessian=choice.hessian,
-            allow_requantize=self._allow_requantize, refine=choice.refine,
-            refine_beside=self._cache.swaps if choice.refine else None, split_max_bytes=split,
-            force=self._force, verify=self._verify if verify is None else verify,
-            threads=self._threads, progress=self._progress, announce=self._announce, plan=options,
+            plan["pins"] = (*plan.get("pins", ()), *choice.pins)
+        options = replace(
+            self._options, encoder=choice.encoder, imatrix=choice.imatrix, hessian=choice.hessian,
+            refine=choice.refine, refine_beside=self._cache.swaps if choice.refine else None,
+            plan=plan, **changed,
         )  # fmt: skip
-        return quantize_once(self._model, self._limit, output, settings)
+        return quantize_once(self._model, self._limit, output, options)
 
     # --- the gate ---
 
@@ -508,16 +482,12 @@ class _Run:
         notes = tuple(f"effort {self._effort}: {line}" for line in self._log.lines)
         plan = plan.model_copy(update={"notes": (*plan.notes, *notes)})
         path = self._output or default_output(self._model, plan)
-        if self._split_max_bytes is not None:
-            settings = QuantizeOptions(
-                split_max_bytes=self._split_max_bytes, force=self._force, verify=self._verify,
-                threads=self._threads, progress=self._progress,
-            )  # fmt: skip
-            made = quantize_once(self._model, None, path, settings, from_plan=plan)
+        if self._options.split_max_bytes is not None:
+            made = quantize_once(self._model, None, path, self._options, from_plan=plan)
             made = replace(made, measurement=best.made.measurement)
         else:
-            refuse_existing(path, force=self._force, error=GGUFError)
-            worst = self._verified(best) if self._verify else None
+            refuse_existing(path, force=self._options.force, error=GGUFError)
+            worst = self._verified(best) if self._options.verify else None
             best.path.replace(path.resolve() if path.is_symlink() else path)
             made = replace(best.made, paths=(path,), worst_departure=worst)
         seconds = {"effort": clock() - self._start}

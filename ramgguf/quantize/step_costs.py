@@ -9,14 +9,12 @@ from ramgguf.calibrate import calibrate
 from ramgguf.core.errors import EngineError
 from ramgguf.core.parallel import default_threads
 from ramgguf.core.progress import Silent
-from ramgguf.gguf.architecture import layer_of, never_quantized
-from ramgguf.gguf.reader import GGUFFile, TensorInfo
+from ramgguf.gguf.architecture import layer_of
+from ramgguf.gguf.reader import GGUFFile
 from ramgguf.quantize.schedule import N_CTX, Costs
-from ramgguf.quants import formats
 from ramgguf.quants.imatrix import load_importance
-from ramgguf.quants.roundtrip import SOURCES, simulated
-
-PROBE_FORMATS = ("Q4_K", "Q4_0")  # the first that suits a tensor's rows
+from ramgguf.quants.roundtrip import simulated
+from ramgguf.sensitivity import is_probed, probe_format
 
 
 class _Reading(Silent):
@@ -42,7 +40,7 @@ def measured_costs(
     One sequence is read under the tap, once with the Hessians of a layer in the middle, whose
     weights GPTQ then rounds, and once without. Raises EngineError when llama.cpp fails.
     """
-    weights = [t for t in file.tensors if _is_weight(file, t)]
+    weights = [t for t in file.tensors if is_probed(file, t)]
     layers = sorted({layer for t in weights if (layer := layer_of(t.name)) is not None})
     middle = layers[len(layers) // 2] if layers else 0
     probed = [t for t in weights if layer_of(t.name) == middle] or weights[:1]
@@ -62,10 +60,9 @@ def measured_costs(
     weighed = load_importance(imatrix, hessian, "gptq")
     start, n_swept = time.perf_counter(), 0
     for tensor in probed:
-        form = next(f for f in PROBE_FORMATS if formats.suits(f, tensor.row_length))
         with suppress(EngineError, ValueError):
             simulated(
-                file, tensor, form, encoder="gptq", imatrix=weighed,
+                file, tensor, probe_format(tensor), encoder="gptq", imatrix=weighed,
                 threads=threads or default_threads(),
             )  # fmt: skip
             n_swept += tensor.n_weights
@@ -78,12 +75,4 @@ def measured_costs(
         gram=max(0.0, with_grams - plain) * max(1, len(layers)),
         feedback=swept * sum(t.n_weights for t in weights if layer_of(t.name) is not None),
         hessian_bytes=hessian_bytes,
-    )
-
-
-def _is_weight(file: GGUFFile, tensor: TensorInfo) -> bool:
-    return (
-        tensor.type_name in SOURCES
-        and never_quantized(tensor.name, tensor.shape, file.architecture) is None
-        and any(formats.suits(f, tensor.row_length) for f in PROBE_FORMATS)
     )

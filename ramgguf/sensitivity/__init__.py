@@ -1,6 +1,6 @@
 """Sensitivity: how much the error of each tensor changes the model's output."""
 
-from ramgguf.sensitivity.alpha import sensitivity
+from ramgguf.sensitivity.alpha import is_probed, probe_format, sensitivity
 from ramgguf.sensitivity.massive import FirstTokenReading, MassiveActivations, massive_activations
 from ramgguf.sensitivity.result import Sensitivity
 from ramgguf.sensitivity.reweighing import reweigh
@@ -9,7 +9,9 @@ __all__ = [
     "FirstTokenReading",
     "MassiveActivations",
     "Sensitivity",
+    "is_probed",
     "massive_activations",
+    "probe_format",
     "reweigh",
     "sensitivity",
 ]

@@ -1,18 +1,23 @@
 """The commands that look at what models do: trajectories (their texts), tasks (their answers)."""
 
 import json
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import typer
 
 import ramgguf as api
 from ramgguf.cli import options as opt
+from ramgguf.core.documents import Document
+from ramgguf.core.escape import to_json
 from ramgguf.evaluate import continuations as defaults
 from ramgguf.evaluate.corpora import DOMAINS
 from ramgguf.evaluate.task_items import MADE
 from ramgguf.report import tasks as task_report
 from ramgguf.report.trajectories import print_trajectories, summary, trajectories_markdown
+
+R = TypeVar("R", bound=Document)
 
 
 def register(app: typer.Typer) -> None:
@@ -90,14 +95,7 @@ def trajectories(
         progress=terminal.progress,
     ).results
     if as_json:
-        print(
-            json.dumps(
-                [{**json.loads(r.to_json()), "summary": summary(r)} for r in found],
-                indent=1,
-                ensure_ascii=False,
-                allow_nan=False,
-            )
-        )
+        _print_json(found, summary)
     elif as_markdown:
         print(trajectories_markdown(found), end="")
     else:
@@ -145,9 +143,14 @@ def tasks(
         progress=terminal.progress,
     ).results
     if as_json:
-        documents = [{**json.loads(r.to_json()), "summary": task_report.summary(r)} for r in found]
-        print(json.dumps(documents, indent=1, ensure_ascii=False, allow_nan=False))
+        _print_json(found, task_report.summary)
     elif as_markdown:
         print(task_report.tasks_markdown(found), end="")
     else:
         task_report.print_tasks(found, terminal.out)
+
+
+def _print_json(results: Iterable[R], summary: Callable[[R], dict[str, object]]) -> None:
+    """Print the results as one document, each with its figures."""
+    documents = [{**json.loads(r.to_json()), "summary": summary(r)} for r in results]
+    print(to_json(documents, indent=1))

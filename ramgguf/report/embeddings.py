@@ -65,7 +65,7 @@ def _percentage(found: Estimate) -> Estimate:
 
 
 def verdict_lines(report: EmbeddingReport) -> tuple[str, ...]:
-    """Return which model is nearest to the original, and which is told from the next one."""
+    """Return which model is nearest to the original, and whether the next differs significantly."""
     if not report.summaries:
         return ()
     if report.pairs:

@@ -123,6 +123,12 @@ def to_markdown(grid: Grid) -> str:
     return "\n".join(lines) + "\n"
 
 
+def captioned_markdown(grid: Grid, lines: Iterable[str]) -> str:
+    """Return the grid under its title, with lines that say how it was measured, each once."""
+    said = " ".join(markdown_text(line) for line in dict.fromkeys(lines))
+    return f"**{grid.title}**\n\n{to_markdown(grid)}\n{said}\n"
+
+
 def _markdown_row(cells: Iterable[str]) -> str:
     return "| " + " | ".join(markdown_text(cell) for cell in cells) + " |"
 

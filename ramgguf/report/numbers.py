@@ -51,6 +51,11 @@ def with_interval(found: Estimate, write: Callable[[float], str]) -> str:
     return f"{write(found.value)} ({low}{dash}{high})"
 
 
+def estimate_json(found: Estimate) -> dict[str, float | None]:
+    """Return an estimate as JSON values; low and high are None where no interval is claimed."""
+    return {"value": found.value, "low": found.low, "high": found.high}
+
+
 def ratio(found: Estimate) -> str:
     """Return a ratio with its interval, if one is claimed: 0.72 (0.69–0.75), 1.0060 (…)."""
     digits = 2

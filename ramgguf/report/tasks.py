@@ -1,57 +1,72 @@
 """How models answer multiple-choice tasks, for the terminal, model cards and programs."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 from rich.console import Console
 
 from ramgguf.evaluate.intervals import Estimate
 from ramgguf.evaluate.multiple_choice import Flips, TaskResult
-from ramgguf.report.grid import Column, Grid, to_markdown
-from ramgguf.report.numbers import p_value, with_interval
-from ramgguf.report.terminal import print_grid
+from ramgguf.report.grid import Field, Grid, captioned_markdown, grid_of
+from ramgguf.report.numbers import estimate_json, p_value, with_interval
+from ramgguf.report.terminal import print_captioned
 
 TITLE = "Multiple choice by log-likelihood (95 % intervals)"
 
 
+@dataclass(frozen=True)
+class _Row:
+    """What a row shows: a model's answers; task and number of items stand in a task's first."""
+
+    task: str
+    n_items: int
+    label: str
+    accuracy: Estimate
+    norm: Estimate
+    flips: Flips | None = None
+
+
 def task_grid(results: Sequence[TaskResult]) -> Grid:
     """Return a row per task and model: accuracy, and the flips against the reference."""
-    columns = (
-        Column("task", number=False),
-        Column("items", 3),
-        Column("model", number=False),
-        Column("accuracy"),
-        Column("accuracy norm", 3),
-        Column("changed answers", 1),
-        Column("lost"),
-        Column("gained"),
-        Column("p McNemar"),
-    )
-    rows = []
-    for task in (*results[0].tasks, *((None,) if len(results[0].tasks) > 1 else ())):
-        name, n = task or "all", sum(task in (None, i.task) for i in results[0].items)
-        if results[0].reference is not None:
-            r = results[0]
-            figures = (r.reference_accuracy(task), r.reference_accuracy(task, norm=True))
-            label = results[0].reference.label
-            rows.append((name, str(n), label, *map(_share, figures), "", "", "", ""))
-            name = ""
-        for r in results:
-            figures = (r.accuracy(task), r.accuracy(task, norm=True))
-            row = (r.model.label, *map(_share, figures), *_flips(r.flips(task)))
-            rows.append((name, str(n) if name else "", *row))
-            name = ""
-    return Grid(TITLE, columns, tuple(rows)).without_empty_columns()
+    fields: list[Field[_Row]] = [
+        Field("task", lambda r: r.task, number=False),
+        Field("items", lambda r: str(r.n_items) if r.task else "", 3),
+        Field("model", lambda r: r.label, number=False),
+        Field("accuracy", lambda r: _share(r.accuracy)),
+        Field("accuracy norm", lambda r: _share(r.norm), 3),
+        Field("changed answers", _of_flips(_changed), 1),
+        Field("lost", _of_flips(lambda f: str(f.n_lost))),
+        Field("gained", _of_flips(lambda f: str(f.n_gained))),
+        Field("p McNemar", _of_flips(lambda f: p_value(f.p))),
+    ]
+    first = results[0]
+    tasks = (*first.tasks, *((None,) if len(first.tasks) > 1 else ()))
+    rows = (row for task in tasks for row in _rows(results, task))
+    return grid_of(TITLE, fields, rows).without_empty_columns()
+
+
+def _rows(results: Sequence[TaskResult], task: str | None) -> Iterator[_Row]:
+    name, n = task or "all", sum(task in (None, i.task) for i in results[0].items)
+    if (reference := results[0].reference) is not None:
+        accuracy, norm = (results[0].reference_accuracy(task, norm=x) for x in (False, True))
+        yield _Row(name, n, reference.label, accuracy, norm)
+        name = ""
+    for r in results:
+        accuracy, norm = (r.accuracy(task, norm=x) for x in (False, True))
+        yield _Row(name, n, r.model.label, accuracy, norm, r.flips(task))
+        name = ""
 
 
 def _share(found: Estimate) -> str:
     return with_interval(found, lambda x: f"{100 * x:.1f} %")
 
 
-def _flips(found: Flips | None) -> tuple[str, str, str, str]:
-    if found is None:
-        return ("", "", "", "")
-    changed = f"{found.n_changed} ({100 * found.changed.value:.1f} %)"
-    return (changed, str(found.n_lost), str(found.n_gained), p_value(found.p))
+def _changed(flips: Flips) -> str:
+    return f"{flips.n_changed} ({100 * flips.changed.value:.1f} %)"
+
+
+def _of_flips(write: Callable[[Flips], str]) -> Callable[[_Row], str]:
+    return lambda row: "" if row.flips is None else write(row.flips)
 
 
 def task_line(result: TaskResult) -> str:
@@ -66,15 +81,12 @@ def task_line(result: TaskResult) -> str:
 
 def print_tasks(results: Sequence[TaskResult], console: Console) -> None:
     """Print the table and how it was measured."""
-    print_grid(console, task_grid(results))
-    for line in dict.fromkeys(task_line(r) for r in results):
-        console.print(line, soft_wrap=True)
+    print_captioned(console, task_grid(results), map(task_line, results))
 
 
 def tasks_markdown(results: Sequence[TaskResult]) -> str:
     """Return the table for a model card."""
-    lines = dict.fromkeys(task_line(r) for r in results)
-    return f"**{TITLE}**\n\n{to_markdown(task_grid(results))}\n{' '.join(lines)}\n"
+    return captioned_markdown(task_grid(results), map(task_line, results))
 
 
 def summary(result: TaskResult) -> dict[str, object]:
@@ -84,19 +96,15 @@ def summary(result: TaskResult) -> dict[str, object]:
 
 def _task(result: TaskResult, task: str | None) -> dict[str, object]:
     found: dict[str, object] = {
-        "accuracy": _values(result.accuracy(task)),
-        "accuracy_norm": _values(result.accuracy(task, norm=True)),
+        "accuracy": estimate_json(result.accuracy(task)),
+        "accuracy_norm": estimate_json(result.accuracy(task, norm=True)),
     }
     if (flips := result.flips(task)) is not None:
         found |= {
-            "reference_accuracy": _values(result.reference_accuracy(task)),
+            "reference_accuracy": estimate_json(result.reference_accuracy(task)),
             "n_changed": flips.n_changed,
             "n_lost": flips.n_lost,
             "n_gained": flips.n_gained,
             "p_mcnemar": flips.p,
         }
     return found
-
-
-def _values(found: Estimate) -> dict[str, float | None]:
-    return {"value": found.value, "low": found.low, "high": found.high}

@@ -68,3 +68,10 @@ def print_statements(console: Console, statements: Iterable[str]) -> None:
     for item in items:
         table.add_row("•", item)
     console.print(table)
+
+
+def print_captioned(console: Console, grid: Grid, lines: Iterable[str]) -> None:
+    """Print the grid, then lines that say how it was measured, each once."""
+    print_grid(console, grid)
+    for line in dict.fromkeys(lines):
+        console.print(Text(printable_lines(line)), soft_wrap=True)

@@ -1,6 +1,6 @@
 """Where continuations part from the reference's, for the terminal, model cards and pages."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from rich.console import Console
@@ -9,11 +9,12 @@ from ramgguf.core.units import format_bytes
 from ramgguf.evaluate.continuations import SHORT, TrajectoryResult
 from ramgguf.evaluate.intervals import Estimate
 from ramgguf.report import figures
-from ramgguf.report.grid import Column, Grid, to_markdown
-from ramgguf.report.numbers import with_interval
-from ramgguf.report.terminal import print_grid
+from ramgguf.report.grid import Field, Grid, captioned_markdown, grid_of
+from ramgguf.report.numbers import estimate_json, with_interval
+from ramgguf.report.terminal import print_captioned
 
 T = TypeVar("T")
+_Part = tuple[TrajectoryResult, str | None]  # a model's continuations in a domain; None: in all
 TITLE = "Greedy continuations equal to the reference's (95 % intervals)"
 
 
@@ -21,29 +22,25 @@ def trajectory_grid(results: Sequence[TrajectoryResult]) -> Grid:
     """Return a row per model and domain: the median of equal tokens, shares identical."""
     n_tokens = max(r.n_tokens for r in results)
     lengths = sorted({min(SHORT, n_tokens), n_tokens})
-    columns = (
-        Column("model", number=False),
-        Column("size", 4),
-        Column("domain", number=False),
-        Column("prompts", 3),
-        Column("median equal tokens"),
-        *(Column(f"identical after {n}") for n in lengths),
-    )
-    rows = []
-    for r in results:
-        for domain in (None, *dict.fromkeys(r.domains)):
-            n = sum(domain in (None, d) for d in r.domains)
-            rows.append(
-                (
-                    r.model.label if domain is None else "",
-                    format_bytes(r.model.n_bytes) if domain is None else "",
-                    domain or "all",
-                    str(n),
-                    _median(r.median(domain), r.n_tokens),
-                    *(_share(r.survival(n, domain)) for n in lengths),
-                )
-            )
-    return Grid(TITLE, columns, tuple(rows))
+    fields: list[Field[_Part]] = [
+        Field("model", lambda x: _once(x, x[0].model.label), number=False),
+        Field("size", lambda x: _once(x, format_bytes(x[0].model.n_bytes)), 4),
+        Field("domain", lambda x: x[1] or "all", number=False),
+        Field("prompts", lambda x: str(sum(x[1] in (None, d) for d in x[0].domains)), 3),
+        Field("median equal tokens", lambda x: _median(x[0].median(x[1]), x[0].n_tokens)),
+        *(Field(f"identical after {n}", _survival(n)) for n in lengths),
+    ]
+    parts = [(r, domain) for r in results for domain in (None, *dict.fromkeys(r.domains))]
+    return grid_of(TITLE, fields, parts)
+
+
+def _once(part: _Part, text: str) -> str:
+    """Return what stands in a model's first row only."""
+    return text if part[1] is None else ""
+
+
+def _survival(n: int) -> Callable[[_Part], str]:
+    return lambda part: _share(part[0].survival(n, part[1]))
 
 
 def _share(found: Estimate) -> str:
@@ -66,15 +63,12 @@ def trajectory_line(result: TrajectoryResult) -> str:
 
 def print_trajectories(results: Sequence[TrajectoryResult], console: Console) -> None:
     """Print the table and how it was measured."""
-    print_grid(console, trajectory_grid(results))
-    for line in dict.fromkeys(trajectory_line(r) for r in results):
-        console.print(line, soft_wrap=True)
+    print_captioned(console, trajectory_grid(results), map(trajectory_line, results))
 
 
 def trajectories_markdown(results: Sequence[TrajectoryResult]) -> str:
     """Return the table for a model card."""
-    lines = dict.fromkeys(trajectory_line(r) for r in results)
-    return f"**{TITLE}**\n\n{to_markdown(trajectory_grid(results))}\n{' '.join(lines)}\n"
+    return captioned_markdown(trajectory_grid(results), map(trajectory_line, results))
 
 
 def summary(result: TrajectoryResult) -> dict[str, object]:
@@ -83,16 +77,12 @@ def summary(result: TrajectoryResult) -> dict[str, object]:
     parts = {}
     for domain in (None, *dict.fromkeys(result.domains)):
         parts[domain or "all"] = {
-            "median_equal_tokens": _values(result.median(domain)),
-            f"identical_{short}": _values(result.survival(short, domain)),
-            f"identical_{result.n_tokens}": _values(result.survival(result.n_tokens, domain)),
+            "median_equal_tokens": estimate_json(result.median(domain)),
+            f"identical_{short}": estimate_json(result.survival(short, domain)),
+            f"identical_{result.n_tokens}": estimate_json(result.survival(result.n_tokens, domain)),
         }
-    curve = [{"tokens": n, **_values(found)} for n, found in result.curve()]
+    curve = [{"tokens": n, **estimate_json(found)} for n, found in result.curve()]
     return {"domains": parts, "survival": curve}
-
-
-def _values(found: Estimate) -> dict[str, float | None]:
-    return {"value": found.value, "low": found.low, "high": found.high}
 
 
 def survival_figure(results: Sequence[TrajectoryResult]) -> figures.Figure:

@@ -4,6 +4,7 @@ import fcntl
 import os
 from contextlib import suppress
 from pathlib import Path
+from typing import Self
 
 from ramgguf.core.errors import RamggufError
 from ramgguf.core.files import refuse_input
@@ -43,6 +44,13 @@ class LineFile:
         if data[self._end : self._end + 1] not in (b"", b"{"):  # no line of ours, cut short or not
             self.close()
             raise error(f"{path}: ends in what is no line of JSON; name another file")
+
+    @classmethod
+    def resumed(cls, path: Path, *, resume: bool, error: type[RamggufError]) -> Self:
+        """Return the file; raises `error` where it is there already and resume is False."""
+        if path.exists() and not resume:
+            raise error(f"{path} exists; add --resume to go on with it, or remove it")
+        return cls(path, error=error)
 
     def append(self, line: bytes) -> None:
         """Add a line, whole or not at all."""

@@ -15,6 +15,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from ramgguf.core.documents import Document, FrozenModel, NonNegative, NonNegativeFloat, Positive
 from ramgguf.core.errors import EngineError
+from ramgguf.core.inputs import protected, read_bytes
 from ramgguf.core.line_file import LineFile, whole_lines
 from ramgguf.core.parallel import default_threads
 from ramgguf.core.progress import Progress, Silent
@@ -25,7 +26,7 @@ from ramgguf.evaluate.intervals import Estimate, quantile_estimate, share_estima
 from ramgguf.evaluate.result import ModelFile, sha256_int32
 from ramgguf.evaluate.statistics import SequenceLosses
 from ramgguf.gguf.hub import local_path
-from ramgguf.llama.client import CrashError, Engine
+from ramgguf.llama.client import Engine, with_kernels
 from ramgguf.llama.protocol import TokenIds, pack_ids, unpack_ids
 
 N_PROMPTS, PROMPT_TOKENS, N_TOKENS, BATCH = 100, 32, 300, 16
@@ -109,6 +110,7 @@ class Trajectories:
     results: tuple[TrajectoryResult, ...]
 
 
+@protected()
 def trajectories(
     models: Sequence[str | Path],
     reference: str | Path,
@@ -136,14 +138,12 @@ def trajectories(
         raise EngineError("there is no model to compare with the reference")
     shown = progress or Silent()
     with _Journal(Path(jsonl) if jsonl is not None else None, resume=resume) as journal:
-        for safe in (False, True) if safe_kernels is None else (safe_kernels,):
+
+        def compared(safe: bool) -> Trajectories:
             run = _Run(journal, shown, threads or default_threads(), safe)
-            try:
-                return run.compare(paths, source, n_prompts, n_tokens, domains, batch)
-            except CrashError:  # llama.cpp's repacked kernels crash on some CPUs
-                if safe or safe_kernels is not None:
-                    raise
-    raise AssertionError
+            return run.compare(paths, source, n_prompts, n_tokens, domains, batch)
+
+        return with_kernels(compared, safe_kernels)
 
 
 @dataclass
@@ -314,9 +314,7 @@ class _Journal:
         self._file: LineFile | None = None
         if path is None:
             return
-        if path.exists() and not resume:
-            raise EngineError(f"{path} exists; add --resume to go on with it, or remove it")
-        self._file = LineFile(path, error=EngineError)
+        self._file = LineFile.resumed(path, resume=resume, error=EngineError)
         try:
             self.load(path, self._file.lines)
         except BaseException:
@@ -407,10 +405,6 @@ def has_trajectories(path: Path) -> bool:
 
 def read_trajectories(path: Path) -> tuple[TrajectoryResult, ...]:
     """Return the finished results in a file that `trajectories -o` wrote."""
-    try:
-        data = path.read_bytes()
-    except OSError as e:
-        raise EngineError(f"{path}: {e.strerror}") from None
     journal = _Journal(None, resume=False)
-    journal.load(path, whole_lines(data))
+    journal.load(path, whole_lines(read_bytes(path, error=EngineError)))
     return journal.results()

@@ -24,7 +24,7 @@ from ramgguf.evaluate.intervals import Estimate
 from ramgguf.evaluate.statistics import MIN_UNITS, FloatArray
 from ramgguf.gguf.hub import local_path
 from ramgguf.gguf.reader import open_gguf
-from ramgguf.llama.client import CrashError, Engine
+from ramgguf.llama.client import Engine, with_kernels
 from ramgguf.llama.domains import domain_corpora
 from ramgguf.llama.protocol import Scored, TokenIds
 from ramgguf.llama.system import llama_installed
@@ -160,24 +160,22 @@ def score_held_out(
     source = local_path(reference)
     threads = threads or default_threads()
     shown = progress or Silent()
-    for safe_kernels in (False, True):
-        try:
-            return _score(
-                paths,
-                source,
-                part,
-                n_ctx,
-                first_target,
-                seconds,
-                max_rounds,
-                threads,
-                safe_kernels,
-                shown,
-            )
-        except CrashError:  # llama.cpp's repacked kernels crash on some CPUs
-            if safe_kernels:
-                raise
-    raise AssertionError
+
+    def run(safe_kernels: bool) -> tuple[HeldOutScore, ...]:
+        return _score(
+            paths,
+            source,
+            part,
+            n_ctx,
+            first_target,
+            seconds,
+            max_rounds,
+            threads,
+            safe_kernels,
+            shown,
+        )
+
+    return with_kernels(run)
 
 
 def _score(

@@ -106,9 +106,7 @@ class Journal:
         self._file: LineFile | None = None
         if path is None:
             return
-        if path.exists() and not resume:
-            raise EngineError(f"{path} exists; add --resume to go on with it, or remove it")
-        self._file = LineFile(path, error=EngineError)
+        self._file = LineFile.resumed(path, resume=resume, error=EngineError)
         try:
             self.load(path, self._file.lines)
         except BaseException:

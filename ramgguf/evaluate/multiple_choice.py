@@ -25,7 +25,7 @@ from ramgguf.evaluate.result import ModelFile
 from ramgguf.evaluate.statistics import SequenceLosses
 from ramgguf.evaluate.task_items import MADE, Item, items_of
 from ramgguf.gguf.hub import local_path
-from ramgguf.llama.client import CrashError, Engine
+from ramgguf.llama.client import Engine, with_kernels
 from ramgguf.llama.protocol import TokenIds
 
 N_CTX = 2048
@@ -158,13 +158,11 @@ def tasks(
         raise EngineError("there is no model, or no task")
     source = local_path(reference) if reference is not None else None
     shown = progress or Silent()
-    for safe in (False, True) if safe_kernels is None else (safe_kernels,):
-        try:
-            return _answers(paths, source, items, safe, threads or default_threads(), shown)
-        except CrashError:  # llama.cpp's repacked kernels crash on some CPUs
-            if safe or safe_kernels is not None:
-                raise
-    raise AssertionError
+
+    def answered(safe: bool) -> TaskResults:
+        return _answers(paths, source, items, safe, threads or default_threads(), shown)
+
+    return with_kernels(answered, safe_kernels)
 
 
 def _first(items: Sequence[Item], limit: int | None) -> Iterator[Item]:

@@ -3,7 +3,7 @@
 import base64
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -40,6 +40,7 @@ from ramgguf.llama.protocol import (
     unpack_ids,
 )
 
+T = TypeVar("T")
 A = TypeVar("A", bound=Answer)
 
 _WORKER: str | Sequence[str] = "ramgguf.llama.worker"
@@ -68,6 +69,19 @@ class CrashError(ModelError):
     def __init__(self, model: int, index: int | None, message: str, code: int | None) -> None:
         super().__init__(model, index, message)
         self.code = code
+
+
+def with_kernels(run: Callable[[bool], T], safe_kernels: bool | None = None) -> T:
+    """Return run(safe_kernels); None is False, and True where llama.cpp's repacked kernels crash.
+
+    They do on some CPUs. Raises what run raises.
+    """
+    if safe_kernels is not None:
+        return run(safe_kernels)
+    try:
+        return run(False)
+    except CrashError:
+        return run(True)
 
 
 class Engine(Closing):

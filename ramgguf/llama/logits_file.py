@@ -25,6 +25,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ramgguf.core.errors import EngineError
+from ramgguf.core.files import refuse_input
+from ramgguf.core.inputs import reading
 
 TokenIds = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float32]
@@ -123,6 +125,7 @@ class LogitsFile:
                 f"{path} has {size} bytes, {self.layout.n_bytes} are expected for "
                 f"{self.layout.n_windows} windows: it was cut short; make it again"
             )
+        reading(path)
         self._rows = _rows_of(path, self.layout)
 
     @property
@@ -153,6 +156,7 @@ class LogitsWriter:
         self.part = part_of(path)
         if path.exists():
             raise EngineError(f"{path} exists; choose another name, or remove it")
+        refuse_input(self.part, error=EngineError)
         head = _HEADER.pack(MAGIC, layout.n_ctx, layout.n_vocab, layout.n_windows)
         head += tokens.astype("<i4").tobytes()
         try:

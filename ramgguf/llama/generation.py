@@ -8,8 +8,8 @@ import numpy as np
 from ramgguf.core.errors import EngineError
 from ramgguf.llama.model import LlamaModel, view
 from ramgguf.llama.protocol import TokenIds
+from ramgguf.llama.sampling import joint_context
 
-_CONTEXT_STEP = 256  # llama.cpp rounds a sequence's context up to a multiple of it
 _BATCH = 512  # tokens of prompts that are decoded at a time
 
 
@@ -46,19 +46,10 @@ class _Batch:
         self._n = n = len(prompts)
         self._positions = np.array([len(p) for p in prompts], np.int32)
         longest = int(self._positions.max()) + n_tokens
-        parameters = self._llama.llama_context_default_params()
-        parameters.n_ctx = n * -(-longest // _CONTEXT_STEP) * _CONTEXT_STEP
-        parameters.n_seq_max = n
         self._size = max(n, _BATCH)
-        parameters.n_batch = parameters.n_ubatch = self._size
-        parameters.n_outputs_max = n
-        parameters.n_threads = parameters.n_threads_batch = model.n_threads
-        self._context = self._llama.llama_init_from_model(model.handle, parameters)
-        if not self._context:
-            raise EngineError(
-                f"{model.path}: llama.cpp cannot make a context of {n} × {longest} tokens; "
-                "use a smaller --batch"
-            )
+        self._context = joint_context(
+            model, n, longest, n_batch=self._size, advice="use a smaller --batch"
+        )
         self._batch: Any = self._llama.llama_batch_init(self._size, 0, 1)
         view(self._batch.n_seq_id, self._size)[:] = 1
 

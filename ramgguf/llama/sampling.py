@@ -45,7 +45,7 @@ def draw_together(
     n = len(firsts)
     llama, batch = model.llama, None
     n_steps = n_tokens if tap is None else n_tokens + 1
-    context = _context(model, n, n_steps, tap)
+    context = joint_context(model, n, n_steps, tap=tap)
     try:
         batch = llama.llama_batch_init(n, 0, 1)
         batch.n_tokens = n
@@ -148,7 +148,7 @@ def _bytes_each(model: LlamaModel, n_tokens: int) -> int:
     """Return what a further sequence takes: its cache, its logits twice, its probabilities."""
     n_bytes = 3 * 4 * model.vocab.n_tokens
     with suppress(EngineError):
-        context = _context(model, 1, n_tokens)
+        context = joint_context(model, 1, n_tokens)
         try:
             found = memory_breakdown(model.llama, context) or ()
             n_bytes += sum(part.cache for part in found)
@@ -157,13 +157,25 @@ def _bytes_each(model: LlamaModel, n_tokens: int) -> int:
     return n_bytes
 
 
-def _context(model: LlamaModel, n_sequences: int, n_tokens: int, tap: Tap | None = None) -> Any:
-    """Return a context with room for each sequence."""
+def joint_context(
+    model: LlamaModel,
+    n_sequences: int,
+    n_tokens: int,
+    *,
+    n_batch: int | None = None,
+    tap: Tap | None = None,
+    advice: str = "",
+) -> Any:
+    """Return a context of its own with room for sequences of n_tokens each; the caller frees it.
+
+    n_batch tokens, by default one of each sequence, are decoded at a time, and one of each may have
+    logits. Raises EngineError, with the advice, when llama.cpp cannot make it.
+    """
     llama = model.llama
     parameters = llama.llama_context_default_params()
     parameters.n_ctx = n_sequences * -(-n_tokens // _CONTEXT_STEP) * _CONTEXT_STEP
-    parameters.n_seq_max = n_sequences
-    parameters.n_batch = parameters.n_ubatch = parameters.n_outputs_max = n_sequences
+    parameters.n_seq_max = parameters.n_outputs_max = n_sequences
+    parameters.n_batch = parameters.n_ubatch = n_batch or n_sequences
     parameters.n_threads = parameters.n_threads_batch = model.n_threads
     if tap is not None:
         parameters.cb_eval = tap.callback  # the tap outlives the context
@@ -171,5 +183,6 @@ def _context(model: LlamaModel, n_sequences: int, n_tokens: int, tap: Tap | None
     if not context:
         raise EngineError(
             f"{model.path}: llama.cpp cannot make a context of {n_sequences} × {n_tokens} tokens"
+            + (f"; {advice}" if advice else "")
         )
     return context

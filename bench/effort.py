@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypedDict
 
 import numpy as np
 
@@ -51,18 +52,22 @@ class Row:
     commit: str
 
 
-def ours(
-    source: Path, output: Path, n_bytes: int, effort: str, limit: str | None
-) -> dict[str, object]:
-    """Quantize by the command line; return what it says of the file, and its seconds."""
+class Said(TypedDict):
+    """What a run says of the file that it made."""
+
+    seconds: float
+    notes: list[str]
+
+
+def ours(source: Path, output: Path, n_bytes: int, effort: str, limit: str | None) -> Said:
+    """Quantize by the command line; return its seconds, and what the plan's notes say."""
     command = [sys.executable, "-c", "from ramgguf.cli import main; main()", "quantize"]
     command += [str(source), "--budget", str(n_bytes), "-o", str(output), "--effort", effort]
     command += ["--no-score", "--json", "--force"]
     command += ["--time", limit] if limit and effort != "fast" else []
     start = time.perf_counter()
     done = subprocess.run(command, check=True, capture_output=True, text=True)
-    said = dict(json.loads(done.stdout))
-    return {"seconds": time.perf_counter() - start, "notes": said["notes"]}
+    return {"seconds": time.perf_counter() - start, "notes": json.loads(done.stdout)["notes"]}
 
 
 def matrix_of(source: Path) -> Path | None:
@@ -75,7 +80,7 @@ def rows(
     source: Path, mix: str, efforts: Sequence[str], done: set[str], options: argparse.Namespace
 ) -> Iterator[Row]:
     """Make what is missing at the mix's bytes, and yield its rows."""
-    made: dict[str, tuple[Path, dict[str, object]]] = {}
+    made: dict[str, tuple[Path, Said]] = {}
     folder: Path = options.folder
     plain = llama_quantize(source, folder / f"{source.stem}-{mix}.gguf", mix)
     budget = plain.stat().st_size
@@ -88,11 +93,12 @@ def rows(
             told.write_text(json.dumps(ours(source, path, budget, effort, options.time)))
         made[effort] = path, json.loads(told.read_text())
     if "mix" not in done:
-        made["mix"] = plain, {}
+        made["mix"] = plain, {"seconds": 0.0, "notes": []}
     matrix = matrix_of(source)
     if BASE not in done and matrix is not None:
         path = folder / f"{source.stem}-{mix}-matrix.gguf"
-        made[BASE] = llama_quantize(source, path, mix, imatrix=matrix), {"notes": [matrix.name]}
+        written = llama_quantize(source, path, mix, imatrix=matrix)
+        made[BASE] = written, {"seconds": 0.0, "notes": [matrix.name]}
     if not made or options.make:
         return
     files = [path for path, _ in made.values()]
@@ -114,8 +120,8 @@ def rows(
             domains=tuple(w.domain for w in score.windows),
             kld=_klds(score),
             first_kld=_klds(short),
-            seconds=round(float(said.get("seconds", 0.0)), 1),  # type: ignore[arg-type]
-            notes=tuple(said.get("notes", ())),  # type: ignore[arg-type]
+            seconds=round(said["seconds"], 1),
+            notes=tuple(said["notes"]),
             engine=score.engine,
             cpu=origin["cpu"],
             commit=origin["commit"],

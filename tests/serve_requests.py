@@ -245,7 +245,7 @@ def _goes_away_from_a_stream(server: Server) -> int:
 
 
 def _is_killed(server: Server) -> int:
-    """Kill the model's process; who asks meanwhile is told, and it is loaded again."""
+    """Kill the model's process. Requests until it is loaded again must get 503."""
     os.kill(model_pid(server), signal.SIGKILL)
     for _ in range(1000):  # the front has not noticed yet, or has loaded it again
         status = ask(server, COMPLETIONS, GOOD).status

@@ -105,7 +105,7 @@ def drawn_together(
 ) -> Iterator[list[TokenIds]]:
     """Yield the sequences as draw_sequences does, batch by batch.
 
-    A tap sees what the weights meet meanwhile: only for tokens of kind self, which are decoded.
+    A tap takes the inputs of the weights, if tokens are of kind self: no others are decoded here.
     on_step gets the number of tokens that a step of the model drew.
     """
     numbers = tuple(indices)

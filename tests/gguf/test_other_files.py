@@ -1,4 +1,4 @@
-"""What people name in place of a GGUF file: they are told what it is and what to do."""
+"""Files and names that are no GGUF file: the message says what it is and what to do."""
 
 from pathlib import Path
 

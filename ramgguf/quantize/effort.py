@@ -378,12 +378,13 @@ class _Run:
         return None
 
     def _matrix(self) -> Path:
-        """Return the importance matrix, made now or before."""
-        path = self._cache.matrix(self._schedule.n_sequences)
+        """Return the importance matrix, made now or before; the Hessians come from these passes."""
+        n = self._schedule.n_sequences
+        path = self._cache.matrix(n)
         if path.exists():
             self._announce(f"taking {path}")
         else:
-            self._calibrated(path, None)
+            self._calibrated(path, self._cache.hessian(n) if self._schedule.with_hessians else None)
         return path
 
     def _hessian(self) -> Path:

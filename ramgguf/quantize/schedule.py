@@ -5,6 +5,7 @@ short, fewer tokens are calibrated on and the gates are shorter, before a step i
 """
 
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Literal, get_args
 
 from ramgguf.core.units import format_bytes, format_seconds
@@ -85,13 +86,14 @@ class Step:
 class Schedule:
     """The steps in their order; left_out says, a line each, what does not fit and why.
 
-    n_sequences are read for the matrix (as many as a kept one has, if that will do); each gate
-    reads n_rounds windows of every domain.
+    n_sequences are read for the matrix (as many as a kept one has, if that will do), Hessians from
+    the same passes if with_hessians; each gate reads n_rounds windows of every domain.
     """
 
     steps: tuple[Step, ...] = ()
     n_sequences: int = 0
     n_rounds: int = 0
+    with_hessians: bool = False
     left_out: tuple[str, ...] = ()
 
     @property
@@ -103,13 +105,17 @@ class Schedule:
 def schedule(effort: Effort, limit: float, costs: Costs, kept: Kept, tokens: str) -> Schedule:
     """Return the steps that fit the limit in seconds; tokens names what is calibrated on."""
     tries = [
-        _Try(effort, limit, costs, kept, tokens, *size, with_massive=with_massive)
-        for with_massive in (True, False)
+        _Try(effort, limit, costs, kept, tokens, *size, with_massive, with_feedback)
+        for with_massive, with_feedback in product((True, False), repeat=2)
         for size in SIZES
     ]
     for one in tries:
         one.fill()
-    fitting = [one for one in tries if one.has("importance matrix")]
+    fitting = [
+        one
+        for one in tries
+        if one.has("importance matrix") and one.with_feedback == one.has("error feedback")
+    ]
     if not fitting:
         least = tries[-1]  # the smallest size
         needed = sum(step.seconds for step in least.steps) or least.matrix().seconds
@@ -123,7 +129,9 @@ def schedule(effort: Effort, limit: float, costs: Costs, kept: Kept, tokens: str
     fitting = [t for t in fitting if t.with_massive]
     calm = [t for t in fitting if t.reading <= READING_SHARE * limit or t.n <= LEAST_READ]
     best = (fed or calm or fitting)[0]
-    return Schedule(tuple(best.steps), best.n_read, best.n_rounds, tuple(best.left_out))
+    return Schedule(
+        tuple(best.steps), best.n_read, best.n_rounds, best.with_hessians, tuple(best.left_out)
+    )
 
 
 @dataclass
@@ -138,6 +146,7 @@ class _Try:
     n: int
     n_rounds: int
     with_massive: bool
+    with_feedback: bool
     steps: list[Step] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
 
@@ -151,8 +160,19 @@ class _Try:
         return self.n_read == self.kept.matrix
 
     @property
+    def with_hessians(self) -> bool:
+        """Whether the passes that make a matrix make the Hessians, too."""
+        return self.with_feedback and not self.is_kept
+
+    @property
     def reading(self) -> float:
-        return 0.0 if self.is_kept else self.n * self.costs.read
+        """Seconds of the passes that make a matrix."""
+        grams = self.costs.gram if self.with_hessians else 0.0
+        return 0.0 if self.is_kept else self.n * (self.costs.read + grams)
+
+    @property
+    def hessian_size(self) -> str:
+        return format_bytes(self.costs.hessian_bytes)
 
     @property
     def gate(self) -> float:
@@ -199,9 +219,10 @@ class _Try:
     def matrix(self) -> Step:
         """Its first gate also scores the file before it."""
         source = "kept" if self.is_kept else self.tokens
+        also = f", with Hessians of {self.hessian_size}" if self.with_hessians else ""
         return Step(
             "importance matrix",
-            f"{self.n_read} × {N_CTX} tokens ({source})",
+            f"{self.n_read} × {N_CTX} tokens ({source}){also}",
             self.reading + self.costs.write + 1.5 * self.gate,
             self.reading,
         )
@@ -229,11 +250,11 @@ class _Try:
 
     def feedback(self) -> Step:
         """Errors are measured in one sweep, blocks written in another."""
-        has_hessian = self.is_kept and self.kept.hessian
-        reading = 0.0 if has_hessian else self.n_read * (self.costs.read + self.costs.gram)
+        is_there = self.with_hessians or (self.is_kept and self.kept.hessian)
+        reading = 0.0 if is_there else self.n_read * (self.costs.read + self.costs.gram)
         return Step(
             "error feedback",
-            f"GPTQ, with Hessians of {format_bytes(self.costs.hessian_bytes)}",
+            f"GPTQ, with Hessians of {self.hessian_size}",
             reading + 2 * self.costs.feedback + self.costs.write + self.gate,
             reading,
         )

@@ -65,6 +65,12 @@ def test_the_last_resort_is_one_sequence_and_one_round_and_then_the_line_says_wh
     assert "--time" in short.left_out[0]
 
 
+def test_passes_for_a_matrix_make_no_hessians_where_error_feedback_does_not_fit() -> None:
+    found = schedule("auto", 300, replace(IDLE, feedback=600.0), Kept(), "mix")
+    assert not found.with_hessians
+    assert _step(found, "importance matrix").measuring == found.n_sequences * IDLE.read
+
+
 def test_time_that_is_over_leaves_everything_out() -> None:
     assert schedule("best", -5.0, IDLE, Kept(), "mix").steps == ()
 
@@ -72,10 +78,13 @@ def test_time_that_is_over_leaves_everything_out() -> None:
 def test_what_is_kept_costs_nothing_and_only_that() -> None:
     anew = schedule("best", 1e9, IDLE, Kept(), "mix")
     matrix = schedule("best", 1e9, IDLE, Kept(matrix=64), "mix")
-    assert _step(anew, "importance matrix").measuring == 64 * IDLE.read
-    assert _step(matrix, "importance matrix").measuring == 0
+    assert anew.with_hessians
+    assert _step(anew, "importance matrix").measuring == 64 * (IDLE.read + IDLE.gram)
+    assert _step(anew, "error feedback").measuring == 0
     # A kept matrix says nothing of its Hessians.
-    assert _step(matrix, "error feedback") == _step(anew, "error feedback")
+    assert not matrix.with_hessians
+    assert _step(matrix, "importance matrix").measuring == 0
+    assert _step(matrix, "error feedback").measuring == 64 * (IDLE.read + IDLE.gram)
     both = schedule("best", 1e9, IDLE, Kept(matrix=64, hessian=True), "mix")
     assert _step(both, "error feedback").measuring == 0
     kept = Kept(matrix=64, hessian=True, sensitivity=True, massive=True)
@@ -89,7 +98,7 @@ def test_a_kept_matrix_serves_where_the_time_allows_up_to_twice_its_tokens() -> 
 
 
 def test_error_feedback_shrinks_the_matrix_rather_than_go_without_it() -> None:
-    costs = replace(IDLE, feedback=60.0)
+    costs = replace(IDLE, feedback=80.0)
     found = schedule("auto", 300, costs, Kept(), "mix")
     assert "error feedback" in _names(found)
     assert found.n_sequences < 64
@@ -101,8 +110,8 @@ def test_error_feedback_shrinks_the_matrix_rather_than_go_without_it() -> None:
 
 def test_massive_activations_yield_to_error_feedback_where_both_do_not_fit() -> None:
     costs = replace(IDLE, feedback=10.0)
-    feedback = 16 * (costs.read + costs.gram) + 2 * costs.feedback + costs.write + 3 * costs.round
-    matrix = 16 * costs.read + costs.write + 4.5 * costs.round
+    feedback = 2 * costs.feedback + costs.write + 3 * costs.round
+    matrix = 16 * (costs.read + costs.gram) + costs.write + 4.5 * costs.round
     found = schedule("auto", matrix + feedback + 1, costs, Kept(), "mix")
     assert _names(found) == ["importance matrix", "error feedback"]
     assert found.left_out == ("massive activations: left out, error feedback needs the time",)

@@ -110,25 +110,35 @@ class ErrorWeights:
         if stats.first_nonfinite >= 0 or self.hessian is None:
             return stats
         weights = _decoded(type_name, rows, length)
+        squares = self.hessian().error(weights)
         found, errors = [stats], []
         for name in names:
             try:
                 blocks = self.encode(name, type_name, rows, 0, length, encoder)
-                part = self._compare_outputs(type_name, rows, weights, name, blocks)
+                part = self._compare_outputs(type_name, rows, weights, name, blocks, squares)
             except ValueError:  # a scale that overflows: measure reports it with the format
                 part = _core.measure([name], type_name, rows, importance=self._columns())
             found.append(part)
             errors.append(part.errors[0].weighted_squared_error)
-        return _core.RowStats.joined(found, self.hessian().error(weights), errors)
+        return _core.RowStats.joined(found, squares, errors)
 
     def _compare_outputs(
-        self, type_name: str, before: Rows, weights: NDArray[np.float32], to: str, after: Rows
+        self,
+        type_name: str,
+        before: Rows,
+        weights: NDArray[np.float32],
+        to: str,
+        after: Rows,
+        squares: float | None = None,
     ) -> _core.RowStats:
+        """Return the output's error; squares is that of the weights themselves, where known."""
         assert self.hessian is not None
         hessian = self.hessian()
         stats = _core.compare(type_name, before, to, after)
         error = hessian.error(weights - _decoded(to, after, weights.shape[1]))
-        return _core.RowStats.joined([stats], hessian.error(weights), [error])
+        if squares is None:
+            squares = hessian.error(weights)
+        return _core.RowStats.joined([stats], squares, [error])
 
     def _columns(self) -> NDArray[np.float32] | None:
         return None if self.importance is None else self.importance[0]

@@ -95,7 +95,7 @@ def test_what_is_fed_back_stays_within_the_range_of_a_block(name: str) -> None:
     w[:, 1] = np.where(np.arange(200) % 2, 1, -1)
     hessian = Hessian.of(x.T @ x, 2000)
     importance = np.ascontiguousarray(np.diag(hessian.mean))
-    swept = _decoded(name, gptq._swept(name, w, hessian, importance), 256)
+    swept = _decoded(name, gptq._swept(name, w, hessian, importance)[0], 256)
     assert (np.sign(swept[:, 1]) == np.sign(w[:, 1])).all()
     assert np.abs(swept).max() < 3
 
@@ -105,13 +105,23 @@ def test_no_row_comes_out_worse_than_searched() -> None:
     x = np.random.default_rng(1).standard_normal((6000, 256)).astype(np.float32)
     w, flat = _weights(60, 256, 9), np.ones(256, np.float32)
     hessian = Hessian.of(x.T @ x, 6000)
-    kept, swept = (
-        _decoded("Q4_0", f("Q4_0", w, hessian, flat), 256) for f in (gptq.encode, gptq._swept)
-    )
+    kept = _decoded("Q4_0", gptq.encode("Q4_0", w, hessian, flat), 256)
+    swept = _decoded("Q4_0", gptq._swept("Q4_0", w, hessian, flat)[0], 256)
     searched = _decoded("Q4_0", _searched("Q4_0", w, flat), 256)
     errors = [hessian.errors(w - q) for q in (kept, swept, searched)]
     assert (errors[1] > errors[2]).any()  # or there was nothing to keep out
     np.testing.assert_allclose(errors[0], np.minimum(errors[1], errors[2]), rtol=1e-6)
+
+
+def test_what_a_sweep_hands_on_is_the_error_of_the_damped_output() -> None:
+    x = _correlated(576, 2000, 6)
+    x[:, 3] = 0  # an input that never was active
+    w, hessian = _weights(40, 576, 6), Hessian.of(x.T @ x, 2000)
+    importance = np.ascontiguousarray(np.diag(hessian.mean))
+    blocks, handed_on = gptq._swept("Q8_0", w, hessian, importance)
+    e = (w - _decoded("Q8_0", blocks, 576)).astype(np.float64)
+    damped = hessian.mean.astype(np.float64) + np.diag(hessian.damping)
+    np.testing.assert_allclose(handed_on, ((e @ damped) * e).sum(1), rtol=1e-3)
 
 
 def test_every_column_is_rounded_to_the_level_nearest_to_what_feedback_made_of_it() -> None:

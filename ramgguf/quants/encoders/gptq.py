@@ -25,25 +25,30 @@ def encode(type_name: str, rows: Floats, hessian: Hessian, importance: Floats) -
     Rows are rounded independently of each other. Where error feedback makes a row's output worse
     than search does, the row is search's. Raises ValueError where a scale would overflow.
     """
-    swept = _swept(type_name, rows, hessian, importance)
+    swept, handed_on = _swept(type_name, rows, hessian, importance)
     searched = np.empty_like(swept)
     raw = np.ascontiguousarray(rows, np.float32).view(np.uint8)
     _core.encode(type_name, "F32", raw, searched, encoder="search", importance=importance)
-    worse = _errors(type_name, swept, rows, hessian) > _errors(type_name, searched, rows, hessian)
+    # Σ of what a sweep hands on, squared, is eHeᵀ of the damped H: no product with H is needed.
+    left = _difference(type_name, swept, rows)
+    error = handed_on - np.einsum("ij,ij,j->i", left, left, hessian.damping, dtype=np.float64)
+    worse = error > hessian.errors(_difference(type_name, searched, rows))
     swept[worse] = searched[worse]
     return swept
 
 
-def _errors(
-    type_name: str, blocks: NDArray[np.uint8], rows: Floats, hessian: Hessian
-) -> NDArray[np.float64]:
+def _difference(type_name: str, blocks: NDArray[np.uint8], rows: Floats) -> Floats:
     decoded = np.empty(rows.shape, np.float32)
     _core.decode(type_name, blocks, decoded)
-    return hessian.errors(rows - decoded)
+    return np.subtract(rows, decoded, out=decoded)
 
 
-def _swept(type_name: str, rows: Floats, hessian: Hessian, importance: Floats) -> NDArray[np.uint8]:
+def _swept(
+    type_name: str, rows: Floats, hessian: Hessian, importance: Floats
+) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
+    """Return blocks, and Σ (e Uᵢᵢ⁻¹)² of what each row hands on: eHeᵀ of the damped H."""
     n_rows, n_columns = rows.shape
+    handed_on = np.zeros(n_rows)
     left = np.ascontiguousarray(rows, np.float32).copy()
     blocks = np.empty((n_rows, formats.row_bytes(type_name, n_columns)), np.uint8)
     at = 0
@@ -56,11 +61,12 @@ def _swept(type_name: str, rows: Floats, hessian: Hessian, importance: Floats) -
         out = np.empty((n_rows, formats.row_bytes(type_name, stop - start)), np.uint8)
         errors = np.empty((n_rows, stop - start), np.float32)
         _core.round_unit(type_name, left[:, start:stop], factor, weights, out, errors)
+        handed_on += np.einsum("ij,ij->i", errors, errors, dtype=np.float64)
         if stop < n_columns:
             left[:, stop:] -= errors @ hessian.factor[start:stop, stop:]
         blocks[:, at : at + out.shape[1]] = out
         at += out.shape[1]
-    return blocks
+    return blocks, handed_on
 
 
 ENCODER = Encoder(

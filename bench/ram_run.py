@@ -2,10 +2,10 @@
 
     python bench/ram_run.py models/smol135-f16.gguf --name ram_smol135
     python bench/ram_run.py models/qwen05-f16.gguf --name ram_qwen05 --peer Q4_K_M \
-        --seq-len 192 --n-seq 10
+        --seq-len 512 --n-seq 10 --corpus prose,code,chat
 
-With --peer, the files are llama.cpp's mix of that name and ours at its bytes, both with one
-importance matrix from the package's mix of texts.
+With --peer, the files are what `quantize` makes by effort auto at the bytes of llama.cpp's mix of
+that name, and that mix with the importance matrix that auto made.
 
 Writes bench/results/NAME.jsonl (one EvalResult per line, without per-token values) and NAME.html.
 Sequences go to NAME.jsonl in the models' folder as they finish: an interrupted run, started again,
@@ -17,6 +17,7 @@ import json
 from pathlib import Path
 
 import ramgguf
+from effort import matrix_of
 from llama_quantize import quantize as llama_quantize
 from provenance import provenance
 from ramgguf.evaluate.result import EvalResult
@@ -47,14 +48,12 @@ def contenders(
 
 def against_peer(source: Path, folder: Path, mix: str, threads: int) -> list[Path]:
     """Return the source, llama.cpp's mix and ours at its bytes; files that are there are kept."""
-    matrix = folder / f"{source.stem}.mix.imatrix.gguf"
-    if not matrix.exists():
-        ramgguf.calibrate(source, matrix, tokens="mix", threads=threads)
-    peer = folder / f"{source.stem}-{mix}.gguf"
-    llama_quantize(source, peer, mix, imatrix=matrix, threads=threads)
-    ours = folder / f"{source.stem}-ramgguf.gguf"
+    plain = llama_quantize(source, folder / f"{source.stem}-{mix}.gguf", mix, threads=threads)
+    ours = folder / f"{source.stem}-{mix}-auto.gguf"
     if not ours.exists():
-        ramgguf.quantize(source, peer.stat().st_size, ours, imatrix=matrix, threads=threads)
+        ramgguf.quantize(source, plain.stat().st_size, ours, effort="auto", threads=threads)
+    peer = folder / f"{source.stem}-{mix}-matrix.gguf"
+    llama_quantize(source, peer, mix, imatrix=matrix_of(source), threads=threads)
     return [source, peer, ours]
 
 
@@ -78,10 +77,12 @@ def main() -> None:
     parser.add_argument("--peer", help="llama.cpp's mix to be compared with, instead of budgets")
     parser.add_argument("--n-seq", type=int, default=128)
     parser.add_argument("--seq-len", type=int, default=2048)
+    parser.add_argument("--corpus", help="domains, as in eval; default: WikiText-2 test")
+    parser.add_argument("--folder", type=Path, help="for the files; default: the source's")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     origin = {"bench": "ram_run", **provenance()}
-    folder = options.source.parent
+    folder = options.folder or options.source.parent
     plans: list[tuple[str, Plan]] = []
     measurements: list[tuple[str, Measurement]] = []
     if options.peer:
@@ -94,6 +95,8 @@ def main() -> None:
     found = ramgguf.evaluate(
         models,
         options.source,
+        protocol="ram",
+        corpus=options.corpus.split(",") if options.corpus else (),
         n_ctx=options.seq_len,
         n_seq=options.n_seq,
         threads=options.threads,

@@ -76,9 +76,7 @@ def main() -> None:
             rows[f"tool, file of {made_by}"] = tool_says(
                 options.tool, "-m", str(options.small), *size, *base
             )
-            rows[f"ramgguf, file of {made_by}"] = ours(
-                options.small, reference_logits=file, **mine
-            )
+            rows[f"ramgguf, file of {made_by}"] = ours(options.small, reference_logits=file, **mine)
     origin = provenance()
     with options.out.open("a") as out:
         for reader, found in rows.items():

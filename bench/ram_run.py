@@ -24,7 +24,7 @@ from ramgguf.evaluate.result import EvalResult
 from ramgguf.measure.result import Measurement
 from ramgguf.plan.result import Plan
 from ramgguf.report.page import write_html
-from ramgguf.report.results import report_of
+from ramgguf.report.results import reports
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -57,16 +57,19 @@ def against_peer(source: Path, folder: Path, mix: str, threads: int) -> list[Pat
     return [source, peer, ours]
 
 
+def without_folders(result: EvalResult) -> EvalResult:
+    """Return the result with the names of its files alone."""
+    model = result.model.model_copy(update={"path": Path(result.model.path).name})
+    reference = result.reference
+    if reference is not None:
+        reference = reference.model_copy(update={"path": Path(reference.path).name})
+    return result.model_copy(update={"model": model, "reference": reference})
+
+
 def record(result: EvalResult, origin: dict[str, str]) -> str:
-    """Return a line of bench/results: the result without token values and folders."""
-    slim = result.without_tokens()
-    model = slim.model.model_copy(update={"path": Path(slim.model.path).name})
-    slim = slim.model_copy(update={"model": model})
-    if slim.reference is not None:
-        name = Path(slim.reference.path).name
-        reference = slim.reference.model_copy(update={"path": name})
-        slim = slim.model_copy(update={"reference": reference})
-    return json.dumps({**origin, "result": json.loads(slim.to_json())}, ensure_ascii=False)
+    """Return a line of bench/results: the result without token values."""
+    slim = json.loads(result.without_tokens().to_json())
+    return json.dumps({**origin, "result": slim}, ensure_ascii=False)
 
 
 def main() -> None:
@@ -104,11 +107,13 @@ def main() -> None:
         resume=True,
     )
     RESULTS.mkdir(exist_ok=True)
-    lines = [record(result, origin) for result in found.results]
+    results = [without_folders(result) for result in found.results]
+    lines = [record(result, origin) for result in results]
     (RESULTS / f"{options.name}.jsonl").write_text("\n".join(lines) + "\n")
     page = RESULTS / f"{options.name}.html"
-    write_html(page, report_of(found.results), plans, measurements)
-    print("\n".join([*found.failures, f"{len(found.results)} results; {page}"]))
+    *domains, (_, whole) = reports(results)
+    write_html(page, whole, plans, measurements, domains=domains)
+    print("\n".join([*found.failures, f"{len(results)} results; {page}"]))
 
 
 if __name__ == "__main__":

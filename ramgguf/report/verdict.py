@@ -80,7 +80,7 @@ def _verdict(found: Recommendation, rows: dict[str, Row]) -> str:
         said.append(f"{_value(take, found.by)} against {_value(rival, found.by)}; untested")
     text = f"{found.take}: {', '.join(s for s in said if s)}"
     if found.agree is not None:
-        text += "; mean and median " + ("agree" if found.agree else "part")
+        text += "; mean and median ΔNLL " + ("agree" if found.agree else "part")
     if found.pair is not None and not found.resolved and not rival.is_reference:
         text += f". Whether it is better than {found.rival} is unresolved"
     return text + "."

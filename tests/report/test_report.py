@@ -424,7 +424,7 @@ def test_the_verdict_comes_first(three: EvalReport) -> None:
     lines = printed(three, terminal=False, width=80).splitlines()
     assert lines[0].startswith("good: 100% larger than wild, KLD 0.")
     assert "× wild’s (" in lines[0]
-    assert lines[0].endswith("better on 126 of 128 sequences; mean and median agree.")
+    assert lines[0].endswith("better on 126 of 128 sequences; mean and median ΔNLL agree.")
     assert lines[1].startswith("Smaller, and best for their size: wild (1.00 MB, KLD ")
 
 

@@ -12,19 +12,22 @@ function theme(layout) {
   return themed;
 }
 
-// On a narrow page the names of rows take at most a third of it.
-function fitted(div, layout) {
-  const ticks = layout.yaxis && layout.yaxis.ticktext;
+// On a narrow page the names of rows and points take at most a third of it.
+function fitted(div, { data, layout }) {
   const most = Math.max(8, Math.floor(div.clientWidth / 3 / 7));
-  if (!ticks || !ticks.some((t) => t.length > most)) return layout;
   const half = Math.floor((most - 1) / 2);
-  const short = ticks.map((t) => (t.length > most ? t.slice(0, half) + "…" + t.slice(-half) : t));
-  return { ...layout, yaxis: { ...layout.yaxis, ticktext: short } };
+  const short = (t) => (typeof t === "string" && t.length > most ? t.slice(0, half) + "…" + t.slice(-half) : t);
+  const ticks = layout.yaxis && layout.yaxis.ticktext;
+  return {
+    data: data.map((d) => (Array.isArray(d.text) && /text/.test(d.mode) ? { ...d, text: d.text.map(short) } : d)),
+    layout: ticks ? { ...layout, yaxis: { ...layout.yaxis, ticktext: ticks.map(short) } } : layout,
+  };
 }
 
 function draw(div, figure) {
   div.figure = figure;
-  return Plotly.react(div, figure.data, theme(fitted(div, figure.layout)), config);
+  const { data, layout } = fitted(div, figure);
+  return Plotly.react(div, data, theme(layout), config);
 }
 
 const read = (id) => JSON.parse(document.getElementById(id).textContent);

@@ -21,7 +21,8 @@ GATE_CTX = 256  # of a gate's window
 N_DOMAINS = 5
 # How much is read for the matrix and at each gate, best first: sequences, windows per domain.
 SIZES = (
-    *((64, 6), (48, 6), (32, 6), (32, 4), (24, 4), (16, 4), (16, 3), (12, 3), (8, 3)),
+    *((64, 6), (64, 4), (48, 6), (48, 4), (48, 3), (32, 6), (32, 4), (32, 3), (24, 4), (24, 3)),
+    *((16, 4), (16, 3), (12, 3), (8, 3)),
     *((8, 2), (6, 2), (4, 2), (4, 1), (2, 1), (1, 1)),
 )
 LEAST_FOR_FEEDBACK = 16  # sequences: fewer tell too little of the inputs' correlations

@@ -80,6 +80,7 @@ def quantize(
     model: opt.Model,
     budget: opt.OptionalBudget = None,
     output: opt.Output = None,
+    lora: opt.Lora = None,
     memory: mem.MemoryOptions = mem.MemoryOptions(),  # noqa: B008 (frozen)
     choice: opt.PlanChoice = opt.PlanChoice(),  # noqa: B008 (frozen)
     effort: opt.EffortOption = None,
@@ -161,7 +162,7 @@ def quantize(
         opt.refuse_idle(["--stand-in"], "neither --calibrate nor --sensitivity measure is given")
     scores = level != "fast" if score is None else score
     chosen = opt.encoder(encoder)
-    model = terminal.fetched(model)
+    model = terminal.fetched(model, lora)
     weighed = Weighed(imatrix, hessian)
     if calibrate:
         weighed = calibrated(

@@ -26,7 +26,8 @@ Model = Annotated[
     Path,
     typer.Argument(
         metavar="MODEL",
-        help="GGUF model in F32, F16 or BF16: any shard of it, or hf://ORG/REPO/FILE.gguf.",
+        help="GGUF model in F32, F16 or BF16 (any shard), a checkpoint's folder, or "
+        "hf://ORG/REPO[/FILE.gguf].",
     ),
 ]
 AnyModel = Annotated[
@@ -57,6 +58,10 @@ OptionalEncoder = Annotated[
         help=f"How blocks are fitted: {_ENCODERS}. Default: {DEFAULT_ENCODER}, or what the effort "
         "finds.",
     ),
+]
+Lora = Annotated[
+    Path | None,
+    typer.Option("--lora", help="Folder of a LoRA adapter, merged into MODEL, a checkpoint."),
 ]
 ImatrixFile = Annotated[
     Path | None,
@@ -185,9 +190,10 @@ class Terminal:
         silent = quiet or not sys.stderr.isatty()
         return cls(out, err, Silent() if silent else Bars(err), not (quiet or as_json))
 
-    def fetched(self, model: Path) -> Path:
-        """Return the path of a model, fetched first if it is an address on the hub."""
-        return local_path(model, quiet=not (self.announces and sys.stderr.isatty()))
+    def fetched(self, model: Path, lora: Path | None = None) -> Path:
+        """Return the path of a model's GGUF file, fetched or converted first if need be."""
+        quiet = not (self.announces and sys.stderr.isatty())
+        return local_path(model, lora=lora, quiet=quiet, announce=self.announce)
 
     def announce(self, text: str) -> None:
         """Say what is going to be done, and for how long, unless nothing but results is wanted."""

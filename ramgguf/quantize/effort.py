@@ -74,6 +74,7 @@ def quantize(
     effort: Effort | None = None,
     seconds: float | None = None,
     score: bool = False,
+    lora: str | Path | None = None,
     from_plan: Plan | None = None,
     measurement: Measurement | None = None,
     encoder: EncoderName | None = None,
@@ -92,8 +93,10 @@ def quantize(
 ) -> Quantized:
     """Write the best GGUF that keeps to the budget and return what was made.
 
-    Needs a budget (bytes, text such as 16GB, 4.5bpw or 30%, or a SizeLimit) or a ready plan.
-    output is by default beside the model and named after the plan's bits per weight.
+    model is a GGUF file, a checkpoint's folder, which is converted first with the adapter in the
+    folder lora merged into it, or an address on the hub. Needs a budget (bytes, text such as 16GB,
+    4.5bpw or 30%, or a SizeLimit) or a ready plan. output is by default beside the model and named
+    after the plan's bits per weight.
 
     effort fast plans by priors; auto and best decide by themselves what they do, within the seconds
     (auto: five minutes, or twice what writing takes; best: what it needs), and keep what they
@@ -111,7 +114,7 @@ def quantize(
     Raises RamggufError; an older output is then untouched.
     """
     start = clock()
-    model = local_path(model)
+    model = local_path(model, lora=lora, announce=announce)
     settings = QuantizeOptions(
         encoder or DEFAULT_ENCODER, imatrix, hessian, allow_requantize, refine,
         split_max_bytes=split_max_bytes, force=force, verify=verify, threads=threads,

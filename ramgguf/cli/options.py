@@ -13,7 +13,7 @@ from ramgguf.core import files
 from ramgguf.core.errors import PlanError
 from ramgguf.core.progress import Progress, Silent
 from ramgguf.gguf.hub import local_path
-from ramgguf.plan import DEFAULT_MIN_SQNR_DB, OBJECTIVE_NAMES, PlanOptions
+from ramgguf.plan import DEFAULT_MIN_SQNR_DB, OBJECTIVE_NAMES, TARGETS, PlanOptions
 from ramgguf.quantize import EFFORTS, Effort, default_effort
 from ramgguf.quants.encoders import DEFAULT_ENCODER, ENCODERS, Encoder
 from ramgguf.quants.formats import expand
@@ -127,6 +127,15 @@ Ties = Annotated[
         "--tie", help="One format per layer for these roles: qkv, gate-up or role,role; repeatable."
     ),
 ]
+For = Annotated[
+    str | None,
+    typer.Option(
+        "--for",
+        help="What runs the file: "
+        + "; ".join(f"{t.name}, {t.summary}" for t in TARGETS.values())
+        + ".",
+    ),
+]
 MinFormats = Annotated[
     list[str] | None,
     typer.Option("--min-format", help="'role=FORMAT': no fewer bits for the role; repeatable."),
@@ -211,6 +220,22 @@ class PlanChoice:
     pin: Pins = None
     tie: Ties = None
     min_format: MinFormats = None
+    target: For = None
+
+    def binds_formats(self) -> bool:
+        """Return whether the target wants some tensors in one format."""
+        return self.target is not None and bool(TARGETS[self.target].ties)
+
+    def require_target(self, *, writes_model: bool) -> None:
+        """Raise a usage error for an unknown target, or one without effect on what is written."""
+        if self.target is None:
+            return
+        if self.target not in TARGETS:
+            raise typer.BadParameter(
+                f"{self.target!r} is none of {', '.join(TARGETS)}", param_hint="--for"
+            )
+        if not (writes_model or self.binds_formats()):
+            refuse_idle(["--for"], f"a plan for {self.target} is as any other; quantize serves it")
 
     def options(self, sensitivity: Sensitivity | Path | None = None) -> PlanOptions:
         """Return these as options of `plan`."""
@@ -222,6 +247,7 @@ class PlanChoice:
             pins=self.pin or (),
             ties=self.tie or (),
             min_formats=self.min_format or (),
+            target=self.target,
         )
 
     def given(self) -> list[str]:
@@ -230,7 +256,8 @@ class PlanChoice:
         changed = (
             f.name for f in fields(self) if getattr(self, f.name) != getattr(default, f.name)
         )
-        return [f"--{name.replace('_', '-')}" for name in changed]
+        spelled = {"target": "for"}
+        return [f"--{spelled.get(name, name).replace('_', '-')}" for name in changed]
 
 
 def refuse_idle(given: Iterable[str], why: str) -> None:

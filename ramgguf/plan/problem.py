@@ -10,22 +10,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ramgguf.core.errors import PlanError
-from ramgguf.gguf.architecture import PARTS
 from ramgguf.gguf.identity import unsure
 from ramgguf.gguf.layout import padded
 from ramgguf.measure.result import Measurement, Point, TensorMeasurement
 from ramgguf.plan.knapsack import Choice
 from ramgguf.plan.objectives import Cost
 from ramgguf.plan.result import Assignment, Constraints, Pin
+from ramgguf.plan.targets import TIES, target_note
 from ramgguf.quants import formats
-
-# Shorthands of --tie: what fused kernels want in one format.
-TIES = {
-    "qkv": PARTS["attn_qkv"].fuses,
-    "gate-up": PARTS["ffn_gate_up"].fuses,
-    "gate-up-exps": PARTS["ffn_gate_up_exps"].fuses,
-    "gate-up-shexp": ("ffn_gate_shexp", "ffn_up_shexp"),
-}
 
 
 def parse_tie(text: str) -> tuple[str, ...]:
@@ -297,6 +289,9 @@ def notes(problem: Problem) -> list[str]:
     """Return what the floor and the tensors' shapes kept out, for the plan's reader."""
     told = list(unsure("the measurement", problem.measurement.source))
     told.extend(_idle(problem))
+    constraints = problem.constraints
+    if constraints.target is not None:
+        told.extend(target_note(constraints.target, constraints.ties))
     below = Counter(b.format for c in problem.candidates for b in c.barred if b.floor)
     if below:
         excluded = ", ".join(f"{name} for {n}" for name, n in below.most_common())

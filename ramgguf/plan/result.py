@@ -58,7 +58,7 @@ class Constraints(FrozenModel):
     """What a plan must respect.
 
     formats None allows every measured one; each tie lists the roles whose tensors of one layer
-    take the same format.
+    take the same format. target is the program whose ties are among them.
     """
 
     min_sqnr_db: Number = 9.0
@@ -66,6 +66,7 @@ class Constraints(FrozenModel):
     pins: tuple[Pin, ...] = ()
     ties: tuple[tuple[str, ...], ...] = ()
     min_formats: tuple[MinFormat, ...] = ()
+    target: str | None = None
 
 
 class Assignment(FrozenModel):

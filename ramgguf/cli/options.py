@@ -141,7 +141,7 @@ MinFormats = Annotated[
     typer.Option("--min-format", help="'role=FORMAT': no fewer bits for the role; repeatable."),
 ]
 Requantize = Annotated[
-    bool, typer.Option("--allow-requantize", help="Take Q8_0 tensors as a source, too.")
+    bool, typer.Option("--allow-requantize", help="Take quantized tensors as a source, too.")
 ]
 Tokens = Annotated[
     str, typer.Option("--tokens", help="self (drawn from the model), random, wikitext, or a file.")

@@ -118,6 +118,7 @@ def _assignment(candidates: Candidates, point: Point, cost: float) -> Assignment
         nmse=point.nmse,
         cost=cost,
         note=candidates.note,
+        is_exact=point.format == tensor.grid,
     )
 
 
@@ -213,6 +214,13 @@ def _candidates(tensor: TensorMeasurement, constraints: Constraints, pin: Pin | 
             raise PlanError(f"{tensor.name} cannot be pinned to {pin.format}: {reason}")
         return Candidates(tensor, points, (), f"pinned to {pin.format}", pin)
     verdicts = [(p, _barred(tensor, p, constraints)) for p in tensor.points]
+    exact = next((p for p, barred in verdicts if p.format == tensor.grid and not barred), None)
+    if exact is not None:
+        why = f"the weights lie on the grid of {exact.format}, which holds them exactly"
+        verdicts = [
+            (p, barred or (Barred(p.format, why) if p.n_bytes > exact.n_bytes else None))
+            for p, barred in verdicts
+        ]
     return Candidates(
         tensor,
         tuple(p for p, barred in verdicts if barred is None),

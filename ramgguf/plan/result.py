@@ -70,7 +70,10 @@ class Constraints(FrozenModel):
 
 
 class Assignment(FrozenModel):
-    """What the plan gives one tensor; nmse is the measured one, cost its share of the objective."""
+    """What the plan gives one tensor; nmse is the measured one, cost its share of the objective.
+
+    is_exact: the weights lie on the format's grid, and its blocks are those that hold them exactly.
+    """
 
     name: str
     role: str
@@ -81,6 +84,7 @@ class Assignment(FrozenModel):
     nmse: NonNegativeFloat
     cost: NonNegativeFloat
     note: str | None = None
+    is_exact: bool = False
 
 
 class NextPercent(FrozenModel):

@@ -1,5 +1,6 @@
 """The commands that read a model: quantize, measure."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -80,6 +81,7 @@ def quantize(
     model: opt.Model,
     budget: opt.OptionalBudget = None,
     output: opt.Output = None,
+    lora: opt.Lora = None,
     memory: mem.MemoryOptions = mem.MemoryOptions(),  # noqa: B008 (frozen)
     choice: opt.PlanChoice = opt.PlanChoice(),  # noqa: B008 (frozen)
     effort: opt.EffortOption = None,
@@ -108,6 +110,7 @@ def quantize(
     verbose: opt.Verbose = False,
 ) -> None:
     """Write the best mixed-precision GGUF that fits a budget."""
+    choice.require_target(writes_model=True)
     terminal = opt.Terminal.make(quiet=quiet, as_json=as_json)
     opt.refuse_existing(save_plan, export_tensor_types, force=force)
     request = memory.request()
@@ -128,7 +131,8 @@ def quantize(
             "--sensitivity": sensitivity is not None,
             "--allow-requantize": allow_requantize,
         }
-        idle = [*choice.given(), *(name for name, given in others.items() if given)]
+        given = [name for name in choice.given() if name != "--for" or choice.binds_formats()]
+        idle = [*given, *(name for name, given in others.items() if given)]
         opt.refuse_idle(idle, "a ready plan is followed as it is")
     if measurement:
         others = {
@@ -161,7 +165,7 @@ def quantize(
         opt.refuse_idle(["--stand-in"], "neither --calibrate nor --sensitivity measure is given")
     scores = level != "fast" if score is None else score
     chosen = opt.encoder(encoder)
-    model = terminal.fetched(model)
+    model = terminal.fetched(model, lora)
     weighed = Weighed(imatrix, hessian)
     if calibrate:
         weighed = calibrated(
@@ -221,11 +225,15 @@ def quantize(
     terminal.out.print(
         f"{', '.join(str(p) for p in made.paths)}: {checked}; {seconds}", soft_wrap=True
     )
+    if made.modelfile is not None:
+        name = shlex.quote(str(made.modelfile))
+        terminal.out.print(f"{made.modelfile}: ollama create NAME -f {name}", soft_wrap=True)
 
 
 def _summary(made: api.Quantized) -> dict[str, object]:
     return {
         "paths": [str(p) for p in made.paths],
+        "modelfile": None if made.modelfile is None else str(made.modelfile),
         "n_bytes": made.n_bytes,
         "budget": made.plan.budget,
         "memory": made.plan.memory.model_dump() if made.plan.memory else None,

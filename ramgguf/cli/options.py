@@ -13,7 +13,7 @@ from ramgguf.core import files
 from ramgguf.core.errors import PlanError
 from ramgguf.core.progress import Progress, Silent
 from ramgguf.gguf.hub import local_path
-from ramgguf.plan import DEFAULT_MIN_SQNR_DB, OBJECTIVE_NAMES, PlanOptions
+from ramgguf.plan import DEFAULT_MIN_SQNR_DB, OBJECTIVE_NAMES, TARGETS, PlanOptions
 from ramgguf.quantize import EFFORTS, Effort, default_effort
 from ramgguf.quants.encoders import DEFAULT_ENCODER, ENCODERS, Encoder
 from ramgguf.quants.formats import expand
@@ -26,7 +26,8 @@ Model = Annotated[
     Path,
     typer.Argument(
         metavar="MODEL",
-        help="GGUF model in F32, F16 or BF16: any shard of it, or hf://ORG/REPO/FILE.gguf.",
+        help="GGUF model in F32, F16 or BF16 (any shard), a checkpoint's folder, or "
+        "hf://ORG/REPO[/FILE.gguf].",
     ),
 ]
 AnyModel = Annotated[
@@ -57,6 +58,10 @@ OptionalEncoder = Annotated[
         help=f"How blocks are fitted: {_ENCODERS}. Default: {DEFAULT_ENCODER}, or what the effort "
         "finds.",
     ),
+]
+Lora = Annotated[
+    Path | None,
+    typer.Option("--lora", help="Folder of a LoRA adapter, merged into MODEL, a checkpoint."),
 ]
 ImatrixFile = Annotated[
     Path | None,
@@ -122,12 +127,21 @@ Ties = Annotated[
         "--tie", help="One format per layer for these roles: qkv, gate-up or role,role; repeatable."
     ),
 ]
+For = Annotated[
+    str | None,
+    typer.Option(
+        "--for",
+        help="What runs the file: "
+        + "; ".join(f"{t.name}, {t.summary}" for t in TARGETS.values())
+        + ".",
+    ),
+]
 MinFormats = Annotated[
     list[str] | None,
     typer.Option("--min-format", help="'role=FORMAT': no fewer bits for the role; repeatable."),
 ]
 Requantize = Annotated[
-    bool, typer.Option("--allow-requantize", help="Take Q8_0 tensors as a source, too.")
+    bool, typer.Option("--allow-requantize", help="Take quantized tensors as a source, too.")
 ]
 Tokens = Annotated[
     str, typer.Option("--tokens", help="self (drawn from the model), random, wikitext, or a file.")
@@ -185,9 +199,10 @@ class Terminal:
         silent = quiet or not sys.stderr.isatty()
         return cls(out, err, Silent() if silent else Bars(err), not (quiet or as_json))
 
-    def fetched(self, model: Path) -> Path:
-        """Return the path of a model, fetched first if it is an address on the hub."""
-        return local_path(model, quiet=not (self.announces and sys.stderr.isatty()))
+    def fetched(self, model: Path, lora: Path | None = None) -> Path:
+        """Return the path of a model's GGUF file, fetched or converted first if need be."""
+        quiet = not (self.announces and sys.stderr.isatty())
+        return local_path(model, lora=lora, quiet=quiet, announce=self.announce)
 
     def announce(self, text: str) -> None:
         """Say what is going to be done, and for how long, unless nothing but results is wanted."""
@@ -205,6 +220,22 @@ class PlanChoice:
     pin: Pins = None
     tie: Ties = None
     min_format: MinFormats = None
+    target: For = None
+
+    def binds_formats(self) -> bool:
+        """Return whether the target wants some tensors in one format."""
+        return self.target is not None and bool(TARGETS[self.target].ties)
+
+    def require_target(self, *, writes_model: bool) -> None:
+        """Raise a usage error for an unknown target, or one without effect on what is written."""
+        if self.target is None:
+            return
+        if self.target not in TARGETS:
+            raise typer.BadParameter(
+                f"{self.target!r} is none of {', '.join(TARGETS)}", param_hint="--for"
+            )
+        if not (writes_model or self.binds_formats()):
+            refuse_idle(["--for"], f"a plan for {self.target} is as any other; quantize serves it")
 
     def options(self, sensitivity: Sensitivity | Path | None = None) -> PlanOptions:
         """Return these as options of `plan`."""
@@ -216,6 +247,7 @@ class PlanChoice:
             pins=self.pin or (),
             ties=self.tie or (),
             min_formats=self.min_format or (),
+            target=self.target,
         )
 
     def given(self) -> list[str]:
@@ -224,7 +256,8 @@ class PlanChoice:
         changed = (
             f.name for f in fields(self) if getattr(self, f.name) != getattr(default, f.name)
         )
-        return [f"--{name.replace('_', '-')}" for name in changed]
+        spelled = {"target": "for"}
+        return [f"--{spelled.get(name, name).replace('_', '-')}" for name in changed]
 
 
 def refuse_idle(given: Iterable[str], why: str) -> None:

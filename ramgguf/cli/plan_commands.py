@@ -69,6 +69,7 @@ def plan(
     verbose: opt.Verbose = False,
 ) -> None:
     """Choose a format for every tensor so that the output fits a budget."""
+    choice.require_target(writes_model=False)
     terminal = opt.Terminal.make(quiet=quiet, as_json=as_json)
     opt.refuse_existing(output, export_tensor_types, force=force)
     request = memory.request()
@@ -114,6 +115,7 @@ def curve(
     quiet: opt.Quiet = False,
 ) -> None:
     """Show the best size–quality trade-offs from the smallest safe size to 8.5 bpw."""
+    choice.require_target(writes_model=False)
     terminal = opt.Terminal.make(quiet=quiet, as_json=as_json)
     opt.refuse_existing(output, svg, force=force)
     request = memory.request()

@@ -21,6 +21,10 @@ class HubError(RamggufError):
     """A model on the Hugging Face hub does not exist, or cannot be had."""
 
 
+class CheckpointError(RamggufError):
+    """A checkpoint or an adapter is malformed, unsupported, or cannot be converted."""
+
+
 class FormatError(RamggufError):
     """A block format is unknown, or does not suit a tensor."""
 

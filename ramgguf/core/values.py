@@ -17,4 +17,5 @@ class HubFile(FrozenModel):
     @property
     def address(self) -> str:
         """What brings this very file back."""
-        return f"hf://{self.repo}@{self.revision}/{self.file}"
+        repo = f"hf://{self.repo}@{self.revision}"
+        return f"{repo}/{self.file}" if self.file else repo

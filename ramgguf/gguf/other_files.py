@@ -3,15 +3,16 @@
 import re
 from pathlib import Path
 
-_CHECKPOINT = "convert the checkpoint with llama.cpp's convert_hf_to_gguf.py first"
+_CHECKPOINT = "name the folder of the checkpoint, with its config.json"
+_PICKLED = "save the checkpoint as safetensors (save_pretrained does) and name its folder"
 _HEADS = (
     (re.compile(rb"version https://git-lfs\.github\.com/spec"),
      "is a Git LFS pointer, not the file itself; fetch it with `git lfs pull`"),
     (re.compile(rb"\s*(<!doctype html|<html|<\?xml)", re.IGNORECASE),
      "is a web page; download the file itself, or name it as hf://ORG/REPO/FILE.gguf"),
     (re.compile(rb".{8}\{\"", re.DOTALL), f"is a safetensors file; {_CHECKPOINT}"),
-    (re.compile(rb"PK\x03\x04"), f"is a ZIP archive, as PyTorch writes; {_CHECKPOINT}"),
-    (re.compile(rb"\x80[\x02-\x05]"), f"is a pickle, as PyTorch writes; {_CHECKPOINT}"),
+    (re.compile(rb"PK\x03\x04"), f"is a ZIP archive, as PyTorch writes; {_PICKLED}"),
+    (re.compile(rb"\x80[\x02-\x05]"), f"is a pickle, as PyTorch writes; {_PICKLED}"),
     (re.compile(rb"gg(ml|mf|jt|la)|(lm|fm|tj|al)gg"),
      "is a model of before GGUF; convert it with an older llama.cpp, or download it as GGUF"),
     (re.compile(rb"\s*[{\[]"), "is JSON; name a GGUF file"),
@@ -30,16 +31,16 @@ def folder(path: Path) -> str:
     names = sorted(p.name for p in path.iterdir())
     if models := [n for n in names if n.lower().endswith(".gguf")]:
         return f"is a folder; name a file in it: {', '.join(models[:8])}"
-    if any(n.endswith((".safetensors", ".bin")) for n in names):
-        return f"is a folder of a checkpoint; {_CHECKPOINT}"
-    return "is a folder without any .gguf file"
+    if any(n.endswith(".bin") for n in names):
+        return f"is a folder of pickles, as PyTorch writes; {_PICKLED}"
+    return "is a folder with neither a .gguf file nor a checkpoint (config.json, safetensors)"
 
 
 def missing(path: Path) -> str | None:
     """Return what to write in place of a path that does not exist, if it looks like an address."""
     text = str(path)
     if _URL.match(text):
-        return "is an address, not a file; download it, or name it as hf://ORG/REPO/FILE.gguf"
+        return "is an address, not a file; download it, or name it as hf://ORG/REPO"
     if _REPOSITORY.fullmatch(text) and not path.parent.exists():
-        return f"is no file; for a repository on the hub write hf://{text}/FILE.gguf"
+        return f"is no file; for a repository on the hub write hf://{text}"
     return None

@@ -11,22 +11,32 @@ from ramgguf.gguf.architecture import never_quantized
 from ramgguf.gguf.reader import GGUFFile, TensorInfo
 from ramgguf.quants import formats
 from ramgguf.quants.codec import ErrorWeights
+from ramgguf.quants.decoding import readable
 from ramgguf.quants.encoders import libggml
+from ramgguf.quants.grids import GRIDS, grid_of
 from ramgguf.quants.imatrix import Imatrix
 
 # What rounding a block's d to F16 costs, at most: (2^-11)^2.
 TERNARY_NMSE = 2.0**-22
 
 
-# What weights may be stored in to be quantized; Q8_0 only when asked for.
+# What weights may be stored in to be quantized; whatever else decodes, only when asked for.
 FLOAT_FORMATS = ("F32", "F16", "BF16")
+
+
+def is_source(type_name: str) -> bool:
+    """Return whether weights in this type can be decoded here, by the core or by libggml."""
+    if type_name not in formats.known():
+        return False
+    return formats.get(type_name).encodable or libggml.is_installed()
 
 
 @dataclass(frozen=True)
 class Job:
     """A tensor with its candidates and importance; `kept` says why it has no candidates.
 
-    sampled are candidates that are measured on a sample of the rows only.
+    sampled are candidates that are measured on a sample of the rows only. grid is the format on
+    whose grid the weights lie.
     """
 
     tensor: TensorInfo
@@ -35,6 +45,7 @@ class Job:
     sampled: tuple[str, ...]
     excluded: dict[str, str]
     kept: str | None
+    grid: str | None = None
 
 
 @dataclass(frozen=True)
@@ -106,7 +117,7 @@ def _suited(
 
 def _may_be_ternary(file: GGUFFile, tensor: TensorInfo) -> bool:
     """Return whether the first row is; that is enough to leave nearly all models out."""
-    stats = _core.measure(["TQ2_0"], tensor.type_name, file.read_rows(tensor, 0, 1))
+    stats = _core.measure(["TQ2_0"], *readable(tensor.type_name, file.read_rows(tensor, 0, 1)))
     return stats.errors[0].sum_squared_error <= TERNARY_NMSE * stats.sum_squares
 
 
@@ -141,6 +152,8 @@ def jobs_of(
     tell_ternary: bool,
 ) -> list[Job]:
     found: dict[tuple[str, int], _Smaller] = {}  # a model has few kinds of rows
+    # Formats that were asked for are all that there are; else a grid is one more.
+    grids = [name for name in GRIDS if name in wanted or not tell_ternary]
     jobs = []
     for tensor in file.tensors:
         kept = _reason_to_keep(file, tensor, allow_requantize)
@@ -155,7 +168,10 @@ def jobs_of(
         scale = ErrorWeights.of(tensor, imatrix if names else None)
         split = suited(file, tensor, scale, names, tell_ternary=tell_ternary)
         excluded = excluded | split.excluded
-        jobs.append(Job(tensor, scale, split.measured, split.sampled, excluded, kept))
+        grid = grid_of(file, tensor, grids)
+        measured = tuple(n for n in split.measured if n != grid)
+        kept = None if grid else kept
+        jobs.append(Job(tensor, scale, measured, split.sampled, excluded, kept, grid))
     return jobs
 
 
@@ -170,8 +186,11 @@ def restricted(job: Job, only: frozenset[str] | None) -> Job:
 
 
 def _reason_to_keep(file: GGUFFile, tensor: TensorInfo, allow_requantize: bool) -> str | None:
-    if tensor.type_name == "Q8_0" and not allow_requantize:
-        return "already quantized to Q8_0 (--allow-requantize takes it as a source)"
-    if tensor.type_name not in (*FLOAT_FORMATS, "Q8_0"):
+    kept = never_quantized(tensor.name, tensor.shape, file.architecture)
+    if kept is not None or tensor.type_name in FLOAT_FORMATS:
+        return kept
+    if not is_source(tensor.type_name):
         return f"copied: {tensor.type_name} is no source for quantization"
-    return never_quantized(tensor.name, tensor.shape, file.architecture)
+    if not allow_requantize:
+        return f"already quantized to {tensor.type_name} (--allow-requantize takes it as a source)"
+    return None

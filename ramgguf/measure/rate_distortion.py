@@ -3,6 +3,7 @@
 import hashlib
 import math
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,10 +20,18 @@ from ramgguf.gguf.architecture import layer_of, role_of
 from ramgguf.gguf.hub import local_path
 from ramgguf.gguf.identity import Source
 from ramgguf.gguf.reader import GGUFFile, open_gguf
-from ramgguf.measure.candidates import FLOAT_FORMATS, TERNARY_NMSE, Job, jobs_of, restricted, tried
+from ramgguf.measure.candidates import (
+    FLOAT_FORMATS,
+    TERNARY_NMSE,
+    Job,
+    is_source,
+    jobs_of,
+    restricted,
+    tried,
+)
 from ramgguf.measure.result import Measurement, Point, TensorMeasurement
-from ramgguf.quants import codec, formats
-from ramgguf.quants.codec import Piece
+from ramgguf.quants import codec, formats, grids
+from ramgguf.quants.codec import Piece, Rows
 from ramgguf.quants.coverage import coverage_notes
 from ramgguf.quants.encoders import DEFAULT_ENCODER, EncoderName
 from ramgguf.quants.formats import expand
@@ -36,10 +45,12 @@ from ramgguf.quants.row_samples import SampledError, measure_samples
 class _Measured:
     """What was measured on a run of chunks: which tensors' they are, and what each holds.
 
-    There are no statistics of what is neither float nor Q8_0.
+    There are no statistics of types that cannot be decoded. exact are those of the blocks that hold
+    weights on a grid.
     """
 
     found: list[tuple[int, _core.RowStats]]
+    exact: list[tuple[int, _core.RowStats]]
     n_bytes: int
     digest: bytes
 
@@ -76,9 +87,10 @@ def measure_file(
     if all(job.kept for job in jobs):
         raise PlanError(
             f"{file.paths[0]}: nothing to quantize ({jobs[0].kept or 'no tensors'}); "
-            "a source in F32, F16 or BF16 is needed, or Q8_0 with --allow-requantize"
+            "a source in F32, F16 or BF16 is needed, or a quantized one with --allow-requantize"
         )
     parts: list[list[_core.RowStats]] = [[] for _ in jobs]
+    exact: list[list[_core.RowStats]] = [[] for _ in jobs]
     data, buffers = hashlib.sha256(), Buffers()
     work = list((sample if sampled else runs)(file.tensors))
     total = sum((c.stop - c.start) * jobs[c.index].tensor.row_bytes for run in work for c in run)
@@ -90,6 +102,8 @@ def measure_file(
             data.update(measured.digest)
             for index, stats in measured.found:
                 parts[index].append(stats)
+            for index, stats in measured.exact:
+                exact[index].append(stats)
             progress.advance(measured.n_bytes)
     finally:
         progress.finish()
@@ -100,14 +114,29 @@ def measure_file(
         source=Source.of(file, None if sampled else data.hexdigest()),
         encoder=encoder,
         imatrix=imatrix.source if imatrix else None,
-        formats=names,
+        formats=(*names, *sorted({j.grid for j in jobs if j.grid} - set(names))),
         n_overhead_bytes=n_overhead_bytes,
         alignment=file.alignment,
         n_layers=file.n_trunk_layers,
-        tensors=_tensors(file, jobs, parts, of_samples),
+        tensors=_tensors(file, jobs, parts, exact, of_samples),
         seconds=time.perf_counter() - start,
-        notes=(*told, *_unsuited(jobs, wanted), *_idle_requantize(jobs, allow_requantize)),
+        notes=(
+            *told,
+            *_on_grids(jobs),
+            *_unsuited(jobs, wanted),
+            *_idle_requantize(jobs, allow_requantize),
+        ),
     )
+
+
+def _on_grids(jobs: Sequence[Job]) -> Iterator[str]:
+    """Yield how many tensors lie on the grid of a format, by format."""
+    found = Counter(job.grid for job in jobs if job.grid is not None)
+    for name, n in found.most_common():
+        yield (
+            f"{n} tensors lie on the grid of {name} ({formats.get(name).bpw:g} bpw): it holds them "
+            "exactly, so that they take no larger format"
+        )
 
 
 def _unsuited(jobs: Sequence[Job], wanted: Sequence[str] | None) -> Iterator[str]:
@@ -121,8 +150,9 @@ def _unsuited(jobs: Sequence[Job], wanted: Sequence[str] | None) -> Iterator[str
 
 
 def _idle_requantize(jobs: Sequence[Job], allow_requantize: bool) -> Iterator[str]:
-    if allow_requantize and not any(j.tensor.type_name == "Q8_0" and j.candidates for j in jobs):
-        yield "--allow-requantize changed nothing: no tensor of the source is in Q8_0"
+    quantized = [j for j in jobs if j.tensor.type_name not in FLOAT_FORMATS]
+    if allow_requantize and not any(j.candidates or j.sampled for j in quantized):
+        yield "--allow-requantize changed nothing: no tensor of the source is quantized"
 
 
 def _measure(
@@ -136,7 +166,7 @@ def _measure(
     known = [
         (jobs[c.index], c, data)
         for c, data in zip(run, rows, strict=True)
-        if jobs[c.index].tensor.type_name in (*FLOAT_FORMATS, "Q8_0")
+        if is_source(jobs[c.index].tensor.type_name)
     ]
     stats = codec.measure(
         [Piece(job.scale, job.tensor.type_name, data, c.start) for job, c, data in known],
@@ -152,30 +182,46 @@ def _measure(
             )
     return _Measured(
         [(c.index, found) for (_, c, _), found in zip(known, stats, strict=True)],
+        [(c.index, _exact(job, c.start, data)) for job, c, data in known if job.grid],
         sum(data.nbytes for data in rows),
         digest.digest(),
     )
+
+
+def _exact(job: Job, start: int, rows: Rows) -> _core.RowStats:
+    """Return what the exact blocks of rows on a grid differ by: the rounding of the source."""
+    assert job.grid is not None
+    blocks = grids.encode(job.grid, job.tensor.type_name, rows)
+    return job.scale.compare(job.tensor.type_name, rows, job.grid, blocks, start)
 
 
 def _tensors(
     file: GGUFFile,
     jobs: Sequence[Job],
     parts: Sequence[list[_core.RowStats]],
+    exact: Sequence[list[_core.RowStats]],
     of_samples: Sequence[Mapping[str, SampledError | str]],
 ) -> tuple[TensorMeasurement, ...]:
     with gc_paused():
-        return tuple(_tensor(file, *known) for known in zip(jobs, parts, of_samples, strict=True))
+        return tuple(
+            _tensor(file, *known) for known in zip(jobs, parts, exact, of_samples, strict=True)
+        )
 
 
 def _tensor(
     file: GGUFFile,
     job: Job,
     parts: list[_core.RowStats],
+    exact: list[_core.RowStats],
     of_samples: Mapping[str, SampledError | str],
 ) -> TensorMeasurement:
     tensor = job.tensor
     total = _core.RowStats.merged(parts) if len(parts) > 1 else next(iter(parts), None)
     points, excluded = _points(job, total, of_samples)
+    if job.grid is not None:
+        points = tuple(
+            sorted((*points, _grid_point(job, exact)), key=attrgetter("n_bytes", "nmse"))
+        )
     weighed = total is not None and job.scale.importance is not None
     return TensorMeasurement(
         name=tensor.name,
@@ -191,6 +237,25 @@ def _tensor(
         points=points,
         excluded=excluded,
         kept=job.kept,
+        grid=job.grid,
+    )
+
+
+def _grid_point(job: Job, parts: Sequence[_core.RowStats]) -> Point:
+    """Return the point of the format on whose grid the tensor lies."""
+    assert job.grid is not None
+    scale, tensor = job.scale, job.tensor
+    squares = sum(scale.squares(part) for part in parts) or math.inf
+    plain = sum(part.sum_squares for part in parts) or math.inf
+    return Point(
+        job.grid,
+        formats.row_bytes(job.grid, tensor.row_length) * tensor.n_rows,
+        sum(scale.error(part.errors[0]) for part in parts) / squares,
+        max(part.errors[0].max_error for part in parts),
+        0.0,
+        None
+        if scale.importance is None
+        else sum(part.errors[0].sum_squared_error for part in parts) / plain,
     )
 
 

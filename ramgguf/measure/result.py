@@ -55,7 +55,8 @@ class TensorMeasurement(FrozenModel):
     the source's own format included; excluded says why a format of the pass is no candidate.
     kept says why the tensor is not quantized at all (then points holds the source format only).
     output_squares is Σ wx² with the importance w of its columns: the mean squared output, were
-    inputs uncorrelated; None without importance.
+    inputs uncorrelated; None without importance. grid is the format whose blocks hold the weights
+    exactly, up to the rounding of the source's own type.
     """
 
     name: str
@@ -71,6 +72,7 @@ class TensorMeasurement(FrozenModel):
     points: tuple[Point, ...]
     excluded: dict[str, str] = Field(default_factory=dict)
     kept: str | None = None
+    grid: str | None = None
 
     @property
     def n_weights(self) -> int:

@@ -17,10 +17,12 @@ from ramgguf.plan.planning import (
 from ramgguf.plan.problem import Problem
 from ramgguf.plan.recipes import Recipe
 from ramgguf.plan.result import Plan
+from ramgguf.plan.targets import TARGETS, target
 
 __all__ = [
     "DEFAULT_MIN_SQNR_DB",
     "OBJECTIVE_NAMES",
+    "TARGETS",
     "ByteLimit",
     "Choice",
     "Costing",
@@ -44,4 +46,5 @@ __all__ = [
     "problem",
     "size_limit",
     "smallest",
+    "target",
 ]

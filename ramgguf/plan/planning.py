@@ -18,6 +18,7 @@ from ramgguf.plan.problem import Problem, parse_tie
 from ramgguf.plan.recipes import Difference, Recipe, pins_for
 from ramgguf.plan.recipes import diff as _diff
 from ramgguf.plan.result import Constraints, MinFormat, Pin, Plan
+from ramgguf.plan.targets import target_ties
 from ramgguf.quants.formats import expand
 from ramgguf.sensitivity.result import Sensitivity
 
@@ -30,6 +31,7 @@ class PlanOptions(TypedDict, total=False):
     objective None is the best known: sensitivity where one is given (a value or its file), else
     weighted. formats are those to choose from, or sets of them (None: all measured); pins are
     'regex=FORMAT', min_formats 'role=FORMAT'; a tie is 'qkv', 'gate-up' or a list 'role,role'.
+    target is a program that runs the file (TARGETS): 'vllm' ties what it fuses.
     """
 
     objective: str | None
@@ -39,6 +41,7 @@ class PlanOptions(TypedDict, total=False):
     pins: Sequence[str]
     ties: Sequence[str]
     min_formats: Sequence[str]
+    target: str | None
 
 
 def plan(
@@ -65,7 +68,7 @@ def plan(
             _allocate.allocate,
             measurement,
             costing=_costing(measurement, options),
-            constraints=_constraints(options),
+            constraints=_constraints(measurement, options),
         ),
     )
 
@@ -94,7 +97,7 @@ def curve(measurement: Measurement | str | Path, **options: Unpack[PlanOptions])
     return _frontier.frontier(
         measurement,
         costing=_costing(measurement, options),
-        constraints=_constraints(options),
+        constraints=_constraints(measurement, options),
     )
 
 
@@ -127,7 +130,7 @@ def _loaded_sensitivity(sensitivity: Sensitivity | str | Path | None) -> Sensiti
 def problem(measurement: Measurement, options: PlanOptions) -> Problem:
     """Return the knapsack that plans with these options solve."""
     cost = _costing(measurement, options).cost
-    return Problem.of(measurement, _constraints(options), cost)
+    return Problem.of(measurement, _constraints(measurement, options), cost)
 
 
 def _costing(measurement: Measurement, options: PlanOptions) -> Costing:
@@ -135,12 +138,16 @@ def _costing(measurement: Measurement, options: PlanOptions) -> Costing:
     return costing(options.get("objective"), measurement, sensitivity)
 
 
-def _constraints(options: PlanOptions) -> Constraints:
-    formats = options.get("formats")
+def _constraints(measurement: Measurement, options: PlanOptions) -> Constraints:
+    formats, target = options.get("formats"), options.get("target")
+    ties = [parse_tie(tie) for tie in options.get("ties", ())]
+    if target is not None:
+        ties += [tie for tie in target_ties(target, measurement) if tie not in ties]
     return Constraints(
         min_sqnr_db=options.get("min_sqnr_db", DEFAULT_MIN_SQNR_DB),
         formats=None if formats is None else expand(formats),
         pins=tuple(Pin.parse(pin) for pin in options.get("pins", ())),
-        ties=tuple(parse_tie(tie) for tie in options.get("ties", ())),
+        ties=tuple(ties),
         min_formats=tuple(MinFormat.parse(text) for text in options.get("min_formats", ())),
+        target=target,
     )

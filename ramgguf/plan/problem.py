@@ -10,22 +10,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ramgguf.core.errors import PlanError
-from ramgguf.gguf.architecture import PARTS
 from ramgguf.gguf.identity import unsure
 from ramgguf.gguf.layout import padded
 from ramgguf.measure.result import Measurement, Point, TensorMeasurement
 from ramgguf.plan.knapsack import Choice
 from ramgguf.plan.objectives import Cost
 from ramgguf.plan.result import Assignment, Constraints, Pin
+from ramgguf.plan.targets import TIES, target_note
 from ramgguf.quants import formats
-
-# Shorthands of --tie: what fused kernels want in one format.
-TIES = {
-    "qkv": PARTS["attn_qkv"].fuses,
-    "gate-up": PARTS["ffn_gate_up"].fuses,
-    "gate-up-exps": PARTS["ffn_gate_up_exps"].fuses,
-    "gate-up-shexp": ("ffn_gate_shexp", "ffn_up_shexp"),
-}
 
 
 def parse_tie(text: str) -> tuple[str, ...]:
@@ -126,6 +118,7 @@ def _assignment(candidates: Candidates, point: Point, cost: float) -> Assignment
         nmse=point.nmse,
         cost=cost,
         note=candidates.note,
+        is_exact=point.format == tensor.grid,
     )
 
 
@@ -221,6 +214,13 @@ def _candidates(tensor: TensorMeasurement, constraints: Constraints, pin: Pin | 
             raise PlanError(f"{tensor.name} cannot be pinned to {pin.format}: {reason}")
         return Candidates(tensor, points, (), f"pinned to {pin.format}", pin)
     verdicts = [(p, _barred(tensor, p, constraints)) for p in tensor.points]
+    exact = next((p for p, barred in verdicts if p.format == tensor.grid and not barred), None)
+    if exact is not None:
+        why = f"the weights lie on the grid of {exact.format}, which holds them exactly"
+        verdicts = [
+            (p, barred or (Barred(p.format, why) if p.n_bytes > exact.n_bytes else None))
+            for p, barred in verdicts
+        ]
     return Candidates(
         tensor,
         tuple(p for p, barred in verdicts if barred is None),
@@ -297,6 +297,9 @@ def notes(problem: Problem) -> list[str]:
     """Return what the floor and the tensors' shapes kept out, for the plan's reader."""
     told = list(unsure("the measurement", problem.measurement.source))
     told.extend(_idle(problem))
+    constraints = problem.constraints
+    if constraints.target is not None:
+        told.extend(target_note(constraints.target, constraints.ties))
     below = Counter(b.format for c in problem.candidates for b in c.barred if b.floor)
     if below:
         excluded = ", ".join(f"{name} for {n}" for name, n in below.most_common())

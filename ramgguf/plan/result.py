@@ -58,7 +58,7 @@ class Constraints(FrozenModel):
     """What a plan must respect.
 
     formats None allows every measured one; each tie lists the roles whose tensors of one layer
-    take the same format.
+    take the same format. target is the program whose ties are among them.
     """
 
     min_sqnr_db: Number = 9.0
@@ -66,10 +66,14 @@ class Constraints(FrozenModel):
     pins: tuple[Pin, ...] = ()
     ties: tuple[tuple[str, ...], ...] = ()
     min_formats: tuple[MinFormat, ...] = ()
+    target: str | None = None
 
 
 class Assignment(FrozenModel):
-    """What the plan gives one tensor; nmse is the measured one, cost its share of the objective."""
+    """What the plan gives one tensor; nmse is the measured one, cost its share of the objective.
+
+    is_exact: the weights lie on the format's grid, and its blocks are those that hold them exactly.
+    """
 
     name: str
     role: str
@@ -80,6 +84,7 @@ class Assignment(FrozenModel):
     nmse: NonNegativeFloat
     cost: NonNegativeFloat
     note: str | None = None
+    is_exact: bool = False
 
 
 class NextPercent(FrozenModel):

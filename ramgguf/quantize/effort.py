@@ -32,6 +32,7 @@ from ramgguf.measure.result import Measurement
 from ramgguf.plan import PlanOptions, SizeLimit, size_limit
 from ramgguf.plan.result import Plan
 from ramgguf.quantize.gate import Verdict, judge
+from ramgguf.quantize.modelfile import modelfile_path, write_modelfile
 from ramgguf.quantize.output_paths import default_output
 from ramgguf.quantize.pipeline import Quantized, QuantizeOptions, quantize_once
 from ramgguf.quantize.protection import protected_formats
@@ -74,6 +75,7 @@ def quantize(
     effort: Effort | None = None,
     seconds: float | None = None,
     score: bool = False,
+    lora: str | Path | None = None,
     from_plan: Plan | None = None,
     measurement: Measurement | None = None,
     encoder: EncoderName | None = None,
@@ -92,8 +94,10 @@ def quantize(
 ) -> Quantized:
     """Write the best GGUF that keeps to the budget and return what was made.
 
-    Needs a budget (bytes, text such as 16GB, 4.5bpw or 30%, or a SizeLimit) or a ready plan.
-    output is by default beside the model and named after the plan's bits per weight.
+    model is a GGUF file, a checkpoint's folder, which is converted first with the adapter in the
+    folder lora merged into it, or an address on the hub. Needs a budget (bytes, text such as 16GB,
+    4.5bpw or 30%, or a SizeLimit) or a ready plan. output is by default beside the model and named
+    after the plan's bits per weight.
 
     effort fast plans by priors; auto and best decide by themselves what they do, within the seconds
     (auto: five minutes, or twice what writing takes; best: what it needs), and keep what they
@@ -111,7 +115,7 @@ def quantize(
     Raises RamggufError; an older output is then untouched.
     """
     start = clock()
-    model = local_path(model)
+    model = local_path(model, lora=lora, announce=announce)
     settings = QuantizeOptions(
         encoder or DEFAULT_ENCODER, imatrix, hessian, allow_requantize, refine,
         split_max_bytes=split_max_bytes, force=force, verify=verify, threads=threads,
@@ -126,6 +130,9 @@ def quantize(
     given = [name for name, value in explicit.items() if value is not None]
     if effort is not None and effort not in EFFORTS:
         raise PlanError(f"effort {effort!r} is none of {', '.join(EFFORTS)}")
+    is_for_ollama = options.get("target") == "ollama"
+    if is_for_ollama:
+        _require_modelfile(output, split_max_bytes, force=force)
     level = effort or default_effort(is_explicit=bool(given), has_time=seconds is not None)
     if level == "fast":
         if seconds is not None:
@@ -145,6 +152,10 @@ def quantize(
         target = None if output is None else Path(output)
         alone = replace(settings, executor=None)  # steps are measured on this machine, and run here
         made = _Run(model, size_limit(budget), target, level, left, alone).made()
+    if is_for_ollama:
+        n_ctx = made.plan.memory.n_ctx if made.plan.memory else None
+        modelfile = write_modelfile(made.paths[0], n_ctx, force=force)
+        made = replace(made, modelfile=modelfile)
     if not score:
         return made
     for_score = SCORE_SECONDS
@@ -152,6 +163,14 @@ def quantize(
         for_score = max(0.0, min(SCORE_SECONDS, seconds - (clock() - start)))
     found = scored(made, model, threads, progress, announce, for_score)
     return replace(made, score=found)
+
+
+def _require_modelfile(output: str | Path | None, split: int | None, *, force: bool) -> None:
+    """Raise, before any work, where a Modelfile cannot be written or would be of no use."""
+    if split is not None:
+        raise PlanError("Ollama imports one file: leave --split-max-size out, or --for ollama")
+    if output is not None:
+        refuse_existing(modelfile_path(Path(output)), force=force, error=GGUFError)
 
 
 def default_effort(*, is_explicit: bool, has_time: bool) -> Effort:

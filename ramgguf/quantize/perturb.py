@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ramgguf import _core
 from ramgguf.core.inputs import protected
 from ramgguf.core.parallel import Chunk, default_threads, map_chunks, runs
 from ramgguf.core.progress import Progress, Silent
@@ -23,6 +22,7 @@ from ramgguf.gguf.writer import GGUFOutput
 from ramgguf.plan.result import Assignment, Plan
 from ramgguf.quantize.write import check_source
 from ramgguf.quants.codec import ErrorWeights
+from ramgguf.quants.decoding import decode_rows
 from ramgguf.quants.imatrix import planned_imatrix
 
 _ALL_F32 = 0  # llama.cpp's file type
@@ -87,9 +87,8 @@ def _noisy(
 ) -> NDArray[np.uint8]:
     """Return the rows in F32, each with noise of its own quantization error's root mean square."""
     blocks = scale.encode(planned.format, planned.source_format, rows, start, row_length, encoder)
-    weights, rounded = np.empty((2, len(rows), row_length), np.float32)
-    _core.decode(planned.source_format, rows, weights)
-    _core.decode(planned.format, blocks, rounded)
+    weights = decode_rows(planned.source_format, rows, row_length)
+    rounded = decode_rows(planned.format, blocks, row_length)
     rms = np.sqrt(np.mean(np.square(weights - rounded, dtype=np.float64), axis=1))
     noise = rng.standard_normal(weights.shape, np.float32) * rms[:, None].astype(np.float32)
     return np.ascontiguousarray(weights + noise).view(np.uint8)

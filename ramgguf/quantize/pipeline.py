@@ -40,7 +40,7 @@ class Quantized:
     measurement is None when the plan was given, and may lack formats that a sample of a tensor
     showed not to be worth their bytes. worst_departure is the largest relative difference between
     planned and written NMSE, None when the output was not verified. score is on held-out text,
-    None where none was asked for, or llama.cpp could not score.
+    None where none was asked for, or llama.cpp could not score. modelfile is for the target ollama.
     """
 
     paths: tuple[Path, ...]
@@ -50,6 +50,7 @@ class Quantized:
     worst_departure: float | None
     seconds: dict[str, float]
     score: HeldOutScore | None = None
+    modelfile: Path | None = None
 
 
 @dataclass(frozen=True)

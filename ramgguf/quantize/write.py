@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import compress
 from pathlib import Path
 
 from ramgguf.core.errors import FormatError, PlanError
@@ -14,7 +15,7 @@ from ramgguf.gguf.layout import Layout, plan_layout
 from ramgguf.gguf.reader import GGUFFile
 from ramgguf.gguf.writer import GGUFOutput
 from ramgguf.plan.result import Plan
-from ramgguf.quants import codec, formats
+from ramgguf.quants import codec, formats, grids
 from ramgguf.quants.codec import Piece, Rows, tensor_weights
 from ramgguf.quants.encoders import encoder
 from ramgguf.quants.output_metadata import output_metadata
@@ -127,10 +128,18 @@ def write(
             for i in changed
         ]
         to, into = [planned[i].format for i in changed], [blocks[i] for i in changed]
+        exact = [planned[i].is_exact for i in changed]
+        for piece, name, out, on_grid in zip(pieces, to, into, exact, strict=True):
+            if on_grid:
+                out[:] = grids.encode(name, piece.type_name, piece.rows)
+        searched = [not on_grid for on_grid in exact]
+        pieces = list(compress(pieces, searched))
+        to, into = list(compress(to, searched)), list(compress(into, searched))
         try:
             codec.encode(pieces, to, into, plan.encoder)
         except ValueError:
-            _name_misfit([planned[i].name for i in changed], pieces, to, into, plan.encoder)
+            names = compress((planned[i].name for i in changed), searched)
+            _name_misfit(list(names), pieces, to, into, plan.encoder)
             raise
         output.write_pieces(
             (a.name, c.start * data.shape[1], data)

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from ramgguf import _core
 from ramgguf.gguf.reader import GGUFFile, TensorInfo
 from ramgguf.quants import formats
+from ramgguf.quants.decoding import decode_rows, readable
 from ramgguf.quants.encoders import ENCODERS, libggml
 from ramgguf.quants.hessian import Hessian
 from ramgguf.quants.imatrix import Imatrix, ImportanceSource, planned_imatrix
@@ -109,7 +110,7 @@ class ErrorWeights:
         stats = _core.measure([], type_name, rows)
         if stats.first_nonfinite >= 0 or self.hessian is None:
             return stats
-        weights = _decoded(type_name, rows, length)
+        weights = decode_rows(type_name, rows, length)
         squares = self.hessian().error(weights)
         found, errors = [stats], []
         for name in names:
@@ -135,7 +136,7 @@ class ErrorWeights:
         assert self.hessian is not None
         hessian = self.hessian()
         stats = _core.compare(type_name, before, to, after)
-        error = hessian.error(weights - _decoded(to, after, weights.shape[1]))
+        error = hessian.error(weights - decode_rows(to, after, weights.shape[1]))
         if squares is None:
             squares = hessian.error(weights)
         return _core.RowStats.joined([stats], squares, [error])
@@ -153,6 +154,11 @@ class Piece:
     rows: Rows
     start: int
 
+    def readable(self) -> "Piece":
+        """Return the piece with rows that the kernels read."""
+        name, rows = readable(self.type_name, self.rows)
+        return self if rows is self.rows else Piece(self.scale, name, rows, self.start)
+
     def parts(self) -> Iterator[tuple[slice, Importance]]:
         """Yield slices of the rows, each with its importance."""
         return self.scale.parts(self.start, self.start + len(self.rows))
@@ -165,13 +171,14 @@ class Piece:
     def weights(self) -> NDArray[np.float32]:
         """Return what the rows stand for, float32 (rows, columns)."""
         length = formats.row_weights(self.type_name, self.rows.shape[1])
-        return _decoded(self.type_name, self.rows, length)
+        return decode_rows(self.type_name, self.rows, length)
 
 
 def measure(
     pieces: Sequence[Piece], names: Sequence[Sequence[str]], encoder: str
 ) -> list[_core.RowStats]:
     """Return what _core.measure finds in each piece, in the formats named for it."""
+    pieces = [piece.readable() for piece in pieces]
     jobs = [
         [(wanted, piece.type_name, piece.rows[p], w) for p, w in piece.plain_parts()]
         for piece, wanted in zip(pieces, names, strict=True)
@@ -190,6 +197,7 @@ def encode(
 ) -> None:
     """Fill the blocks of every piece, uint8 (rows, bytes), with its rows in the format named."""
     chosen = ENCODERS[encoder]
+    pieces = [piece.readable() for piece in pieces]
     jobs: list[tuple[str, str, Rows, Rows, Importance]] = []
     for piece, name, out in zip(pieces, to, blocks, strict=True):
         scale = piece.scale
@@ -212,10 +220,11 @@ def compare(
     pieces: Sequence[Piece], to: Sequence[str], after: Sequence[Rows]
 ) -> list[_core.RowStats]:
     """Return the error of the rows `after`, of the types named, against each piece."""
+    pieces = [piece.readable() for piece in pieces]
     jobs = []
     for piece, name, rows in zip(pieces, to, after, strict=True):
         parts = list(piece.plain_parts())
-        known, decoded = _known(name, rows) if parts else (name, rows)
+        known, decoded = readable(name, rows) if parts else (name, rows)
         jobs.append([(piece.type_name, piece.rows[p], known, decoded[p], w) for p, w in parts])
     return _found(
         jobs,
@@ -250,20 +259,5 @@ def tensor_weights(
     ]
 
 
-def _known(to: str, rows: Rows) -> tuple[str, Rows]:
-    """Return the rows as the kernels know them: decoded, if their format is libggml's."""
-    f = formats.get(to)
-    if f.encodable:
-        return to, rows
-    length = rows.shape[1] // f.block_bytes * f.block_size
-    return "F32", libggml.decode(to, rows, length).view(np.uint8)
-
-
 def _merged(parts: list[_core.RowStats]) -> _core.RowStats:
     return parts[0] if len(parts) == 1 else _core.RowStats.merged(parts)
-
-
-def _decoded(type_name: str, rows: Rows, row_length: int) -> NDArray[np.float32]:
-    out = np.empty((len(rows), row_length), np.float32)
-    _core.decode(type_name, rows, out)
-    return out

@@ -56,6 +56,11 @@ def _by_name() -> MappingProxyType[str, BlockFormat]:
     return MappingProxyType({f.name: f for f in _core.formats()})
 
 
+def known() -> frozenset[str]:
+    """Return the names of all block formats that can be decoded, some by libggml only."""
+    return frozenset(_by_name())
+
+
 def names() -> tuple[str, ...]:
     """Return the names of the formats that the core has kernels for, in the order of ggml's ids."""
     return tuple(f.name for f in _by_name().values() if f.encodable)

@@ -12,12 +12,12 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from ramgguf import _core
 from ramgguf.core.errors import FormatError
 from ramgguf.core.parallel import ordered_map
 from ramgguf.core.progress import Progress
 from ramgguf.gguf.reader import GGUFFile, TensorInfo
 from ramgguf.quants.codec import ErrorWeights
+from ramgguf.quants.decoding import decode_rows
 from ramgguf.quants.encoders import libggml
 
 MOST_ROWS = 512
@@ -128,8 +128,7 @@ def _sampled_error(
     errors, squares = np.zeros(len(sample)), np.zeros(len(sample))
     plain, energy, largest = 0.0, 0.0, 0.0
     for rows, importance in _by_expert(sample, scale):
-        x = np.empty((rows.stop - rows.start, tensor.row_length), np.float32)
-        _core.decode(tensor.type_name, _read(file, tensor, sample[rows]), x)
+        x = decode_rows(tensor.type_name, _read(file, tensor, sample[rows]), tensor.row_length)
         off = x.astype(np.float64) - decoded(x, importance, rows)
         off_squared, x_squared = off**2, x.astype(np.float64) ** 2
         errors[rows], squares[rows] = off_squared @ importance, x_squared @ importance

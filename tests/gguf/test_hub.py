@@ -151,12 +151,12 @@ def test_all_shards_are_fetched_of_the_same_commit_and_then_never_again(
     ("address", "said"),
     [
         (f"hf://{REPO}/other.gguf", f"no such file; {REPO} has split/tiny-f16s-00001-of-"),
-        (f"hf://{REPO}", "names no .gguf file; "),
+        (f"hf://{REPO}/split", "names no .gguf file; "),
         (f"hf://{EMPTY}/model.gguf", f"{EMPTY} has no .gguf file at all"),
         (f"hf://{REPO}@v9/tiny-f16.gguf", "no such revision"),
         ("hf://acme/nothing/x.gguf", "no repository acme/nothing, or a private one"),
         (f"hf://{GATED}/tiny-f16.gguf", "is gated; accept its terms at http"),
-        ("hf://acme", "expected hf://ORG/REPO/FILE.gguf"),
+        ("hf://acme", "expected hf://ORG/REPO or hf://ORG/REPO/FILE.gguf"),
         ("hf://acme/a..b/x.gguf", "hf://acme/a..b"),
     ],
 )

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 import ramgguf
 from ramgguf.cli import plan_commands
+from ramgguf.cli.app import app
 from ramgguf.core.errors import GGUFError, PlanError
 from ramgguf.plan.recipes import Recipe, pins_for
 from ramgguf.plan.result import Plan
@@ -39,6 +40,44 @@ def test_tied_tensors_of_a_layer_take_one_format() -> None:
     assert tied.n_bytes <= BUDGET
     assert tied.total_cost > free.total_cost  # a constraint never helps
     assert tied.total_cost == pytest.approx(sum(a.cost for a in tied.assignments))
+
+
+@pytest.mark.parametrize("share", [1.1, 1.5, 2.2, 3.0])
+def test_a_plan_for_vllm_is_the_best_of_those_with_one_format_for_what_it_fuses(
+    share: float,
+) -> None:
+    budget = int(ramgguf.curve(MODEL).start_bytes * share)
+    made = ramgguf.plan(MODEL, budget, target="vllm")
+    by_hand = ramgguf.plan(MODEL, budget, ties=["qkv", "gate-up"])
+    assert made.assignments == by_hand.assignments
+    assert made.gap == 0
+    assert "for vllm, which fuses them, these of a layer take one format: " in "\n".join(made.notes)
+    for layer in range(4):
+        for pattern in (rf"blk\.{layer}\.attn_[qkv]\.", rf"blk\.{layer}\.ffn_(gate|up)\."):
+            assert len(set(_formats(made, pattern).values())) == 1
+    steps = ramgguf.curve(MODEL, target="vllm")
+    assert any("for vllm" in note for note in ramgguf.plan(steps, budget).notes)
+    assert Plan.from_json(made.to_json()) == made
+
+
+def test_targets_that_tie_nothing_say_so_or_are_refused(tmp_path: Path) -> None:
+    norms_only = MODEL.model_copy(
+        update={"tensors": tuple(t for t in MODEL.tensors if t.role not in ("attn_q", "attn_k"))}
+    )
+    assert ramgguf.plan(norms_only, "50%", target="vllm").constraints.ties == (
+        ("ffn_gate", "ffn_up"),
+    )
+    heads = tuple(t for t in MODEL.tensors if t.layer is None)
+    alone = ramgguf.plan(MODEL.model_copy(update={"tensors": heads}), "90%", target="vllm")
+    assert "--for vllm ties nothing: no layer has two tensors that it fuses" in alone.notes
+    with pytest.raises(PlanError, match="'x' is none of vllm, ollama"):
+        ramgguf.plan(MODEL, BUDGET, target="x")
+    MODEL.save(tmp_path / "m.rd.json")
+    for name, said in (("x", "none of vllm, ollama"), ("ollama", "quantize serves it")):
+        command = ["plan", str(tmp_path / "m.rd.json"), "-b", "50%", "--for", name]
+        done = CliRunner().invoke(app, command)
+        assert done.exit_code == 2
+        assert said in " ".join(done.output.replace("│", " ").split())
 
 
 def test_roles_can_be_tied_by_a_list() -> None:

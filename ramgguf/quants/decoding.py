@@ -1,0 +1,28 @@
+"""Blocks of any format as floats: by the core's kernels, or by libggml where those are missing."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ramgguf import _core
+from ramgguf.quants import formats
+from ramgguf.quants.encoders import libggml
+
+
+def decode_rows(type_name: str, rows: NDArray[np.uint8], row_length: int) -> NDArray[np.float32]:
+    """Return what rows of a type stand for, shape (rows, row_length).
+
+    Raises FormatError when libggml is needed and missing.
+    """
+    if not formats.get(type_name).encodable:
+        return libggml.decode(type_name, rows, row_length)
+    out = np.empty((len(rows), row_length), np.float32)
+    _core.decode(type_name, rows, out)
+    return out
+
+
+def readable(type_name: str, rows: NDArray[np.uint8]) -> tuple[str, NDArray[np.uint8]]:
+    """Return the rows as the kernels read them: decoded to F32, if their format is libggml's."""
+    if formats.get(type_name).encodable:
+        return type_name, rows
+    weights = decode_rows(type_name, rows, formats.row_weights(type_name, rows.shape[1]))
+    return "F32", weights.view(np.uint8)

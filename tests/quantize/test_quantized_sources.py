@@ -1,0 +1,191 @@
+"""Sources that are quantized already, and weights that lie on a block format's grid."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType as Kind
+from gguf import GGUFReader, GGUFWriter
+from gguf.quants import dequantize
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+import ramgguf
+from ramgguf import _core
+from ramgguf.gguf.reader import open_gguf
+from ramgguf.quants import formats, grids
+from ramgguf.quants.encoders import libggml
+
+Floats = NDArray[np.float32]
+Bytes = NDArray[np.uint8]
+UP, GATE, NORM = "blk.0.ffn_up.weight", "blk.0.ffn_gate.weight", "blk.0.ffn_norm.weight"
+
+
+def _write(path: Path, tensors: Mapping[str, tuple[NDArray[Any], Kind]]) -> Path:
+    """Write a model of tensors that are stored as given: floats, or bytes of rows of a type."""
+    out = GGUFWriter(path, "llama")
+    out.add_block_count(1)
+    for name, (data, kind) in tensors.items():
+        out.add_tensor(name, data, raw_dtype=kind)
+    out.write_header_to_file()
+    out.write_kv_data_to_file()
+    out.write_tensors_to_file()
+    out.close()
+    return path
+
+
+def _gaussian(*shape: int, seed: int = 0) -> Floats:
+    return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
+
+
+def _encoded(name: str, weights: Floats) -> Bytes:
+    if not formats.get(name).encodable:
+        return libggml.encode(name, weights, np.ones(weights.shape[1], np.float32))
+    rows = np.empty((len(weights), formats.row_bytes(name, weights.shape[1])), np.uint8)
+    _core.encode(name, "F32", weights.view(np.uint8), rows, encoder="search")
+    return rows
+
+
+def _stored(weights: Floats, kind: str) -> NDArray[Any]:
+    """Return the weights in a floating-point type, BF16 as bytes, rounded to nearest even."""
+    if kind == "F32":
+        return weights
+    if kind == "F16":
+        return weights.astype(np.float16)
+    rows = np.empty((len(weights), 2 * weights.shape[1]), np.uint8)
+    _core.encode("BF16", "F32", weights.view(np.uint8), rows)
+    return rows
+
+
+def _decoded(path: Path, name: str) -> Floats:
+    tensor = next(t for t in GGUFReader(path).tensors if t.name == name)
+    weights: Floats = dequantize(tensor.data, tensor.tensor_type).reshape(tuple(tensor.shape[::-1]))
+    return weights
+
+
+# Of libggml's formats, those whose tables it makes at once.
+SOURCES = [*formats.quantized(), "IQ3_XXS", "IQ2_XXS"]
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_every_type_that_decodes_is_a_source_when_asked_for(name: str, tmp_path: Path) -> None:
+    if not (formats.get(name).encodable or libggml.is_installed()):
+        pytest.skip("needs libggml")
+    if name not in Kind.__members__:
+        pytest.skip("the gguf package does not have this type")
+    rows = _encoded(name, _gaussian(32, 512))
+    tensors: dict[str, tuple[NDArray[Any], Kind]] = {
+        UP: (rows, Kind[name]),
+        GATE: (_gaussian(32, 512, seed=1).astype(np.float16), Kind.F16),
+    }
+    source = _write(tmp_path / "a.gguf", tensors)
+    plain = ramgguf.measure(source, threads=1)
+    assert [p.format for p in plain.tensors[0].points] == [name]
+    assert f"already quantized to {name} (--allow-requantize" in (plain.tensors[0].kept or "")
+    measured = ramgguf.measure(source, allow_requantize=True, threads=1)
+    points = {p.format: p for p in measured.tensors[0].points}
+    own = points.pop(name)
+    assert own.nmse == 0
+    assert own.n_bytes == rows.nbytes
+    assert all(p.n_bytes < own.n_bytes for p in points.values())  # never made larger
+    if not points:
+        assert formats.row_bytes(name, 512) <= min(
+            formats.row_bytes(f, 512) for f in formats.offered() if f not in formats.TERNARY
+        )
+        return
+    least = min(points.values(), key=lambda p: p.n_bytes)
+    made = ramgguf.quantize(
+        source,
+        "1000%",
+        tmp_path / "b.gguf",
+        allow_requantize=True,
+        pins=[f"ffn_up={least.format}"],
+        min_sqnr_db=0,
+        effort="fast",
+        threads=1,
+    )
+    assert made.worst_departure is not None
+    before, after = _decoded(source, UP), _decoded(made.paths[0], UP)
+    nmse = float(((before - after) ** 2).sum() / (before**2).sum())
+    assert made.plan.assignments[0].nmse == pytest.approx(nmse, rel=1e-4)
+    assert (nmse > 0) != (name == "TQ2_0" and least.format == "TQ1_0")  # which holds it exactly
+
+
+@pytest.mark.parametrize("stored", ["F32", "F16", "BF16"])
+@pytest.mark.parametrize("grid", grids.GRIDS)
+def test_weights_on_a_grid_are_kept_at_its_bytes_and_never_larger(
+    grid: str, stored: str, tmp_path: Path
+) -> None:
+    rng = np.random.default_rng(5)
+    n_blocks = 64 * 512 // 32
+    # All codes alike likely: a block's largest weight has any of them.
+    if grid == "Q4_0":
+        scales = (rng.uniform(1e-3, 0.1, n_blocks) * rng.choice([-1, 1], n_blocks)).astype("<f2")
+        head = scales.view(np.uint8).reshape(-1, 2)
+    else:
+        head = rng.integers(112, 126, (n_blocks, 1)).astype(np.uint8)
+    codes = rng.integers(0, 256, (n_blocks, 16)).astype(np.uint8)
+    rows = np.ascontiguousarray(np.concatenate([head, codes], axis=1)).reshape(64, -1)
+    weights = np.empty((64, 512), np.float32)
+    _core.decode(grid, rows, weights)
+    tensors = {
+        UP: (_stored(weights, stored), Kind[stored]),
+        GATE: (_stored(_gaussian(64, 512), stored), Kind[stored]),
+    }
+    source = _write(tmp_path / "a.gguf", tensors)
+    measured = ramgguf.measure(source, threads=1)
+    up, gate = measured.tensors
+    assert (up.grid, gate.grid) == (grid, None)
+    assert any(f"1 tensors lie on the grid of {grid}" in note for note in measured.notes)
+    made = ramgguf.quantize(source, "1000%", tmp_path / "b.gguf", effort="fast", threads=1)
+    assert [a.format for a in made.plan.assignments] == [grid, stored]
+    assert made.plan.assignments[0].n_bytes == rows.nbytes
+    assert made.plan.assignments[0].is_exact
+    back = _decoded(made.paths[0], UP)
+    assert np.array_equal(grids.rounded(back, stored), grids.rounded(weights, stored))
+
+
+def test_formats_that_were_asked_for_are_all_that_a_grid_may_have(tmp_path: Path) -> None:
+    rows = _encoded("MXFP4", _gaussian(32, 512))
+    weights = np.empty((32, 512), np.float32)
+    _core.decode("MXFP4", rows, weights)
+    source = _write(tmp_path / "a.gguf", {UP: (weights, Kind.F32)})
+    (asked,) = ramgguf.measure(source, formats=["Q8_0", "Q4_K"], threads=1).tensors
+    assert asked.grid is None
+    measured = ramgguf.measure(source, threads=1)
+    assert "MXFP4" in measured.formats
+    limited = ramgguf.plan(measured, "1000%", formats=["Q8_0", "Q4_K"])
+    assert limited.assignments[0].format == "F32"
+    smaller = ramgguf.plan(measured, "11%", min_sqnr_db=0)  # a grid may still be left for less
+    assert smaller.assignments[0].format != "MXFP4"
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.sampled_from(["F32", "F16", "BF16"]))
+def test_one_weight_off_the_grid_takes_a_tensor_off_it(seed: int, stored: str) -> None:
+    rng = np.random.default_rng(seed)
+    weights = np.empty((2, 64), np.float32)
+    _core.decode("Q4_0", _encoded("Q4_0", rng.standard_normal((2, 64), dtype=np.float32)), weights)
+    weights = grids.rounded(weights, stored)
+    assert grids.exact_blocks("Q4_0", weights, stored) is not None
+    place = int(rng.integers(0, weights.size))
+    weights.reshape(-1)[place] += np.float32(0.37 * np.abs(weights).max())
+    off = grids.rounded(weights, stored)
+    blocks = grids.exact_blocks("Q4_0", off, stored)
+    if blocks is not None:  # it may have met another grid; then it is held exactly
+        back = np.empty_like(off)
+        _core.decode("Q4_0", blocks, back)
+        assert np.array_equal(grids.rounded(back, stored), off)
+
+
+def test_a_zero_tensor_and_other_rows_lie_on_no_grid(tmp_path: Path) -> None:
+    tensors = {
+        UP: (np.zeros((8, 64), np.float16), Kind.F16),
+        GATE: (np.ones((8, 48), np.float16), Kind.F16),
+    }
+    source = _write(tmp_path / "a.gguf", tensors)
+    with open_gguf(source) as file:
+        assert [grids.grid_of(file, t) for t in file.tensors] == [None, None]

@@ -66,7 +66,7 @@ def actions(model: Path, folder: Path, small: Path) -> Iterator[tuple[str, int, 
     hessian += ["--hessian-tensors", r"blk\.[0-3]\.attn_q"]
     yield "read, with Hessians", parse_size(HESSIANS), [*read, *hessian, "-o", *out]
     yield "sensitivities", 0, [*alpha, "-o", *out]
-    score = ["eval", str(small), "--reference", str(model), "--context", "256", "--windows", "1"]
+    score = ["eval", str(small), "--reference", str(model), "--seq-len", "256", "--n-seq", "1"]
     yield "reference and score", 0, [*score, "-o", *out]
 
 

@@ -2,10 +2,10 @@
 
     python bench/memory_limit.py models/qwen05-f16.gguf
 
-Calibration that draws, and that reads; Hessians; sensitivities; reference logits and scores: each is
-a command of its own. It and its children run under RLIMIT_DATA (a limit on memory of their own, as
-`ulimit -d` sets it) of half the source's bytes each, after the source's pages were dropped from the
-page cache. The model itself is mapped: its pages are not memory of the process's own, and the
+Calibration that draws, and that reads; Hessians; sensitivities; reference logits and scores: each
+is a command of its own. It and its children run under RLIMIT_DATA (a limit on memory of their own,
+as `ulimit -d` sets it) of half the source's bytes each, after the source's pages were dropped from
+the page cache. The model itself is mapped: its pages are not memory of the process's own, and the
 kernel drops them when memory is short.
 
 Recorded are the peaks of RssAnon (20 ms apart) of the largest process and of all together, and the
@@ -103,7 +103,7 @@ def measured(
         lines = output.read().splitlines()
     told = [line for line in lines if "stand-in" in line or line.startswith("error")]
     return Run(
-        model.stem, action, n_bytes, limit, BESIDE_BYTES + extra, *peaks, seconds, code,
+        model.stem, action, n_bytes, limit, BESIDE_BYTES + extra, peaks[0], peaks[1], seconds, code,
         " ".join(told or lines[-3:] * bool(code))[:300],
     )  # fmt: skip
 

@@ -1,12 +1,17 @@
 """Progress in a log: a line a minute, with the rate and the time left."""
 
 import io
+import re
+from pathlib import Path
 
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
+from ramgguf.cli.app import app
 from ramgguf.report import progress
 from ramgguf.report.progress import Bars
+from tiny_models import write_tiny_model
 
 
 class Seconds:
@@ -81,3 +86,34 @@ def test_a_terminal_gets_a_bar_and_no_lines(clock: Seconds) -> None:
     bars.finish()
     assert "left" not in out.getvalue()
     assert "50/100" in out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("command", "stage", "unit"),
+    [
+        (("calibrate", "--tokens", "self"), "calibrate", "tokens"),
+        (("calibrate", "--tokens", "random"), "draw tokens", "tokens"),
+        (("calibrate", "--tokens", "random"), "calibrate", "tokens"),
+        (("sensitivity",), "sensitivity", "tensors"),
+    ],
+)
+def test_the_passes_of_a_command_write_lines_to_a_log_unless_quiet(
+    command: tuple[str, ...],
+    stage: str,
+    unit: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("llama_cpp")
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
+    model = write_tiny_model(tmp_path / "tiny.gguf")
+    options = ["-o", str(tmp_path / "out"), "--sequences", "2", "--context", "16", "-t", "1"]
+    name, *more = command
+    asked = [name, str(model), *more, *options]
+    done = CliRunner().invoke(app, asked)
+    assert done.exit_code == 0, done.output
+    line = rf"{stage}: [\d,]+ of [\d,]+ {unit}, [\d.,e+]+ {unit}/s, .+ left"
+    assert any(re.fullmatch(line, text) for text in done.stderr.splitlines()), done.stderr
+    quiet = CliRunner().invoke(app, [*asked, "--force", "-q"])
+    assert quiet.exit_code == 0
+    assert quiet.stderr == ""

@@ -194,10 +194,11 @@ class Terminal:
 
     @classmethod
     def make(cls, *, quiet: bool, as_json: bool) -> "Terminal":
-        """Return a terminal that shows results unless quiet, and progress unless quiet or JSON."""
+        """Return a terminal that shows results and remarks unless quiet or JSON, progress unless
+        quiet: where stderr is a log, as a line a minute.
+        """
         out, err = PlainConsole(quiet=quiet or as_json), PlainConsole(stderr=True)
-        silent = quiet or not sys.stderr.isatty()
-        return cls(out, err, Silent() if silent else Bars(err), not (quiet or as_json))
+        return cls(out, err, Silent() if quiet else Bars(err), not (quiet or as_json))
 
     def fetched(self, model: Path, lora: Path | None = None) -> Path:
         """Return the path of a model's GGUF file, fetched or converted first if need be."""

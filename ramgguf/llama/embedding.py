@@ -38,14 +38,14 @@ class EmbeddingModel(LlamaModel):
             parameters.pooling_type = _POOLING[self._pooling]
         return parameters
 
-    def _open_context(self, eval_callback: Any) -> None:
-        super()._open_context(eval_callback)
+    def _open_context(self) -> None:
+        super()._open_context()
         pooling = self.llama.llama_pooling_type(self._context)
         is_one = kind_of(self.llama, self.handle, self._context) == self.runs
         if is_one and pooling == _POOLING["none"]:
             self._free_context()
             self._pooling = "mean"
-            super()._open_context(eval_callback)
+            super()._open_context()
 
     def embed(self, ids: TokenIds) -> Embedding:
         """Return the embedding of a text's tokens, not normalized: float32[n_embd_out].

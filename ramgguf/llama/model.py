@@ -125,8 +125,9 @@ class LlamaModel(Closing):
         self.n_threads = n_threads
         self._llama = llama = llama_module(verbose=verbose)
         self._model: Any = None
-        self._context: Any = None
+        self._held: Any = None  # the context
         self._batch: Any = None
+        self._eval_callback = eval_callback  # must outlive the context
         if not path.is_file():
             raise EngineError(f"{path}: no such file")
         parameters = llama.llama_model_default_params()
@@ -144,7 +145,7 @@ class LlamaModel(Closing):
         self._n_past = 0
         self._has_given_logits = any_kind
         try:
-            self._open_context(eval_callback)
+            self._open_context()
             found = kind_of(llama, self._model, self._context)
             if found != self.runs and not any_kind:
                 raise KindError(path, found)
@@ -166,13 +167,26 @@ class LlamaModel(Closing):
         parameters.n_threads = parameters.n_threads_batch = self.n_threads
         return parameters
 
-    def _open_context(self, eval_callback: Any) -> None:
+    @property
+    def _context(self) -> Any:
+        """The context, opened again if it was freed to rest."""
+        if self._held is None and self._model:
+            self._open_context()
+        return self._held
+
+    def rest(self) -> None:
+        """Free the context, with the sequence that it holds, until it is next used."""
+        self._free_context()
+        self._n_past = 0
+
+    def _open_context(self) -> None:
         llama = self._llama
         parameters = self._parameters()
-        if eval_callback is not None:
-            self._eval_callback = parameters.cb_eval = eval_callback  # must outlive the context
-        self._context = llama.llama_init_from_model(self._model, parameters)
-        if not self._context:
+        if self._eval_callback is not None:
+            parameters.cb_eval = self._eval_callback
+        self._held = llama.llama_init_from_model(self._model, parameters)
+        if not self._held:
+            self._held = None
             raise EngineError(f"{self.path}: llama.cpp cannot make a context of {self.n_ctx}")
         self._batch = llama.llama_batch_init(self.n_batch, 0, 1)
         self._tokens = view(self._batch.token, self.n_batch)
@@ -192,9 +206,9 @@ class LlamaModel(Closing):
     def _free_context(self) -> None:
         if self._batch is not None:
             self._llama.llama_batch_free(self._batch)
-        if self._context:
-            self._llama.llama_free(self._context)
-        self._batch = self._context = None
+        if self._held:
+            self._llama.llama_free(self._held)
+        self._batch = self._held = None
 
     @property
     def llama(self) -> ModuleType:
@@ -251,9 +265,10 @@ class LlamaModel(Closing):
                 f"{self.path}: a chunk of {n} tokens after {self._n_past} does not fit a batch of "
                 f"{self.n_batch} and a context of {self.n_ctx}"
             )
+        context = self._context
         self._put(ids, first_output)
         start = time.perf_counter()
-        code = self._llama.llama_decode(self._context, self._batch)
+        code = self._llama.llama_decode(context, self._batch)
         if code != 0:
             raise EngineError(f"{self.path}: llama_decode failed with code {code}")
         self._n_past += n

@@ -55,6 +55,7 @@ class Observer:
         if request.is_tapped:
             model, tap = self._tapped()
             tap.skips_head = False
+        model.rest()  # sequences are drawn in a context for all of them
         report = _Report(self._send)
         for batch in drawn_together(
             model, wanted_by(request), request.indices, tap=tap, on_step=report.add

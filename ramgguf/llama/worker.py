@@ -107,6 +107,7 @@ class Session:
         )
 
     def _under_tap(self, tap: Tap) -> LlamaModel:
+        self._models[0].rest()  # its logits and graphs would be held beside the tap's
         return self._load(0, tap)
 
     def draw(self, request: Draw) -> None:

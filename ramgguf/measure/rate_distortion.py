@@ -65,6 +65,7 @@ def measure_file(
     allow_requantize: bool = False,
     sampled: bool = False,
     only: Mapping[str, frozenset[str]] | None = None,
+    others: bool = True,
     threads: int,
     progress: Progress,
 ) -> Measurement:
@@ -72,18 +73,20 @@ def measure_file(
 
     wanted names the formats to try (default: those that candidates.tried offers). With `sampled`,
     statistics are those of some rows of each tensor; with `only`, a tensor named there is measured
-    in those formats, no others. n_overhead_bytes is what the output's header will take. Errors are
-    weighed by the importance that imatrix has. Raises FormatError for NaN or infinity in the
-    weights, naming tensor and index, and for a format that needs what is not there, ImatrixError
-    for an entry of another shape or a matrix of another model, and PlanError when nothing in the
-    model can be quantized.
+    in those formats, no others; without `others`, tensors that are not named there are left out,
+    and the source has no hash of its data. n_overhead_bytes is what the output's header will take.
+    Errors are weighed by the importance that imatrix has. Raises FormatError for NaN or infinity in
+    the weights, naming tensor and index, and for a format that needs what is not there,
+    ImatrixError for an entry of another shape or a matrix of another model, and PlanError when
+    nothing in the model can be quantized.
     """
     start = time.perf_counter()
     names = tried(wanted, imatrix)
     told = coverage_notes(file, imatrix)
     jobs = jobs_of(file, names, imatrix, allow_requantize, tell_ternary=bool(wanted))
     if only is not None:
-        jobs = [restricted(job, only.get(job.tensor.name)) for job in jobs]
+        named = jobs if others else [job for job in jobs if job.tensor.name in only]
+        jobs = [restricted(job, only.get(job.tensor.name)) for job in named]
     if all(job.kept for job in jobs):
         raise PlanError(
             f"{file.paths[0]}: nothing to quantize ({jobs[0].kept or 'no tensors'}); "
@@ -92,7 +95,7 @@ def measure_file(
     parts: list[list[_core.RowStats]] = [[] for _ in jobs]
     exact: list[list[_core.RowStats]] = [[] for _ in jobs]
     data, buffers = hashlib.sha256(), Buffers()
-    work = list((sample if sampled else runs)(file.tensors))
+    work = list((sample if sampled else runs)([job.tensor for job in jobs]))
     total = sum((c.stop - c.start) * jobs[c.index].tensor.row_bytes for run in work for c in run)
     progress.start("sample" if sampled else "measure", total, "bytes")
     try:
@@ -111,7 +114,7 @@ def measure_file(
     of_samples = measure_samples(file, slow, threads=threads, progress=progress)
     return Measurement(
         ramgguf_version=__version__,
-        source=Source.of(file, None if sampled else data.hexdigest()),
+        source=Source.of(file, data.hexdigest() if others and not sampled else None),
         encoder=encoder,
         imatrix=imatrix.source if imatrix else None,
         formats=(*names, *sorted({j.grid for j in jobs if j.grid} - set(names))),

@@ -154,6 +154,7 @@ class _Run:
                 options.plan,
                 self._clock.stage,
                 preselects=self._file.n_weights >= MANY_WEIGHTS,
+                alternatives=options.refine > 0,
             )
 
     def refined(self, plan: Plan, measurement: Measurement) -> tuple[Plan, Path | None]:

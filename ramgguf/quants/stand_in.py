@@ -36,7 +36,7 @@ FINE: tuple[StandIn, ...] = ("auto", "none", "q8_0", "q6_k")
 _FORMATS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {"Q8_0": ("Q8_0",), "Q6_K": ("Q6_K", "Q8_0"), "Q4_K": ("Q4_K", "Q4_0")}
 )
-_BESIDE_BYTES = 512 << 20  # of contexts and graphs, and of the process itself
+BESIDE_BYTES = 512 << 20  # of contexts and graphs, and of the process itself
 
 
 def chosen_stand_in(
@@ -70,7 +70,7 @@ def chosen_stand_in(
     except BudgetError:  # a system that does not tell
         return None
     forms = [f for f in _FORMATS if f.lower() in allowed]
-    room = available.n_bytes - beside - _BESIDE_BYTES
+    room = available.n_bytes - beside - BESIDE_BYTES
     if file.n_bytes <= room:
         return None
     sizes = {form: stand_in_layout(file, form, Path("stand-in")).n_bytes for form in forms}

@@ -395,6 +395,26 @@ def test_an_interrupted_run_leaves_no_file(tiny: Path, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_killed_run_leaves_no_output_and_the_next_gives_the_same(
+    tiny: Path, tmp_path: Path
+) -> None:
+    paths = {name: tmp_path / f"{name}.gguf" for name in ("whole", "killed")}
+    options = ["--sequences", "400", "--context", "64", "-t", "1"]
+    command = [RAMGGUF, "calibrate", str(tiny), *options, "-o"]
+    subprocess.run([*command, str(paths["whole"]), "-q"], check=True)
+    child = subprocess.Popen(
+        [*command, str(paths["killed"])], stderr=subprocess.PIPE, text=True, env=unwatched()
+    )
+    assert child.stderr is not None
+    assert "400 sequences of 64 tokens" in child.stderr.readline()  # they are being drawn
+    child.kill()
+    child.stderr.close()
+    assert child.wait() == -signal.SIGKILL
+    assert not paths["killed"].exists()
+    subprocess.run([*command, str(paths["killed"]), "-q"], check=True)
+    assert paths["killed"].read_bytes() == paths["whole"].read_bytes()
+
+
 def test_the_command_says_what_it_found(tiny: Path, tmp_path: Path) -> None:
     path = tmp_path / "i.gguf"
     command = [RAMGGUF, "calibrate", str(tiny), "-o", str(path), "--sequences", "1"]

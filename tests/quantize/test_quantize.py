@@ -1,6 +1,9 @@
 """From model to file on small models: sources of every kind, shards, damage, and verification."""
 
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,11 +14,15 @@ from numpy.typing import NDArray
 
 import ramgguf
 from gguf_samples import write_model
-from ramgguf.core import files
+from ramgguf.core import files, parallel
 from ramgguf.core.errors import BudgetError, FormatError, GGUFError, PlanError
+from ramgguf.core.progress import Silent
 from ramgguf.gguf.reader import open_gguf
+from ramgguf.measure import measure_file
 from ramgguf.measure.result import Measurement
+from ramgguf.plan import PlanOptions
 from ramgguf.quantize import pipeline, preselection
+from ramgguf.quantize.preselection import MOST_ROUNDS, measure_and_plan
 from ramgguf.quants.encoders import EncoderName
 
 Float32 = NDArray[np.float32]
@@ -327,6 +334,66 @@ def test_what_a_sample_leaves_out_is_in_no_better_plan(
     assert any("sample" in note for note in made.plan.notes)
 
 
+class _Counted:
+    """Measures a model, and keeps which formats of which tensors it was asked for."""
+
+    def __init__(self, source: Path) -> None:
+        self.asked: list[dict[str, frozenset[str]] | None] = []
+        self._source = source
+
+    def __call__(self, **options: Any) -> Measurement:
+        if not options.get("sampled"):
+            self.asked.append(options.get("only"))
+        with open_gguf(self._source) as file:
+            return measure_file(
+                file, n_overhead_bytes=0, encoder="search", threads=1, progress=Silent(), **options
+            )
+
+
+@pytest.mark.parametrize("budget", ["3.3bpw", "4.4bpw", "5.6bpw"])
+def test_what_the_sample_misjudges_is_measured_in_turn_and_nothing_else(
+    budget: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A thousandth of each tensor: so small a sample misjudges.
+    for name, value in (("SAMPLE_SHARE", 0.001), ("SAMPLE_WEIGHTS", 512), ("SAMPLE_CHUNKS", 1)):
+        monkeypatch.setattr(parallel, name, value)
+    measure = _Counted(_large(tmp_path / "a.gguf"))
+    options = PlanOptions(min_sqnr_db=0)
+    planned = partial(ramgguf.plan, budget=budget, **options)
+    found, plan = measure_and_plan(
+        measure, planned, options, lambda _: nullcontext(), preselects=True
+    )
+    first, *later = measure.asked
+    assert first is not None
+    assert all(len(names) <= 1 for names in first.values())
+    assert 0 < len(later) < MOST_ROUNDS
+    assert all(only and len(only) < len(first) for only in later)
+    points = {t.name: {p.format: p for p in t.points} for t in found.tensors}
+    assert all(points[a.name][a.format].nmse == a.nmse for a in plan.assignments)
+    everything = measure()
+    assert {t.name: t.sum_squares for t in found.tensors} == {
+        t.name: t.sum_squares for t in everything.tensors
+    }
+    assert found.source == everything.source
+    exact = {t.name: {p.format: p for p in t.points} for t in everything.tensors}
+    assert all(p == exact[name][p.format] for name, own in points.items() for p in own.values())
+
+
+def test_trials_of_swaps_get_formats_for_a_little_more_and_less(tmp_path: Path) -> None:
+    options = PlanOptions(min_sqnr_db=0)
+    planned = partial(ramgguf.plan, budget="4.4bpw", **options)
+    source = _large(tmp_path / "a.gguf")
+    (few, _), (more, _) = (
+        measure_and_plan(
+            _Counted(source), planned, options, lambda _: nullcontext(),
+            preselects=True, alternatives=alternatives,
+        )
+        for alternatives in (False, True)
+    )  # fmt: skip
+    n_few, n_more = (sum(len(t.points) for t in m.tensors) for m in (few, more))
+    assert n_few < 0.75 * n_more
+
+
 def test_everything_is_measured_when_what_the_sample_chose_does_not_fit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -334,7 +401,7 @@ def test_everything_is_measured_when_what_the_sample_chose_does_not_fit(
     source = _large(tmp_path / "a.gguf")
     names = [t.name for t in ramgguf.measure(source, formats=["Q8_0"]).tensors]
     chosen = dict.fromkeys(names, frozenset({"Q8_0"}))
-    monkeypatch.setattr(preselection, "worth_measuring", lambda *_: chosen)
+    monkeypatch.setattr(preselection, "_chosen", lambda _: chosen)
     made = ramgguf.quantize(
         source, "5bpw", tmp_path / "b.gguf", encoder="search", min_sqnr_db=0, effort="fast"
     )

@@ -150,7 +150,9 @@ def scores(tmp_path: Path) -> Path:
 
 def test_compare_prints_rankings_and_findings(scores: Path) -> None:
     text = run("compare", scores)
-    assert text.startswith("wild: same size, better on 123 of 128 sequences; mean and median ΔNLL part.")
+    assert text.startswith(
+        "wild: same size, better on 123 of 128 sequences; mean and median ΔNLL part."
+    )
     assert "Distrust corpus PPL and mean PPL: 5 sequences of 128 outweigh the rest." in text
     assert "Distrust mean PPL of wild: the tail is heavy" in text
     assert "wild < tame" in text

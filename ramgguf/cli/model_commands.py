@@ -67,6 +67,14 @@ Refine = Annotated[
 ]
 
 
+MaxKld = Annotated[
+    float | None,
+    typer.Option(
+        "--max-kld",
+        help="The smallest file whose KLD on held-out text is at most this many nats per token, "
+        "found by writing and scoring several.",
+    ),
+]
 ScoreOption = Annotated[
     bool | None,
     typer.Option(
@@ -82,6 +90,7 @@ def quantize(
     budget: opt.OptionalBudget = None,
     output: opt.Output = None,
     lora: opt.Lora = None,
+    max_kld: MaxKld = None,
     memory: mem.MemoryOptions = mem.MemoryOptions(),  # noqa: B008 (frozen)
     choice: opt.PlanChoice = opt.PlanChoice(),  # noqa: B008 (frozen)
     effort: opt.EffortOption = None,
@@ -114,8 +123,17 @@ def quantize(
     terminal = opt.Terminal.make(quiet=quiet, as_json=as_json)
     opt.refuse_existing(save_plan, export_tensor_types, force=force)
     request = memory.request()
-    if (budget is None and request is None) == (plan_file is None):
-        raise typer.BadParameter("give either --budget, --memory or --plan", param_hint="--budget")
+    sizes = (budget is not None or request is not None, plan_file is not None, max_kld is not None)
+    if sum(sizes) != 1:
+        raise typer.BadParameter(
+            "give either --budget, --memory, --max-kld or --plan", param_hint="--budget"
+        )
+    if max_kld is not None and refine:
+        raise typer.BadParameter(
+            "--max-kld writes many files, and each would be refined", param_hint="--refine"
+        )
+    if max_kld is not None and score is False:
+        raise typer.BadParameter("--max-kld is verified by a score", param_hint="--no-score")
     if refine and plan_file:
         raise typer.BadParameter("a ready plan is followed as it is", param_hint="--refine")
     if (imatrix or calibrate) and (plan_file or measurement):
@@ -158,6 +176,7 @@ def quantize(
         "--refine": refine or None,
         "--objective": choice.objective,
         "--encoder": encoder,
+        "--max-kld": max_kld,
         "--stand-in": None if stand_in == "auto" else stand_in,
     }
     level = opt.effort(effort, limit, steps)
@@ -186,8 +205,9 @@ def quantize(
         )
         made = api.quantize(
             model,
-            None if plan_file else mem.size_limit(budget, request, model),
+            None if plan_file or max_kld else mem.size_limit(budget, request, model),
             output,
+            max_kld=max_kld,
             from_plan=Plan.load(plan_file) if plan_file else None,
             measurement=Measurement.load(measurement) if measurement else None,
             encoder=None if encoder is None else chosen.name,

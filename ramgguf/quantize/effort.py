@@ -32,6 +32,7 @@ from ramgguf.measure.result import Measurement
 from ramgguf.plan import PlanOptions, SizeLimit, size_limit
 from ramgguf.plan.result import Plan
 from ramgguf.quantize.gate import Verdict, judge
+from ramgguf.quantize.kld_target import smallest_within
 from ramgguf.quantize.modelfile import modelfile_path, write_modelfile
 from ramgguf.quantize.output_paths import default_output
 from ramgguf.quantize.pipeline import Quantized, QuantizeOptions, quantize_once
@@ -76,6 +77,7 @@ def quantize(
     seconds: float | None = None,
     score: bool = False,
     lora: str | Path | None = None,
+    max_kld: float | None = None,
     from_plan: Plan | None = None,
     measurement: Measurement | None = None,
     encoder: EncoderName | None = None,
@@ -105,6 +107,9 @@ def quantize(
     Without llama-cpp-python all are fast, and announce gets a line. With score, what was written is
     scored on held-out text.
 
+    max_kld, in place of a budget, is how many nats per token the file may lose: the smallest that
+    keeps to it on held-out text is searched, with effort fast and what is given.
+
     from_plan, measurement, encoder, imatrix, hessian and refine are for effort fast. A ready
     measurement saves measuring again; imatrix and hessian are as in measure. Without a ready plan,
     refine is how many swaps of formats are tried by forward passes, on the workers of an executor
@@ -125,7 +130,7 @@ def quantize(
         "from_plan": from_plan, "measurement": measurement, "imatrix": imatrix,
         "hessian": hessian, "refine": refine or None, "sensitivity": options.get("sensitivity"),
         "objective": options.get("objective"),
-        "encoder": encoder,
+        "encoder": encoder, "max_kld": max_kld,
     }  # fmt: skip
     given = [name for name, value in explicit.items() if value is not None]
     if effort is not None and effort not in EFFORTS:
@@ -137,9 +142,15 @@ def quantize(
     if level == "fast":
         if seconds is not None:
             raise PlanError("effort fast takes what it takes; seconds are for auto and best")
-        made = quantize_once(
-            model, budget, output, settings, from_plan=from_plan, measurement=measurement
-        )
+        if max_kld is None:
+            made = quantize_once(
+                model, budget, output, settings, from_plan=from_plan, measurement=measurement
+            )
+        else:
+            if budget is not None or from_plan is not None or refine:
+                raise PlanError("max_kld finds the budget: give no budget, plan or refinement")
+            target = None if output is None else Path(output)
+            made = smallest_within(model, max_kld, target, settings, measurement)
     else:
         if given:
             raise PlanError(
@@ -156,7 +167,7 @@ def quantize(
         n_ctx = made.plan.memory.n_ctx if made.plan.memory else None
         modelfile = write_modelfile(made.paths[0], n_ctx, force=force)
         made = replace(made, modelfile=modelfile)
-    if not score:
+    if not score or made.score is not None:
         return made
     for_score = SCORE_SECONDS
     if seconds is not None:

@@ -67,7 +67,7 @@ def actions(model: Path, folder: Path, small: Path) -> Iterator[tuple[str, int, 
     yield "read, with Hessians", parse_size(HESSIANS), [*read, *hessian, "-o", *out]
     yield "sensitivities", 0, [*alpha, "-o", *out]
     score = ["eval", str(small), "--reference", str(model), "--seq-len", "256", "--n-seq", "1"]
-    yield "reference and score", 0, [*score, "-o", *out]
+    yield "reference and score", 0, [*score, "--threads", "1", "-o", str(folder / "scores")]
 
 
 def dropped(path: Path) -> None:

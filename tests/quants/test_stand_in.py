@@ -85,7 +85,7 @@ def test_auto_takes_the_largest_that_fits_the_memory(
             (sizes["Q8_0"] - 1, "Q4_K"),
             (0, "Q4_K"),
         ):
-            memory(room + 1000 + module._BESIDE_BYTES)
+            memory(room + 1000 + module.BESIDE_BYTES)
             found = chosen_stand_in("auto", file, beside=1000, announce=said.append)
             assert found == expected
         assert chosen_stand_in("auto", file, beside=1000, allowed=FINE) == "Q6_K"

@@ -2,8 +2,8 @@
 
     python bench/memory_limit.py models/qwen05-f16.gguf
 
-Calibration that draws, and that reads; Hessians; sensitivities; reference logits and scores: each
-is a command of its own. It and its children run under RLIMIT_DATA (a limit on memory of their own,
+Calibration that draws, and that reads; Hessians; sensitivities; reference logits; scores: each is a
+command of its own. It and its children run under RLIMIT_DATA (a limit on memory of their own,
 as `ulimit -d` sets it) of half the source's bytes each, after the source's pages were dropped from
 the page cache. The model itself is mapped: its pages are not memory of the process's own, and the
 kernel drops them when memory is short.
@@ -66,8 +66,11 @@ def actions(model: Path, folder: Path, small: Path) -> Iterator[tuple[str, int, 
     hessian += ["--hessian-tensors", r"blk\.[0-3]\.attn_q"]
     yield "read, with Hessians", parse_size(HESSIANS), [*read, *hessian, "-o", *out]
     yield "sensitivities", 0, [*alpha, "-o", *out]
-    score = ["eval", str(small), "--reference", str(model), "--seq-len", "256", "--n-seq", "1"]
-    yield "reference and score", 0, [*score, "-o", *out]
+    windows = ["--seq-len", "256", "--n-seq", "1", "--threads", "1"]
+    logits = str(folder / "logits")  # with them, one model is held at a time
+    yield "reference logits", 0, ["eval", str(model), "--save-logits", logits, *windows]
+    score = ["eval", str(small), "--reference-logits", logits, "--safe-kernels", *windows]
+    yield "score", 0, score
 
 
 def dropped(path: Path) -> None:

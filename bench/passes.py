@@ -3,12 +3,15 @@
     python bench/passes.py rates models/smol768-f16.gguf
     python bench/passes.py capture models/smol768-f16.gguf
     python bench/passes.py quality models/smol768-f16.gguf --sizes 3.5bpw 4.5bpw
+    python bench/passes.py --calculate
 
 rates: the first steps of drawing, 8, 64 or 128 sequences at a time, on the model and its stand-ins.
 capture: the same few tokens drawn and captured as one pass (64 at a time, XᵀX from 256 rows up),
 and in two passes (8 at a time, a draw in Python for each, XᵀX after each chunk, the head computed).
 quality: files of equal bytes made with importance matrices from the model and from its stand-ins;
 their mean KLD on WikiText-2, resampled together.
+--calculate: no runs, a table of what larger models would take on more cores, calculated from the
+measured rates in bench/results/passes.jsonl.
 
 Variants take turns, --rounds times. With --threads 1, seconds are CPU time of the process, which
 other work on the machine changes little; with more, threads wait for each other by spinning, and
@@ -19,8 +22,9 @@ import argparse
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +41,12 @@ from ramgguf.llama.protocol import TokenIds
 from ramgguf.llama.sampling import draw_together
 from ramgguf.quants.stand_in import StandIn, write_stand_in
 from scores import kld_ratio, scores
+
+# Weights that a token is multiplied with, of the models that were measured (is_multiplied).
+MULTIPLIED = {"smol768-f16.gguf": 188_153_856, "qwen05-f16.gguf": 493_961_216}
+DRAWN = 24_576  # tokens of a calibration
+ALPHA_TOKENS = 512  # that each matrix's sensitivity is read on
+F16_BYTES = 2
 
 RESULTS = Path(__file__).parent / "results" / "passes.jsonl"
 TOGETHER = (8, 64, 128)
@@ -285,10 +295,104 @@ PARTS: dict[str, Callable[[argparse.Namespace], list[dict[str, object]]]] = {
 }
 
 
+@dataclass(frozen=True)
+class Large:
+    """A model by its configuration: weights per token and of the file, and its matrices.
+
+    dense are the weights that every token is multiplied with; experts those of the chosen experts,
+    chosen of so many.
+    """
+
+    name: str
+    dense: float
+    n_matrices: int
+    experts: float = 0.0
+    chosen: int = 0
+    of: int = 1
+
+    @property
+    def n_read(self) -> float:
+        """Weights that a step with all experts reads."""
+        return self.dense + (self.experts * self.of / self.chosen if self.chosen else 0.0)
+
+
+def dense_model(
+    name: str, n_layers: int, width: int, kv_width: int, inner: int, n_vocab: int
+) -> Large:
+    layer = 2 * width * width + 2 * width * kv_width + 3 * width * inner
+    return Large(name, n_layers * layer + n_vocab * width, 7 * n_layers + 1)
+
+
+# Their config.json: Llama-3.1-8B and -70B, Qwen3-30B-A3B (32 heads of 128, 4 of keys and values).
+LARGE = (
+    dense_model("8 B (Llama 3.1)", 32, 4096, 1024, 14336, 128256),
+    Large(
+        "30B-A3B (Qwen3)",
+        48 * (2 * 2048 * 4096 + 2 * 2048 * 512 + 2048 * 128) + 151936 * 2048,
+        48 * 8 + 1,
+        experts=48 * 8 * 3 * 2048 * 768,
+        chosen=8,
+        of=128,
+    ),
+    dense_model("70 B (Llama 3.1)", 80, 8192, 1024, 28672, 128256),
+)
+
+
+def calculated(lines: Iterable[str]) -> str:
+    """Return the table of --calculate, from the lines of the results.
+
+    A core's arithmetic is what F16 rates of 64 sequences at a time come to (for the experts of a
+    mixture, which meet 64 × chosen / all tokens a step, those of 8), lowest and highest; cores are
+    taken to scale perfectly. Raises SystemExit where a rate was not measured.
+    """
+    slow, fast = (measured_flops(lines := list(lines), n) for n in (8, 64))
+    rows = [
+        "| calculated, F16 | cores | tokens/s | 24,576 tokens | α of all matrices | memory read |",
+        "|---|---|---|---|---|---|",
+    ]
+    for model in LARGE:
+        for cores in (8, 16):
+            per_token = [
+                2 * model.dense / f + 2 * model.experts / s for f, s in zip(fast, slow, strict=True)
+            ]
+            speeds = sorted(cores / seconds for seconds in per_token)
+            drawn = [DRAWN / v / 60 for v in reversed(speeds)]
+            alpha = [ALPHA_TOKENS * model.n_matrices / v / 3600 for v in reversed(speeds)]
+            read = F16_BYTES * model.n_read * speeds[1] / 64 / 1e9
+            rows.append(
+                f"| {model.name} | {cores} | {span(speeds)} | {span(drawn)} min | "
+                f"{span(alpha)} h | {read:.0f} GB/s |"
+            )
+    return "\n".join(rows)
+
+
+def measured_flops(lines: Iterable[str], n_together: int) -> tuple[float, float]:
+    """Return the lowest and highest operations/s of a core among models in F16, of medians."""
+    rates: dict[str, list[float]] = {}
+    for line in lines:
+        row = json.loads(line)
+        wanted = ("rates", "none", n_together, 1)
+        if (row["part"], row.get("stand_in"), row.get("n_together"), row["threads"]) == wanted:
+            rates.setdefault(row["model"], []).extend(row["all"])
+    found = [2 * MULTIPLIED[m] * float(np.median(all_)) for m, all_ in rates.items()]
+    if not found:
+        raise SystemExit(
+            f"{RESULTS}: no rate of F16, {n_together} at a time, one thread; run rates"
+        )
+    return min(found), max(found)
+
+
+def span(values: Sequence[float]) -> str:
+    """Return two numbers as a range, to two digits."""
+    low, high = (f"{v:.2g}" if v < 10 else f"{v:,.0f}" for v in values)
+    return low if low == high else f"{low} to {high}"
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("part", choices=PARTS)
-    parser.add_argument("model", type=Path)
+    parser.add_argument("part", choices=PARTS, nargs="?")
+    parser.add_argument("model", type=Path, nargs="?")
+    parser.add_argument("--calculate", action="store_true")
     parser.add_argument("--together", type=int, nargs="+", default=TOGETHER)
     parser.add_argument("--stand-ins", nargs="+", default=["none", "q8_0", "q4_k"])
     parser.add_argument("--rounds", type=int, default=3)
@@ -300,6 +404,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, default=Path("passes"))
     parser.add_argument("--threads", type=int, default=default_threads())
     arguments = parser.parse_args()
+    if not arguments.calculate and arguments.model is None:
+        parser.error("a part and a model, or --calculate")
     arguments.clock = time.process_time if arguments.threads == 1 else time.perf_counter
     return arguments
 
@@ -311,6 +417,9 @@ def timed(arguments: argparse.Namespace) -> dict[str, object]:
 
 def main() -> None:
     arguments = parse()
+    if arguments.calculate:
+        print(calculated(RESULTS.read_text().splitlines()))
+        return
     for row in PARTS[arguments.part](arguments):
         line = {"model": arguments.model.name, **row, **timed(arguments), **provenance()}
         print(json.dumps(row))

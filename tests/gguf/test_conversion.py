@@ -16,9 +16,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from typer.testing import CliRunner
 
 import ramgguf
 from hub_stand_in import COMMIT, StandIn
+from ramgguf.cli.app import app
 from ramgguf.core.errors import CheckpointError, GGUFError
 from ramgguf.gguf.checkpoint import Checkpoint
 from ramgguf.gguf.conversion import CONVERTER, convert, converted_folder, converter
@@ -437,6 +439,13 @@ def test_a_repository_without_a_file_name_is_a_source(
         assert not any("consolidated" in r or "onnx" in r for r in hub.requests)
         ((first, *_),) = _runs(stand_in)
         assert f"/snapshots/{COMMIT}" in first
+        (output,) = (tmp_path / "here").glob("weights-ram-*.gguf")
+        with open_gguf(output) as file:
+            assert file.metadata.string("ramgguf.source_repo") == "acme/weights"
+            assert file.metadata.string("ramgguf.source_revision") == COMMIT
+        card = CliRunner().invoke(app, ["card", str(output)], catch_exceptions=False).output
+        assert 'base_model:\n- "acme/weights"\n' in card
+        assert f"hf://acme/weights@{COMMIT}" in card
         hub.requests.clear()
         offline = run(f"hf://acme/weights@{COMMIT}", HF_HUB_OFFLINE="1")
         assert offline.returncode == 0, offline.stderr

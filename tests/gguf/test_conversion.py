@@ -16,9 +16,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from typer.testing import CliRunner
 
 import ramgguf
 from hub_stand_in import COMMIT, StandIn
+from ramgguf.cli.app import app
 from ramgguf.core.errors import CheckpointError, GGUFError
 from ramgguf.gguf.checkpoint import Checkpoint
 from ramgguf.gguf.conversion import CONVERTER, convert, converted_folder, converter
@@ -437,22 +439,38 @@ def test_a_repository_without_a_file_name_is_a_source(
         assert not any("consolidated" in r or "onnx" in r for r in hub.requests)
         ((first, *_),) = _runs(stand_in)
         assert f"/snapshots/{COMMIT}" in first
+        (output,) = (tmp_path / "here").glob("weights-ram-*.gguf")
+        with open_gguf(output) as file:
+            assert file.metadata.string("ramgguf.source_repo") == "acme/weights"
+            assert file.metadata.string("ramgguf.source_revision") == COMMIT
+        card = CliRunner().invoke(app, ["card", str(output)], catch_exceptions=False).output
+        assert 'base_model:\n- "acme/weights"\n' in card
+        assert f"hf://acme/weights@{COMMIT}" in card
         hub.requests.clear()
         offline = run(f"hf://acme/weights@{COMMIT}", HF_HUB_OFFLINE="1")
         assert offline.returncode == 0, offline.stderr
         assert hub.requests == []
         assert len(_runs(stand_in)) == 1
-        for address, said, more in (
-            ("hf://acme/closed", "is gated; accept its terms", {}),
-            ("hf://acme/nothing", "has neither GGUF nor safetensors files", {}),
-            ("hf://acme/none", "no repository acme/none", {}),
-            ("hf://acme/files", "name a .gguf file", {"HF_HUB_OFFLINE": "1"}),
-        ):
-            done = run(address, **more)
-            assert done.returncode == 1
-            (line,) = done.stderr.splitlines()
-            assert line.startswith(f"error: {address}")
-            assert said in line
+        wrong = {
+            "hf://acme/closed": "is gated; accept its terms",
+            "hf://acme/nothing": "has neither GGUF nor safetensors files",
+            "hf://acme/none": "no repository acme/none",
+        }
+        code = (
+            "import sys\nfrom ramgguf.gguf.hub import local_path, HubError\n"
+            "for address in sys.argv[1:]:\n"
+            "    try: local_path(address)\n"
+            "    except HubError as e: print(e)\n"
+        )
+        for addresses, more in ((wrong, {}), (["hf://acme/files"], {"HF_HUB_OFFLINE": "1"})):
+            told = subprocess.run(
+                [sys.executable, "-c", code, *addresses],
+                capture_output=True, text=True, check=True, env=bare | more,
+            ).stdout.splitlines()  # fmt: skip
+            assert len(told) == len(addresses)
+            for address, line in zip(addresses, told, strict=True):
+                assert line.startswith(address)
+                assert wrong.get(address, "name a .gguf file") in line
 
 
 # --- for real ---

@@ -176,6 +176,21 @@ def round_unit(
     for scales that would overflow.
     """
 
+def descend(
+    format: str,  # noqa: A002
+    w: npt.NDArray[np.float32],
+    hessian: npt.NDArray[np.float32],
+    blocks: npt.NDArray[np.uint8],
+    n_sweeps: int,
+) -> npt.NDArray[np.float64]:
+    """Lower eHeᵀ of each row e = w − q by changing codes and scales; returns it before and after.
+
+    w is (rows, n), hessian (n, n) and symmetric; blocks (rows, bytes), which decode to q, are
+    changed in place; the result is (rows, 2), and no row's second value is the larger. A row is
+    finished after n_sweeps over its columns, or when one changes nothing. Raises ValueError for
+    what does not fit.
+    """
+
 # --- gram ---
 def add_gram(x: npt.NDArray[np.float32], gram: npt.NDArray[np.float32]) -> None:
     """Add xᵀx to gram: x is (rows, columns), gram (columns, columns) and symmetric.

@@ -1,6 +1,7 @@
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -82,6 +83,31 @@ void round_unit(const std::string& format, py::array_t<float>& x, const Floats& 
           "a scale of row " + std::to_string(overflow) + " would overflow F16 in " + format);
 }
 
+py::array_t<double> descend(const std::string& format, const Floats& w, const Floats& hessian,
+                            Bytes& blocks, int n_sweeps) {
+    const int number = find(format);
+    check(w.ndim() == 2 && w.shape(1) >= 1, "w must have the shape (rows, columns)");
+    const py::ssize_t n_rows = w.shape(0), n = w.shape(1);
+    check(hessian.ndim() == 2 && hessian.shape(0) == n && hessian.shape(1) == n,
+          "hessian must have the shape (" + std::to_string(n) + ", " + std::to_string(n) + ")");
+    const int64_t n_bytes = block_bytes(number, n);
+    check(blocks.ndim() == 2 && blocks.shape(0) == n_rows && blocks.shape(1) == n_bytes,
+          "blocks must have the shape (" + std::to_string(n_rows) + ", " + std::to_string(n_bytes) +
+              ")");
+    check(n_sweeps >= 1, "n_sweeps must be at least 1");
+    const Descent& descent = *active_level().descent;
+    py::array_t<double> errors({n_rows, (py::ssize_t)2});
+    const DescentRows rows = {w.data(), n_rows, n, hessian.data(), n_sweeps};
+    uint8_t* bytes = blocks.mutable_data();
+    double* found = errors.mutable_data();
+    {
+        const py::gil_scoped_release release;
+        const std::unique_ptr<float[]> scratch(new float[descent.n_scratch(n)]);
+        descent.descend(number, rows, bytes, scratch.get(), found);
+    }
+    return errors;
+}
+
 }  // namespace
 
 void bind_gptq(py::module_& m) {
@@ -89,6 +115,9 @@ void bind_gptq(py::module_& m) {
           py::arg("factor").noconvert(), py::arg("importance").noconvert(),
           py::arg("out").noconvert(), py::arg("errors").noconvert(),
           "Round a unit of columns one by one, with error feedback, into blocks of a format.");
+    m.def("descend", &descend, py::arg("format"), py::arg("w").noconvert(),
+          py::arg("hessian").noconvert(), py::arg("blocks").noconvert(), py::arg("n_sweeps"),
+          "Lower the error of the output of encoded rows by changing codes and scales.");
     m.def("gptq_formats", &gptq_formats, "The formats that round_unit supports.");
 }
 

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "kernels/codec.h"
+#include "kernels/descent.h"
 #include "kernels/gptq.h"
 #include "kernels/gram.h"
 #include "logits/logits.h"
@@ -16,6 +17,7 @@ struct Level {
     const Logits* logits;
     const Gram* gram;
     const Gptq* gptq;
+    const Descent* descent;
 };
 
 // Levels that were compiled and that this CPU runs, best first; never empty.

@@ -38,11 +38,12 @@ class Hessian:
     """What error feedback needs of a weight's inputs.
 
     mean is XᵀX over the number of inputs, (n, n); factor is U, upper triangular, with
-    (mean + damping)⁻¹ = UᵀU.
+    (mean + diag(damping))⁻¹ = UᵀU.
     """
 
     mean: Floats
     factor: Floats
+    damping: Floats
 
     @staticmethod
     def of(gram: Floats, n_tokens: int, damping: float = DAMPING) -> "Hessian":
@@ -57,7 +58,8 @@ class Hessian:
         damped = mean.copy()
         diagonal = damped.diagonal().copy()
         typical = diagonal.mean() if diagonal.any() else 1.0
-        np.fill_diagonal(damped, np.where(diagonal > 0, diagonal, typical) + damping * typical)
+        added = np.where(diagonal > 0, 0, typical) + damping * typical
+        np.fill_diagonal(damped, diagonal + added)
         # Of H with its order reversed the lower factor is, reversed, an upper R with H = RRᵀ;
         # then H⁻¹ = UᵀU with U = R⁻¹.
         try:
@@ -66,7 +68,16 @@ class Hessian:
             raise ValueError("the Hessian is not positive definite") from None
         upper, _ = dtrtri(np.asfortranarray(lower[::-1, ::-1]), lower=0)
         factor = np.triu(upper).astype(np.float32)
-        return Hessian(mean.astype(np.float32), np.ascontiguousarray(factor))
+        return Hessian(
+            mean.astype(np.float32), np.ascontiguousarray(factor), added.astype(np.float32)
+        )
+
+    @cached_property
+    def damped(self) -> Floats:
+        """mean + diag(damping), (n, n)."""
+        found = self.mean.copy()
+        np.fill_diagonal(found, found.diagonal() + self.damping)
+        return found
 
     def error(self, difference: Floats) -> float:
         """Return Σ eHeᵀ over the rows e of a difference: that of the output, per input."""

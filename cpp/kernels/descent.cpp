@@ -117,8 +117,8 @@ void make_gradients(const Batch& batch) {
     multiply(batch.errors, batch.n_rows, batch.rows.hessian, batch.rows.n, batch.gradients);
 }
 
-// Whether gradients that were kept up to date, and so have gathered rounding errors, are exact enough
-// to say that every row's error fell.
+// Whether gradients that were kept up to date, and so have gathered rounding errors, are exact
+// enough to say that every row's error fell.
 bool clearly_fell(const Batch& batch, const double* before, const double* after,
                   const bool* moved) {
     for (int64_t row = 0; row < batch.n_rows; ++row) {
@@ -127,9 +127,8 @@ bool clearly_fell(const Batch& batch, const double* before, const double* after,
     return true;
 }
 
-// Carries the changes of columns first .. + count - 1 over to the gradient of the columns `begin`
-// ..
-// + kLanes * kWide - 1, for which `hessian` points at H[first][begin].
+// Carries the changes of columns first .. first + count - 1 over to the gradient of kLanes * kWide
+// columns from `begin` on, for which `hessian` points at H[first][begin].
 template <int kWide>
 RAMGGUF_INLINE void carry_tile(const int* moved, int n_moved, const float* change,
                                const float* hessian, int64_t n, float* gradient) {
@@ -186,7 +185,7 @@ void descend_batch(const Batch& batch, const float* diagonal, const float* inver
     subtract(batch);
     make_gradients(batch);
     sum_errors(batch, before);
-    bool open[kBatch];            // another change may lower the row's error
+    bool open[kBatch];  // another change may lower the row's error
     bool ever_moved[kBatch] = {};
     for (int64_t row = 0; row < batch.n_rows; ++row) open[row] = before[row] > 0;
     for (int sweep = 0; sweep < batch.rows.n_sweeps; ++sweep) {

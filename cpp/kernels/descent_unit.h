@@ -25,8 +25,8 @@ struct UnitState {
     float* gradient;
 };
 
-// Subtracts steps[k] times row k of the Hessian, for k in begin .. end - 1, from n_wide vectors of the
-// gradient. Several vectors at once, because each is a chain of additions.
+// Subtracts steps[k] times row k of the Hessian, for k in begin .. end - 1, from n_wide vectors of
+// the gradient. Several vectors at once, because each is a chain of additions.
 template <int n_wide>
 RAMGGUF_INLINE void subtract_rows(const float* row, int64_t stride, const float* steps, int begin,
                                   int end, float* gradient) {

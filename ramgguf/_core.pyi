@@ -54,7 +54,9 @@ class RowStats:
     def errors(self) -> list[FormatError_]: ...
     def error_rows(self) -> list[tuple[str, float, float, float, bool]]: ...
     @staticmethod
-    def joined(parts: list[RowStats], sum_squares: float, errors: list[float]) -> RowStats: ...
+    def joined(
+        parts: list[RowStats], sum_squares: float, errors: list[float], formats: list[str]
+    ) -> RowStats: ...
     @staticmethod
     def merged(parts: list[RowStats]) -> RowStats: ...
 
@@ -174,6 +176,25 @@ def round_unit(
     n; importance (256) weighs the fit of scales; out is (rows, bytes), errors (rows, n) takes each
     column's error divided by the factor's diagonal. Raises ValueError for what does not fit and
     for scales that would overflow.
+    """
+
+def round_points(
+    x: npt.NDArray[np.float32],
+    factor: npt.NDArray[np.float32],
+    scales: npt.NDArray[np.float32],
+    magnitudes: npt.NDArray[np.float32],
+    even_signs: bool,
+    points: npt.NDArray[np.uint16],
+    signs: npt.NDArray[np.uint8],
+    errors: npt.NDArray[np.float32],
+) -> None:
+    """Round 256 columns of x (rows, 256) to scale · sign · point; x is changed in place.
+
+    magnitudes (4 or 8, points) are the points of a codebook; factor is that of round_unit; scales
+    (rows, 8, 16 or 32) are those of the sub-blocks. even_signs: an even number of every 8 weights
+    is negative. points (rows, 64 or 32), signs (rows, 32; bit i of byte b: weight 8b + i is
+    negative) and errors (rows, 256; as those of round_unit) are filled. Raises ValueError for what
+    does not fit.
     """
 
 def descend(

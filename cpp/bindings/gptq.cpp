@@ -108,6 +108,37 @@ py::array_t<double> descend(const std::string& format, const Floats& w, const Fl
     return errors;
 }
 
+void round_points(py::array_t<float>& x, const Floats& factor, const Floats& scales,
+                  const Floats& magnitudes, bool even_signs, py::array_t<uint16_t>& points,
+                  Bytes& signs, Floats& errors) {
+    const py::ssize_t stride = row_stride(x), n_rows = x.shape(0);
+    check(x.shape(1) == kUnit, "x must have 256 columns");
+    check(factor.ndim() == 2 && factor.shape(0) == kUnit && factor.shape(1) == kUnit,
+          "factor must have the shape (256, 256)");
+    check(magnitudes.ndim() == 2 && (magnitudes.shape(0) == 4 || magnitudes.shape(0) == 8),
+          "magnitudes must have the shape (4 or 8, points)");
+    const py::ssize_t group = magnitudes.shape(0), n_points = magnitudes.shape(1);
+    check(n_points >= 16 && n_points % 16 == 0 && n_points <= 65536,
+          "the number of points must be a multiple of 16, at most 65536");
+    check(scales.ndim() == 2 && scales.shape(0) == n_rows &&
+              (scales.shape(1) == 8 || scales.shape(1) == 16 || scales.shape(1) == 32),
+          "scales must have the shape (rows, 8, 16 or 32)");
+    check(points.ndim() == 2 && points.shape(0) == n_rows && points.shape(1) == kUnit / group,
+          "points must have the shape (rows, " + std::to_string(kUnit / group) + ")");
+    check(signs.ndim() == 2 && signs.shape(0) == n_rows && signs.shape(1) == kUnit / 8,
+          "signs must have the shape (rows, 32)");
+    check(errors.ndim() == 2 && errors.shape(0) == n_rows && errors.shape(1) == kUnit,
+          "errors must have the shape (rows, 256)");
+    const Codebook book = {magnitudes.data(), (int)n_points, (int)group, even_signs};
+    const PointRows rows = {x.mutable_data(), n_rows,        stride,
+                            factor.data(),    scales.data(), (int)(kUnit / scales.shape(1))};
+    uint16_t* numbers = points.mutable_data();
+    uint8_t* negative = signs.mutable_data();
+    float* found = errors.mutable_data();
+    const py::gil_scoped_release release;
+    active_level().points->round(book, rows, numbers, negative, found);
+}
+
 }  // namespace
 
 void bind_gptq(py::module_& m) {
@@ -118,6 +149,11 @@ void bind_gptq(py::module_& m) {
     m.def("descend", &descend, py::arg("format"), py::arg("w").noconvert(),
           py::arg("hessian").noconvert(), py::arg("blocks").noconvert(), py::arg("n_sweeps"),
           "Lower the error of the output of encoded rows by changing codes and scales.");
+    m.def("round_points", &round_points, py::arg("x").noconvert(), py::arg("factor").noconvert(),
+          py::arg("scales").noconvert(), py::arg("magnitudes").noconvert(), py::arg("even_signs"),
+          py::arg("points").noconvert(), py::arg("signs").noconvert(),
+          py::arg("errors").noconvert(),
+          "Round a unit of columns to points of a codebook, with error feedback.");
     m.def("gptq_formats", &gptq_formats, "The formats that round_unit supports.");
 }
 

@@ -7,6 +7,7 @@
 #include "kernels/descent.h"
 #include "kernels/gptq.h"
 #include "kernels/gram.h"
+#include "kernels/points.h"
 #include "logits/logits.h"
 
 namespace ramgguf {
@@ -18,6 +19,7 @@ struct Level {
     const Gram* gram;
     const Gptq* gptq;
     const Descent* descent;
+    const Points* points;
 };
 
 // Levels that were compiled and that this CPU runs, best first; never empty.

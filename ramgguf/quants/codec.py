@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ramgguf import _core
+from ramgguf.core.errors import FormatError
 from ramgguf.gguf.reader import GGUFFile, TensorInfo
 from ramgguf.quants import formats
 from ramgguf.quants.encoders import ENCODERS, libggml
@@ -115,20 +116,23 @@ class ErrorWeights:
             try:
                 blocks = self.encode(name, type_name, rows, 0, length, encoder)
                 part = self._compare_outputs(type_name, rows, weights, name, blocks)
-            except ValueError:  # a scale that overflows: measure reports it with the format
+            except ValueError as e:  # a scale that overflows: measure reports it with the format
+                if not formats.get(name).encodable:
+                    raise FormatError(f"{e}; leave {name} out with --formats") from None
                 part = _core.measure([name], type_name, rows, importance=self._columns())
             found.append(part)
             errors.append(part.errors[0].weighted_squared_error)
-        return _core.RowStats.joined(found, self.hessian().error(weights), errors)
+        return _core.RowStats.joined(found, self.hessian().error(weights), errors, list(names))
 
     def _compare_outputs(
         self, type_name: str, before: Rows, weights: NDArray[np.float32], to: str, after: Rows
     ) -> _core.RowStats:
         assert self.hessian is not None
         hessian = self.hessian()
-        stats = _core.compare(type_name, before, to, after)
-        error = hessian.error(weights - _decoded(to, after, weights.shape[1]))
-        return _core.RowStats.joined([stats], hessian.error(weights), [error])
+        known, rows = _known(to, after)
+        stats = _core.compare(type_name, before, known, rows)
+        error = hessian.error(weights - _decoded(known, rows, weights.shape[1]))
+        return _core.RowStats.joined([stats], hessian.error(weights), [error], [to])
 
     def _columns(self) -> NDArray[np.float32] | None:
         return None if self.importance is None else self.importance[0]

@@ -52,7 +52,7 @@ def _errors(name: str, w: Floats, mean: Floats, blocks: Blocks) -> NDArray[np.fl
     return found
 
 
-@pytest.mark.parametrize("name", sorted(descent.FORMATS))
+@pytest.mark.parametrize("name", sorted(gptq.SCALAR_FORMATS))
 def test_every_row_comes_out_better_and_the_errors_are_true(name: str) -> None:
     w, mean = _weights(50, N, 1), _mean(N, 1)
     blocks = _rounded(name, w)
@@ -65,7 +65,7 @@ def test_every_row_comes_out_better_and_the_errors_are_true(name: str) -> None:
     assert after.sum() < 0.8 * before.sum()
 
 
-@pytest.mark.parametrize("name", sorted(descent.FORMATS))
+@pytest.mark.parametrize("name", sorted(gptq.SCALAR_FORMATS))
 def test_it_starts_from_error_feedback_and_ends_below(name: str) -> None:
     x, w = _inputs(N, 2000, 5), _weights(24, N, 5)
     hessian = Hessian.of(x.T @ x, 2000)
@@ -92,7 +92,7 @@ def test_no_other_code_of_any_single_weight_is_better() -> None:
         assert (_errors("Q8_0", w, mean, other) >= best * (1 - 1e-5)).all()
 
 
-@pytest.mark.parametrize("name", sorted(descent.FORMATS))
+@pytest.mark.parametrize("name", sorted(gptq.SCALAR_FORMATS))
 def test_without_correlation_and_with_the_best_scales_nothing_changes(name: str) -> None:
     """Weights that lie on the grid have no error, so that nothing is left to do."""
     grid = _decoded(name, _rounded(name, _weights(3, N, 3)), N)
@@ -118,7 +118,7 @@ def test_rows_are_independent_and_runs_repeat() -> None:
     assert np.array_equal(whole[37:60], run(slice(37, 60)))
 
 
-@pytest.mark.parametrize("name", sorted(descent.FORMATS))
+@pytest.mark.parametrize("name", sorted(gptq.SCALAR_FORMATS))
 def test_all_levels_descend_alike(name: str) -> None:
     w, mean = _weights(5, N + (0 if formats.get(name).block_size == 256 else 64), 8), None
     mean = _mean(w.shape[1], 8)
@@ -139,7 +139,7 @@ def test_inputs_that_never_were_active_and_rows_of_zeros_do_no_harm() -> None:
     w, mean = _weights(4, 256, 9), _mean(256, 9)
     mean[5], mean[:, 5] = 0, 0
     w[2] = 0
-    for name in sorted(descent.FORMATS):
+    for name in sorted(gptq.SCALAR_FORMATS):
         blocks = _rounded(name, w)
         before = _errors(name, w, mean, blocks)
         _core.descend(name, w, mean, blocks, 3)

@@ -14,7 +14,9 @@ from ramgguf.quants.encoders.encoder import Encoder
 from ramgguf.quants.hessian import Hessian
 
 FORMATS = gptq.FORMATS
-N_SWEEPS = 2  # over all columns; more would take over three times what error feedback does
+N_SWEEPS = (
+    2  # over all columns: more cost over three times what error feedback does, and gain little
+)
 
 Floats = NDArray[np.float32]
 
@@ -22,10 +24,13 @@ Floats = NDArray[np.float32]
 def encode(type_name: str, rows: Floats, hessian: Hessian, importance: Floats) -> NDArray[np.uint8]:
     """Return blocks of the rows, in a format of FORMATS; importance (columns) weighs scales.
 
-    No row has a larger damped error than gptq gives it. Raises ValueError where a scale would
+    No row has a larger damped error than gptq gives it. Blocks of formats whose codes stand for
+    several weights at once are those of gptq. Raises ValueError where a scale would
     overflow.
     """
     blocks = gptq.encode(type_name, rows, hessian, importance)
+    if type_name not in gptq.SCALAR_FORMATS:
+        return blocks
     weights = np.ascontiguousarray(rows, np.float32)
     _core.descend(type_name, weights, hessian.damped, blocks, N_SWEEPS)
     return blocks

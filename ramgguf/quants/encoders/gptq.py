@@ -10,13 +10,15 @@ from numpy.typing import NDArray
 
 from ramgguf import _core
 from ramgguf.quants import formats
+from ramgguf.quants.encoders import points
 from ramgguf.quants.encoders.encoder import Encoder
 from ramgguf.quants.hessian import Hessian
 
 UNIT = 256
 
 Floats = NDArray[np.float32]
-FORMATS = frozenset(_core.gptq_formats())
+SCALAR_FORMATS = frozenset(_core.gptq_formats())
+FORMATS = SCALAR_FORMATS | points.FORMATS
 
 
 def encode(type_name: str, rows: Floats, hessian: Hessian, importance: Floats) -> NDArray[np.uint8]:
@@ -26,9 +28,7 @@ def encode(type_name: str, rows: Floats, hessian: Hessian, importance: Floats) -
     than search does, the row is search's. Raises ValueError where a scale would overflow.
     """
     swept = _swept(type_name, rows, hessian, importance)
-    searched = np.empty_like(swept)
-    raw = np.ascontiguousarray(rows, np.float32).view(np.uint8)
-    _core.encode(type_name, "F32", raw, searched, encoder="search", importance=importance)
+    searched = points.searched(type_name, np.ascontiguousarray(rows, np.float32), importance)
     worse = _errors(type_name, swept, rows, hessian) > _errors(type_name, searched, rows, hessian)
     swept[worse] = searched[worse]
     return swept
@@ -37,9 +37,7 @@ def encode(type_name: str, rows: Floats, hessian: Hessian, importance: Floats) -
 def _errors(
     type_name: str, blocks: NDArray[np.uint8], rows: Floats, hessian: Hessian
 ) -> NDArray[np.float64]:
-    decoded = np.empty(rows.shape, np.float32)
-    _core.decode(type_name, blocks, decoded)
-    return hessian.errors(rows - decoded)
+    return hessian.errors(rows - points.decoded(type_name, blocks, rows.shape[1]))
 
 
 def _swept(type_name: str, rows: Floats, hessian: Hessian, importance: Floats) -> NDArray[np.uint8]:
@@ -53,14 +51,24 @@ def _swept(type_name: str, rows: Floats, hessian: Hessian, importance: Floats) -
         factor[: stop - start, : stop - start] = hessian.factor[start:stop, start:stop]
         weights = np.zeros(UNIT, np.float32)
         weights[: stop - start] = importance[start:stop]
-        out = np.empty((n_rows, formats.row_bytes(type_name, stop - start)), np.uint8)
-        errors = np.empty((n_rows, stop - start), np.float32)
-        _core.round_unit(type_name, left[:, start:stop], factor, weights, out, errors)
+        out, errors = _rounded(type_name, left[:, start:stop], factor, weights)
         if stop < n_columns:
             left[:, stop:] -= errors @ hessian.factor[start:stop, stop:]
         blocks[:, at : at + out.shape[1]] = out
         at += out.shape[1]
     return blocks
+
+
+def _rounded(
+    type_name: str, x: Floats, factor: Floats, importance: Floats
+) -> tuple[NDArray[np.uint8], Floats]:
+    """Return the blocks of up to 256 columns x, changed in place, and each column's error."""
+    if type_name in points.FORMATS:
+        return points.round_unit(type_name, x, factor, importance)
+    out = np.empty((len(x), formats.row_bytes(type_name, x.shape[1])), np.uint8)
+    errors = np.empty(x.shape, np.float32)
+    _core.round_unit(type_name, x, factor, importance, out, errors)
+    return out, errors
 
 
 ENCODER = Encoder(

@@ -54,7 +54,9 @@ class RowStats:
     def errors(self) -> list[FormatError_]: ...
     def error_rows(self) -> list[tuple[str, float, float, float, bool]]: ...
     @staticmethod
-    def joined(parts: list[RowStats], sum_squares: float, errors: list[float]) -> RowStats: ...
+    def joined(
+        parts: list[RowStats], sum_squares: float, errors: list[float], formats: list[str]
+    ) -> RowStats: ...
     @staticmethod
     def merged(parts: list[RowStats]) -> RowStats: ...
 
@@ -174,6 +176,40 @@ def round_unit(
     n; importance (256) weighs the fit of scales; out is (rows, bytes), errors (rows, n) takes each
     column's error divided by the factor's diagonal. Raises ValueError for what does not fit and
     for scales that would overflow.
+    """
+
+def round_points(
+    x: npt.NDArray[np.float32],
+    factor: npt.NDArray[np.float32],
+    scales: npt.NDArray[np.float32],
+    magnitudes: npt.NDArray[np.float32],
+    even_signs: bool,
+    points: npt.NDArray[np.uint16],
+    signs: npt.NDArray[np.uint8],
+    errors: npt.NDArray[np.float32],
+) -> None:
+    """Round 256 columns of x (rows, 256) to scale · sign · point; x is changed in place.
+
+    magnitudes (4 or 8, points) are the points of a codebook; factor is that of round_unit; scales
+    (rows, 8, 16 or 32) are those of the sub-blocks. even_signs: an even number of every 8 weights
+    is negative. points (rows, 64 or 32), signs (rows, 32; bit i of byte b: weight 8b + i is
+    negative) and errors (rows, 256; as those of round_unit) are filled. Raises ValueError for what
+    does not fit.
+    """
+
+def descend(
+    format: str,  # noqa: A002
+    w: npt.NDArray[np.float32],
+    hessian: npt.NDArray[np.float32],
+    blocks: npt.NDArray[np.uint8],
+    n_sweeps: int,
+) -> npt.NDArray[np.float64]:
+    """Lower eHeᵀ of each row e = w − q by changing codes and scales; returns it before and after.
+
+    w is (rows, n), hessian (n, n) and symmetric; blocks (rows, bytes), which decode to q, are
+    changed in place; the result is (rows, 2), and no row's second value is the larger. A row is
+    finished after n_sweeps over its columns, or when one changes nothing. Raises ValueError for
+    what does not fit.
     """
 
 # --- gram ---

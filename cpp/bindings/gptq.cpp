@@ -1,6 +1,7 @@
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -82,6 +83,62 @@ void round_unit(const std::string& format, py::array_t<float>& x, const Floats& 
           "a scale of row " + std::to_string(overflow) + " would overflow F16 in " + format);
 }
 
+py::array_t<double> descend(const std::string& format, const Floats& w, const Floats& hessian,
+                            Bytes& blocks, int n_sweeps) {
+    const int number = find(format);
+    check(w.ndim() == 2 && w.shape(1) >= 1, "w must have the shape (rows, columns)");
+    const py::ssize_t n_rows = w.shape(0), n = w.shape(1);
+    check(hessian.ndim() == 2 && hessian.shape(0) == n && hessian.shape(1) == n,
+          "hessian must have the shape (" + std::to_string(n) + ", " + std::to_string(n) + ")");
+    const int64_t n_bytes = block_bytes(number, n);
+    check(blocks.ndim() == 2 && blocks.shape(0) == n_rows && blocks.shape(1) == n_bytes,
+          "blocks must have the shape (" + std::to_string(n_rows) + ", " + std::to_string(n_bytes) +
+              ")");
+    check(n_sweeps >= 1, "n_sweeps must be at least 1");
+    const Descent& descent = *active_level().descent;
+    py::array_t<double> errors({n_rows, (py::ssize_t)2});
+    const DescentRows rows = {w.data(), n_rows, n, hessian.data(), n_sweeps};
+    uint8_t* bytes = blocks.mutable_data();
+    double* found = errors.mutable_data();
+    {
+        const py::gil_scoped_release release;
+        const std::unique_ptr<float[]> scratch(new float[descent.n_scratch(n)]);
+        descent.descend(number, rows, bytes, scratch.get(), found);
+    }
+    return errors;
+}
+
+void round_points(py::array_t<float>& x, const Floats& factor, const Floats& scales,
+                  const Floats& magnitudes, bool even_signs, py::array_t<uint16_t>& points,
+                  Bytes& signs, Floats& errors) {
+    const py::ssize_t stride = row_stride(x), n_rows = x.shape(0);
+    check(x.shape(1) == kUnit, "x must have 256 columns");
+    check(factor.ndim() == 2 && factor.shape(0) == kUnit && factor.shape(1) == kUnit,
+          "factor must have the shape (256, 256)");
+    check(magnitudes.ndim() == 2 && (magnitudes.shape(0) == 4 || magnitudes.shape(0) == 8),
+          "magnitudes must have the shape (4 or 8, points)");
+    const py::ssize_t group = magnitudes.shape(0), n_points = magnitudes.shape(1);
+    check(n_points >= 16 && n_points % 16 == 0 && n_points <= 65536,
+          "the number of points must be a multiple of 16, at most 65536");
+    check(scales.ndim() == 2 && scales.shape(0) == n_rows &&
+              (scales.shape(1) == 8 || scales.shape(1) == 16 || scales.shape(1) == 32),
+          "scales must have the shape (rows, 8, 16 or 32)");
+    check(points.ndim() == 2 && points.shape(0) == n_rows && points.shape(1) == kUnit / group,
+          "points must have the shape (rows, " + std::to_string(kUnit / group) + ")");
+    check(signs.ndim() == 2 && signs.shape(0) == n_rows && signs.shape(1) == kUnit / 8,
+          "signs must have the shape (rows, 32)");
+    check(errors.ndim() == 2 && errors.shape(0) == n_rows && errors.shape(1) == kUnit,
+          "errors must have the shape (rows, 256)");
+    const Codebook book = {magnitudes.data(), (int)n_points, (int)group, even_signs};
+    const PointRows rows = {x.mutable_data(), n_rows,        stride,
+                            factor.data(),    scales.data(), (int)(kUnit / scales.shape(1))};
+    uint16_t* numbers = points.mutable_data();
+    uint8_t* negative = signs.mutable_data();
+    float* found = errors.mutable_data();
+    const py::gil_scoped_release release;
+    active_level().points->round(book, rows, numbers, negative, found);
+}
+
 }  // namespace
 
 void bind_gptq(py::module_& m) {
@@ -89,6 +146,14 @@ void bind_gptq(py::module_& m) {
           py::arg("factor").noconvert(), py::arg("importance").noconvert(),
           py::arg("out").noconvert(), py::arg("errors").noconvert(),
           "Round a unit of columns one by one, with error feedback, into blocks of a format.");
+    m.def("descend", &descend, py::arg("format"), py::arg("w").noconvert(),
+          py::arg("hessian").noconvert(), py::arg("blocks").noconvert(), py::arg("n_sweeps"),
+          "Lower the error of the output of encoded rows by changing codes and scales.");
+    m.def("round_points", &round_points, py::arg("x").noconvert(), py::arg("factor").noconvert(),
+          py::arg("scales").noconvert(), py::arg("magnitudes").noconvert(), py::arg("even_signs"),
+          py::arg("points").noconvert(), py::arg("signs").noconvert(),
+          py::arg("errors").noconvert(),
+          "Round a unit of columns to points of a codebook, with error feedback.");
     m.def("gptq_formats", &gptq_formats, "The formats that round_unit supports.");
 }
 

@@ -39,9 +39,10 @@ void merge(RowStats& into, const RowStats& part) {
     }
 }
 
-// The first part's sums and the errors of all parts, with these weighted sums instead of theirs.
+// The first part's sums and the errors of all parts, with these weighted sums and names of formats
+// instead of theirs.
 RowStats joined(const std::vector<RowStats>& parts, double sum_squares,
-                const std::vector<double>& errors) {
+                const std::vector<double>& errors, const std::vector<std::string>& formats) {
     if (parts.empty()) fail("there are no parts to join");
     RowStats all = parts.front();
     all.errors.clear();
@@ -49,8 +50,13 @@ RowStats joined(const std::vector<RowStats>& parts, double sum_squares,
     for (const RowStats& part : parts) {
         all.errors.insert(all.errors.end(), part.errors.begin(), part.errors.end());
     }
-    if (errors.size() != all.errors.size()) fail("there must be one error for each format");
-    for (size_t i = 0; i < errors.size(); ++i) all.errors[i].sums.weighted_squares = errors[i];
+    if (errors.size() != all.errors.size() || formats.size() != errors.size()) {
+        fail("there must be one error and one name for each format");
+    }
+    for (size_t i = 0; i < errors.size(); ++i) {
+        all.errors[i].sums.weighted_squares = errors[i];
+        all.errors[i].format = formats[i];
+    }
     return all;
 }
 
@@ -114,6 +120,7 @@ void bind_stats(py::module_& m) {
              "(format, squared error, weighted squared error, max error, overflow) of each format.")
         .def_static(
             "joined", &joined, py::arg("parts"), py::arg("sum_squares"), py::arg("errors"),
+            py::arg("formats"),
             "The first part's sums and the errors of all, with these weighted sums instead.")
         .def_static("merged", &merged, py::arg("parts"), "The parts' sums, in their order.");
 }

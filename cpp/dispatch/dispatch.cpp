@@ -9,12 +9,14 @@
 namespace ramgguf {
 
 // The symbols that each level's objects define.
-#define X(level)                \
-    namespace level {           \
-    extern const Codec codec;   \
-    extern const Logits logits; \
-    extern const Gram gram;     \
-    extern const Gptq gptq;     \
+#define X(level)                  \
+    namespace level {             \
+    extern const Codec codec;     \
+    extern const Logits logits;   \
+    extern const Gram gram;       \
+    extern const Gptq gptq;       \
+    extern const Descent descent; \
+    extern const Points points;   \
     }
 RAMGGUF_LEVELS(X)
 #undef X
@@ -41,7 +43,9 @@ bool cpu_runs([[maybe_unused]] const std::string& level) {
 
 std::vector<Level> find_levels() {
     std::vector<Level> all;
-#define X(level) all.push_back({#level, &level::codec, &level::logits, &level::gram, &level::gptq});
+#define X(level)                                                                      \
+    all.push_back({#level, &level::codec, &level::logits, &level::gram, &level::gptq, \
+                   &level::descent, &level::points});
     RAMGGUF_LEVELS(X)
 #undef X
     std::vector<Level> found;

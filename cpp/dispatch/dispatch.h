@@ -4,8 +4,10 @@
 #include <vector>
 
 #include "kernels/codec.h"
+#include "kernels/descent.h"
 #include "kernels/gptq.h"
 #include "kernels/gram.h"
+#include "kernels/points.h"
 #include "logits/logits.h"
 
 namespace ramgguf {
@@ -16,6 +18,8 @@ struct Level {
     const Logits* logits;
     const Gram* gram;
     const Gptq* gptq;
+    const Descent* descent;
+    const Points* points;
 };
 
 // Levels that were compiled and that this CPU runs, best first; never empty.

@@ -60,7 +60,7 @@ struct IQ4_XS {
         for (int b = 0; b < 8; ++b) {
             fields[b] = (int32_t)((scales_l >> (4 * b) & 15) | (scales_h >> (2 * b) & 3) << 4) - 32;
         }
-        fit.set_values(broadcast(f16_to_f32(read<uint16_t>(in))), to_float(load(fields)));
+        fit.set(read<uint16_t>(in), to_float(load(fields)));
         for (int b = 0; b < 8; ++b) {
             const IntLanes both = load_u8(in + 8 + 16 * b);
             q[2 * b] = both & broadcast(15);

@@ -52,9 +52,8 @@ struct Q2_K {
 
     static RAMGGUF_INLINE void unpack(const uint8_t* in, Fit& fit, IntLanes (&q)[kVectors]) {
         const IntLanes fields = load_u8(in);
-        fit.set_values(broadcast(f16_to_f32(read<uint16_t>(in + 80))),
-                       broadcast(f16_to_f32(read<uint16_t>(in + 82))),
-                       to_float(fields & broadcast(15)), to_float(fields >> 4));
+        fit.set(read<uint16_t>(in + 80), read<uint16_t>(in + 82), to_float(fields & broadcast(15)),
+                to_float(fields >> 4));
         for (int c = 0; c < 2; ++c) {
             for (int h = 0; h < 2; ++h) {
                 const IntLanes four = load_u8(in + 16 + 32 * c + 16 * h);

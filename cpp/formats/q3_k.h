@@ -65,8 +65,7 @@ struct Q3_K {
     static RAMGGUF_INLINE void unpack(const uint8_t* in, Fit& fit, IntLanes (&q)[kVectors]) {
         uint8_t fields[kLanes];
         unpack_scales(in + 96, fields);
-        fit.set_values(broadcast(f16_to_f32(read<uint16_t>(in + 108))),
-                       to_float(load_u8(fields) - broadcast(32)));
+        fit.set(read<uint16_t>(in + 108), to_float(load_u8(fields) - broadcast(32)));
         for (int h = 0; h < 2; ++h) {
             const IntLanes high = load_u8(in + 16 * h);
             for (int c = 0; c < 2; ++c) {

@@ -49,8 +49,7 @@ struct Q4_K {
 
     static RAMGGUF_INLINE void unpack(const uint8_t* in, Fit& fit, IntLanes (&q)[kVectors]) {
         const Lanes fields = unpack_6bit_pairs(in + 4);
-        fit.set_values(broadcast(f16_to_f32(read<uint16_t>(in))),
-                       broadcast(f16_to_f32(read<uint16_t>(in + 2))), fields, exchange<8>(fields));
+        fit.set(read<uint16_t>(in), read<uint16_t>(in + 2), fields, exchange<8>(fields));
         for (int c = 0; c < 4; ++c) {
             for (int h = 0; h < 2; ++h) {
                 const IntLanes both = load_u8(in + 16 + 32 * c + 16 * h);

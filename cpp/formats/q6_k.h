@@ -62,8 +62,7 @@ struct Q6_K {
     }
 
     static RAMGGUF_INLINE void unpack(const uint8_t* in, Fit& fit, IntLanes (&q)[kVectors]) {
-        fit.set_values(broadcast(f16_to_f32(read<uint16_t>(in + 208))),
-                       to_float(load_s8(in + 192)));
+        fit.set(read<uint16_t>(in + 208), to_float(load_s8(in + 192)));
         for (int c = 0; c < 2; ++c) {
             for (int h = 0; h < 2; ++h) {
                 const IntLanes high = load_u8(in + 128 + 32 * c + 16 * h);

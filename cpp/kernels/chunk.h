@@ -29,6 +29,22 @@ struct ErrorLanes {
 using RoundRows = int64_t (*)(const GptqRows& rows, uint8_t* out, int64_t out_stride,
                               float* errors);
 
+// A unit of columns of the Hessian, for descent.
+struct DescentUnit {
+    const float* hessian;   // its diagonal part: n x n
+    int64_t stride;         // of its rows
+    const float* diagonal;  // n
+    const float* inverse;   // n: 1 / diagonal, or 0 where that is 0
+    int n;                  // columns: at most 256, a multiple of 32
+    float least_gain;       // of the error, for which scales are changed
+};
+
+// Lowers the error of one row's unit. gradient is H (w - q), 256 floats of which n count, and is
+// kept up to date; change (256 floats) takes what the decoded weights were changed by. Returns
+// whether anything changed.
+using DescendUnit = bool (*)(const DescentUnit& unit, float* gradient, uint8_t* blocks,
+                             float* change);
+
 // The functions of a format; kernels/format.h defines them.
 struct FormatKernels {
     // Floats of n <= kChunk weights, followed by zeros to the end of the last unit.
@@ -36,7 +52,9 @@ struct FormatKernels {
     // Returns the index of the first unit with an overflow, or -1.
     int (*encode[kEncoders])(const float* x, const float* w, int64_t n, uint8_t* out);
     void (*measure[kEncoders])(const Chunk& chunk, ErrorLanes& errors);
-    RoundRows round;  // as Gptq::round; null for a format that it does not support
+    // Null for formats without a code for every weight.
+    RoundRows round;  // as Gptq::round
+    DescendUnit descend;
 };
 
 // --- errors ---

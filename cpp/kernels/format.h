@@ -4,6 +4,7 @@
 // Every format is compiled in a source of its own (format.cpp.in), side by side.
 #pragma once
 #include "kernels/chunk.h"
+#include "kernels/descent_unit.h"
 #include "kernels/encoders.h"
 #include "kernels/gptq_rows.h"
 
@@ -155,5 +156,6 @@ constexpr bool is_as_listed(FormatInfo listed) {
         decode_chunk<name>,                                                                    \
         {encode_chunk<name, Rtn>, encode_chunk<name, Searching>},                              \
         {measure_chunk<name, Rtn>, measure_chunk<name, Searching>},                            \
-        round_rows_of<name>()};                                                                \
+        round_rows_of<name>(),                                                                 \
+        descend_unit_of<name>()};                                                              \
     }

@@ -5,19 +5,10 @@
 // `search` fits the scales of a block to the weights as they stand when the first column of the
 // block is reached: for a superblock, once for all of its 256 columns.
 #pragma once
-#include <type_traits>
-
-#include "kernels/encoders.h"
 #include "kernels/gptq.h"
+#include "kernels/scalar_codes.h"
 
 namespace ramgguf::RAMGGUF_ISA {
-
-// Whether a code stands for one weight, given the scales of its block: formats that say so can be
-// rounded weight by weight.
-template <class F, class = void>
-constexpr bool kScalarCodes = false;
-template <class F>
-constexpr bool kScalarCodes<F, std::enable_if_t<F::scalar_codes>> = true;
 
 // One row's unit of columns while it is rounded.
 struct alignas(64) Sweep {
@@ -26,31 +17,13 @@ struct alignas(64) Sweep {
     int32_t codes[kUnit];
 };
 
-// Codes that quantize does not keep within their range.
-template <class F, class = void>
-constexpr float kLargestCode = 0;
-template <class F>
-constexpr float kLargestCode<F, std::enable_if_t<(F::largest_code > 0)>> = F::largest_code;
-
-// The code nearest to x. Q8_0 needs a clamp: its scale is made for the largest weight of the block,
-// and feedback may make another one larger. The other formats' searches clamp.
-template <class F>
-RAMGGUF_INLINE auto level(const typename F::Fit& fit, Lanes x, int j) {
-    const auto code = Search<F>::quantize(fit, x, j);
-    if constexpr (kLargestCode<F> > 0) {
-        return clamp(code, -kLargestCode<F>, kLargestCode<F>);
-    } else {
-        return code;
-    }
-}
-
 // Rounds columns begin .. end - 1 one by one with the scales of fit and hands on their errors.
 template <class F>
 RAMGGUF_INLINE void round_columns(const typename F::Fit& fit, const float* factor, int begin,
                                   int end, Sweep& sweep) {
     for (int k = begin; k < end; ++k) {
         const int j = k / kLanes;
-        const IntLanes code = to_int(level<F>(fit, load(sweep.x + kLanes * j), j));
+        const IntLanes code = to_int(nearest_code<F>(fit, load(sweep.x + kLanes * j), j));
         alignas(64) int32_t codes[kLanes];
         alignas(64) float values[kLanes];
         store(codes, code);

@@ -60,11 +60,13 @@ class Candidates:
 def tried(wanted: Sequence[str] | None, imatrix: Imatrix | None) -> tuple[str, ...]:
     """Return the names of the formats to try, by default those that suit what is there.
 
+    With Hessians libggml's formats are tried by name only: their errors then take all rows.
     Raises FormatError when one is wanted that needs an importance matrix and there is none, or
     that needs libggml and it is not installed.
     """
     if not wanted:
-        extra = formats.with_importance() if imatrix and libggml.is_installed() else ()
+        plain = imatrix is not None and imatrix.hessians is None
+        extra = formats.with_importance() if plain and libggml.is_installed() else ()
         return (*formats.offered(), *extra)
     needing = [name for name in wanted if name in formats.with_importance()]
     if needing and imatrix is None:
@@ -103,11 +105,8 @@ def _suited(
         if name in formats.TERNARY and not ternary:
             if tell_ternary:
                 excluded[name] = "its weights are not ternary"
-        elif formats.get(name).encodable:
+        elif formats.get(name).encodable or has_hessian:
             measured.append(name)
-        elif has_hessian:
-            # Its error is not comparable with that of the tensor's other formats.
-            excluded[name] = "its errors are not known in terms of a Hessian"
         elif not weighed:
             excluded[name] = "the importance matrix has no entry for it"
         else:

@@ -2,9 +2,9 @@
 
 fast plans by priors and searches scales. auto adds what calibration brings: an importance matrix,
 formats for tensors that meet massive activations, then error feedback (GPTQ) if its Hessians fit
-the time. best adds measured sensitivities and swaps by forward passes. Each step writes a
-candidate; it replaces the one before only if its KLD on held-out text of every domain says so. What
-a step has measured is kept beside the model (docs/effort.md).
+the time. best adds measured sensitivities, coordinate descent after the feedback, and swaps by
+forward passes. Each step writes a candidate; it replaces the one before only if its KLD on held-out
+text of every domain says so. What a step has measured is kept beside the model (docs/effort.md).
 """
 
 import time
@@ -261,6 +261,7 @@ class _Run:
     ) -> None:
         self._model, self._limit, self._output = model, limit, output
         self._effort, self._seconds, self._options = effort, seconds, options
+        self._feedback: EncoderName = "descent" if effort == "best" else "gptq"
         self._threads, self._progress = options.threads, options.progress or Silent()
         self._announce, self._log = options.announce, _Log(options.announce)
         self._start = clock()
@@ -297,7 +298,9 @@ class _Run:
             return best
         with open_gguf(self._model) as file:
             self._require_memory(file.n_bytes + best.made.n_bytes)
-            costs = measured_costs(file, self._scratch, self._write, TOKENS, self._threads)
+            costs = measured_costs(
+                file, self._scratch, self._write, TOKENS, self._threads, self._feedback
+            )
             self._cache = StepCache.of(file, self._model, TOKENS)
         limit, begun = self._time_limit(), clock()
         planned = schedule(self._effort, limit, costs, self._cache.kept(), TOKENS)
@@ -305,7 +308,7 @@ class _Run:
         self._announce(
             f"measured here: {format_seconds(costs.write)} for a first file, "
             f"{format_seconds(costs.read)} to read {N_CTX} tokens, "
-            f"{format_seconds(costs.feedback)} to round all weights by GPTQ"
+            f"{format_seconds(costs.feedback)} to round all weights with error feedback"
         )
         self._announce_schedule(planned, limit)
         for number, step in enumerate(planned.steps, 1):
@@ -401,7 +404,7 @@ class _Run:
                 return self._candidate(replace(now, sensitivity=found_alphas))
             case "error feedback" if now.imatrix is not None:
                 hessian = self._hessian()
-                return self._candidate(replace(now, encoder="gptq", hessian=hessian))
+                return self._candidate(replace(now, encoder=self._feedback, hessian=hessian))
             case "swaps":
                 return self._candidate(replace(now, refine=N_TRIALS))
         self._log.add(f"{step.name}: left out, it builds on a matrix that was not taken")

@@ -11,11 +11,10 @@ from functools import partial
 from ramgguf.core.errors import FormatError
 from ramgguf.measure.result import Measurement, TensorMeasurement
 from ramgguf.plan.result import Assignment, Plan
-from ramgguf.quants import formats
 from ramgguf.quants.encoders import Encoder
 from ramgguf.quants.imatrix import Imatrix
 
-NOTE = "planned by the errors of search; error feedback (gptq) lowers what these predict"
+NOTE = "planned by the errors of search; error feedback ({}) lowers what these predict"
 
 Measure = Callable[..., Measurement]
 
@@ -23,21 +22,11 @@ Measure = Callable[..., Measurement]
 def first_measure(
     measure: Measure, encoder: Encoder, imatrix: Imatrix | None, wanted: tuple[str, ...] | None
 ) -> Measure:
-    """Return how what is planned with is measured: for gptq, what search would do.
-
-    Raises FormatError when formats of libggml are wanted then, as their errors are not known in
-    terms of a Hessian.
-    """
+    """Return how what is planned with is measured: for gptq, what search would do."""
     if encoder.plans_by is None:
         return partial(measure, encoder=encoder.name, imatrix=imatrix, wanted=wanted)
-    known = wanted or formats.offered()
-    if others := [name for name in known if not formats.get(name).encodable]:
-        raise FormatError(
-            f"{', '.join(others)} cannot be planned for {encoder.name}: their errors are not "
-            "known in terms of a Hessian; leave these formats out"
-        )
     plain = None if imatrix is None else replace(imatrix, hessians=None)
-    return partial(measure, encoder=encoder.plans_by, imatrix=plain, wanted=known)
+    return partial(measure, encoder=encoder.plans_by, imatrix=plain, wanted=wanted)
 
 
 def fed_back(plan: Plan, measure: Measure, encoder: Encoder, imatrix: Imatrix | None) -> Plan:
@@ -56,7 +45,7 @@ def fed_back(plan: Plan, measure: Measure, encoder: Encoder, imatrix: Imatrix | 
             "assignments": tuple(
                 _with_error(a, tensors[a.name], encoder) for a in plan.assignments
             ),
-            "notes": (*plan.notes, NOTE),
+            "notes": (*plan.notes, NOTE.format(encoder.name)),
         }
     )
 

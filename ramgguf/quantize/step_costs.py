@@ -12,6 +12,7 @@ from ramgguf.core.progress import Silent
 from ramgguf.gguf.architecture import layer_of
 from ramgguf.gguf.reader import GGUFFile
 from ramgguf.quantize.schedule import N_CTX, Costs
+from ramgguf.quants.encoders import EncoderName
 from ramgguf.quants.imatrix import load_importance
 from ramgguf.quants.roundtrip import simulated
 from ramgguf.sensitivity import is_probed, probe_format
@@ -33,12 +34,18 @@ class _Reading(Silent):
 
 
 def measured_costs(
-    file: GGUFFile, scratch: Path, write: float, tokens: str, threads: int | None
+    file: GGUFFile,
+    scratch: Path,
+    write: float,
+    tokens: str,
+    threads: int | None,
+    encoder: EncoderName = "gptq",
 ) -> Costs:
     """Return the costs; write is what a candidate by priors took.
 
     One sequence is read under the tap, once with the Hessians of a layer in the middle, whose
-    weights GPTQ then rounds, and once without. Raises EngineError when llama.cpp fails.
+    weights the encoder then rounds with error feedback, and once without. Raises EngineError when
+    llama.cpp fails.
     """
     weights = [t for t in file.tensors if is_probed(file, t)]
     layers = sorted({layer for t in weights if (layer := layer_of(t.name)) is not None})
@@ -57,12 +64,12 @@ def measured_costs(
 
     with_grams, plain = read(hessian), read(None)
     hessian_bytes = hessian.stat().st_size * max(1, len(layers))
-    weighed = load_importance(imatrix, hessian, "gptq")
+    weighed = load_importance(imatrix, hessian, encoder)
     start, n_swept = time.perf_counter(), 0
     for tensor in probed:
         with suppress(EngineError, ValueError):
             simulated(
-                file, tensor, probe_format(tensor), encoder="gptq", imatrix=weighed,
+                file, tensor, probe_format(tensor), encoder=encoder, imatrix=weighed,
                 threads=threads or default_threads(),
             )  # fmt: skip
             n_swept += tensor.n_weights

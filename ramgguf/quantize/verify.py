@@ -48,7 +48,8 @@ def verify(
     finally:
         progress.finish()
     for i, planned in enumerate(plan.assignments):
-        if planned.format != planned.source_format and not formats.get(planned.format).encodable:
+        sampled = not formats.get(planned.format).encodable and compare.scales[i].hessian is None
+        if planned.format != planned.source_format and sampled:
             whole = squared[i] / total[i] if total[i] else 0.0
             squared[i], total[i] = _sampled_nmse(compare, i, whole), 1.0
     return max(map(_departure, plan.assignments, squared, total), default=0.0)

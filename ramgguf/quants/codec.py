@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ramgguf import _core
+from ramgguf.core.errors import FormatError
 from ramgguf.gguf.reader import GGUFFile, TensorInfo
 from ramgguf.quants import formats
 from ramgguf.quants.decoding import decode_rows, readable
@@ -117,11 +118,13 @@ class ErrorWeights:
             try:
                 blocks = self.encode(name, type_name, rows, 0, length, encoder)
                 part = self._compare_outputs(type_name, rows, weights, name, blocks, squares)
-            except ValueError:  # a scale that overflows: measure reports it with the format
+            except ValueError as e:  # a scale that overflows: measure reports it with the format
+                if not formats.get(name).encodable:
+                    raise FormatError(f"{e}; leave {name} out with --formats") from None
                 part = _core.measure([name], type_name, rows, importance=self._columns())
             found.append(part)
             errors.append(part.errors[0].weighted_squared_error)
-        return _core.RowStats.joined(found, squares, errors)
+        return _core.RowStats.joined(found, squares, errors, list(names))
 
     def _compare_outputs(
         self,
@@ -135,11 +138,12 @@ class ErrorWeights:
         """Return the output's error; squares is that of the weights themselves, where known."""
         assert self.hessian is not None
         hessian = self.hessian()
-        stats = _core.compare(type_name, before, to, after)
-        error = hessian.error(weights - decode_rows(to, after, weights.shape[1]))
+        known, rows = readable(to, after)
+        stats = _core.compare(type_name, before, known, rows)
+        error = hessian.error(weights - decode_rows(known, rows, weights.shape[1]))
         if squares is None:
             squares = hessian.error(weights)
-        return _core.RowStats.joined([stats], squares, [error])
+        return _core.RowStats.joined([stats], squares, [error], [to])
 
     def _columns(self) -> NDArray[np.float32] | None:
         return None if self.importance is None else self.importance[0]

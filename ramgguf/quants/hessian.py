@@ -38,7 +38,7 @@ class Hessian:
     """What error feedback needs of a weight's inputs.
 
     mean is XᵀX over the number of inputs, (n, n); factor is U, upper triangular, with
-    (mean + D)⁻¹ = UᵀU, where damping is the diagonal of D, (n,).
+    (mean + diag(damping))⁻¹ = UᵀU.
     """
 
     mean: Floats
@@ -71,6 +71,13 @@ class Hessian:
         return Hessian(
             mean.astype(np.float32), np.ascontiguousarray(factor), added.astype(np.float32)
         )
+
+    @cached_property
+    def damped(self) -> Floats:
+        """mean + diag(damping), (n, n)."""
+        found = self.mean.copy()
+        np.fill_diagonal(found, found.diagonal() + self.damping)
+        return found
 
     def error(self, difference: Floats) -> float:
         """Return Σ eHeᵀ over the rows e of a difference: that of the output, per input."""

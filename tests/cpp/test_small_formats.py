@@ -17,7 +17,8 @@ from ramgguf.measure.candidates import suited, tried
 from ramgguf.quantize import verify as stage
 from ramgguf.quants import formats
 from ramgguf.quants.codec import ErrorWeights
-from ramgguf.quants.encoders import libggml
+from ramgguf.quants.encoders import EncoderName, libggml
+from ramgguf.quants.hessian import gram_name, new_hessians
 from ramgguf.quants.imatrix import load_imatrix
 from ramgguf.quants.row_samples import MOST_ROWS, measure_sample, sampled_rows
 from small_models import ARCHITECTURES, write_small_model
@@ -49,6 +50,24 @@ def write_imatrix(path: Path, model: Path) -> Path:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    return path
+
+
+def write_hessians(path: Path, model: Path) -> Path:
+    """Write Hessians of inputs that go together, for the weights that write_imatrix knows."""
+    rng = np.random.default_rng(6)
+    with open_gguf(model) as file:
+        sizes = {
+            t.name: t.row_length
+            for t in file.tensors
+            if len(t.shape) == 2 and t.name not in WITHOUT_ENTRY
+        }
+    with new_hessians(path, {n: n for n in sizes}, sizes, 1000, force=True) as out:
+        for name, n in sizes.items():
+            x = rng.standard_normal((1000, n // 8)) @ rng.standard_normal((n // 8, n))
+            x += 0.3 * rng.standard_normal(x.shape)
+            out.write(gram_name(name), (x.T @ x).astype(np.float32))
+        out.commit()
     return path
 
 
@@ -179,14 +198,37 @@ def test_a_tensor_without_an_entry_has_none_of_these_formats(tmp_path: Path) -> 
             assert all(0 <= p.nmse_error < 0.1 * p.nmse for p in found.values())
 
 
-def test_a_tensor_weighed_by_a_hessian_has_none_of_these_formats(tmp_path: Path) -> None:
+def test_with_a_hessian_all_rows_are_measured_and_none_is_sampled(tmp_path: Path) -> None:
     source = write_small_model(tmp_path / "source.gguf", LLAMA)
     scale = ErrorWeights(np.ones((1, 256), np.float32), 512, lambda: pytest.fail("not needed"))
     with open_gguf(source) as file:
         tensor = file.tensor("blk.0.ffn_up.weight")
         found = suited(file, tensor, scale, ("IQ2_XS", "Q4_K"), tell_ternary=False)
-    assert (found.measured, found.sampled) == (("Q4_K",), ())
-    assert set(found.excluded) == {"IQ2_XS"}
+    assert (found.measured, found.sampled) == (("IQ2_XS", "Q4_K"), ())
+    assert not found.excluded
+
+
+@needs_libggml
+@pytest.mark.parametrize("name", ["IQ3_S", "IQ3_XXS"])
+def test_error_feedback_is_planned_written_and_verified_in_formats_of_points(
+    name: str, tmp_path: Path, llama_cpp: ModuleType
+) -> None:
+    source = write_small_model(tmp_path / "source.gguf", LLAMA)
+    imatrix = write_imatrix(tmp_path / "imatrix.gguf", source)
+    hessian = write_hessians(tmp_path / "hessian.gguf", source)
+    ways: tuple[EncoderName, ...] = ("search", "gptq")
+    errors = {}
+    for encoder in ways:
+        made = ramgguf.quantize(
+            source, "99%", tmp_path / f"{encoder}.gguf", encoder=encoder, imatrix=imatrix,
+            hessian=hessian, formats=[name], pins=[rf"blk\..*(attn_[qkv]|ffn_up).weight={name}"],
+            min_sqnr_db=0, threads=1,
+        )  # fmt: skip
+        assert made.worst_departure == pytest.approx(0, abs=1e-9)
+        errors[encoder] = [a.nmse for a in made.plan.assignments if a.format == name]
+        assert np.isfinite(outputs(llama_cpp, made.paths[0], LLAMA)).all()
+    assert len(errors["gptq"]) >= 8
+    assert sum(errors["gptq"]) < 0.7 * sum(errors["search"])
 
 
 @needs_libggml

@@ -155,16 +155,6 @@ def test_error_feedback_that_a_tensor_does_not_allow_is_told(
         fed_back(searched, measure, ENCODERS["gptq"], None)
 
 
-def test_formats_without_error_feedback_are_refused(
-    model: Path, files: tuple[Path, Path], tmp_path: Path
-) -> None:
-    with pytest.raises(FormatError, match="IQ2_XS, IQ1_S cannot be planned for gptq"):
-        ramgguf.quantize(
-            model, "6bpw", tmp_path / "q.gguf", encoder="gptq", imatrix=files[0],
-            hessian=files[1], formats=["Q4_0", "IQ2_XS", "IQ1_S"], threads=1,
-        )  # fmt: skip
-
-
 def test_error_feedback_lowers_the_outputs_error(model: Path, files: tuple[Path, Path]) -> None:
     def errors(encoder: EncoderName) -> dict[str, float]:
         found = ramgguf.measure(

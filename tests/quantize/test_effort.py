@@ -242,6 +242,21 @@ def test_a_model_that_llama_cpp_cannot_run_is_quantized_all_the_same(
     assert any("unknown architecture" in line for line in said)
 
 
+@pytest.mark.parametrize(("effort", "encoder"), [("auto", "gptq"), ("best", "descent")])
+def test_best_goes_on_from_error_feedback_by_descent(
+    effort: Effort, encoder: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[object] = []
+
+    def probe(*arguments: object) -> Costs:
+        used.append(arguments[-1])
+        raise EngineError("that is enough")
+
+    monkeypatch.setattr(effort_module, "measured_costs", probe)
+    ramgguf.quantize(tiny, "45%", tmp_path / "a.gguf", effort=effort)
+    assert used == [encoder]
+
+
 def test_a_model_that_does_not_fit_the_memory_is_not_decoded(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,8 +7,7 @@ import pytest
 from numpy.typing import NDArray
 
 from ramgguf import _core
-from ramgguf.quants import formats
-from ramgguf.quants.encoders import gptq
+from ramgguf.quants.encoders import gptq, points
 from ramgguf.quants.hessian import Hessian
 
 Floats = NDArray[np.float32]
@@ -27,15 +26,11 @@ def _weights(n_rows: int, n: int, seed: int) -> Floats:
 
 
 def _decoded(name: str, blocks: NDArray[np.uint8], n: int) -> Floats:
-    out = np.empty((len(blocks), n), np.float32)
-    _core.decode(name, blocks, out)
-    return out
+    return points.decoded(name, blocks, n)
 
 
 def _searched(name: str, w: Floats, importance: Floats) -> NDArray[np.uint8]:
-    blocks = np.empty((len(w), formats.row_bytes(name, w.shape[1])), np.uint8)
-    _core.encode(name, "F32", w.view(np.uint8), blocks, encoder="search", importance=importance)
-    return blocks
+    return points.searched(name, w, importance)
 
 
 def test_the_factor_is_the_cholesky_factor_of_the_inverse() -> None:
@@ -62,7 +57,7 @@ def test_the_error_is_that_of_the_output() -> None:
     assert hessian.error(w) == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("name", sorted(gptq.FORMATS))
+@pytest.mark.parametrize("name", sorted(gptq.SCALAR_FORMATS))
 def test_without_correlation_it_is_the_search(name: str) -> None:
     w = _weights(3, 512, 3)
     importance = np.random.default_rng(4).uniform(0.5, 2, 512).astype(np.float32)
@@ -82,7 +77,7 @@ def test_the_outputs_error_falls_below_that_of_the_search(name: str) -> None:
     assert 0.01 < ratio < 0.9
 
 
-@pytest.mark.parametrize("name", sorted(gptq.FORMATS))
+@pytest.mark.parametrize("name", sorted(gptq.SCALAR_FORMATS))
 def test_what_is_fed_back_stays_within_the_range_of_a_block(name: str) -> None:
     """The second input is the first on a fifth of its scale, so it is given five times its error.
 

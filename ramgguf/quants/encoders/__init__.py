@@ -7,13 +7,13 @@ from typing import Annotated
 from pydantic import AfterValidator
 
 from ramgguf.core.errors import PlanError
-from ramgguf.quants.encoders import gptq, rtn, search
+from ramgguf.quants.encoders import descent, gptq, rtn, search
 from ramgguf.quants.encoders.encoder import Encoder
 
 __all__ = ["DEFAULT_ENCODER", "ENCODERS", "Encoder", "EncoderName", "encoder"]
 
 ENCODERS: Mapping[str, Encoder] = MappingProxyType(
-    {e.name: e for e in (rtn.ENCODER, search.ENCODER, gptq.ENCODER)}
+    {e.name: e for e in (rtn.ENCODER, search.ENCODER, gptq.ENCODER, descent.ENCODER)}
 )
 DEFAULT_ENCODER = search.ENCODER.name
 

@@ -10,13 +10,15 @@ from numpy.typing import NDArray
 
 from ramgguf import _core
 from ramgguf.quants import formats
+from ramgguf.quants.encoders import points
 from ramgguf.quants.encoders.encoder import Encoder
 from ramgguf.quants.hessian import Hessian
 
 UNIT = 256
 
 Floats = NDArray[np.float32]
-FORMATS = frozenset(_core.gptq_formats())
+SCALAR_FORMATS = frozenset(_core.gptq_formats())
+FORMATS = SCALAR_FORMATS | points.FORMATS
 
 
 def encode(type_name: str, rows: Floats, hessian: Hessian, importance: Floats) -> NDArray[np.uint8]:
@@ -26,9 +28,7 @@ def encode(type_name: str, rows: Floats, hessian: Hessian, importance: Floats) -
     than search does, the row is search's. Raises ValueError where a scale would overflow.
     """
     swept, handed_on = _swept(type_name, rows, hessian, importance)
-    searched = np.empty_like(swept)
-    raw = np.ascontiguousarray(rows, np.float32).view(np.uint8)
-    _core.encode(type_name, "F32", raw, searched, encoder="search", importance=importance)
+    searched = points.searched(type_name, np.ascontiguousarray(rows, np.float32), importance)
     # Σ of what a sweep hands on, squared, is eHeᵀ of the damped H: no product with H is needed.
     left = _difference(type_name, swept, rows)
     error = handed_on - np.einsum("ij,ij,j->i", left, left, hessian.damping, dtype=np.float64)
@@ -38,9 +38,7 @@ def encode(type_name: str, rows: Floats, hessian: Hessian, importance: Floats) -
 
 
 def _difference(type_name: str, blocks: NDArray[np.uint8], rows: Floats) -> Floats:
-    decoded = np.empty(rows.shape, np.float32)
-    _core.decode(type_name, blocks, decoded)
-    return np.subtract(rows, decoded, out=decoded)
+    return rows - points.decoded(type_name, blocks, rows.shape[1])
 
 
 def _swept(
@@ -58,15 +56,25 @@ def _swept(
         factor[: stop - start, : stop - start] = hessian.factor[start:stop, start:stop]
         weights = np.zeros(UNIT, np.float32)
         weights[: stop - start] = importance[start:stop]
-        out = np.empty((n_rows, formats.row_bytes(type_name, stop - start)), np.uint8)
-        errors = np.empty((n_rows, stop - start), np.float32)
-        _core.round_unit(type_name, left[:, start:stop], factor, weights, out, errors)
+        out, errors = _rounded(type_name, left[:, start:stop], factor, weights)
         handed_on += np.einsum("ij,ij->i", errors, errors, dtype=np.float64)
         if stop < n_columns:
             left[:, stop:] -= errors @ hessian.factor[start:stop, stop:]
         blocks[:, at : at + out.shape[1]] = out
         at += out.shape[1]
     return blocks, handed_on
+
+
+def _rounded(
+    type_name: str, x: Floats, factor: Floats, importance: Floats
+) -> tuple[NDArray[np.uint8], Floats]:
+    """Return the blocks of up to 256 columns x, changed in place, and each column's error."""
+    if type_name in points.FORMATS:
+        return points.round_unit(type_name, x, factor, importance)
+    out = np.empty((len(x), formats.row_bytes(type_name, x.shape[1])), np.uint8)
+    errors = np.empty(x.shape, np.float32)
+    _core.round_unit(type_name, x, factor, importance, out, errors)
+    return out, errors
 
 
 ENCODER = Encoder(

@@ -4,7 +4,8 @@
 
 rtn; search; clip (rtn's scale, shrunk for the least squared error); hqq (half-quadratic splitting,
 Badri & Shaji 2023: scale fixed, offset fitted under an l_p norm, p = 0.7, where a format has an
-offset: Q2_K, Q4_K, Q5_K); search with importance; gptq. All are written as ordinary blocks.
+offset: Q2_K, Q4_K, Q5_K); search with importance; gptq; descent. All are written as ordinary
+blocks.
 Groups are uniform formats (Q4_K), and with --budgets plans of equal bytes from those: all
 encoders in the very formats that rtn's curves and the priors choose (`105388192`), and, with --own,
 ours in plans by their own curves (`105388192 own`). Marks every pair of a group where the error
@@ -28,7 +29,8 @@ from ramgguf.evaluate.result import EvalResult
 from ramgguf.gguf.reader import open_gguf
 from ramgguf.measure.result import Measurement
 from ramgguf.plan.result import Plan
-from ramgguf.quants.encoders import EncoderName
+from ramgguf.quants.decoding import readable
+from ramgguf.quants.encoders import ENCODERS, EncoderName
 from ramgguf.quants.imatrix import load_imatrix
 from scores import kld_ratio, scores
 
@@ -38,6 +40,7 @@ OURS: dict[str, tuple[EncoderName, bool]] = {
     "search": ("search", False),
     "search imatrix": ("search", True),
     "gptq": ("gptq", True),
+    "descent": ("descent", True),
 }
 OTHERS = ("clip", "hqq")
 
@@ -93,7 +96,7 @@ class Maker:
         ours, weighed = OURS.get(encoder, ("rtn", False))
         source = None
         if weighed:
-            hessian = self._arguments.hessian if ours == "gptq" else None
+            hessian = self._arguments.hessian if ENCODERS[ours].plans_by else None
             source = load_imatrix(self._arguments.imatrix, hessian).source
         return self._common(group).model_copy(update={"encoder": ours, "imatrix": source})
 
@@ -112,7 +115,7 @@ class Maker:
                 formats=self._arguments.plan_formats,
                 encoder=ours,
                 imatrix=self._arguments.imatrix if weighed else None,
-                hessian=self._arguments.hessian if ours == "gptq" else None,
+                hessian=self._arguments.hessian if ENCODERS[ours].plans_by else None,
                 threads=self._arguments.threads,
             )
         return self._curves[encoder]
@@ -127,7 +130,7 @@ def weight_error(source: Path, path: Path) -> float:
             if other.type_name != tensor.type_name:
                 rows = before.read_rows(tensor, 0, tensor.n_rows)
                 blocks = after.read_rows(other, 0, other.n_rows)
-                stats = _core.compare(tensor.type_name, rows, other.type_name, blocks)
+                stats = _core.compare(tensor.type_name, rows, *readable(other.type_name, blocks))
                 error += stats.errors[0].sum_squared_error
                 squares += stats.sum_squares
     return error / squares

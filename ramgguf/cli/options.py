@@ -26,8 +26,8 @@ Model = Annotated[
     Path,
     typer.Argument(
         metavar="MODEL",
-        help="GGUF model in F32, F16 or BF16 (any shard), a checkpoint's folder, or "
-        "hf://ORG/REPO[/FILE.gguf].",
+        help="GGUF model in F32, F16 or BF16 (any shard), a checkpoint's folder, hf://ORG/REPO or "
+        "hf://ORG/REPO/FILE.gguf.",
     ),
 ]
 AnyModel = Annotated[

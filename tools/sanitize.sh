@@ -42,7 +42,7 @@ export UBSAN_OPTIONS=print_stacktrace=1
 LD_PRELOAD="$asan $(${CXX:-c++} -print-file-name=libstdc++.so.6)"
 export LD_PRELOAD
 [ $# -gt 0 ] || set -- tests/quants/test_formats.py tests/gguf/test_gguf_hostile.py tests/gguf/test_reader.py tests/gguf/test_writer.py \
-    tests/cpp/test_kernels.py tests/cpp/test_logits.py tests/cpp/test_search.py
+    tests/cpp/test_kernels.py tests/cpp/test_logits.py tests/cpp/test_search.py tests/quants/test_descent.py tests/quants/test_points.py
 # Not what is timed, and not a real model again. A report goes to stderr, which is not captured.
 exec "$work/venv/bin/python" -m pytest -p no:cacheprovider -q --capture=sys \
     -k 'not cost_no_memory and not costs_little and not in_50_ms and not real_model' "$@"

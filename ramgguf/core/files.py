@@ -74,15 +74,21 @@ def _create_locked(path: Path) -> int:
     deadline = time.monotonic() + _PATIENCE_SECONDS
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
     while True:
-        with contextlib.suppress(FileExistsError):
+        fd = -1
+        try:
             fd = os.open(path, flags, 0o666)
-            try:
-                # Before it was locked, another process may have taken the file for an orphan.
-                if _try_lock(fd) and _same_file(fd, path):
-                    return fd
-            except BaseException:  # Ctrl-C
+            # Before it was locked, another process may have taken the file for an orphan.
+            if _try_lock(fd) and _same_file(fd, path):
+                return fd
+        except FileExistsError:
+            pass
+        except BaseException:  # Ctrl-C
+            if fd >= 0:
                 path.unlink(missing_ok=True)
-                raise
+            else:  # it may have come before the descriptor had its name
+                _remove_if_orphaned(path)
+            raise
+        if fd >= 0:
             os.close(fd)
         kind = _other_kind(path)
         if kind is not None:
@@ -150,10 +156,10 @@ class AtomicFile:
         self._force = force
         self._error = error
         self._temporary = temporary_path(path)
-        with _named(path, error):
-            self._fd = _create_locked(self._temporary)
+        self._fd = -1
         try:
             with _named(path, error):
+                self._fd = _create_locked(self._temporary)
                 os.fchmod(self._fd, _mode(path))
                 _reserve(self._fd, n_bytes)
         except BaseException:
@@ -211,6 +217,11 @@ class AtomicFile:
             self._temporary.replace(self.path)
         else:
             self._temporary.unlink()
+
+    def __del__(self) -> None:
+        # Ctrl-C may come before whoever made this has entered its `with`.
+        if hasattr(self, "_fd"):
+            self.abort()
 
     def abort(self) -> None:
         """Remove what was written; does nothing after commit."""

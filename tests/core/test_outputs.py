@@ -342,3 +342,27 @@ def test_blocks_are_reserved_by_fallocate_itself(
         assert os.fstat(file._fd).st_size == 1 << 20
     finally:
         file.abort()
+
+
+def test_ctrl_c_before_the_new_file_has_its_descriptor_leaves_no_temporary(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = os.open
+
+    def interrupted(path: Path, flags: int, *mode: int) -> int:
+        fd = opened(path, flags, *mode)
+        if flags & os.O_EXCL:
+            raise KeyboardInterrupt
+        return fd
+
+    monkeypatch.setattr(os, "open", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        AtomicFile(tmp_path / "out", 5, force=False, error=GGUFError)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_nobody_has_any_more_leaves_no_temporary(tmp_path: Path) -> None:
+    file = AtomicFile(tmp_path / "out", 5, force=False, error=GGUFError)
+    assert [p.name for p in tmp_path.iterdir()] == [temporary_path(Path("out")).name]
+    del file
+    assert list(tmp_path.iterdir()) == []

@@ -29,8 +29,8 @@ from ramgguf.evaluate.result import EvalResult
 from ramgguf.gguf.reader import open_gguf
 from ramgguf.measure.result import Measurement
 from ramgguf.plan.result import Plan
-from ramgguf.quants.decoding import readable
 from ramgguf.quants.encoders import ENCODERS, EncoderName
+from ramgguf.quants.encoders.decoding import readable
 from ramgguf.quants.imatrix import load_imatrix
 from scores import kld_ratio, scores
 

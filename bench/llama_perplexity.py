@@ -42,6 +42,7 @@ def tool_says(tool: Path, *arguments: str) -> dict[str, float]:
 
 def ours(model: Path, **options: object) -> dict[str, float]:
     """Return the same of our own evaluation."""
+    # The options differ in type; evaluate checks them.
     result = ramgguf.evaluate([model], protocol="llama", n_ctx=N_CTX, **options).results[0]  # type: ignore[arg-type]
     found = {"PPL": STATISTICS["corpus_ppl"].of(losses(result))}
     told = result.as_llama_perplexity()

@@ -11,8 +11,8 @@ from ramgguf.gguf.architecture import never_quantized
 from ramgguf.gguf.reader import GGUFFile, TensorInfo
 from ramgguf.quants import formats
 from ramgguf.quants.codec import ErrorWeights
-from ramgguf.quants.decoding import readable
 from ramgguf.quants.encoders import libggml
+from ramgguf.quants.encoders.decoding import readable
 from ramgguf.quants.grids import GRIDS, grid_of
 from ramgguf.quants.imatrix import Imatrix
 

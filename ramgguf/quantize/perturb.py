@@ -22,7 +22,7 @@ from ramgguf.gguf.writer import GGUFOutput
 from ramgguf.plan.result import Assignment, Plan
 from ramgguf.quantize.write import check_source
 from ramgguf.quants.codec import ErrorWeights
-from ramgguf.quants.decoding import decode_rows
+from ramgguf.quants.encoders.decoding import decode_rows
 from ramgguf.quants.imatrix import planned_imatrix
 
 _ALL_F32 = 0  # llama.cpp's file type

@@ -17,8 +17,8 @@ from ramgguf import _core
 from ramgguf.core.errors import FormatError
 from ramgguf.gguf.reader import GGUFFile, TensorInfo
 from ramgguf.quants import formats
-from ramgguf.quants.decoding import decode_rows, readable
 from ramgguf.quants.encoders import ENCODERS, libggml
+from ramgguf.quants.encoders.decoding import decode_rows, readable
 from ramgguf.quants.hessian import Hessian
 from ramgguf.quants.imatrix import Imatrix, ImportanceSource, planned_imatrix
 

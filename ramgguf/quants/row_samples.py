@@ -17,8 +17,8 @@ from ramgguf.core.parallel import ordered_map
 from ramgguf.core.progress import Progress
 from ramgguf.gguf.reader import GGUFFile, TensorInfo
 from ramgguf.quants.codec import ErrorWeights
-from ramgguf.quants.decoding import decode_rows
 from ramgguf.quants.encoders import libggml
+from ramgguf.quants.encoders.decoding import decode_rows
 
 MOST_ROWS = 512
 # The error of 64 rows has a standard error of some two percent, where formats differ by tens.

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from feedback_inputs import correlated, weights
 from ramgguf import _core
 from ramgguf.quants import formats
 from ramgguf.quants.encoders import descent, gptq
@@ -17,20 +18,8 @@ Blocks = NDArray[np.uint8]
 N = 512
 
 
-def _inputs(n: int, n_tokens: int, seed: int) -> Floats:
-    """Return inputs (tokens, n) of a low rank and some noise, as activations are."""
-    rng = np.random.default_rng(seed)
-    mixing = rng.standard_normal((max(2, n // 8), n))
-    x = rng.standard_normal((n_tokens, len(mixing))) @ mixing
-    return (x + 0.3 * rng.standard_normal((n_tokens, n))).astype(np.float32)
-
-
-def _weights(n_rows: int, n: int, seed: int) -> Floats:
-    return np.random.default_rng(seed).standard_t(5, (n_rows, n)).astype(np.float32)
-
-
 def _mean(n: int, seed: int) -> Floats:
-    x = _inputs(n, 4 * n, seed)
+    x = correlated(n, 4 * n, seed)
     return np.ascontiguousarray((x.T @ x) / len(x), np.float32)
 
 
@@ -54,7 +43,7 @@ def _errors(name: str, w: Floats, mean: Floats, blocks: Blocks) -> NDArray[np.fl
 
 @pytest.mark.parametrize("name", sorted(gptq.SCALAR_FORMATS))
 def test_every_row_comes_out_better_and_the_errors_are_true(name: str) -> None:
-    w, mean = _weights(50, N, 1), _mean(N, 1)
+    w, mean = weights(50, N, 1), _mean(N, 1)
     blocks = _rounded(name, w)
     before = _errors(name, w, mean, blocks)
     told = _core.descend(name, w, mean, blocks, 4)
@@ -67,7 +56,7 @@ def test_every_row_comes_out_better_and_the_errors_are_true(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(gptq.SCALAR_FORMATS))
 def test_it_starts_from_error_feedback_and_ends_below(name: str) -> None:
-    x, w = _inputs(N, 2000, 5), _weights(24, N, 5)
+    x, w = correlated(N, 2000, 5), weights(24, N, 5)
     hessian = Hessian.of(x.T @ x, 2000)
     importance = np.ascontiguousarray(np.diag(hessian.mean))
     start = gptq.encode(name, w, hessian, importance)
@@ -80,7 +69,7 @@ def test_it_starts_from_error_feedback_and_ends_below(name: str) -> None:
 
 def test_no_other_code_of_any_single_weight_is_better() -> None:
     """Q8_0 with the scale as it ends up: every weight's level is the best one, given the others."""
-    w, mean = _weights(3, 64, 2), _mean(64, 2)
+    w, mean = weights(3, 64, 2), _mean(64, 2)
     blocks = _rounded("Q8_0", w)
     _core.descend("Q8_0", w, mean, blocks, 50)
     best = _errors("Q8_0", w, mean, blocks)
@@ -95,7 +84,7 @@ def test_no_other_code_of_any_single_weight_is_better() -> None:
 @pytest.mark.parametrize("name", sorted(gptq.SCALAR_FORMATS))
 def test_without_correlation_and_with_the_best_scales_nothing_changes(name: str) -> None:
     """Weights that lie on the grid have no error, so that nothing is left to do."""
-    grid = _decoded(name, _rounded(name, _weights(3, N, 3)), N)
+    grid = _decoded(name, _rounded(name, weights(3, N, 3)), N)
     blocks = _rounded(name, grid)
     if _errors(name, grid, np.eye(N, dtype=np.float32), blocks).any():
         pytest.skip("rounding does not find the grid again")
@@ -106,7 +95,7 @@ def test_without_correlation_and_with_the_best_scales_nothing_changes(name: str)
 
 
 def test_rows_are_independent_and_runs_repeat() -> None:
-    w, mean = _weights(101, 256, 7), _mean(256, 7)
+    w, mean = weights(101, 256, 7), _mean(256, 7)
 
     def run(rows: slice) -> Blocks:
         blocks = _rounded("Q3_K", w[rows])
@@ -120,7 +109,7 @@ def test_rows_are_independent_and_runs_repeat() -> None:
 
 @pytest.mark.parametrize("name", sorted(gptq.SCALAR_FORMATS))
 def test_all_levels_descend_alike(name: str) -> None:
-    w, mean = _weights(5, N + (0 if formats.get(name).block_size == 256 else 64), 8), None
+    w, mean = weights(5, N + (0 if formats.get(name).block_size == 256 else 64), 8), None
     mean = _mean(w.shape[1], 8)
     before = _core.isa()
     found = []
@@ -136,7 +125,7 @@ def test_all_levels_descend_alike(name: str) -> None:
 
 
 def test_inputs_that_never_were_active_and_rows_of_zeros_do_no_harm() -> None:
-    w, mean = _weights(4, 256, 9), _mean(256, 9)
+    w, mean = weights(4, 256, 9), _mean(256, 9)
     mean[5], mean[:, 5] = 0, 0
     w[2] = 0
     for name in sorted(gptq.SCALAR_FORMATS):

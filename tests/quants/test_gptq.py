@@ -6,27 +6,17 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from feedback_inputs import correlated, weights
 from ramgguf import _core
 from ramgguf.quants.encoders import gptq, points
+from ramgguf.quants.encoders.decoding import decode_rows
 from ramgguf.quants.hessian import Hessian
 
 Floats = NDArray[np.float32]
 
 
-def _correlated(n: int, n_tokens: int, seed: int) -> Floats:
-    """Return inputs (tokens, n) of a low rank and some noise, as activations are."""
-    rng = np.random.default_rng(seed)
-    mixing = rng.standard_normal((max(2, n // 8), n))
-    x = rng.standard_normal((n_tokens, len(mixing))) @ mixing
-    return (x + 0.3 * rng.standard_normal((n_tokens, n))).astype(np.float32)
-
-
-def _weights(n_rows: int, n: int, seed: int) -> Floats:
-    return np.random.default_rng(seed).standard_t(5, (n_rows, n)).astype(np.float32)
-
-
 def _decoded(name: str, blocks: NDArray[np.uint8], n: int) -> Floats:
-    return points.decoded(name, blocks, n)
+    return decode_rows(name, blocks, n)
 
 
 def _searched(name: str, w: Floats, importance: Floats) -> NDArray[np.uint8]:
@@ -34,7 +24,7 @@ def _searched(name: str, w: Floats, importance: Floats) -> NDArray[np.uint8]:
 
 
 def test_the_factor_is_the_cholesky_factor_of_the_inverse() -> None:
-    x = _correlated(48, 200, 0)
+    x = correlated(48, 200, 0)
     hessian = Hessian.of(x.T @ x, 200)
     damped = hessian.mean.astype(np.float64) + 0.01 * np.diag(hessian.mean).mean() * np.eye(48)
     u = hessian.factor.astype(np.float64)
@@ -43,7 +33,7 @@ def test_the_factor_is_the_cholesky_factor_of_the_inverse() -> None:
 
 
 def test_inputs_that_never_were_active_do_no_harm() -> None:
-    x = _correlated(32, 100, 1)
+    x = correlated(32, 100, 1)
     x[:, 5] = 0
     hessian = Hessian.of(x.T @ x, 100)
     assert np.isfinite(hessian.factor).all()
@@ -51,7 +41,7 @@ def test_inputs_that_never_were_active_do_no_harm() -> None:
 
 
 def test_the_error_is_that_of_the_output() -> None:
-    x, w = _correlated(40, 300, 2), _weights(6, 40, 2)
+    x, w = correlated(40, 300, 2), weights(6, 40, 2)
     hessian = Hessian.of(x.T @ x, 300)
     expected = np.square(x.astype(np.float64) @ w.T).sum() / 300
     assert hessian.error(w) == pytest.approx(expected, rel=1e-5)
@@ -59,7 +49,7 @@ def test_the_error_is_that_of_the_output() -> None:
 
 @pytest.mark.parametrize("name", sorted(gptq.SCALAR_FORMATS))
 def test_without_correlation_it_is_the_search(name: str) -> None:
-    w = _weights(3, 512, 3)
+    w = weights(3, 512, 3)
     importance = np.random.default_rng(4).uniform(0.5, 2, 512).astype(np.float32)
     hessian = Hessian.of(np.eye(512, dtype=np.float32), 1)
     blocks = gptq.encode(name, w, hessian, importance)
@@ -68,7 +58,7 @@ def test_without_correlation_it_is_the_search(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(gptq.FORMATS))
 def test_the_outputs_error_falls_below_that_of_the_search(name: str) -> None:
-    x, w = _correlated(512, 2000, 5), _weights(24, 512, 5)
+    x, w = correlated(512, 2000, 5), weights(24, 512, 5)
     hessian = Hessian.of(x.T @ x, 2000)
     importance = np.ascontiguousarray(np.diag(hessian.mean))
     with_feedback = _decoded(name, gptq.encode(name, w, hessian, importance), 512)
@@ -98,7 +88,7 @@ def test_what_is_fed_back_stays_within_the_range_of_a_block(name: str) -> None:
 def test_no_row_comes_out_worse_than_searched() -> None:
     """Inputs that hardly go together: what feedback brings is small, and not for every row."""
     x = np.random.default_rng(1).standard_normal((6000, 256)).astype(np.float32)
-    w, flat = _weights(60, 256, 9), np.ones(256, np.float32)
+    w, flat = weights(60, 256, 9), np.ones(256, np.float32)
     hessian = Hessian.of(x.T @ x, 6000)
     kept = _decoded("Q4_0", gptq.encode("Q4_0", w, hessian, flat), 256)
     swept = _decoded("Q4_0", gptq._swept("Q4_0", w, hessian, flat)[0], 256)
@@ -109,9 +99,9 @@ def test_no_row_comes_out_worse_than_searched() -> None:
 
 
 def test_what_a_sweep_hands_on_is_the_error_of_the_damped_output() -> None:
-    x = _correlated(576, 2000, 6)
+    x = correlated(576, 2000, 6)
     x[:, 3] = 0  # an input that never was active
-    w, hessian = _weights(40, 576, 6), Hessian.of(x.T @ x, 2000)
+    w, hessian = weights(40, 576, 6), Hessian.of(x.T @ x, 2000)
     importance = np.ascontiguousarray(np.diag(hessian.mean))
     blocks, handed_on = gptq._swept("Q8_0", w, hessian, importance)
     e = (w - _decoded("Q8_0", blocks, 576)).astype(np.float64)
@@ -121,7 +111,7 @@ def test_what_a_sweep_hands_on_is_the_error_of_the_damped_output() -> None:
 
 def test_every_column_is_rounded_to_the_level_nearest_to_what_feedback_made_of_it() -> None:
     n = 576  # two superblocks' worth and a quarter
-    x, w = _correlated(n, 2000, 6), _weights(4, n, 6)
+    x, w = correlated(n, 2000, 6), weights(4, n, 6)
     hessian = Hessian.of(x.T @ x, 2000)
     blocks = gptq.encode("Q8_0", w, hessian, np.ones(n, np.float32))
     q = _decoded("Q8_0", blocks, n).astype(np.float64)
@@ -135,7 +125,7 @@ def test_every_column_is_rounded_to_the_level_nearest_to_what_feedback_made_of_i
 
 
 def test_rows_are_independent_and_runs_repeat() -> None:
-    x, w = _correlated(256, 600, 7), _weights(9, 256, 7)
+    x, w = correlated(256, 600, 7), weights(9, 256, 7)
     hessian, importance = Hessian.of(x.T @ x, 600), np.ones(256, np.float32)
     whole = gptq.encode("Q3_K", w, hessian, importance)
     assert np.array_equal(whole, gptq.encode("Q3_K", w, hessian, importance))
@@ -143,7 +133,7 @@ def test_rows_are_independent_and_runs_repeat() -> None:
 
 
 def test_all_levels_round_a_unit_alike() -> None:
-    x, w = _correlated(256, 600, 8), _weights(5, 256, 8)
+    x, w = correlated(256, 600, 8), weights(5, 256, 8)
     hessian, importance = Hessian.of(x.T @ x, 600), np.ones(256, np.float32)
     before = _core.isa()
     try:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from ramgguf import _core
 from ramgguf.quants.encoders import descent, gptq, libggml, points
+from ramgguf.quants.encoders.decoding import decode_rows
 from ramgguf.quants.hessian import Hessian
 
 Floats = NDArray[np.float32]
@@ -41,7 +42,7 @@ def test_blocks_decode_alike_in_libggml_and_in_the_gguf_package(name: str) -> No
     hessian = _hessian(N, 1)
     blocks = gptq.encode(name, _weights(9, N, 1), hessian, _importance(hessian))
     values = dequantize(blocks, gguf.GGMLQuantizationType[name])
-    assert np.array_equal(points.decoded(name, blocks, N), values)
+    assert np.array_equal(decode_rows(name, blocks, N), values)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -51,7 +52,7 @@ def test_what_is_handed_on_is_the_error_of_the_blocks(name: str) -> None:
     x = w.copy()
     blocks, errors = points.round_unit(name, x, hessian.factor, _importance(hessian))
     u = hessian.factor.astype(np.float64)
-    expected = (w - points.decoded(name, blocks, 256)).astype(np.float64)
+    expected = (w - decode_rows(name, blocks, 256)).astype(np.float64)
     np.testing.assert_allclose(errors.astype(np.float64) @ u, expected, atol=2e-4)
 
 
@@ -59,8 +60,8 @@ def test_what_is_handed_on_is_the_error_of_the_blocks(name: str) -> None:
 def test_the_outputs_error_falls_far_below_that_of_libggml(name: str) -> None:
     hessian, w = _hessian(N, 5), _weights(24, N, 5)
     importance = _importance(hessian)
-    fed_back = points.decoded(name, gptq.encode(name, w, hessian, importance), N)
-    plain = points.decoded(name, libggml.encode(name, w, importance), N)
+    fed_back = decode_rows(name, gptq.encode(name, w, hessian, importance), N)
+    plain = decode_rows(name, libggml.encode(name, w, importance), N)
     assert 0.01 < hessian.error(w - fed_back) / hessian.error(w - plain) < 0.5
 
 
@@ -69,8 +70,8 @@ def test_without_correlation_the_points_are_no_worse_than_those_of_search(name: 
     w = _weights(16, N, 3)
     importance = np.random.default_rng(4).uniform(0.5, 2, N).astype(np.float32)
     hessian = Hessian.of(np.diag(importance), 1, damping=0)
-    found = points.decoded(name, gptq._swept(name, w, hessian, importance)[0], N)
-    searched = points.decoded(name, points.searched(name, w, importance), N)
+    found = decode_rows(name, gptq._swept(name, w, hessian, importance)[0], N)
+    searched = decode_rows(name, points.searched(name, w, importance), N)
     ratio = hessian.error(w - found) / hessian.error(w - searched)
     assert 0.9 < ratio <= 1.0001
 
@@ -134,7 +135,7 @@ def test_rows_are_independent_and_runs_repeat(name: str) -> None:
 def test_rows_of_zeros_stay_zeros(name: str) -> None:
     hessian, w = _hessian(256, 9), _weights(3, 256, 9)
     w[1] = 0
-    values = points.decoded(name, gptq.encode(name, w, hessian, _importance(hessian)), 256)
+    values = decode_rows(name, gptq.encode(name, w, hessian, _importance(hessian)), 256)
     assert not values[1].any()
     assert values[0].any()
     assert np.isfinite(values).all()

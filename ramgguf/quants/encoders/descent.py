@@ -14,9 +14,7 @@ from ramgguf.quants.encoders.encoder import Encoder
 from ramgguf.quants.hessian import Hessian
 
 FORMATS = gptq.FORMATS
-N_SWEEPS = (
-    2  # over all columns: more cost over three times what error feedback does, and gain little
-)
+N_SWEEPS = 2  # over all columns: more cost three times what error feedback does, and gain little
 
 Floats = NDArray[np.float32]
 

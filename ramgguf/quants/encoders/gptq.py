@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from ramgguf import _core
 from ramgguf.quants import formats
 from ramgguf.quants.encoders import points
+from ramgguf.quants.encoders.decoding import decode_rows
 from ramgguf.quants.encoders.encoder import Encoder
 from ramgguf.quants.hessian import Hessian
 
@@ -38,7 +39,7 @@ def encode(type_name: str, rows: Floats, hessian: Hessian, importance: Floats) -
 
 
 def _difference(type_name: str, blocks: NDArray[np.uint8], rows: Floats) -> Floats:
-    return rows - points.decoded(type_name, blocks, rows.shape[1])
+    return rows - decode_rows(type_name, blocks, rows.shape[1])
 
 
 def _swept(

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from ramgguf import _core
 from ramgguf.quants import formats
 from ramgguf.quants.encoders import libggml
+from ramgguf.quants.encoders.decoding import decode_rows
 
 UNIT = 256
 _EIGHT = 8
@@ -135,15 +136,6 @@ def searched(type_name: str, rows: Floats, importance: Floats) -> Blocks:
     return blocks
 
 
-def decoded(type_name: str, blocks: Blocks, n_columns: int) -> Floats:
-    """Return what the blocks stand for, (rows, n_columns), by the core or else by libggml."""
-    if not formats.get(type_name).encodable:
-        return libggml.decode(type_name, blocks, n_columns)
-    values = np.empty((len(blocks), n_columns), np.float32)
-    _core.decode(type_name, blocks, values)
-    return values
-
-
 def _scales(layout: _Layout, blocks: Blocks) -> Floats:
     d = np.ascontiguousarray(blocks[:, :2]).view("<f2").astype(np.float32)
     return np.ascontiguousarray(d * (2 * layout.fields(blocks) + 1).astype(np.float32))
@@ -158,5 +150,5 @@ def _magnitudes(type_name: str) -> Floats:
     blocks = np.zeros((len(points), formats.row_bytes(type_name, UNIT)), np.uint8)
     blocks[:, :2] = np.array([1], "<f2").view(np.uint8)
     layout.put(blocks, points, np.zeros((len(points), UNIT // _EIGHT), np.uint8))
-    values = decoded(type_name, blocks, UNIT)
+    values = decode_rows(type_name, blocks, UNIT)
     return np.ascontiguousarray(values.reshape(-1, layout.group).T)

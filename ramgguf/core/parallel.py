@@ -130,8 +130,17 @@ def default_threads() -> int:
 def ordered_map(function: Callable[[T], R], items: Iterable[T], threads: int) -> Iterator[R]:
     """Yield function(item) in the order of items, computed by threads with few results waiting.
 
-    The first exception ends the map; work that has not started by then is dropped.
+    Each thread has one core: matrix products in it do not start threads of their own, which would
+    wait for one another. The first exception ends the map; work that has not started by then is
+    dropped.
     """
+    from threadpoolctl import threadpool_limits
+
+    with threadpool_limits(1, user_api="blas"):
+        yield from _ordered_map(function, items, threads)
+
+
+def _ordered_map(function: Callable[[T], R], items: Iterable[T], threads: int) -> Iterator[R]:
     if threads <= 1:
         yield from map(function, items)
         return

@@ -64,6 +64,7 @@ def measure_file(
     imatrix: Imatrix | None = None,
     allow_requantize: bool = False,
     sampled: bool = False,
+    slow: bool = True,
     only: Mapping[str, frozenset[str]] | None = None,
     others: bool = True,
     threads: int,
@@ -72,7 +73,8 @@ def measure_file(
     """Return bytes and error of every tensor in every format that its shape allows.
 
     wanted names the formats to try (default: those that candidates.tried offers). With `sampled`,
-    statistics are those of some rows of each tensor; with `only`, a tensor named there is measured
+    statistics are those of some rows of each tensor; without `slow`, formats that libggml encodes
+    are named but not measured; with `only`, a tensor named there is measured
     in those formats, no others; without `others`, tensors that are not named there are left out,
     and the source has no hash of its data. n_overhead_bytes is what the output's header will take.
     Errors are weighed by the importance that imatrix has. Raises FormatError for NaN or infinity in
@@ -110,8 +112,8 @@ def measure_file(
             progress.advance(measured.n_bytes)
     finally:
         progress.finish()
-    slow = [(job.tensor, job.scale, job.sampled) for job in jobs]
-    of_samples = measure_samples(file, slow, threads=threads, progress=progress)
+    by_libggml = [(job.tensor, job.scale, job.sampled if slow else ()) for job in jobs]
+    of_samples = measure_samples(file, by_libggml, threads=threads, progress=progress)
     return Measurement(
         ramgguf_version=__version__,
         source=Source.of(file, data.hexdigest() if others and not sampled else None),

@@ -144,9 +144,7 @@ class _Run:
                 progress=self._progress,
             )
             if self._encoder.plans_by:
-                self._feed_back = partial(
-                    fed_back, measure=measure, encoder=self._encoder, imatrix=weighed
-                )
+                self._feed_back = partial(fed_back, encoder=self._encoder, imatrix=weighed)
             names = options.plan.get("formats")
             return measure_and_plan(
                 first_measure(measure, self._encoder, weighed, expand(names) if names else None),
@@ -182,10 +180,7 @@ class _Run:
 
     def fed_back(self, plan: Plan) -> Plan:
         """Return the plan for the encoder itself, where another one's errors chose its formats."""
-        if self._feed_back is None:
-            return plan
-        with self._clock.stage("feed back"):
-            return self._feed_back(plan)
+        return plan if self._feed_back is None else self._feed_back(plan)
 
     def written(self, plan: Plan, measurement: Measurement | None) -> Quantized:
         """Write and verify the planned output."""
@@ -197,7 +192,10 @@ class _Run:
         worst = None
         with begin(self._file, plan, destination) as out:
             with clock.stage("write"):
-                write(self._file, plan, out, threads=self._threads, progress=shown)
+                plan = write(
+                    self._file, plan, out, measures=self._feed_back is not None,
+                    threads=self._threads, progress=shown,
+                )  # fmt: skip
             if options.verify:
                 with clock.stage("verify"), out.written() as written:
                     worst = verify_file(

@@ -12,8 +12,7 @@ from ramgguf.core.progress import Progress
 from ramgguf.gguf.reader import GGUFFile, TensorInfo
 from ramgguf.plan.result import Assignment, Plan
 from ramgguf.quants import codec as weighing
-from ramgguf.quants import formats
-from ramgguf.quants.codec import ErrorWeights, Piece, tensor_weights
+from ramgguf.quants.codec import ErrorWeights, Piece, is_sampled, tensor_weights
 from ramgguf.quants.row_samples import written_sample
 
 # Errors are sums in the same order as those measured, so the two agree to the last bits.
@@ -48,7 +47,7 @@ def verify(
     finally:
         progress.finish()
     for i, planned in enumerate(plan.assignments):
-        sampled = not formats.get(planned.format).encodable and compare.scales[i].hessian is None
+        sampled = is_sampled(planned.format, compare.scales[i])
         if planned.format != planned.source_format and sampled:
             whole = squared[i] / total[i] if total[i] else 0.0
             squared[i], total[i] = _sampled_nmse(compare, i, whole), 1.0

@@ -1,4 +1,4 @@
-"""From a Plan to a file: writing what was planned."""
+"""From a Plan to a file: writing what was planned, and measuring what was written."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from ramgguf.gguf.reader import GGUFFile
 from ramgguf.gguf.writer import GGUFOutput
 from ramgguf.plan.result import Plan
 from ramgguf.quants import codec, formats, grids
-from ramgguf.quants.codec import Piece, Rows, tensor_weights
+from ramgguf.quants.codec import Piece, Rows, is_sampled, tensor_weights
 from ramgguf.quants.encoders import encoder
 from ramgguf.quants.output_metadata import output_metadata
 
@@ -106,14 +106,37 @@ def begin(file: GGUFFile, plan: Plan, destination: Destination) -> GGUFOutput:
     return GGUFOutput(layout, file, force=destination.force)
 
 
+@dataclass(frozen=True)
+class _Encoded:
+    """What became of a run: bytes read, and by tensor Σ(x−q)² and Σx², weighted."""
+
+    n_bytes: int
+    squares: list[tuple[int, float, float]]
+
+
 def write(
-    file: GGUFFile, plan: Plan, output: GGUFOutput, *, threads: int, progress: Progress
-) -> None:
-    """Encode every tensor into the output. Raises FormatError for weights that do not fit."""
+    file: GGUFFile,
+    plan: Plan,
+    output: GGUFOutput,
+    *,
+    measures: bool = False,
+    threads: int,
+    progress: Progress,
+) -> Plan:
+    """Encode every tensor into the output and return the plan.
+
+    If it measures, the plan's errors are those of what was written; a format that is measured on
+    a sample of the rows keeps its planned error. Raises FormatError for weights that do not fit.
+    """
     scales = tensor_weights(file, plan.imatrix, plan.encoded)
     buffers = Buffers()
+    measured = [
+        measures and encoded and not is_sampled(a.format, scale)
+        for a, encoded, scale in zip(plan.assignments, plan.encoded, scales, strict=True)
+    ]
+    squared, total = [0.0] * len(measured), [0.0] * len(measured)
 
-    def encode(run: Run) -> int:
+    def encode(run: Run) -> _Encoded:
         ranges = [(file.tensors[c.index], c.start, c.stop) for c in run]
         rows, _ = file.read_ranges(ranges, partial(buffers.take, "source"))
         planned = [plan.assignments[c.index] for c in run]
@@ -145,14 +168,33 @@ def write(
             (a.name, c.start * data.shape[1], data)
             for a, c, data in zip(planned, run, blocks, strict=True)
         )
-        return sum(data.nbytes for data in rows)
+        squares = []
+        for i, a in enumerate(planned):
+            index = run[i].index
+            if measured[index]:
+                scale = scales[index]
+                stats = scale.compare(a.source_format, rows[i], a.format, blocks[i], run[i].start)
+                squares.append((index, scale.error(stats.errors[0]), scale.squares(stats)))
+        return _Encoded(sum(data.nbytes for data in rows), squares)
 
     progress.start("quantize", sum(t.n_bytes for t in file.tensors), "bytes")
     try:
-        for n_bytes in map_runs(encode, runs(file.tensors), threads):
-            progress.advance(n_bytes)
+        for encoded in map_runs(encode, runs(file.tensors), threads):
+            for index, error, squares in encoded.squares:
+                squared[index] += error
+                total[index] += squares
+            progress.advance(encoded.n_bytes)
     finally:
         progress.finish()
+    if not measures:
+        return plan
+    assignments = tuple(
+        a.model_copy(update={"nmse": squared[i] / total[i] if total[i] else 0.0})
+        if measured[i]
+        else a
+        for i, a in enumerate(plan.assignments)
+    )
+    return plan.model_copy(update={"assignments": assignments})
 
 
 def _blocks(widths: Sequence[int], rows: Sequence[Rows], buffers: Buffers) -> list[Rows]:

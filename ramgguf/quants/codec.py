@@ -263,5 +263,13 @@ def tensor_weights(
     ]
 
 
+def is_sampled(type_name: str, scale: ErrorWeights) -> bool:
+    """Return whether the format's error is measured on a sample of the tensor's rows.
+
+    That is so where libggml encodes it, unless a Hessian tells the error.
+    """
+    return not formats.get(type_name).encodable and scale.hessian is None
+
+
 def _merged(parts: list[_core.RowStats]) -> _core.RowStats:
     return parts[0] if len(parts) == 1 else _core.RowStats.merged(parts)

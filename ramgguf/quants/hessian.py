@@ -120,27 +120,39 @@ class Hessians:
     def _recent(self) -> OrderedDict[tuple[str, int], Hessian]:
         return OrderedDict()
 
+    @cached_property
+    def _making(self) -> dict[tuple[str, int], threading.Lock]:
+        return {}
+
     def factored(self, name: str, n_columns: int) -> Hessian:
         """Return what error feedback needs of the weight's inputs; the last few are kept."""
         # A file may say that weights of other columns have the same input: get refuses that.
         owner = self.owner(name) or name
         key = owner, n_columns
         with self._lock:
-            found = self._recent.pop(key, None)
+            making = self._making.setdefault(key, threading.Lock())
+        with making:  # one thread makes it, while others make other ones
+            with self._lock:
+                found = self._recent.get(key)
             if found is None:
-                gram = self.get(name, n_columns)
-                assert gram is not None  # there is an owner
-                try:
-                    found = Hessian.of(gram, self.n_tokens)
-                except ValueError as e:
-                    raise ImatrixError(
-                        f"{self.path}: {owner}{_GRAM}: {e}; make the file again with "
-                        "`ramgguf calibrate --hessian`"
-                    ) from None
-            self._recent[key] = found
-            while len(self._recent) > _KEPT:
-                self._recent.popitem(last=False)
+                found = self._factored(name, owner, n_columns)
+            with self._lock:
+                self._recent[key] = found
+                self._recent.move_to_end(key)
+                while len(self._recent) > _KEPT:
+                    self._recent.popitem(last=False)
             return found
+
+    def _factored(self, name: str, owner: str, n_columns: int) -> Hessian:
+        gram = self.get(name, n_columns)
+        assert gram is not None  # there is an owner
+        try:
+            return Hessian.of(gram, self.n_tokens)
+        except ValueError as e:
+            raise ImatrixError(
+                f"{self.path}: {owner}{_GRAM}: {e}; make the file again with "
+                "`ramgguf calibrate --hessian`"
+            ) from None
 
     def owner(self, name: str) -> str | None:
         """Return the weight under which the input of this one is kept; None where it is not.
@@ -178,6 +190,8 @@ class Hessians:
 
 def load_hessians(path: Path) -> Hessians:
     """Return the Hessians of the file. Raises ImatrixError or GGUFError when it holds none."""
+    import scipy.linalg  # noqa: F401  # its threads are limited only once it is there
+
     with open_gguf(path) as file:
         kind = file.metadata.string("general.type")
         if kind != "hessian":

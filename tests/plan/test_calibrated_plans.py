@@ -9,15 +9,13 @@ import pytest
 
 import ramgguf
 from ramgguf import _core
-from ramgguf.core.errors import FormatError, ImatrixError, PlanError
+from ramgguf.core.errors import ImatrixError, PlanError
 from ramgguf.gguf.reader import GGUFFile, open_gguf
-from ramgguf.measure.result import Measurement
 from ramgguf.plan.priors import ModelShape, prior
 from ramgguf.plan.result import Plan
-from ramgguf.quantize.feedback import fed_back
 from ramgguf.quants import formats
 from ramgguf.quants.codec import ErrorWeights
-from ramgguf.quants.encoders import ENCODERS, EncoderName
+from ramgguf.quants.encoders import EncoderName
 from ramgguf.quants.imatrix import load_imatrix
 from tiny_models import write_tiny_model
 
@@ -139,20 +137,6 @@ def test_error_feedback_comes_after_refinement(
     again = ramgguf.quantize(model, from_plan=fed, output=tmp_path / "a.gguf", threads=1)
     assert again.paths[0].read_bytes() == made["gptq"].paths[0].read_bytes()
     assert not list(tmp_path.glob("*.partial"))
-
-
-def test_error_feedback_that_a_tensor_does_not_allow_is_told(
-    model: Path, files: tuple[Path, Path]
-) -> None:
-    searched = ramgguf.plan(ramgguf.measure(model, formats=FORMATS, threads=1), "6bpw")
-
-    def measure(**wanted: object) -> Measurement:
-        found = ramgguf.measure(model, formats=["Q8_0"], threads=1)
-        assert wanted["encoder"] == "gptq"
-        return found
-
-    with pytest.raises(FormatError, match=r"cannot be encoded in Q\d_\d by gptq: it was not"):
-        fed_back(searched, measure, ENCODERS["gptq"], None)
 
 
 def test_error_feedback_lowers_the_outputs_error(model: Path, files: tuple[Path, Path]) -> None:

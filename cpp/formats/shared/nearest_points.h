@@ -1,0 +1,231 @@
+// The points of a codebook that are nearest to groups of weights: sixteen groups at a time, one a
+// lane, exactly, under any importance of the single weights.
+//
+// The error of a point is a sum over its weights, so it is the sum of its halves' errors. Those of
+// all halves (81 of four weights with three levels, 64 of two with eight) are made first, from few
+// additions each. Then every point costs one minimum: points with the same second half share its
+// error, and of their first halves only the least is wanted.
+//
+// Signs are those of the weights. Where an even number of every eight weights must be negative, an
+// odd one flips the weight for which that costs least, which depends on the point: errors with one
+// flip are found beside those without.
+#pragma once
+#include "formats/shared/codebooks.h"
+#include "formats/shared/least_squares.h"
+
+namespace ramgguf::RAMGGUF_ISA {
+
+constexpr int kEight = 8;      // weights that share a parity of signs
+constexpr int kHalfBits = 7;   // hold the number of a half
+
+// Errors of the partial codes of some weights, without a flip and with one.
+template <int n, bool flips>
+struct PartialErrors {
+    Lanes even[n];
+    Lanes odd[flips ? n : 1];
+};
+
+template <int na, int nb, bool flips>
+RAMGGUF_INLINE void combine(const PartialErrors<na, flips>& a, const PartialErrors<nb, flips>& b,
+                            PartialErrors<na * nb, flips>& out) {
+    for (int j = 0; j < nb; ++j) {
+        for (int i = 0; i < na; ++i) {
+            out.even[i + na * j] = a.even[i] + b.even[j];
+            if constexpr (flips) {
+                out.odd[i + na * j] = min(a.odd[i] + b.even[j], a.even[i] + b.odd[j]);
+            }
+        }
+    }
+}
+
+// The nearest point without a flip or with one.
+struct Nearest {
+    Lanes error;
+    IntLanes first, second;  // halves
+};
+
+template <class P, bool weighted, int n>
+class PointFinder {
+  public:
+    static constexpr bool kFlips = P::kEvenSigns;
+    using Tables = CodebookTables<P>;
+
+    // magnitudes: of the tile's weights
+    PointFinder(const Tile<n, weighted>& magnitudes) : tile_(magnitudes) {}
+
+    // The least error of the tile's sub-blocks under a scale. odd[e]: lanes in which an odd number
+    // of the weights 8e..8e+7 is negative.
+    RAMGGUF_INLINE Lanes error(Lanes scale, const Mask* odd) const {
+        Lanes total = broadcast(0.0f);
+        for (int e = 0; e < n / kEight; ++e) {
+            Nearest even[kGroups], flipped[kGroups];
+            for (int g = 0; g < kGroups; ++g) {
+                find<false>(kEight * e + P::kGroup * g, scale, even[g], flipped[g]);
+            }
+            Lanes least = even[0].error;
+            if constexpr (kGroups == 2) least = least + even[1].error;
+            if constexpr (kFlips) least = select(odd[e], with_a_flip(even, flipped), least);
+            total = total + least;
+        }
+        return total;
+    }
+
+    // The nearest points themselves: signed[i] takes the magnitude of weight i, negative where the
+    // sign differs from the weight's.
+    RAMGGUF_INLINE Lanes points(Lanes scale, const Mask* odd, Lanes* found) const {
+        Lanes total = broadcast(0.0f);
+        for (int e = 0; e < n / kEight; ++e) {
+            Nearest even[kGroups], flipped[kGroups];
+            for (int g = 0; g < kGroups; ++g) {
+                find<true>(kEight * e + P::kGroup * g, scale, even[g], flipped[g]);
+            }
+            Lanes least = even[0].error;
+            if constexpr (kGroups == 2) least = least + even[1].error;
+            if constexpr (kFlips) {
+                const Lanes odd_error = with_a_flip(even, flipped);
+                least = select(odd[e], odd_error, least);
+                if constexpr (kGroups == 1) {
+                    take(select(odd[e], flipped[0], even[0]), kEight * e, odd[e], found);
+                } else {
+                    const Lanes in_one = flipped[0].error + even[1].error;
+                    const Lanes in_two = even[0].error + flipped[1].error;
+                    const Mask one = odd[e] & (in_one <= in_two), two = odd[e] & (in_two < in_one);
+                    take(select(one, flipped[0], even[0]), kEight * e, one, found);
+                    take(select(two, flipped[1], even[1]), kEight * e + P::kGroup, two, found);
+                }
+            } else {
+                for (int g = 0; g < kGroups; ++g) {
+                    take(even[g], kEight * e + P::kGroup * g, Mask{}, found);
+                }
+            }
+            total = total + least;
+        }
+        return total;
+    }
+
+  private:
+    static constexpr int kGroups = kEight / P::kGroup, kHalf = Tables::kHalf;
+    static constexpr int kHalves = Tables::kHalves, kLevels = P::kLevels;
+    using Halves = PartialErrors<kHalves, kFlips>;
+
+    static RAMGGUF_INLINE Lanes with_a_flip(const Nearest* even, const Nearest* flipped) {
+        if constexpr (kGroups == 1) return flipped[0].error;
+        return min(flipped[0].error + even[kGroups - 1].error,
+                   even[0].error + flipped[kGroups - 1].error);
+    }
+
+    static RAMGGUF_INLINE Nearest select(Mask m, const Nearest& a, const Nearest& b) {
+        return {ramgguf::RAMGGUF_ISA::select(m, a.error, b.error),
+                ramgguf::RAMGGUF_ISA::select(m, a.first, b.first),
+                ramgguf::RAMGGUF_ISA::select(m, a.second, b.second)};
+    }
+    static RAMGGUF_INLINE Lanes select(Mask m, Lanes a, Lanes b) {
+        return ramgguf::RAMGGUF_ISA::select(m, a, b);
+    }
+    static RAMGGUF_INLINE IntLanes select(Mask m, IntLanes a, IntLanes b) {
+        return ramgguf::RAMGGUF_ISA::select(m, a, b);
+    }
+
+    RAMGGUF_INLINE void level_errors(int i, const Lanes* decoded,
+                                     PartialErrors<kLevels, kFlips>& out) const {
+        for (int l = 0; l < kLevels; ++l) {
+            const Lanes off = tile_.x[i] - decoded[l];
+            out.even[l] = tile_.weigh(i, off) * off;
+            if constexpr (kFlips) {
+                const Lanes flipped = tile_.x[i] + decoded[l];
+                out.odd[l] = tile_.weigh(i, flipped) * flipped;
+            }
+        }
+    }
+
+    RAMGGUF_INLINE void half_errors(int i, const Lanes* decoded, Halves& out) const {
+        PartialErrors<kLevels, kFlips> one, two;
+        level_errors(i, decoded, one);
+        level_errors(i + 1, decoded, two);
+        if constexpr (kHalf == 2) {
+            combine(one, two, out);
+        } else {
+            PartialErrors<kLevels * kLevels, kFlips> low, high;
+            combine(one, two, low);
+            level_errors(i + 2, decoded, one);
+            level_errors(i + 3, decoded, two);
+            combine(one, two, high);
+            combine(low, high, out);
+        }
+    }
+
+    // Writes the half's number into the last bits of its error.
+    static RAMGGUF_INLINE void number(Lanes* errors) {
+        for (int h = 0; h < kHalves; ++h) {
+            errors[h] = from_bits((bits(errors[h]) & broadcast(-(1 << kHalfBits))) | broadcast(h));
+        }
+    }
+
+    // With `track` the halves, too.
+    template <bool track>
+    static RAMGGUF_INLINE void lower(Lanes error, IntLanes first, int second, Nearest& least) {
+        if constexpr (track) {
+            const Mask better = error < least.error;
+            least.first = select(better, first, least.first);
+            least.second = select(better, broadcast(second), least.second);
+        }
+        least.error = min(error, least.error);
+    }
+
+    template <bool track>
+    RAMGGUF_INLINE void find(int i, Lanes scale, Nearest& even, Nearest& flipped) const {
+        const Tables& tables = codebook_tables<P>();
+        Lanes decoded[kLevels];
+        for (int l = 0; l < kLevels; ++l) decoded[l] = scale * broadcast((float)P::levels[l]);
+        Halves a, b;
+        half_errors(i, decoded, a);
+        half_errors(i + kHalf, decoded, b);
+        if constexpr (track) {
+            number(a.even);
+            if constexpr (kFlips) number(a.odd);
+        }
+        even = flipped = {broadcast(0x1p120f), broadcast(0), broadcast(0)};
+        for (int r = 0; r < tables.n_runs; ++r) {
+            const typename Tables::Run run = tables.runs[r];
+            Lanes least = a.even[tables.first[run.begin]], odd{};
+            if constexpr (kFlips) odd = a.odd[tables.first[run.begin]];
+            for (int p = run.begin + 1; p < run.end; ++p) {
+                least = min(least, a.even[tables.first[p]]);
+                if constexpr (kFlips) odd = min(odd, a.odd[tables.first[p]]);
+            }
+            lower<track>(least + b.even[run.second], bits(least), run.second, even);
+            if constexpr (kFlips) {
+                lower<track>(least + b.odd[run.second], bits(least), run.second, flipped);
+                lower<track>(odd + b.even[run.second], bits(odd), run.second, flipped);
+            }
+        }
+    }
+
+    // Writes a group's magnitudes, and flips the cheapest of them in the lanes of `odd`.
+    RAMGGUF_INLINE void take(const Nearest& point, int i, Mask odd, Lanes* found) const {
+        const uint32_t* table = codebook_tables<P>().magnitudes;
+        const IntLanes first = gather(table, point.first & broadcast((1 << kHalfBits) - 1));
+        const IntLanes second = gather(table, point.second);
+        Lanes cheapest = broadcast(0x1p120f), at = broadcast(-1.0f);
+        for (int k = 0; k < P::kGroup; ++k) {
+            const IntLanes four = k < kHalf ? first : second;
+            const Lanes magnitude = to_float(four >> (8 * (k % kHalf)) & broadcast(255));
+            found[i + k] = magnitude;
+            if constexpr (kFlips) {
+                const Lanes cost = tile_.weigh(i + k, tile_.x[i + k]) * magnitude;
+                at = select(cost < cheapest, broadcast((float)k), at);
+                cheapest = min(cost, cheapest);
+            }
+        }
+        if constexpr (kFlips) {
+            for (int k = 0; k < P::kGroup; ++k) {
+                const Mask flip = odd & (at == broadcast((float)k));
+                found[i + k] = select(flip, -found[i + k], found[i + k]);
+            }
+        }
+    }
+
+    const Tile<n, weighted>& tile_;
+};
+
+}  // namespace ramgguf::RAMGGUF_ISA

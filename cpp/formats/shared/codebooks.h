@@ -5,6 +5,9 @@
 // points by a search (iq2xxs_grid, iq2xs_grid, iq2s_grid, iq3xxs_grid of ggml-common.h), so they are
 // listed here, as bit sets: bit c % 64 of word c / 64 says that code c is a point.
 #pragma once
+#include <algorithm>
+#include <vector>
+
 #include "formats/shared/unit.h"
 
 namespace ramgguf::RAMGGUF_ISA {
@@ -135,50 +138,99 @@ struct Iq3xxsPoints {
         0x0000000200020000, 0x0000000000100005, 0x0000000001000000, 0x0000000000000000};
 };
 
-// Half of a code: the digits of a group's first or second half. Points with equal second halves
-// follow each other.
+// Half of a code are the digits of a group's first or second half. For each second half that points
+// have, the search wants the least of the errors of the first halves that go with it. These sets of
+// first halves overlap, so the least of every pair that several of them contain is found once: a
+// slot holds an error of one first half, or the lesser of two slots before it.
 template <class P>
 struct CodebookTables {
     static constexpr int kHalf = P::kGroup / 2;  // weights
     static constexpr int kHalves = power(P::kLevels, kHalf);
+    static constexpr int kMaxSlots = 256;
 
-    struct Run {
-        int second;      // half
-        int begin, end;  // points
+    struct Pair {
+        uint16_t a, b;  // slots
     };
 
-    uint32_t magnitudes[kHalves];         // of a half, a byte each
+    uint32_t magnitudes[kHalves];           // of a half, a byte each
     uint8_t points[P::kPoints][P::kGroup];  // magnitudes
-    uint16_t first[P::kPoints];           // half of a point
-    uint16_t second[P::kPoints];          // half of a point
-    uint16_t index[kHalves * kHalves];    // of a code that is a point; 0 for others
-    Run runs[kHalves];                    // the second halves that points have
-    int n_runs = 0;
+    uint16_t index[kHalves * kHalves];      // of a code that is a point; 0 for others
+
+    Pair pairs[kMaxSlots];  // slot kHalves + i is the lesser of pairs[i]
+    int n_pairs = 0;
+    // The second halves in the order of how many slots they need, and these slots one after the
+    // other.
+    uint16_t second[kHalves];
+    uint16_t slots[P::kPoints];
+    int n_of_size[kHalves + 1] = {};  // how many second halves need so many slots
 
     CodebookTables() {
+        static_assert(kHalves < 128, "a half is numbered with seven bits");
         for (int half = 0; half < kHalves; ++half) {
             magnitudes[half] = 0;
             for (int k = 0, rest = half; k < kHalf; ++k, rest /= P::kLevels) {
                 magnitudes[half] |= (uint32_t)P::levels[rest % P::kLevels] << (8 * k);
             }
         }
+        std::vector<std::vector<bool>> sets(kHalves, std::vector<bool>(kMaxSlots));
         int n = 0;
         for (int code = 0; code < kHalves * kHalves; ++code) {
             const bool is_point = P::codes[code / 64] >> (code % 64) & 1;
             index[code] = (uint16_t)(is_point ? n : 0);
             if (!is_point) continue;
-            first[n] = (uint16_t)(code % kHalves);
-            second[n] = (uint16_t)(code / kHalves);
+            sets[code / kHalves][code % kHalves] = true;
             for (int k = 0, rest = code; k < P::kGroup; ++k, rest /= P::kLevels) {
                 points[n][k] = (uint8_t)P::levels[rest % P::kLevels];
             }
-            if (n == 0 || second[n] != second[n - 1]) runs[n_runs++] = {second[n], n, n};
-            runs[n_runs - 1].end = ++n;
+            ++n;
+        }
+        share_pairs(sets);
+        list_slots(sets);
+    }
+
+  private:
+    // Gives the most frequent pair a slot of its own, until none occurs twice.
+    void share_pairs(std::vector<std::vector<bool>>& sets) {
+        for (int n_slots = kHalves; n_slots < kMaxSlots; ++n_slots) {
+            int most = 1;
+            Pair best = {};
+            std::vector<int> counts((size_t)(n_slots * n_slots));
+            for (const std::vector<bool>& set : sets) {
+                for (int a = 0; a < n_slots; ++a) {
+                    for (int b = a + 1; set[a] && b < n_slots; ++b) {
+                        if (!set[b] || ++counts[a * n_slots + b] <= most) continue;
+                        most = counts[a * n_slots + b];
+                        best = {(uint16_t)a, (uint16_t)b};
+                    }
+                }
+            }
+            if (most == 1) break;
+            pairs[n_pairs++] = best;
+            for (std::vector<bool>& set : sets) {
+                if (!set[best.a] || !set[best.b]) continue;
+                set[best.a] = set[best.b] = false;
+                set[n_slots] = true;
+            }
+        }
+    }
+
+    void list_slots(const std::vector<std::vector<bool>>& sets) {
+        int n_listed = 0, n_slots = 0;
+        for (int size = 1; size <= kHalves; ++size) {
+            for (int half = 0; half < kHalves; ++half) {
+                const std::vector<bool>& set = sets[half];
+                if (std::count(set.begin(), set.end(), true) != size) continue;
+                second[n_listed++] = (uint16_t)half;
+                ++n_of_size[size];
+                for (int slot = 0; slot < kMaxSlots; ++slot) {
+                    if (set[slot]) slots[n_slots++] = (uint16_t)slot;
+                }
+            }
         }
     }
 };
 
-// Made at the first call, in some microseconds.
+// Made at the first call, in some milliseconds.
 template <class P>
 inline const CodebookTables<P>& codebook_tables() {
     static const CodebookTables<P> tables;

@@ -18,21 +18,31 @@ namespace ramgguf::RAMGGUF_ISA {
 constexpr int kEight = 8;      // weights that share a parity of signs
 constexpr int kHalfBits = 7;   // hold the number of a half
 
+// Lanes in memory. (GCC 12 copies a whole Lanes of an array to the stack before it uses it.)
+template <int n>
+struct alignas(64) LanesArray {
+    float v[n][kLanes];
+
+    RAMGGUF_INLINE Lanes at(int i) const { return load(v[i]); }
+    RAMGGUF_INLINE void set(int i, Lanes a) { store(v[i], a); }
+};
+
 // Errors of the partial codes of some weights, without a flip and with one.
 template <int n, bool flips>
 struct PartialErrors {
-    Lanes even[n];
-    Lanes odd[flips ? n : 1];
+    LanesArray<n> even;
+    LanesArray<flips ? n : 1> odd;
 };
 
-template <int na, int nb, bool flips>
+template <int na, int nb, int n, bool flips>
 RAMGGUF_INLINE void combine(const PartialErrors<na, flips>& a, const PartialErrors<nb, flips>& b,
-                            PartialErrors<na * nb, flips>& out) {
+                            PartialErrors<n, flips>& out) {
     for (int j = 0; j < nb; ++j) {
         for (int i = 0; i < na; ++i) {
-            out.even[i + na * j] = a.even[i] + b.even[j];
+            out.even.set(i + na * j, a.even.at(i) + b.even.at(j));
             if constexpr (flips) {
-                out.odd[i + na * j] = min(a.odd[i] + b.even[j], a.even[i] + b.odd[j]);
+                out.odd.set(i + na * j,
+                            min(a.odd.at(i) + b.even.at(j), a.even.at(i) + b.odd.at(j)));
             }
         }
     }
@@ -106,7 +116,7 @@ class PointFinder {
   private:
     static constexpr int kGroups = kEight / P::kGroup, kHalf = Tables::kHalf;
     static constexpr int kHalves = Tables::kHalves, kLevels = P::kLevels;
-    using Halves = PartialErrors<kHalves, kFlips>;
+    using Slots = LanesArray<Tables::kMaxSlots>;
 
     static RAMGGUF_INLINE Lanes with_a_flip(const Nearest* even, const Nearest* flipped) {
         if constexpr (kGroups == 1) return flipped[0].error;
@@ -130,15 +140,16 @@ class PointFinder {
                                      PartialErrors<kLevels, kFlips>& out) const {
         for (int l = 0; l < kLevels; ++l) {
             const Lanes off = tile_.x[i] - decoded[l];
-            out.even[l] = tile_.weigh(i, off) * off;
+            out.even.set(l, tile_.weigh(i, off) * off);
             if constexpr (kFlips) {
                 const Lanes flipped = tile_.x[i] + decoded[l];
-                out.odd[l] = tile_.weigh(i, flipped) * flipped;
+                out.odd.set(l, tile_.weigh(i, flipped) * flipped);
             }
         }
     }
 
-    RAMGGUF_INLINE void half_errors(int i, const Lanes* decoded, Halves& out) const {
+    template <class Errors>
+    RAMGGUF_INLINE void half_errors(int i, const Lanes* decoded, Errors& out) const {
         PartialErrors<kLevels, kFlips> one, two;
         level_errors(i, decoded, one);
         level_errors(i + 1, decoded, two);
@@ -155,9 +166,10 @@ class PointFinder {
     }
 
     // Writes the half's number into the last bits of its error.
-    static RAMGGUF_INLINE void number(Lanes* errors) {
+    static RAMGGUF_INLINE void number(Slots& errors) {
         for (int h = 0; h < kHalves; ++h) {
-            errors[h] = from_bits((bits(errors[h]) & broadcast(-(1 << kHalfBits))) | broadcast(h));
+            const IntLanes rounded = bits(errors.at(h)) & broadcast(-(1 << kHalfBits));
+            errors.set(h, from_bits(rounded | broadcast(h)));
         }
     }
 
@@ -177,26 +189,37 @@ class PointFinder {
         const Tables& tables = codebook_tables<P>();
         Lanes decoded[kLevels];
         for (int l = 0; l < kLevels; ++l) decoded[l] = scale * broadcast((float)P::levels[l]);
-        Halves a, b;
-        half_errors(i, decoded, a);
+        PartialErrors<Tables::kMaxSlots, kFlips> slots;
+        PartialErrors<kHalves, kFlips> b;
+        half_errors(i, decoded, slots);
         half_errors(i + kHalf, decoded, b);
         if constexpr (track) {
-            number(a.even);
-            if constexpr (kFlips) number(a.odd);
+            number(slots.even);
+            if constexpr (kFlips) number(slots.odd);
+        }
+        for (int p = 0; p < tables.n_pairs; ++p) {
+            const typename Tables::Pair pair = tables.pairs[p];
+            slots.even.set(kHalves + p, min(slots.even.at(pair.a), slots.even.at(pair.b)));
+            if constexpr (kFlips) {
+                slots.odd.set(kHalves + p, min(slots.odd.at(pair.a), slots.odd.at(pair.b)));
+            }
         }
         even = flipped = {broadcast(0x1p120f), broadcast(0), broadcast(0)};
-        for (int r = 0; r < tables.n_runs; ++r) {
-            const typename Tables::Run run = tables.runs[r];
-            Lanes least = a.even[tables.first[run.begin]], odd{};
-            if constexpr (kFlips) odd = a.odd[tables.first[run.begin]];
-            for (int p = run.begin + 1; p < run.end; ++p) {
-                least = min(least, a.even[tables.first[p]]);
-                if constexpr (kFlips) odd = min(odd, a.odd[tables.first[p]]);
-            }
-            lower<track>(least + b.even[run.second], bits(least), run.second, even);
-            if constexpr (kFlips) {
-                lower<track>(least + b.odd[run.second], bits(least), run.second, flipped);
-                lower<track>(odd + b.even[run.second], bits(odd), run.second, flipped);
+        const uint16_t *second = tables.second, *slot = tables.slots;
+        for (int size = 1; size <= kHalves; ++size) {
+            for (int s = 0; s < tables.n_of_size[size]; ++s, ++second) {
+                Lanes least = slots.even.at(*slot), odd{};
+                if constexpr (kFlips) odd = slots.odd.at(*slot);
+                ++slot;
+                for (int k = 1; k < size; ++k, ++slot) {
+                    least = min(least, slots.even.at(*slot));
+                    if constexpr (kFlips) odd = min(odd, slots.odd.at(*slot));
+                }
+                lower<track>(least + b.even.at(*second), bits(least), *second, even);
+                if constexpr (kFlips) {
+                    lower<track>(least + b.odd.at(*second), bits(least), *second, flipped);
+                    lower<track>(odd + b.even.at(*second), bits(odd), *second, flipped);
+                }
             }
         }
     }

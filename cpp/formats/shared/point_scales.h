@@ -9,6 +9,9 @@
 
 namespace ramgguf::RAMGGUF_ISA {
 
+#ifndef RG_MOVES
+#define RG_MOVES 2
+#endif
 #ifndef RG_COUNT
 #define RG_COUNT 6
 #define RG_FIRST 0.7f
@@ -109,7 +112,7 @@ struct PointSearch {
         const Lanes around = Fit::nearest_field(found.scale * inverse(d * per_divisor));
         Lanes field = around, least = finder.error(d * per_divisor * around, odd);
         constexpr float moves[2] = {2.0f, -2.0f};
-        for (const float move : moves) {
+        for (int mv = 0; mv < RG_MOVES; ++mv) { const float move = moves[mv];
             const Lanes other = clamp(around + broadcast(move), 1.0f, Fit::kLargestField);
             const Lanes error = finder.error(d * per_divisor * other, odd);
             field = select(error < least, other, field);

@@ -94,9 +94,19 @@ struct PointSearch {
 
         // A scale for each sub-block.
         const Lanes mean = mean_of(tile);
+        Lanes guess = mean * broadcast(Format::kPerMean);
+        {
+            Lanes best = broadcast(0x1p120f);
+            for (int k = 0; k < RG_PC; ++k) {
+                const Lanes tried = mean * broadcast(Format::kPerMean * (RG_PF + RG_PS * (float)k));
+                const Lanes error = free_error(tile, tried);
+                guess = select(error < best, tried, guess);
+                best = min(error, best);
+            }
+        }
         Lanes best = broadcast(0x1p120f), scale = mean;
         for (int k = 0; k < RG_COUNT; ++k) {
-            const Lanes tried = mean * broadcast(Format::kPerMean * (RG_FIRST + RG_STEP * (float)k));
+            const Lanes tried = guess * broadcast((RG_FIRST + RG_STEP * (float)k));
             const Lanes error = finder.error(tried, odd);
             scale = select(error < best, tried, scale);
             best = min(error, best);
@@ -147,6 +157,21 @@ struct PointSearch {
             }
             odd[e] = broadcast(0) > sign;
         }
+    }
+
+    // The error if every weight took its nearest level, whether or not that is a point.
+    template <bool weighted>
+    static RAMGGUF_INLINE Lanes free_error(const Tile<n, weighted>& tile, Lanes scale) {
+        Lanes total = broadcast(0.0f), levels[Points::kLevels];
+        for (int l = 0; l < Points::kLevels; ++l) {
+            levels[l] = scale * broadcast((float)Points::levels[l]);
+        }
+        for (int i = 0; i < n; ++i) {
+            Lanes off = abs(tile.x[i] - levels[0]);
+            for (int l = 1; l < Points::kLevels; ++l) off = min(off, abs(tile.x[i] - levels[l]));
+            total = total + tile.weigh(i, off) * off;
+        }
+        return total;
     }
 
     // The mean magnitude of each sub-block.

@@ -146,10 +146,15 @@ template <class P>
 struct CodebookTables {
     static constexpr int kHalf = P::kGroup / 2;  // weights
     static constexpr int kHalves = power(P::kLevels, kHalf);
+    static constexpr int kQuarters = power(P::kLevels, kHalf / 2);
     static constexpr int kMaxSlots = 256;
 
     struct Pair {
         uint16_t a, b;  // slots
+    };
+
+    struct Second {
+        uint16_t half, low, high;  // its number, and those of its quarters
     };
 
     uint32_t magnitudes[kHalves];           // of a half, a byte each
@@ -160,9 +165,10 @@ struct CodebookTables {
     int n_pairs = 0;
     // The second halves in the order of how many slots they need, and these slots one after the
     // other.
-    uint16_t second[kHalves];
+    Second second[kHalves];
     uint16_t slots[P::kPoints];
     int n_of_size[kHalves + 1] = {};  // how many second halves need so many slots
+    int largest_size = 0;
 
     CodebookTables() {
         static_assert(kHalves < 128, "a half is numbered with seven bits");
@@ -220,8 +226,10 @@ struct CodebookTables {
             for (int half = 0; half < kHalves; ++half) {
                 const std::vector<bool>& set = sets[half];
                 if (std::count(set.begin(), set.end(), true) != size) continue;
-                second[n_listed++] = (uint16_t)half;
+                second[n_listed++] = {(uint16_t)half, (uint16_t)(half % kQuarters),
+                                      (uint16_t)(half / kQuarters)};
                 ++n_of_size[size];
+                largest_size = size;
                 for (int slot = 0; slot < kMaxSlots; ++slot) {
                     if (set[slot]) slots[n_slots++] = (uint16_t)slot;
                 }

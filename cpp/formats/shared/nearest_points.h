@@ -23,7 +23,7 @@ template <int n>
 struct alignas(64) LanesArray {
     float v[n][kLanes];
 
-    RAMGGUF_INLINE Lanes at(int i) const { return load(v[i]); }
+    RAMGGUF_INLINE Lanes at(size_t i) const { return load(v[i]); }
     RAMGGUF_INLINE void set(int i, Lanes a) { store(v[i], a); }
 };
 
@@ -33,20 +33,6 @@ struct PartialErrors {
     LanesArray<n> even;
     LanesArray<flips ? n : 1> odd;
 };
-
-template <int na, int nb, int n, bool flips>
-RAMGGUF_INLINE void combine(const PartialErrors<na, flips>& a, const PartialErrors<nb, flips>& b,
-                            PartialErrors<n, flips>& out) {
-    for (int j = 0; j < nb; ++j) {
-        for (int i = 0; i < na; ++i) {
-            out.even.set(i + na * j, a.even.at(i) + b.even.at(j));
-            if constexpr (flips) {
-                out.odd.set(i + na * j,
-                            min(a.odd.at(i) + b.even.at(j), a.even.at(i) + b.odd.at(j)));
-            }
-        }
-    }
-}
 
 // The nearest point without a flip or with one.
 struct Nearest {
@@ -116,7 +102,12 @@ class PointFinder {
   private:
     static constexpr int kGroups = kEight / P::kGroup, kHalf = Tables::kHalf;
     static constexpr int kHalves = Tables::kHalves, kLevels = P::kLevels;
-    using Slots = LanesArray<Tables::kMaxSlots>;
+    static constexpr int kQuarters = power(kLevels, kHalf / 2);
+    using Quarter = PartialErrors<kQuarters, kFlips>;
+
+    struct Pair {
+        Lanes even, odd;
+    };
 
     static RAMGGUF_INLINE Lanes with_a_flip(const Nearest* even, const Nearest* flipped) {
         if constexpr (kGroups == 1) return flipped[0].error;
@@ -148,29 +139,34 @@ class PointFinder {
         }
     }
 
-    template <class Errors>
-    RAMGGUF_INLINE void half_errors(int i, const Lanes* decoded, Errors& out) const {
-        PartialErrors<kLevels, kFlips> one, two;
-        level_errors(i, decoded, one);
-        level_errors(i + 1, decoded, two);
+    // The errors of quarters of a group: of the first and the second part of a half.
+    RAMGGUF_INLINE void quarter_errors(int i, const Lanes* decoded, Quarter& out) const {
         if constexpr (kHalf == 2) {
-            combine(one, two, out);
+            level_errors(i, decoded, out);
         } else {
-            PartialErrors<kLevels * kLevels, kFlips> low, high;
-            combine(one, two, low);
-            level_errors(i + 2, decoded, one);
-            level_errors(i + 3, decoded, two);
-            combine(one, two, high);
-            combine(low, high, out);
+            PartialErrors<kLevels, kFlips> one, two;
+            level_errors(i, decoded, one);
+            level_errors(i + 1, decoded, two);
+            for (int c = 0; c < kQuarters; ++c) {
+                const Pair error = sum(one, c % kLevels, two, c / kLevels);
+                out.even.set(c, error.even);
+                if constexpr (kFlips) out.odd.set(c, error.odd);
+            }
         }
     }
 
+    // Of two parts' errors: without a flip, and with one in either of them.
+    template <class A, class B>
+    static RAMGGUF_INLINE Pair sum(const A& a, size_t i, const B& b, size_t j) {
+        const Lanes even = a.even.at(i) + b.even.at(j);
+        if constexpr (!kFlips) return {even, even};
+        return {even, min(a.odd.at(i) + b.even.at(j), a.even.at(i) + b.odd.at(j))};
+    }
+
     // Writes the half's number into the last bits of its error.
-    static RAMGGUF_INLINE void number(Slots& errors) {
-        for (int h = 0; h < kHalves; ++h) {
-            const IntLanes rounded = bits(errors.at(h)) & broadcast(-(1 << kHalfBits));
-            errors.set(h, from_bits(rounded | broadcast(h)));
-        }
+    static RAMGGUF_INLINE Lanes numbered(Lanes error, int half) {
+        const IntLanes rounded = bits(error) & broadcast(-(1 << kHalfBits));
+        return from_bits(rounded | broadcast(half));
     }
 
     // With `track` the halves, too.
@@ -189,13 +185,13 @@ class PointFinder {
         const Tables& tables = codebook_tables<P>();
         Lanes decoded[kLevels];
         for (int l = 0; l < kLevels; ++l) decoded[l] = scale * broadcast((float)P::levels[l]);
+        Quarter quarters[4];
+        for (int k = 0; k < 4; ++k) quarter_errors(i + k * kHalf / 2, decoded, quarters[k]);
         PartialErrors<Tables::kMaxSlots, kFlips> slots;
-        PartialErrors<kHalves, kFlips> b;
-        half_errors(i, decoded, slots);
-        half_errors(i + kHalf, decoded, b);
-        if constexpr (track) {
-            number(slots.even);
-            if constexpr (kFlips) number(slots.odd);
+        for (int h = 0; h < kHalves; ++h) {
+            const Pair error = sum(quarters[0], h % kQuarters, quarters[1], h / kQuarters);
+            slots.even.set(h, track ? numbered(error.even, h) : error.even);
+            if constexpr (kFlips) slots.odd.set(h, track ? numbered(error.odd, h) : error.odd);
         }
         for (int p = 0; p < tables.n_pairs; ++p) {
             const typename Tables::Pair pair = tables.pairs[p];
@@ -205,22 +201,32 @@ class PointFinder {
             }
         }
         even = flipped = {broadcast(0x1p120f), broadcast(0), broadcast(0)};
-        const uint16_t *second = tables.second, *slot = tables.slots;
-        for (int size = 1; size <= kHalves; ++size) {
-            for (int s = 0; s < tables.n_of_size[size]; ++s, ++second) {
-                Lanes least = slots.even.at(*slot), odd{};
-                if constexpr (kFlips) odd = slots.odd.at(*slot);
-                ++slot;
-                for (int k = 1; k < size; ++k, ++slot) {
-                    least = min(least, slots.even.at(*slot));
-                    if constexpr (kFlips) odd = min(odd, slots.odd.at(*slot));
-                }
-                lower<track>(least + b.even.at(*second), bits(least), *second, even);
+        const typename Tables::Second* second = tables.second;
+        const uint16_t* slot = tables.slots;
+        const auto try_all = [&](int size, auto loop) __attribute__((always_inline)) {
+            const auto* end = second + tables.n_of_size[size];
+            for (; second != end; ++second, slot += size) {
+                Pair least = {slots.even.at(*slot), slots.even.at(*slot)};
+                if constexpr (kFlips) least.odd = slots.odd.at(*slot);
+                loop([&](int k) __attribute__((always_inline)) {
+                    least.even = min(least.even, slots.even.at(slot[k]));
+                    if constexpr (kFlips) least.odd = min(least.odd, slots.odd.at(slot[k]));
+                });
+                const Pair rest = sum(quarters[2], second->low, quarters[3], second->high);
+                lower<track>(least.even + rest.even, bits(least.even), second->half, even);
                 if constexpr (kFlips) {
-                    lower<track>(least + b.odd.at(*second), bits(least), *second, flipped);
-                    lower<track>(odd + b.even.at(*second), bits(odd), *second, flipped);
+                    lower<track>(least.even + rest.odd, bits(least.even), second->half, flipped);
+                    lower<track>(least.odd + rest.even, bits(least.odd), second->half, flipped);
                 }
             }
+        };
+        try_all(1, [](auto) {});
+        try_all(2, [](auto next) { next(1); });
+        try_all(3, [](auto next) { next(1), next(2); });
+        for (int size = 4; size <= tables.largest_size; ++size) {
+            try_all(size, [&](auto next) __attribute__((always_inline)) {
+                for (int k = 1; k < size; ++k) next(k);
+            });
         }
     }
 

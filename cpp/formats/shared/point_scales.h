@@ -104,16 +104,15 @@ struct PointSearch {
                 best = min(error, best);
             }
         }
-        Lanes best = broadcast(0x1p120f), scale = mean;
-        for (int k = 0; k < RG_COUNT; ++k) {
-            const Lanes tried = guess * broadcast((RG_FIRST + RG_STEP * (float)k));
-            const Lanes error = finder.error(tried, odd);
-            scale = select(error < best, tried, scale);
-            best = min(error, best);
-        }
         Lanes levels[n];
-        finder.points(scale, odd, levels);
+#if RG_V == 1
+        finder.points(guess, odd, levels);
         const LinearSolution found = solve(tile, levels);
+#else
+        free_levels(tile, guess, levels);
+        LinearSolution found = solve(tile, levels);
+        found.scale = found.scale * broadcast(RG_C);
+#endif
 
         // The step that suits them, and the best of three fields for each.
         const Lanes divisor = broadcast(Fit::kDivisor), per_divisor = broadcast(1.0f / Fit::kDivisor);
@@ -136,7 +135,7 @@ struct PointSearch {
             const Lanes num = reduce_groups<kGroup>(Add{}, s.scale * s.curvature * field);
             const Lanes den = reduce_groups<kGroup>(Add{}, s.curvature * field * field);
             d = round_to_f16(num * inverse(den) * divisor);
-            finder.points(d * per_divisor * field, odd, levels);
+            if (RG_REFIT) finder.points(d * per_divisor * field, odd, levels);
         }
 #endif
         keep(x, n_units, d, field, levels, fits);
@@ -172,6 +171,20 @@ struct PointSearch {
             total = total + tile.weigh(i, off) * off;
         }
         return total;
+    }
+
+    template <bool weighted>
+    static RAMGGUF_INLINE void free_levels(const Tile<n, weighted>& tile, Lanes scale, Lanes* found) {
+        for (int i = 0; i < n; ++i) {
+            Lanes off = abs(tile.x[i] - scale * broadcast((float)Points::levels[0]));
+            found[i] = broadcast((float)Points::levels[0]);
+            for (int l = 1; l < Points::kLevels; ++l) {
+                const Lanes level = broadcast((float)Points::levels[l]);
+                const Lanes other = abs(tile.x[i] - scale * level);
+                found[i] = select(other < off, level, found[i]);
+                off = min(other, off);
+            }
+        }
     }
 
     // The mean magnitude of each sub-block.

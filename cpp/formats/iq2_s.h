@@ -29,9 +29,8 @@ struct IQ2_S {
     using Points = Iq2sPoints;
     using Fit = PointFit<16, 8>;
     using Search = PointSearch<IQ2_S>;
-    static constexpr float kPerMean = 1.0f / 16.0f;
 
-    static RAMGGUF_INLINE void rtn(const float* x, Fit& fit) { Search::fit<false>(x, nullptr, 1, &fit); }
+    static RAMGGUF_INLINE void rtn(const float* x, Fit& fit) { Search::rtn(x, fit); }
     static RAMGGUF_INLINE Lanes quantize(const Fit& fit, Lanes, int j) { return fit.level(j); }
     static RAMGGUF_INLINE Lanes reconstruct(const Fit& fit, Lanes q, int j) {
         return fit.scale.at(j) * q;
@@ -51,9 +50,7 @@ struct IQ2_S {
             }
         }
         std::memcpy(out + 66, high, sizeof high);
-        for (int i = 0; i < 8; ++i) {
-            out[74 + i] = (uint8_t)(fit.scale_of(2 * i) | fit.scale_of(2 * i + 1) << 4);
-        }
+        pack_scales_of_16(fit, out + 74);
     }
 
     static RAMGGUF_INLINE void unpack(const uint8_t* in, Fit& fit, IntLanes (&q)[kVectors]) {
@@ -65,11 +62,7 @@ struct IQ2_S {
             }
             q[j] = levels_of<Points>(points, read<uint16_t>(in + 34 + 2 * j));
         }
-        float fields[kLanes];
-        for (int b = 0; b < 16; ++b) {
-            fields[b] = (float)(2 * (in[74 + b / 2] >> (b % 2 * 4) & 15) + 1);
-        }
-        fit.set(read<uint16_t>(in), load(fields));
+        unpack_scales_of_16(in + 74, read<uint16_t>(in), fit);
     }
 };
 

@@ -78,6 +78,41 @@ struct PointFit {
     }
 };
 
+// --- fields that two formats have in common ---
+
+// Scales of sub-blocks of 16, two to a byte.
+template <class Fit>
+RAMGGUF_INLINE void pack_scales_of_16(const Fit& fit, uint8_t* out) {
+    for (int i = 0; i < 8; ++i) {
+        out[i] = (uint8_t)(fit.scale_of(2 * i) | fit.scale_of(2 * i + 1) << 4);
+    }
+}
+
+template <class Fit>
+RAMGGUF_INLINE void unpack_scales_of_16(const uint8_t* in, uint16_t d, Fit& fit) {
+    float fields[kLanes];
+    for (int b = 0; b < 16; ++b) fields[b] = (float)(2 * (in[b / 2] >> (b % 2 * 4) & 15) + 1);
+    fit.set(d, load(fields));
+}
+
+// Eight signs of seven: an even number is negative.
+RAMGGUF_INLINE uint32_t with_eighth_sign(uint32_t seven) {
+    return seven | (uint32_t)__builtin_parity(seven) << 7;
+}
+
+// A word of 32 bits of four times seven signs and a scale.
+RAMGGUF_INLINE uint32_t signs_and_scale(uint32_t signs, int scale) {
+    uint32_t word = (uint32_t)scale << 28;
+    for (int i = 0; i < 4; ++i) word |= (signs >> (8 * i) & 127) << (7 * i);
+    return word;
+}
+
+RAMGGUF_INLINE uint32_t signs_of_32(uint32_t word) {
+    uint32_t signs = 0;
+    for (int i = 0; i < 4; ++i) signs |= with_eighth_sign(word >> (7 * i) & 127) << (8 * i);
+    return signs;
+}
+
 template <class Format>
 struct PointSearch {
     using Fit = typename Format::Fit;
@@ -94,11 +129,11 @@ struct PointSearch {
 
         // A scale for each sub-block.
         const Lanes mean = mean_of(tile);
-        Lanes guess = mean * broadcast(Format::kPerMean);
+        Lanes guess = mean * broadcast(1.0f/16);
         {
             Lanes best = broadcast(0x1p120f);
             for (int k = 0; k < RG_PC; ++k) {
-                const Lanes tried = mean * broadcast(Format::kPerMean * (RG_PF + RG_PS * (float)k));
+                const Lanes tried = mean * broadcast((1.0f / (Points::kLevels == 3 ? 16.0f : 20.0f)) * (RG_PF + RG_PS * (float)k));
                 const Lanes error = free_error(tile, tried);
                 guess = select(error < best, tried, guess);
                 best = min(error, best);
@@ -106,7 +141,14 @@ struct PointSearch {
         }
         Lanes levels[n];
 #if RG_V == 1
-        finder.points(guess, odd, levels);
+        Lanes best = broadcast(0x1p120f), scale = guess;
+        for (int k = 0; k < RG_COUNT; ++k) {
+            const Lanes tried = guess * broadcast((RG_FIRST + RG_STEP * (float)k));
+            const Lanes error = finder.error(tried, odd);
+            scale = select(error < best, tried, scale);
+            best = min(error, best);
+        }
+        finder.points(scale, odd, levels);
         const LinearSolution found = solve(tile, levels);
 #else
         free_levels(tile, guess, levels);
@@ -142,6 +184,8 @@ struct PointSearch {
     }
 
     static RAMGGUF_INLINE Lanes quantize(const Fit& fit, Lanes, int j) { return fit.level(j); }
+
+    static RAMGGUF_INLINE void rtn(const float* x, Fit& out) { fit<false>(x, nullptr, 1, &out); }
 
     // Fills the tile with magnitudes.
     template <bool weighted>

@@ -16,10 +16,31 @@ constexpr int power(int base, int exponent) {
     return exponent == 0 ? 1 : base * power(base, exponent - 1);
 }
 
-struct Iq2xxsPoints {
-    static constexpr int kGroup = 8, kPoints = 256, kLevels = 3;
-    static constexpr bool kEvenSigns = true;
+// The levels of a format, and the nearest of them to a magnitude.
+struct ThreeLevels {
+    static constexpr int kLevels = 3;
     static constexpr int levels[kLevels] = {8, 25, 43};
+
+    static RAMGGUF_INLINE Lanes nearest(Lanes v) {
+        const Lanes lower = select(v > broadcast(16.5f), broadcast(25.0f), broadcast(8.0f));
+        return select(v > broadcast(34.0f), broadcast(43.0f), lower);
+    }
+};
+
+struct EightLevels {
+    static constexpr int kLevels = 8;
+    static constexpr int levels[kLevels] = {4, 12, 20, 28, 36, 44, 52, 62};
+
+    static RAMGGUF_INLINE Lanes nearest(Lanes v) {
+        const Lanes rank = round_even(clamp(v * broadcast(0.125f) - broadcast(0.5f), 0.0f, 6.0f));
+        return select(v > broadcast(57.0f), broadcast(62.0f),
+                      rank * broadcast(8.0f) + broadcast(4.0f));
+    }
+};
+
+struct Iq2xxsPoints : ThreeLevels {
+    static constexpr int kGroup = 8, kPoints = 256;
+    static constexpr bool kEvenSigns = true;
     static constexpr uint64_t codes[] = {
         0x4141441055141555, 0x0000100044140400, 0x0040001400400400, 0x1050000004000000,
         0x4004140100114140, 0x0500001000400450, 0x0001000050000010, 0x4004144100004000,
@@ -49,10 +70,9 @@ struct Iq2xxsPoints {
         0x0000000000000004, 0x0000000000000000, 0x0000000000000000};
 };
 
-struct Iq2xsPoints {
-    static constexpr int kGroup = 8, kPoints = 512, kLevels = 3;
+struct Iq2xsPoints : ThreeLevels {
+    static constexpr int kGroup = 8, kPoints = 512;
     static constexpr bool kEvenSigns = true;
-    static constexpr int levels[kLevels] = {8, 25, 43};
     static constexpr uint64_t codes[] = {
         0x1541455551555555, 0x4145505555540145, 0x4010515400010510, 0x5550000101000441,
         0x0004140115154145, 0x0404010500414550, 0x0005100041400000, 0x1105554000004000,
@@ -82,10 +102,9 @@ struct Iq2xsPoints {
         0x0500000000000004, 0x0000050000000000, 0x0000000100010000};
 };
 
-struct Iq2sPoints {
-    static constexpr int kGroup = 8, kPoints = 1024, kLevels = 3;
+struct Iq2sPoints : ThreeLevels {
+    static constexpr int kGroup = 8, kPoints = 1024;
     static constexpr bool kEvenSigns = false;
-    static constexpr int levels[kLevels] = {8, 25, 43};
     static constexpr uint64_t codes[] = {
         0x1555455551555555, 0x5545505155551105, 0x5010515414150514, 0x5550101111000455,
         0x5145541555555545, 0x5414555514555550, 0x1451000455401051, 0x1155154000105004,
@@ -115,10 +134,9 @@ struct Iq2sPoints {
         0x0400004000000000, 0x0000011401400000, 0x0000000100001000};
 };
 
-struct Iq3xxsPoints {
-    static constexpr int kGroup = 4, kPoints = 256, kLevels = 8;
+struct Iq3xxsPoints : EightLevels {
+    static constexpr int kGroup = 4, kPoints = 256;
     static constexpr bool kEvenSigns = true;
-    static constexpr int levels[kLevels] = {4, 12, 20, 28, 36, 44, 52, 62};
     static constexpr uint64_t codes[] = {
         0x2800000402058a15, 0x010010020522050a, 0x200082008a050215, 0x0100000000200582,
         0x2800801080000800, 0x0000040004000082, 0x0010000020000000, 0x0002000800005100,

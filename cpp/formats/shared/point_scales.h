@@ -128,32 +128,20 @@ struct PointSearch {
         const PointFinder<Points, weighted, n> finder(tile);
 
         // A scale for each sub-block.
-        const Lanes mean = mean_of(tile);
-        Lanes guess = mean * broadcast(1.0f/16);
-        {
-            Lanes best = broadcast(0x1p120f);
-            for (int k = 0; k < RG_PC; ++k) {
-                const Lanes tried = mean * broadcast((1.0f / (Points::kLevels == 3 ? 16.0f : 20.0f)) * (RG_PF + RG_PS * (float)k));
-                const Lanes error = free_error(tile, tried);
-                guess = select(error < best, tried, guess);
-                best = min(error, best);
-            }
-        }
+        LinearSolution found = guess(tile);
         Lanes levels[n];
 #if RG_V == 1
-        Lanes best = broadcast(0x1p120f), scale = guess;
+        {
+        Lanes best = broadcast(0x1p120f), scale = found.scale;
         for (int k = 0; k < RG_COUNT; ++k) {
-            const Lanes tried = guess * broadcast((RG_FIRST + RG_STEP * (float)k));
+            const Lanes tried = found.scale * broadcast((RG_FIRST + RG_STEP * (float)k));
             const Lanes error = finder.error(tried, odd);
             scale = select(error < best, tried, scale);
             best = min(error, best);
         }
         finder.points(scale, odd, levels);
-        const LinearSolution found = solve(tile, levels);
-#else
-        free_levels(tile, guess, levels);
-        LinearSolution found = solve(tile, levels);
-        found.scale = found.scale * broadcast(RG_C);
+        found = solve(tile, levels);
+        }
 #endif
 
         // The step that suits them, and the best of three fields for each.
@@ -202,33 +190,32 @@ struct PointSearch {
         }
     }
 
-    // The error if every weight took its nearest level, whether or not that is a point.
+    // The scales of least error if every weight took its nearest level, whether or not these are
+    // points.
     template <bool weighted>
-    static RAMGGUF_INLINE Lanes free_error(const Tile<n, weighted>& tile, Lanes scale) {
-        Lanes total = broadcast(0.0f), levels[Points::kLevels];
-        for (int l = 0; l < Points::kLevels; ++l) {
-            levels[l] = scale * broadcast((float)Points::levels[l]);
-        }
-        for (int i = 0; i < n; ++i) {
-            Lanes off = abs(tile.x[i] - levels[0]);
-            for (int l = 1; l < Points::kLevels; ++l) off = min(off, abs(tile.x[i] - levels[l]));
-            total = total + tile.weigh(i, off) * off;
-        }
-        return total;
-    }
-
-    template <bool weighted>
-    static RAMGGUF_INLINE void free_levels(const Tile<n, weighted>& tile, Lanes scale, Lanes* found) {
-        for (int i = 0; i < n; ++i) {
-            Lanes off = abs(tile.x[i] - scale * broadcast((float)Points::levels[0]));
-            found[i] = broadcast((float)Points::levels[0]);
-            for (int l = 1; l < Points::kLevels; ++l) {
-                const Lanes level = broadcast((float)Points::levels[l]);
-                const Lanes other = abs(tile.x[i] - scale * level);
-                found[i] = select(other < off, level, found[i]);
-                off = min(other, off);
+    static RAMGGUF_INLINE LinearSolution guess(const Tile<n, weighted>& tile) {
+        const Lanes per_mean = inverse(mean_of(tile));
+        const Lanes zero = broadcast(0.0f), one = broadcast(1.0f);
+        Lanes best = zero, scale = zero, curvature = zero;
+        const auto attempt = [&](Lanes per_x) {
+            Lanes tl = zero, ll = zero;
+            for (int i = 0; i < n; ++i) {
+                const Lanes level = Points::nearest(tile.x[i] * per_x);
+                const Lanes wl = tile.weigh(i, level);
+                tl = tl + wl * tile.x[i];
+                ll = ll + wl * level;
             }
-        }
+            tl = tl * per_mean;
+            const Mask better = tl * tl > best * ll;
+            const Lanes fitted = tl / select(better, ll, one);
+            best = select(better, fitted * tl, best);
+            scale = select(better, fitted, scale);
+            curvature = select(better, ll, curvature);
+        };
+        for (int k = 0; k < RG_PC; ++k) attempt(per_mean * broadcast(1/(RG_PF + RG_PS * (float)k)));
+        const Lanes mean = inverse(per_mean);
+        if (RG_LL) attempt(inverse(scale * mean));
+        return {scale * mean, curvature};
     }
 
     // The mean magnitude of each sub-block.

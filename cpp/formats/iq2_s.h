@@ -29,6 +29,8 @@ struct IQ2_S {
     using Points = Iq2sPoints;
     using Fit = PointFit<16, 8>;
     using Search = PointSearch<IQ2_S>;
+    static constexpr float kPerMean = 1.0f / 16.0f;
+    static constexpr int kTries = 1;
 
     static RAMGGUF_INLINE void rtn(const float* x, Fit& fit) { Search::rtn(x, fit); }
     static RAMGGUF_INLINE Lanes quantize(const Fit& fit, Lanes, int j) { return fit.level(j); }
@@ -40,7 +42,7 @@ struct IQ2_S {
         write(out, fit.d);
         uint8_t high[8] = {};
         for (int j = 0; j < kVectors; ++j) {
-            int32_t points[kLanes];
+            uint16_t points[2];
             const uint32_t signs = points_of<Points>(q[j], points);
             write(out + 34 + 2 * j, (uint16_t)signs);
             for (int k = 0; k < 2; ++k) {
@@ -55,10 +57,10 @@ struct IQ2_S {
 
     static RAMGGUF_INLINE void unpack(const uint8_t* in, Fit& fit, IntLanes (&q)[kVectors]) {
         for (int j = 0; j < kVectors; ++j) {
-            int32_t points[2];
+            uint16_t points[2];
             for (int k = 0; k < 2; ++k) {
                 const int i = 2 * j + k;
-                points[k] = in[2 + i] | (in[66 + i / 4] >> (i % 4 * 2) & 3) << 8;
+                points[k] = (uint16_t)(in[2 + i] | (in[66 + i / 4] >> (i % 4 * 2) & 3) << 8);
             }
             q[j] = levels_of<Points>(points, read<uint16_t>(in + 34 + 2 * j));
         }

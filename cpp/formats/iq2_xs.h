@@ -30,6 +30,8 @@ struct IQ2_XS {
     using Points = Iq2xsPoints;
     using Fit = PointFit<16, 8>;
     using Search = PointSearch<IQ2_XS>;
+    static constexpr float kPerMean = 1.0f / 16.0f;
+    static constexpr int kTries = 2;
 
     static RAMGGUF_INLINE void rtn(const float* x, Fit& fit) { Search::rtn(x, fit); }
     static RAMGGUF_INLINE Lanes quantize(const Fit& fit, Lanes, int j) { return fit.level(j); }
@@ -40,11 +42,11 @@ struct IQ2_XS {
     static RAMGGUF_INLINE void pack(const Fit& fit, const IntLanes (&q)[kVectors], uint8_t* out) {
         write(out, fit.d);
         for (int j = 0; j < kVectors; ++j) {
-            int32_t points[2];
+            uint16_t points[2];
             const uint32_t signs = points_of<Points>(q[j], points);
             for (int k = 0; k < 2; ++k) {
                 const uint32_t seven = signs >> (8 * k) & 127;
-                write(out + 2 + 4 * j + 2 * k, (uint16_t)((uint32_t)points[k] | seven << 9));
+                write(out + 2 + 4 * j + 2 * k, (uint16_t)(points[k] | seven << 9));
             }
         }
         pack_scales_of_16(fit, out + 66);
@@ -52,11 +54,11 @@ struct IQ2_XS {
 
     static RAMGGUF_INLINE void unpack(const uint8_t* in, Fit& fit, IntLanes (&q)[kVectors]) {
         for (int j = 0; j < kVectors; ++j) {
-            int32_t points[2];
+            uint16_t points[2];
             uint32_t signs = 0;
             for (int k = 0; k < 2; ++k) {
                 const uint32_t word = read<uint16_t>(in + 2 + 4 * j + 2 * k);
-                points[k] = (int32_t)(word & 511);
+                points[k] = (uint16_t)(word & 511);
                 signs |= with_eighth_sign(word >> 9) << (8 * k);
             }
             q[j] = levels_of<Points>(points, signs);

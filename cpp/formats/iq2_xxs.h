@@ -27,6 +27,8 @@ struct IQ2_XXS {
     using Points = Iq2xxsPoints;
     using Fit = PointFit<32, 8>;
     using Search = PointSearch<IQ2_XXS>;
+    static constexpr float kPerMean = 1.0f / 16.0f;
+    static constexpr int kTries = 2;
 
     static RAMGGUF_INLINE void rtn(const float* x, Fit& fit) { Search::rtn(x, fit); }
     static RAMGGUF_INLINE Lanes quantize(const Fit& fit, Lanes, int j) { return fit.level(j); }
@@ -37,7 +39,7 @@ struct IQ2_XXS {
     static RAMGGUF_INLINE void pack(const Fit& fit, const IntLanes (&q)[kVectors], uint8_t* out) {
         write(out, fit.d);
         for (int b = 0; b < 8; ++b) {
-            int32_t points[4];
+            uint16_t points[4];
             uint32_t signs = points_of<Points>(q[2 * b], points);
             signs |= points_of<Points>(q[2 * b + 1], points + 2) << 16;
             for (int i = 0; i < 4; ++i) out[2 + 8 * b + i] = (uint8_t)points[i];
@@ -49,8 +51,8 @@ struct IQ2_XXS {
         float fields[kLanes];
         for (int b = 0; b < 8; ++b) {
             const uint32_t word = read<uint32_t>(in + 2 + 8 * b + 4);
-            const uint32_t signs = signs_of_32(word);
-            int32_t points[4];
+            const uint32_t signs = signs_of_word(word);
+            uint16_t points[4];
             for (int i = 0; i < 4; ++i) points[i] = in[2 + 8 * b + i];
             q[2 * b] = levels_of<Points>(points, signs & 0xffff);
             q[2 * b + 1] = levels_of<Points>(points + 2, signs >> 16);

@@ -28,6 +28,8 @@ struct IQ3_XXS {
     using Points = Iq3xxsPoints;
     using Fit = PointFit<32, 4>;
     using Search = PointSearch<IQ3_XXS>;
+    static constexpr float kPerMean = 1.0f / 20.0f;
+    static constexpr int kTries = 2;
 
     static RAMGGUF_INLINE void rtn(const float* x, Fit& fit) { Search::rtn(x, fit); }
     static RAMGGUF_INLINE Lanes quantize(const Fit& fit, Lanes, int j) { return fit.level(j); }
@@ -38,7 +40,7 @@ struct IQ3_XXS {
     static RAMGGUF_INLINE void pack(const Fit& fit, const IntLanes (&q)[kVectors], uint8_t* out) {
         write(out, fit.d);
         for (int b = 0; b < 8; ++b) {
-            int32_t points[8];
+            uint16_t points[8];
             uint32_t signs = points_of<Points>(q[2 * b], points);
             signs |= points_of<Points>(q[2 * b + 1], points + 4) << 16;
             for (int i = 0; i < 8; ++i) out[2 + 8 * b + i] = (uint8_t)points[i];
@@ -50,8 +52,8 @@ struct IQ3_XXS {
         float fields[kLanes];
         for (int b = 0; b < 8; ++b) {
             const uint32_t word = read<uint32_t>(in + 66 + 4 * b);
-            const uint32_t signs = signs_of_32(word);
-            int32_t points[8];
+            const uint32_t signs = signs_of_word(word);
+            uint16_t points[8];
             for (int i = 0; i < 8; ++i) points[i] = in[2 + 8 * b + i];
             q[2 * b] = levels_of<Points>(points, signs & 0xffff);
             q[2 * b + 1] = levels_of<Points>(points + 4, signs >> 16);

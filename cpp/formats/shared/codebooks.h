@@ -20,6 +20,7 @@ constexpr int power(int base, int exponent) {
 struct ThreeLevels {
     static constexpr int kLevels = 3;
     static constexpr int levels[kLevels] = {8, 25, 43};
+    static constexpr int kShift = 4;  // level >> kShift: its digit
 
     static RAMGGUF_INLINE Lanes nearest(Lanes v) {
         const Lanes lower = select(v > broadcast(16.5f), broadcast(25.0f), broadcast(8.0f));
@@ -30,6 +31,7 @@ struct ThreeLevels {
 struct EightLevels {
     static constexpr int kLevels = 8;
     static constexpr int levels[kLevels] = {4, 12, 20, 28, 36, 44, 52, 62};
+    static constexpr int kShift = 3;
 
     static RAMGGUF_INLINE Lanes nearest(Lanes v) {
         const Lanes rank = round_even(clamp(v * broadcast(0.125f) - broadcast(0.5f), 0.0f, 6.0f));
@@ -175,6 +177,7 @@ struct CodebookTables {
         uint16_t half, low, high;  // its number, and those of its quarters
     };
 
+    alignas(64) float places[kLanes];       // of the digits of groups
     uint32_t magnitudes[kHalves];           // of a half, a byte each
     uint8_t points[P::kPoints][P::kGroup];  // magnitudes
     uint16_t index[kHalves * kHalves];      // of a code that is a point; 0 for others
@@ -190,6 +193,7 @@ struct CodebookTables {
 
     CodebookTables() {
         static_assert(kHalves < 128, "a half is numbered with seven bits");
+        for (int i = 0; i < kLanes; ++i) places[i] = (float)power(P::kLevels, i % P::kGroup);
         for (int half = 0; half < kHalves; ++half) {
             magnitudes[half] = 0;
             for (int k = 0, rest = half; k < kHalf; ++k, rest /= P::kLevels) {

@@ -1,166 +1,143 @@
 // The points of a codebook that are nearest to groups of weights: sixteen groups at a time, one a
 // lane, exactly, under any importance of the single weights.
 //
-// The error of a point is a sum over its weights, so it is the sum of its halves' errors. Those of
-// all halves (81 of four weights with three levels, 64 of two with eight) are made first, from few
-// additions each. Then every point costs one minimum: points with the same second half share its
-// error, and of their first halves only the least is wanted.
+// The error of a point is a sum over its weights, so it is that of its first half and that of its
+// second half. The errors of all first halves (81 of four weights with three levels, 64 of two
+// with eight) are made first, from few additions each. Then a second half costs the least error of
+// the first halves that go with it; CodebookTables says how to find these with few minima.
 //
 // Signs are those of the weights. Where an even number of every eight weights must be negative, an
-// odd one flips the weight for which that costs least, which depends on the point: errors with one
-// flip are found beside those without.
+// odd one flips the weight for which that costs least. That depends on the point, so errors with
+// one flip are found beside those without.
 #pragma once
 #include "formats/shared/codebooks.h"
 #include "formats/shared/least_squares.h"
 
 namespace ramgguf::RAMGGUF_ISA {
 
-constexpr int kEight = 8;      // weights that share a parity of signs
-constexpr int kHalfBits = 7;   // hold the number of a half
+constexpr int kEight = 8;     // weights that share a parity of signs
+constexpr int kHalfBits = 7;  // hold the number of a half
+constexpr float kFarAway = 0x1p120f;
 
-// Lanes in memory. (GCC 12 copies a whole Lanes of an array to the stack before it uses it.)
+// Lanes in memory. GCC 12 copies a whole Lanes of an array to the stack before it uses it.
 template <int n>
 struct alignas(64) LanesArray {
     float v[n][kLanes];
 
     RAMGGUF_INLINE Lanes at(size_t i) const { return load(v[i]); }
-    RAMGGUF_INLINE void set(int i, Lanes a) { store(v[i], a); }
+    RAMGGUF_INLINE void set(size_t i, Lanes a) { store(v[i], a); }
 };
 
-// Errors of the partial codes of some weights, without a flip and with one.
+// Errors of n choices for some weights, with the weights' signs and with one of them flipped.
 template <int n, bool flips>
-struct PartialErrors {
-    LanesArray<n> even;
-    LanesArray<flips ? n : 1> odd;
+struct ChoiceErrors {
+    LanesArray<n> plain;
+    LanesArray<flips ? n : 1> flipped;
 };
 
-// The nearest point without a flip or with one.
+// A point of sixteen groups.
 struct Nearest {
     Lanes error;
-    IntLanes first, second;  // halves
+    IntLanes first, second;  // numbers of halves; first in the last kHalfBits bits
 };
 
-template <class P, bool weighted, int n>
+RAMGGUF_INLINE Nearest select(Mask m, const Nearest& a, const Nearest& b) {
+    return {select(m, a.error, b.error), select(m, a.first, b.first),
+            select(m, a.second, b.second)};
+}
+
+// P is one of codebooks.h. The tile holds magnitudes.
+template <class P, int n, bool weighted>
 class PointFinder {
   public:
-    static constexpr bool kFlips = P::kEvenSigns;
-    using Tables = CodebookTables<P>;
+    explicit PointFinder(const Tile<n, weighted>& tile) : tile_(tile) {}
 
-    // magnitudes: of the tile's weights
-    PointFinder(const Tile<n, weighted>& magnitudes) : tile_(magnitudes) {}
-
-    // The least error of the tile's sub-blocks under a scale. odd[e]: lanes in which an odd number
-    // of the weights 8e..8e+7 is negative.
-    RAMGGUF_INLINE Lanes error(Lanes scale, const Mask* odd) const {
+    // The least error of the sub-blocks under a scale, but for flips of signs.
+    RAMGGUF_INLINE Lanes error(Lanes scale) const {
         Lanes total = broadcast(0.0f);
-        for (int e = 0; e < n / kEight; ++e) {
-            Nearest even[kGroups], flipped[kGroups];
-            for (int g = 0; g < kGroups; ++g) {
-                find<false>(kEight * e + P::kGroup * g, scale, even[g], flipped[g]);
-            }
-            Lanes least = even[0].error;
-            if constexpr (kGroups == 2) least = least + even[1].error;
-            if constexpr (kFlips) least = select(odd[e], with_a_flip(even, flipped), least);
-            total = total + least;
+        for (int i = 0; i < n; i += P::kGroup) {
+            Nearest plain, unused;
+            find<false, false>(i, scale, plain, unused);
+            total = total + plain.error;
         }
         return total;
     }
 
-    // The nearest points themselves: signed[i] takes the magnitude of weight i, negative where the
-    // sign differs from the weight's.
-    RAMGGUF_INLINE Lanes points(Lanes scale, const Mask* odd, Lanes* found) const {
-        Lanes total = broadcast(0.0f);
+    // Finds the nearest points: levels[i] takes the magnitude of weight i, negative where the sign
+    // is flipped. odd[e]: lanes in which an odd number of the weights 8e..8e+7 is negative.
+    RAMGGUF_INLINE void find_points(Lanes scale, const Mask* odd, Lanes* levels) const {
         for (int e = 0; e < n / kEight; ++e) {
-            Nearest even[kGroups], flipped[kGroups];
+            Nearest plain[kGroups], flipped[kGroups];
             for (int g = 0; g < kGroups; ++g) {
-                find<true>(kEight * e + P::kGroup * g, scale, even[g], flipped[g]);
+                find<true, P::kEvenSigns>(kEight * e + P::kGroup * g, scale, plain[g], flipped[g]);
             }
-            Lanes least = even[0].error;
-            if constexpr (kGroups == 2) least = least + even[1].error;
-            if constexpr (kFlips) {
-                const Lanes odd_error = with_a_flip(even, flipped);
-                least = select(odd[e], odd_error, least);
-                if constexpr (kGroups == 1) {
-                    take(select(odd[e], flipped[0], even[0]), kEight * e, odd[e], found);
-                } else {
-                    const Lanes in_one = flipped[0].error + even[1].error;
-                    const Lanes in_two = even[0].error + flipped[1].error;
-                    const Mask one = odd[e] & (in_one <= in_two), two = odd[e] & (in_two < in_one);
-                    take(select(one, flipped[0], even[0]), kEight * e, one, found);
-                    take(select(two, flipped[1], even[1]), kEight * e + P::kGroup, two, found);
-                }
+            if constexpr (!P::kEvenSigns) {
+                for (int g = 0; g < kGroups; ++g) write_levels(plain[g], kEight * e, levels);
+            } else if constexpr (kGroups == 1) {
+                write_levels(select(odd[e], flipped[0], plain[0]), kEight * e, levels);
+                flip_cheapest(kEight * e, odd[e], levels);
             } else {
+                const Lanes in_first = flipped[0].error + plain[1].error;
+                const Lanes in_second = plain[0].error + flipped[1].error;
+                const Mask flips[2] = {odd[e] & (in_first <= in_second),
+                                       odd[e] & (in_second < in_first)};
                 for (int g = 0; g < kGroups; ++g) {
-                    take(even[g], kEight * e + P::kGroup * g, Mask{}, found);
+                    const int i = kEight * e + P::kGroup * g;
+                    write_levels(select(flips[g], flipped[g], plain[g]), i, levels);
+                    flip_cheapest(i, flips[g], levels);
                 }
             }
-            total = total + least;
         }
-        return total;
     }
 
   private:
+    using Tables = CodebookTables<P>;
     static constexpr int kGroups = kEight / P::kGroup, kHalf = Tables::kHalf;
-    static constexpr int kHalves = Tables::kHalves, kLevels = P::kLevels;
-    static constexpr int kQuarters = power(kLevels, kHalf / 2);
-    using Quarter = PartialErrors<kQuarters, kFlips>;
+    static constexpr int kHalves = Tables::kHalves, kQuarters = Tables::kQuarters;
 
     struct Pair {
-        Lanes even, odd;
+        Lanes plain, flipped;
     };
 
-    static RAMGGUF_INLINE Lanes with_a_flip(const Nearest* even, const Nearest* flipped) {
-        if constexpr (kGroups == 1) return flipped[0].error;
-        return min(flipped[0].error + even[kGroups - 1].error,
-                   even[0].error + flipped[kGroups - 1].error);
+    // The errors of a choice for some weights and one for others.
+    template <int na, int nb, bool flips>
+    static RAMGGUF_INLINE Pair sum(const ChoiceErrors<na, flips>& a, size_t i,
+                                   const ChoiceErrors<nb, flips>& b, size_t j) {
+        const Lanes plain = a.plain.at(i) + b.plain.at(j);
+        if constexpr (!flips) return {plain, plain};
+        return {plain, min(a.flipped.at(i) + b.plain.at(j), a.plain.at(i) + b.flipped.at(j))};
     }
 
-    static RAMGGUF_INLINE Nearest select(Mask m, const Nearest& a, const Nearest& b) {
-        return {ramgguf::RAMGGUF_ISA::select(m, a.error, b.error),
-                ramgguf::RAMGGUF_ISA::select(m, a.first, b.first),
-                ramgguf::RAMGGUF_ISA::select(m, a.second, b.second)};
-    }
-    static RAMGGUF_INLINE Lanes select(Mask m, Lanes a, Lanes b) {
-        return ramgguf::RAMGGUF_ISA::select(m, a, b);
-    }
-    static RAMGGUF_INLINE IntLanes select(Mask m, IntLanes a, IntLanes b) {
-        return ramgguf::RAMGGUF_ISA::select(m, a, b);
-    }
-
+    // decoded: the levels times the scale
+    template <bool flips>
     RAMGGUF_INLINE void level_errors(int i, const Lanes* decoded,
-                                     PartialErrors<kLevels, kFlips>& out) const {
-        for (int l = 0; l < kLevels; ++l) {
+                                     ChoiceErrors<P::kLevels, flips>& out) const {
+        for (int l = 0; l < P::kLevels; ++l) {
             const Lanes off = tile_.x[i] - decoded[l];
-            out.even.set(l, tile_.weigh(i, off) * off);
-            if constexpr (kFlips) {
-                const Lanes flipped = tile_.x[i] + decoded[l];
-                out.odd.set(l, tile_.weigh(i, flipped) * flipped);
+            out.plain.set(l, tile_.weigh(i, off) * off);
+            if constexpr (flips) {
+                const Lanes opposite = tile_.x[i] + decoded[l];
+                out.flipped.set(l, tile_.weigh(i, opposite) * opposite);
             }
         }
     }
 
-    // The errors of quarters of a group: of the first and the second part of a half.
-    RAMGGUF_INLINE void quarter_errors(int i, const Lanes* decoded, Quarter& out) const {
+    // A quarter of a group is one weight or two.
+    template <bool flips>
+    RAMGGUF_INLINE void quarter_errors(int i, const Lanes* decoded,
+                                       ChoiceErrors<kQuarters, flips>& out) const {
         if constexpr (kHalf == 2) {
             level_errors(i, decoded, out);
         } else {
-            PartialErrors<kLevels, kFlips> one, two;
+            ChoiceErrors<P::kLevels, flips> one, two;
             level_errors(i, decoded, one);
             level_errors(i + 1, decoded, two);
             for (int c = 0; c < kQuarters; ++c) {
-                const Pair error = sum(one, c % kLevels, two, c / kLevels);
-                out.even.set(c, error.even);
-                if constexpr (kFlips) out.odd.set(c, error.odd);
+                const Pair error = sum(one, c % P::kLevels, two, c / P::kLevels);
+                out.plain.set(c, error.plain);
+                if constexpr (flips) out.flipped.set(c, error.flipped);
             }
         }
-    }
-
-    // Of two parts' errors: without a flip, and with one in either of them.
-    template <class A, class B>
-    static RAMGGUF_INLINE Pair sum(const A& a, size_t i, const B& b, size_t j) {
-        const Lanes even = a.even.at(i) + b.even.at(j);
-        if constexpr (!kFlips) return {even, even};
-        return {even, min(a.odd.at(i) + b.even.at(j), a.even.at(i) + b.odd.at(j))};
     }
 
     // Writes the half's number into the last bits of its error.
@@ -171,86 +148,96 @@ class PointFinder {
 
     // With `track` the halves, too.
     template <bool track>
-    static RAMGGUF_INLINE void lower(Lanes error, IntLanes first, int second, Nearest& least) {
+    static RAMGGUF_INLINE void keep_lesser(Lanes error, Lanes first, int second, Nearest& least) {
         if constexpr (track) {
             const Mask better = error < least.error;
-            least.first = select(better, first, least.first);
+            least.first = select(better, bits(first), least.first);
             least.second = select(better, broadcast(second), least.second);
         }
         least.error = min(error, least.error);
     }
 
-    template <bool track>
-    RAMGGUF_INLINE void find(int i, Lanes scale, Nearest& even, Nearest& flipped) const {
+    // The nearest points of the weights i .. i + kGroup - 1, without a flip and with one.
+    template <bool track, bool flips>
+    RAMGGUF_INLINE void find(int i, Lanes scale, Nearest& plain, Nearest& flipped) const {
         const Tables& tables = codebook_tables<P>();
-        Lanes decoded[kLevels];
-        for (int l = 0; l < kLevels; ++l) decoded[l] = scale * broadcast((float)P::levels[l]);
-        Quarter quarters[4];
+        Lanes decoded[P::kLevels];
+        for (int l = 0; l < P::kLevels; ++l) decoded[l] = scale * broadcast((float)P::levels[l]);
+        ChoiceErrors<kQuarters, flips> quarters[4];
         for (int k = 0; k < 4; ++k) quarter_errors(i + k * kHalf / 2, decoded, quarters[k]);
-        PartialErrors<Tables::kMaxSlots, kFlips> slots;
+
+        ChoiceErrors<Tables::kMaxSlots, flips> slots;
         for (int h = 0; h < kHalves; ++h) {
             const Pair error = sum(quarters[0], h % kQuarters, quarters[1], h / kQuarters);
-            slots.even.set(h, track ? numbered(error.even, h) : error.even);
-            if constexpr (kFlips) slots.odd.set(h, track ? numbered(error.odd, h) : error.odd);
+            slots.plain.set(h, track ? numbered(error.plain, h) : error.plain);
+            if constexpr (flips) slots.flipped.set(h, numbered(error.flipped, h));
         }
         for (int p = 0; p < tables.n_pairs; ++p) {
             const typename Tables::Pair pair = tables.pairs[p];
-            slots.even.set(kHalves + p, min(slots.even.at(pair.a), slots.even.at(pair.b)));
-            if constexpr (kFlips) {
-                slots.odd.set(kHalves + p, min(slots.odd.at(pair.a), slots.odd.at(pair.b)));
+            slots.plain.set(kHalves + p, min(slots.plain.at(pair.a), slots.plain.at(pair.b)));
+            if constexpr (flips) {
+                slots.flipped.set(kHalves + p,
+                                  min(slots.flipped.at(pair.a), slots.flipped.at(pair.b)));
             }
         }
-        even = flipped = {broadcast(0x1p120f), broadcast(0), broadcast(0)};
+
+        plain = flipped = {broadcast(kFarAway), broadcast(0), broadcast(0)};
         const typename Tables::Second* second = tables.second;
         const uint16_t* slot = tables.slots;
-        const auto try_all = [&](int size, auto loop) __attribute__((always_inline)) {
+        // `others` calls its argument with 1 .. size - 1.
+        const auto try_all = [&](int size, auto others) __attribute__((always_inline)) {
             const auto* end = second + tables.n_of_size[size];
             for (; second != end; ++second, slot += size) {
-                Pair least = {slots.even.at(*slot), slots.even.at(*slot)};
-                if constexpr (kFlips) least.odd = slots.odd.at(*slot);
-                loop([&](int k) __attribute__((always_inline)) {
-                    least.even = min(least.even, slots.even.at(slot[k]));
-                    if constexpr (kFlips) least.odd = min(least.odd, slots.odd.at(slot[k]));
+                Pair least = {slots.plain.at(*slot), broadcast(0.0f)};
+                if constexpr (flips) least.flipped = slots.flipped.at(*slot);
+                others([&](int k) __attribute__((always_inline)) {
+                    least.plain = min(least.plain, slots.plain.at(slot[k]));
+                    if constexpr (flips) {
+                        least.flipped = min(least.flipped, slots.flipped.at(slot[k]));
+                    }
                 });
                 const Pair rest = sum(quarters[2], second->low, quarters[3], second->high);
-                lower<track>(least.even + rest.even, bits(least.even), second->half, even);
-                if constexpr (kFlips) {
-                    lower<track>(least.even + rest.odd, bits(least.even), second->half, flipped);
-                    lower<track>(least.odd + rest.even, bits(least.odd), second->half, flipped);
+                const int half = second->half;
+                keep_lesser<track>(least.plain + rest.plain, least.plain, half, plain);
+                if constexpr (flips) {
+                    keep_lesser<track>(least.plain + rest.flipped, least.plain, half, flipped);
+                    keep_lesser<track>(least.flipped + rest.plain, least.flipped, half, flipped);
                 }
             }
         };
+        // Loops of a known length for most of them: the CPU mispredicts where short ones end.
         try_all(1, [](auto) {});
-        try_all(2, [](auto next) { next(1); });
-        try_all(3, [](auto next) { next(1), next(2); });
+        try_all(2, [](auto call) { call(1); });
+        try_all(3, [](auto call) { call(1), call(2); });
         for (int size = 4; size <= tables.largest_size; ++size) {
-            try_all(size, [&](auto next) __attribute__((always_inline)) {
-                for (int k = 1; k < size; ++k) next(k);
+            try_all(size, [&](auto call) __attribute__((always_inline)) {
+                for (int k = 1; k < size; ++k) call(k);
             });
         }
     }
 
-    // Writes a group's magnitudes, and flips the cheapest of them in the lanes of `odd`.
-    RAMGGUF_INLINE void take(const Nearest& point, int i, Mask odd, Lanes* found) const {
+    static RAMGGUF_INLINE void write_levels(const Nearest& point, int i, Lanes* levels) {
         const uint32_t* table = codebook_tables<P>().magnitudes;
-        const IntLanes first = gather(table, point.first & broadcast((1 << kHalfBits) - 1));
-        const IntLanes second = gather(table, point.second);
-        Lanes cheapest = broadcast(0x1p120f), at = broadcast(-1.0f);
+        const IntLanes halves[2] = {
+            gather(table, point.first & broadcast((1 << kHalfBits) - 1)),
+            gather(table, point.second),
+        };
         for (int k = 0; k < P::kGroup; ++k) {
-            const IntLanes four = k < kHalf ? first : second;
-            const Lanes magnitude = to_float(four >> (8 * (k % kHalf)) & broadcast(255));
-            found[i + k] = magnitude;
-            if constexpr (kFlips) {
-                const Lanes cost = tile_.weigh(i + k, tile_.x[i + k]) * magnitude;
-                at = select(cost < cheapest, broadcast((float)k), at);
-                cheapest = min(cost, cheapest);
-            }
+            levels[i + k] = to_float(halves[k / kHalf] >> (8 * (k % kHalf)) & broadcast(255));
         }
-        if constexpr (kFlips) {
-            for (int k = 0; k < P::kGroup; ++k) {
-                const Mask flip = odd & (at == broadcast((float)k));
-                found[i + k] = select(flip, -found[i + k], found[i + k]);
-            }
+    }
+
+    // Changes the sign of one of a group's levels in the lanes of `flips`.
+    RAMGGUF_INLINE void flip_cheapest(int i, Mask flips, Lanes* levels) const {
+        Lanes least = broadcast(kFarAway), at = broadcast(-1.0f);
+        for (int k = 0; k < P::kGroup; ++k) {
+            const Lanes cost = tile_.weigh(i + k, tile_.x[i + k]) * levels[i + k];
+            at = select(cost < least, broadcast((float)k), at);
+            least = min(cost, least);
+        }
+        for (int k = 0; k < P::kGroup; ++k) {
+            const Mask flip = flips & (at == broadcast((float)k));
+            levels[i + k] = select(flip, -levels[i + k], levels[i + k]);
         }
     }
 

@@ -29,7 +29,6 @@ struct IQ2_S {
     using Points = Iq2sPoints;
     using Fit = PointFit<16, 8>;
     using Search = PointSearch<IQ2_S>;
-    static constexpr float kPerMean = 1.0f / 16.0f;
     static constexpr int kTries = 1;
 
     static RAMGGUF_INLINE void rtn(const float* x, Fit& fit) { Search::rtn(x, fit); }

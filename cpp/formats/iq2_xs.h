@@ -1,4 +1,5 @@
-// IQ2_XS (ggml id 17), 2.3125 bpw: superblocks of 256 weights, 16 sub-blocks of 16, points of eight.
+// IQ2_XS (ggml id 17), 2.3125 bpw: superblocks of 256 weights, 16 sub-blocks of 16, points of
+// eight.
 //
 //   x = d * (0.5 + scale[b]) / 4 * sign * level        scale in 0..15, level 8, 25 or 43
 //
@@ -30,7 +31,6 @@ struct IQ2_XS {
     using Points = Iq2xsPoints;
     using Fit = PointFit<16, 8>;
     using Search = PointSearch<IQ2_XS>;
-    static constexpr float kPerMean = 1.0f / 16.0f;
     static constexpr int kTries = 2;
 
     static RAMGGUF_INLINE void rtn(const float* x, Fit& fit) { Search::rtn(x, fit); }

@@ -1,4 +1,5 @@
-// IQ2_XXS (ggml id 16), 2.0625 bpw: superblocks of 256 weights, 8 sub-blocks of 32, points of eight.
+// IQ2_XXS (ggml id 16), 2.0625 bpw: superblocks of 256 weights, 8 sub-blocks of 32, points of
+// eight.
 //
 //   x = d * (0.5 + scale[b]) / 4 * sign * level        scale in 0..15, level 8, 25 or 43
 //
@@ -27,7 +28,6 @@ struct IQ2_XXS {
     using Points = Iq2xxsPoints;
     using Fit = PointFit<32, 8>;
     using Search = PointSearch<IQ2_XXS>;
-    static constexpr float kPerMean = 1.0f / 16.0f;
     static constexpr int kTries = 2;
 
     static RAMGGUF_INLINE void rtn(const float* x, Fit& fit) { Search::rtn(x, fit); }

@@ -28,7 +28,6 @@ struct IQ3_XXS {
     using Points = Iq3xxsPoints;
     using Fit = PointFit<32, 4>;
     using Search = PointSearch<IQ3_XXS>;
-    static constexpr float kPerMean = 1.0f / 20.0f;
     static constexpr int kTries = 2;
 
     static RAMGGUF_INLINE void rtn(const float* x, Fit& fit) { Search::rtn(x, fit); }

@@ -2,12 +2,9 @@
 //
 // A point is four or eight of a format's levels. Its code holds them as digits, the first weight's
 // in the lowest place; a point's index in the format is its rank among the codes. ggml chose the
-// points by a search (iq2xxs_grid, iq2xs_grid, iq2s_grid, iq3xxs_grid of ggml-common.h), so they are
-// listed here, as bit sets: bit c % 64 of word c / 64 says that code c is a point.
+// points by a search (iq2xxs_grid, iq2xs_grid, iq2s_grid, iq3xxs_grid of ggml-common.h), so they
+// are listed here, as bit sets: bit c % 64 of word c / 64 says that code c is a point.
 #pragma once
-#include <algorithm>
-#include <vector>
-
 #include "formats/shared/unit.h"
 
 namespace ramgguf::RAMGGUF_ISA {
@@ -16,7 +13,7 @@ constexpr int power(int base, int exponent) {
     return exponent == 0 ? 1 : base * power(base, exponent - 1);
 }
 
-// The levels of a format, and the nearest of them to a magnitude.
+// The levels of a format, the nearest of them to a magnitude, and the scale that RTN takes.
 struct ThreeLevels {
     static constexpr int kLevels = 3;
     static constexpr int levels[kLevels] = {8, 25, 43};
@@ -25,6 +22,9 @@ struct ThreeLevels {
     static RAMGGUF_INLINE Lanes nearest(Lanes v) {
         const Lanes lower = select(v > broadcast(16.5f), broadcast(25.0f), broadcast(8.0f));
         return select(v > broadcast(34.0f), broadcast(43.0f), lower);
+    }
+    static RAMGGUF_INLINE Lanes rtn_scale(Lanes mean, Lanes) {
+        return mean * broadcast(1.0f / 18.0f);  // of least error on Gaussian weights
     }
 };
 
@@ -37,6 +37,9 @@ struct EightLevels {
         const Lanes rank = round_even(clamp(v * broadcast(0.125f) - broadcast(0.5f), 0.0f, 6.0f));
         return select(v > broadcast(57.0f), broadcast(62.0f),
                       rank * broadcast(8.0f) + broadcast(4.0f));
+    }
+    static RAMGGUF_INLINE Lanes rtn_scale(Lanes, Lanes largest) {
+        return largest * broadcast(1.0f / 62.0f);
     }
 };
 
@@ -167,7 +170,7 @@ struct CodebookTables {
     static constexpr int kHalf = P::kGroup / 2;  // weights
     static constexpr int kHalves = power(P::kLevels, kHalf);
     static constexpr int kQuarters = power(P::kLevels, kHalf / 2);
-    static constexpr int kMaxSlots = 256;
+    static constexpr int kMaxSlots = 160;
 
     struct Pair {
         uint16_t a, b;  // slots
@@ -200,7 +203,7 @@ struct CodebookTables {
                 magnitudes[half] |= (uint32_t)P::levels[rest % P::kLevels] << (8 * k);
             }
         }
-        std::vector<std::vector<bool>> sets(kHalves, std::vector<bool>(kMaxSlots));
+        bool sets[kHalves][kMaxSlots] = {};  // the slots of each second half
         int n = 0;
         for (int code = 0; code < kHalves * kHalves; ++code) {
             const bool is_point = P::codes[code / 64] >> (code % 64) & 1;
@@ -218,23 +221,23 @@ struct CodebookTables {
 
   private:
     // Gives the most frequent pair a slot of its own, until none occurs twice.
-    void share_pairs(std::vector<std::vector<bool>>& sets) {
+    void share_pairs(bool (&sets)[kHalves][kMaxSlots]) {
         for (int n_slots = kHalves; n_slots < kMaxSlots; ++n_slots) {
             int most = 1;
             Pair best = {};
-            std::vector<int> counts((size_t)(n_slots * n_slots));
-            for (const std::vector<bool>& set : sets) {
+            uint8_t counts[kMaxSlots][kMaxSlots] = {};
+            for (const auto& set : sets) {
                 for (int a = 0; a < n_slots; ++a) {
                     for (int b = a + 1; set[a] && b < n_slots; ++b) {
-                        if (!set[b] || ++counts[a * n_slots + b] <= most) continue;
-                        most = counts[a * n_slots + b];
+                        if (!set[b] || ++counts[a][b] <= most) continue;
+                        most = counts[a][b];
                         best = {(uint16_t)a, (uint16_t)b};
                     }
                 }
             }
             if (most == 1) break;
             pairs[n_pairs++] = best;
-            for (std::vector<bool>& set : sets) {
+            for (auto& set : sets) {
                 if (!set[best.a] || !set[best.b]) continue;
                 set[best.a] = set[best.b] = false;
                 set[n_slots] = true;
@@ -242,18 +245,19 @@ struct CodebookTables {
         }
     }
 
-    void list_slots(const std::vector<std::vector<bool>>& sets) {
+    void list_slots(const bool (&sets)[kHalves][kMaxSlots]) {
         int n_listed = 0, n_slots = 0;
         for (int size = 1; size <= kHalves; ++size) {
             for (int half = 0; half < kHalves; ++half) {
-                const std::vector<bool>& set = sets[half];
-                if (std::count(set.begin(), set.end(), true) != size) continue;
+                int found = 0;
+                for (const bool is_needed : sets[half]) found += is_needed;
+                if (found != size) continue;
                 second[n_listed++] = {(uint16_t)half, (uint16_t)(half % kQuarters),
                                       (uint16_t)(half / kQuarters)};
                 ++n_of_size[size];
                 largest_size = size;
                 for (int slot = 0; slot < kMaxSlots; ++slot) {
-                    if (set[slot]) slots[n_slots++] = (uint16_t)slot;
+                    if (sets[half][slot]) slots[n_slots++] = (uint16_t)slot;
                 }
             }
         }

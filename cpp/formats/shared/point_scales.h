@@ -4,7 +4,7 @@
 //
 // `search` guesses a sub-block's scale by least squares, as if every weight could take its nearest
 // level. It rounds the scales as those of other superblocks, then tries fields around the rounded
-// ones by the error of the nearest points. RTN takes the scale from a sub-block's mean magnitude.
+// ones by the error of the nearest points. RTN takes the scale from a sub-block's mean or largest magnitude.
 #pragma once
 #include "formats/shared/nearest_points.h"
 #include "formats/shared/superblock_scales.h"
@@ -17,9 +17,9 @@ struct PointFit {
     static constexpr int kBlock = block;
     static constexpr float kDivisor = (float)divisor, kLargestField = 31.0f;
 
-    PerBlock scale;         // d * (1 + 2 scale[b]) / divisor
-    PerBlock fields;        // 1 + 2 scale[b]
-    uint16_t d;             // F16
+    PerBlock scale;   // d * (1 + 2 scale[b]) / divisor
+    PerBlock fields;  // 1 + 2 scale[b]
+    uint16_t d;       // F16
     bool overflow;
     int8_t levels[kUnit];  // with signs
 
@@ -56,7 +56,8 @@ RAMGGUF_INLINE uint32_t points_of(IntLanes levels, uint16_t* points) {
     const Lanes digits = to_float(truncate(abs(value)) >> P::kShift);
     float codes[kLanes];
     store(codes, reduce_groups<P::kGroup>(Add{}, digits * load(tables.places)));
-    for (int g = 0; g < kLanes / P::kGroup; ++g) points[g] = tables.index[(int)codes[g * P::kGroup]];
+    for (int g = 0; g < kLanes / P::kGroup; ++g)
+        points[g] = tables.index[(int)codes[g * P::kGroup]];
     return to_bits(value < broadcast(0.0f));
 }
 
@@ -108,8 +109,7 @@ RAMGGUF_INLINE uint32_t signs_of_word(uint32_t word) {
 
 // --- the encoders ---
 
-// A Format has Fit, Points, kPerMean (the scale that RTN takes, as a share of the mean magnitude)
-// and kTries (fields on either side of the rounded one that `search` tries).
+// A Format has Fit, Points and kTries: fields on either side of the rounded one that are tried.
 template <class Format>
 struct PointSearch {
     using Fit = typename Format::Fit;
@@ -144,7 +144,8 @@ struct PointSearch {
         Mask odd[n / kEight];
         load_magnitudes(x, nullptr, 1, tile, odd);
         const PointFinder<Points, n, false> finder(tile);
-        const LinearSolution found = {mean_of(tile) * broadcast(Format::kPerMean),
+        const Lanes largest = largest_of(tile);
+        const LinearSolution found = {Points::rtn_scale(mean_of(tile, largest), largest),
                                       broadcast(1.0f)};
         const Lanes step = best_f16(found);
         const Lanes field = Fit::nearest_field(found.scale * inverse(step));
@@ -166,12 +167,16 @@ struct PointSearch {
         }
     }
 
-    // The mean magnitude of each sub-block. Its largest magnitude goes first, so that no sum
-    // overflows.
     template <bool weighted>
-    static RAMGGUF_INLINE Lanes mean_of(const Tile<n, weighted>& tile) {
+    static RAMGGUF_INLINE Lanes largest_of(const Tile<n, weighted>& tile) {
         Lanes largest = tile.x[0];
         for (int i = 1; i < n; ++i) largest = max(largest, tile.x[i]);
+        return largest;
+    }
+
+    // The mean magnitude of each sub-block; the largest is divided by, so that no sum overflows.
+    template <bool weighted>
+    static RAMGGUF_INLINE Lanes mean_of(const Tile<n, weighted>& tile, Lanes largest) {
         const Lanes per_largest = inverse(largest);
         Lanes sum = broadcast(0.0f), count = broadcast(weighted ? 0.0f : (float)n);
         for (int i = 0; i < n; ++i) {
@@ -187,7 +192,7 @@ struct PointSearch {
     template <bool weighted>
     static RAMGGUF_INLINE LinearSolution guess(const Tile<n, weighted>& tile) {
         const Lanes zero = broadcast(0.0f), one = broadcast(1.0f);
-        const Lanes mean = mean_of(tile), per_mean = inverse(mean);
+        const Lanes mean = mean_of(tile, largest_of(tile)), per_mean = inverse(mean);
         Lanes best = zero, scale = zero, curvature = zero;
         const auto attempt = [&](Lanes per_x) {
             Lanes tl = zero, ll = zero;

@@ -60,7 +60,8 @@ class Candidates:
 def tried(wanted: Sequence[str] | None, imatrix: Imatrix | None) -> tuple[str, ...]:
     """Return the names of the formats to try, by default those that suit what is there.
 
-    With Hessians libggml's formats are tried by name only: their errors then take all rows.
+    With Hessians libggml's formats, IQ1_S and IQ1_M, are tried by name only: their errors then
+    take all rows.
     Raises FormatError when one is wanted that needs an importance matrix and there is none, or
     that needs libggml and it is not installed.
     """

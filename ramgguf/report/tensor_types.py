@@ -13,7 +13,9 @@ from collections.abc import Iterable
 from ramgguf.gguf.architecture import HEAD, NEVER_QUANTIZED, TOKEN_EMBEDDING
 from ramgguf.plan.recipes import Recipe
 from ramgguf.plan.result import Plan
-from ramgguf.quants.formats import with_importance
+
+# What llama-quantize makes with --imatrix only (tools/quantize and llama-quant.cpp).
+NEEDING_IMATRIX = ("IQ2_XXS", "IQ2_XS", "IQ3_XXS", "IQ1_S", "IQ2_S", "IQ1_M")
 
 _PLAIN = frozenset(string.ascii_lowercase + string.digits + "_")
 # llama.cpp makes these of any type without an importance matrix.
@@ -39,7 +41,7 @@ def imatrix_note(types: str) -> str | None:
     """Return what llama-quantize will ask for besides these lines, None if nothing."""
     words = (word.partition("=") for word in types.split())
     made = {name.upper() for pattern, _, name in words if pattern not in _EXEMPT}
-    needing = [name for name in with_importance() if name in made]
+    needing = [name for name in NEEDING_IMATRIX if name in made]
     if not needing:
         return None
     return f"llama-quantize makes {', '.join(needing)} with --imatrix only"

@@ -249,6 +249,10 @@ GAUSSIAN_NMSE = {
     "IQ4_NL": 6.396e-03,
     "IQ4_XS": 6.423e-03,
     "IQ3_S": 1.954e-02,
+    "IQ3_XXS": 3.494e-02,
+    "IQ2_S": 6.830e-02,
+    "IQ2_XS": 9.608e-02,
+    "IQ2_XXS": 1.1814e-01,
     "MXFP4": 1.336e-02,
     "TQ1_0": 6.55e-01,
     "TQ2_0": 6.55e-01,
@@ -400,7 +404,8 @@ def test_large_weights_whose_scales_fit_are_no_overflow(name: str) -> None:
     x = np.full((1, ROW), 6e4, np.float32)
     x[0, ::2] *= -1
     assert not _core.measure([name], "F32", x.view(np.uint8)).errors[0].scale_overflow
-    assert nmse(x, decode(name, encode(name, x))) < 0.2
+    # Most points of IQ2_XXS have levels of two sizes, whatever the weights.
+    assert nmse(x, decode(name, encode(name, x))) < (0.25 if name == "IQ2_XXS" else 0.2)
 
 
 def test_arrays_that_do_not_suit_are_refused_by_name() -> None:

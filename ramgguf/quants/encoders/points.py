@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 from ramgguf import _core
 from ramgguf.quants import formats
-from ramgguf.quants.encoders import libggml
 from ramgguf.quants.encoders.decoding import decode_rows
 
 UNIT = 256
@@ -111,7 +110,7 @@ def round_unit(
     """Return the superblocks of 256 columns x (rows, 256), and each column's error.
 
     x is changed in place. factor and the errors are those of _core.round_unit. Raises ValueError
-    where a scale would overflow, FormatError where libggml is needed and missing.
+    where a scale would overflow.
     """
     layout = _LAYOUTS[type_name]
     blocks = searched(type_name, np.ascontiguousarray(x), importance)
@@ -127,9 +126,7 @@ def round_unit(
 
 
 def searched(type_name: str, rows: Floats, importance: Floats) -> Blocks:
-    """Return the blocks of the rows without feedback: the core's, or else libggml's."""
-    if not formats.get(type_name).encodable:
-        return libggml.encode(type_name, rows, importance)
+    """Return the blocks of the rows without feedback, those of `search`."""
     blocks = np.empty((len(rows), formats.row_bytes(type_name, rows.shape[1])), np.uint8)
     raw = rows.view(np.uint8)
     _core.encode(type_name, "F32", raw, blocks, encoder="search", importance=importance)

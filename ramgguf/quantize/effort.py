@@ -1,8 +1,8 @@
 """Quantize as well as the time allows: steps in order of what they bring, each one gated.
 
 fast plans by priors and searches scales. auto adds what calibration brings: an importance matrix,
-formats for tensors that meet massive activations, then error feedback (GPTQ) if its Hessians fit
-the time. best adds measured sensitivities, coordinate descent after the feedback, and swaps by
+formats for tensors that meet massive activations, then error feedback (GPTQ, and coordinate
+descent after it) if its Hessians fit the time. best adds measured sensitivities and swaps by
 forward passes. Each step writes a candidate; it replaces the one before only if its KLD on held-out
 text of every domain says so. What a step has measured is kept beside the model (docs/effort.md).
 """
@@ -261,7 +261,6 @@ class _Run:
     ) -> None:
         self._model, self._limit, self._output = model, limit, output
         self._effort, self._seconds, self._options = effort, seconds, options
-        self._feedback: EncoderName = "descent" if effort == "best" else "gptq"
         self._threads, self._progress = options.threads, options.progress or Silent()
         self._announce, self._log = options.announce, _Log(options.announce)
         self._start = clock()
@@ -298,9 +297,7 @@ class _Run:
             return best
         with open_gguf(self._model) as file:
             self._require_memory(file.n_bytes + best.made.n_bytes)
-            costs = measured_costs(
-                file, self._scratch, self._write, TOKENS, self._threads, self._feedback
-            )
+            costs = measured_costs(file, self._scratch, self._write, TOKENS, self._threads)
             self._cache = StepCache.of(file, self._model, TOKENS)
         limit, begun = self._time_limit(), clock()
         planned = schedule(self._effort, limit, costs, self._cache.kept(), TOKENS)
@@ -404,7 +401,9 @@ class _Run:
                 return self._candidate(replace(now, sensitivity=found_alphas))
             case "error feedback" if now.imatrix is not None:
                 hessian = self._hessian()
-                return self._candidate(replace(now, encoder=self._feedback, hessian=hessian))
+                return self._candidate(
+                    replace(now, encoder=self._schedule.encoder, hessian=hessian)
+                )
             case "swaps":
                 return self._candidate(replace(now, refine=N_TRIALS))
         self._log.add(f"{step.name}: left out, it builds on a matrix that was not taken")

@@ -33,7 +33,7 @@ _FLOOR_MARGIN_DB = 0.5
 # 95 % of libggml's formats have at least 0.8 of that with a matrix, all have 0.55.
 _LEAST_SHARE = 0.8
 _ENOUGH_SEEN = 4  # that the least share of these is taken for the others
-_WORTH_TRYING = 0.01  # of a plan's cost: what libggml's formats may save at most, to be tried
+_WORTH_TRYING = 0.02  # of a plan's cost: what libggml's formats may save at most, to be tried
 
 Stage = Callable[[str], AbstractContextManager[None]]
 Formats = Mapping[str, frozenset[str]]  # by tensor

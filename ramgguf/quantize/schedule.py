@@ -9,6 +9,7 @@ from itertools import product
 from typing import Literal, get_args
 
 from ramgguf.core.units import format_bytes, format_seconds
+from ramgguf.quants.encoders import EncoderName
 
 Effort = Literal["fast", "auto", "best"]
 EFFORTS: tuple[Effort, ...] = get_args(Effort)
@@ -25,6 +26,7 @@ SIZES = (
     *((16, 4), (16, 3), (12, 3), (8, 3)),
     *((8, 2), (6, 2), (4, 2), (4, 1), (2, 1), (1, 1)),
 )
+FEEDBACK: tuple[EncoderName, ...] = ("descent", "gptq")  # best first
 LEAST_FOR_FEEDBACK = 16  # sequences: fewer tell too little of the inputs' correlations
 LEAST_READ = 8  # sequences that may take more than READING_SHARE of the time
 READING_SHARE = 0.5
@@ -40,14 +42,15 @@ class Costs:
     """What was measured on this model and machine, in seconds.
 
     write is a candidate by priors, from measuring to writing; read a sequence of N_CTX tokens
-    under the tap; gram the same with XᵀX of all inputs; feedback GPTQ's sweep over all weights.
-    hessian_bytes is what all Hessians take.
+    under the tap; gram the same with XᵀX of all inputs; feedback GPTQ's sweep over all weights,
+    descent the same followed by coordinate descent. hessian_bytes is what all Hessians take.
     """
 
     write: float
     read: float
     gram: float
     feedback: float
+    descent: float
     hessian_bytes: int
 
     @property
@@ -88,13 +91,15 @@ class Schedule:
     """The steps in their order; left_out says, a line each, what does not fit and why.
 
     n_sequences are read for the matrix (as many as a kept one has, if that will do), Hessians from
-    the same passes if with_hessians; each gate reads n_rounds windows of every domain.
+    the same passes if with_hessians; each gate reads n_rounds windows of every domain. encoder is
+    that of error feedback.
     """
 
     steps: tuple[Step, ...] = ()
     n_sequences: int = 0
     n_rounds: int = 0
     with_hessians: bool = False
+    encoder: EncoderName = "gptq"
     left_out: tuple[str, ...] = ()
 
     @property
@@ -106,9 +111,9 @@ class Schedule:
 def schedule(effort: Effort, limit: float, costs: Costs, kept: Kept, tokens: str) -> Schedule:
     """Return the steps that fit the limit in seconds; tokens names what is calibrated on."""
     tries = [
-        _Try(effort, limit, costs, kept, tokens, *size, with_massive, with_feedback)
+        _Try(effort, limit, costs, kept, tokens, *size, encoder, with_massive, with_feedback)
         for with_massive, with_feedback in product((True, False), repeat=2)
-        for size in SIZES
+        for size, encoder in product(SIZES, FEEDBACK)
     ]
     for one in tries:
         one.fill()
@@ -131,7 +136,12 @@ def schedule(effort: Effort, limit: float, costs: Costs, kept: Kept, tokens: str
     calm = [t for t in fitting if t.reading <= READING_SHARE * limit or t.n <= LEAST_READ]
     best = (fed or calm or fitting)[0]
     return Schedule(
-        tuple(best.steps), best.n_read, best.n_rounds, best.with_hessians, tuple(best.left_out)
+        tuple(best.steps),
+        best.n_read,
+        best.n_rounds,
+        best.with_hessians,
+        best.encoder,
+        tuple(best.left_out),
     )
 
 
@@ -146,6 +156,7 @@ class _Try:
     tokens: str
     n: int
     n_rounds: int
+    encoder: EncoderName
     with_massive: bool
     with_feedback: bool
     steps: list[Step] = field(default_factory=list)
@@ -250,13 +261,16 @@ class _Try:
         )
 
     def feedback(self) -> Step:
-        """Errors are measured in one sweep, blocks written in another."""
+        """Errors are measured as the blocks are written."""
         is_there = self.with_hessians or (self.is_kept and self.kept.hessian)
         reading = 0.0 if is_there else self.n_read * (self.costs.read + self.costs.gram)
+        with_descent = self.encoder == "descent"
+        sweep = "GPTQ and coordinate descent" if with_descent else "GPTQ"
+        sweeping = self.costs.descent if with_descent else self.costs.feedback
         return Step(
             "error feedback",
-            f"GPTQ, with Hessians of {self.hessian_size}",
-            reading + 2 * self.costs.feedback + self.costs.write + self.gate,
+            f"{sweep}, with Hessians of {self.hessian_size}",
+            reading + sweeping + self.costs.write + self.gate,
             reading,
         )
 

@@ -11,8 +11,7 @@ from ramgguf.core.parallel import default_threads
 from ramgguf.core.progress import Silent
 from ramgguf.gguf.architecture import layer_of
 from ramgguf.gguf.reader import GGUFFile
-from ramgguf.quantize.schedule import N_CTX, Costs
-from ramgguf.quants.encoders import EncoderName
+from ramgguf.quantize.schedule import FEEDBACK, N_CTX, Costs
 from ramgguf.quants.imatrix import load_importance
 from ramgguf.quants.roundtrip import simulated
 from ramgguf.sensitivity import is_probed, probe_format
@@ -39,12 +38,11 @@ def measured_costs(
     write: float,
     tokens: str,
     threads: int | None,
-    encoder: EncoderName = "gptq",
 ) -> Costs:
     """Return the costs; write is what a candidate by priors took.
 
     One sequence is read under the tap, once with the Hessians of a layer in the middle, whose
-    weights the encoder then rounds with error feedback, and once without. Raises EngineError when
+    weights are then rounded with error feedback, and once without. Raises EngineError when
     llama.cpp fails.
     """
     weights = [t for t in file.tensors if is_probed(file, t)]
@@ -64,22 +62,26 @@ def measured_costs(
 
     with_grams, plain = read(hessian), read(None)
     hessian_bytes = hessian.stat().st_size * max(1, len(layers))
-    weighed = load_importance(imatrix, hessian, encoder)
-    start, n_swept = time.perf_counter(), 0
-    for tensor in probed:
-        with suppress(EngineError, ValueError):
-            simulated(
-                file, tensor, probe_format(tensor), encoder=encoder, imatrix=weighed,
-                threads=threads or default_threads(),
-            )  # fmt: skip
-            n_swept += tensor.n_weights
-    swept = (time.perf_counter() - start) / max(1, n_swept)
+    n_weights = sum(t.n_weights for t in weights if layer_of(t.name) is not None)
+    seconds = {}
+    for encoder in FEEDBACK:
+        weighed = load_importance(imatrix, hessian, encoder)
+        start, n_swept = time.perf_counter(), 0
+        for tensor in probed:
+            with suppress(EngineError, ValueError):
+                simulated(
+                    file, tensor, probe_format(tensor), encoder=encoder, imatrix=weighed,
+                    threads=threads or default_threads(),
+                )  # fmt: skip
+                n_swept += tensor.n_weights
+        seconds[encoder] = (time.perf_counter() - start) / max(1, n_swept) * n_weights
     for path in (imatrix, hessian):
         path.unlink(missing_ok=True)
     return Costs(
         write=write,
         read=plain,
         gram=max(0.0, with_grams - plain) * max(1, len(layers)),
-        feedback=swept * sum(t.n_weights for t in weights if layer_of(t.name) is not None),
+        feedback=seconds["gptq"],
+        descent=seconds["descent"],
         hessian_bytes=hessian_bytes,
     )

@@ -33,8 +33,10 @@ LEAST_RATIO = dict.fromkeys(SEARCHED, 0.85) | {
     "Q2_0": 0.20,
 }
 # The same with an importance matrix.
-LEAST_WEIGHTED = dict.fromkeys(SEARCHED, 0.75) | {"Q2_0": 0.10} | dict.fromkeys(
-    ("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS"), 0.65
+LEAST_WEIGHTED = (
+    dict.fromkeys(SEARCHED, 0.75)
+    | {"Q2_0": 0.10}
+    | dict.fromkeys(("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS"), 0.65)
 )
 DISTRIBUTIONS = ("gaussian", "student_t")
 

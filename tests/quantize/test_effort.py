@@ -242,21 +242,6 @@ def test_a_model_that_llama_cpp_cannot_run_is_quantized_all_the_same(
     assert any("unknown architecture" in line for line in said)
 
 
-@pytest.mark.parametrize(("effort", "encoder"), [("auto", "gptq"), ("best", "descent")])
-def test_best_goes_on_from_error_feedback_by_descent(
-    effort: Effort, encoder: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    used: list[object] = []
-
-    def probe(*arguments: object) -> Costs:
-        used.append(arguments[-1])
-        raise EngineError("that is enough")
-
-    monkeypatch.setattr(effort_module, "measured_costs", probe)
-    ramgguf.quantize(tiny, "45%", tmp_path / "a.gguf", effort=effort)
-    assert used == [encoder]
-
-
 def test_a_model_that_does_not_fit_the_memory_is_not_decoded(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -298,7 +283,7 @@ def test_reading_and_rounding_take_time_here(tiny: Path, tmp_path: Path) -> None
     assert found.write == 0.5
     assert found.read > 0  # or all sequences of the schedule would be free
     assert found.gram >= 0
-    assert found.feedback > 0
+    assert found.descent > found.feedback > 0
     assert found.hessian_bytes > 0
     assert not list(scratch.iterdir())
 

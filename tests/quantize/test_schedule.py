@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from ramgguf.quantize.schedule import EFFORTS, Costs, Kept, Schedule, Step, schedule
 
 # smol768 on two idle cores, in seconds.
-IDLE = Costs(write=12.0, read=1.2, gram=1.0, feedback=20.0, hessian_bytes=500_000_000)
+IDLE = Costs(write=12.0, read=1.2, gram=1.0, feedback=20.0, descent=45.0, hessian_bytes=500_000_000)
 
 
 def _busy(factor: float) -> Costs:
@@ -20,6 +20,7 @@ def _busy(factor: float) -> Costs:
         read=factor * IDLE.read,
         gram=factor * IDLE.gram,
         feedback=factor * IDLE.feedback,
+        descent=factor * IDLE.descent,
     )
 
 
@@ -66,7 +67,7 @@ def test_the_last_resort_is_one_sequence_and_one_round_and_then_the_line_says_wh
 
 
 def test_passes_for_a_matrix_make_no_hessians_where_error_feedback_does_not_fit() -> None:
-    found = schedule("auto", 300, replace(IDLE, feedback=600.0), Kept(), "mix")
+    found = schedule("auto", 300, replace(IDLE, feedback=600.0, descent=1200.0), Kept(), "mix")
     assert not found.with_hessians
     assert _step(found, "importance matrix").measuring == found.n_sequences * IDLE.read
 
@@ -98,19 +99,28 @@ def test_a_kept_matrix_serves_where_the_time_allows_up_to_twice_its_tokens() -> 
 
 
 def test_error_feedback_shrinks_the_matrix_rather_than_go_without_it() -> None:
-    costs = replace(IDLE, feedback=80.0)
+    costs = replace(IDLE, feedback=150.0, descent=300.0)
     found = schedule("auto", 300, costs, Kept(), "mix")
     assert "error feedback" in _names(found)
     assert found.n_sequences < 64
-    dear = schedule("auto", 300, replace(IDLE, feedback=600.0), Kept(), "mix")
+    dear = schedule("auto", 300, replace(IDLE, feedback=600.0, descent=1200.0), Kept(), "mix")
     assert _names(dear) == ["importance matrix", "massive activations"]
     assert any("error feedback: left out" in line for line in dear.left_out)
     assert dear.n_sequences > found.n_sequences
 
 
+def test_coordinate_descent_follows_the_feedback_where_no_tokens_yield_to_it() -> None:
+    costs = replace(IDLE, feedback=60.0, descent=180.0)
+    assert schedule("best", 1e9, costs, Kept(), "mix").encoder == "descent"
+    assert schedule("auto", 1e9, costs, Kept(), "mix").encoder == "descent"
+    tight = schedule("auto", 300, costs, Kept(), "mix")
+    assert tight.encoder == "gptq"
+    assert "error feedback" in _names(tight)
+
+
 def test_massive_activations_yield_to_error_feedback_where_both_do_not_fit() -> None:
-    costs = replace(IDLE, feedback=10.0)
-    feedback = 2 * costs.feedback + costs.write + 3 * costs.round
+    costs = replace(IDLE, feedback=20.0)
+    feedback = costs.feedback + costs.write + 3 * costs.round
     matrix = 16 * (costs.read + costs.gram) + costs.write + 4.5 * costs.round
     found = schedule("auto", matrix + feedback + 1, costs, Kept(), "mix")
     assert _names(found) == ["importance matrix", "error feedback"]
@@ -154,7 +164,7 @@ def test_a_schedule_never_takes_more_than_the_limit_nor_a_step_twice(
     matrix: int,
     hessian: bool,
 ) -> None:
-    costs = Costs(write, read, gram, feedback, 1000)
+    costs = Costs(write, read, gram, feedback, 2 * feedback, 1000)
     found = schedule(effort, limit, costs, Kept(matrix, hessian and matrix > 0), "mix")  # type: ignore[arg-type]
     assert found.seconds <= limit + 1e-6
     assert len(set(_names(found))) == len(found.steps)

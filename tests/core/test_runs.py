@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from gguf import GGUFWriter
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_info
 
 import ramgguf
 from ramgguf import _core
@@ -321,3 +322,15 @@ def test_samples_are_spread_over_every_tensor_and_come_in_small_runs() -> None:
     sizes = [sum((c.stop - c.start) * tensors[c.index].row_length for c in run) for run in found]
     assert max(sizes) <= parallel.CHUNK_WEIGHTS  # however long the rows, a run is one of them
     assert len(found[-1]) >= 50
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_threads_matrix_products_start_no_threads(threads: int) -> None:
+    def pools(_: int) -> list[int]:
+        np.ones((64, 64)) @ np.ones((64, 64))
+        return [pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"]
+
+    before = pools(0)
+    for found in parallel.ordered_map(pools, range(4), threads):
+        assert found == [1] * len(before)
+    assert pools(0) == before

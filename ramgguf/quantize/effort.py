@@ -304,7 +304,8 @@ class _Run:
             self._cache = StepCache.of(file, self._model, TOKENS)
         limit, begun = self._time_limit(), clock()
         planned = schedule(self._effort, limit, costs, self._cache.kept(), TOKENS)
-        self._schedule = planned
+        n_sequences = self._cache.begun(planned.n_sequences)
+        self._schedule = replace(planned, n_sequences=n_sequences)
         self._announce(
             f"measured here: {format_seconds(costs.write)} for a first file, "
             f"{format_seconds(costs.read)} to read {N_CTX} tokens, "
@@ -418,6 +419,7 @@ class _Run:
             self._announce(f"taking {path}")
         else:
             self._calibrated(path, self._cache.hessian(n) if self._schedule.with_hessians else None)
+            self._cache.forget_begun()
         return path
 
     def _hessian(self) -> Path:
@@ -430,11 +432,13 @@ class _Run:
         return path
 
     def _calibrated(self, imatrix: Path, hessian: Path | None) -> None:
-        calibrate(
+        found = calibrate(
             self._model, imatrix, tokens=TOKENS, n_sequences=self._schedule.n_sequences,
-            n_ctx=N_CTX, hessian=hessian, force=True, threads=self._threads,
-            progress=self._progress,
+            n_ctx=N_CTX, hessian=hessian, partial=self._cache.partial(self._schedule.n_sequences),
+            force=True, threads=self._threads, progress=self._progress,
         )  # fmt: skip
+        if found.n_resumed:
+            self._announce(f"{found.n_resumed} of its tokens were met by a run that was killed")
 
     def _massive(self) -> MassiveActivations:
         """Return what first tokens meet, measured now or before."""

@@ -29,8 +29,6 @@ from ramgguf.llama.client import Engine
 from ramgguf.llama.domains import domain_corpora
 from ramgguf.llama.forward import ForwardRequest
 from ramgguf.llama.protocol import (
-    Collect,
-    Collected,
     Observe,
     Observed,
     Tapped,
@@ -165,13 +163,8 @@ def _energies(
     engine.ask(TapWeights(names=names), Tapped)
     for ids in sequences:
         engine.ask(Observe(ids=pack_ids(ids)), Observed)
-    found = engine.ask(Collect(folder=str(folder)), Collected)
-    energies = {}
-    for number, entry in enumerate(found.sums):
-        counts = int(np.load(folder / f"counts-{number}.npy").sum())
-        squares = float(np.load(folder / f"sums-{number}.npy").sum())
-        energies[entry.name] = squares / max(1, counts)
-    return energies
+    sums = engine.collect(folder / "energies.kept").sums()
+    return {n: float(s.squares.sum()) / max(1, int(s.counts.sum())) for n, s in sums.items()}
 
 
 def _read(

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 import ramgguf
+from ramgguf.calibrate import Calibration
 from ramgguf.cli.app import app
 from ramgguf.core.errors import EngineError, PlanError
 from ramgguf.core.machine import Available
@@ -22,6 +24,7 @@ from ramgguf.quantize import effort as effort_module
 from ramgguf.quantize import schedule as schedule_module
 from ramgguf.quantize.gate import judge
 from ramgguf.quantize.schedule import Costs, Effort, Schedule
+from ramgguf.quantize.step_cache import StepCache
 from ramgguf.quantize.step_costs import measured_costs
 from tiny_models import write_tiny_model
 
@@ -362,3 +365,29 @@ def test_quantize_ends_with_what_was_measured(tiny: Path, tmp_path: Path) -> Non
         "--effort", "fast",
     ]  # fmt: skip
     assert "measured against" not in CliRunner().invoke(app, again).output
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_matrix_that_a_killed_run_has_begun_is_gone_on_with(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The time allows two sequences now; the run that was killed had begun with three."""
+    with open_gguf(tiny) as file:
+        cache = StepCache.of(file, tiny, "mix")
+    for n in (3, 9):
+        cache.partial(n).mkdir()
+    assert [cache.begun(n) for n in (1, 2, 3, 4, 6, 7)] == [1, 3, 3, 3, 9, 9]
+    asked: list[Any] = []
+
+    def calibrated(*arguments: Any, **options: Any) -> Calibration:
+        asked.append(options)
+        return replace(ramgguf.calibrate(*arguments, **options), n_resumed=512)
+
+    monkeypatch.setattr(effort_module, "calibrate", calibrated)
+    said: list[str] = []
+    ramgguf.quantize(tiny, "45%", tmp_path / "a.gguf", effort="auto", announce=said.append)
+    assert (asked[0]["n_sequences"], asked[0]["partial"]) == (3, cache.partial(3))
+    assert "512 of its tokens were met by a run that was killed" in said
+    assert cache.matrix(3).exists()
+    assert not list(cache.folder.glob("*.partial"))
+    assert cache.begun(3) == 3

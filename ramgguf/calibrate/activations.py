@@ -11,9 +11,9 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
-from itertools import chain, count
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,7 @@ from ramgguf.core.errors import EngineError, ImatrixError
 from ramgguf.core.files import refuse_existing
 from ramgguf.core.inputs import protected
 from ramgguf.core.parallel import default_threads
-from ramgguf.core.progress import Progress, Silent
+from ramgguf.core.progress import Progress, Silent, followed_by
 from ramgguf.core.scratch import scratch_folder
 from ramgguf.core.units import format_bytes, format_seconds
 from ramgguf.core.version import __version__
@@ -147,7 +147,8 @@ def calibrate_file(
             run.partial = Partial(kept_in, settings, spare=gram_bytes)
         first, later = _gram_groups(owners, weights, outputs.max_gram_bytes)
         quotas = tuple(zip(sources, shares(sources, n_sequences), strict=True))
-        found = run.met(quotas, tuple(weights), first)
+        with _before_hessians(progress, len(later)):
+            found = run.met(quotas, tuple(weights), first)
         entries = {name: InputSquares(s.squares, s.counts) for name, s in found.sums().items()}
         n_grams = 0
         if outputs.hessian is not None:
@@ -223,6 +224,12 @@ def _has_room(folder: Path, gram_bytes: int, announce: Callable[[str], None]) ->
     return False
 
 
+def _before_hessians(progress: Progress, n: int) -> AbstractContextManager[None]:
+    """Let the progress show that n passes for Hessians come next, if any do."""
+    passes = f"{n} pass{'es' * (n > 1)} for Hessians"
+    return followed_by(progress, passes) if n else nullcontext()
+
+
 class _Run:
     """A child with the model under a tap, and the sequences that it has met.
 
@@ -293,12 +300,16 @@ class _Run:
             self.n_resumed = self.n_tokens
         return whole if whole is not None else self._collect(number, grams)
 
-    def met_again(self, grams: tuple[str, ...]) -> KeptFile:
-        """Let the model meet all sequences once more, for XᵀX of these weights' inputs."""
+    def met_again(self, grams: tuple[str, ...], n_more: int) -> KeptFile:
+        """Let the model meet all sequences once more, for XᵀX of these weights' inputs.
+
+        n_more such passes follow.
+        """
         number, whole = self._begin(grams, grams)
         if whole is not None:
             return whole
-        self._read(self._sequences, f", with XᵀX of {len(grams)} inputs")
+        with _before_hessians(self._progress, n_more):
+            self._read(self._sequences, f", with XᵀX of {len(grams)} inputs")
         return self._collect(number, grams)
 
     def _begin(self, names: tuple[str, ...], grams: tuple[str, ...]) -> tuple[int, KeptFile | None]:
@@ -442,7 +453,8 @@ def _write_hessians(
         force=outputs.force,
     ) as output:
         further = (*later, *groups(parted, outputs.max_gram_bytes))
-        for taken in chain([found], map(run.met_again, further)):
+        for number, group in enumerate(((), *further)):
+            taken = run.met_again(group, len(further) - number) if group else found
             for owner, gram in taken.arrays("gram"):
                 if owner in sizes:
                     output.write(gram_name(owner), gram)

@@ -20,7 +20,7 @@ from ramgguf.core.files import refuse_existing
 from ramgguf.core.inputs import protected
 from ramgguf.core.machine import available_memory
 from ramgguf.core.parallel import default_threads
-from ramgguf.core.progress import Progress, Silent
+from ramgguf.core.progress import Progress, Silent, followed_by
 from ramgguf.core.scratch import scratch_folder
 from ramgguf.core.units import format_bytes, format_seconds
 from ramgguf.evaluate import SCORE_SECONDS, HeldOutScore, score_held_out
@@ -321,15 +321,18 @@ class _Run:
                 )
                 continue
             self._announce(f"step {number} of {len(planned.steps)}: {step.name}")
+            after = [later.name for later in planned.steps[number:]]
             try:
-                best = self._stepped(step, best)
+                with followed_by(self._progress, after[0] if after else "verify"):
+                    best = self._stepped(step, best)
             except RamggufError as e:
                 self._log.add(f"{step.name}: left out, {e}")
         return best
 
     def _stepped(self, step: Step, best: _Candidate) -> _Candidate:
         """Return the better of the best candidate and that of the step."""
-        tried = self._tried(step, best)
+        with followed_by(self._progress, "gate"):
+            tried = self._tried(step, best)
         if tried is None:
             return best
         first = self._first_tokens(best, tried) if step.name == "massive activations" else None
@@ -432,10 +435,11 @@ class _Run:
         return path
 
     def _calibrated(self, imatrix: Path, hessian: Path | None) -> None:
+        n = self._schedule.n_sequences
         found = calibrate(
-            self._model, imatrix, tokens=TOKENS, n_sequences=self._schedule.n_sequences,
-            n_ctx=N_CTX, hessian=hessian, partial=self._cache.partial(self._schedule.n_sequences),
-            force=True, threads=self._threads, progress=self._progress,
+            self._model, imatrix, tokens=TOKENS, n_sequences=n, n_ctx=N_CTX, hessian=hessian,
+            partial=self._cache.partial(n), force=True, threads=self._threads,
+            progress=self._progress,
         )  # fmt: skip
         if found.n_resumed:
             self._announce(f"{found.n_resumed} of its tokens were met by a run that was killed")

@@ -26,6 +26,7 @@ from ramgguf.quantize.gate import judge
 from ramgguf.quantize.schedule import Costs, Effort, Schedule
 from ramgguf.quantize.step_cache import StepCache
 from ramgguf.quantize.step_costs import measured_costs
+from shown_stages import ShownStages
 from tiny_models import write_tiny_model
 
 pytest.importorskip("llama_cpp")
@@ -161,7 +162,14 @@ def test_auto_gates_each_step_keeps_what_it_measured_and_uses_it_again(
     tiny: Path, tmp_path: Path
 ) -> None:
     said: list[str] = []
-    made = ramgguf.quantize(tiny, "45%", tmp_path / "auto.gguf", announce=said.append)
+    shown = ShownStages()
+    made = ramgguf.quantize(
+        tiny, "45%", tmp_path / "auto.gguf", announce=said.append, progress=shown
+    )
+    assert ("calibrate", "gate", "massive activations") in shown.stages
+    assert ("score", "massive activations") in shown.stages
+    assert ("measure", "quantize") in shown.stages
+    assert shown.stages[-1] == ("verify",)
     assert made.n_bytes <= made.plan.budget
     assert made.worst_departure is not None
     assert said[0].startswith("measured here: ")

@@ -48,7 +48,7 @@ from ramgguf.llama.protocol import (
 from ramgguf.llama.tokens import N_CTX, TokenRequest
 from ramgguf.quants.hessian import gram_name, groups, new_hessians
 from ramgguf.quants.imatrix import InputSquares, write_imatrix
-from ramgguf.quants.stand_in import StandIn, chosen_stand_in, write_stand_in
+from ramgguf.quants.stand_in import ReadyStandIn, StandIn, chosen_stand_in, write_stand_in
 
 N_SEQUENCES = 12
 MAX_GRAM_BYTES = 4 << 30
@@ -108,11 +108,12 @@ def calibrate_file(
     threads: int,
     progress: Progress,
     announce: Callable[[str], None] = lambda _: None,
+    ready: Path | None = None,
 ) -> Calibration:
     """Write the importance matrix of the model, and Hessians if wanted; return what was written.
 
     The sources share the sequences by their weights; what else the request says is for all. With a
-    stand-in, that is written first and meets the tokens.
+    stand-in, that is written first (unless one is ready) and meets the tokens.
     announce gets the estimated cost once a part is done. Raises EngineError when llama.cpp
     fails, ImatrixError when nothing can be written; then no file is left.
     """
@@ -130,7 +131,9 @@ def calibrate_file(
         folder = stack.enter_context(scratch_folder(outputs.scratch, error=EngineError))
         kept_in = stack.enter_context(partial_folder(outputs.partial_path))
         path = file.paths[0]
-        if request.stand_in is not None:
+        if ready is not None:
+            path = ready
+        elif request.stand_in is not None:
             path = folder / "stand-in.gguf"
             write_stand_in(file, request.stand_in, path, threads=threads, progress=progress)
         engine = stack.enter_context(
@@ -476,7 +479,7 @@ def calibrate(
     hessian: str | Path | None = None,
     hessian_pattern: str = ".",
     max_gram_bytes: int = MAX_GRAM_BYTES,
-    stand_in: StandIn = "auto",
+    stand_in: StandIn | ReadyStandIn = "auto",
     folder: str | Path | None = None,
     partial: str | Path | None = None,
     force: bool = False,
@@ -492,8 +495,8 @@ def calibrate(
     announce gets the cost once it is known.
 
     stand_in is what meets the tokens: none (the model), q8_0, q6_k or q4_k (a quick quantization of
-    it, written to folder meanwhile), or auto (the model where it fits the memory, else the largest
-    of these that fits).
+    it, written to folder meanwhile), auto (the model where it fits the memory, else the largest of
+    these that fits), or a stand-in that is there already.
 
     Every minute, what is done goes to the folder partial, by default OUTPUT.partial: the same call
     goes on from there after a kill, and writes the same bytes. It goes with the end of the run.
@@ -511,17 +514,18 @@ def calibrate(
         force,
     )
     with open_gguf(local_path(model), kind_check=True) as file:
+        ready = stand_in if isinstance(stand_in, ReadyStandIn) else None
+        if isinstance(stand_in, ReadyStandIn):
+            form: str | None = stand_in.form
+        else:
+            beside = _most_gram_bytes(file, outputs) if hessian is not None else 0
+            form = chosen_stand_in(stand_in, file, beside=beside, announce=announce)
         request = TokenRequest(
             encoder="rtn",
             n_sequences=n_sequences,
             n_ctx=n_ctx,
             seed=seed,
-            stand_in=chosen_stand_in(
-                stand_in,
-                file,
-                beside=max_gram_bytes if hessian is not None else 0,
-                announce=announce,
-            ),
+            stand_in=form,
         )
         return calibrate_file(
             file,
@@ -531,4 +535,10 @@ def calibrate(
             threads=threads or default_threads(),
             progress=progress or Silent(),
             announce=announce,
+            ready=ready.path if ready is not None else None,
         )
+
+
+def _most_gram_bytes(file: GGUFFile, outputs: Outputs) -> int:
+    """Return the most that the Hessians of a pass take: weights may each have their own input."""
+    return min(outputs.max_gram_bytes, sum(4 * t.row_length**2 for t in file.tensors))

@@ -8,8 +8,8 @@
 rates: the first steps of drawing, 8, 64 or 128 sequences at a time, on the model and its stand-ins.
 capture: the same few tokens drawn and captured as one pass (64 at a time, XᵀX from 256 rows up),
 and in two passes (8 at a time, a draw in Python for each, XᵀX after each chunk, the head computed).
-quality: files of equal bytes made with importance matrices from the model and from its stand-ins;
-their mean KLD on WikiText-2, resampled together.
+quality: files of equal bytes made with importance matrices (with --encoder gptq Hessians, too) from
+the model and from its stand-ins; their mean KLD on WikiText-2, resampled together.
 --calculate: no runs, a table of what larger models would take on more cores, calculated from the
 measured rates in bench/results/passes.jsonl.
 
@@ -238,34 +238,41 @@ def drawn_in_python() -> Iterator[None]:
 
 
 def quality(arguments: argparse.Namespace) -> list[dict[str, object]]:
-    """Return the KLD of files made from each stand-in's matrix, over that of the model's own.
+    """Return the KLD of files made from each stand-in's statistics, over that of the model's own.
 
-    A second matrix from the model itself, by another seed, shows what other tokens alone change.
+    With tokens of a text, all variants of a seed read the same tokens. A second matrix from the
+    model itself, by another seed, shows what other tokens alone change.
     """
     folder: Path = arguments.folder
     folder.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, object]] = []
-    variants: list[tuple[StandIn, int]] = [(s, 0) for s in arguments.stand_ins] + [("none", 1)]
-    stem = arguments.model.stem
+    variants: list[tuple[StandIn, int]] = [(s, 0) for s in arguments.stand_ins]
+    variants += [("none", 1)] * arguments.control
+    stem, encoder = arguments.model.stem, arguments.encoder
+    n_read = arguments.sequences * arguments.tokens
+
+    def matrix_of(stand_in: StandIn, seed: int) -> Path:
+        return folder / f"{stem}-{arguments.source}-{n_read}-{stand_in}-{seed}.imatrix"
+
     for stand_in, seed in variants:
-        matrix = folder / f"{stem}-{stand_in}-{seed}.imatrix"
-        if not matrix.exists():
+        matrix = matrix_of(stand_in, seed)
+        hessian = matrix.with_suffix(".hessian") if encoder == "gptq" else None
+        if not matrix.exists() or (hessian is not None and not hessian.exists()):
             ramgguf.calibrate(
-                arguments.model, matrix, n_sequences=arguments.sequences, n_ctx=arguments.tokens,
-                stand_in=stand_in, seed=seed, threads=arguments.threads,
+                arguments.model, matrix, tokens=arguments.source, hessian=hessian,
+                n_sequences=arguments.sequences, n_ctx=arguments.tokens, stand_in=stand_in,
+                seed=seed, threads=arguments.threads, force=True,
             )  # fmt: skip
-        measured = ramgguf.measure(
-            arguments.model, imatrix=matrix, formats=arguments.formats, threads=arguments.threads
-        )
         for size in arguments.sizes:
-            path = matrix.with_name(f"{matrix.stem}-{size}.gguf")
+            path = file_of(matrix, encoder, size)
             if not path.exists():
+                options = {} if arguments.formats is None else {"formats": arguments.formats}
                 ramgguf.quantize(
-                    arguments.model, size, path, measurement=measured, verify=False,
-                    threads=arguments.threads,
+                    arguments.model, size, path, encoder=encoder, imatrix=matrix, hessian=hessian,
+                    verify=False, threads=arguments.threads, **options,
                 )  # fmt: skip
     for size in arguments.sizes:
-        files = [folder / f"{stem}-{stand_in}-{seed}-{size}.gguf" for stand_in, seed in variants]
+        files = [file_of(matrix_of(*variant), encoder, size) for variant in variants]
         found = ramgguf.evaluate(
             files, arguments.model, n_ctx=256, n_seq=arguments.windows, threads=arguments.threads
         )
@@ -276,16 +283,23 @@ def quality(arguments: argparse.Namespace) -> list[dict[str, object]]:
                     "part": "quality",
                     "stand_in": stand_in,
                     "seed": seed,
+                    "source": arguments.source,
+                    "encoder": encoder,
                     "size": size,
                     "formats": arguments.formats,
                     "n_bytes": path.stat().st_size,
-                    "n_tokens": arguments.sequences * arguments.tokens,
+                    "n_tokens": n_read,
                     "n_windows": arguments.windows,
                     "kld": scores(result).kld,
                     "ratio": [ratio.value, ratio.low, ratio.high],
                 }
             )
     return rows
+
+
+def file_of(matrix: Path, encoder: str, size: str) -> Path:
+    """Return the path of the file made from a matrix."""
+    return matrix.with_name(f"{matrix.stem}-{encoder}-{size}.gguf")
 
 
 PARTS: dict[str, Callable[[argparse.Namespace], list[dict[str, object]]]] = {
@@ -400,6 +414,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=16, help="of each sequence")
     parser.add_argument("--sizes", nargs="+", default=["3.5bpw", "4.5bpw"])
     parser.add_argument("--formats", nargs="+", help="to choose from in quality; default: all")
+    parser.add_argument("--source", default="self", help="of the tokens in quality: self, mix")
+    parser.add_argument("--encoder", default="search", choices=["search", "gptq"])
+    parser.add_argument("--control", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--windows", type=int, default=12)
     parser.add_argument("--folder", type=Path, default=Path("passes"))
     parser.add_argument("--threads", type=int, default=default_threads())

@@ -5,35 +5,42 @@ matrix multiplication. With tokens drawn from the model itself no data are neede
 are added up while the tokens are drawn.
 """
 
+import hashlib
+import json
 import re
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
-from itertools import chain, count
+from itertools import count
 from pathlib import Path
 
 import numpy as np
 
+from ramgguf.calibrate.partial import Partial, partial_folder
 from ramgguf.calibrate.sources import TokenSource, parse_sources, shares
 from ramgguf.core.errors import EngineError, ImatrixError
 from ramgguf.core.files import refuse_existing
 from ramgguf.core.inputs import protected
 from ramgguf.core.parallel import default_threads
-from ramgguf.core.progress import Progress, Silent
+from ramgguf.core.progress import Progress, Silent, followed_by
 from ramgguf.core.scratch import scratch_folder
 from ramgguf.core.units import format_bytes, format_seconds
+from ramgguf.core.version import __version__
 from ramgguf.gguf.architecture import HEAD, TOKEN_EMBEDDING, is_multiplied
 from ramgguf.gguf.hub import local_path
+from ramgguf.gguf.identity import FileIdentity
 from ramgguf.gguf.reader import GGUFFile, TensorInfo, open_gguf
 from ramgguf.llama.client import Engine
+from ramgguf.llama.kept import KeptFile
 from ramgguf.llama.protocol import (
-    Collect,
-    Collected,
     Draw,
     Drawn,
     Observe,
     Observed,
+    Resumed,
+    SystemInfo,
     Tapped,
     TapWeights,
     pack_ids,
@@ -41,7 +48,7 @@ from ramgguf.llama.protocol import (
 from ramgguf.llama.tokens import N_CTX, TokenRequest
 from ramgguf.quants.hessian import gram_name, groups, new_hessians
 from ramgguf.quants.imatrix import InputSquares, write_imatrix
-from ramgguf.quants.stand_in import StandIn, chosen_stand_in, write_stand_in
+from ramgguf.quants.stand_in import ReadyStandIn, StandIn, chosen_stand_in, write_stand_in
 
 N_SEQUENCES = 12
 MAX_GRAM_BYTES = 4 << 30
@@ -53,7 +60,8 @@ class Outputs:
 
     At most max_gram_bytes of Hessians are in memory at a time; the tokens are read once more for
     every such batch after the first. scratch takes a stand-in meanwhile, by default the system's
-    folder for temporary files.
+    folder for temporary files; partial what is done, from which a killed run goes on, by default
+    a folder beside the matrix.
     """
 
     imatrix: Path
@@ -61,7 +69,13 @@ class Outputs:
     pattern: str = "."
     max_gram_bytes: int = MAX_GRAM_BYTES
     scratch: Path | None = None
+    partial: Path | None = None
     force: bool = False
+
+    @property
+    def partial_path(self) -> Path:
+        """The folder from which a killed run goes on."""
+        return self.partial or self.imatrix.with_name(f"{self.imatrix.name}.partial")
 
 
 @dataclass(frozen=True)
@@ -69,7 +83,8 @@ class Calibration:
     """What was written: entries, and the weights that were asked for and met no input.
 
     n_unused counts the experts that saw no token; n_grams the Hessians, 0 without. stand_in is the
-    format of the stand-in that met the tokens, None for the model itself.
+    format of the stand-in that met the tokens, None for the model itself. Of n_tokens, n_resumed
+    were met by an earlier run that was killed.
     """
 
     outputs: Outputs
@@ -81,6 +96,7 @@ class Calibration:
     n_grams: int
     seconds: float
     stand_in: str | None = None
+    n_resumed: int = 0
 
 
 def calibrate_file(
@@ -92,11 +108,12 @@ def calibrate_file(
     threads: int,
     progress: Progress,
     announce: Callable[[str], None] = lambda _: None,
+    ready: Path | None = None,
 ) -> Calibration:
     """Write the importance matrix of the model, and Hessians if wanted; return what was written.
 
     The sources share the sequences by their weights; what else the request says is for all. With a
-    stand-in, that is written first and meets the tokens.
+    stand-in, that is written first (unless one is ready) and meets the tokens.
     announce gets the estimated cost once a part is done. Raises EngineError when llama.cpp
     fails, ImatrixError when nothing can be written; then no file is left.
     """
@@ -112,8 +129,11 @@ def calibrate_file(
     n_sequences = request.n_sequences or N_SEQUENCES
     with ExitStack() as stack:
         folder = stack.enter_context(scratch_folder(outputs.scratch, error=EngineError))
+        kept_in = stack.enter_context(partial_folder(outputs.partial_path))
         path = file.paths[0]
-        if request.stand_in is not None:
+        if ready is not None:
+            path = ready
+        elif request.stand_in is not None:
             path = folder / "stand-in.gguf"
             write_stand_in(file, request.stand_in, path, threads=threads, progress=progress)
         engine = stack.enter_context(
@@ -124,27 +144,30 @@ def calibrate_file(
         owners: Mapping[str, str] = {}
         if outputs.hessian is not None:
             owners = _wanted_owners(run.owners(tuple(weights)), weights, outputs)
+        gram_bytes = _gram_bytes(owners, weights)
+        if kept_in is not None and _has_room(kept_in, gram_bytes, announce):
+            settings = _settings(file, request, sources, outputs, engine.opened.system, threads)
+            run.partial = Partial(kept_in, settings, spare=gram_bytes)
         first, later = _gram_groups(owners, weights, outputs.max_gram_bytes)
-        run.tap(tuple(weights), first)
-        for source, n in zip(sources, shares(sources, n_sequences), strict=True):
-            run.take(source, n)
-        found = run.collect()
-        entries = run.sums(found)
+        quotas = tuple(zip(sources, shares(sources, n_sequences), strict=True))
+        with _before_hessians(progress, len(later)):
+            found = run.met(quotas, tuple(weights), first)
+        entries = {name: InputSquares(s.squares, s.counts) for name, s in found.sums().items()}
         n_grams = 0
         if outputs.hessian is not None:
             n_grams = _write_hessians(
                 run, found, owners, later, outputs, weights, file, request.stand_in
             )
-    write_imatrix(
-        outputs.imatrix,
-        entries,
-        dataset=dataset_name(sources, request.seed, request.stand_in),
-        n_chunks=n_sequences,
-        chunk_size=request.n_ctx,
-        model_sample=file.sample_sha256,
-        stand_in=request.stand_in,
-        force=outputs.force,
-    )
+        write_imatrix(
+            outputs.imatrix,
+            entries,
+            dataset=dataset_name(sources, request.seed, request.stand_in),
+            n_chunks=n_sequences,
+            chunk_size=request.n_ctx,
+            model_sample=file.sample_sha256,
+            stand_in=request.stand_in,
+            force=outputs.force,
+        )
     return Calibration(
         outputs=outputs,
         n_entries=sum(bool(e.counts.any()) for e in entries.values()),
@@ -155,6 +178,7 @@ def calibrate_file(
         n_grams=n_grams,
         seconds=time.perf_counter() - start,
         stand_in=request.stand_in,
+        n_resumed=run.n_resumed,
     )
 
 
@@ -166,8 +190,55 @@ def dataset_name(sources: Sequence[TokenSource], seed: int, stand_in: str | None
     return f"{told}, seed {seed}" + (f", on a stand-in in {stand_in}" if stand_in else "")
 
 
+def _settings(
+    file: GGUFFile,
+    request: TokenRequest,
+    sources: Sequence[TokenSource],
+    outputs: Outputs,
+    system: SystemInfo,
+    threads: int,
+) -> str:
+    """Return all that the sums of a run depend on: another run's are not gone on from."""
+    model = FileIdentity.of(file)
+    texts = [
+        (s.kind, s.weight, s.corpus and hashlib.sha256(s.corpus.bytes).hexdigest()) for s in sources
+    ]
+    parts = (
+        __version__, model.n_bytes, model.header_sha256, model.sample_sha256, request.stand_in,
+        request.n_sequences, request.n_ctx, request.seed, texts, outputs.pattern,
+        outputs.max_gram_bytes, system.model_dump(), threads,
+    )  # fmt: skip
+    return json.dumps(parts)
+
+
+def _gram_bytes(owners: Mapping[str, str], weights: Mapping[str, TensorInfo]) -> int:
+    return sum(4 * weights[owner].row_length ** 2 for owner in set(owners.values()))
+
+
+def _has_room(folder: Path, gram_bytes: int, announce: Callable[[str], None]) -> bool:
+    """Return whether the disk has room for the Hessians twice: kept, and in their file."""
+    free = shutil.disk_usage(folder).free
+    if free >= 2 * gram_bytes:
+        return True
+    announce(
+        f"a run that is killed starts over: to keep what is done, {folder.parent} would need "
+        f"{format_bytes(2 * gram_bytes)}, {format_bytes(free)} are free"
+    )
+    return False
+
+
+def _before_hessians(progress: Progress, n: int) -> AbstractContextManager[None]:
+    """Let the progress show that n passes for Hessians come next, if any do."""
+    passes = f"{n} pass{'es' * (n > 1)} for Hessians"
+    return followed_by(progress, passes) if n else nullcontext()
+
+
 class _Run:
-    """A child with the model under a tap, and the sequences that it has met."""
+    """A child with the model under a tap, and the sequences that it has met.
+
+    What a pass takes is in a file of its own, in the folder of partial: one for the time being, or
+    one from which a killed run goes on.
+    """
 
     def __init__(
         self,
@@ -180,11 +251,15 @@ class _Run:
     ) -> None:
         self._engine = engine
         self._request = request
-        self._folder = folder
         self._head = head
         self._progress = progress
         self._announce = announce
         self._sequences: list[str] = []
+        self.n_resumed = 0  # of the tokens that were met, those by an earlier run
+        self.partial = Partial(folder, is_kept=False)
+        self._n_passes = 0
+        self._resumed = Resumed()
+        self._n_skipped = 0  # of the events of this pass, those that an earlier run has done
 
     @property
     def n_tokens(self) -> int:
@@ -193,27 +268,78 @@ class _Run:
 
     def owners(self, names: tuple[str, ...]) -> Mapping[str, str]:
         """Return which weight's input each weight has, from a pass over a few tokens."""
-        self.tap(names, ())
+        number, _ = self._begin(names, ())
         self._engine.ask(Observe(ids=pack_ids(np.zeros(2, np.int32))), Observed)
-        found = self._engine.ask(Collect(folder=str(self._folder)), Collected)
-        return {s.name: s.owner for s in found.sums if s.owner is not None}
+        return self._collect(number, ()).header.owners
 
-    def tap(self, names: tuple[str, ...], grams: tuple[str, ...]) -> None:
-        """Begin anew with the inputs of these weights, and XᵀX of these."""
-        self._engine.ask(TapWeights(names=names, grams=grams, head=self._head), Tapped)
+    def met(
+        self,
+        quotas: Sequence[tuple[TokenSource, int]],
+        names: tuple[str, ...],
+        grams: tuple[str, ...],
+    ) -> KeptFile:
+        """Let the model meet so many sequences of each source; return what the pass takes.
 
-    def collect(self) -> Collected:
-        """Return what the tap took; its arrays are in the folder afterwards."""
-        return self._engine.ask(Collect(folder=str(self._folder)), Collected)
+        The inputs of these weights are added up, and XᵀX of these.
+        """
+        number, whole = self._begin(names, grams)
+        resumed = self._resumed
+        draws = iter(whole.header.draws if whole is not None else resumed.draws)
+        for source, n_sequences in quotas:
+            if n_sequences == 0:
+                continue
+            if source.kind != "self":
+                drawn = self._draw(source, n_sequences)
+                if whole is None:
+                    self._read(drawn)
+            elif whole is not None or self._skips():
+                drawn = list(next(draws))
+            else:
+                drawn = self._draw(source, n_sequences)
+            self._sequences += drawn
+        n_met = resumed.n_events - len(resumed.draws) + sum(map(len, resumed.draws))
+        self.n_resumed = n_met * self._request.n_ctx + resumed.n_drawn
+        if whole is not None:
+            self.n_resumed = self.n_tokens
+        return whole if whole is not None else self._collect(number, grams)
 
-    def take(self, source: TokenSource, n_sequences: int) -> None:
-        """Let the model meet sequences of the source: its own are drawn, others are read."""
-        if n_sequences == 0:
-            return
-        drawn = self._draw(source, n_sequences)
-        self._sequences += drawn
-        if source.kind != "self":
-            self._read(drawn)
+    def met_again(self, grams: tuple[str, ...], n_more: int) -> KeptFile:
+        """Let the model meet all sequences once more, for XᵀX of these weights' inputs.
+
+        n_more such passes follow.
+        """
+        number, whole = self._begin(grams, grams)
+        if whole is not None:
+            return whole
+        with _before_hessians(self._progress, n_more):
+            self._read(self._sequences, f", with XᵀX of {len(grams)} inputs")
+        return self._collect(number, grams)
+
+    def _begin(self, names: tuple[str, ...], grams: tuple[str, ...]) -> tuple[int, KeptFile | None]:
+        """Begin a pass, and return its number, and its file if an earlier run has ended it."""
+        number, self._n_passes = self._n_passes, self._n_passes + 1
+        self._resumed = Resumed()
+        whole = self.partial.whole(number, grams)
+        if whole is None:
+            asked = TapWeights(names=names, grams=grams, head=self._head)
+            self._engine.ask(asked, Tapped)
+            if self.partial.is_kept:
+                self._resumed = self._engine.ask(self.partial.keep(number, grams), Resumed)
+        self._n_skipped = self._resumed.n_events
+        if whole is not None or self._n_skipped or self._resumed.n_drawn:
+            self._announce(f"pass {number} goes on from {self.partial.folder}")
+        return number, whole
+
+    def _collect(self, number: int, grams: tuple[str, ...]) -> KeptFile:
+        """Return what the tap took, in the file of the pass."""
+        return self._engine.collect(self.partial.path(number), self.partial.key(number, grams))
+
+    def _skips(self) -> bool:
+        """Return whether an earlier run has done the next event of the pass."""
+        if self._n_skipped == 0:
+            return False
+        self._n_skipped -= 1
+        return True
 
     def _draw(self, source: TokenSource, n_sequences: int) -> list[str]:
         """Return sequences of the source, packed; the model's own are drawn under the tap."""
@@ -230,6 +356,9 @@ class _Run:
             is_tapped=is_own,
         )
         total, drawn = n_sequences * request.n_ctx, list[str]()
+        if is_own:  # an earlier run may have drawn some
+            total -= self._resumed.n_drawn
+            self._resumed = self._resumed.model_copy(update={"n_drawn": 0})
         self._progress.start("calibrate" if is_own else "draw tokens", total, "tokens")
         try:
             found = self._engine.ask(asked, Drawn)
@@ -250,39 +379,22 @@ class _Run:
         finally:
             self._progress.finish()
 
-    def read_again(self, grams: tuple[str, ...]) -> Collected:
-        """Let the model meet all sequences once more, for XᵀX of these weights' inputs."""
-        self.tap(grams, grams)
-        self._read(self._sequences, f", with XᵀX of {len(grams)} inputs")
-        return self.collect()
-
     def _read(self, sequences: Sequence[str], what: str = "") -> None:
         """Decode the sequences under the tap."""
         n_ctx = self._request.n_ctx
-        self._progress.start("calibrate", len(sequences) * n_ctx, "tokens")
+        left = [ids for ids in sequences if not self._skips()]
+        if not left:
+            return
+        self._progress.start("calibrate", len(left) * n_ctx, "tokens")
         try:
-            for number, ids in enumerate(sequences):
+            for number, ids in enumerate(left):
                 seconds = self._engine.ask(Observe(ids=ids), Observed).seconds
                 if number == 0:
-                    about = format_seconds(len(sequences) * seconds)
+                    about = format_seconds(len(left) * seconds)
                     self._announce(f"about {about} to read them{what}")
                 self._progress.advance(n_ctx)
         finally:
             self._progress.finish()
-
-    def sums(self, found: Collected) -> dict[str, InputSquares]:
-        """Return the sums of what was seen."""
-        return {
-            entry.name: InputSquares(
-                np.load(self._folder / f"sums-{number}.npy"),
-                np.load(self._folder / f"counts-{number}.npy"),
-            )
-            for number, entry in enumerate(found.sums)
-        }
-
-    def grams(self, found: Collected) -> Mapping[str, Path]:
-        """Return where the arrays of the grams are, by their owners' names."""
-        return {name: self._folder / f"gram-{n}.npy" for n, name in enumerate(found.grams)}
 
 
 def _wanted_owners(
@@ -316,7 +428,7 @@ def _gram_groups(
 
 def _write_hessians(
     run: _Run,
-    found: Collected,
+    found: KeptFile,
     expected: Mapping[str, str],
     later: Sequence[tuple[str, ...]],
     outputs: Outputs,
@@ -330,10 +442,9 @@ def _write_hessians(
     first few tokens shared, XᵀX of its own takes a further pass.
     """
     assert outputs.hessian is not None
-    met = {s.name: s.owner for s in found.sums if s.owner is not None}
-    owners = {name: met.get(name, owner) for name, owner in expected.items()}
+    owners = {n: found.header.owners.get(n, owner) for n, owner in expected.items()}
     sizes = {owner: weights[owner].row_length for owner in owners.values()}
-    planned = {name for group in later for name in group} | set(found.grams)
+    planned = {name for group in later for name in group} | {n for n, _ in found.arrays("gram")}
     parted = {owner: n for owner, n in sizes.items() if owner not in planned}
     with new_hessians(
         outputs.hessian,
@@ -345,11 +456,13 @@ def _write_hessians(
         force=outputs.force,
     ) as output:
         further = (*later, *groups(parted, outputs.max_gram_bytes))
-        for taken in chain([found], map(run.read_again, further)):
-            for owner, path in run.grams(taken).items():
+        for number, group in enumerate(((), *further)):
+            taken = run.met_again(group, len(further) - number) if group else found
+            for owner, gram in taken.arrays("gram"):
                 if owner in sizes:
-                    output.write(gram_name(owner), np.load(path, mmap_mode="r"))
-                path.unlink()
+                    output.write(gram_name(owner), gram)
+            if not run.partial.is_kept:
+                taken.path.unlink()
         output.commit()
     return len(sizes)
 
@@ -366,8 +479,9 @@ def calibrate(
     hessian: str | Path | None = None,
     hessian_pattern: str = ".",
     max_gram_bytes: int = MAX_GRAM_BYTES,
-    stand_in: StandIn = "auto",
+    stand_in: StandIn | ReadyStandIn = "auto",
     folder: str | Path | None = None,
+    partial: str | Path | None = None,
     force: bool = False,
     threads: int | None = None,
     progress: Progress | None = None,
@@ -381,8 +495,11 @@ def calibrate(
     announce gets the cost once it is known.
 
     stand_in is what meets the tokens: none (the model), q8_0, q6_k or q4_k (a quick quantization of
-    it, written to folder meanwhile), or auto (the model where it fits the memory, else the largest
-    of these that fits).
+    it, written to folder meanwhile), auto (the model where it fits the memory, else the largest of
+    these that fits), or a stand-in that is there already.
+
+    Every minute, what is done goes to the folder partial, by default OUTPUT.partial: the same call
+    goes on from there after a kill, and writes the same bytes. It goes with the end of the run.
 
     Raises GGUFError, ImatrixError for outputs that cannot be written, EngineError when llama.cpp is
     missing or fails.
@@ -393,20 +510,22 @@ def calibrate(
         hessian_pattern,
         max_gram_bytes,
         Path(folder) if folder is not None else None,
+        Path(partial) if partial is not None else None,
         force,
     )
     with open_gguf(local_path(model), kind_check=True) as file:
+        ready = stand_in if isinstance(stand_in, ReadyStandIn) else None
+        if isinstance(stand_in, ReadyStandIn):
+            form: str | None = stand_in.form
+        else:
+            beside = _most_gram_bytes(file, outputs) if hessian is not None else 0
+            form = chosen_stand_in(stand_in, file, beside=beside, announce=announce)
         request = TokenRequest(
             encoder="rtn",
             n_sequences=n_sequences,
             n_ctx=n_ctx,
             seed=seed,
-            stand_in=chosen_stand_in(
-                stand_in,
-                file,
-                beside=max_gram_bytes if hessian is not None else 0,
-                announce=announce,
-            ),
+            stand_in=form,
         )
         return calibrate_file(
             file,
@@ -416,4 +535,10 @@ def calibrate(
             threads=threads or default_threads(),
             progress=progress or Silent(),
             announce=announce,
+            ready=ready.path if ready is not None else None,
         )
+
+
+def _most_gram_bytes(file: GGUFFile, outputs: Outputs) -> int:
+    """Return the most that the Hessians of a pass take: weights may each have their own input."""
+    return min(outputs.max_gram_bytes, sum(4 * t.row_length**2 for t in file.tensors))

@@ -37,7 +37,8 @@ def _same_file(fd: int, path: Path) -> bool:
         return False
 
 
-def _try_lock(fd: int) -> bool:
+def try_lock(fd: int) -> bool:
+    """Return whether the descriptor's file is now locked, or no file system's lock protects it."""
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -53,7 +54,7 @@ def _remove_if_orphaned(path: Path) -> None:
     with contextlib.suppress(OSError):
         fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
-            if stat.S_ISREG(os.fstat(fd).st_mode) and _try_lock(fd) and _same_file(fd, path):
+            if stat.S_ISREG(os.fstat(fd).st_mode) and try_lock(fd) and _same_file(fd, path):
                 path.unlink()
         finally:
             os.close(fd)
@@ -78,7 +79,7 @@ def _create_locked(path: Path) -> int:
         try:
             fd = os.open(path, flags, 0o666)
             # Before it was locked, another process may have taken the file for an orphan.
-            if _try_lock(fd) and _same_file(fd, path):
+            if try_lock(fd) and _same_file(fd, path):
                 return fd
         except FileExistsError:
             pass

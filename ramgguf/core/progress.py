@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 
 class Progress(Protocol):
@@ -25,6 +25,26 @@ class Silent:
 
     def finish(self) -> None:
         pass
+
+
+@runtime_checkable
+class Foresees(Protocol):
+    """Progress that shows what comes after the stage under way, too: the last of upcoming."""
+
+    upcoming: list[str]
+
+
+@contextmanager
+def followed_by(progress: Progress, stage: str) -> Iterator[None]:
+    """While this lasts, `stage` is what comes next, where the progress shows that."""
+    if not isinstance(progress, Foresees):
+        yield
+        return
+    progress.upcoming.append(stage)
+    try:
+        yield
+    finally:
+        progress.upcoming.pop()
 
 
 class Clock:

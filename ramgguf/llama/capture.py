@@ -51,6 +51,17 @@ class Taken:
     owners: dict[str, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class TapState:
+    """All that a tap goes on from: what was taken, rows that wait to be added to XᵀX, by the
+    weight's name, and the name of the node that is the head's input, once it is known.
+    """
+
+    taken: Taken
+    rows: dict[str, Floats]
+    head_input: bytes | None
+
+
 class Tap:
     """An evaluation callback for llama.cpp, and what it has added up.
 
@@ -83,6 +94,17 @@ class Tap:
         """What was added up so far."""
         self._add_grams(1)
         return self._taken
+
+    def state(self) -> TapState:
+        """Return what the tap goes on from, between two decodes; arrays are the tap's own."""
+        rows = {name: np.concatenate(kept) for name, kept in self._rows.items()}
+        return TapState(self._taken, rows, self._head.input)
+
+    def restore(self, state: TapState) -> None:
+        """Go on from what another tap on the same weights had taken."""
+        self._taken = state.taken
+        self._rows = {name: [rows] for name, rows in state.rows.items()}
+        self._head.input = state.head_input
 
     def check(self) -> None:
         """Raise what went wrong in the callback, and be ready for the next graph."""
@@ -179,30 +201,30 @@ class _Head:
 
     def __init__(self, name: str | None) -> None:
         self.name = name
-        self._input: bytes | None = None
+        self.input: bytes | None = None
         self._found: bytes | None = None
         self._asked: Counter[bytes] = Counter()
 
     def asked(self, node: Any) -> None:
         """Count the node's name, until the input is found."""
-        if self.name is not None and self._input is None:
+        if self.name is not None and self.input is None:
             self._asked[node.name] += 1
 
     def met(self, weight: bytes, node: Any) -> None:
         """Keep what a multiplication by the head gets."""
-        if self.name is not None and self._input is None and weight == self.name.encode():
+        if self.name is not None and self.input is None and weight == self.name.encode():
             self._found = node.src[1].contents.name
 
     def graph_ended(self) -> None:
         """Settle on the input that this graph had."""
         if self._found and self._asked[self._found] == 1 and not self._found.startswith(b"node_"):
-            self._input = self._found
+            self.input = self._found
         self._asked.clear()
         self._found = None
 
     def is_input(self, node: Any) -> bool:
         """Return whether the node computes the head's input."""
-        return self._input is not None and node.name == self._input
+        return self.input is not None and node.name == self.input
 
 
 def add_dense(sums: Sums, x: Floats, matrices: tuple[int, int]) -> None:

@@ -15,9 +15,12 @@ from ramgguf.core.closing import Closing
 from ramgguf.core.documents import FrozenModel
 from ramgguf.core.errors import EngineError
 from ramgguf.llama.child import Child, ChildDiedError, describe_exit, quoted
+from ramgguf.llama.kept import KeptFile
 from ramgguf.llama.kind import ModelKind
 from ramgguf.llama.protocol import (
     Answer,
+    Collect,
+    Collected,
     Detokenize,
     Detokenized,
     Embed,
@@ -200,6 +203,14 @@ class Engine(Closing):
         self._send(request)
         for _ in self._paths:
             yield self.receive(Scored)
+
+    def collect(self, path: Path, key: str = "") -> KeptFile:
+        """Return what the tap took, in a file at path that says this key of itself."""
+        self.ask(Collect(path=str(path), key=key), Collected)
+        found = KeptFile.opened(path, key)
+        if found is None:
+            raise EngineError(f"{path}: is gone, or was changed by another process")
+        return found
 
     def embed(self, index: int, ids: TokenIds) -> Iterator[Embedded]:
         """Yield the embeddings of a text, one for each model, in the models' order."""

@@ -4,20 +4,20 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-
 from ramgguf.core.documents import FrozenModel
 from ramgguf.core.errors import EngineError
-from ramgguf.llama.capture import Taken, Tap
+from ramgguf.llama.capture import Tap
+from ramgguf.llama.kept import Keeper, KeptHeader, write_kept
 from ramgguf.llama.model import LlamaModel
 from ramgguf.llama.protocol import (
     Collect,
     Collected,
-    CollectedSums,
     Draw,
     Drawn,
+    Keep,
     Observe,
     Observed,
+    Resumed,
     Tapped,
     TapWeights,
     TokenIds,
@@ -42,26 +42,34 @@ class Observer:
         self._open_model = open_model
         self._model: LlamaModel | None = None
         self._tap: Tap | None = None
+        self._keeper: Keeper | None = None
 
     def close(self) -> None:
         """Free the context under the tap."""
         if self._model is not None:
             self._model.close()
-        self._model = self._tap = None
+        self._model = self._tap = self._keeper = None
 
     def draw(self, model: LlamaModel, request: Draw) -> None:
         """Answer the sequences of these numbers, and meanwhile how many tokens there are."""
         tap: Tap | None = None
+        keeper: Keeper | None = None
         if request.is_tapped:
             model, tap = self._tapped()
             tap.skips_head = False
+            keeper = self._keeper
         model.rest()  # sequences are drawn in a context for all of them
         report = _Report(self._send)
-        for batch in drawn_together(
-            model, wanted_by(request), request.indices, tap=tap, on_step=report.add
-        ):
+        drawn = drawn_together(
+            model, wanted_by(request), request.indices, tap=tap, on_step=report.add, kept=keeper
+        )
+        for number, batch in enumerate(drawn):
+            if keeper is not None:
+                keeper.add_batch(number, batch)
             for ids in batch:
                 report.add_sequence(ids)
+        if keeper is not None:
+            keeper.add_draw()
 
     def tap(self, request: TapWeights) -> None:
         """Put a new tap on the weights of these names; what an earlier one took is forgotten."""
@@ -81,22 +89,31 @@ class Observer:
         for begin, end in model.chunks(len(ids)):
             model.decode(ids[begin:end])
             tap.check()
+        if self._keeper is not None:
+            self._keeper.add_read()
         self._send(Observed(seconds=time.perf_counter() - start))
 
-    def collect(self, request: Collect) -> None:
-        """Write what the tap took to a folder, as arrays, and answer what is there."""
+    def keep(self, request: Keep) -> None:
+        """Keep what the tap takes from now on, after what an earlier run has kept."""
         _, tap = self._tapped()
-        taken = tap.taken
-        try:
-            _save(Path(request.folder), taken)
-        except OSError as e:
-            raise EngineError(f"{request.folder}: cannot be written: {e.strerror or e}") from None
-        self._send(
-            Collected(
-                sums=tuple(CollectedSums(name=n, owner=taken.owners.get(n)) for n in taken.sums),
-                grams=tuple(taken.grams),
-            )
+        self._keeper = Keeper(
+            Path(request.path), request.key, tap, seconds=request.seconds, spare=request.spare
         )
+        found = self._keeper.restore()
+        if found is None:
+            self._send(Resumed())
+            return
+        n_drawn = found.drawing.n_tokens if found.drawing else 0
+        self._send(Resumed(n_events=found.n_events, draws=found.draws, n_drawn=n_drawn))
+
+    def collect(self, request: Collect) -> None:
+        """Write what the tap took to a file."""
+        _, tap = self._tapped()
+        _ = tap.taken  # XᵀX is complete
+        draws = self._keeper.draws if self._keeper is not None else ()
+        header = KeptHeader(key=request.key, is_whole=True, draws=draws)
+        write_kept(Path(request.path), tap.state(), header)
+        self._send(Collected())
 
     def _tapped(self) -> tuple[LlamaModel, Tap]:
         if self._model is None or self._tap is None:
@@ -126,11 +143,3 @@ class _Report:
         now = time.perf_counter()
         self._send(Drawn(n_tokens=self._n_tokens, seconds=now - self._last, ids=ids))
         self._n_tokens, self._last = 0, now
-
-
-def _save(folder: Path, taken: Taken) -> None:
-    for number, sums in enumerate(taken.sums.values()):
-        np.save(folder / f"sums-{number}.npy", sums.squares)
-        np.save(folder / f"counts-{number}.npy", sums.counts)
-    for number, gram in enumerate(taken.grams.values()):
-        np.save(folder / f"gram-{number}.npy", gram)

@@ -127,11 +127,25 @@ class Observe(FrozenModel):
     ids: str
 
 
+class Keep(FrozenModel):
+    """Keep what the tap takes in this file (kept.py), every so many seconds; answered by Resumed.
+
+    What the file has of this key is restored first. Saving leaves `spare` bytes of the disk.
+    """
+
+    kind: Literal["keep"] = "keep"
+    path: str
+    key: str
+    seconds: float
+    spare: int
+
+
 class Collect(FrozenModel):
-    """Write what the tap took into a folder; answered by Collected."""
+    """Write what the tap took into a file (kept.py); answered by Collected."""
 
     kind: Literal["collect"] = "collect"
-    folder: str
+    path: str
+    key: str
 
 
 class VocabInfo(FrozenModel):
@@ -273,19 +287,22 @@ class Observed(FrozenModel):
     seconds: float
 
 
-class CollectedSums(FrozenModel):
-    """A weight that was seen; owner is the first that has the same input, None for experts."""
+class Resumed(FrozenModel):
+    """What an earlier run has done under the tap: events (sequences read, draws completed).
 
-    name: str
-    owner: str | None
+    draws are the sequences of these, n_drawn the tokens of a further draw that was under way.
+    """
+
+    kind: Literal["resumed"] = "resumed"
+    n_events: int = 0
+    draws: tuple[tuple[str, ...], ...] = ()
+    n_drawn: int = 0
 
 
 class Collected(FrozenModel):
-    """What is in the folder: sums-N.npy and counts-N.npy of sums[N], gram-N.npy of grams[N]."""
+    """The file is written."""
 
     kind: Literal["collected"] = "collected"
-    sums: tuple[CollectedSums, ...]
-    grams: tuple[str, ...]
 
 
 class Failed(FrozenModel):
@@ -310,6 +327,7 @@ AnyRequest = (
     | Draw
     | TapWeights
     | Observe
+    | Keep
     | Collect
 )
 Answer = (
@@ -323,6 +341,7 @@ Answer = (
     | Drawn
     | Tapped
     | Observed
+    | Resumed
     | Collected
 )
 AnyResponse = Answer | Started | Failed

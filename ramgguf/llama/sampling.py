@@ -4,8 +4,11 @@ A step decodes one token of each sequence. With 64 of them it costs about as muc
 tokens, and drawing runs at nearly the speed of prompts.
 """
 
-from collections.abc import Callable, Sequence
+import ctypes
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -23,6 +26,31 @@ _BLOCK = 512  # tokens of the vocabulary whose probabilities are added up first
 _SAMPLED_BYTES = 16 << 20  # of probabilities that are worked on at a time
 
 
+@dataclass(frozen=True)
+class Steps:
+    """Sequences that are being drawn: n_done steps of them.
+
+    drawn (n, n_tokens) has the tokens up to there; the context holds the sequences 0 … n − 1.
+    """
+
+    n_done: int
+    drawn: npt.NDArray[np.int32]
+    llama: ModuleType
+    context: Any
+
+
+@dataclass(frozen=True)
+class Begun:
+    """Steps that were done before: the tokens (n, n_done), and llama.cpp's state of each sequence.
+
+    Restored, a sequence goes on to the bit as if it had never ended.
+    """
+
+    n_done: int
+    tokens: npt.NDArray[np.int32]
+    states: Iterable[npt.NDArray[np.uint8]]
+
+
 def draw_together(
     model: LlamaModel,
     firsts: Sequence[int],
@@ -31,6 +59,8 @@ def draw_together(
     *,
     tap: Tap | None = None,
     on_step: Callable[[], None] = lambda: None,
+    begun: Begun | None = None,
+    keep: Callable[[Steps], None] = lambda _: None,
 ) -> list[TokenIds]:
     """Return n_tokens after each first token, drawn from the model itself at temperature 1.
 
@@ -39,8 +69,9 @@ def draw_together(
     same tokens: kernels for one column and for several round activations differently.
 
     A tap sees the inputs of the weights meanwhile, those at the last token drawn included; on_step
-    is called after each decode. A context for all sequences is made for it and freed. Raises
-    EngineError when that fails.
+    is called after each decode, and keep with what a later call may go on from, as begun (the tap's
+    state is its own). A context for all sequences is made for it and freed. Raises EngineError when
+    that fails.
     """
     n = len(firsts)
     llama, batch = model.llama, None
@@ -57,7 +88,13 @@ def draw_together(
         drawn = np.empty((n, n_tokens), np.int32)
         uniforms = np.stack([rng.random(n_tokens) for rng in rngs])
         tokens[:] = firsts
-        for position in range(n_steps):
+        n_done = 0
+        if begun is not None and begun.n_done:
+            n_done = begun.n_done
+            _restore(llama, context, begun.states)
+            drawn[:, :n_done] = begun.tokens
+            tokens[:] = drawn[:, n_done - 1]
+        for position in range(n_done, n_steps):
             positions[:] = position
             if code := llama.llama_decode(context, batch):
                 raise EngineError(f"{model.path}: llama_decode failed with code {code}")
@@ -71,11 +108,21 @@ def draw_together(
                 drawn[:, position] = sampled(logits, uniforms[:, position])
                 tokens[:] = drawn[:, position]
             on_step()
+            if position < n_tokens:
+                keep(Steps(position + 1, drawn, llama, context))
         return list(drawn)
     finally:
         if batch is not None:
             llama.llama_batch_free(batch)
         llama.llama_free(context)
+
+
+def _restore(llama: ModuleType, context: Any, states: Iterable[npt.NDArray[np.uint8]]) -> None:
+    for number, state in enumerate(states):
+        pointer = state.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+        n_bytes = len(state)
+        if llama.llama_state_seq_set_data(context, pointer, n_bytes, number) != n_bytes:
+            raise EngineError("llama.cpp does not take a sequence's state back")
 
 
 def sampled(logits: Logits, uniforms: npt.NDArray[np.float64]) -> TokenIds:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -13,7 +14,7 @@ from ramgguf.core.values import TokenKind
 from ramgguf.llama.capture import Tap
 from ramgguf.llama.model import LlamaModel
 from ramgguf.llama.protocol import Draw, TokenIds
-from ramgguf.llama.sampling import draw_together, most_together
+from ramgguf.llama.sampling import Begun, Steps, draw_together, most_together
 from ramgguf.quants.encoders import EncoderName
 from ramgguf.quants.imatrix import Imatrix
 
@@ -38,6 +39,22 @@ class TokenRequest:
     seconds: float = 1200.0
     imatrix: Imatrix | None = None
     stand_in: str | None = None
+
+
+class KeptDraw(Protocol):
+    """What an earlier run drew of a request, and who keeps what this one draws."""
+
+    def together(self, most: int) -> int:
+        """Return how many sequences are drawn at a time."""
+
+    def batch(self) -> list[TokenIds] | None:
+        """Return the next batch, if it was complete."""
+
+    def begun(self) -> Begun | None:
+        """Return the steps of the next batch that were done."""
+
+    def step(self, steps: Steps) -> None:
+        """Keep these, if it is time."""
 
 
 def parse_tokens(text: str) -> tuple[TokenKind, Corpus | None]:
@@ -102,18 +119,23 @@ def drawn_together(
     *,
     tap: Tap | None = None,
     on_step: Callable[[int], None] = lambda _: None,
+    kept: KeptDraw | None = None,
 ) -> Iterator[list[TokenIds]]:
     """Yield the sequences as draw_sequences does, batch by batch.
 
     A tap takes the inputs of the weights, if tokens are of kind self: no others are decoded here.
-    on_step gets the number of tokens that a step of the model drew.
+    on_step gets the number of tokens that a step of the model drew. kept has what an earlier run
+    drew, and gets the steps.
     """
     numbers = tuple(indices)
     most = TOGETHER
     if request.tokens == "self" and len(numbers) > 1:
         most = most_together(model, request.n_ctx, TOGETHER)
+    if kept is not None:
+        most = kept.together(most)
     for batch in batches(numbers, most):
-        yield list(_draw_batch(model, request, batch, tap, on_step))
+        done = kept.batch() if kept is not None else None
+        yield done or list(_draw_batch(model, request, batch, tap, on_step, kept))
 
 
 def _draw_batch(
@@ -122,6 +144,7 @@ def _draw_batch(
     batch: Sequence[int],
     tap: Tap | None,
     on_step: Callable[[int], None],
+    kept: KeptDraw | None,
 ) -> Iterator[TokenIds]:
     bos, n_vocab, length = model.vocab.info.bos, model.vocab.n_tokens, request.n_ctx - 1
     rngs = [np.random.default_rng([request.seed, index]) for index in batch]
@@ -135,8 +158,10 @@ def _draw_batch(
         rest = [model.sample(firsts, length, rngs[0])]
     else:
         rest = draw_together(
-            model, firsts, length, rngs, tap=tap, on_step=lambda: on_step(len(batch))
-        )
+            model, firsts, length, rngs, tap=tap, on_step=lambda: on_step(len(batch)),
+            begun=kept.begun() if kept is not None else None,
+            keep=kept.step if kept is not None else lambda _: None,
+        )  # fmt: skip
     for first, ids in zip(firsts, rest, strict=True):
         yield np.concatenate([np.array([first], np.int32), ids])
 

@@ -40,6 +40,7 @@ from ramgguf.llama.protocol import (
     Failed,
     Generate,
     Generated,
+    Keep,
     Likelihood,
     Likelihoods,
     Observe,
@@ -256,6 +257,8 @@ def serve(lines: TextIO, out: TextIO) -> None:
                     session.observer.tap(request)
                 case Observe():
                     session.observer.observe(request)
+                case Keep():
+                    session.observer.keep(request)
                 case Collect():
                     session.observer.collect(request)
         except (RamggufError, MemoryError, ValueError) as e:

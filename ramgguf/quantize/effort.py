@@ -15,17 +15,17 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from ramgguf.calibrate import calibrate
-from ramgguf.core.errors import EngineError, GGUFError, PlanError, RamggufError
+from ramgguf.core.errors import BudgetError, EngineError, GGUFError, PlanError, RamggufError
 from ramgguf.core.files import refuse_existing
 from ramgguf.core.inputs import protected
 from ramgguf.core.machine import available_memory
 from ramgguf.core.parallel import default_threads
-from ramgguf.core.progress import Progress, Silent
+from ramgguf.core.progress import Progress, Silent, followed_by
 from ramgguf.core.scratch import scratch_folder
 from ramgguf.core.units import format_bytes, format_seconds
 from ramgguf.evaluate import SCORE_SECONDS, HeldOutScore, score_held_out
 from ramgguf.gguf.hub import beside, local_path
-from ramgguf.gguf.reader import open_gguf
+from ramgguf.gguf.reader import GGUFFile, open_gguf
 from ramgguf.llama.client import WrongKindError
 from ramgguf.llama.system import llama_installed
 from ramgguf.measure.result import Measurement
@@ -52,6 +52,14 @@ from ramgguf.quantize.step_costs import measured_costs
 from ramgguf.quantize.verify import verify as verify_file
 from ramgguf.quants.encoders import DEFAULT_ENCODER, EncoderName
 from ramgguf.quants.formats import expand
+from ramgguf.quants.stand_in import (
+    BESIDE_BYTES,
+    FINE,
+    ReadyStandIn,
+    chosen_stand_in,
+    stand_in_layout,
+    write_stand_in,
+)
 from ramgguf.sensitivity import MassiveActivations, Sensitivity, massive_activations
 from ramgguf.sensitivity import sensitivity as measure_sensitivity
 
@@ -265,6 +273,7 @@ class _Run:
         self._announce, self._log = options.announce, _Log(options.announce)
         self._start = clock()
         self._n_candidates = 0
+        self._stand_in: ReadyStandIn | None = None
 
     def made(self) -> Quantized:
         """Return what was made: the best candidate, under its final name."""
@@ -296,12 +305,15 @@ class _Run:
             )
             return best
         with open_gguf(self._model) as file:
-            self._require_memory(file.n_bytes + best.made.n_bytes)
-            costs = measured_costs(file, self._scratch, self._write, TOKENS, self._threads)
+            self._stand_in = self._fitting(file, best.made.n_bytes)
+            costs = measured_costs(
+                file, self._scratch, self._write, TOKENS, self._threads, self._stand_in
+            )
             self._cache = StepCache.of(file, self._model, TOKENS)
         limit, begun = self._time_limit(), clock()
         planned = schedule(self._effort, limit, costs, self._cache.kept(), TOKENS)
-        self._schedule = planned
+        n_sequences = self._cache.begun(planned.n_sequences)
+        self._schedule = replace(planned, n_sequences=n_sequences)
         self._announce(
             f"measured here: {format_seconds(costs.write)} for a first file, "
             f"{format_seconds(costs.read)} to read {N_CTX} tokens, "
@@ -317,15 +329,18 @@ class _Run:
                 )
                 continue
             self._announce(f"step {number} of {len(planned.steps)}: {step.name}")
+            after = [later.name for later in planned.steps[number:]]
             try:
-                best = self._stepped(step, best)
+                with followed_by(self._progress, after[0] if after else "verify"):
+                    best = self._stepped(step, best)
             except RamggufError as e:
                 self._log.add(f"{step.name}: left out, {e}")
         return best
 
     def _stepped(self, step: Step, best: _Candidate) -> _Candidate:
         """Return the better of the best candidate and that of the step."""
-        tried = self._tried(step, best)
+        with followed_by(self._progress, "gate"):
+            tried = self._tried(step, best)
         if tried is None:
             return best
         first = self._first_tokens(best, tried) if step.name == "massive activations" else None
@@ -357,11 +372,35 @@ class _Run:
                 f"  {number}. {step.name}: {step.what}, about {format_seconds(step.seconds)}"
             )
 
+    def _fitting(self, file: GGUFFile, beside: int) -> ReadyStandIn | None:
+        """Return the stand-in that passes run on, a candidate of so many bytes beside; None: the
+        model fits, and they run on that. Raises EngineError where none fits.
+        """
+        said: list[str] = []
+        form = chosen_stand_in("auto", file, beside=beside, allowed=FINE, announce=said.append)
+        if form is None:
+            self._require_memory(file.n_bytes + beside)
+            return None
+        path = self._scratch / "stand-in.gguf"
+        self._require_memory(stand_in_layout(file, form, path).n_bytes + beside + BESIDE_BYTES)
+        self._log.add(f"{', '.join(said)}; gates compare with it")
+        threads = self._threads or default_threads()
+        write_stand_in(file, form, path, threads=threads, progress=self._progress)
+        return ReadyStandIn(form, path)
+
+    @property
+    def _reference(self) -> Path:
+        """What gates compare with."""
+        return self._stand_in.path if self._stand_in is not None else self._model
+
     def _require_memory(self, needed: int) -> None:
         """Raise EngineError where the gate's two models do not fit: decoding would read the disk
         for every token.
         """
-        free = available_memory().n_bytes
+        try:
+            free = available_memory().n_bytes
+        except BudgetError:  # a system that does not tell
+            return
         if needed > free:
             raise EngineError(
                 f"model and candidate take {format_bytes(needed)} of memory, {format_bytes(free)} "
@@ -401,9 +440,11 @@ class _Run:
                 return self._candidate(replace(now, sensitivity=found_alphas))
             case "error feedback" if now.imatrix is not None:
                 hessian = self._hessian()
-                return self._candidate(
-                    replace(now, encoder=self._schedule.encoder, hessian=hessian)
-                )
+                encoder = self._schedule.encoder
+                return self._candidate(replace(now, encoder=encoder, hessian=hessian))
+            case "swaps" if self._stand_in is not None:
+                self._log.add("swaps: left out, they run on the model, which does not fit")
+                return None
             case "swaps":
                 return self._candidate(replace(now, refine=N_TRIALS))
         self._log.add(f"{step.name}: left out, it builds on a matrix that was not taken")
@@ -417,6 +458,7 @@ class _Run:
             self._announce(f"taking {path}")
         else:
             self._calibrated(path, self._cache.hessian(n) if self._schedule.with_hessians else None)
+            self._cache.forget_begun()
         return path
 
     def _hessian(self) -> Path:
@@ -429,11 +471,14 @@ class _Run:
         return path
 
     def _calibrated(self, imatrix: Path, hessian: Path | None) -> None:
-        calibrate(
-            self._model, imatrix, tokens=TOKENS, n_sequences=self._schedule.n_sequences,
-            n_ctx=N_CTX, hessian=hessian, force=True, threads=self._threads,
-            progress=self._progress,
+        n = self._schedule.n_sequences
+        found = calibrate(
+            self._model, imatrix, tokens=TOKENS, n_sequences=n, n_ctx=N_CTX, hessian=hessian,
+            partial=self._cache.partial(n), stand_in=self._stand_in or "auto", force=True,
+            threads=self._threads, progress=self._progress,
         )  # fmt: skip
+        if found.n_resumed:
+            self._announce(f"{found.n_resumed} of its tokens were met by a run that was killed")
 
     def _massive(self) -> MassiveActivations:
         """Return what first tokens meet, measured now or before."""
@@ -442,8 +487,9 @@ class _Run:
             self._announce(f"taking {self._cache.massive_path}")
             return found
         found = massive_activations(
-            self._model, threads=self._threads, progress=self._progress, announce=self._announce
-        )
+            self._model, stand_in=self._stand_in, threads=self._threads, progress=self._progress,
+            announce=self._announce,
+        )  # fmt: skip
         found.save(self._cache.massive_path)
         return found
 
@@ -460,6 +506,7 @@ class _Run:
         found = measure_sensitivity(
             self._model, encoder=DEFAULT_ENCODER, imatrix=now.imatrix,
             seconds=max(1.0, seconds), journal=journal, threads=self._threads,
+            stand_in=self._stand_in.choice if self._stand_in is not None else "auto",
             progress=self._progress, announce=self._announce,
         )  # fmt: skip
         found.save(path)
@@ -492,8 +539,9 @@ class _Run:
         """Return whether the candidate is better; the one before is scored once only."""
         unscored = [one for one in (best, tried) if one.score is None]
         found = score_held_out(
-            [one.path for one in unscored], self._model, part="gate", n_ctx=GATE_CTX, seconds=1e9,
-            max_rounds=self._schedule.n_rounds, threads=self._threads, progress=self._progress,
+            [one.path for one in unscored], self._reference, part="gate", n_ctx=GATE_CTX,
+            seconds=1e9, max_rounds=self._schedule.n_rounds, threads=self._threads,
+            progress=self._progress,
         )  # fmt: skip
         for one, score in zip(unscored, found, strict=True):
             one.score = score
@@ -504,7 +552,7 @@ class _Run:
     def _first_tokens(self, best: _Candidate, tried: _Candidate) -> Verdict:
         """Return whether the first tokens of texts are better predicted."""
         before, after = score_held_out(
-            [best.path, tried.path], self._model, part="gate", n_ctx=FIRST_CTX, first_target=1,
+            [best.path, tried.path], self._reference, part="gate", n_ctx=FIRST_CTX, first_target=1,
             seconds=1e9, max_rounds=FIRST_ROUNDS, threads=self._threads, progress=self._progress,
         )  # fmt: skip
         return judge(before, after)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from concurrent.futures import Executor
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -10,7 +10,7 @@ from pathlib import Path
 from ramgguf.core.errors import PlanError
 from ramgguf.core.inputs import protected
 from ramgguf.core.parallel import default_threads
-from ramgguf.core.progress import Clock, Progress, Silent
+from ramgguf.core.progress import Clock, Progress, Silent, followed_by
 from ramgguf.evaluate import HeldOutScore
 from ramgguf.gguf.hub import beside, local_path
 from ramgguf.gguf.identity import require_model
@@ -146,6 +146,7 @@ class _Run:
             if self._encoder.plans_by:
                 self._feed_back = partial(fed_back, encoder=self._encoder, imatrix=weighed)
             names = options.plan.get("formats")
+            stack.enter_context(followed_by(self._progress, "quantize"))
             return measure_and_plan(
                 first_measure(measure, self._encoder, weighed, expand(names) if names else None),
                 plan_it,
@@ -182,6 +183,9 @@ class _Run:
         """Return the plan for the encoder itself, where another one's errors chose its formats."""
         return plan if self._feed_back is None else self._feed_back(plan)
 
+    def _followed_by_verify(self) -> AbstractContextManager[None]:
+        return followed_by(self._progress, "verify") if self._options.verify else nullcontext()
+
     def written(self, plan: Plan, measurement: Measurement | None) -> Quantized:
         """Write and verify the planned output."""
         path = self._output or default_output(self._model, plan)
@@ -191,7 +195,7 @@ class _Run:
         clock, shown = self._clock, self._progress
         worst = None
         with begin(self._file, plan, destination) as out:
-            with clock.stage("write"):
+            with clock.stage("write"), self._followed_by_verify():
                 plan = write(
                     self._file, plan, out, measures=self._feed_back is not None,
                     threads=self._threads, progress=shown,

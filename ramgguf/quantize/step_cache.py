@@ -45,9 +45,29 @@ class StepCache:
             free_bytes=shutil.disk_usage(self.folder).free,
         )
 
-    def _matrices(self) -> dict[int, Path]:
+    def partial(self, n_sequences: int) -> Path:
+        """Return the folder of what is done of a matrix from so many sequences."""
+        matrix = self.matrix(n_sequences)
+        return matrix.with_name(f"{matrix.name}.partial")
+
+    def begun(self, n_sequences: int) -> int:
+        """Return of how many sequences a matrix is to be made: near n_sequences, those of one that
+        a killed run has begun.
+        """
+        if self.matrix(n_sequences).exists():
+            return n_sequences
+        near = [n for n in self._matrices(".partial") if n_sequences <= 2 * n <= 3 * n_sequences]
+        return max(near, default=n_sequences)
+
+    def forget_begun(self) -> None:
+        """Remove what killed runs had done of matrices that are not needed any more."""
+        for path in self._matrices(".partial").values():
+            shutil.rmtree(path, ignore_errors=True)
+
+    def _matrices(self, suffix: str = "") -> dict[int, Path]:
         found = {}
-        for path in self.folder.glob(f"{self.tokens}-*x{N_CTX}-{self.identity}.imatrix.gguf"):
+        name = f"{self.tokens}-*x{N_CTX}-{self.identity}.imatrix.gguf{suffix}"
+        for path in self.folder.glob(name):
             count = path.name.removeprefix(f"{self.tokens}-").partition("x")[0]
             if count.isdigit():
                 found[int(count)] = path

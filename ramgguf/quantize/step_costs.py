@@ -14,6 +14,7 @@ from ramgguf.gguf.reader import GGUFFile
 from ramgguf.quantize.schedule import FEEDBACK, N_CTX, Costs
 from ramgguf.quants.imatrix import load_importance
 from ramgguf.quants.roundtrip import simulated
+from ramgguf.quants.stand_in import ReadyStandIn
 from ramgguf.sensitivity import is_probed, probe_format
 
 
@@ -38,12 +39,13 @@ def measured_costs(
     write: float,
     tokens: str,
     threads: int | None,
+    stand_in: ReadyStandIn | None = None,
 ) -> Costs:
     """Return the costs; write is what a candidate by priors took.
 
     One sequence is read under the tap, once with the Hessians of a layer in the middle, whose
-    weights are then rounded with error feedback, and once without. Raises EngineError when
-    llama.cpp fails.
+    weights are then rounded with error feedback, and once without, by the stand-in where there is
+    one. Raises EngineError when llama.cpp fails.
     """
     weights = [t for t in file.tensors if is_probed(file, t)]
     layers = sorted({layer for t in weights if (layer := layer_of(t.name)) is not None})
@@ -56,7 +58,8 @@ def measured_costs(
         reading = _Reading()
         calibrate(
             file.paths[0], imatrix, tokens=tokens, n_sequences=1, n_ctx=N_CTX, hessian=hessian,
-            hessian_pattern=pattern, force=True, threads=threads, progress=reading,
+            hessian_pattern=pattern, stand_in=stand_in or "auto", force=True, threads=threads,
+            progress=reading,
         )  # fmt: skip
         return reading.seconds
 

@@ -7,6 +7,7 @@ waits for arithmetic, of which quantized weights take more (docs/speed.md).
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Literal, get_args
@@ -38,6 +39,19 @@ _FORMATS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 )
 # Of contexts and graphs, and of the processes themselves: 356 to 565 MB in bench/memory_limit.py.
 BESIDE_BYTES = 640 << 20
+
+
+@dataclass(frozen=True)
+class ReadyStandIn:
+    """A stand-in that is written already: its format, and its file."""
+
+    form: str
+    path: Path
+
+    @property
+    def choice(self) -> StandIn:
+        """The word for its format."""
+        return next(word for word in STAND_INS if word.upper() == self.form)
 
 
 def chosen_stand_in(

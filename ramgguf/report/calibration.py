@@ -8,12 +8,14 @@ from ramgguf.core.units import format_bytes, format_seconds
 
 def print_calibration(found: Calibration, out: Console) -> None:
     """Print what was written, what it cost, and which weights met no input."""
-    rate = found.n_tokens / found.seconds
+    rate = (found.n_tokens - found.n_resumed) / found.seconds
     out.print(
         f"{found.outputs.imatrix}: importance of {found.n_entries} weights' inputs from "
         f"{found.n_tokens} tokens, in {format_seconds(found.seconds)} ({rate:,.0f} tokens/s)",
         soft_wrap=True,
     )
+    if found.n_resumed:
+        out.print(f"{found.n_resumed} of the tokens were met by a run that was killed")
     if found.stand_in:
         out.print(f"a stand-in in {found.stand_in} met the tokens, not the model itself")
     if found.n_unused:
@@ -36,6 +38,7 @@ def summary(found: Calibration) -> dict[str, object]:
         "n_entries": found.n_entries,
         "n_sequences": found.n_sequences,
         "n_tokens": found.n_tokens,
+        "n_resumed": found.n_resumed,
         "n_unused_experts": found.n_unused,
         "missed": list(found.missed),
         "hessian": str(hessian) if hessian else None,

@@ -29,8 +29,6 @@ from ramgguf.llama.client import Engine
 from ramgguf.llama.domains import domain_corpora
 from ramgguf.llama.forward import ForwardRequest
 from ramgguf.llama.protocol import (
-    Collect,
-    Collected,
     Observe,
     Observed,
     Tapped,
@@ -39,6 +37,7 @@ from ramgguf.llama.protocol import (
     pack_ids,
 )
 from ramgguf.llama.tokens import TokenRequest
+from ramgguf.quants.stand_in import ReadyStandIn
 from ramgguf.sensitivity.alpha import is_probed, probe_format
 
 N_FIRST = 8  # first tokens whose inputs are compared
@@ -87,20 +86,22 @@ class MassiveActivations(Document):
 def massive_activations(
     model: str | Path,
     *,
+    stand_in: ReadyStandIn | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
     announce: Callable[[str], None] = lambda _: None,
 ) -> MassiveActivations:
     """Return where the model meets massive activations, by a few dozen passes over a few tokens.
 
-    Needs no data. Raises GGUFError for what is no model, EngineError when llama.cpp fails.
+    Needs no data. The passes run on the stand-in, where there is one. Raises GGUFError for what is
+    no model, EngineError when llama.cpp fails.
     """
     start = time.perf_counter()
     threads, shown = threads or default_threads(), progress or Silent()
     path = local_path(model)
     with open_gguf(path, kind_check=True) as file:
         source = Source.of(file)
-        windows, ratios = _ratios(file, threads)
+        windows, ratios = _ratios(file, stand_in.path if stand_in else file.paths[0], threads)
         layers = {layer_of(name) for name, ratio in ratios.items() if ratio >= RATIO}
         tensors = [
             t
@@ -111,7 +112,8 @@ def massive_activations(
         ]
     readings: tuple[FirstTokenReading, ...] = ()
     if tensors:
-        readings = _read(path, tensors, windows, threads, shown, announce)
+        form = stand_in.form if stand_in else None
+        readings = _read(path, form, tensors, windows, threads, shown, announce)
     return MassiveActivations(
         ramgguf_version=__version__,
         source=source,
@@ -121,7 +123,9 @@ def massive_activations(
     )
 
 
-def _ratios(file: GGUFFile, threads: int) -> tuple[tuple[TokenIds, ...], dict[str, float]]:
+def _ratios(
+    file: GGUFFile, run_on: Path, threads: int
+) -> tuple[tuple[TokenIds, ...], dict[str, float]]:
     """Return windows of a text, and the energies' ratios by ffn_down tensor.
 
     Without BOS any token can be the first one; with BOS, none but that.
@@ -134,7 +138,7 @@ def _ratios(file: GGUFFile, threads: int) -> tuple[tuple[TokenIds, ...], dict[st
     )
     text = domain_corpora(file, "calibrate")["prose"].text
     with (
-        Engine([file.paths[0]], n_ctx=N_LATER, n_threads=threads, safe_kernels=True) as engine,
+        Engine([run_on], n_ctx=N_LATER, n_threads=threads, safe_kernels=True) as engine,
         scratch_folder(None, error=EngineError) as folder,
     ):
         vocab = engine.opened.models[0].vocab
@@ -165,17 +169,13 @@ def _energies(
     engine.ask(TapWeights(names=names), Tapped)
     for ids in sequences:
         engine.ask(Observe(ids=pack_ids(ids)), Observed)
-    found = engine.ask(Collect(folder=str(folder)), Collected)
-    energies = {}
-    for number, entry in enumerate(found.sums):
-        counts = int(np.load(folder / f"counts-{number}.npy").sum())
-        squares = float(np.load(folder / f"sums-{number}.npy").sum())
-        energies[entry.name] = squares / max(1, counts)
-    return energies
+    sums = engine.collect(folder / "energies.kept").sums()
+    return {n: float(s.squares.sum()) / max(1, int(s.counts.sum())) for n, s in sums.items()}
 
 
 def _read(
     model: Path,
+    form: str | None,
     tensors: Sequence[TensorInfo],
     windows: tuple[TokenIds, ...],
     threads: int,
@@ -183,7 +183,7 @@ def _read(
     announce: Callable[[str], None],
 ) -> tuple[FirstTokenReading, ...]:
     """Return what each tensor alone does to the windows' predictions."""
-    request = TokenRequest(encoder="rtn", n_ctx=N_CTX)
+    request = TokenRequest(encoder="rtn", n_ctx=N_CTX, stand_in=form)
     readings = []
     with (
         opened(model, request, folder=None, journal=None, threads=threads, executor=None) as at,

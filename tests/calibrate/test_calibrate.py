@@ -30,6 +30,7 @@ from ramgguf.llama.model import LlamaModel
 from ramgguf.llama.tokens import TokenRequest, draw_sequences
 from ramgguf.quants.hessian import groups, load_hessians
 from ramgguf.quants.imatrix import load_imatrix
+from shown_stages import ShownStages
 from small_models import ARCHITECTURES, N_VOCAB, write_small_model
 from tiny_models import N_HEADS, write_tiny_model
 
@@ -332,11 +333,15 @@ def test_the_file_is_read_back_by_us_and_by_gguf(tiny: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize("tokens", ["random", "self"])
 def test_hessians_taken_in_batches_are_the_same(tiny: Path, tmp_path: Path, tokens: str) -> None:
     paths = [tmp_path / "one.gguf", tmp_path / "batches.gguf"]
+    shown = ShownStages()
     for path, n_bytes in zip(paths, (1 << 30, 4 * 128 * 128 + 4 * 64 * 64), strict=True):
         ramgguf.calibrate(
             tiny, path.with_suffix(".imatrix"), tokens=tokens, n_sequences=2, n_ctx=32,
-            hessian=path, max_gram_bytes=n_bytes, threads=1,
+            hessian=path, max_gram_bytes=n_bytes, threads=1, progress=shown,
         )  # fmt: skip
+    passes = [then for stage, *then in shown.stages if stage == "calibrate"]
+    left = [f"{n} pass{'es' * (n > 1)} for Hessians" for n in range(len(passes) - 2, 0, -1)]
+    assert passes == [[], *([name] for name in left), []]
     if tokens == "random":
         assert paths[0].read_bytes() == paths[1].read_bytes()
     # The model's own tokens are drawn for the first batch and read for the others.

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +13,25 @@ import pytest
 from typer.testing import CliRunner
 
 import ramgguf
+from ramgguf.calibrate import Calibration
 from ramgguf.cli.app import app
-from ramgguf.core.errors import EngineError, PlanError
+from ramgguf.core.errors import BudgetError, EngineError, PlanError
 from ramgguf.core.machine import Available
 from ramgguf.evaluate.held_out import HeldOutScore, WindowScore, resamples, score_held_out
 from ramgguf.gguf.reader import open_gguf
+from ramgguf.llama.client import Engine
 from ramgguf.quantize import default_effort
 from ramgguf.quantize import effort as effort_module
 from ramgguf.quantize import schedule as schedule_module
 from ramgguf.quantize.gate import judge
 from ramgguf.quantize.schedule import Costs, Effort, Schedule
+from ramgguf.quantize.step_cache import StepCache
 from ramgguf.quantize.step_costs import measured_costs
+from ramgguf.quants import stand_in as stand_in_module
+from ramgguf.quants.imatrix import load_imatrix
+from ramgguf.quants.stand_in import BESIDE_BYTES, stand_in_layout
+from ramgguf.sensitivity import Sensitivity
+from shown_stages import ShownStages
 from tiny_models import write_tiny_model
 
 pytest.importorskip("llama_cpp")
@@ -158,7 +167,14 @@ def test_auto_gates_each_step_keeps_what_it_measured_and_uses_it_again(
     tiny: Path, tmp_path: Path
 ) -> None:
     said: list[str] = []
-    made = ramgguf.quantize(tiny, "45%", tmp_path / "auto.gguf", announce=said.append)
+    shown = ShownStages()
+    made = ramgguf.quantize(
+        tiny, "45%", tmp_path / "auto.gguf", announce=said.append, progress=shown
+    )
+    assert ("calibrate", "gate", "massive activations") in shown.stages
+    assert ("score", "massive activations") in shown.stages
+    assert ("measure", "quantize") in shown.stages
+    assert shown.stages[-1] == ("verify",)
     assert made.n_bytes <= made.plan.budget
     assert made.worst_departure is not None
     assert said[0].startswith("measured here: ")
@@ -249,6 +265,57 @@ def test_a_model_that_does_not_fit_the_memory_is_not_decoded(
     monkeypatch.setattr(effort_module, "available_memory", lambda: few)
     made = ramgguf.quantize(tiny, "45%", tmp_path / "a.gguf", effort="auto")
     assert any("1.00 kB are free" in note for note in made.plan.notes)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_model_that_does_not_fit_the_memory_has_its_passes_on_a_stand_in(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory for the stand-in and a candidate, and for what is beside them, and no more."""
+    monkeypatch.setattr(schedule_module, "SENSITIVITY_SECONDS", 1.0)
+    with open_gguf(tiny) as file:
+        stand_in = stand_in_layout(file, "Q8_0", Path("x")).n_bytes
+        candidate = ramgguf.quantize(tiny, "45%", tmp_path / "fast.gguf", effort="fast").n_bytes
+        room = Available(stand_in + candidate + BESIDE_BYTES, "a test")
+        assert room.n_bytes < file.n_bytes + candidate + BESIDE_BYTES
+    for module in (effort_module, stand_in_module):
+        monkeypatch.setattr(module, "available_memory", lambda: room)
+    opened: list[Path] = []
+
+    def open_models(self: Engine, models: list[Path], **options: Any) -> None:
+        opened.extend(models)
+        original(self, models, **options)
+
+    original = Engine.__init__
+    monkeypatch.setattr(Engine, "__init__", open_models)
+    said: list[str] = []
+    made = ramgguf.quantize(tiny, "45%", tmp_path / "a.gguf", effort="best", announce=said.append)
+    (told,) = (note for note in made.plan.notes if "stand-in in Q8_0" in note)
+    assert told.endswith("are available; gates compare with it")
+    assert any("importance matrix: " in note and "KLD" in note for note in made.plan.notes)
+    assert any("swaps: left out, they run on the model" in line for line in said)
+    assert opened
+    assert tiny not in opened
+    (matrix,) = (tmp_path / "tiny-f16.effort").glob("*.imatrix.gguf")
+    assert "on a stand-in in Q8_0" in load_imatrix(matrix).datasets[0]
+    (found,) = (tmp_path / "tiny-f16.effort").glob("*.sens.json")
+    assert Sensitivity.load(found).stand_in == "Q8_0"
+
+
+def test_where_the_memory_is_unknown_it_is_not_required(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def untold() -> Available:
+        raise BudgetError("this system does not tell")
+
+    def probe(*_: object) -> Costs:
+        raise EngineError("it got to the probe")
+
+    for module in (effort_module, stand_in_module):
+        monkeypatch.setattr(module, "available_memory", untold)
+    monkeypatch.setattr(effort_module, "measured_costs", probe)
+    made = ramgguf.quantize(tiny, "45%", tmp_path / "a.gguf", effort="auto")
+    assert any("it got to the probe" in note for note in made.plan.notes)
 
 
 def test_the_default_effort_is_auto_and_explicit_steps_or_a_time_decide_otherwise() -> None:
@@ -347,3 +414,29 @@ def test_quantize_ends_with_what_was_measured(tiny: Path, tmp_path: Path) -> Non
         "--effort", "fast",
     ]  # fmt: skip
     assert "measured against" not in CliRunner().invoke(app, again).output
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_matrix_that_a_killed_run_has_begun_is_gone_on_with(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The time allows two sequences now; the run that was killed had begun with three."""
+    with open_gguf(tiny) as file:
+        cache = StepCache.of(file, tiny, "mix")
+    for n in (3, 9):
+        cache.partial(n).mkdir()
+    assert [cache.begun(n) for n in (1, 2, 3, 4, 6, 7)] == [1, 3, 3, 3, 9, 9]
+    asked: list[Any] = []
+
+    def calibrated(*arguments: Any, **options: Any) -> Calibration:
+        asked.append(options)
+        return replace(ramgguf.calibrate(*arguments, **options), n_resumed=512)
+
+    monkeypatch.setattr(effort_module, "calibrate", calibrated)
+    said: list[str] = []
+    ramgguf.quantize(tiny, "45%", tmp_path / "a.gguf", effort="auto", announce=said.append)
+    assert (asked[0]["n_sequences"], asked[0]["partial"]) == (3, cache.partial(3))
+    assert "512 of its tokens were met by a run that was killed" in said
+    assert cache.matrix(3).exists()
+    assert not list(cache.folder.glob("*.partial"))
+    assert cache.begun(3) == 3

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 import ramgguf
 from ramgguf import _core
+from ramgguf.calibrate import activations
 from ramgguf.cli.app import app
 from ramgguf.core.errors import BudgetError, EngineError, PlanError
 from ramgguf.core.machine import Available
@@ -18,12 +19,14 @@ from ramgguf.quants import stand_in as module
 from ramgguf.quants.imatrix import load_imatrix
 from ramgguf.quants.stand_in import (
     FINE,
+    ReadyStandIn,
     StandIn,
     chosen_stand_in,
     stand_in_layout,
     stored_rows,
     write_stand_in,
 )
+from ramgguf.sensitivity import massive_activations
 from tiny_models import write_tiny_model
 
 ERROR = {"Q8_0": 1e-4, "Q6_K": 1e-3, "Q4_K": 2e-2}  # largest NMSE of Gaussian weights
@@ -141,6 +144,45 @@ def test_a_matrix_from_a_stand_in_is_near_the_models_and_says_so(
     for path in (paths[1], paths[1].with_suffix(".hessian")):
         assert GGUFReader(path).fields["ramgguf.stand_in"].contents() == choice.upper()
     assert "ramgguf.stand_in" not in GGUFReader(paths[0]).fields
+
+
+def test_a_stand_in_that_is_ready_serves_as_one_that_is_made(model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("llama_cpp")
+    with open_gguf(model) as file:
+        path = write_stand_in(file, "Q8_0", tmp_path / "s.gguf", threads=1)
+    ready = ReadyStandIn("Q8_0", path)
+    assert ready.choice == "q8_0"
+    words: dict[str, StandIn | ReadyStandIn] = {"made": "q8_0", "ready": ready}
+    for name, word in words.items():
+        ramgguf.calibrate(
+            model, tmp_path / name, tokens="random", n_sequences=1, n_ctx=32, threads=1,
+            stand_in=word,
+        )  # fmt: skip
+    assert (tmp_path / "made").read_bytes() == (tmp_path / "ready").read_bytes()
+    found = [massive_activations(model, stand_in=s, threads=1) for s in (None, ready)]
+    assert found[0].source == found[1].source
+    assert found[0].ratios.keys() == found[1].ratios.keys()
+    assert found[0].ratios != found[1].ratios
+
+
+def test_hessians_are_planned_by_what_they_take(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not by the 4 GiB that they may take of a large model."""
+    pytest.importorskip("llama_cpp")
+    asked: list[int] = []
+
+    def chosen(*_: object, beside: int, **__: object) -> None:
+        asked.append(beside)
+
+    monkeypatch.setattr(activations, "chosen_stand_in", chosen)
+    for n_bytes in (1 << 32, 70_000):
+        ramgguf.calibrate(
+            model, tmp_path / "i", n_sequences=1, n_ctx=32, threads=1, force=True,
+            hessian=tmp_path / "h", max_gram_bytes=n_bytes,
+        )  # fmt: skip
+    assert (tmp_path / "h").stat().st_size < asked[0] < 4_000_000
+    assert asked[1] == 70_000
 
 
 def test_sensitivities_on_a_stand_in_are_near_those_on_the_model(

@@ -2,6 +2,7 @@
 
 import io
 import re
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from ramgguf.cli.app import app
+from ramgguf.core.errors import EngineError
+from ramgguf.core.progress import Silent, followed_by
 from ramgguf.report import progress
 from ramgguf.report.progress import Bars
 from tiny_models import write_tiny_model
@@ -79,13 +82,33 @@ def test_a_stage_that_has_done_nothing_yet_says_no_time(clock: Seconds) -> None:
 
 def test_a_terminal_gets_a_bar_and_no_lines(clock: Seconds) -> None:
     out = io.StringIO()
-    bars = Bars(Console(file=out, force_terminal=True, width=100))
+    bars = Bars(Console(file=out, force_terminal=True, color_system=None, width=100))
     bars.start("calibrate", 100, "tokens")
     clock.now += 61
     bars.advance(50)
     bars.finish()
     assert "left" not in out.getvalue()
-    assert "50/100" in out.getvalue()
+    assert re.search(r"calibrate .* 50/100 · .+ tokens/s · ETA \S+", out.getvalue())
+    assert "next" not in out.getvalue()
+
+
+def test_a_bar_and_a_log_say_what_comes_next(clock: Seconds) -> None:
+    for is_terminal in (True, False):
+        out = io.StringIO()
+        bars = Bars(Console(file=out, force_terminal=is_terminal, color_system=None, width=80))
+        with followed_by(bars, "error feedback"):
+            with followed_by(bars, "gate"), suppress(EngineError):
+                raise EngineError("what was to come next is forgotten then, too")
+            bars.start("calibrate", 100, "tokens")
+            clock.now += 61
+            bars.advance(50)
+        bars.finish()
+        text = out.getvalue()
+        assert ("· next: error feedback" if is_terminal else "left, next: error feedback") in text
+        assert "gate" not in text
+        assert bars.upcoming == []
+    with followed_by(Silent(), "nothing is shown"):
+        pass
 
 
 @pytest.mark.parametrize(

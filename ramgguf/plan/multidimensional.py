@@ -1,30 +1,33 @@
 """The knapsack with more limits than bytes: seconds of a generated token, and of a prompt's.
 
 It is a multidimensional multiple-choice knapsack. Where the other limits do not bind, the knapsack
-of bytes alone is the answer. Else its linear relaxation (HiGHS) gives a price for each limit: the
+of bytes alone is the answer. Else its linear relaxation gives a price for each limit: the
 Lagrangian at these prices bounds the cost from below. The relaxation divides few items; rounded
-and improved step by step, it bounds the cost from above. What the two bounds leave open is searched
-by branch and bound (HiGHS), if that is little, and the rest is the gap.
+and improved it bounds the cost from above. Branch and bound narrows the two, with as many nodes as
+take a few seconds; what is left between them is the gap. No clock and no random numbers: the same
+problem has the same solution everywhere.
 """
 
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import LinearConstraint, linprog, milp
+from scipy.optimize import linprog
 from scipy.sparse import csr_array
 
 from ramgguf.plan.knapsack import ROUNDING, Choice, Solution, smallest, solve
 
 Floats = NDArray[np.float64]
 Indices = NDArray[np.intp]
-# What ends a search, so that the same problem has the same solution everywhere: no clock.
-_MAX_NODES = 500
-_MOST_NEAR = 600  # choices, beside one of each item, that are searched first
-_MOST_OPEN = 600  # that are searched to the end
-_TOLERANCE = 2e-6  # somewhat more than HiGHS's
+_NEAR = 1500  # choices that are exchanged in pairs: those next to the relaxation's prices
+_MOST_EXCHANGES = 100
+# Nodes of branch and bound: as many as solve relaxations of so many choices in all.
+_COLUMNS, _FEWEST_NODES = 100_000, 8
+_WHOLE = 1e-9
+_ENOUGH = 1e-4  # a gap that ends the search
 _TIGHTER = (0.0, 4e-6, 1e-4, 1e-3, 1e-2, 5e-2)  # shares of the limits, until rounding fits
 
 
@@ -57,16 +60,27 @@ def solve_within(
     if all(r.fits(alone.chosen) for r in resources):
         return alone
     table = _Table.of(items, capacity, resources)
-    rows, lower = table.rounded()
+    rows, lower = table.searched()
     if rows is None:
         return None
-    rows, proven = table.searched(rows, lower)
     chosen = table.choice[rows].tolist()
-    lower = max(proven, alone.cost * (1 - alone.gap))
+    lower = max(lower, alone.cost * (1 - alone.gap))
     cost = float(sum(item[j].cost for item, j in zip(items, chosen, strict=True)))
     n_bytes = sum(item[j].n_bytes for item, j in zip(items, chosen, strict=True))
     gap = max(0.0, 1 - lower / cost) if cost > 0 else 0.0
     return Solution(tuple(chosen), n_bytes, cost, gap if gap > 1e3 * ROUNDING else 0.0)
+
+
+@dataclass(frozen=True, eq=False)
+class _Node:
+    """A part of all selections: which choices are allowed, the relaxation's shares of them, the
+    costs at its prices (infinite for what is not allowed), and the bound.
+    """
+
+    allowed: NDArray[np.bool_]
+    shares: Floats
+    value: Floats
+    bound: float
 
 
 @dataclass(frozen=True)
@@ -105,70 +119,74 @@ class _Table:
         """Each column's item, counted from 0 without gaps."""
         return np.repeat(np.arange(len(self.starts)), np.diff([*self.starts, len(self.item)]))
 
-    def rounded(self) -> tuple[Indices | None, float]:
-        """Return a selection that fits, made from the relaxation, and the relaxation's bound.
+    def searched(self) -> tuple[Indices | None, float]:
+        """Return the cheapest selection found that fits, None if none was, and a lower bound."""
+        root = self._node(np.ones(len(self.item), bool))
+        if root is None:
+            return None, np.inf
+        best, value = self._rounded(root)
+        n_nodes, number = max(_FEWEST_NODES, _COLUMNS // len(self.item)), 0
+        open_ = [(root.bound, number, root)]
+        while open_ and number < n_nodes:
+            least = np.inf if best is None else float(self.cost[best].sum())
+            if open_[0][0] >= least * (1 - _ENOUGH):
+                break
+            bound, _, node = heapq.heappop(open_)
+            for allowed in self._branches(node):
+                child, number = self._node(allowed), number + 1
+                if child is None:
+                    continue
+                rows, _ = self._rounded(child)
+                if rows is not None and self.cost[rows].sum() < least:
+                    best, least = rows, float(self.cost[rows].sum())
+                heapq.heappush(open_, (max(bound, child.bound), number, child))
+        if best is None:
+            return None, np.inf
+        best = self._exchanged(best, value)
+        cost = float(self.cost[best].sum())
+        return best, min(open_[0][0], cost) if open_ else cost
 
-        None where nothing fits the relaxation, or what it rounds to.
-        """
-        lower = -np.inf
+    def _node(self, allowed: NDArray[np.bool_]) -> "_Node | None":
+        """Return the relaxation of what is allowed; None where nothing fits it."""
+        shares, prices = self._relaxed(allowed, 1.0)
+        if shares is None:
+            return None
+        value = np.where(allowed, self.cost + prices @ self.used, np.inf)
+        bound = float(np.minimum.reduceat(value, self.starts).sum() - prices.sum())
+        return _Node(allowed, shares, value, bound)
+
+    def _rounded(self, node: "_Node") -> tuple[Indices | None, Floats]:
+        """Return a selection that fits, made from a relaxation, and the costs at its prices."""
+        shares: Floats | None = node.shares
         for tighter in _TIGHTER:
-            shares, prices = self._relaxed(1 - tighter)
+            if tighter:
+                shares, _ = self._relaxed(node.allowed, 1 - tighter)
             if shares is None:
                 break
-            lower = max(lower, self._bound(prices))
-            rows = self._repaired(self._nearest(shares), self.cost + prices @ self.used)
+            rows = self._repaired(self._nearest(shares), node.value)
             if rows is not None:
-                return self._improved(rows), lower
-        return None, lower
+                return self._improved(rows), node.value
+        return None, node.value
 
-    def searched(self, rows: Indices, lower: float) -> tuple[Indices, float]:
-        """Return a selection that is at least as cheap, and a bound at least as high.
-
-        The choices next to the relaxation's prices are searched first. Those that the prices put
-        above the selection then found are in no cheaper one; if few others are left, these are
-        searched to the end.
-        """
-        shares, prices = self._relaxed(1.0)
-        if shares is None:
-            return rows, lower
-        reduced = self.cost + prices @ self.used
-        reduced = reduced - np.minimum.reduceat(reduced, self.starts)[self._position]
-        near = np.sort(reduced)[min(len(reduced), len(self.starts) + _MOST_NEAR) - 1]
-        rows, _ = self._among(reduced <= near, rows, 1 - _TOLERANCE)
-        cost = float(self.cost[rows].sum())
-        is_open = reduced < cost - lower
-        if np.count_nonzero(is_open) - len(self.starts) > _MOST_OPEN:
-            return rows, lower
-        # What is left out costs at least as much as the selection that is there.
-        rows, bound = self._among(is_open, rows, 1.0)
-        return rows, max(lower, min(bound, cost))
-
-    def _among(
-        self, is_kept: NDArray[np.bool_], rows: Indices, share: float
-    ) -> tuple[Indices, float]:
-        """Return the best of the selection and those of the choices kept, and their bound.
-
-        Those keep to a share of the limits.
-        """
-        is_kept[rows] = True
-        kept = np.flatnonzero(is_kept)
-        cost = float(self.cost[rows].sum())
-        if len(kept) == len(self.starts):
-            return rows, cost
-        core = _Table(
-            self.item[kept], kept, self.cost[kept], self.used[:, kept],
-            np.flatnonzero(np.diff(self.item[kept], prepend=-1)),
-        )  # fmt: skip
-        found, bound = core._branched(share)
-        if found is not None and self.cost[kept[found]].sum() < cost and self._fits(kept[found]):
-            rows = kept[found]
-        return rows, bound
+    def _branches(self, node: "_Node") -> list[NDArray[np.bool_]]:
+        """Return what is allowed in the node's branches: a choice that it divides, or not that."""
+        most = np.maximum.reduceat(node.shares, self.starts)
+        divided = most < 1 - _WHOLE
+        if not divided.any():
+            return []
+        spread = np.maximum.reduceat(node.shares * self.cost, self.starts)
+        item = int(np.argmax(np.where(divided, spread, -1)))
+        own = self._position == item
+        column = int(np.argmax(np.where(own, node.shares, -1)))
+        taken, left = node.allowed & ~own, node.allowed.copy()
+        taken[column], left[column] = True, False
+        return [taken, left]
 
     def _constraints(self) -> csr_array:
         n = len(self.item)
         return csr_array((np.ones(n), (self._position, np.arange(n))))
 
-    def _relaxed(self, share: float) -> tuple[Floats | None, Floats]:
+    def _relaxed(self, allowed: NDArray[np.bool_], share: float) -> tuple[Floats | None, Floats]:
         """Return the shares of choices in the relaxation at a share of the limits, and prices."""
         one_each = self._constraints()
         scale = float(np.abs(self.cost).max()) or 1.0
@@ -178,17 +196,12 @@ class _Table:
             b_ub=np.full(len(self.used), share),
             A_eq=one_each,
             b_eq=np.ones(one_each.shape[0]),
-            bounds=(0, None),
+            bounds=np.column_stack([np.zeros(len(allowed)), allowed]),
             method="highs",
         )
         if found.x is None:
             return None, np.zeros(len(self.used))
         return found.x, np.maximum(0.0, -scale * found.ineqlin.marginals)
-
-    def _bound(self, prices: Floats) -> float:
-        """Return the Lagrangian's bound at these prices, whatever they are."""
-        value = self.cost + prices @ self.used
-        return float(np.minimum.reduceat(value, self.starts).sum() - prices.sum())
 
     def _nearest(self, shares: Floats) -> Indices:
         """Return each item's choice of the largest share."""
@@ -235,25 +248,29 @@ class _Table:
             row = int(np.argmax(np.where(fits, gain, -np.inf)))
             rows[position[row]] = row
 
-    def _branched(self, share: float) -> tuple[Indices | None, float]:
-        """Return the best selection that branch and bound finds, and the bound that it proves."""
-        least = np.minimum.reduceat(self.cost, self.starts)
-        rise = self.cost - least[self._position]
-        scale = float(rise.max()) or 1.0
-        result = milp(
-            rise / scale,
-            integrality=np.ones(len(rise)),
-            bounds=(0, 1),
-            constraints=[
-                LinearConstraint(self._constraints(), 1, 1),
-                LinearConstraint(self.used, -np.inf, share),
-            ],
-            options={"node_limit": _MAX_NODES, "mip_rel_gap": 1e-7},
-        )
-        bound = -np.inf
-        if result.mip_dual_bound is not None:
-            bound = float(least.sum()) + scale * float(result.mip_dual_bound)
-        return (None if result.x is None else self._nearest(result.x)), bound
+    def _exchanged(self, rows: Indices, value: Floats) -> Indices:
+        """Return the selection after the switches of two items that lower the cost most and fit.
+
+        value is the cost at the relaxation's prices.
+        """
+        rows, position = rows.copy(), self._position
+        above = value - np.minimum.reduceat(value, self.starts)[position]
+        near = np.sort(np.argsort(above, kind="stable")[:_NEAR])
+        own = position[near]
+        apart = own[:, None] != own
+        for _ in range(_MOST_EXCHANGES):
+            room = 1 - self.used[:, rows].sum(axis=1)
+            gain = self.cost[rows][own] - self.cost[near]
+            extra = self.used[:, near] - self.used[:, rows][:, own]
+            both = gain[:, None] + gain
+            possible = apart & (both > 0)
+            for more, left in zip(extra, room, strict=True):
+                possible &= more[:, None] + more <= left
+            if not possible.any():
+                break
+            a, b = np.unravel_index(int(np.argmax(np.where(possible, both, 0))), both.shape)
+            rows[own[a]], rows[own[b]] = near[a], near[b]
+        return self._improved(rows)
 
 
 def _undominated(rows: Floats) -> list[int]:

@@ -14,8 +14,8 @@ def time_file(
     *,
     threads: int | None = None,
     n_prompt: int = 512,
-    n_generated: int = 16,
-    n_repeats: int = 5,
+    n_generated: int = 8,
+    n_repeats: int = 9,
 ) -> Rates:
     """Return tokens per second of prompts and of generation after them, one for each repeat.
 

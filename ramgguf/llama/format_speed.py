@@ -31,7 +31,6 @@ from ramgguf.llama.trial_protocol import Load, Loaded
 REFERENCE = "Q8_0"
 _WORKER = "ramgguf.llama.speed_worker"
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
-_WIDTH = 2048
 _EMPTY_WIDTH = 64
 _EMPTY_LAYERS = 32
 _LEAST_BYTES, _MOST_BYTES = 64 << 20, 512 << 20  # of a model's weights
@@ -83,20 +82,22 @@ def format_speeds(
     threads: int | None = None,
     announce: Callable[[str], None] = lambda _: None,
     n_bytes: int | None = None,
+    width: int = 2048,
     n_prompt: int = 64,
     n_generated: int = 8,
     n_rounds: int = 3,
 ) -> SpeedProfile:
     """Return the speed of these formats here: what is not in the user's cache is measured.
 
-    n_bytes is what a timed model's weights take, by default three times the largest cache. Raises
+    n_bytes is what a timed model's weights take, by default three times the largest cache, and
+    width the length of its rows. Raises
     EngineError without llama-cpp-python, or where it cannot run the models.
     """
     if not llama_installed():
         raise EngineError("the speed of formats is measured: pip install 'ramgguf[eval]'")
     threads = threads or default_threads()
     n_bytes = n_bytes or beyond_cache()
-    path = _path(threads, n_bytes, n_prompt, n_rounds)
+    path = _path(f"{threads}|{n_bytes}|{width}|{n_prompt}|{n_generated}|{n_rounds}")
     known = _kept(path)
     missing = [
         name
@@ -110,7 +111,7 @@ def format_speeds(
     )
     timing = TimeTogether(n_prompt=n_prompt, n_generated=n_generated, n_rounds=n_rounds)
     with scratch_folder(None, error=EngineError) as folder, Child(_WORKER) as child:
-        timer = _Timer(child, folder, timing, threads, n_bytes)
+        timer = _Timer(child, folder, timing, threads, n_bytes, width)
         found = timer.profile(missing, known)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -138,8 +139,8 @@ def _engine() -> str:
         return "llama-cpp-python of unknown version"
 
 
-def _path(threads: int, n_bytes: int, n_prompt: int, n_rounds: int) -> Path:
-    key = f"{cpu_name()}|{threads}|{_engine()}|{n_bytes}|{n_prompt}|{n_rounds}"
+def _path(settings: str) -> Path:
+    key = f"{cpu_name()}|{_engine()}|{settings}"
     return user_cache("speeds") / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
 
 
@@ -163,19 +164,25 @@ class _Timer:
     """Times models of single formats, each beside the reference."""
 
     def __init__(
-        self, child: Child, folder: Path, timing: TimeTogether, threads: int, n_bytes: int
+        self,
+        child: Child,
+        folder: Path,
+        timing: TimeTogether,
+        threads: int,
+        n_bytes: int,
+        width: int,
     ) -> None:
         self._child, self._folder, self._timing = child, folder, timing
-        self._threads, self._n_bytes = threads, n_bytes
+        self._threads, self._n_bytes, self._width = threads, n_bytes, width
 
     def profile(self, missing: Sequence[str], known: SpeedProfile | None) -> SpeedProfile:
         """Return the known profile with the missing formats."""
-        system = self._load(SpeedModel.of_bytes(self._n_bytes, _WIDTH, REFERENCE), REFERENCE)
+        system = self._load(SpeedModel.of_bytes(self._n_bytes, self._width, REFERENCE), REFERENCE)
         empty, references = self._timed(SpeedModel(_EMPTY_WIDTH, _EMPTY_LAYERS), "F16"), []
         ratios: dict[str, tuple[SpeedModel, _Seconds]] = {}
         refused = dict(known.refused) if known else {}
         for name in missing:
-            model = SpeedModel.of_bytes(self._n_bytes, _WIDTH, name)
+            model = SpeedModel.of_bytes(self._n_bytes, self._width, name)
             try:
                 usual, found = self._timed(model, name)
             except ChildDiedError:

@@ -228,7 +228,7 @@ class _Table:
             less = np.where(over[:, None] > 0, less, -np.maximum(0, change + over[:, None]))
             gain = less.sum(axis=0)
             rise = np.maximum(0, value - value[rows][self._position]) + 1e-300
-            rate = np.where(gain > 0, gain / rise, -np.inf)
+            rate = np.where((gain > 0) & np.isfinite(value), gain / rise, -np.inf)
             row = int(np.argmax(rate))
             if rate[row] == -np.inf:
                 return None

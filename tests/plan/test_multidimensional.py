@@ -98,6 +98,4 @@ def test_what_cannot_be_kept_has_no_solution() -> None:
     assert solve_within(items, smallest(items) - 1, [Resource(used[0], 1e9)]) is None
     exact = solve_within(items, 10**9, [Resource(used[0], least)])
     assert exact is not None
-    assert [own[j] for own, j in zip(used[0], exact.chosen, strict=True)] == list(
-        map(min, used[0])
-    )
+    assert [own[j] for own, j in zip(used[0], exact.chosen, strict=True)] == list(map(min, used[0]))

@@ -1,6 +1,8 @@
 """The commands that read a model: quantize, measure."""
 
+import json
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -9,19 +11,27 @@ import typer
 import ramgguf as api
 from ramgguf.cli import memory_options as mem
 from ramgguf.cli import options as opt
+from ramgguf.cli.check_commands import FAILED
 from ramgguf.cli.exports import export_plan
 from ramgguf.cli.groups import grouped
 from ramgguf.cli.prepared import Weighed, calibrated
 from ramgguf.cli.sensitivity_commands import load_or_measure
 from ramgguf.cluster.executors import connected
 from ramgguf.core.escape import to_json
+from ramgguf.core.machine import Available, available_memory, within_cgroup
+from ramgguf.core.parallel import default_threads
 from ramgguf.core.units import format_seconds, parse_seconds, parse_size
+from ramgguf.deploy import MemoryRequest
+from ramgguf.deploy.checking import CheckRequest, check_file
+from ramgguf.deploy.footprint_formula import ContextShape
+from ramgguf.deploy.result import CheckResult
 from ramgguf.evaluate import scores_here
 from ramgguf.gguf.hub import beside
 from ramgguf.gguf.shards import model_stem
 from ramgguf.measure.result import Measurement
 from ramgguf.plan.result import Plan
 from ramgguf.quants.encoders import DEFAULT_ENCODER
+from ramgguf.report.check import print_check
 from ramgguf.report.held_out import print_held_out
 from ramgguf.report.held_out import summary as score_summary
 from ramgguf.report.plans import print_plan
@@ -85,12 +95,24 @@ ScoreOption = Annotated[
 ]
 
 
+CheckOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--check/--no-check",
+        help="Try the file as the command check does, within --memory; exit status 3 if it fails. "
+        "Default: with --min-speed.",
+    ),
+]
+
+
 def quantize(
     model: opt.Model,
     budget: opt.OptionalBudget = None,
     output: opt.Output = None,
     lora: opt.Lora = None,
     max_kld: MaxKld = None,
+    min_speed: opt.MinSpeed = None,
+    min_prompt_speed: opt.MinPromptSpeed = None,
     memory: mem.MemoryOptions = mem.MemoryOptions(),  # noqa: B008 (frozen)
     choice: opt.PlanChoice = opt.PlanChoice(),  # noqa: B008 (frozen)
     effort: opt.EffortOption = None,
@@ -109,6 +131,7 @@ def quantize(
     split_max_size: Split = None,
     verify: Verify = True,
     score: ScoreOption = None,
+    check: CheckOption = None,
     save_plan: SavePlan = None,
     export_tensor_types: opt.ExportTypes = None,
     force: opt.Force = False,
@@ -134,6 +157,14 @@ def quantize(
         )
     if max_kld is not None and score is False:
         raise typer.BadParameter("--max-kld is verified by a score", param_hint="--no-score")
+    is_timed = min_speed is not None or min_prompt_speed is not None
+    if is_timed:
+        conflicts = {"--max-kld": max_kld is not None, "--plan": plan_file, "--refine": refine}
+        if conflicting := ", ".join(name for name, is_given in conflicts.items() if is_given):
+            raise typer.BadParameter(
+                f"a least speed goes with --budget or --memory, not with {conflicting}",
+                param_hint="--min-speed",
+            )
     if refine and plan_file:
         raise typer.BadParameter("a ready plan is followed as it is", param_hint="--refine")
     if (imatrix or calibrate) and (plan_file or measurement):
@@ -208,6 +239,8 @@ def quantize(
             None if plan_file or max_kld else mem.size_limit(budget, request, model),
             output,
             max_kld=max_kld,
+            min_speed=min_speed,
+            min_prompt_speed=min_prompt_speed,
             from_plan=Plan.load(plan_file) if plan_file else None,
             measurement=Measurement.load(measurement) if measurement else None,
             encoder=None if encoder is None else chosen.name,
@@ -228,8 +261,14 @@ def quantize(
             **choice.options(sensed),
         )
     export_plan(made.plan, save_plan, export_tensor_types, terminal)
+    checked = None
+    if is_timed if check is None else check:
+        checked = check_file(
+            made.paths[0], check_request(request, threads), announce=terminal.announce
+        )
     if as_json:
-        print(to_json(_summary(made)))
+        print(to_json(_summary(made, checked)))
+        _require_passed(checked)
         return
     print_plan(made.plan, terminal.out, verbose=verbose)
     if made.score is not None:
@@ -237,26 +276,44 @@ def quantize(
     elif score and not scores_here():
         terminal.announce("not scored: pip install 'ramgguf[eval]' measures what was lost")
     seconds = ", ".join(f"{name} {format_seconds(s)}" for name, s in made.seconds.items())
-    checked = (
+    said = (
         "not verified"
         if made.worst_departure is None
         else f"every tensor decoded again: errors as planned (±{made.worst_departure:.0e})"
     )
     terminal.out.print(
-        f"{', '.join(str(p) for p in made.paths)}: {checked}; {seconds}", soft_wrap=True
+        f"{', '.join(str(p) for p in made.paths)}: {said}; {seconds}", soft_wrap=True
     )
     if made.modelfile is not None:
         name = shlex.quote(str(made.modelfile))
         terminal.out.print(f"{made.modelfile}: ollama create NAME -f {name}", soft_wrap=True)
+    if checked is not None:
+        print_check(checked, terminal.out)
+    _require_passed(checked)
 
 
-def _summary(made: api.Quantized) -> dict[str, object]:
+def check_request(request: MemoryRequest | None, threads: int | None) -> CheckRequest:
+    """Return how the file is tried: within the memory asked for, or what is left here."""
+    asked = None if request is None or request.ram is None else request.ram
+    limit = available_memory() if asked is None else within_cgroup(Available(asked, "--memory"))
+    shape = ContextShape(4096) if request is None else replace(request.shape, n_seq=1)
+    return CheckRequest(shape, limit, n_threads=threads or default_threads())
+
+
+def _require_passed(checked: CheckResult | None) -> None:
+    if checked is not None and not checked.passed:
+        raise typer.Exit(FAILED)
+
+
+def _summary(made: api.Quantized, checked: CheckResult | None) -> dict[str, object]:
     return {
         "paths": [str(p) for p in made.paths],
         "modelfile": None if made.modelfile is None else str(made.modelfile),
         "n_bytes": made.n_bytes,
         "budget": made.plan.budget,
         "memory": made.plan.memory.model_dump() if made.plan.memory else None,
+        "speed": made.plan.speed.model_dump() if made.plan.speed else None,
+        "check": None if checked is None else json.loads(checked.to_json()),
         "bpw": made.plan.bpw,
         "objective": made.plan.objective,
         "total_cost": made.plan.total_cost,

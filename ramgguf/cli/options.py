@@ -127,6 +127,18 @@ Ties = Annotated[
         "--tie", help="One format per layer for these roles: qkv, gate-up or role,role; repeatable."
     ),
 ]
+MinSpeed = Annotated[
+    float | None,
+    typer.Option(
+        "--min-speed",
+        help="Tokens/s of generation, at least, here: formats are chosen by their speed on this "
+        "machine, which is measured once.",
+    ),
+]
+MinPromptSpeed = Annotated[
+    float | None,
+    typer.Option("--min-prompt-speed", help="The same of prompts of 512 tokens."),
+]
 For = Annotated[
     str | None,
     typer.Option(

@@ -95,6 +95,9 @@ _NORM = re.compile(r"(?:^|[._])(?:norm\w*|ln\d?|enorm|hnorm)$|_norm(?:_\w+)?$")
 # Parts of a draft (multi-token prediction) block only; all of its layer belongs to it.
 _DRAFT = "nextn."
 
+# Ends of the parts whose third dimension counts experts.
+_EXPERTS = ("_exps", "_chexps")
+
 # What llama.cpp's quantizer leaves alone by name (tensor_allows_quantization in
 # src/llama-quant.cpp), and why it is left alone.
 _KEPT_PARTS: Mapping[str, str] = {
@@ -221,6 +224,11 @@ def is_looked_up(name: str, *, tied: bool) -> bool:
 def is_multiplied(name: str, shape: tuple[int, ...], arch: str, *, tied: bool) -> bool:
     """Return whether the tensor is a matrix that may be quantized and meets activations."""
     return never_quantized(name, shape, arch) is None and not is_looked_up(name, tied=tied)
+
+
+def is_of_experts(name: str) -> bool:
+    """Return whether the tensor holds experts, of which a token uses some."""
+    return parse_name(name).part.endswith(_EXPERTS)
 
 
 def is_input(name: str) -> bool:

@@ -89,6 +89,12 @@ class Deployed:
         if not self._context:
             raise EngineError(f"llama.cpp could not make a context of {parameters.n_ctx} tokens")
 
+    def close(self) -> None:
+        """Free the model and its context."""
+        self._llama.llama_batch_free(self._batch)
+        self._llama.llama_free(self._context)
+        self._llama.llama_model_free(self._model)
+
     @property
     def embeds(self) -> bool:
         """Whether it is an embedding model."""

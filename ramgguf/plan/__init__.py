@@ -17,10 +17,12 @@ from ramgguf.plan.planning import (
 from ramgguf.plan.problem import Problem
 from ramgguf.plan.recipes import Recipe
 from ramgguf.plan.result import Plan
+from ramgguf.plan.speed import N_PROMPT, SpeedLimit, TokenWork
 from ramgguf.plan.targets import TARGETS, target
 
 __all__ = [
     "DEFAULT_MIN_SQNR_DB",
+    "N_PROMPT",
     "OBJECTIVE_NAMES",
     "TARGETS",
     "ByteLimit",
@@ -35,6 +37,8 @@ __all__ = [
     "Room",
     "SizeLimit",
     "SourceSize",
+    "SpeedLimit",
+    "TokenWork",
     "costing",
     "curve",
     "diff",

@@ -1,17 +1,19 @@
 """From a Measurement and a budget to a Plan."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
+from functools import partial
 
 from ramgguf.core.errors import BudgetError
 from ramgguf.core.gc_paused import gc_paused
 from ramgguf.core.units import format_bytes
 from ramgguf.gguf.layout import padded
 from ramgguf.measure.result import Measurement
-from ramgguf.plan.knapsack import Choice, Solution, smallest, solve
+from ramgguf.plan.knapsack import Solution, smallest, solve
 from ramgguf.plan.objectives import Costing
 from ramgguf.plan.problem import Candidates, Problem, notes
 from ramgguf.plan.result import Constraints, NextPercent, Plan
+from ramgguf.plan.speed import SpeedLimit, TimedProblem
 
 MAX_UNUSED = 0.001  # of the budget; what a plan leaves beyond it is explained
 
@@ -23,18 +25,26 @@ def allocate(
     *,
     costing: Costing,
     constraints: Constraints,
+    speed: SpeedLimit | None = None,
 ) -> Plan:
     """Return the plan of least cost whose output file has at most `budget` bytes.
 
-    Raises BudgetError with the smallest feasible size when there is none, PlanError when a pin,
-    a tie or a format suits nothing.
+    With a speed, it is the cheapest of those that are predicted to be as fast. Raises BudgetError
+    with the smallest feasible size, or the largest speed, when there is none, PlanError when a
+    pin, a tie or a format suits nothing.
     """
     problem = Problem.of(measurement, constraints, costing.cost)
-    items = problem.items
     capacity = budget - measurement.n_overhead_bytes
-    if smallest(items) > capacity:
+    if smallest(problem.items) > capacity:
         raise _too_small(problem, budget)
-    solution = solve(items, capacity)
+    timed: TimedProblem | None = None
+    best: Callable[[int], Solution] = partial(solve, problem.items)
+    if speed is not None:
+        timed = TimedProblem(problem, speed)
+        timed.require_reachable(capacity, _without_floor(problem, speed))
+        best = timed.solved
+    solution = best(capacity)
+    free = timed is None or not timed.binds(capacity, solution)
     assignments = problem.assignments(solution.chosen)
     return Plan(
         ramgguf_version=measurement.ramgguf_version,
@@ -51,9 +61,11 @@ def allocate(
         gap=solution.gap,
         constraints=constraints,
         assignments=assignments,
-        next_percent=_next_percent(items, solution, capacity, budget),
+        next_percent=_next_percent(best, solution, capacity, budget),
+        speed=None if timed is None else timed.planned(assignments),
         notes=(
-            *_unused(problem, solution, capacity, budget),
+            *(() if timed is None else timed.notes()),
+            *(_unused(problem, solution, capacity, budget) if free else ()),
             *notes(problem),
             *costing.notes,
         ),
@@ -84,11 +96,19 @@ def _unused(problem: Problem, solution: Solution, room: int, budget: int) -> Ite
 
 
 def _next_percent(
-    items: Sequence[Sequence[Choice]], solution: Solution, capacity: int, budget: int
+    best: Callable[[int], Solution], solution: Solution, capacity: int, budget: int
 ) -> NextPercent:
-    larger = solve(items, capacity + budget // 100)
+    larger = best(capacity + budget // 100)
     changes = sum(a != b for a, b in zip(solution.chosen, larger.chosen, strict=True))
     return NextPercent(n_bytes=budget + budget // 100, total_cost=larger.cost, n_changes=changes)
+
+
+def _without_floor(problem: Problem, speed: SpeedLimit) -> TimedProblem | None:
+    """Return the problem with every SQNR allowed; None where there is no floor."""
+    if problem.constraints.min_sqnr_db <= 0:
+        return None
+    bare = problem.constraints.model_copy(update={"min_sqnr_db": -math.inf})
+    return TimedProblem(Problem.of(problem.measurement, bare, problem.cost), speed)
 
 
 def _too_small(problem: Problem, budget: int) -> BudgetError:

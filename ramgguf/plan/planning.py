@@ -18,6 +18,7 @@ from ramgguf.plan.problem import Problem, parse_tie
 from ramgguf.plan.recipes import Difference, Recipe, pins_for
 from ramgguf.plan.recipes import diff as _diff
 from ramgguf.plan.result import Constraints, MinFormat, Pin, Plan
+from ramgguf.plan.speed import SpeedLimit
 from ramgguf.plan.targets import target_ties
 from ramgguf.quants.formats import expand
 from ramgguf.sensitivity.result import Sensitivity
@@ -31,7 +32,8 @@ class PlanOptions(TypedDict, total=False):
     objective None is the best known: sensitivity where one is given (a value or its file), else
     weighted. formats are those to choose from, or sets of them (None: all measured); pins are
     'regex=FORMAT', min_formats 'role=FORMAT'; a tie is 'qkv', 'gate-up' or a list 'role,role'.
-    target is a program that runs the file (TARGETS): 'vllm' ties what it fuses.
+    target is a program that runs the file (TARGETS): 'vllm' ties what it fuses. speed is how fast
+    a plan must be on a machine whose formats were timed.
     """
 
     objective: str | None
@@ -42,6 +44,7 @@ class PlanOptions(TypedDict, total=False):
     ties: Sequence[str]
     min_formats: Sequence[str]
     target: str | None
+    speed: SpeedLimit | None
 
 
 def plan(
@@ -69,6 +72,7 @@ def plan(
             measurement,
             costing=_costing(measurement, options),
             constraints=_constraints(measurement, options),
+            speed=options.get("speed"),
         ),
     )
 

@@ -125,6 +125,22 @@ class MemoryBudget(FrozenModel):
     vram: MemoryUse | None = None
 
 
+class PlannedSpeed(FrozenModel):
+    """Tokens per second that a plan was bound to (0: not), and those that it has.
+
+    generation and prompt are predicted from the speed of formats on this CPU, unless is_measured.
+    """
+
+    least_generation: NonNegativeFloat
+    least_prompt: NonNegativeFloat
+    generation: NonNegativeFloat
+    prompt: NonNegativeFloat
+    cpu: str
+    n_threads: Positive
+    engine: str
+    is_measured: bool = False
+
+
 class FormatChange(FrozenModel):
     """A tensor that a refinement gave another format."""
 
@@ -193,6 +209,7 @@ class Plan(Document):
     next_percent: NextPercent | None = None
     refinement: Refinement | None = None
     memory: MemoryBudget | None = None
+    speed: PlannedSpeed | None = None
     notes: tuple[str, ...] = ()
 
     @property

@@ -27,15 +27,17 @@ from ramgguf.evaluate import SCORE_SECONDS, HeldOutScore, score_held_out
 from ramgguf.gguf.hub import beside, local_path
 from ramgguf.gguf.reader import GGUFFile, open_gguf
 from ramgguf.llama.client import WrongKindError
+from ramgguf.llama.format_speed import SpeedProfile
 from ramgguf.llama.system import llama_installed
 from ramgguf.measure.result import Measurement
-from ramgguf.plan import PlanOptions, SizeLimit, size_limit
+from ramgguf.plan import PlanOptions, SizeLimit, SpeedLimit, size_limit
 from ramgguf.plan.result import Plan
 from ramgguf.quantize.gate import Verdict, judge
 from ramgguf.quantize.kld_target import smallest_within
 from ramgguf.quantize.modelfile import modelfile_path, write_modelfile
-from ramgguf.quantize.output_paths import default_output
+from ramgguf.quantize.output_paths import check_destination
 from ramgguf.quantize.pipeline import Quantized, QuantizeOptions, quantize_once
+from ramgguf.quantize.placing import placed
 from ramgguf.quantize.protection import protected_formats
 from ramgguf.quantize.schedule import (
     EFFORTS,
@@ -47,9 +49,9 @@ from ramgguf.quantize.schedule import (
     Step,
     schedule,
 )
+from ramgguf.quantize.speed_target import fast_enough, speed_limit
 from ramgguf.quantize.step_cache import StepCache
 from ramgguf.quantize.step_costs import measured_costs
-from ramgguf.quantize.verify import verify as verify_file
 from ramgguf.quants.encoders import DEFAULT_ENCODER, EncoderName
 from ramgguf.quants.formats import expand
 from ramgguf.quants.stand_in import (
@@ -86,6 +88,9 @@ def quantize(
     score: bool = False,
     lora: str | Path | None = None,
     max_kld: float | None = None,
+    min_speed: float | None = None,
+    min_prompt_speed: float | None = None,
+    speeds: SpeedProfile | None = None,
     from_plan: Plan | None = None,
     measurement: Measurement | None = None,
     encoder: EncoderName | None = None,
@@ -118,6 +123,11 @@ def quantize(
     max_kld, in place of a budget, is how many nats per token the file may lose: the smallest that
     keeps to it on held-out text is searched, with effort fast and what is given.
 
+    min_speed and min_prompt_speed, beside a budget, are tokens per second of generation and of
+    prompts of 512 tokens: formats are chosen by their speed on this machine, measured once and
+    kept (or that of speeds), and the file is timed. Raises BudgetError with the largest speed
+    that is possible, and what limits it, where that is less.
+
     from_plan, measurement, encoder, imatrix, hessian and refine are for effort fast. A ready
     measurement saves measuring again; imatrix and hessian are as in measure. Without a ready plan,
     refine is how many swaps of formats are tried by forward passes, on the workers of an executor
@@ -147,14 +157,19 @@ def quantize(
     if is_for_ollama:
         _require_modelfile(output, split_max_bytes, force=force)
     level = effort or default_effort(is_explicit=bool(given), has_time=seconds is not None)
+    is_timed = min_speed is not None or min_prompt_speed is not None
+    if is_timed and (max_kld is not None or from_plan is not None or refine):
+        raise PlanError(
+            "a least speed goes with a budget or memory: give no max_kld, plan or refinement"
+        )
     if level == "fast":
         if seconds is not None:
             raise PlanError("effort fast takes what it takes; seconds are for auto and best")
-        if max_kld is None:
+        if max_kld is None and not is_timed:
             made = quantize_once(
                 model, budget, output, settings, from_plan=from_plan, measurement=measurement
             )
-        else:
+        elif max_kld is not None:
             if budget is not None or from_plan is not None or refine:
                 raise PlanError("max_kld finds the budget: give no budget, plan or refinement")
             target = None if output is None else Path(output)
@@ -169,8 +184,19 @@ def quantize(
         # The score is part of what the time is for.
         left = seconds and seconds - (min(SCORE_SECONDS, SCORE_SHARE * seconds) if score else 0.0)
         target = None if output is None else Path(output)
-        alone = replace(settings, executor=None)  # steps are measured on this machine, and run here
-        made = _Run(model, size_limit(budget), target, level, left, alone).made()
+        settings = replace(settings, executor=None)  # steps are measured and run on this machine
+        if not is_timed:
+            made = _Run(model, size_limit(budget), target, level, left, settings).made()
+    if is_timed:
+        if budget is None:
+            raise PlanError("a least speed goes with a budget or memory")
+        speed = speed_limit(
+            model, min_speed or 0.0, min_prompt_speed or 0.0, names=options.get("formats"),
+            profile=speeds, threads=threads, announce=announce,
+        )  # fmt: skip
+        target = None if output is None else Path(output)
+        steps = None if level == "fast" else (level, left)
+        made = _timed(model, size_limit(budget), target, settings, speed, steps, measurement)
     if is_for_ollama:
         n_ctx = made.plan.memory.n_ctx if made.plan.memory else None
         modelfile = write_modelfile(made.paths[0], n_ctx, force=force)
@@ -182,6 +208,47 @@ def quantize(
         for_score = max(0.0, min(SCORE_SECONDS, seconds - (clock() - start)))
     found = scored(made, model, threads, progress, announce, for_score)
     return replace(made, score=found)
+
+
+def _timed(
+    model: Path,
+    limit: SizeLimit,
+    output: Path | None,
+    options: QuantizeOptions,
+    speed: SpeedLimit,
+    steps: tuple[Effort, float | None] | None,
+    measurement: Measurement | None,
+) -> Quantized:
+    """Write a file that is fast enough: by priors, then with the steps of an effort, if any.
+
+    The file by priors tells how fast the steps' formats will be.
+    """
+    start = clock()
+    folder = (output or beside(model, "output")).absolute().parent
+    with open_gguf(model) as file:
+        wanted = output or beside(model, model.name)
+        check_destination(wanted, output is not None and not options.force, file.n_bytes)
+    trial = replace(options, verify=False, split_max_bytes=None, force=True)
+
+    def bound(speed: SpeedLimit) -> QuantizeOptions:
+        return replace(trial, plan={**options.plan, "speed": speed})
+
+    with scratch_folder(folder, error=GGUFError) as scratch:
+        path = scratch / "timed.gguf"
+        made, speed = fast_enough(
+            lambda speed: quantize_once(
+                model, limit, path, bound(speed), measurement=measurement
+            ),
+            speed, announce=options.announce,
+        )  # fmt: skip
+        if steps is not None:
+            level, seconds = steps
+            made, _ = fast_enough(
+                lambda speed: _Run(model, limit, path, level, seconds, bound(speed)).made(),
+                speed, relaxes=False, announce=options.announce,
+            )  # fmt: skip
+        done = placed(model, made, output, options)
+    return replace(done, seconds={"until fast enough": clock() - start})
 
 
 def _require_modelfile(output: str | Path | None, split: int | None, *, force: bool) -> None:
@@ -445,6 +512,9 @@ class _Run:
             case "swaps" if self._stand_in is not None:
                 self._log.add("swaps: left out, they run on the model, which does not fit")
                 return None
+            case "swaps" if "speed" in self._options.plan:
+                self._log.add(f"{step.name}: left out, they know nothing of speed")
+                return None
             case "swaps":
                 return self._candidate(replace(now, refine=N_TRIALS))
         self._log.add(f"{step.name}: left out, it builds on a matrix that was not taken")
@@ -562,21 +632,6 @@ class _Run:
         plan = best.made.plan
         notes = tuple(f"effort {self._effort}: {line}" for line in self._log.lines)
         plan = plan.model_copy(update={"notes": (*plan.notes, *notes)})
-        path = self._output or default_output(self._model, plan)
-        if self._options.split_max_bytes is not None:
-            made = quantize_once(self._model, None, path, self._options, from_plan=plan)
-            made = replace(made, measurement=best.made.measurement)
-        else:
-            refuse_existing(path, force=self._options.force, error=GGUFError)
-            worst = self._verified(best) if self._options.verify else None
-            best.path.replace(path.resolve() if path.is_symlink() else path)
-            made = replace(best.made, paths=(path,), worst_departure=worst)
-        seconds = {"effort": clock() - self._start}
-        return replace(made, plan=plan, seconds=seconds)
-
-    def _verified(self, best: _Candidate) -> float:
-        with open_gguf(self._model) as file, open_gguf(best.path) as written:
-            return verify_file(
-                file, best.made.plan, written, threads=self._threads or default_threads(),
-                progress=self._progress,
-            )  # fmt: skip
+        made = replace(best.made, plan=plan)
+        done = placed(self._model, made, self._output, self._options)
+        return replace(done, seconds={"effort": clock() - self._start})

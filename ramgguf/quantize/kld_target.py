@@ -11,10 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ramgguf.core.errors import BudgetError, EngineError, GGUFError, PlanError
-from ramgguf.core.files import refuse_existing
 from ramgguf.core.mix import Part
-from ramgguf.core.parallel import default_threads
-from ramgguf.core.progress import Clock, Silent
+from ramgguf.core.progress import Clock
 from ramgguf.core.scratch import scratch_folder
 from ramgguf.core.units import format_bytes
 from ramgguf.evaluate import SCORE_SECONDS, HeldOutScore, score_held_out
@@ -23,9 +21,9 @@ from ramgguf.gguf.reader import open_gguf
 from ramgguf.llama.system import llama_installed
 from ramgguf.measure.result import Measurement
 from ramgguf.plan import plan
-from ramgguf.quantize.output_paths import check_destination, default_output
+from ramgguf.quantize.output_paths import check_destination
 from ramgguf.quantize.pipeline import Quantized, QuantizeOptions, quantize_once
-from ramgguf.quantize.verify import verify as verify_file
+from ramgguf.quantize.placing import placed
 from ramgguf.quants.encoders import ENCODERS
 
 TOLERANCE = 0.005  # of the bytes: how close to the smallest the search ends
@@ -201,32 +199,20 @@ class _Search:
         return found
 
     def _finished(self, made: Quantized, score: HeldOutScore, output: Path | None) -> Quantized:
-        """Verify the file and give it its name, or write it anew as shards."""
+        """Give the file its name."""
         options = self._options
         note = (
             f"the smallest of {self._n_trials} files with a KLD of at most {self._max_kld:g} nats "
             "per token on held-out text"
         )
         planned = made.plan.model_copy(update={"notes": (*made.plan.notes, note)})
-        path = output or default_output(self._model, planned)
-        if options.split_max_bytes is not None:
-            again = quantize_once(self._model, None, path, options, from_plan=planned)
-            return replace(again, measurement=made.measurement, score=score)
-        refuse_existing(path, force=options.force, error=GGUFError)
-        worst = None
-        if options.verify:
-            threads, shown = options.threads or default_threads(), options.progress or Silent()
-            with (
-                self._clock.stage("verify"),
-                open_gguf(self._model) as file,
-                open_gguf(made.paths[0]) as written,
-            ):
-                worst = verify_file(file, made.plan, written, threads=threads, progress=shown)
-        made.paths[0].replace(path.resolve() if path.is_symlink() else path)
-        return replace(
-            made, paths=(path,), plan=planned, worst_departure=worst, score=score,
-            seconds=self._clock.seconds,
-        )  # fmt: skip
+        with self._clock.stage("verify"):
+            done = placed(self._model, replace(made, plan=planned, score=score), output, options)
+        return (
+            done
+            if options.split_max_bytes is not None
+            else replace(done, seconds=self._clock.seconds)
+        )
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from rich.console import Console
 
 from ramgguf.core.units import format_bytes
 from ramgguf.plan.objectives import DEFAULT_OBJECTIVE
-from ramgguf.plan.result import Assignment, Plan, Refinement
+from ramgguf.plan.result import Assignment, Plan, PlannedSpeed, Refinement
 from ramgguf.report.grid import Field, Grid, grid_of, to_rich
 from ramgguf.report.memory import print_memory
 from ramgguf.report.roles import RoleTensors, largest_first
@@ -43,6 +43,8 @@ def print_plan(plan: Plan, console: Console, *, verbose: bool = False) -> None:
     if plan.memory is not None:
         print_memory(plan.memory, console)
     console.print(optimality(plan), soft_wrap=True)
+    if plan.speed is not None:
+        console.print(speed(plan.speed), soft_wrap=True)
     if plan.refinement is not None:
         console.print(refinement(plan.refinement), soft_wrap=True)
     if plan.next_percent is not None and plan.total_cost > 0:
@@ -66,6 +68,20 @@ def print_plan(plan: Plan, console: Console, *, verbose: bool = False) -> None:
             note = f"  ({a.note})" if a.note else ""
             line = f"  {a.name:<40} {a.source_format:>5} → {a.format:<7} {a.nmse:.3e}{note}"
             console.print(line, soft_wrap=True)
+
+
+def speed(found: PlannedSpeed) -> str:
+    """Return how fast the plan is, how fast it had to be, and who says so."""
+
+    def one(what: str, value: float, least: float) -> str:
+        return f"{what} {value:.3g} tokens/s" + (f" (at least {least:g})" if least else "")
+
+    both = [one("generation", found.generation, found.least_generation)]
+    if found.least_prompt or not found.is_measured:
+        both.append(one("prompts", found.prompt, found.least_prompt))
+    threads = "1 thread" if found.n_threads == 1 else f"{found.n_threads} threads"
+    how = "measured" if found.is_measured else "predicted from the speed of formats"
+    return f"speed: {', '.join(both)}, {how} with {threads} of {found.cpu}"
 
 
 def optimality(plan: Plan) -> str:

@@ -27,6 +27,8 @@ SIZES = (
     *((8, 2), (6, 2), (4, 2), (4, 1), (2, 1), (1, 1)),
 )
 FEEDBACK: tuple[EncoderName, ...] = ("descent", "gptq")  # best first
+ENOUGH_FOR_FEEDBACK = 32  # sequences: for more, no other step is left out
+MOST_FOR_AUTO = 48  # sequences: error feedback gains little from more (docs/findings.md)
 LEAST_FOR_FEEDBACK = 16  # sequences: fewer tell too little of the inputs' correlations
 LEAST_READ = 8  # sequences that may take more than READING_SHARE of the time
 READING_SHARE = 0.5
@@ -114,6 +116,7 @@ def schedule(effort: Effort, limit: float, costs: Costs, kept: Kept, tokens: str
         _Try(effort, limit, costs, kept, tokens, *size, encoder, with_massive, with_feedback)
         for with_massive, with_feedback in product((True, False), repeat=2)
         for size, encoder in product(SIZES, FEEDBACK)
+        if effort == "best" or size[0] <= MOST_FOR_AUTO
     ]
     for one in tries:
         one.fill()
@@ -132,9 +135,10 @@ def schedule(effort: Effort, limit: float, costs: Costs, kept: Kept, tokens: str
         return Schedule(left_out=(line,))
     # Error feedback brings more than formats for massive activations: these yield to it.
     fed = [t for t in fitting if t.has("error feedback") and t.n_read >= LEAST_FOR_FEEDBACK]
+    whole = [t for t in fed if t.has("massive activations") and t.n_read >= ENOUGH_FOR_FEEDBACK]
     fitting = [t for t in fitting if t.with_massive]
     calm = [t for t in fitting if t.reading <= READING_SHARE * limit or t.n <= LEAST_READ]
-    best = (fed or calm or fitting)[0]
+    best = (whole or fed or calm or fitting)[0]
     return Schedule(
         tuple(best.steps),
         best.n_read,
@@ -190,32 +194,39 @@ class _Try:
     def gate(self) -> float:
         return self.n_rounds * self.costs.round
 
+    @property
+    def sweeping(self) -> float:
+        """Seconds of error feedback in all weights."""
+        return self.costs.descent if self.encoder == "descent" else self.costs.feedback
+
     def has(self, name: StepName) -> bool:
         return any(step.name == name for step in self.steps)
 
     def fill(self) -> None:
         """Take the steps in turn, each if it fits what those before it leave."""
-        left = self.limit
-        steps = [self.matrix()]
-        if self.with_massive:
-            steps.append(self.massive())
+        if self.effort == "auto":  # what brings most per second first
+            makers = [self.matrix, self.feedback, self.massive]
         else:
+            makers = [self.matrix, self.massive, self.sensitivities, self.feedback, self.swaps]
+        if not self.with_massive:
+            makers.remove(self.massive)
             self.left_out.append("massive activations: left out, error feedback needs the time")
-        if self.effort == "best":
-            steps.append(self.sensitivities(left - sum(step.seconds for step in steps)))
-        steps.append(self.feedback())
-        if self.effort == "best":
-            steps.append(self.swaps())
-        for step in steps:
-            if why := self._obstacle(step, left):
+        for make in makers:
+            step = make()
+            if why := self._obstacle(step):
                 self.left_out.append(f"{step.name}: left out, {why}")
                 if step.name == "importance matrix":
                     return  # the others build on it
                 continue
             self.steps.append(step)
-            left -= step.seconds
 
-    def _obstacle(self, step: Step, left: float) -> str | None:
+    @property
+    def left(self) -> float:
+        """Seconds that the steps so far leave."""
+        return self.limit - sum(step.seconds for step in self.steps)
+
+    def _obstacle(self, step: Step) -> str | None:
+        left = self.left
         needed = self.costs.hessian_bytes
         is_new = not (self.is_kept and self.kept.hessian)
         if step.name == "error feedback" and is_new and needed > DISK_SHARE * self.kept.free_bytes:
@@ -240,17 +251,21 @@ class _Try:
         )
 
     def massive(self) -> Step:
-        """A few tokens by a few dozen passes; the gate is longer by windows of 16 tokens."""
+        """A few tokens by a few dozen passes; the gate is longer by windows of 16 tokens.
+
+        After error feedback, its candidate is rounded by it, too.
+        """
         probe = 0.0 if self.kept.massive else PROBE_READS * self.costs.read
+        sweeping = self.sweeping if self.has("error feedback") else 0.0
         return Step(
             "massive activations",
             "tensors that the first token of a text depends on",
-            probe + self.costs.write + self.gate + self.costs.read,
+            probe + sweeping + self.costs.write + self.gate + self.costs.read,
             probe,
         )
 
-    def sensitivities(self, left: float) -> Step:
-        seconds = min(SENSITIVITY_SECONDS, SENSITIVITY_SHARE * max(0.0, left))
+    def sensitivities(self) -> Step:
+        seconds = min(SENSITIVITY_SECONDS, SENSITIVITY_SHARE * max(0.0, self.left))
         if self.kept.sensitivity:
             seconds = 0.0
         return Step(
@@ -264,13 +279,11 @@ class _Try:
         """Errors are measured as the blocks are written."""
         is_there = self.with_hessians or (self.is_kept and self.kept.hessian)
         reading = 0.0 if is_there else self.n_read * (self.costs.read + self.costs.gram)
-        with_descent = self.encoder == "descent"
-        sweep = "GPTQ and coordinate descent" if with_descent else "GPTQ"
-        sweeping = self.costs.descent if with_descent else self.costs.feedback
+        sweep = "GPTQ and coordinate descent" if self.encoder == "descent" else "GPTQ"
         return Step(
             "error feedback",
             f"{sweep}, with Hessians of {self.hessian_size}",
-            reading + sweeping + self.costs.write + self.gate,
+            reading + self.sweeping + self.costs.write + self.gate,
             reading,
         )
 

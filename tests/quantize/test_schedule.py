@@ -34,8 +34,8 @@ def _step(found: Schedule, name: str) -> Step:
 
 def test_on_an_idle_machine_auto_has_all_its_steps_within_five_minutes() -> None:
     found = schedule("auto", 300, IDLE, Kept(), "mix")
-    assert _names(found) == ["importance matrix", "massive activations", "error feedback"]
-    assert found.n_sequences >= 16
+    assert _names(found) == ["importance matrix", "error feedback", "massive activations"]
+    assert found.n_sequences >= 32
     assert found.seconds <= 300
     assert found.left_out == ()
 
@@ -56,7 +56,8 @@ def test_the_last_resort_is_one_sequence_and_one_round_and_then_the_line_says_wh
     None
 ):
     least = schedule("auto", 1e9, IDLE, Kept(), "mix")
-    assert least.n_sequences == 64
+    assert least.n_sequences == 48  # more bring little
+    assert schedule("best", 1e9, IDLE, Kept(), "mix").n_sequences == 64
     needed = IDLE.write + IDLE.read + 1.5 * IDLE.round
     just = schedule("auto", needed * 1.001, IDLE, Kept(), "mix")
     assert (just.n_sequences, just.n_rounds) == (1, 1)
@@ -94,15 +95,15 @@ def test_what_is_kept_costs_nothing_and_only_that() -> None:
 
 
 def test_a_kept_matrix_serves_where_the_time_allows_up_to_twice_its_tokens() -> None:
-    assert schedule("auto", 1e9, IDLE, Kept(matrix=32), "mix").n_sequences == 32
-    assert schedule("auto", 1e9, IDLE, Kept(matrix=31), "mix").n_sequences == 64
+    assert schedule("auto", 1e9, IDLE, Kept(matrix=24), "mix").n_sequences == 24
+    assert schedule("auto", 1e9, IDLE, Kept(matrix=23), "mix").n_sequences == 48
 
 
 def test_error_feedback_shrinks_the_matrix_rather_than_go_without_it() -> None:
     costs = replace(IDLE, feedback=150.0, descent=300.0)
     found = schedule("auto", 300, costs, Kept(), "mix")
     assert "error feedback" in _names(found)
-    assert found.n_sequences < 64
+    assert found.n_sequences < 48
     dear = schedule("auto", 300, replace(IDLE, feedback=600.0, descent=1200.0), Kept(), "mix")
     assert _names(dear) == ["importance matrix", "massive activations"]
     assert any("error feedback: left out" in line for line in dear.left_out)
@@ -124,7 +125,8 @@ def test_massive_activations_yield_to_error_feedback_where_both_do_not_fit() -> 
     matrix = 16 * (costs.read + costs.gram) + costs.write + 4.5 * costs.round
     found = schedule("auto", matrix + feedback + 1, costs, Kept(), "mix")
     assert _names(found) == ["importance matrix", "error feedback"]
-    assert found.left_out == ("massive activations: left out, error feedback needs the time",)
+    (line,) = found.left_out
+    assert line.startswith("massive activations: left out")
 
 
 def test_hessians_that_the_disk_does_not_hold_are_left_out_and_the_line_says_so() -> None:

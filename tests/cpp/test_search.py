@@ -33,8 +33,10 @@ LEAST_RATIO = dict.fromkeys(SEARCHED, 0.85) | {
     "Q2_0": 0.20,
 }
 # The same with an importance matrix.
-LEAST_WEIGHTED = dict.fromkeys(SEARCHED, 0.75) | {"Q2_0": 0.10} | dict.fromkeys(
-    ("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS"), 0.65
+LEAST_WEIGHTED = (
+    dict.fromkeys(SEARCHED, 0.75)
+    | {"Q2_0": 0.10}
+    | dict.fromkeys(("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS"), 0.65)
 )
 DISTRIBUTIONS = ("gaussian", "student_t")
 
@@ -58,13 +60,6 @@ def decode(name: str, blocks: Bytes, n: int) -> Floats:
     out = np.empty((blocks.shape[0], n), np.float32)
     _core.decode(name, blocks, out)
     return out
-
-
-def ggmls(name: str, x: Floats, importance: Floats | None = None) -> Bytes:
-    """Return ggml's blocks; it aborts where a format needs importance and there is none."""
-    if name in ("IQ2_XXS", "IQ2_XS", "IQ2_S") and importance is None:
-        importance = np.ones(x.shape[1], np.float32)
-    return ggml_oracle.quantize(name, x, importance)
 
 
 def error(name: str, x: Floats, blocks: Bytes, importance: Floats | None = None) -> float:
@@ -127,7 +122,7 @@ def test_ggml_decodes_what_search_encodes_as_we_do(name: str) -> None:
 @pytest.mark.parametrize("name", SEARCHED)
 def test_the_error_is_at_most_that_of_ggmls_encoder(name: str, distribution: str) -> None:
     x = weights(distribution)
-    ratio = error(name, x, encode(name, x)) / error(name, x, ggmls(name, x))
+    ratio = error(name, x, encode(name, x)) / error(name, x, ggml_oracle.quantize(name, x))
     assert LEAST_RATIO[name] < ratio <= 1
 
 
@@ -137,7 +132,7 @@ def test_the_weighted_error_is_at_most_that_of_ggmls_encoder(name: str, distribu
     x = weights(distribution)
     w = importance_of(x.shape[1])
     ours = error(name, x, encode(name, x, importance=w), w)
-    ggml = error(name, x, ggmls(name, x, w), w)
+    ggml = error(name, x, ggml_oracle.quantize(name, x, w), w)
     assert LEAST_WEIGHTED[name] < ours / ggml <= 1
 
 
@@ -154,7 +149,7 @@ def test_the_error_on_a_real_model_is_at_most_that_of_ggmls_encoder(
             w = importance_of(x.shape[1])
             for importance in (None, w):
                 ours = error(name, x, encode(name, x, importance=importance), importance)
-                blocks = ggmls(name, x, importance)
+                blocks = ggml_oracle.quantize(name, x, importance)
                 assert least < ours / error(name, x, blocks, importance) <= 1, tensor
 
 

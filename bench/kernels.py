@@ -31,6 +31,7 @@ from ramgguf import _core
 from ramgguf.core.version import __version__
 from ramgguf.llama.system import cpu_name
 from ramgguf.quants import formats
+from ramgguf.report.tensor_types import NEEDING_IMATRIX
 
 RESULTS = Path(__file__).parent / "results" / "kernels.jsonl"
 ROW = 2048
@@ -91,10 +92,13 @@ def ggml_quantizer(name: str) -> Callable[[], object]:
     out = np.empty((x.shape[0], formats.row_bytes(name, ROW)), np.uint8)
     size = [ctypes.c_int64(0), ctypes.c_int64(x.shape[0]), ctypes.c_int64(ROW)]
     pointers = [ctypes.c_void_p(a.ctypes.data) for a in (x, out)]
+    # Without importance ggml aborts on some formats.
+    alike = np.ones(ROW, np.float32) if name in NEEDING_IMATRIX else None
+    importance = None if alike is None else ctypes.c_void_p(alike.ctypes.data)
 
     def call() -> object:
-        result = lib.ggml_quantize_chunk(formats.get(name).type_id, *pointers, *size, None)
-        return x, out, result
+        result = lib.ggml_quantize_chunk(formats.get(name).type_id, *pointers, *size, importance)
+        return x, out, alike, result
 
     return call
 

@@ -64,7 +64,12 @@ def _n_row_bytes(type_name: str, row_length: int) -> int:
 def quantize(
     type_name: str, rows: NDArray[np.float32], importance: NDArray[np.float32] | None = None
 ) -> NDArray[np.uint8]:
-    """Return the blocks that ggml_quantize_chunk makes of rows; importance is one per column."""
+    """Return the blocks that ggml_quantize_chunk makes of rows; importance is one per column.
+
+    Formats for which ggml aborts without importance get the same for all columns.
+    """
+    if importance is None and type_name in ("IQ2_XXS", "IQ2_XS", "IQ2_S"):
+        importance = np.ones(rows.shape[1], np.float32)
     rows = np.ascontiguousarray(rows)
     out = np.zeros((rows.shape[0], _n_row_bytes(type_name, rows.shape[1])), np.uint8)
     n_bytes = library().ggml_quantize_chunk(

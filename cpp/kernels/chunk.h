@@ -35,6 +35,7 @@ struct DescentUnit {
     int64_t stride;         // of its rows
     const float* diagonal;  // n
     const float* inverse;   // n: 1 / diagonal, or 0 where that is 0
+    const float* row_sums;  // 16 x kUnit: the sums of rows 16i .. 16i+15 of its diagonal part
     int n;                  // columns: at most 256, a multiple of 32
     float least_gain;       // of the error, for which scales are changed
 };

@@ -141,6 +141,14 @@ inline Move best_move(const Quadratic& q, Store store) {
     return best;
 }
 
+// The sum of the kBlock rows of the Hessian from row `begin` on, kLanes columns from k on.
+template <int kBlock>
+RAMGGUF_INLINE Lanes sum_of_rows(const DescentUnit& unit, int begin, int k) {
+    const float* sums = unit.row_sums + begin / kLanes * kUnit + k;
+    if constexpr (kBlock == kLanes) return load(sums);
+    return load(sums) + load(sums + kUnit);
+}
+
 // The quadratic for the direction a and, if kOffset, the direction 1 (elsewhere 0) of columns
 // begin .. begin + kBlock - 1.
 template <int kBlock, bool kOffset>
@@ -148,26 +156,23 @@ RAMGGUF_INLINE Quadratic quadratic_of_block(const DescentUnit& unit, const float
                                             const float* gradient) {
     constexpr int n = kBlock / kLanes;
     const Lanes zero = broadcast(0.0f);
-    Lanes ha[n], hb[n];
-    for (int v = 0; v < n; ++v) ha[v] = hb[v] = zero;
+    Lanes ha[n];
+    for (int v = 0; v < n; ++v) ha[v] = zero;
     for (int k = begin; k < begin + kBlock; ++k) {
         const Lanes factor = broadcast(a[k]);
         const float* row = unit.hessian + k * unit.stride + begin;
-        for (int v = 0; v < n; ++v) {
-            const Lanes h = load(row + kLanes * v);
-            ha[v] = ha[v] + factor * h;
-            if constexpr (kOffset) hb[v] = hb[v] + h;
-        }
+        for (int v = 0; v < n; ++v) ha[v] = ha[v] + factor * load(row + kLanes * v);
     }
     Lanes ag = zero, bg = zero, aa = zero, ab = zero, bb = zero;
     for (int v = 0; v < n; ++v) {
-        const Lanes g = load(gradient + begin + kLanes * v), x = load(a + begin + kLanes * v);
+        const int k = begin + kLanes * v;
+        const Lanes g = load(gradient + k), x = load(a + k);
         ag = ag + x * g;
         aa = aa + x * ha[v];
         if constexpr (kOffset) {
             bg = bg + g;
             ab = ab + ha[v];
-            bb = bb + hb[v];
+            bb = bb + sum_of_rows<kBlock>(unit, begin, k);
         }
     }
     if constexpr (!kOffset) return {(double)sum_of(ag), 0, (double)sum_of(aa), 0, 0};
@@ -175,38 +180,56 @@ RAMGGUF_INLINE Quadratic quadratic_of_block(const DescentUnit& unit, const float
             (double)sum_of(bb)};
 }
 
-// The quadratic for the directions a and, if kOffset, b over a whole unit of 256 columns.
-template <bool kOffset>
-inline Quadratic quadratic_of_unit(const DescentUnit& unit, const float* a, const float* b,
-                                   const float* gradient) {
-    constexpr int n_wide = kOffset ? 2 : 4;  // several vectors at once, as in subtract_rows
-    DoubleLanes ag = {}, bg = {}, aa = {}, ab = {}, bb = {};
+// Two directions over a whole unit of 256 columns, times the Hessian.
+struct Products {
+    alignas(64) float ha[kUnit], hb[kUnit];
+};
+
+// Fills ha for the direction a.
+inline void multiply_direction(const DescentUnit& unit, const float* a, Products& products) {
+    constexpr int n_wide = 4;  // several vectors at once, as in subtract_rows
     for (int at = 0; at < kUnit; at += n_wide * kLanes) {
-        Lanes ha[n_wide], hb[n_wide];
+        Lanes ha[n_wide];
 #pragma GCC unroll 4
-        for (int v = 0; v < n_wide; ++v) ha[v] = hb[v] = broadcast(0.0f);
+        for (int v = 0; v < n_wide; ++v) ha[v] = broadcast(0.0f);
         const float* row = unit.hessian + at;
         for (int k = 0; k < kUnit; ++k, row += unit.stride) {
-            const Lanes x = broadcast(a[k]), y = broadcast(b[k]);
+            const Lanes x = broadcast(a[k]);
 #pragma GCC unroll 4
-            for (int v = 0; v < n_wide; ++v) {
-                const Lanes h = load(row + kLanes * v);
-                ha[v] = ha[v] + x * h;
-                if constexpr (kOffset) hb[v] = hb[v] + y * h;
-            }
+            for (int v = 0; v < n_wide; ++v) ha[v] = ha[v] + x * load(row + kLanes * v);
         }
 #pragma GCC unroll 4
-        for (int v = 0; v < n_wide; ++v) {
-            const int k = at + kLanes * v;
-            const Lanes g = load(gradient + k), x = load(a + k);
-            add_to(ag, x * g);
-            add_to(aa, x * ha[v]);
-            if constexpr (kOffset) {
-                const Lanes y = load(b + k);
-                add_to(bg, y * g);
-                add_to(ab, y * ha[v]);
-                add_to(bb, y * hb[v]);
-            }
+        for (int v = 0; v < n_wide; ++v) store(products.ha + at + kLanes * v, ha[v]);
+    }
+}
+
+// Fills hb for the direction that is shares[i] all over sub-block i.
+template <int kBlock>
+RAMGGUF_INLINE void multiply_shares(const DescentUnit& unit, const float* shares,
+                                    Products& products) {
+    for (int k = 0; k < kUnit; k += kLanes) {
+        Lanes hb = broadcast(0.0f);
+        for (int i = 0; i < kUnit / kBlock; ++i) {
+            hb = hb + broadcast(shares[i]) * sum_of_rows<kBlock>(unit, kBlock * i, k);
+        }
+        store(products.hb + k, hb);
+    }
+}
+
+// The quadratic for the directions a and, if kOffset, b over a unit, from their products.
+template <bool kOffset>
+inline Quadratic quadratic_of_unit(const Products& products, const float* a, const float* b,
+                                   const float* gradient) {
+    DoubleLanes ag = {}, bg = {}, aa = {}, ab = {}, bb = {};
+    for (int k = 0; k < kUnit; k += kLanes) {
+        const Lanes g = load(gradient + k), x = load(a + k), ha = load(products.ha + k);
+        add_to(ag, x * g);
+        add_to(aa, x * ha);
+        if constexpr (kOffset) {
+            const Lanes y = load(b + k);
+            add_to(bg, y * g);
+            add_to(ab, y * ha);
+            add_to(bb, y * load(products.hb + k));
         }
     }
     return {sum_of(ag), sum_of(bg), sum_of(aa), sum_of(ab), sum_of(bb)};
@@ -222,6 +245,21 @@ RAMGGUF_INLINE void decode_again(const DescentUnit& unit, int begin, int end, Un
         store(state.values + kLanes * j, value);
     }
     move_columns(unit, steps, begin, end, state.gradient);
+}
+
+// The same for a whole unit, whose weights moved by s a + t b.
+template <bool kOffset, class F>
+RAMGGUF_INLINE void decode_unit_again(const Move& move, const Products& products,
+                                      UnitState<F>& state) {
+    for (int j = 0; j < kVectors; ++j) {
+        const int k = kLanes * j;
+        store(state.values + k, F::reconstruct(state.fit, load(state.codes + k), j));
+        Lanes moved = broadcast((float)move.s) * load(products.ha + k);
+        if constexpr (kOffset) {
+            moved = moved + broadcast((float)move.t) * load(products.hb + k);
+        }
+        store(state.gradient + k, load(state.gradient + k) - moved);
+    }
 }
 
 // What the codes decode to with a scale of 1 and no offset.
@@ -289,7 +327,12 @@ bool descend_scales(const DescentUnit& unit, AffineFit<block, field_max, code_ma
         a[k] = levels[k] * fit.scale_fields.v[k / block];
         b[k] = -fit.min_fields.v[k / block];
     }
-    const Quadratic q = quadratic_of_unit<true>(unit, a, b, state.gradient);
+    float shares[kUnit / block];
+    for (int i = 0; i < kUnit / block; ++i) shares[i] = -fit.min_fields.v[i];
+    Products products;
+    multiply_direction(unit, a, products);
+    multiply_shares<block>(unit, shares, products);
+    const Quadratic q = quadratic_of_unit<true>(products, a, b, state.gradient);
     const Move move = best_move(q, [&](double& s, double& t) {
         s = rounded_to_f16(d + s > 0 ? d + s : 0) - d;
         t = rounded_to_f16(dmin + t > 0 ? dmin + t : 0) - dmin;
@@ -297,7 +340,7 @@ bool descend_scales(const DescentUnit& unit, AffineFit<block, field_max, code_ma
     if (!(move.gain > (double)unit.least_gain)) return changed;
     fit.set(f32_to_f16((float)(d + move.s)), f32_to_f16((float)(dmin + move.t)),
             fit.scale_fields.all(), fit.min_fields.all());
-    decode_again(unit, 0, unit.n, state);
+    decode_unit_again<true>(move, products, state);
     return true;
 }
 
@@ -334,11 +377,13 @@ bool descend_scales(const DescentUnit& unit, SymmetricFit<block, lowest_field, l
     }
     if (!steps_too) return changed;
     for (int k = 0; k < unit.n; ++k) a[k] = levels[k] * fit.fields.v[k / block];
-    const Quadratic q = quadratic_of_unit<false>(unit, a, a, state.gradient);
+    Products products;
+    multiply_direction(unit, a, products);
+    const Quadratic q = quadratic_of_unit<false>(products, a, a, state.gradient);
     const Move move = best_move(q, [&](double& s, double&) { s = rounded_to_f16(d + s) - d; });
     if (!(move.gain > (double)unit.least_gain)) return changed;
     fit.set(f32_to_f16((float)(d + move.s)), fit.fields.all());
-    decode_again(unit, 0, unit.n, state);
+    decode_unit_again<false>(move, products, state);
     return true;
 }
 

@@ -62,13 +62,6 @@ def decode(name: str, blocks: Bytes, n: int) -> Floats:
     return out
 
 
-def ggmls(name: str, x: Floats, importance: Floats | None = None) -> Bytes:
-    """Return ggml's blocks; it aborts where a format needs importance and there is none."""
-    if name in ("IQ2_XXS", "IQ2_XS", "IQ2_S") and importance is None:
-        importance = np.ones(x.shape[1], np.float32)
-    return ggml_oracle.quantize(name, x, importance)
-
-
 def error(name: str, x: Floats, blocks: Bytes, importance: Floats | None = None) -> float:
     """Return the sum of squared errors, weighted by importance if there is one."""
     squares = (x.astype(np.float64) - decode(name, blocks, x.shape[1])) ** 2
@@ -129,7 +122,7 @@ def test_ggml_decodes_what_search_encodes_as_we_do(name: str) -> None:
 @pytest.mark.parametrize("name", SEARCHED)
 def test_the_error_is_at_most_that_of_ggmls_encoder(name: str, distribution: str) -> None:
     x = weights(distribution)
-    ratio = error(name, x, encode(name, x)) / error(name, x, ggmls(name, x))
+    ratio = error(name, x, encode(name, x)) / error(name, x, ggml_oracle.quantize(name, x))
     assert LEAST_RATIO[name] < ratio <= 1
 
 
@@ -139,7 +132,7 @@ def test_the_weighted_error_is_at_most_that_of_ggmls_encoder(name: str, distribu
     x = weights(distribution)
     w = importance_of(x.shape[1])
     ours = error(name, x, encode(name, x, importance=w), w)
-    ggml = error(name, x, ggmls(name, x, w), w)
+    ggml = error(name, x, ggml_oracle.quantize(name, x, w), w)
     assert LEAST_WEIGHTED[name] < ours / ggml <= 1
 
 
@@ -156,7 +149,7 @@ def test_the_error_on_a_real_model_is_at_most_that_of_ggmls_encoder(
             w = importance_of(x.shape[1])
             for importance in (None, w):
                 ours = error(name, x, encode(name, x, importance=importance), importance)
-                blocks = ggmls(name, x, importance)
+                blocks = ggml_oracle.quantize(name, x, importance)
                 assert least < ours / error(name, x, blocks, importance) <= 1, tensor
 
 

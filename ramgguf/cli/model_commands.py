@@ -14,6 +14,7 @@ from ramgguf.cli import options as opt
 from ramgguf.cli.check_commands import FAILED
 from ramgguf.cli.exports import export_plan
 from ramgguf.cli.groups import grouped
+from ramgguf.cli.plan_commands import show_speed_front
 from ramgguf.cli.prepared import Weighed, calibrated
 from ramgguf.cli.sensitivity_commands import load_or_measure
 from ramgguf.cluster.executors import connected
@@ -95,6 +96,14 @@ ScoreOption = Annotated[
 ]
 
 
+Aim = Annotated[
+    str | None,
+    typer.Option(
+        "--target",
+        help="speed: write nothing; show the best plans by size, cost and speed of generation and "
+        "prompts, to choose from.",
+    ),
+]
 CheckOption = Annotated[
     bool | None,
     typer.Option(
@@ -113,6 +122,7 @@ def quantize(
     max_kld: MaxKld = None,
     min_speed: opt.MinSpeed = None,
     min_prompt_speed: opt.MinPromptSpeed = None,
+    aim: Aim = None,
     memory: mem.MemoryOptions = mem.MemoryOptions(),  # noqa: B008 (frozen)
     choice: opt.PlanChoice = opt.PlanChoice(),  # noqa: B008 (frozen)
     effort: opt.EffortOption = None,
@@ -146,6 +156,31 @@ def quantize(
     terminal = opt.Terminal.make(quiet=quiet, as_json=as_json)
     opt.refuse_existing(save_plan, export_tensor_types, force=force)
     request = memory.request()
+    if aim is not None:
+        if aim != "speed":
+            raise typer.BadParameter(f"{aim!r} is not speed", param_hint="--target")
+        others = {
+            "--budget": budget, "--memory": request, "--max-kld": max_kld, "--min-speed": min_speed,
+            "--min-prompt-speed": min_prompt_speed, "--plan": plan_file, "--effort": effort,
+            "--time": limit, "--refine": refine, "--output": output, "--save-plan": save_plan,
+            "--export-tensor-types": export_tensor_types, "--split-max-size": split_max_size,
+            "--calibrate": calibrate, "--score": score, "--check": check,
+        }  # fmt: skip
+        idle = [name for name, value in others.items() if value]
+        opt.refuse_idle(idle, "--target speed shows plans and writes nothing")
+        if sensitivity == "measure":
+            raise typer.BadParameter(
+                "name a file of the command sensitivity", param_hint=sensitivity
+            )
+        model = terminal.fetched(model, lora)
+        measured = Measurement.load(measurement) if measurement else api.measure(
+            model, formats=opt.split_formats(choice.formats), encoder=opt.encoder(encoder).name,
+            imatrix=imatrix, hessian=hessian, allow_requantize=allow_requantize, threads=threads,
+            progress=terminal.progress,
+        )  # fmt: skip
+        options = choice.options(None if sensitivity is None else Path(sensitivity))
+        show_speed_front(measured, model, threads, None, terminal, options, as_json=as_json)
+        return
     sizes = (budget is not None or request is not None, plan_file is not None, max_kld is not None)
     if sum(sizes) != 1:
         raise typer.BadParameter(

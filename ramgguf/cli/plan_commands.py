@@ -1,5 +1,6 @@
 """The commands about plans: plan, curve, explain, diff, recipe."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -15,14 +16,18 @@ from ramgguf.core.escape import to_json
 from ramgguf.core.files import write_atomically
 from ramgguf.core.units import format_bytes
 from ramgguf.deploy import MemoryLimit
+from ramgguf.measure.result import Measurement
+from ramgguf.plan import PlanOptions, speed_front
 from ramgguf.plan.explanation import Explanation, PlanExplanation, Step
 from ramgguf.plan.frontier_result import Frontier
 from ramgguf.plan.recipes import Change, Recipe
 from ramgguf.plan.result import Plan
+from ramgguf.quantize.speed_target import speed_limit
 from ramgguf.report.choices import print_difference, print_explanation, print_recipe
 from ramgguf.report.frontier import curve_svg, print_curve
 from ramgguf.report.memory import print_memory
 from ramgguf.report.plans import print_plan
+from ramgguf.report.speed_front import print_speed_front
 from ramgguf.report.tensor_types import recipe_types
 
 
@@ -108,6 +113,14 @@ def curve(
     memory: mem.MemoryOptions = mem.MemoryOptions(),  # noqa: B008 (frozen)
     model: mem.SourceModel = None,
     svg: Annotated[Path | None, typer.Option("--svg", help="Draw the curve here.")] = None,
+    speed: Annotated[
+        bool,
+        typer.Option(
+            "--speed",
+            help="Show the best plans by size, cost and speed of generation and prompts, here.",
+        ),
+    ] = False,
+    threads: opt.Threads = None,
     choice: opt.PlanChoice = opt.PlanChoice(),  # noqa: B008 (frozen)
     sensitivity: opt.SensitivityFile = None,
     force: opt.Force = False,
@@ -119,6 +132,12 @@ def curve(
     terminal = opt.Terminal.make(quiet=quiet, as_json=as_json)
     opt.refuse_existing(output, svg, force=force)
     request = memory.request()
+    if speed:
+        _speed_front(source, model, threads, choice, sensitivity, output, terminal, as_json,
+                     {"--budget": budget, "--memory": request, "--svg": svg})  # fmt: skip
+        return
+    if threads is not None:
+        opt.refuse_idle(["--threads"], "only --speed measures")
     if model is not None and request is None:
         opt.refuse_idle(["--model"], "only with --memory, --fit or --vram")
     if _is_frontier(source):
@@ -142,6 +161,55 @@ def curve(
     for found in plans:
         if found.memory is not None:
             print_memory(found.memory, terminal.out)
+
+
+def _speed_front(
+    source: Path,
+    model: Path | None,
+    threads: int | None,
+    choice: opt.PlanChoice,
+    sensitivity: Path | None,
+    output: Path | None,
+    terminal: opt.Terminal,
+    as_json: bool,
+    others: Mapping[str, object],
+) -> None:
+    """Show the front of size, cost and speed of a measurement."""
+    opt.refuse_idle(
+        (name for name, value in others.items() if value), "--speed shows plans of all sizes"
+    )
+    if _is_frontier(source):
+        opt.refuse_idle(["--speed"], "a saved frontier knows one plan of each size; name what "
+                        "measure wrote")  # fmt: skip
+    measurement = Measurement.load(source)
+    show_speed_front(
+        measurement, terminal.fetched(model or Path(measurement.source.path)), threads, output,
+        terminal, choice.options(sensitivity), as_json=as_json,
+    )  # fmt: skip
+
+
+def show_speed_front(
+    measurement: Measurement,
+    model: Path,
+    threads: int | None,
+    output: Path | None,
+    terminal: opt.Terminal,
+    options: PlanOptions,
+    *,
+    as_json: bool,
+) -> None:
+    """Print, and save if there is an output, the front of what was measured of the model."""
+    limit = speed_limit(
+        model, 0.0, 0.0, names=options.get("formats") or measurement.formats, threads=threads,
+        announce=terminal.announce,
+    )  # fmt: skip
+    front = speed_front(measurement, limit, **options)
+    if output is not None:
+        front.save(output)
+    if as_json:
+        print(front.to_json())
+        return
+    print_speed_front(front, terminal.out)
 
 
 def _is_frontier(path: Path) -> bool:

@@ -13,11 +13,13 @@ from ramgguf.plan.planning import (
     follow,
     plan,
     problem,
+    speed_front,
 )
 from ramgguf.plan.problem import Problem
 from ramgguf.plan.recipes import Recipe
 from ramgguf.plan.result import Plan
 from ramgguf.plan.speed import N_PROMPT, SpeedLimit, TokenWork
+from ramgguf.plan.speed_front import SpeedFront
 from ramgguf.plan.targets import TARGETS, target
 
 __all__ = [
@@ -37,6 +39,7 @@ __all__ = [
     "Room",
     "SizeLimit",
     "SourceSize",
+    "SpeedFront",
     "SpeedLimit",
     "TokenWork",
     "costing",
@@ -50,5 +53,6 @@ __all__ = [
     "problem",
     "size_limit",
     "smallest",
+    "speed_front",
     "target",
 ]

@@ -71,6 +71,8 @@ class PlanExplanation:
             said.append(f"{e.up.format} would bring {e.up.rate / self.price:.2g} × the price")
         elif e.up is None:
             said.append("nothing larger would help")
+        if self.plan.speed is not None:
+            said.append("these are prices of bytes, and the plan is bound by speed, too")
         return "; ".join(said) or "the budget allows everything its best"
 
 

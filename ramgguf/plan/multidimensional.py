@@ -25,7 +25,7 @@ Indices = NDArray[np.intp]
 _NEAR = 1500  # choices that are exchanged in pairs: those next to the relaxation's prices
 _MOST_EXCHANGES = 100
 # Nodes of branch and bound: as many as solve relaxations of so many choices in all.
-_COLUMNS, _FEWEST_NODES = 100_000, 8
+_COLUMNS, _FEWEST_NODES, _MOST_NODES = 60_000, 8, 150
 _WHOLE = 1e-9
 _ENOUGH = 1e-4  # a gap that ends the search
 _TIGHTER = (0.0, 4e-6, 1e-4, 1e-3, 1e-2, 5e-2)  # shares of the limits, until rounding fits
@@ -125,7 +125,8 @@ class _Table:
         if root is None:
             return None, np.inf
         best, value = self._rounded(root)
-        n_nodes, number = max(_FEWEST_NODES, _COLUMNS // len(self.item)), 0
+        n_nodes = min(max(_FEWEST_NODES, _COLUMNS // len(self.item)), _MOST_NODES)
+        number = 0
         open_ = [(root.bound, number, root)]
         while open_ and number < n_nodes:
             least = np.inf if best is None else float(self.cost[best].sum())

@@ -19,6 +19,8 @@ from ramgguf.plan.recipes import Difference, Recipe, pins_for
 from ramgguf.plan.recipes import diff as _diff
 from ramgguf.plan.result import Constraints, MinFormat, Pin, Plan
 from ramgguf.plan.speed import SpeedLimit
+from ramgguf.plan.speed_front import SpeedFront
+from ramgguf.plan.speed_front import speed_front as _speed_front
 from ramgguf.plan.targets import target_ties
 from ramgguf.quants.formats import expand
 from ramgguf.sensitivity.result import Sensitivity
@@ -100,6 +102,19 @@ def curve(measurement: Measurement | str | Path, **options: Unpack[PlanOptions])
     measurement = _loaded(measurement)
     return _frontier.frontier(
         measurement,
+        costing=_costing(measurement, options),
+        constraints=_constraints(measurement, options),
+    )
+
+
+def speed_front(
+    measurement: Measurement | str | Path, limit: SpeedLimit, **options: Unpack[PlanOptions]
+) -> SpeedFront:
+    """Return the best plans by size, cost and speed on the machine of the limit."""
+    measurement = _loaded(measurement)
+    return _speed_front(
+        measurement,
+        limit,
         costing=_costing(measurement, options),
         constraints=_constraints(measurement, options),
     )

@@ -10,6 +10,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ramgguf.core.errors import BudgetError
 from ramgguf.gguf.architecture import HEAD, TOKEN_EMBEDDING, is_looked_up, is_of_experts, layer_of
 from ramgguf.gguf.reader import GGUFFile
@@ -195,6 +198,16 @@ class TimedProblem:
             raise self._not_together(capacity)
         chosen = tuple(kept[j] for kept, j in zip(self.kept, found.chosen, strict=True))
         return replace(found, chosen=chosen)
+
+    def columns(self) -> tuple[NDArray[np.float64], NDArray[np.intp]]:
+        """Return cost, bytes and both seconds of every choice, and where each group's begin."""
+        rows = [
+            (c.cost, c.n_bytes, *seconds)
+            for item, *used in zip(self.items, *self._used, strict=True)
+            for c, *seconds in zip(item, *used, strict=True)
+        ]
+        starts = np.cumsum([0, *(len(item) for item in self.items[:-1])])
+        return np.array(rows, np.float64), starts
 
     def planned(self, assignments: Sequence[Assignment]) -> PlannedSpeed:
         """Return what the plan says of its speed."""

@@ -86,12 +86,16 @@ def test_a_file_that_is_slower_than_predicted_is_planned_again(
 def test_one_much_faster_than_asked_for_gets_better_formats(
     tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sizes = _timed(monkeypatch, 1.4)
-    least = 1.4e8 / tiny.stat().st_size * 1.7
-    _quantize(tiny, least)
+    least = 1e8 / tiny.stat().st_size * 2.5
+    _timed(monkeypatch, 2.0)
+    monkeypatch.setattr(speed_target, "MOST_FILES", 1)
+    first = _quantize(tiny, least)
+    monkeypatch.setattr(speed_target, "MOST_FILES", 4)
+    sizes = _timed(monkeypatch, 2.0)
+    better = _quantize(tiny, least, force=True)
     assert len(sizes) > 1
-    assert sizes[-1] > sizes[0]
-    assert 1.4e8 / sizes[-1] >= least
+    assert better.total_cost < 0.9 * first.total_cost
+    assert 2e8 / sizes[-1] >= least
 
 
 def test_a_speed_that_no_file_reaches_leaves_an_older_output_untouched(

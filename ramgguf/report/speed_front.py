@@ -1,0 +1,48 @@
+"""The front of size, cost and speed for the terminal."""
+
+from collections.abc import Iterator
+
+from rich.console import Console
+
+from ramgguf.core.units import format_bytes
+from ramgguf.plan.speed_front import FrontPlan, SpeedFront
+from ramgguf.report.grid import Field, Grid, grid_of, to_rich
+
+
+def speed_front_grid(front: SpeedFront) -> Grid:
+    """Return a row for each plan that is shown, by size."""
+    fields: list[Field[FrontPlan]] = [
+        Field("size", lambda p: format_bytes(p.n_bytes)),
+        Field("bpw", lambda p: f"{front.bpw(p):.3f}"),
+        Field(_cost(front), lambda p: f"{p.cost:.4g}"),
+        Field("generation, tokens/s", lambda p: f"{p.generation:.3g}"),
+        Field("prompts, tokens/s", lambda p: f"{p.prompt:.3g}"),
+    ]
+    return grid_of("", fields, front.spread())
+
+
+def _cost(front: SpeedFront) -> str:
+    return "KLD, nats" if front.objective == "sensitivity" else front.objective
+
+
+def remarks(front: SpeedFront) -> Iterator[str]:
+    """Yield what the figures are, and how many plans there are."""
+    shown = len(front.spread())
+    threads = "1 thread" if front.n_threads == 1 else f"{front.n_threads} threads"
+    yield (
+        f"{shown} of {len(front.plans)} plans of which none is smaller, better and faster than "
+        f"another; speeds are predicted for {threads} of {front.cpu}, "
+        + ("KLD from the sensitivities" if front.objective == "sensitivity" else "cost by priors")
+    )
+    yield (
+        "quantize MODEL --budget SIZE --min-speed GENERATION --min-prompt-speed PROMPTS makes one "
+        "of them, or one between"
+    )
+    yield from (f"note: {note}" for note in front.notes)
+
+
+def print_speed_front(front: SpeedFront, console: Console) -> None:
+    """Print the plans and what their figures are."""
+    console.print(to_rich(speed_front_grid(front), header_style="bold"))
+    for line in remarks(front):
+        console.print(line, soft_wrap=True, markup=False)

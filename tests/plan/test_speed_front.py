@@ -1,0 +1,103 @@
+"""The front of size, cost and speed: nothing on it is beaten, and its ends are the extremes."""
+
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import ramgguf
+from made_speeds import made_speeds
+from ramgguf.cli import plan_commands
+from ramgguf.cli.app import app
+from ramgguf.plan import SpeedFront, SpeedLimit, TokenWork, speed_front
+from ramgguf.quantize.speed_target import speed_limit
+from synthetic import measurement
+from tiny_models import write_tiny_model
+
+pytest.importorskip("llama_cpp")
+
+PROFILE = made_speeds({"Q4_K": 1.5, "Q8_0": 0.9}, prompt_seconds={"Q3_K": 3e-9, "Q8_0": 2e-9})
+LIMIT = SpeedLimit(PROFILE, TokenWork(4, {}, {}))
+
+
+@pytest.fixture(scope="module")
+def front() -> SpeedFront:
+    return speed_front(measurement(), LIMIT)
+
+
+def test_no_plan_of_the_front_beats_another(front: SpeedFront) -> None:
+    places = [(p.n_bytes, p.cost, -p.generation, -p.prompt) for p in front.plans]
+    assert len(set(places)) == len(places) > 20
+    for a in places:
+        for b in places:
+            assert a == b or any(x < y for x, y in zip(a, b, strict=True))
+    assert all(a.n_bytes <= b.n_bytes for a, b in pairwise(front.plans))
+
+
+def test_plans_by_bytes_alone_are_on_it_or_near(front: SpeedFront) -> None:
+    frontier = ramgguf.curve(measurement())
+    assert front.plans[0].n_bytes == frontier.start_bytes
+    assert min(p.cost for p in front.plans) == 0.0
+    for p in front.plans:  # none is better than the optimum of its bytes
+        best = ramgguf.plan(measurement(), p.n_bytes)
+        assert best.total_cost * (1 - best.gap) <= p.cost * (1 + 1e-9)
+
+
+def test_a_plan_of_the_front_can_be_made_by_its_figures(front: SpeedFront) -> None:
+    shown = front.spread(9)
+    assert len(shown) == 9
+    for p in shown:
+        limit = SpeedLimit(PROFILE, LIMIT.work, 0.999 * p.generation, 0.999 * p.prompt)
+        made = ramgguf.plan(measurement(), p.n_bytes, speed=limit)
+        assert made.total_cost * (1 - made.gap) <= p.cost * (1 + 1e-9)
+
+
+def test_both_commands_show_the_same_front(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def made_up(*options: object, **more: object) -> SpeedLimit:
+        more["profile"] = PROFILE
+        return speed_limit(*options, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(plan_commands, "speed_limit", made_up)
+    model = write_tiny_model(tmp_path / "m.gguf", weight_type="F16")
+    measured = tmp_path / "m.rd.json"
+    ramgguf.measure(model, threads=1).save(measured)
+    saved = tmp_path / "front.json"
+    run = CliRunner().invoke
+    shown = run(app, ["frontier", str(measured), "--speed", "-o", str(saved), "--json"])
+    assert shown.exit_code == 0, shown.output
+    front = SpeedFront.load(saved)
+    assert [p.n_bytes for p in front.plans] == [
+        p["n_bytes"] for p in json.loads(shown.stdout)["plans"]
+    ]
+    other = run(app, ["quantize", str(model), "--target", "speed", "--json", "-t", "1"])
+    assert other.exit_code == 0, other.output
+    assert json.loads(other.stdout)["plans"] == json.loads(shown.stdout)["plans"]
+    table = run(app, ["frontier", str(measured), "--speed"])
+    assert "none is smaller, better and faster" in " ".join(table.output.split())
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("frontier m.rd.json --speed -b 5bpw", "--budget would have no effect"),
+        ("frontier m.rd.json --threads 1", "--threads"),
+        ("frontier f.json --speed", "--speed"),
+        ("quantize m.gguf --target speed -b 5bpw", "--budget"),
+        ("quantize m.gguf --target quality", "is not speed"),
+        ("quantize m.gguf --target speed --sensitivity measure", "name a file"),
+    ],
+)
+def test_options_without_effect_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    measured = ramgguf.measure(write_tiny_model(tmp_path / "m.gguf"), threads=1)
+    measured.save(tmp_path / "m.rd.json")
+    ramgguf.curve(measured, min_sqnr_db=0).save(tmp_path / "f.json")
+    done = CliRunner().invoke(app, command.split())
+    assert done.exit_code == 2
+    assert said in " ".join(done.output.replace("│", "").split())

@@ -4,7 +4,8 @@
 //
 // `search` guesses a sub-block's scale by least squares, as if every weight could take its nearest
 // level. It rounds the scales as those of other superblocks, then tries fields around the rounded
-// ones by the error of the nearest points. RTN takes the scale from a sub-block's mean or largest magnitude.
+// ones by the error of the nearest points. RTN takes the scale from a sub-block's mean or largest
+// magnitude.
 #pragma once
 #include "formats/shared/nearest_points.h"
 #include "formats/shared/superblock_scales.h"
@@ -187,8 +188,8 @@ struct PointSearch {
     }
 
     // The scales of least error if every weight took its nearest level, whether or not these are
-    // points. Half the error that is lost against a search over all scales with all points is lost
-    // here; but that takes ten times as long.
+    // points. A search over 24 scales with all points lowered the error of IQ2_S by 0.4 % more and
+    // took several times as long.
     template <bool weighted>
     static RAMGGUF_INLINE LinearSolution guess(const Tile<n, weighted>& tile) {
         const Lanes zero = broadcast(0.0f), one = broadcast(1.0f);

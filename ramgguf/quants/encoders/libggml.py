@@ -1,7 +1,7 @@
 """ggml's own encoder and decoder, for the formats that the core has no kernels for.
 
-IQ1_*, IQ2_* and IQ3_XXS are worth their bits only with an importance matrix, and their encoders
-search large codebooks. They come from libggml-base as installed with llama-cpp-python, by ctypes
+IQ1_S and IQ1_M are worth their bits only with an importance matrix, and their encoders search large
+codebooks. They come from libggml-base as installed with llama-cpp-python, by ctypes
 and only when such a format is used. ggml ends the process when its assertions fail, so everything
 that they ask for is checked here first.
 """

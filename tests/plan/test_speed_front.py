@@ -54,9 +54,7 @@ def test_a_plan_of_the_front_can_be_made_by_its_figures(front: SpeedFront) -> No
         assert made.total_cost * (1 - made.gap) <= p.cost * (1 + 1e-9)
 
 
-def test_both_commands_show_the_same_front(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_both_commands_show_the_same_front(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def made_up(*options: object, **more: object) -> SpeedLimit:
         more["profile"] = PROFILE
         return speed_limit(*options, **more)  # type: ignore[arg-type]

@@ -74,6 +74,9 @@ def test_both_commands_show_the_same_front(tmp_path: Path, monkeypatch: pytest.M
     other = run(app, ["quantize", str(model), "--target", "speed", "--json", "-t", "1"])
     assert other.exit_code == 0, other.output
     assert json.loads(other.stdout)["plans"] == json.loads(shown.stdout)["plans"]
+    another = write_tiny_model(tmp_path / "n.gguf", weight_type="F16", seed=5)
+    wrong = run(app, ["frontier", str(measured), "--speed", "--model", str(another)])
+    assert wrong.exit_code == 1
     table = run(app, ["frontier", str(measured), "--speed"])
     assert "none is smaller, better and faster" in " ".join(table.output.split())
 

@@ -11,6 +11,7 @@ from ramgguf.core.errors import BudgetError
 from ramgguf.core.machine import available_memory
 from ramgguf.core.units import parse_size
 from ramgguf.deploy import MemoryLimit, MemoryRequest
+from ramgguf.deploy.beside import BesideModel
 from ramgguf.deploy.footprint import parse_cache_types
 from ramgguf.deploy.footprint_formula import ContextShape
 from ramgguf.plan import ByteLimit, SizeLimit
@@ -54,6 +55,16 @@ Ngl = Annotated[
     int | None,
     typer.Option("--ngl", min=0, help="Layers on the GPU, as llama.cpp's --n-gpu-layers."),
 ]
+Mmproj = Annotated[
+    Path | None,
+    typer.Option("--mmproj", help="A vision projector that runs beside the model, with --memory."),
+]
+Draft = Annotated[
+    Path | None,
+    typer.Option(
+        "--draft", help="A draft model that runs beside it: weights, cache and buffers count."
+    ),
+]
 
 SourceModel = Annotated[
     Path | None,
@@ -72,6 +83,8 @@ class MemoryOptions:
     parallel: Parallel = 1
     vram: Vram = None
     ngl: Ngl = None
+    mmproj: Mmproj = None
+    draft: Draft = None
 
     def request(self) -> MemoryRequest | None:
         """Return what the options ask for, None if they do not; raises usage errors."""
@@ -83,6 +96,8 @@ class MemoryOptions:
                 "--cache-type": self.cache_type is not None,
                 "--parallel": self.parallel != 1,
                 "--ngl": self.ngl is not None,
+                "--mmproj": self.mmproj is not None,
+                "--draft": self.draft is not None,
             }
             idle = [name for name, is_given in given.items() if is_given]
             refuse_idle(idle, "only with --memory, --fit or --vram")
@@ -103,6 +118,7 @@ class MemoryOptions:
             source=source,
             vram=None if self.vram is None else parse_size(self.vram),
             n_gpu_layers=self.ngl,
+            beside=BesideModel(self.mmproj, self.draft),
         )
 
 

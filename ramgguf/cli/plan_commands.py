@@ -16,6 +16,8 @@ from ramgguf.core.escape import to_json
 from ramgguf.core.files import write_atomically
 from ramgguf.core.units import format_bytes
 from ramgguf.deploy import MemoryLimit
+from ramgguf.gguf.identity import require_model
+from ramgguf.gguf.reader import open_gguf
 from ramgguf.measure.result import Measurement
 from ramgguf.plan import PlanOptions, speed_front
 from ramgguf.plan.explanation import Explanation, PlanExplanation, Step
@@ -199,6 +201,8 @@ def show_speed_front(
     as_json: bool,
 ) -> None:
     """Print, and save if there is an output, the front of what was measured of the model."""
+    with open_gguf(model) as file:
+        require_model("the measurement", measurement.source, file)
     limit = speed_limit(
         model, 0.0, 0.0, names=options.get("formats") or measurement.formats, threads=threads,
         announce=terminal.announce,

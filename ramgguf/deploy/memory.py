@@ -1,13 +1,15 @@
 """From memory to a budget: the plan whose file, cache and graph fit where the model shall run."""
 
+import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ramgguf.core.errors import BudgetError, PlanError
 from ramgguf.core.units import format_bytes
+from ramgguf.deploy.beside import BesideEstimator, BesideModel
 from ramgguf.deploy.footprint import Footprint, FootprintEstimator
 from ramgguf.deploy.footprint_formula import ContextShape
 from ramgguf.deploy.offload import Placed, most_layers, place, place_within
@@ -26,7 +28,8 @@ CONTEXT_STEP = 256  # what llama.cpp rounds contexts up to
 class MemoryRequest:
     """What shall run, and in how much memory.
 
-    ram None is no limit; source says where its figure is from. With vram, as many layers go to the
+    ram None is no limit; source says where its figure is from; beside is what else runs there. With
+    vram, as many layers go to the
     GPU as fit there, or n_gpu_layers if given.
     """
 
@@ -35,6 +38,7 @@ class MemoryRequest:
     source: str = "--memory"
     vram: int | None = None
     n_gpu_layers: int | None = None
+    beside: BesideModel = field(default_factory=BesideModel)
 
 
 class MemoryPlanner:
@@ -45,14 +49,19 @@ class MemoryPlanner:
             raise BudgetError("name the memory that may be used: --memory, --fit or --vram")
         self._file, self._request = file, request
         self._header_bytes = planned_header_bytes(file, {}, {})
-        self._scale = FootprintEstimator(file)
+        self._stack = contextlib.ExitStack()
+        self._beside = self._stack.enter_context(BesideEstimator(request.beside, file))
+        self._scale = self._stack.enter_context(FootprintEstimator(file))
 
     def __enter__(self) -> "MemoryPlanner":
-        self._scale.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._scale.__exit__(*_)
+        self._stack.close()
+
+    def _footprint(self, shape: ContextShape, tensor_types: Mapping[str, str]) -> Footprint:
+        """Return what the model takes, and what runs beside it."""
+        return self._beside.added(self._scale.footprint(shape, tensor_types))
 
     def budget(self) -> int:
         """Return the most bytes that a file can have, whatever its formats.
@@ -60,7 +69,7 @@ class MemoryPlanner:
         Raises BudgetError, which says what to change, when nothing is left for the weights.
         """
         request = self._request
-        footprint = self._scale.footprint(request.shape, {})
+        footprint = self._footprint(request.shape, {})
         weights = footprint.use.weights
         placed = self._place(footprint)
         left = self._header_bytes
@@ -90,7 +99,7 @@ class MemoryPlanner:
                 if e.smallest is None:
                     raise
                 raise self._too_small(e.smallest) from None
-            footprint = self._scale.footprint(
+            footprint = self._footprint(
                 self._request.shape, {a.name: a.format for a in made.assignments}
             )
             placed = self._place(footprint)
@@ -151,12 +160,13 @@ class MemoryPlanner:
             n_gpu_layers=placed.n_gpu_layers if offloads else None,
             vram_limit=request.vram,
             vram=placed.vram if offloads else None,
+            beside=self._beside.uses(shape),
         )
 
     def _too_small(self, smallest: int | None) -> BudgetError:
         """Return the error that names what takes the memory, and what would fit."""
         request, shape = self._request, self._request.shape
-        use = self._scale.footprint(shape, {}).use
+        use = self._footprint(shape, {}).use
         sequences = f" of each of {shape.n_seq} sequences" if shape.n_seq > 1 else ""
         has = " and ".join(
             f"{name} {format_bytes(n)}"
@@ -168,6 +178,8 @@ class MemoryPlanner:
             f"its cache takes {format_bytes(use.cache)}, compute buffers "
             f"{format_bytes(use.compute)}, overhead {format_bytes(use.overhead)}"
         )
+        for other in self._beside.uses(shape):
+            message += f" (of it {other.path}: {format_bytes(other.total)})"
         if smallest is not None:
             message += f", and the smallest plan is {format_bytes(smallest)}"
         return BudgetError(f"{message}. {self._advice(smallest)}", smallest)
@@ -187,10 +199,10 @@ class MemoryPlanner:
             advice.append(f"{about} largest context that fits is {longest}")
         if shape.type_k not in ("Q8_0", "Q4_0"):
             smaller = ContextShape(shape.n_ctx, shape.n_seq, "Q8_0", "Q8_0")
-            one, other = (self._scale.footprint(s, {}).use.cache for s in (shape, smaller))
+            one, other = (self._footprint(s, {}).use.cache for s in (shape, smaller))
             if other < one:
                 advice.append(f"--cache-type q8_0 saves {format_bytes(one - other)}")
-        use = self._scale.footprint(shape, {}).use
+        use = self._footprint(shape, {}).use
         needed = smallest + use.total - use.weights
         if needed > total:
             advice.append(f"or raise the memory to at least {format_bytes(needed * 1.002)}")
@@ -207,7 +219,7 @@ class MemoryPlanner:
 
         def fits(n_ctx: int) -> bool:
             tried = ContextShape(n_ctx, shape.n_seq, shape.type_k, shape.type_v)
-            footprint = self._scale.footprint(tried, {})
+            footprint = self._footprint(tried, {})
             share = (n_bytes - self._header_bytes) / footprint.use.weights
             overhead = footprint.overhead + besides(n_ctx)
             return (

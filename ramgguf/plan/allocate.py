@@ -97,8 +97,12 @@ def _unused(problem: Problem, solution: Solution, room: int, budget: int) -> Ite
 
 def _next_percent(
     best: Callable[[int], Solution], solution: Solution, capacity: int, budget: int
-) -> NextPercent:
-    larger = best(capacity + budget // 100)
+) -> NextPercent | None:
+    """Return what one percent more would buy; None if the search finds nothing there."""
+    try:
+        larger = best(capacity + budget // 100)
+    except BudgetError:
+        return None
     changes = sum(a != b for a, b in zip(solution.chosen, larger.chosen, strict=True))
     return NextPercent(n_bytes=budget + budget // 100, total_cost=larger.cost, n_changes=changes)
 

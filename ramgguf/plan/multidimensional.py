@@ -27,8 +27,13 @@ _MOST_EXCHANGES = 100
 # Nodes of branch and bound: as many as solve relaxations of so many choices in all.
 _COLUMNS, _FEWEST_NODES, _MOST_NODES = 60_000, 8, 150
 _WHOLE = 1e-9
+_INFEASIBLE = 2  # what linprog says where nothing fits
 _ENOUGH = 1e-4  # a gap that ends the search
 _TIGHTER = (0.0, 4e-6, 1e-4, 1e-3, 1e-2, 5e-2)  # shares of the limits, until rounding fits
+
+
+class _UnsolvedError(Exception):
+    """HiGHS gave a relaxation up."""
 
 
 @dataclass(frozen=True)
@@ -121,20 +126,31 @@ class _Table:
 
     def searched(self) -> tuple[Indices | None, float]:
         """Return the cheapest selection found that fits, None if none was, and a lower bound."""
-        root = self._node(np.ones(len(self.item), bool))
+        try:
+            root = self._node(np.ones(len(self.item), bool))
+        except _UnsolvedError:
+            root = None
         if root is None:
             return None, np.inf
         best, value = self._rounded(root)
         n_nodes = min(max(_FEWEST_NODES, _COLUMNS // len(self.item)), _MOST_NODES)
         number = 0
-        open_ = [(root.bound, number, root)]
+        open_, closed = [(root.bound, number, root)], np.inf
         while open_ and number < n_nodes:
             least = np.inf if best is None else float(self.cost[best].sum())
             if open_[0][0] >= least * (1 - _ENOUGH):
                 break
             bound, _, node = heapq.heappop(open_)
-            for allowed in self._branches(node):
-                child, number = self._node(allowed), number + 1
+            branches = self._branches(node)
+            if not branches:  # nothing is divided; what it was rounded to may cost a trifle more
+                closed = min(closed, bound)
+            for allowed in branches:
+                number += 1
+                try:
+                    child = self._node(allowed)
+                except _UnsolvedError:
+                    closed = min(closed, bound)
+                    continue
                 if child is None:
                     continue
                 rows, _ = self._rounded(child)
@@ -145,7 +161,7 @@ class _Table:
             return None, np.inf
         best = self._exchanged(best, value)
         cost = float(self.cost[best].sum())
-        return best, min(open_[0][0], cost) if open_ else cost
+        return best, min(closed, cost, *(bound for bound, _, _ in open_[:1]))
 
     def _node(self, allowed: NDArray[np.bool_]) -> "_Node | None":
         """Return the relaxation of what is allowed; None where nothing fits it."""
@@ -161,7 +177,10 @@ class _Table:
         shares: Floats | None = node.shares
         for tighter in _TIGHTER:
             if tighter:
-                shares, _ = self._relaxed(node.allowed, 1 - tighter)
+                try:
+                    shares, _ = self._relaxed(node.allowed, 1 - tighter)
+                except _UnsolvedError:
+                    break
             if shares is None:
                 break
             rows = self._repaired(self._nearest(shares), node.value)
@@ -200,8 +219,10 @@ class _Table:
             bounds=np.column_stack([np.zeros(len(allowed)), allowed]),
             method="highs",
         )
-        if found.x is None:
+        if found.status == _INFEASIBLE:
             return None, np.zeros(len(self.used))
+        if found.x is None:
+            raise _UnsolvedError(found.message)
         return found.x, np.maximum(0.0, -scale * found.ineqlin.marginals)
 
     def _nearest(self, shares: Floats) -> Indices:

@@ -108,8 +108,25 @@ class MemoryUse(FrozenModel):
         return self.weights + self.cache + self.compute + self.overhead
 
 
+class BesideUse(FrozenModel):
+    """Bytes of a file that runs beside the model: a vision projector, or a draft model."""
+
+    kind: Literal["mmproj", "draft"]
+    path: str
+    weights: NonNegative
+    cache: NonNegative = 0
+    compute: NonNegative = 0
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.cache + self.compute
+
+
 class MemoryBudget(FrozenModel):
-    """How a plan's budget follows from memory, for n_seq sequences of n_ctx tokens each."""
+    """How a plan's budget follows from memory, for n_seq sequences of n_ctx tokens each.
+
+    beside are files that run beside the model; RAM's overhead includes them.
+    """
 
     limit: Positive | None
     limit_source: str
@@ -123,6 +140,7 @@ class MemoryBudget(FrozenModel):
     n_gpu_layers: NonNegative | None = None
     vram_limit: Positive | None = None
     vram: MemoryUse | None = None
+    beside: tuple[BesideUse, ...] = ()
 
 
 class PlannedSpeed(FrozenModel):

@@ -234,8 +234,7 @@ class TimedProblem:
         for k, (least, what) in enumerate(
             ((self._limit.generation, "generation"), (self._limit.prompt, "prompts"))
         ):
-            fastest = self.fastest(k, capacity)
-            if least <= fastest:
+            if least == 0 or least <= (fastest := self.fastest(k, capacity)):
                 continue
             raise BudgetError(
                 f"{what} at {least:g} tokens/s is out of reach: the fastest plan within these "

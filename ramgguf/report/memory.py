@@ -1,5 +1,6 @@
 """Where the memory goes, for the terminal."""
 
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -8,6 +9,10 @@ from rich.console import Console
 from ramgguf.core.units import format_bytes
 from ramgguf.plan.result import MemoryBudget, MemoryUse
 from ramgguf.report.grid import Field, Grid, grid_of, to_rich
+
+# llama.cpp's options for what runs beside a model, and those that keep it in RAM.
+_BESIDE = {"mmproj": "--mmproj", "draft": "-md"}
+_IN_RAM = {"mmproj": "--no-mmproj-offload", "draft": "-ngld 0"}
 
 
 @dataclass(frozen=True)
@@ -70,11 +75,23 @@ def remarks(memory: MemoryBudget) -> list[str]:
         flags += f" {option} {name.lower()}" if name != "F16" else ""
     if memory.n_gpu_layers is not None:
         flags += f" -ngl {memory.n_gpu_layers}"
+    for other in memory.beside:
+        flags += f" {_BESIDE[other.kind]} {shlex.quote(other.path)}"
+        if memory.n_gpu_layers:
+            flags += f" {_IN_RAM[other.kind]}"
     told = [f"run it with llama.cpp's options {flags}"]
     if memory.method == "llama.cpp":
         told.append("weights, cache and compute are llama.cpp's own figures, overhead an estimate")
     else:
         told.append(f"an estimate from the header, not llama.cpp's figures: {memory.why_estimate}")
+    for other in memory.beside:
+        parts = [f"weights {format_bytes(other.weights)}"]
+        parts += [f"cache {format_bytes(other.cache)}"] * bool(other.cache)
+        parts += [f"compute {format_bytes(other.compute)}"] * bool(other.compute)
+        told.append(
+            f"the overhead includes {other.path}: {', '.join(parts)}"
+            + ("; its compute buffers are not known" if other.kind == "mmproj" else "")
+        )
     if memory.vram is not None:
         told.append("the GPU's part is an estimate, not measured on a GPU")
     return told

@@ -54,9 +54,7 @@ def test_a_plan_of_the_front_can_be_made_by_its_figures(front: SpeedFront) -> No
         assert made.total_cost * (1 - made.gap) <= p.cost * (1 + 1e-9)
 
 
-def test_both_commands_show_the_same_front(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_both_commands_show_the_same_front(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def made_up(*options: object, **more: object) -> SpeedLimit:
         more["profile"] = PROFILE
         return speed_limit(*options, **more)  # type: ignore[arg-type]
@@ -76,6 +74,9 @@ def test_both_commands_show_the_same_front(
     other = run(app, ["quantize", str(model), "--target", "speed", "--json", "-t", "1"])
     assert other.exit_code == 0, other.output
     assert json.loads(other.stdout)["plans"] == json.loads(shown.stdout)["plans"]
+    another = write_tiny_model(tmp_path / "n.gguf", weight_type="F16", seed=5)
+    wrong = run(app, ["frontier", str(measured), "--speed", "--model", str(another)])
+    assert wrong.exit_code == 1
     table = run(app, ["frontier", str(measured), "--speed"])
     assert "none is smaller, better and faster" in " ".join(table.output.split())
 

@@ -1,0 +1,104 @@
+"""What runs beside the model in the same memory: a vision projector, and a draft model.
+
+Both stay in RAM. A projector takes its file's tensors; what llama.cpp's image code computes with is
+not known here. A draft model takes weights, a cache of the same context and compute buffers.
+"""
+
+import contextlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Self
+
+from ramgguf.core.errors import BudgetError
+from ramgguf.deploy.footprint import Footprint, FootprintEstimator
+from ramgguf.deploy.footprint_formula import ContextShape
+from ramgguf.gguf.architecture import TOKEN_EMBEDDING
+from ramgguf.gguf.hub import local_path
+from ramgguf.gguf.reader import GGUFFile, open_gguf
+from ramgguf.plan.result import BesideUse
+
+_PROJECTORS = ("clip", "mmproj")
+# llama.cpp's common/speculative.cpp refuses vocabularies that differ by more.
+_MOST_TOKENS_APART = 128
+
+
+@dataclass(frozen=True)
+class BesideModel:
+    """The files of a vision projector and of a draft model, if there are any."""
+
+    mmproj: Path | None = None
+    draft: Path | None = None
+
+
+class BesideEstimator:
+    """Adds to a model's footprint what runs beside it. Use as a context manager.
+
+    Raises BudgetError for a projector that is none, or a draft model of another vocabulary.
+    """
+
+    def __init__(self, beside: BesideModel, model: GGUFFile) -> None:
+        self._stack = contextlib.ExitStack()
+        with self._stack:
+            self._projector = self._opened(beside.mmproj)
+            self._draft = self._opened(beside.draft)
+            if self._projector is not None:
+                _require_projector(self._projector)
+            self._scale: FootprintEstimator | None = None
+            if self._draft is not None:
+                _require_same_vocabulary(self._draft, model)
+                self._scale = self._stack.enter_context(FootprintEstimator(self._draft))
+            self._stack = self._stack.pop_all()
+
+    def _opened(self, path: Path | None) -> GGUFFile | None:
+        return None if path is None else self._stack.enter_context(open_gguf(local_path(path)))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def uses(self, shape: ContextShape) -> tuple[BesideUse, ...]:
+        """Return what each file takes with such a context of the model."""
+        found = []
+        if self._projector is not None:
+            weights = sum(t.n_bytes for t in self._projector.tensors)
+            path = str(self._projector.paths[0])
+            found.append(BesideUse(kind="mmproj", path=path, weights=weights))
+        if self._scale is not None and self._draft is not None:
+            use = self._scale.footprint(replace(shape, type_k="F16", type_v="F16"), {}).use
+            found.append(
+                BesideUse(
+                    kind="draft",
+                    path=str(self._draft.paths[0]),
+                    weights=use.weights,
+                    cache=use.cache,
+                    compute=use.compute,
+                )
+            )
+        return tuple(found)
+
+    def added(self, footprint: Footprint) -> Footprint:
+        """Return the model's footprint with these files' as part of its overhead."""
+        more = sum(use.total for use in self.uses(footprint.shape))
+        return replace(footprint, overhead=footprint.overhead + more)
+
+
+def _require_projector(file: GGUFFile) -> None:
+    if file.architecture not in _PROJECTORS:
+        raise BudgetError(
+            f"{file.paths[0]}: is a {file.architecture} model, expected a vision projector (clip); "
+            "name the mmproj file with --mmproj"
+        )
+
+
+def _require_same_vocabulary(draft: GGUFFile, model: GGUFFile) -> None:
+    sizes = [
+        next((t.shape[1] for t in f.tensors if t.name == TOKEN_EMBEDDING), None)
+        for f in (draft, model)
+    ]
+    if None in sizes or abs((sizes[0] or 0) - (sizes[1] or 0)) > _MOST_TOKENS_APART:
+        raise BudgetError(
+            f"{draft.paths[0]}: has {sizes[0]} tokens and the model {sizes[1]}; a draft model "
+            "needs the model's vocabulary"
+        )

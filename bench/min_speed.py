@@ -3,7 +3,8 @@
     python bench/min_speed.py models/qwen05-f16.gguf --bpw 5.5 --folder models/min-speed
 
 One file is planned by bytes. The other is the fastest plan whose predicted cost is no higher, its
-bytes free: --min-speed is bisected for it. Both are scored against the source on the same held-out
+bytes free: --min-speed is bisected for it (plans and files that are in the folder are taken as they
+are). Both are scored against the source on the same held-out
 text, and timed by `check` in turn, so that other load affects both. A row for both goes to
 bench/results/min_speed.jsonl; speeds are medians over all repeats, their ratio is of each round.
 """
@@ -26,7 +27,7 @@ from ramgguf.plan import SpeedLimit
 from ramgguf.plan.result import Plan
 from ramgguf.quantize.speed_target import speed_limit
 
-N_CTX = 640
+N_CTX = 128
 
 
 def fastest_of_equal_cost(measurement: Measurement, plain: Plan, limit: SpeedLimit) -> Plan:
@@ -54,6 +55,7 @@ def main() -> None:
     parser.add_argument("--bpw", type=float, default=5.5)
     parser.add_argument("--folder", type=Path, default=Path("models/min-speed"))
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--windows", type=int, default=2, help="of each domain that are scored")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--imatrix", type=Path)
     parser.add_argument("--out", type=Path, default=Path("bench/results/min_speed.jsonl"))
@@ -66,18 +68,23 @@ def main() -> None:
     measurement = Measurement.load(measured)
     limit = speed_limit(source, 1e-9, 0.0, names=None, threads=arguments.threads, announce=print)
     plain = ramgguf.plan(measurement, f"{arguments.bpw}bpw")
-    plans = {"bytes": plain, "speed": fastest_of_equal_cost(measurement, plain, limit)}
+    kept = folder / f"{source.stem}-{arguments.bpw}-speed.json"
+    if not kept.exists():
+        fastest_of_equal_cost(measurement, plain, limit).save(kept)
+    plans = {"bytes": plain, "speed": Plan.load(kept)}
     paths = {}
     for name, plan in plans.items():
         paths[name] = folder / f"{source.stem}-{arguments.bpw}-{name}.gguf"
-        ramgguf.quantize(
-            source, None, paths[name], from_plan=plan, imatrix=arguments.imatrix, force=True
-        )
-    found = score_held_out(list(paths.values()), source, seconds=1e9, max_rounds=6)
+        if not paths[name].exists() or paths[name].stat().st_size != plan.n_bytes:
+            ramgguf.quantize(
+                source, None, paths[name], from_plan=plan, imatrix=arguments.imatrix, force=True
+            )
+    found = score_held_out(list(paths.values()), source, seconds=1e9, max_rounds=arguments.windows)
     scores: dict[str, HeldOutScore] = dict(zip(paths, found, strict=True))
     request = CheckRequest(
-        ContextShape(N_CTX), available_memory(), n_threads=arguments.threads, n_said=4
-    )
+        ContextShape(N_CTX), available_memory(), n_threads=arguments.threads, n_prompt=64,
+        n_generated=16, n_said=4,
+    )  # fmt: skip
     generation: dict[str, list[float]] = {name: [] for name in paths}
     prompt: dict[str, list[float]] = {name: [] for name in paths}
     for k in range(arguments.rounds):
@@ -95,6 +102,7 @@ def main() -> None:
         "imatrix": arguments.imatrix is not None,
         "threads": arguments.threads,
         "rounds": arguments.rounds,
+        "windows": arguments.windows,
         "ratio": round(statistics.median(ratios), 3),
         "ratio_range": [round(min(ratios), 3), round(max(ratios), 3)],
     }

@@ -60,7 +60,7 @@ class Deployed:
         self._model: Any = llama.llama_model_load_from_file(os.fsencode(request.path), parameters)
         if not self._model:
             raise EngineError("llama.cpp could not load the weights")
-        self.n_ctx, self.n_batch = request.n_ctx, N_BATCH
+        self.n_ctx, self.n_batch, self.n_threads = request.n_ctx, N_BATCH, request.n_threads
         sizes = SizesOf(
             path=request.path,
             n_ctx=request.n_ctx,

@@ -109,7 +109,7 @@ def test_a_small_budget_with_a_matrix_takes_formats_of_points_and_of_libggml(
     expected = outputs(llama_cpp, source, chosen)
     found = outputs(llama_cpp, made.paths[0], chosen)
     assert np.isfinite(found).all()
-    assert 0.4 < similarity(found, expected) < 1 - 1e-6
+    assert 0.35 < similarity(found, expected) < 1 - 1e-6
 
 
 @needs_libggml

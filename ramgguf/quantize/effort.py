@@ -1,9 +1,9 @@
 """Quantize as well as the time allows: steps in order of what they bring, each one gated.
 
 fast plans by priors and searches scales. auto adds what calibration brings: an importance matrix,
-formats for tensors that meet massive activations, then error feedback (GPTQ, and coordinate
-descent after it) if its Hessians fit the time. best adds measured sensitivities and swaps by
-forward passes. Each step writes a candidate; it replaces the one before only if its KLD on held-out
+error feedback (GPTQ, and coordinate descent after it) if its Hessians fit the time, then formats
+for tensors that meet massive activations. best adds measured sensitivities and swaps by forward
+passes. Each step writes a candidate; it replaces the one before only if its KLD on held-out
 text of every domain says so. What a step has measured is kept beside the model (docs/effort.md).
 """
 

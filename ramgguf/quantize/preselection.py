@@ -169,9 +169,7 @@ def _joined(measurement: Measurement, more: Measurement) -> Measurement:
     tensors = []
     for tensor in measurement.tensors:
         if other := others.get(tensor.name):
-            points = {p.format: p for p in (*tensor.points, *other.points)}
-            excluded = {**tensor.excluded, **other.excluded}
-            tensor = _with_points(tensor, tuple(points.values()), excluded)
+            tensor = _with_both(tensor, tensor, other)
         tensors.append(tensor)
     return measurement.model_copy(update={"tensors": tuple(tensors)})
 
@@ -229,9 +227,7 @@ class _Known:
             name, before = tensor.name, self._whole.get(tensor.name)
             self._measured[name] = self._measured.get(name, frozenset()) | formats_of[name]
             if before is not None:
-                points = {p.format: p for p in (*before.points, *tensor.points)}
-                excluded = {**before.excluded, **tensor.excluded}
-                tensor = _with_points(tensor, tuple(points.values()), excluded)
+                tensor = _with_both(tensor, before, tensor)
             self._whole[name] = tensor
 
     def lacks(self, wanted: Formats) -> dict[str, frozenset[str]]:
@@ -264,6 +260,14 @@ class _Known:
             tensors.append(_with_points(whole, (*whole.points, *added), excluded))
         update = {"tensors": tuple(tensors), "notes": self._sampled.notes}
         return self._first.model_copy(update=update)
+
+
+def _with_both(
+    tensor: TensorMeasurement, before: TensorMeasurement, after: TensorMeasurement
+) -> TensorMeasurement:
+    """Return the tensor with the points of both; of a format that both have, the later one."""
+    points = {p.format: p for p in (*before.points, *after.points)}
+    return _with_points(tensor, tuple(points.values()), {**before.excluded, **after.excluded})
 
 
 def _with_points(

@@ -511,12 +511,12 @@ class _Run:
                 )
                 if pins:
                     self._announce(f"first tokens depend on {', '.join(pins)}")
-                    return self._candidate(replace(now, pins=pins))
+                    return self._candidate(replace(now, pins=pins), best)
                 self._log.add(f"{step.name}: no tensor needs more than it has")
                 return None
             case "sensitivities":
                 found_alphas = self._sensitivity(now, step.measuring)
-                return self._candidate(replace(now, sensitivity=found_alphas))
+                return self._candidate(replace(now, sensitivity=found_alphas), best)
             case "error feedback" if now.imatrix is not None:
                 hessian = self._hessian()
                 encoder = self._schedule.encoder
@@ -528,7 +528,7 @@ class _Run:
                 self._log.add(f"{step.name}: left out, they know nothing of speed")
                 return None
             case "swaps":
-                return self._candidate(replace(now, refine=N_TRIALS))
+                return self._candidate(replace(now, refine=N_TRIALS), best)
         self._log.add(f"{step.name}: left out, it builds on a matrix that was not taken")
         return None
 
@@ -595,11 +595,16 @@ class _Run:
         journal.unlink(missing_ok=True)
         return found
 
-    def _candidate(self, choice: Choice) -> _Candidate:
-        """Write the file of a choice into the scratch folder."""
+    def _candidate(self, choice: Choice, best: _Candidate | None = None) -> _Candidate:
+        """Write the file of a choice into the scratch folder; tensors that come out as in the best
+        so far are copied.
+        """
         self._n_candidates += 1
         path = self._scratch / f"candidate-{self._n_candidates}.gguf"
-        return _Candidate(choice, self._once(choice, path, split_max_bytes=None, verify=False))
+        before = None if best is None else best.made
+        return _Candidate(
+            choice, self._once(choice, path, split_max_bytes=None, verify=False, before=before)
+        )
 
     def _once(self, choice: Choice, output: Path | None, **changed: Any) -> Quantized:
         """Write the file of a choice, with some of the options changed."""

@@ -36,6 +36,7 @@ SENSITIVITY_SECONDS = 1200.0
 SENSITIVITY_SHARE = 0.4
 N_TRIALS = 32
 PROBE_READS = 8  # what a few dozen passes over a few tokens take, in sequences read
+CHANGED_SHARE = 0.3  # of the weights: those whose format changes after a few pins, at most
 DISK_SHARE = 0.5
 MOST_ROUNDS = max(n_rounds for _, n_rounds in SIZES)
 
@@ -262,10 +263,10 @@ class _Try:
     def massive(self) -> Step:
         """A few tokens by a few dozen passes; the gate is longer by windows of 16 tokens.
 
-        After error feedback, its candidate is rounded by it, too.
+        After error feedback, what changes its format is rounded by it, too.
         """
         probe = 0.0 if self.kept.massive else PROBE_READS * self.costs.read
-        sweeping = self.sweeping if self.has("error feedback") else 0.0
+        sweeping = CHANGED_SHARE * self.sweeping if self.has("error feedback") else 0.0
         return Step(
             "massive activations",
             "tensors that the first token of a text depends on",

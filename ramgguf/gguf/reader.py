@@ -33,7 +33,7 @@ __all__ = [
 
 # What else comes as GGUF, by general.type or general.architecture.
 _OTHER_KINDS: Mapping[str, str] = {
-    "adapter": "a LoRA adapter; quantize the model that it adapts",
+    "adapter": "a LoRA adapter; quantize the model that it adapts, with this file as --lora",
     "mmproj": "a multimodal projector (mmproj); quantize the language model beside it",
     "clip": "a multimodal projector (mmproj); quantize the language model beside it",
     "imatrix": "an importance matrix; give it with --imatrix",

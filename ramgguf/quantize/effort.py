@@ -109,10 +109,10 @@ def quantize(
 ) -> Quantized:
     """Write the best GGUF that keeps to the budget and return what was made.
 
-    model is a GGUF file, a checkpoint's folder, which is converted first with the adapter in the
-    folder lora merged into it, or an address on the hub. Needs a budget (bytes, text such as 16GB,
-    4.5bpw or 30%, or a SizeLimit) or a ready plan. output is by default beside the model and named
-    after the plan's bits per weight.
+    model is a GGUF file, a checkpoint's folder, which is converted first, or an address on the hub;
+    lora is an adapter that is merged into it (hub.local_path says which). Needs a budget (bytes,
+    text such as 16GB, 4.5bpw or 30%, or a SizeLimit) or a ready plan. output is by default beside
+    the model and named after the plan's bits per weight.
 
     effort fast plans by priors; auto and best decide by themselves what they do, within the seconds
     (auto: five minutes, or twice what writing takes; best: what it needs), and keep what they

@@ -161,6 +161,10 @@ class GGUFFile(Closing):
                 digest.update(buffer)
         return digest.hexdigest()
 
+    def has_tensor(self, name: str) -> bool:
+        """Return whether there is a tensor of that name."""
+        return name in self._by_name
+
     def tensor(self, name: str) -> TensorInfo:
         """Return the tensor of that name; raises GGUFError if there is none."""
         try:

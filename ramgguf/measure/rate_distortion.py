@@ -20,6 +20,7 @@ from ramgguf.gguf.architecture import layer_of, role_of
 from ramgguf.gguf.hub import local_path
 from ramgguf.gguf.identity import Source
 from ramgguf.gguf.reader import GGUFFile, open_gguf
+from ramgguf.gguf.weight_scale import mean_squared_scale
 from ramgguf.measure.candidates import (
     FLOAT_FORMATS,
     TERNARY_NMSE,
@@ -74,7 +75,7 @@ def measure_file(
 
     wanted names the formats to try (default: those that candidates.tried offers). With `sampled`,
     statistics are those of some rows of each tensor; without `slow`, formats that libggml encodes
-    are named but not measured; with `only`, a tensor named there is measured
+    slowly are named but not measured; with `only`, a tensor named there is measured
     in those formats, no others; without `others`, tensors that are not named there are left out,
     and the source has no hash of its data. n_overhead_bytes is what the output's header will take.
     Errors are weighed by the importance that imatrix has. Raises FormatError for NaN or infinity in
@@ -112,7 +113,11 @@ def measure_file(
             progress.advance(measured.n_bytes)
     finally:
         progress.finish()
-    by_libggml = [(job.tensor, job.scale, job.sampled if slow else ()) for job in jobs]
+    skipped = () if slow else formats.with_importance()
+    by_libggml = [
+        (job.tensor, job.scale, [name for name in job.sampled if name not in skipped])
+        for job in jobs
+    ]
     of_samples = measure_samples(file, by_libggml, threads=threads, progress=progress)
     return Measurement(
         ramgguf_version=__version__,
@@ -228,6 +233,7 @@ def _tensor(
             sorted((*points, _grid_point(job, exact)), key=attrgetter("n_bytes", "nmse"))
         )
     weighed = total is not None and job.scale.importance is not None
+    larger = mean_squared_scale(file, tensor) if total else 1.0
     return TensorMeasurement(
         name=tensor.name,
         shape=tensor.shape,
@@ -235,8 +241,8 @@ def _tensor(
         layer=layer_of(tensor.name),
         source_format=tensor.type_name,
         n_bytes=tensor.n_bytes,
-        sum_squares=total.sum_squares if total else 0.0,
-        output_squares=job.scale.squares(total) if total and weighed else None,
+        sum_squares=larger * total.sum_squares if total else 0.0,
+        output_squares=larger * job.scale.squares(total) if total and weighed else None,
         max_abs=total.max_abs if total else 0.0,
         excess_kurtosis=_excess_kurtosis(total) if total else 0.0,
         points=points,
@@ -293,7 +299,7 @@ def _points(
                 sampled.nmse,
                 sampled.max_error,
                 sampled.standard_error,
-                sampled.plain_nmse,
+                None if job.scale.importance is None else sampled.plain_nmse,
             )
         )
     found.sort(key=attrgetter("n_bytes", "nmse"))

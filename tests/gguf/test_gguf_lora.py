@@ -88,7 +88,8 @@ def added(name: str, of: Arrays, scale: float) -> NDArray[np.float64]:
     a, b = (of[name + end].astype(np.float64) for end in (".lora_a", ".lora_b"))
     if name == EMBED:
         a, b = b.T, a
-    return scale * np.einsum("...or,...ri->...oi", b, a)
+    product: NDArray[np.float64] = np.einsum("...or,...ri->...oi", b, a)
+    return scale * product
 
 
 @pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])

@@ -41,6 +41,11 @@ from ramgguf.quants.imatrix import Imatrix, load_importance
 from ramgguf.quants.output_metadata import overhead_bytes
 from ramgguf.quants.row_samples import SampledError, measure_samples
 
+PROJECTOR_NOTE = (
+    "a multimodal projector: priors guess what matters, and no KLD is measured; compare what the "
+    "language model says of images or sound"
+)
+
 
 @dataclass(frozen=True)
 class _Measured:
@@ -132,6 +137,7 @@ def measure_file(
         seconds=time.perf_counter() - start,
         notes=(
             *told,
+            *((PROJECTOR_NOTE,) if file.is_projector else ()),
             *_on_grids(jobs),
             *_unsuited(jobs, wanted),
             *_idle_requantize(jobs, allow_requantize),
@@ -342,7 +348,7 @@ def measure(
     for name in wanted or ():
         get_format(name)
     weighed = load_importance(imatrix, hessian, encoder)
-    with open_gguf(local_path(model), kind_check=True) as file:
+    with open_gguf(local_path(model), kind_check=True, or_projector=True) as file:
         return measure_file(
             file,
             n_overhead_bytes=overhead_bytes(file, weighed.source if weighed else None),

@@ -103,10 +103,10 @@ def rows(
         return
     files = [path for path, _ in made.values()]
     later = score_held_out(
-        files, source, n_ctx=options.n_ctx, max_rounds=options.rounds, seconds=1e9, threads=2
+        files, source, n_ctx=options.n_ctx, max_rounds=options.rounds, seconds=None, threads=2
     )
     first = score_held_out(
-        files, source, n_ctx=16, first_target=1, max_rounds=6, seconds=1e9, threads=2
+        files, source, n_ctx=16, first_target=1, max_rounds=6, seconds=None, threads=2
     )
     origin = provenance()
     for (name, (path, said)), score, short in zip(made.items(), later, first, strict=True):

@@ -79,7 +79,7 @@ def main() -> None:
             ramgguf.quantize(
                 source, None, paths[name], from_plan=plan, imatrix=arguments.imatrix, force=True
             )
-    found = score_held_out(list(paths.values()), source, seconds=1e9, max_rounds=arguments.windows)
+    found = score_held_out(list(paths.values()), source, seconds=None, max_rounds=arguments.windows)
     scores: dict[str, HeldOutScore] = dict(zip(paths, found, strict=True))
     request = CheckRequest(
         ContextShape(N_CTX), available_memory(), n_threads=arguments.threads, n_prompt=64,

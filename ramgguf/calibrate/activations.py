@@ -8,7 +8,6 @@ are added up while the tokens are drawn.
 import hashlib
 import json
 import re
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -21,7 +20,7 @@ import numpy as np
 from ramgguf.calibrate.partial import Partial, partial_folder
 from ramgguf.calibrate.sources import TokenSource, parse_sources, shares
 from ramgguf.core.errors import EngineError, ImatrixError
-from ramgguf.core.files import refuse_existing
+from ramgguf.core.files import free_bytes, refuse_existing
 from ramgguf.core.inputs import protected
 from ramgguf.core.parallel import default_threads
 from ramgguf.core.progress import Progress, Silent, followed_by
@@ -217,7 +216,7 @@ def _gram_bytes(owners: Mapping[str, str], weights: Mapping[str, TensorInfo]) ->
 
 def _has_room(folder: Path, gram_bytes: int, announce: Callable[[str], None]) -> bool:
     """Return whether the disk has room for the Hessians twice: kept, and in their file."""
-    free = shutil.disk_usage(folder).free
+    free = free_bytes(folder)
     if free >= 2 * gram_bytes:
         return True
     announce(

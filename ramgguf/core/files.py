@@ -292,14 +292,15 @@ def refuse_input(path: Path, *, error: type[RamggufError]) -> None:
         raise error(f"{path}: is an input of this command ({read}); write elsewhere")
 
 
-def _free_bytes(folder: Path) -> int:
+def free_bytes(folder: Path) -> int:
+    """Return the room on the folder's file system."""
     return shutil.disk_usage(folder).free
 
 
 def require_disk_space(folder: Path, n_bytes: int, *, error: type[RamggufError]) -> None:
     """Raise `error` if the folder's file system has less room than that, or there is no folder."""
     try:
-        free = _free_bytes(folder)
+        free = free_bytes(folder)
     except OSError as e:
         raise error(f"{folder}: {e.strerror}") from None
     if free < n_bytes:

@@ -4,7 +4,7 @@ from ramgguf.evaluate.comparison import compare
 from ramgguf.evaluate.continuations import Trajectories, TrajectoryResult, trajectories
 from ramgguf.evaluate.evaluation import Evaluation, evaluate
 from ramgguf.evaluate.held_out import SECONDS as SCORE_SECONDS
-from ramgguf.evaluate.held_out import HeldOutScore, score_held_out, scores_here
+from ramgguf.evaluate.held_out import HeldOutScore, kept_bytes, score_held_out, scores_here
 from ramgguf.evaluate.multiple_choice import TaskResult, TaskResults, tasks
 from ramgguf.evaluate.result import EvalResult
 
@@ -19,6 +19,7 @@ __all__ = [
     "TrajectoryResult",
     "compare",
     "evaluate",
+    "kept_bytes",
     "score_held_out",
     "scores_here",
     "tasks",

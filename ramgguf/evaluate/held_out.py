@@ -5,8 +5,10 @@ window's first tokens are read and not scored: there a model has no context, and
 the first token carries a massive activation whose KLD hides all others.
 """
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar
@@ -23,9 +25,10 @@ from ramgguf.core.version import __version__
 from ramgguf.evaluate.intervals import Estimate
 from ramgguf.evaluate.statistics import MIN_UNITS, FloatArray
 from ramgguf.gguf.hub import local_path
-from ramgguf.gguf.reader import open_gguf
+from ramgguf.gguf.reader import GGUFFile, open_gguf
 from ramgguf.llama.client import Engine, with_kernels
 from ramgguf.llama.domains import domain_corpora
+from ramgguf.llama.logits_file import Layout, LogitsFile, LogitsWriter
 from ramgguf.llama.protocol import Scored, TokenIds
 from ramgguf.llama.system import llama_installed
 
@@ -143,90 +146,155 @@ def score_held_out(
     part: Part = "score",
     n_ctx: int = N_CTX,
     first_target: int = FIRST_TARGET,
-    seconds: float = SECONDS,
+    seconds: float | None = SECONDS,
     max_rounds: int = MAX_ROUNDS,
+    reference_logits: Path | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> tuple[HeldOutScore, ...]:
     """Return the score of each model against the reference, all on the same windows.
 
-    A window of every domain is scored whatever it takes; more follow while the seconds last, up to
-    max_rounds of each; calls with the same max_rounds score the same windows in the same order.
-    Tokens before first_target (at least 1) are read and not scored.
+    A window of every domain is scored whatever it takes; more follow while the seconds last (None:
+    as long as it takes), up to max_rounds of each; calls with the same max_rounds score the same
+    windows in the same order. Tokens before first_target (at least 1) are read and not scored.
+
+    reference_logits is a file that keeps what the reference says (kept_bytes of it, in 16 bits): it
+    is made if it is not there, and read instead of the reference if it is. It goes without a limit
+    of time, and belongs to these windows. The reference is then in memory alone.
 
     Raises EngineError when llama.cpp is missing or fails, GGUFError for files that are no models.
     """
-    paths = [local_path(m) for m in models]
-    source = local_path(reference)
-    threads = threads or default_threads()
-    shown = progress or Silent()
+    if reference_logits is not None and seconds is not None:
+        raise ValueError("reference_logits needs all windows: give seconds=None")
+    texts = _Texts(part, n_ctx, first_target, max_rounds)
+    scoring = _Scoring(
+        [local_path(m) for m in models],
+        local_path(reference),
+        texts,
+        math.inf if seconds is None else seconds,
+        reference_logits,
+        threads or default_threads(),
+        progress or Silent(),
+    )
+    return with_kernels(scoring.scores)
 
-    def run(safe_kernels: bool) -> tuple[HeldOutScore, ...]:
-        return _score(
-            paths,
-            source,
-            part,
-            n_ctx,
-            first_target,
-            seconds,
-            max_rounds,
-            threads,
-            safe_kernels,
-            shown,
+
+def kept_bytes(file: GGUFFile, n_ctx: int, n_windows: int, first_target: int = FIRST_TARGET) -> int:
+    """Return the bytes of reference_logits: two for each token of the vocabulary and row."""
+    embedding = next((t for t in file.tensors if t.name == "token_embd.weight"), None)
+    n_vocab = embedding.n_weights // embedding.row_length if embedding is not None else 1 << 18
+    return Layout(n_ctx, n_vocab, n_windows, first_target - 1).n_bytes
+
+
+@dataclass(frozen=True)
+class _Texts:
+    """Which windows are scored."""
+
+    part: Part
+    n_ctx: int
+    first_target: int
+    max_rounds: int
+
+
+@dataclass(frozen=True)
+class _Scoring:
+    """Models that are scored on the windows of some texts."""
+
+    paths: Sequence[Path]
+    source: Path
+    texts: _Texts
+    limit: float
+    kept: Path | None
+    threads: int
+    progress: Progress
+
+    def scores(self, safe_kernels: bool) -> tuple[HeldOutScore, ...]:
+        """Return each model's score."""
+        start = time.perf_counter()
+        if self.kept is not None and not self.kept.exists():
+            self._keep(self.kept, safe_kernels)
+        first = [] if self.kept is not None else [self.source]
+        with self._engine([*first, *self.paths], safe_kernels) as engine:
+            found = self._scored(engine)
+            build = engine.opened.system.build
+        spent = time.perf_counter() - start
+        return tuple(
+            HeldOutScore(
+                ramgguf_version=__version__,
+                model=str(path),
+                n_bytes=_n_bytes(path),
+                reference=str(self.source),
+                part=self.texts.part,
+                n_ctx=self.texts.n_ctx,
+                first_target=self.texts.first_target,
+                engine=build,
+                windows=tuple(windows),
+                seconds=spent,
+            )
+            for path, windows in zip(self.paths, found, strict=True)
         )
 
-    return with_kernels(run)
+    def _engine(self, paths: Sequence[Path], safe_kernels: bool) -> Engine:
+        n_ctx = self.texts.n_ctx
+        return Engine(paths, n_ctx=n_ctx, n_threads=self.threads, safe_kernels=safe_kernels)
 
+    def _keep(self, path: Path, safe_kernels: bool) -> None:
+        """Write the file of the reference's logits."""
+        with self._engine([self.source], safe_kernels) as engine:
+            windows = [ids for one in self._rounds(engine) for ids in one.values()]
+            n_vocab = engine.opened.models[0].vocab.n_tokens
+            first = self.texts.first_target - 1
+            layout = Layout(self.texts.n_ctx, n_vocab, len(windows), first)
+            writer = LogitsWriter(path, layout, np.concatenate(windows), resume=False)
+            with writer, self._shown("reference", len(windows), "windows"):
+                for number, ids in enumerate(windows):
+                    to = str(writer.part)
+                    list(engine.score(number, ids, first + 1, has_reference=False, save_logits=to))
+                    self.progress.advance(1)
+                writer.finish()
 
-def _score(
-    paths: Sequence[Path],
-    source: Path,
-    part: Part,
-    n_ctx: int,
-    first_target: int,
-    seconds: float,
-    max_rounds: int,
-    threads: int,
-    safe_kernels: bool,
-    progress: Progress,
-) -> tuple[HeldOutScore, ...]:
-    start = time.perf_counter()
-    found: list[list[WindowScore]] = [[] for _ in paths]
-    with Engine(
-        [source, *paths], n_ctx=n_ctx, n_threads=threads, safe_kernels=safe_kernels
-    ) as engine:
-        rounds = list(_rounds(_windows(engine, source, part, n_ctx), max_rounds))
-        began = time.perf_counter()
-        progress.start("score", len(rounds), "rounds")
-        try:
+    def _scored(self, engine: Engine) -> list[list[WindowScore]]:
+        """Return the scores of each model's windows."""
+        found: list[list[WindowScore]] = [[] for _ in self.paths]
+        rounds = self._rounds(engine)
+        if self.kept is not None:
+            self._require_windows(self.kept, [ids for one in rounds for ids in one.values()])
+        index, began = 0, time.perf_counter()
+        with self._shown("score", len(rounds), "rounds"):
             for number, windows in enumerate(rounds):
                 each = (time.perf_counter() - began) / max(1, number)
-                if number and time.perf_counter() - began + each > seconds:
+                if number and time.perf_counter() - began + each > self.limit:
                     break
                 for domain, ids in windows.items():
-                    scored = list(engine.score(number, ids, first_target, has_reference=True))
-                    for path, mine, told in zip(paths, found, scored[1:], strict=True):
+                    scored = self._window(engine, index, ids)
+                    for path, mine, told in zip(self.paths, found, scored, strict=True):
                         mine.append(_window_score(path, domain, told))
-                progress.advance(1)
+                    index += 1
+                self.progress.advance(1)
+        return found
+
+    def _window(self, engine: Engine, index: int, ids: TokenIds) -> list[Scored]:
+        first = self.texts.first_target
+        if self.kept is None:
+            return list(engine.score(index, ids, first, has_reference=True))[1:]
+        stored = str(self.kept)
+        return list(engine.score(index, ids, first, has_reference=False, reference_logits=stored))
+
+    def _rounds(self, engine: Engine) -> list[dict[str, TokenIds]]:
+        windows = _windows(engine, self.source, self.texts.part, self.texts.n_ctx)
+        return list(_rounds(windows, self.texts.max_rounds))
+
+    def _require_windows(self, kept: Path, windows: Sequence[TokenIds]) -> None:
+        if not np.array_equal(LogitsFile(kept).tokens, np.concatenate(windows)):
+            raise EngineError(f"{self.source}: another tokenizer than the files that are scored")
+
+    @contextmanager
+    def _shown(self, doing: str, total: int, unit: str) -> Iterator[None]:
+        self.progress.start(doing, total, unit)
+        try:
+            yield
         finally:
-            progress.finish()
-        build = engine.opened.system.build
-    spent = time.perf_counter() - start
-    return tuple(
-        HeldOutScore(
-            ramgguf_version=__version__,
-            model=str(path),
-            n_bytes=_n_bytes(path),
-            reference=str(source),
-            part=part,
-            n_ctx=n_ctx,
-            first_target=first_target,
-            engine=build,
-            windows=tuple(windows),
-            seconds=spent,
-        )
-        for path, windows in zip(paths, found, strict=True)
-    )
+            self.progress.finish()
 
 
 def _n_bytes(path: Path) -> int:

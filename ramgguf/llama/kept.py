@@ -10,7 +10,6 @@ header's order, the states of the sequences.
 
 import ctypes
 import math
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from pydantic import Field, ValidationError
 
 from ramgguf.core.documents import FrozenModel, NonNegative
 from ramgguf.core.errors import EngineError
-from ramgguf.core.files import AtomicFile, remove_orphans
+from ramgguf.core.files import AtomicFile, free_bytes, remove_orphans
 from ramgguf.core.units import format_bytes
 from ramgguf.llama.capture import Sums, Taken, Tap, TapState
 from ramgguf.llama.protocol import TokenIds, pack_ids, unpack_ids
@@ -326,7 +325,7 @@ def write_kept(
     n_bytes = len(head) + sum(array.n_bytes for array in found) + sum(states.sizes)
     try:
         remove_orphans(path.parent)
-        free = shutil.disk_usage(path.parent).free
+        free = free_bytes(path.parent)
     except OSError as e:
         raise EngineError(f"{path}: cannot be written: {e.strerror or e}") from None
     if free < n_bytes + spare:

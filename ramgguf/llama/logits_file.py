@@ -12,6 +12,9 @@ log p(i) = lowest + scale · steps[i]. No log p is more than 16 nats below the r
 All numbers are little-endian. Source: llama.cpp, tools/perplexity/perplexity.cpp (functions
 log_softmax, process_logits, perplexity, kl_divergence).
 
+A file whose rows start elsewhere is ours alone: "_ramrow_" in place of "_logits_", and after
+n_windows one more int32, the position of a window's first row.
+
 Rows are read where they lie in the file: a reference need not fit in memory.
 """
 
@@ -33,6 +36,8 @@ Floats = npt.NDArray[np.float32]
 
 MAGIC = b"_logits_"
 _HEADER = struct.Struct("<8s3i")
+_OWN_MAGIC = b"_ramrow_"
+_OWN_HEADER = struct.Struct("<8s4i")
 _REACH = np.float32(16)  # nats below the largest logit that steps reach
 _STEPS = np.float32(65535)
 LEAST_LOG_P = np.float32(-16)  # what is less probable is left out of the KLD
@@ -41,16 +46,28 @@ _SLICE = 32  # rows that are packed at a time: they stay in the cache
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes of a file: windows of n_ctx tokens, of a vocabulary of n_vocab."""
+    """Sizes of a file: windows of n_ctx tokens, of a vocabulary of n_vocab.
+
+    own_first_row is the position of a window's first row in a file of ours; None in llama.cpp's.
+    """
 
     n_ctx: int
     n_vocab: int
     n_windows: int
+    own_first_row: int | None = None
+
+    @property
+    def header(self) -> bytes:
+        """What the file starts with."""
+        sizes = self.n_ctx, self.n_vocab, self.n_windows
+        if self.own_first_row is None:
+            return _HEADER.pack(MAGIC, *sizes)
+        return _OWN_HEADER.pack(_OWN_MAGIC, *sizes, self.own_first_row)
 
     @property
     def first_row(self) -> int:
         """The position in a window whose row comes first."""
-        return self.n_ctx // 2
+        return self.n_ctx // 2 if self.own_first_row is None else self.own_first_row
 
     @property
     def n_rows(self) -> int:
@@ -65,7 +82,7 @@ class Layout:
     @property
     def rows_at(self) -> int:
         """Where in the file the rows start."""
-        return _HEADER.size + 4 * self.n_windows * self.n_ctx
+        return len(self.header) + 4 * self.n_windows * self.n_ctx
 
     @property
     def n_bytes(self) -> int:
@@ -109,16 +126,21 @@ class LogitsFile:
         try:
             size = path.stat().st_size
             with path.open("rb") as file:
-                head = file.read(_HEADER.size)
+                head = file.read(_OWN_HEADER.size)
         except OSError as e:
             raise EngineError(f"{path}: {e.strerror or e}") from None
-        if len(head) < _HEADER.size or not head.startswith(MAGIC):
+        if len(head) == _OWN_HEADER.size and head.startswith(_OWN_MAGIC):
+            sizes = _OWN_HEADER.unpack(head)[1:]
+        elif len(head) >= _HEADER.size and head.startswith(MAGIC):
+            sizes = _HEADER.unpack(head[: _HEADER.size])[1:]
+        else:
             raise EngineError(
                 f"{path} starts with {head[:8]!r}, expected {MAGIC!r}: it is no file of "
                 "llama-perplexity --kl-divergence-base or eval --save-logits"
             )
-        self.layout = Layout(*_HEADER.unpack(head)[1:])
-        if self.layout.n_ctx < 4 or self.layout.n_vocab < 1 or self.layout.n_windows < 1:
+        self.layout = Layout(*sizes)
+        is_within = 0 <= self.layout.first_row < self.layout.n_ctx - 1
+        if min(sizes[1:3]) < 1 or self.layout.n_ctx < 4 or not is_within:
             raise EngineError(f"{path}: {self.layout} makes no sense; was it damaged?")
         if size < self.layout.n_bytes:
             raise EngineError(
@@ -132,7 +154,8 @@ class LogitsFile:
     def tokens(self) -> TokenIds:
         """The text's token ids, one window after the other."""
         n = self.layout.n_windows * self.layout.n_ctx
-        return np.fromfile(self.path, "<i4", n, offset=_HEADER.size).astype(np.int32)
+        start = len(self.layout.header)
+        return np.fromfile(self.path, "<i4", n, offset=start).astype(np.int32)
 
     def log_probabilities(self, window: int, first: int, last: int) -> Floats:
         """Return log p, in nats, for positions first … last − 1 of a window: (n, n_vocab)."""
@@ -157,8 +180,7 @@ class LogitsWriter:
         if path.exists():
             raise EngineError(f"{path} exists; choose another name, or remove it")
         refuse_input(self.part, error=EngineError)
-        head = _HEADER.pack(MAGIC, layout.n_ctx, layout.n_vocab, layout.n_windows)
-        head += tokens.astype("<i4").tobytes()
+        head = layout.header + tokens.astype("<i4").tobytes()
         try:
             if not (resume and self._continues(head)):
                 with self.part.open("wb") as file:

@@ -16,14 +16,14 @@ from typing import Any, Unpack
 
 from ramgguf.calibrate import calibrate
 from ramgguf.core.errors import BudgetError, EngineError, GGUFError, PlanError, RamggufError
-from ramgguf.core.files import refuse_existing
+from ramgguf.core.files import free_bytes, refuse_existing
 from ramgguf.core.inputs import protected
 from ramgguf.core.machine import available_memory
 from ramgguf.core.parallel import default_threads
 from ramgguf.core.progress import Progress, Silent, followed_by
 from ramgguf.core.scratch import scratch_folder
 from ramgguf.core.units import format_bytes, format_seconds
-from ramgguf.evaluate import SCORE_SECONDS, HeldOutScore, score_held_out
+from ramgguf.evaluate import SCORE_SECONDS, HeldOutScore, kept_bytes, score_held_out
 from ramgguf.gguf.hub import beside, local_path
 from ramgguf.gguf.reader import GGUFFile, open_gguf
 from ramgguf.llama.client import WrongKindError
@@ -40,9 +40,12 @@ from ramgguf.quantize.pipeline import Quantized, QuantizeOptions, quantize_once
 from ramgguf.quantize.placing import placed
 from ramgguf.quantize.protection import protected_formats
 from ramgguf.quantize.schedule import (
+    DISK_SHARE,
     EFFORTS,
     GATE_CTX,
+    MOST_ROUNDS,
     N_CTX,
+    N_DOMAINS,
     N_TRIALS,
     Effort,
     Schedule,
@@ -373,6 +376,7 @@ class _Run:
         self._start = clock()
         self._n_candidates = 0
         self._stand_in: ReadyStandIn | None = None
+        self._keeps_reference = False
 
     def made(self) -> Quantized:
         """Return what was made: the best candidate, under its final name."""
@@ -404,10 +408,13 @@ class _Run:
             )
             return best
         with open_gguf(self._model) as file:
-            self._stand_in = self._fitting(file, best.made.n_bytes)
+            self._keeps_reference = self._has_room_for_logits(file)
+            beside = 0 if self._keeps_reference else best.made.n_bytes
+            self._stand_in = self._fitting(file, beside)
             costs = measured_costs(
                 file, self._scratch, self._write, TOKENS, self._threads, self._stand_in
             )
+            costs = replace(costs, keeps_reference=self._keeps_reference)
             self._cache = StepCache.of(file, self._model, TOKENS)
         limit, begun = self._time_limit(), clock()
         planned = schedule(self._effort, limit, costs, self._cache.kept(), TOKENS)
@@ -471,9 +478,14 @@ class _Run:
                 f"  {number}. {step.name}: {step.what}, about {format_seconds(step.seconds)}"
             )
 
+    def _has_room_for_logits(self, file: GGUFFile) -> bool:
+        """Return whether what the reference says at gates fits the disk, and is read once only."""
+        n_bytes = kept_bytes(file, GATE_CTX, MOST_ROUNDS * N_DOMAINS)
+        return n_bytes <= DISK_SHARE * free_bytes(self._scratch)
+
     def _fitting(self, file: GGUFFile, beside: int) -> ReadyStandIn | None:
-        """Return the stand-in that passes run on, a candidate of so many bytes beside; None: the
-        model fits, and they run on that. Raises EngineError where none fits.
+        """Return the stand-in that passes run on, so many bytes beside it; None: the model fits,
+        and they run on that. Raises EngineError where none fits.
         """
         said: list[str] = []
         form = chosen_stand_in("auto", file, beside=beside, allowed=FINE, announce=said.append)
@@ -493,8 +505,8 @@ class _Run:
         return self._stand_in.path if self._stand_in is not None else self._model
 
     def _require_memory(self, needed: int) -> None:
-        """Raise EngineError where the gate's two models do not fit: decoding would read the disk
-        for every token.
+        """Raise EngineError where what is decoded does not fit: the disk would be read for every
+        token.
         """
         try:
             free = available_memory().n_bytes
@@ -502,8 +514,8 @@ class _Run:
             return
         if needed > free:
             raise EngineError(
-                f"model and candidate take {format_bytes(needed)} of memory, {format_bytes(free)} "
-                "are free; --effort fast asks for no passes"
+                f"passes take {format_bytes(needed)} of memory, {format_bytes(free)} are free; "
+                "--effort fast asks for none"
             )
 
     def _time_limit(self) -> float:
@@ -531,12 +543,12 @@ class _Run:
                 )
                 if pins:
                     self._announce(f"first tokens depend on {', '.join(pins)}")
-                    return self._candidate(replace(now, pins=pins))
+                    return self._candidate(replace(now, pins=pins), best)
                 self._log.add(f"{step.name}: no tensor needs more than it has")
                 return None
             case "sensitivities":
                 found_alphas = self._sensitivity(now, step.measuring)
-                return self._candidate(replace(now, sensitivity=found_alphas))
+                return self._candidate(replace(now, sensitivity=found_alphas), best)
             case "error feedback" if now.imatrix is not None:
                 hessian = self._hessian()
                 encoder = self._schedule.encoder
@@ -548,7 +560,7 @@ class _Run:
                 self._log.add(f"{step.name}: left out, they know nothing of speed")
                 return None
             case "swaps":
-                return self._candidate(replace(now, refine=N_TRIALS))
+                return self._candidate(replace(now, refine=N_TRIALS), best)
         self._log.add(f"{step.name}: left out, it builds on a matrix that was not taken")
         return None
 
@@ -615,11 +627,16 @@ class _Run:
         journal.unlink(missing_ok=True)
         return found
 
-    def _candidate(self, choice: Choice) -> _Candidate:
-        """Write the file of a choice into the scratch folder."""
+    def _candidate(self, choice: Choice, best: _Candidate | None = None) -> _Candidate:
+        """Write the file of a choice into the scratch folder; tensors that come out as in the best
+        so far are copied.
+        """
         self._n_candidates += 1
         path = self._scratch / f"candidate-{self._n_candidates}.gguf"
-        return _Candidate(choice, self._once(choice, path, split_max_bytes=None, verify=False))
+        before = None if best is None else best.made
+        return _Candidate(
+            choice, self._once(choice, path, split_max_bytes=None, verify=False, before=before)
+        )
 
     def _once(self, choice: Choice, output: Path | None, **changed: Any) -> Quantized:
         """Write the file of a choice, with some of the options changed."""
@@ -642,8 +659,8 @@ class _Run:
         unscored = [one for one in (best, tried) if one.score is None]
         found = score_held_out(
             [one.path for one in unscored], self._reference, part="gate", n_ctx=GATE_CTX,
-            seconds=1e9, max_rounds=self._schedule.n_rounds, threads=self._threads,
-            progress=self._progress,
+            seconds=None, max_rounds=self._schedule.n_rounds, threads=self._threads,
+            reference_logits=self._kept_logits("gate"), progress=self._progress,
         )  # fmt: skip
         for one, score in zip(unscored, found, strict=True):
             one.score = score
@@ -655,9 +672,14 @@ class _Run:
         """Return whether the first tokens of texts are better predicted."""
         before, after = score_held_out(
             [best.path, tried.path], self._reference, part="gate", n_ctx=FIRST_CTX, first_target=1,
-            seconds=1e9, max_rounds=FIRST_ROUNDS, threads=self._threads, progress=self._progress,
+            seconds=None, max_rounds=FIRST_ROUNDS, threads=self._threads,
+            reference_logits=self._kept_logits("first"), progress=self._progress,
         )  # fmt: skip
         return judge(before, after)
+
+    def _kept_logits(self, name: str) -> Path | None:
+        """Return where the reference's logits are kept, if they are."""
+        return self._scratch / f"{name}.logits" if self._keeps_reference else None
 
     def _finished(self, best: _Candidate) -> Quantized:
         """Verify the best candidate and give it its name, or write it anew as shards."""

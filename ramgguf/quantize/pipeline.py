@@ -1,8 +1,8 @@
 """From a model and a limit to a file: measure, plan, refine, feed back, write, verify."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from ramgguf.quantize.output_paths import check_destination, default_output
 from ramgguf.quantize.preselection import MANY_WEIGHTS, measure_and_plan
 from ramgguf.quantize.shard_plans import plan_for_shards
 from ramgguf.quantize.verify import verify as verify_file
-from ramgguf.quantize.write import Destination, begin, settled, write
+from ramgguf.quantize.write import Before, Destination, begin, settled, write
 from ramgguf.quants.encoders import DEFAULT_ENCODER, ENCODERS, EncoderName
 from ramgguf.quants.formats import expand
 from ramgguf.quants.imatrix import load_importance
@@ -70,6 +70,7 @@ class QuantizeOptions:
     executor: Executor | None = None
     progress: Progress | None = None
     announce: Callable[[str], None] = lambda _: None
+    before: Quantized | None = None  # of this model, in one file: what comes out alike is copied
     plan: PlanOptions = field(default_factory=PlanOptions)
 
 
@@ -186,6 +187,15 @@ class _Run:
     def _followed_by_verify(self) -> AbstractContextManager[None]:
         return followed_by(self._progress, "verify") if self._options.verify else nullcontext()
 
+    @contextmanager
+    def _before(self) -> Iterator[Before | None]:
+        made = self._options.before
+        if made is None:
+            yield None
+            return
+        with open_gguf(made.paths[0]) as file:
+            yield Before(made.plan, file)
+
     def written(self, plan: Plan, measurement: Measurement | None) -> Quantized:
         """Write and verify the planned output."""
         path = self._output or default_output(self._model, plan)
@@ -195,9 +205,11 @@ class _Run:
         clock, shown = self._clock, self._progress
         worst = None
         with begin(self._file, plan, destination) as out:
-            with clock.stage("write"), self._followed_by_verify():
+            with (
+                clock.stage("write"), self._followed_by_verify(), self._before() as before
+            ):  # fmt: skip
                 plan = write(
-                    self._file, plan, out, measures=self._feed_back is not None,
+                    self._file, plan, out, measures=self._feed_back is not None, before=before,
                     threads=self._threads, progress=shown,
                 )  # fmt: skip
             if options.verify:

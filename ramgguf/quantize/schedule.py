@@ -36,7 +36,9 @@ SENSITIVITY_SECONDS = 1200.0
 SENSITIVITY_SHARE = 0.4
 N_TRIALS = 32
 PROBE_READS = 8  # what a few dozen passes over a few tokens take, in sequences read
+CHANGED_SHARE = 0.3  # of the weights: those whose format changes after a few pins, at most
 DISK_SHARE = 0.5
+MOST_ROUNDS = max(n_rounds for _, n_rounds in SIZES)
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class Costs:
     write is a candidate by priors, from measuring to writing; read a sequence of N_CTX tokens
     under the tap; gram the same with XᵀX of all inputs; feedback GPTQ's sweep over all weights,
     descent the same followed by coordinate descent. hessian_bytes is what all Hessians take.
+    keeps_reference: gates read what the source says from a file, after the first of them.
     """
 
     write: float
@@ -54,11 +57,12 @@ class Costs:
     feedback: float
     descent: float
     hessian_bytes: int
+    keeps_reference: bool = False
 
     @property
     def round(self) -> float:
-        """A window of each domain, read by the source and by a candidate."""
-        return 2 * N_DOMAINS * GATE_CTX / N_CTX * self.read
+        """A window of each domain, read by one model."""
+        return N_DOMAINS * GATE_CTX / N_CTX * self.read
 
 
 @dataclass(frozen=True)
@@ -191,8 +195,14 @@ class _Try:
         return format_bytes(self.costs.hessian_bytes)
 
     @property
+    def first_gate(self) -> float:
+        """The source, the file before and the candidate."""
+        return 3 * self.n_rounds * self.costs.round
+
+    @property
     def gate(self) -> float:
-        return self.n_rounds * self.costs.round
+        """The candidate, and the source where it is not kept what that says."""
+        return (1 if self.costs.keeps_reference else 2) * self.n_rounds * self.costs.round
 
     @property
     def sweeping(self) -> float:
@@ -240,23 +250,23 @@ class _Try:
         return None
 
     def matrix(self) -> Step:
-        """Its first gate also scores the file before it."""
+        """Its gate is the first."""
         source = "kept" if self.is_kept else self.tokens
         also = f", with Hessians of {self.hessian_size}" if self.with_hessians else ""
         return Step(
             "importance matrix",
             f"{self.n_read} × {N_CTX} tokens ({source}){also}",
-            self.reading + self.costs.write + 1.5 * self.gate,
+            self.reading + self.costs.write + self.first_gate,
             self.reading,
         )
 
     def massive(self) -> Step:
         """A few tokens by a few dozen passes; the gate is longer by windows of 16 tokens.
 
-        After error feedback, its candidate is rounded by it, too.
+        After error feedback, what changes its format is rounded by it, too.
         """
         probe = 0.0 if self.kept.massive else PROBE_READS * self.costs.read
-        sweeping = self.sweeping if self.has("error feedback") else 0.0
+        sweeping = CHANGED_SHARE * self.sweeping if self.has("error feedback") else 0.0
         return Step(
             "massive activations",
             "tensors that the first token of a text depends on",

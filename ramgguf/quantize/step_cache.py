@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ramgguf.core.errors import GGUFError, RamggufError
+from ramgguf.core.files import free_bytes
 from ramgguf.gguf.hub import beside
 from ramgguf.gguf.identity import FileIdentity
 from ramgguf.gguf.reader import GGUFFile
@@ -42,7 +43,7 @@ class StepCache:
             hessian=n > 0 and self.hessian(n).exists(),
             massive=self.massive() is not None,
             sensitivity=n > 0 and self.sensitivity(n) is not None,
-            free_bytes=shutil.disk_usage(self.folder).free,
+            free_bytes=free_bytes(self.folder),
         )
 
     def partial(self, n_sequences: int) -> Path:

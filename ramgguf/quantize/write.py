@@ -1,7 +1,7 @@
 """From a Plan to a file: writing what was planned, and measuring what was written."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import compress
 from pathlib import Path
@@ -14,7 +14,7 @@ from ramgguf.gguf.identity import require_model, unsure
 from ramgguf.gguf.layout import Layout, plan_layout
 from ramgguf.gguf.reader import GGUFFile
 from ramgguf.gguf.writer import GGUFOutput
-from ramgguf.plan.result import Plan
+from ramgguf.plan.result import Assignment, Plan
 from ramgguf.quants import codec, formats, grids
 from ramgguf.quants.codec import Piece, Rows, is_sampled, tensor_weights
 from ramgguf.quants.encoders import encoder
@@ -114,27 +114,73 @@ class _Encoded:
     squares: list[tuple[int, float, float]]
 
 
+@dataclass(frozen=True)
+class Before:
+    """A file that was written by a plan of the same model."""
+
+    plan: Plan
+    file: GGUFFile
+
+    def same(self, plan: Plan) -> list[Assignment | None]:
+        """Return for each tensor the assignment in this file, where the plan's has its bytes."""
+        mine, others = self.plan.imatrix, plan.imatrix
+        is_alike = self.plan.encoder == plan.encoder and (
+            mine is others is None
+            or (mine is not None and others is not None and mine.identity == others.identity)
+        )
+        pairs = zip(self.plan.assignments, plan.assignments, plan.encoded, strict=True)
+        return [
+            old
+            if is_alike and is_encoded and (old.format, old.is_exact) == (new.format, new.is_exact)
+            else None
+            for old, new, is_encoded in pairs
+        ]
+
+
 def write(
     file: GGUFFile,
     plan: Plan,
     output: GGUFOutput,
     *,
     measures: bool = False,
+    before: Before | None = None,
     threads: int,
     progress: Progress,
 ) -> Plan:
     """Encode every tensor into the output and return the plan.
 
     If it measures, the plan's errors are those of what was written; a format that is measured on
-    a sample of the rows keeps its planned error. Raises FormatError for weights that do not fit.
+    a sample of the rows keeps its planned error. Tensors that come out as in the file before are
+    copied from it. Raises FormatError for weights that do not fit.
     """
     scales = tensor_weights(file, plan.imatrix, plan.encoded)
     buffers = Buffers()
+    same = [None] * len(plan.assignments) if before is None else before.same(plan)
     measured = [
-        measures and encoded and not is_sampled(a.format, scale)
-        for a, encoded, scale in zip(plan.assignments, plan.encoded, scales, strict=True)
+        measures and encoded and old is None and not is_sampled(a.format, scale)
+        for a, encoded, old, scale in zip(plan.assignments, plan.encoded, same, scales, strict=True)
     ]
     squared, total = [0.0] * len(measured), [0.0] * len(measured)
+
+    there = {} if before is None else {t.name: t for t in before.file.tensors}
+
+    def copy(run: Run, before: Before) -> None:
+        ranges = [(there[file.tensors[c.index].name], c.start, c.stop) for c in run]
+        blocks, _ = before.file.read_ranges(ranges, partial(buffers.take, "source"))
+        output.write_pieces(
+            (plan.assignments[c.index].name, c.start * data.shape[1], data)
+            for c, data in zip(run, blocks, strict=True)
+        )
+
+    def work(run: Run) -> _Encoded:
+        if before is None:
+            return encode(run)
+        old = [c for c in run if same[c.index] is not None]
+        new = [c for c in run if same[c.index] is None]
+        copy(old, before)
+        found = encode(new) if new else _Encoded(0, [])
+        n_copied = sum((c.stop - c.start) * file.tensors[c.index].row_bytes for c in old)
+        return replace(found, n_bytes=found.n_bytes + n_copied)
 
     def encode(run: Run) -> _Encoded:
         ranges = [(file.tensors[c.index], c.start, c.stop) for c in run]
@@ -179,7 +225,7 @@ def write(
 
     progress.start("quantize", sum(t.n_bytes for t in file.tensors), "bytes")
     try:
-        for encoded in map_runs(encode, runs(file.tensors), threads):
+        for encoded in map_runs(work, runs(file.tensors), threads):
             for index, error, squares in encoded.squares:
                 squared[index] += error
                 total[index] += squares
@@ -188,11 +234,17 @@ def write(
         progress.finish()
     if not measures:
         return plan
+
+    def nmse(i: int, planned: Assignment) -> float:
+        old = same[i]
+        if old is not None:
+            return old.nmse
+        if not measured[i]:
+            return planned.nmse
+        return squared[i] / total[i] if total[i] else 0.0
+
     assignments = tuple(
-        a.model_copy(update={"nmse": squared[i] / total[i] if total[i] else 0.0})
-        if measured[i]
-        else a
-        for i, a in enumerate(plan.assignments)
+        a.model_copy(update={"nmse": nmse(i, a)}) for i, a in enumerate(plan.assignments)
     )
     return plan.model_copy(update={"assignments": assignments})
 

@@ -98,7 +98,7 @@ from ramgguf.gguf.reader import open_gguf
 from ramgguf.gguf.writer import GGUFOutput
 
 files._fallocate = lambda *_: None  # three times the alignment, as a hole
-files.require_disk_space.__globals__["_free_bytes"] = lambda _: 1 << 62
+files.require_disk_space.__globals__["free_bytes"] = lambda _: 1 << 62
 limit = int(Path("/proc/self/statm").read_text().split()[0]) * 4096 + (128 << 20)
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 folder = Path(sys.argv[1])

@@ -17,6 +17,7 @@ from ramgguf.calibrate import Calibration
 from ramgguf.cli.app import app
 from ramgguf.core.errors import BudgetError, EngineError, PlanError
 from ramgguf.core.machine import Available
+from ramgguf.evaluate import held_out
 from ramgguf.evaluate.held_out import HeldOutScore, WindowScore, resamples, score_held_out
 from ramgguf.gguf.reader import open_gguf
 from ramgguf.llama.client import Engine
@@ -155,6 +156,37 @@ def test_the_score_is_what_evaluate_finds_on_the_same_tokens(tiny: Path, tmp_pat
     assert one.overall().n_tokens == 2 * 5 * (64 - 8)
 
 
+def test_a_reference_that_is_kept_is_read_once_and_tells_the_same(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = ramgguf.quantize(tiny, "45%", tmp_path / "small.gguf", effort="fast").paths[0]
+    (plain,) = score_held_out([small], tiny, n_ctx=64, seconds=None, max_rounds=2)
+    opened: list[list[Path]] = []
+
+    def seen(paths: list[Path], **options: Any) -> Engine:
+        opened.append(paths)
+        return Engine(paths, **options)
+
+    monkeypatch.setattr(held_out, "Engine", seen)
+    kept = tmp_path / "kept"
+    for _ in range(2):
+        (found,) = score_held_out(
+            [small], tiny, n_ctx=64, seconds=None, max_rounds=2, reference_logits=kept
+        )
+        for a, b in zip(found.windows, plain.windows, strict=True):
+            assert (a.domain, a.n_tokens, a.n_same_top) == (b.domain, b.n_tokens, b.n_same_top)
+            assert a.kld_sum == pytest.approx(b.kld_sum, rel=1e-3)
+            assert a.reference_nll_sum == pytest.approx(b.reference_nll_sum, abs=0.01)
+            assert a.nll_sum == b.nll_sum
+    assert opened == [[tiny], [small], [small]]
+    with open_gguf(tiny) as file:
+        assert kept.stat().st_size == held_out.kept_bytes(file, 64, 10)
+    with pytest.raises(EngineError, match="another tokenizer"):
+        score_held_out([small], tiny, n_ctx=64, seconds=None, max_rounds=1, reference_logits=kept)
+    with pytest.raises(ValueError, match="all windows"):
+        score_held_out([small], tiny, reference_logits=kept)
+
+
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Read two sequences, and two windows per domain at a gate."""
@@ -193,6 +225,24 @@ def test_auto_gates_each_step_keeps_what_it_measured_and_uses_it_again(
     # The Hessians serve where the gate takes the matrix that they belong to.
     names = {path.name.split(".", 1)[1] for path in taken}
     assert {"imatrix.gguf", "massive.json"} <= names <= kept
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_disk_without_room_for_the_references_logits_has_gates_that_read_the_model(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[list[Path]] = []
+
+    def seen(paths: list[Path], **options: Any) -> Engine:
+        opened.append(paths)
+        return Engine(paths, **options)
+
+    monkeypatch.setattr(held_out, "Engine", seen)
+    monkeypatch.setattr(effort_module, "free_bytes", lambda _: 1000)
+    made = ramgguf.quantize(tiny, "45%", tmp_path / "auto.gguf", effort="auto")
+    assert any("held-out windows" in note for note in made.plan.notes)
+    assert opened
+    assert all(paths[0] == tiny and len(paths) > 1 for paths in opened)
 
 
 @pytest.mark.usefixtures("quick")

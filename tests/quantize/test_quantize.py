@@ -258,7 +258,7 @@ def test_too_little_disk_is_said_before_work_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = write_model(tmp_path / "a.gguf", rng=np.random.default_rng(7))
-    monkeypatch.setattr(files, "_free_bytes", lambda _: source.stat().st_size - 1)
+    monkeypatch.setattr(files, "free_bytes", lambda _: source.stat().st_size - 1)
     with pytest.raises(GGUFError, match="free"):
         ramgguf.quantize(source, "900TB", tmp_path / "b.gguf", effort="fast")
     # A budget beyond the disk's room is no error: the output is smaller.

@@ -58,7 +58,7 @@ def test_the_last_resort_is_one_sequence_and_one_round_and_then_the_line_says_wh
     least = schedule("auto", 1e9, IDLE, Kept(), "mix")
     assert least.n_sequences == 48  # more bring little
     assert schedule("best", 1e9, IDLE, Kept(), "mix").n_sequences == 64
-    needed = IDLE.write + IDLE.read + 1.5 * IDLE.round
+    needed = IDLE.write + IDLE.read + 3 * IDLE.round
     just = schedule("auto", needed * 1.001, IDLE, Kept(), "mix")
     assert (just.n_sequences, just.n_rounds) == (1, 1)
     short = schedule("auto", needed * 0.999, IDLE, Kept(), "mix")
@@ -121,8 +121,8 @@ def test_coordinate_descent_follows_the_feedback_where_no_tokens_yield_to_it() -
 
 def test_massive_activations_yield_to_error_feedback_where_both_do_not_fit() -> None:
     costs = replace(IDLE, feedback=20.0)
-    feedback = costs.feedback + costs.write + 3 * costs.round
-    matrix = 16 * (costs.read + costs.gram) + costs.write + 4.5 * costs.round
+    feedback = costs.feedback + costs.write + 6 * costs.round
+    matrix = 16 * (costs.read + costs.gram) + costs.write + 9 * costs.round
     found = schedule("auto", matrix + feedback + 1, costs, Kept(), "mix")
     assert _names(found) == ["importance matrix", "error feedback"]
     (line,) = found.left_out
@@ -176,3 +176,13 @@ def test_a_schedule_never_takes_more_than_the_limit_nor_a_step_twice(
     if found.steps:
         every = 3 if effort == "auto" else 5
         assert len(found.steps) + len(told) == every
+
+
+def test_gates_after_the_first_read_the_candidate_alone_where_the_reference_is_kept() -> None:
+    both = schedule("auto", 1e9, IDLE, Kept(), "mix")
+    kept = schedule("auto", 1e9, replace(IDLE, keeps_reference=True), Kept(), "mix")
+    assert kept.n_rounds == both.n_rounds
+    a_model = both.n_rounds * IDLE.round
+    for name, saved in (("importance matrix", 0), ("error feedback", a_model)):
+        saving = _step(both, name).seconds - _step(kept, name).seconds
+        assert saving == pytest.approx(saved)

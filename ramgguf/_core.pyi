@@ -211,11 +211,3 @@ def descend(
     finished after n_sweeps over its columns, or when one changes nothing. Raises ValueError for
     what does not fit.
     """
-
-# --- gram ---
-def add_gram(x: npt.NDArray[np.float32], gram: npt.NDArray[np.float32]) -> None:
-    """Add xᵀx to gram: x is (rows, columns), gram (columns, columns) and symmetric.
-
-    Raises ValueError for shapes that do not fit, TypeError for other dtypes or arrays that are not
-    contiguous.
-    """

@@ -5,6 +5,5 @@ namespace ramgguf {
 void bind_codec(pybind11::module_& m);
 void bind_gguf(pybind11::module_& m);
 void bind_logits(pybind11::module_& m);
-void bind_gram(pybind11::module_& m);
 void bind_gptq(pybind11::module_& m);
 }  // namespace ramgguf

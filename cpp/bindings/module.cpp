@@ -18,6 +18,5 @@ PYBIND11_MODULE(_core, m) {
     ramgguf::bind_codec(m);
     ramgguf::bind_gguf(m);
     ramgguf::bind_logits(m);
-    ramgguf::bind_gram(m);
     ramgguf::bind_gptq(m);
 }

@@ -13,7 +13,6 @@ namespace ramgguf {
     namespace level {             \
     extern const Codec codec;     \
     extern const Logits logits;   \
-    extern const Gram gram;       \
     extern const Gptq gptq;       \
     extern const Descent descent; \
     extern const Points points;   \
@@ -43,9 +42,9 @@ bool cpu_runs([[maybe_unused]] const std::string& level) {
 
 std::vector<Level> find_levels() {
     std::vector<Level> all;
-#define X(level)                                                                      \
-    all.push_back({#level, &level::codec, &level::logits, &level::gram, &level::gptq, \
-                   &level::descent, &level::points});
+#define X(level)                                                                         \
+    all.push_back({#level, &level::codec, &level::logits, &level::gptq, &level::descent, \
+                   &level::points});
     RAMGGUF_LEVELS(X)
 #undef X
     std::vector<Level> found;

@@ -6,7 +6,6 @@
 #include "kernels/codec.h"
 #include "kernels/descent.h"
 #include "kernels/gptq.h"
-#include "kernels/gram.h"
 #include "kernels/points.h"
 #include "logits/logits.h"
 
@@ -16,7 +15,6 @@ struct Level {
     const char* name;
     const Codec* codec;
     const Logits* logits;
-    const Gram* gram;
     const Gptq* gptq;
     const Descent* descent;
     const Points* points;

@@ -4,7 +4,13 @@ from ramgguf.evaluate.comparison import compare
 from ramgguf.evaluate.continuations import Trajectories, TrajectoryResult, trajectories
 from ramgguf.evaluate.evaluation import Evaluation, evaluate
 from ramgguf.evaluate.held_out import SECONDS as SCORE_SECONDS
-from ramgguf.evaluate.held_out import HeldOutScore, kept_bytes, score_held_out, scores_here
+from ramgguf.evaluate.held_out import (
+    HeldOutScore,
+    kept_bytes,
+    score_held_out,
+    scores_here,
+    window_seconds,
+)
 from ramgguf.evaluate.multiple_choice import TaskResult, TaskResults, tasks
 from ramgguf.evaluate.result import EvalResult
 
@@ -24,4 +30,5 @@ __all__ = [
     "scores_here",
     "tasks",
     "trajectories",
+    "window_seconds",
 ]

@@ -186,6 +186,18 @@ def kept_bytes(file: GGUFFile, n_ctx: int, n_windows: int, first_target: int = F
     return Layout(n_ctx, n_vocab, n_windows, first_target - 1).n_bytes
 
 
+def window_seconds(
+    model: Path, *, part: Part = "gate", n_ctx: int = N_CTX, threads: int | None = None
+) -> float:
+    """Return the seconds that scoring one window of the first domain takes; loading is not in it.
+
+    Raises EngineError as score_held_out does.
+    """
+    texts = _Texts(part, n_ctx, FIRST_TARGET, 1)
+    scoring = _Scoring([], model, texts, math.inf, None, threads or default_threads(), Silent())
+    return with_kernels(scoring.window_seconds)
+
+
 @dataclass(frozen=True)
 class _Texts:
     """Which windows are scored."""
@@ -233,6 +245,14 @@ class _Scoring:
             )
             for path, windows in zip(self.paths, found, strict=True)
         )
+
+    def window_seconds(self, safe_kernels: bool) -> float:
+        """Return the seconds of the first window, by the source."""
+        with self._engine([self.source], safe_kernels) as engine:
+            ids = next(iter(self._rounds(engine)[0].values()))
+            start = time.perf_counter()
+            list(engine.score(0, ids, self.texts.first_target, has_reference=False))
+            return time.perf_counter() - start
 
     def _engine(self, paths: Sequence[Path], safe_kernels: bool) -> Engine:
         n_ctx = self.texts.n_ctx

@@ -4,7 +4,7 @@ llama.cpp's scheduler asks the tap about every node of a graph before and after 
 (cb_eval of the context's parameters). For a matrix multiplication with a wanted weight the float32
 input is added up: Σx² per column, per expert where a router chooses, and on request XᵀX.
 
-Rows for XᵀX are kept until there are a few hundred, and added after the decode by several threads:
+Rows for XᵀX are kept until there are a few hundred, and added after the decode by all threads:
 adding few rows costs nearly as much. A pass that needs no logits ends before the head.
 """
 
@@ -17,10 +17,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ramgguf import _core
-from ramgguf.core.parallel import ordered_map
 from ramgguf.llama import ggml
 from ramgguf.llama.system import llama_module
+from ramgguf.quants.hessian import add_grams, mirror
 
 Floats = NDArray[np.float32]
 
@@ -93,6 +92,8 @@ class Tap:
     def taken(self) -> Taken:
         """What was added up so far."""
         self._add_grams(1)
+        for gram in self._taken.grams.values():
+            mirror(gram)
         return self._taken
 
     def state(self) -> TapState:
@@ -118,13 +119,10 @@ class Tap:
     def _add_grams(self, n_rows: int) -> None:
         """Add the rows that are kept to XᵀX where there are n_rows of them."""
         ready = [n for n, kept in self._rows.items() if sum(map(len, kept)) >= n_rows]
-
-        def add(name: str) -> None:
-            rows = np.concatenate(self._rows.pop(name))
-            _core.add_gram(rows, self._taken.grams[name])
-
-        for _ in ordered_map(add, ready, self.n_threads):
-            pass
+        if ready:
+            grams = self._taken.grams
+            pairs = ((np.concatenate(self._rows.pop(name)), grams[name]) for name in ready)
+            add_grams(pairs, self.n_threads)
 
     def _called(self, pointer: int, ask: bool, _user_data: object) -> bool:
         """Answer llama.cpp: whether the node is wanted, or, once it is computed, to go on."""

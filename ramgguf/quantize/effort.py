@@ -412,7 +412,7 @@ class _Run:
             beside = 0 if self._keeps_reference else best.made.n_bytes
             self._stand_in = self._fitting(file, beside)
             costs = measured_costs(
-                file, self._scratch, self._write, TOKENS, self._threads, self._stand_in
+                file, self._scratch, self._write, best.path, TOKENS, self._threads, self._stand_in
             )
             costs = replace(costs, keeps_reference=self._keeps_reference)
             self._cache = StepCache.of(file, self._model, TOKENS)
@@ -423,6 +423,7 @@ class _Run:
         self._announce(
             f"measured here: {format_seconds(costs.write)} for a first file, "
             f"{format_seconds(costs.read)} to read {N_CTX} tokens, "
+            f"{format_seconds(costs.round)} to score {N_DOMAINS * GATE_CTX}, "
             f"{format_seconds(costs.feedback)} to round all weights with error feedback"
         )
         self._announce_schedule(planned, limit)

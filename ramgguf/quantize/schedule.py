@@ -23,7 +23,7 @@ N_DOMAINS = 5
 # How much is read for the matrix and at each gate, best first: sequences, windows per domain.
 SIZES = (
     *((64, 6), (64, 4), (48, 6), (48, 4), (48, 3), (32, 6), (32, 4), (32, 3), (24, 4), (24, 3)),
-    *((16, 4), (16, 3), (12, 3), (8, 3)),
+    *((16, 4), (16, 3), (16, 2), (12, 3), (12, 2), (8, 3)),
     *((8, 2), (6, 2), (4, 2), (4, 1), (2, 1), (1, 1)),
 )
 FEEDBACK: tuple[EncoderName, ...] = ("descent", "gptq")  # best first
@@ -48,6 +48,7 @@ class Costs:
     write is a candidate by priors, from measuring to writing; read a sequence of N_CTX tokens
     under the tap; gram the same with XᵀX of all inputs; feedback GPTQ's sweep over all weights,
     descent the same followed by coordinate descent. hessian_bytes is what all Hessians take.
+    window is a gate's window scored by a candidate: small formats can be slower than the source.
     keeps_reference: gates read what the source says from a file, after the first of them.
     """
 
@@ -57,12 +58,18 @@ class Costs:
     feedback: float
     descent: float
     hessian_bytes: int
+    window: float
     keeps_reference: bool = False
 
     @property
-    def round(self) -> float:
-        """A window of each domain, read by one model."""
+    def source_round(self) -> float:
+        """A window of each domain, read by the source."""
         return N_DOMAINS * GATE_CTX / N_CTX * self.read
+
+    @property
+    def round(self) -> float:
+        """A window of each domain, scored by a candidate."""
+        return N_DOMAINS * self.window
 
 
 @dataclass(frozen=True)
@@ -197,12 +204,13 @@ class _Try:
     @property
     def first_gate(self) -> float:
         """The source, the file before and the candidate."""
-        return 3 * self.n_rounds * self.costs.round
+        return self.n_rounds * (self.costs.source_round + 2 * self.costs.round)
 
     @property
     def gate(self) -> float:
         """The candidate, and the source where it is not kept what that says."""
-        return (1 if self.costs.keeps_reference else 2) * self.n_rounds * self.costs.round
+        again = 0.0 if self.costs.keeps_reference else self.costs.source_round
+        return self.n_rounds * (again + self.costs.round)
 
     @property
     def sweeping(self) -> float:

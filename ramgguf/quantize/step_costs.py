@@ -2,16 +2,21 @@
 
 import re
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+
+import numpy as np
 
 from ramgguf.calibrate import calibrate
 from ramgguf.core.errors import EngineError
 from ramgguf.core.parallel import default_threads
 from ramgguf.core.progress import Silent
+from ramgguf.evaluate import window_seconds
 from ramgguf.gguf.architecture import layer_of
-from ramgguf.gguf.reader import GGUFFile
-from ramgguf.quantize.schedule import FEEDBACK, N_CTX, Costs
+from ramgguf.gguf.reader import GGUFFile, open_gguf
+from ramgguf.quantize.schedule import FEEDBACK, GATE_CTX, N_CTX, Costs
+from ramgguf.quants.hessian import add_grams
 from ramgguf.quants.imatrix import load_importance
 from ramgguf.quants.roundtrip import simulated
 from ramgguf.quants.stand_in import ReadyStandIn
@@ -37,15 +42,16 @@ def measured_costs(
     file: GGUFFile,
     scratch: Path,
     write: float,
+    candidate: Path,
     tokens: str,
     threads: int | None,
     stand_in: ReadyStandIn | None = None,
 ) -> Costs:
-    """Return the costs; write is what a candidate by priors took.
+    """Return the costs; write is what the candidate by priors took.
 
-    One sequence is read under the tap, once with the Hessians of a layer in the middle, whose
-    weights are then rounded with error feedback, and once without, by the stand-in where there is
-    one. Raises EngineError when llama.cpp fails.
+    A sequence is read under the tap, by the stand-in where there is one, and another one with the
+    Hessians of a layer in the middle, whose weights are then rounded with error feedback.
+    Raises EngineError when llama.cpp fails.
     """
     weights = [t for t in file.tensors if is_probed(file, t)]
     layers = sorted({layer for t in weights if (layer := layer_of(t.name)) is not None})
@@ -63,8 +69,11 @@ def measured_costs(
         )  # fmt: skip
         return reading.seconds
 
-    with_grams, plain = read(hessian), read(None)
+    read(hessian)
+    plain = read(None)
     hessian_bytes = hessian.stat().st_size * max(1, len(layers))
+    with open_gguf(hessian) as grams:
+        widths = [gram.row_length for gram in grams.tensors]
     n_weights = sum(t.n_weights for t in weights if layer_of(t.name) is not None)
     seconds = {}
     for encoder in FEEDBACK:
@@ -83,8 +92,21 @@ def measured_costs(
     return Costs(
         write=write,
         read=plain,
-        gram=max(0.0, with_grams - plain) * max(1, len(layers)),
+        gram=_gram_seconds(widths, threads or default_threads()) * max(1, len(layers)),
         feedback=seconds["gptq"],
         descent=seconds["descent"],
         hessian_bytes=hessian_bytes,
+        window=window_seconds(candidate, n_ctx=GATE_CTX, threads=threads),
     )
+
+
+def _gram_seconds(widths: Sequence[int], threads: int) -> float:
+    """Return the seconds of adding a sequence's XᵀX for inputs of so many columns each."""
+    seconds = 0.0
+    for n in widths:
+        x, gram = np.ones((N_CTX, n), np.float32), np.zeros((n, n), np.float32)
+        add_grams([(x[:1], gram)], threads)  # its pages are there from now on
+        start = time.perf_counter()
+        add_grams([(x, gram)], threads)
+        seconds += time.perf_counter() - start
+    return seconds

@@ -7,7 +7,7 @@ the metadata, since q, k and v, or gate and up, share theirs.
 import hashlib
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,10 +27,47 @@ MODEL_SAMPLE_KEY = "ramgguf.model_sample_sha256"  # of matrices, too
 STAND_IN_KEY = "ramgguf.stand_in"  # of matrices, too
 _WEIGHTS, _OWNERS, _N_TOKENS = "hessian.weights", "hessian.owners", "hessian.token_count"
 
+_MIRRORED = 256  # rows at a time: they stay in the cache
 _ASYMMETRY = 1e-4  # of the largest element: what rounding leaves
 DAMPING = 0.01  # of the mean of H's diagonal: that of the paper's code
 
 Floats = NDArray[np.float32]
+
+
+def add_grams(pairs: Iterable[tuple[Floats, Floats]], threads: int) -> None:
+    """Add XᵀX of rows x (n_rows, n) to the entries of gram (n, n) on and above its diagonal.
+
+    pairs are (x, gram), both contiguous; each product takes all threads.
+    """
+    from scipy.linalg.blas import ssyrk
+    from threadpoolctl import threadpool_limits
+
+    with threadpool_limits(threads, user_api="blas"):
+        for x, gram in pairs:
+            n_rows, n = x.shape
+            if gram.shape != (n, n) or not (x.flags.c_contiguous and gram.flags.c_contiguous):
+                raise ValueError(f"rows {x.shape} do not suit an XᵀX of shape {gram.shape}")
+            if n_rows:
+                # Fortran's order makes of X its transpose, and of the upper half the lower one.
+                ssyrk(1.0, x.T, beta=1.0, c=gram.T, lower=1, overwrite_c=1)
+
+
+def mirror(gram: Floats) -> None:
+    """Copy what is above the diagonal of gram (n, n) below it."""
+    for start in range(0, len(gram), _MIRRORED):
+        stop = start + _MIRRORED
+        gram[start:stop, :start] = gram[:start, start:stop].T
+        block = np.triu(gram[start:stop, start:stop])
+        gram[start:stop, start:stop] = block + np.triu(block, 1).T
+
+
+def _asymmetry(gram: Floats) -> float:
+    """Return the largest difference between entries that should be equal."""
+    found = 0.0
+    for start in range(0, len(gram), _MIRRORED):
+        stop = start + _MIRRORED
+        found = max(found, np.abs(gram[start:stop, :stop] - gram[:stop, start:stop].T).max())
+    return found
 
 
 @dataclass(frozen=True)
@@ -54,23 +91,22 @@ class Hessian:
         from scipy.linalg import LinAlgError, cholesky
         from scipy.linalg.lapack import dtrtri
 
-        mean = gram.astype(np.float64) / n_tokens
-        damped = mean.copy()
-        diagonal = damped.diagonal().copy()
+        n = len(gram)
+        mean = gram / np.float32(n_tokens)
+        diagonal = mean.diagonal().astype(np.float64)
         typical = diagonal.mean() if diagonal.any() else 1.0
         added = np.where(diagonal > 0, 0.0, typical) + damping * typical
-        np.fill_diagonal(damped, diagonal + added)
-        # Of H with its order reversed the lower factor is, reversed, an upper R with H = RRᵀ;
-        # then H⁻¹ = UᵀU with U = R⁻¹.
+        # With the order of H reversed, H = TᵀT for an upper T; U is T⁻¹ reversed and transposed.
+        # Arrays in Fortran's order are their transposes in C's: both are flat reversals.
+        reversed_ = mean.ravel()[::-1].astype(np.float64).reshape(n, n).T
+        np.fill_diagonal(reversed_, (diagonal + added)[::-1])
         try:
-            lower = cholesky(damped[::-1, ::-1], lower=True, overwrite_a=True, check_finite=False)
+            upper = cholesky(reversed_, lower=False, overwrite_a=True, check_finite=False)
         except LinAlgError:
             raise ValueError("the Hessian is not positive definite") from None
-        upper, _ = dtrtri(np.asfortranarray(lower[::-1, ::-1]), lower=0)
-        factor = np.triu(upper).astype(np.float32)
-        return Hessian(
-            mean.astype(np.float32), np.ascontiguousarray(factor), added.astype(np.float32)
-        )
+        inverse, _ = dtrtri(upper, lower=0, overwrite_c=1)
+        factor = inverse.ravel(order="F")[::-1].astype(np.float32).reshape(n, n)
+        return Hessian(mean, factor, added.astype(np.float32))
 
     @cached_property
     def damped(self) -> Floats:
@@ -179,7 +215,7 @@ class Hessians:
         gram = self._file.read_rows(tensor, 0, n_columns).view("<f4").astype(np.float32)
         if not np.isfinite(gram).all():
             raise ImatrixError(f"{self.path}: {owner}{_GRAM} is NaN or infinite")
-        if np.abs(gram - gram.T).max() > _ASYMMETRY * np.abs(gram).max():
+        if _asymmetry(gram) > _ASYMMETRY * max(gram.max(), -gram.min()):
             raise ImatrixError(f"{self.path}: {owner}{_GRAM} is not symmetric, as XᵀX is")
         return gram
 

@@ -395,7 +395,7 @@ def test_reading_and_rounding_take_time_here(tiny: Path, tmp_path: Path) -> None
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     with open_gguf(tiny) as file:
-        found = measured_costs(file, scratch, 0.5, "mix", 1)
+        found = measured_costs(file, scratch, 0.5, tiny, "mix", 1)
     assert found.write == 0.5
     assert found.read > 0  # or all sequences of the schedule would be free
     assert found.gram >= 0

@@ -9,7 +9,15 @@ from hypothesis import strategies as st
 from ramgguf.quantize.schedule import EFFORTS, Costs, Kept, Schedule, Step, schedule
 
 # smol768 on two idle cores, in seconds.
-IDLE = Costs(write=12.0, read=1.2, gram=1.0, feedback=20.0, descent=45.0, hessian_bytes=500_000_000)
+IDLE = Costs(
+    write=12.0,
+    read=1.2,
+    gram=1.0,
+    feedback=20.0,
+    descent=45.0,
+    hessian_bytes=500_000_000,
+    window=0.6,
+)
 
 
 def _busy(factor: float) -> Costs:
@@ -21,6 +29,7 @@ def _busy(factor: float) -> Costs:
         gram=factor * IDLE.gram,
         feedback=factor * IDLE.feedback,
         descent=factor * IDLE.descent,
+        window=factor * IDLE.window,
     )
 
 
@@ -166,7 +175,7 @@ def test_a_schedule_never_takes_more_than_the_limit_nor_a_step_twice(
     matrix: int,
     hessian: bool,
 ) -> None:
-    costs = Costs(write, read, gram, feedback, 2 * feedback, 1000)
+    costs = Costs(write, read, gram, feedback, 2 * feedback, 1000, read / 2)
     found = schedule(effort, limit, costs, Kept(matrix, hessian and matrix > 0), "mix")  # type: ignore[arg-type]
     assert found.seconds <= limit + 1e-6
     assert len(set(_names(found))) == len(found.steps)

@@ -122,3 +122,20 @@ def write_checkpoint(
     }  # fmt: skip
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return folder
+
+
+def write_peft_adapter(
+    folder: Path, factors: dict[str, tuple[int, int]], **config: object
+) -> dict[str, NDArray[np.float32]]:
+    """Write an adapter of modules with these outputs and inputs; return its tensors."""
+    folder.mkdir()
+    rng, rank = np.random.default_rng(7), 4
+    tensors: dict[str, tuple[str, NDArray[np.generic]]] = {}
+    for module, (n_out, n_in) in factors.items():
+        for which, shape in (("A", (rank, n_in)), ("B", (n_out, rank))):
+            values = rng.standard_normal(shape, dtype=np.float32)
+            tensors[f"base_model.model.{module}.lora_{which}.weight"] = ("F32", values)
+    write_safetensors(folder / "adapter_model.safetensors", tensors)
+    said = {"peft_type": "LORA", "r": rank, "lora_alpha": 8, "bias": "none", **config}
+    (folder / "adapter_config.json").write_text(json.dumps(said))
+    return {name: np.asarray(values, np.float32) for name, (_, values) in tensors.items()}

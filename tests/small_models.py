@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from gguf import GGUFWriter, PoolingType
+from gguf import GGMLQuantizationType, GGUFWriter, PoolingType
 
 from tiny_models import add_byte_tokenizer
 
@@ -17,6 +17,7 @@ Q_RANK, KV_RANK, NOPE, ROPE = 96, 64, 32, 32  # of multi-head latent attention
 DECAY, ICLR, MIX, GATE = 32, 32, 32, 64  # the low ranks of RWKV
 
 Shapes = dict[str, tuple[int, ...]]  # numpy's order: row length last
+Stored = dict[str, tuple[np.ndarray, GGMLQuantizationType]]  # data as GGUFWriter takes them
 
 
 @dataclass(frozen=True)
@@ -372,11 +373,13 @@ def write_small_model(
     tokenizer: bool = False,
     pooling: PoolingType | None = None,
     noise: float = 0.0,
+    stored: Callable[[str, np.ndarray], Stored | None] = lambda *_: None,
 ) -> Path:
     """Write a model with matrices in F16, the rest in F32; return its path.
 
     tokenizer gives it one; pooling makes an embedding model of a decoder; noise, as a share of
-    each weight's scale, makes a worse copy of it.
+    each weight's scale, makes a worse copy of it. stored says what is written in place of a tensor,
+    if anything: names, data and types.
     """
     perturb = np.random.default_rng(seed + 1)
     rng = np.random.default_rng(seed)
@@ -394,6 +397,10 @@ def write_small_model(
         x = _values(name, shape, rng)
         if noise and x.ndim > 1:
             x += noise * x.std() * perturb.standard_normal(shape, np.float32)
+        if (other := stored(name, x)) is not None:
+            for own, (data, kind) in other.items():
+                out.add_tensor(own, data, raw_dtype=kind)
+            continue
         half = x.ndim > 1 and name.endswith("weight") and not any(p in name for p in _IN_F32)
         out.add_tensor(name, x.astype(np.float16) if half else x)
     out.write_header_to_file()

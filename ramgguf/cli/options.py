@@ -61,7 +61,11 @@ OptionalEncoder = Annotated[
 ]
 Lora = Annotated[
     Path | None,
-    typer.Option("--lora", help="Folder of a LoRA adapter, merged into MODEL, a checkpoint."),
+    typer.Option(
+        "--lora",
+        help="LoRA adapter, merged into MODEL: a GGUF file, or the folder of peft (for a "
+        "checkpoint).",
+    ),
 ]
 ImatrixFile = Annotated[
     Path | None,

@@ -17,7 +17,6 @@ from ramgguf.gguf.hub import local_path
 from ramgguf.gguf.reader import GGUFFile, open_gguf
 from ramgguf.plan.result import BesideUse
 
-_PROJECTORS = ("clip", "mmproj")
 # llama.cpp's common/speculative.cpp refuses vocabularies that differ by more.
 _MOST_TOKENS_APART = 128
 
@@ -85,7 +84,7 @@ class BesideEstimator:
 
 
 def _require_projector(file: GGUFFile) -> None:
-    if file.architecture not in _PROJECTORS:
+    if not file.is_projector:
         raise BudgetError(
             f"{file.paths[0]}: is a {file.architecture} model, expected a vision projector (clip); "
             "name the mmproj file with --mmproj"

@@ -1,6 +1,7 @@
 """The table of tensors: what each one is for, what it reads, and what it stands for.
 
 Names are those of llama.cpp: `blk.<layer>.<part>.weight` within layers, `<part>.weight` outside.
+Encoders of images and sound (mmproj files) put `v.` or `a.` in front (tools/mtmd/clip-impl.h).
 Whatever depends on what a tensor is asks here: priors, importance matrices, calibration, ties,
 memory. What reads what is as in the graphs of llama.cpp (src/models, late 2026).
 """
@@ -12,7 +13,9 @@ from dataclasses import dataclass
 TOKEN_EMBEDDING, HEAD = "token_embd.weight", "output.weight"
 
 # No model has a million layers; a longer number is part of an unknown name.
-_LAYER = re.compile(r"^(?P<stack>(?:enc|dec)\.)?blk\.(?P<layer>[0-9]{1,6})\.(?P<rest>.+)$")
+_LAYER = re.compile(
+    r"^(?P<stack>(?:enc|dec|v|v\.sam|a)\.)?blk\.(?P<layer>[0-9]{1,6})\.(?P<rest>.+)$"
+)
 
 
 @dataclass(frozen=True)
@@ -134,7 +137,7 @@ _KEPT_NAMES: Mapping[str, str] = {
     "position_embd.weight": "a position embedding",
     "token_types.weight": "token-type embeddings",
 }
-# All that never_quantized says.
+# All that never_quantized says, but for what llama.cpp's quantizer would change in an mmproj file.
 NEVER_QUANTIZED = frozenset(
     (
         *("one-dimensional", "four-dimensional", "not a weight"),
@@ -143,10 +146,28 @@ NEVER_QUANTIZED = frozenset(
     )
 )
 
+# general.architecture of mmproj files: an encoder of images or sound, and the projector to the
+# language model. What llama.cpp (tools/mtmd/models) does with these weights but multiply them by
+# activations: convolve, look rows up, add, or turn them first, for which blocks have no kernels.
+PROJECTORS = frozenset({"clip", "mmproj"})
+_KEPT_IN_PROJECTORS: Mapping[str, str] = {
+    "conv": "a convolution",
+    "embd": "an embedding",
+    "codebook": "a codebook",
+    "pos_": "a position embedding",
+    "input_projection": "turned by llama.cpp before it multiplies",
+}
+# Convolutions of one step, which are products.
+_POINTWISE = ("conv_pw1.weight", "conv_pw2.weight")
+# Where what the encoder made is put together for the language model.
+_PROJECTION = re.compile(r"mm\.|resampler\.|adapter\.|v\.(deepstack|vit_merger)\.")
+
 
 @dataclass(frozen=True)
 class TensorName:
-    """The parts of a tensor's name: stack is 'enc.', 'dec.' or empty, kind 'weight' or 'bias'."""
+    """The parts of a tensor's name: stack is 'enc.', 'dec.', 'v.', 'v.sam.', 'a.' or empty, kind
+    'weight' or 'bias'.
+    """
 
     stack: str
     layer: int | None
@@ -188,7 +209,8 @@ def part_of(name: str, arch: str = "") -> str:
 def role_of(name: str, arch: str = "", *, tied: bool = False) -> str:
     """Return what the tensor is for: 'embedding', 'head', 'attn_q', 'ffn_down_exps', 'norm', ...
 
-    Tensors that fit no role are 'other', biases 'bias'. tied says that the embedding is the head
+    Tensors that fit no role are 'other', biases 'bias', the projection of an mmproj file
+    'projector'. tied says that the embedding is the head
     as well (see has_tied_embedding); its role is then 'tied_embedding'.
     """
     parsed = parse_name(name)
@@ -199,6 +221,8 @@ def role_of(name: str, arch: str = "", *, tied: bool = False) -> str:
         return "bias"
     if tied and name == TOKEN_EMBEDDING:
         return "tied_embedding"
+    if arch in PROJECTORS and _PROJECTION.match(name):
+        return "projector"
     known = PARTS.get(part)
     if known is not None:
         return known.role
@@ -282,10 +306,9 @@ def _n_dims(shape: tuple[int, ...]) -> int:
 def never_quantized(name: str, shape: tuple[int, ...], arch: str = "") -> str | None:
     """Return why llama.cpp never quantizes the tensor, or None if it may be quantized.
 
-    shape is in ggml's order. One rule is ours: llama.cpp's quantizer aborts on
-    tensors of four dimensions, so they are kept.
+    shape is in ggml's order. Two rules are ours: llama.cpp's quantizer aborts on tensors of four
+    dimensions, so they are kept; and in an mmproj file, whatever llama.cpp needs in full.
     """
-    del arch
     n_dims = _n_dims(shape)
     if n_dims < 2:
         return "one-dimensional"
@@ -295,4 +318,10 @@ def never_quantized(name: str, shape: tuple[int, ...], arch: str = "") -> str | 
         return "not a weight"
     if name in _KEPT_NAMES:
         return _KEPT_NAMES[name]
-    return next((reason for part, reason in _KEPT_PARTS.items() if part in name), None)
+    kept = next((reason for part, reason in _KEPT_PARTS.items() if part in name), None)
+    if kept is not None or arch not in PROJECTORS:
+        return kept
+    if n_dims > 2 and not is_of_experts(name):
+        return _KEPT_IN_PROJECTORS["conv"]
+    found = (reason for part, reason in _KEPT_IN_PROJECTORS.items() if part in name)
+    return None if name.endswith(_POINTWISE) else next(found, None)

@@ -131,11 +131,12 @@ def folder_sha256(folder: Path, weights: tuple[Path, ...]) -> str:
     others = [p for p in folder.iterdir() if is_part(p.name) and p.suffix != ".safetensors"]
     total = hashlib.sha256()
     for path in sorted((*weights, *(p for p in others if p.is_file()))):
-        total.update(f"{path.name}\0{_file_sha256(path)}\n".encode())
+        total.update(f"{path.name}\0{file_sha256(path)}\n".encode())
     return total.hexdigest()
 
 
-def _file_sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """Return the hash of a file; CheckpointError if it cannot be read."""
     target = path.resolve()
     # The hub's cache names large files by this hash already.
     if target.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", target.name):

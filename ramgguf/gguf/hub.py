@@ -17,6 +17,7 @@ from ramgguf.core.errors import CheckpointError, HubError
 from ramgguf.core.values import HubFile
 from ramgguf.gguf.checkpoint import CONFIG, Checkpoint, is_part
 from ramgguf.gguf.conversion import convert, is_converted, origin_of_converted
+from ramgguf.gguf.gguf_lora import merged_with
 from ramgguf.gguf.lora import Adapter
 from ramgguf.gguf.shards import shard_paths
 
@@ -94,14 +95,16 @@ def local_path(
     """Return the path of a model's GGUF file, whatever names the model.
 
     An address is fetched first, all shards along; of a repository without a file's name, the GGUF
-    file of the highest precision, or the checkpoint. A checkpoint's folder is converted, the
-    adapter in the folder `lora` merged into it. quiet shows no progress, announce gets a line for
-    what was chosen or is converted.
+    file of the highest precision, or the checkpoint. A checkpoint's folder is converted. lora is an
+    adapter, merged into the model: a folder that peft saved, of a checkpoint; a GGUF file, of
+    either. quiet shows no progress, announce gets a line for what was chosen or is made.
 
     Raises HubError when there is no such file, it cannot be had, or huggingface_hub is missing;
     CheckpointError for what cannot be converted.
     """
-    adapter = None if lora is None else Adapter.of(Path(lora))
+    named = None if lora is None else Path(lora)
+    in_gguf = named if named is not None and not named.is_dir() else None
+    adapter = Adapter.of(named) if named is not None and in_gguf is None else None
     wanted = parse_address(model)
     name = None
     if wanted is not None:
@@ -112,12 +115,14 @@ def local_path(
     if path.is_dir() and not _holds_gguf_only(path):
         found = origin_of(path / CONFIG)
         origin = found and found.model_copy(update={"file": ""})
-        return convert(Checkpoint.of(path, name), adapter, origin=origin, announce=announce)
-    if adapter is not None:
+        path = convert(Checkpoint.of(path, name), adapter, origin=origin, announce=announce)
+    elif adapter is not None:
         raise CheckpointError(
-            f"{model}: is no checkpoint; an adapter (--lora) is merged into a folder of safetensors"
+            f"{model}: is no checkpoint, and {named} is an adapter for one; name the checkpoint's "
+            "folder, or convert the adapter (convert_lora_to_gguf.py of llama.cpp) and name the "
+            "GGUF file as --lora"
         )
-    return path
+    return path if in_gguf is None else merged_with(path, in_gguf, announce)
 
 
 def _holds_gguf_only(folder: Path) -> bool:

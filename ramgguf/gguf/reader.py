@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from ramgguf.core.closing import Closing
 from ramgguf.core.errors import GGUFError
-from ramgguf.gguf.architecture import has_tied_embedding, trunk_layers
+from ramgguf.gguf.architecture import PROJECTORS, has_tied_embedding, trunk_layers
 from ramgguf.gguf.fork_types import FORK
 from ramgguf.gguf.header import GGML_TYPES_BY_ID, TensorInfo, ValueType
 from ramgguf.gguf.shards import Shard, require_whole, shard_paths
@@ -33,13 +33,14 @@ __all__ = [
 
 # What else comes as GGUF, by general.type or general.architecture.
 _OTHER_KINDS: Mapping[str, str] = {
-    "adapter": "a LoRA adapter; quantize the model that it adapts",
-    "mmproj": "a multimodal projector (mmproj); quantize the language model beside it",
-    "clip": "a multimodal projector (mmproj); quantize the language model beside it",
+    "adapter": "a LoRA adapter; quantize the model that it adapts, with this file as --lora",
     "imatrix": "an importance matrix; give it with --imatrix",
     "controlvector": "a control vector",
 }
-
+_PROJECTOR = (
+    "a multimodal projector (mmproj), which `measure` and `quantize --budget` take; this needs the "
+    "language model beside it"
+)
 
 # What sample_sha256 reads: of each tensor up to _MOST_SPANS spans, fewer where tensors are many.
 _SPAN_BYTES, _MOST_SPANS, _ALL_SPANS = 4096, 2, 4096
@@ -95,6 +96,12 @@ class GGUFFile(Closing):
         if name is None:
             raise GGUFError(f"{self.paths[0]}: general.architecture is missing; is this a model?")
         return name
+
+    @property
+    def is_projector(self) -> bool:
+        """Whether this is an mmproj file: an encoder of images or sound, and its projector."""
+        keys = ("general.type", "general.architecture")
+        return any(self.metadata.string(key) in PROJECTORS for key in keys)
 
     @property
     def name(self) -> str | None:
@@ -161,6 +168,10 @@ class GGUFFile(Closing):
                 digest.update(buffer)
         return digest.hexdigest()
 
+    def has_tensor(self, name: str) -> bool:
+        """Return whether there is a tensor of that name."""
+        return name in self._by_name
+
     def tensor(self, name: str) -> TensorInfo:
         """Return the tensor of that name; raises GGUFError if there is none."""
         try:
@@ -221,9 +232,11 @@ class GGUFFile(Closing):
                 raise GGUFError(f"{shard.path}: the file was changed while it was being read")
 
 
-def require_language_model(file: GGUFFile) -> None:
-    """Raise GGUFError, by what it is, for a GGUF file that is no language model."""
+def require_language_model(file: GGUFFile, *, or_projector: bool = False) -> None:
+    """Raise GGUFError, by what it is, for a GGUF file that is no language model, or projector."""
     path, metadata = file.paths[0], file.metadata
+    if file.is_projector and not or_projector:
+        raise GGUFError(f"{path}: is {_PROJECTOR}")
     for key in ("general.type", "general.architecture"):
         value = metadata.string(key)
         if value is not None and value in _OTHER_KINDS:
@@ -258,17 +271,19 @@ def require_loadable(file: GGUFFile) -> None:
             )
 
 
-def open_gguf(path: Path, *, kind_check: bool = False) -> GGUFFile:
+def open_gguf(path: Path, *, kind_check: bool = False, or_projector: bool = False) -> GGUFFile:
     """Return the open file; given one shard of a model, all shards as one file.
 
-    With kind_check, files that are no language models are refused, and those whose data cannot be
-    read (require_loadable). Raises GGUFError for whatever
+    With kind_check, files that are no language models (or projectors, if these will do) are
+    refused, and those whose data cannot be read (require_loadable). Raises GGUFError for whatever
     is wrong with the file.
     """
-    return open_shards(shard_paths(path), kind_check=kind_check)
+    return open_shards(shard_paths(path), kind_check=kind_check, or_projector=or_projector)
 
 
-def open_shards(paths: Sequence[Path], *, kind_check: bool = False) -> GGUFFile:
+def open_shards(
+    paths: Sequence[Path], *, kind_check: bool = False, or_projector: bool = False
+) -> GGUFFile:
     """Return the files, whatever their names, as one: all shards of a model in their order."""
     with contextlib.ExitStack() as opened:
         shards = tuple(
@@ -278,7 +293,7 @@ def open_shards(paths: Sequence[Path], *, kind_check: bool = False) -> GGUFFile:
         require_whole(shards)
         file = GGUFFile(shards)
         if kind_check:
-            require_language_model(file)
+            require_language_model(file, or_projector=or_projector)
             require_loadable(file)
         opened.pop_all()
     return file

@@ -126,7 +126,10 @@ def _info(name: str, shape: tuple[int, ...], kind: str, offset: int) -> bytes:
 
 def _tile(format_name: str, columns: int) -> NDArray[np.uint8]:
     """Return _TILE rows of random weights in the format."""
-    rows = np.random.default_rng(0).standard_normal((_TILE, columns), np.float32)
+    rng = np.random.default_rng(0)
+    if format_name in formats.SOURCES_ONLY:  # any bytes are blocks; these have small scales
+        return rng.integers(0, 64, (_TILE, formats.row_bytes(format_name, columns)), np.uint8)
+    rows = rng.standard_normal((_TILE, columns), np.float32)
     rows *= np.float32(columns**-0.5)
     weights = ErrorWeights(np.ones((1, columns), np.float32), _TILE)
     return weights.encode(format_name, "F32", rows.view(np.uint8), 0, columns, "rtn")

@@ -7,8 +7,9 @@ from functools import cache
 from ramgguf import _core
 from ramgguf.core.errors import FormatError
 from ramgguf.core.gc_paused import gc_paused
-from ramgguf.gguf.architecture import never_quantized
+from ramgguf.gguf.architecture import HEAD, never_quantized
 from ramgguf.gguf.reader import GGUFFile, TensorInfo
+from ramgguf.gguf.weight_scale import has_scale
 from ramgguf.quants import formats
 from ramgguf.quants.codec import ErrorWeights
 from ramgguf.quants.encoders import libggml
@@ -28,7 +29,7 @@ def is_source(type_name: str) -> bool:
     """Return whether weights in this type can be decoded here, by the core or by libggml."""
     if type_name not in formats.known():
         return False
-    return formats.get(type_name).encodable or libggml.is_installed()
+    return formats.get(type_name).encodable or libggml.decodes(type_name)
 
 
 @dataclass(frozen=True)
@@ -62,21 +63,28 @@ def tried(wanted: Sequence[str] | None, imatrix: Imatrix | None) -> tuple[str, .
 
     With Hessians libggml's formats, IQ1_S and IQ1_M, are tried by name only: their errors then
     take all rows.
-    Raises FormatError when one is wanted that needs an importance matrix and there is none, or
-    that needs libggml and it is not installed.
+    Raises FormatError when one is wanted that needs an importance matrix and there is none, that
+    needs libggml and it is not installed or lacks it, or that is a source only.
     """
     if not wanted:
         plain = imatrix is not None and imatrix.hessians is None
         extra = formats.with_importance() if plain and libggml.is_installed() else ()
         return (*formats.offered(), *extra)
+    if only := [name for name in wanted if name in formats.SOURCES_ONLY]:
+        raise FormatError(
+            f"{', '.join(only)} is a source only (--allow-requantize): the scale that each tensor "
+            "needs lies in a tensor of its own, which is not written here; MXFP4, IQ4_XS and Q4_K "
+            "are of its size"
+        )
     needing = [name for name in wanted if name in formats.with_importance()]
     if needing and imatrix is None:
         raise FormatError(
             f"{', '.join(needing)} cannot be encoded without an importance matrix; give one with "
             "--imatrix, or leave these formats out"
         )
-    if needing:
-        libggml.require()
+    for name in wanted:
+        if name in formats.by_libggml():
+            libggml.require(name)
     return tuple(wanted)
 
 
@@ -108,7 +116,7 @@ def _suited(
                 excluded[name] = "its weights are not ternary"
         elif formats.get(name).encodable or has_hessian:
             measured.append(name)
-        elif not weighed:
+        elif name in formats.with_importance() and not weighed:
             excluded[name] = "the importance matrix has no entry for it"
         else:
             sampled.append(name)
@@ -191,6 +199,8 @@ def _reason_to_keep(file: GGUFFile, tensor: TensorInfo, allow_requantize: bool) 
         return kept
     if not is_source(tensor.type_name):
         return f"copied: {tensor.type_name} is no source for quantization"
+    if tensor.name == HEAD and has_scale(file, tensor):
+        return f"copied: llama.cpp reads the scale of {HEAD} with {tensor.type_name} only"
     if not allow_requantize:
         return f"already quantized to {tensor.type_name} (--allow-requantize takes it as a source)"
     return None

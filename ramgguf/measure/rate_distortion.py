@@ -20,6 +20,7 @@ from ramgguf.gguf.architecture import layer_of, role_of
 from ramgguf.gguf.hub import local_path
 from ramgguf.gguf.identity import Source
 from ramgguf.gguf.reader import GGUFFile, open_gguf
+from ramgguf.gguf.weight_scale import mean_squared_scale
 from ramgguf.measure.candidates import (
     FLOAT_FORMATS,
     TERNARY_NMSE,
@@ -39,6 +40,11 @@ from ramgguf.quants.formats import get as get_format
 from ramgguf.quants.imatrix import Imatrix, load_importance
 from ramgguf.quants.output_metadata import overhead_bytes
 from ramgguf.quants.row_samples import SampledError, measure_samples
+
+PROJECTOR_NOTE = (
+    "a multimodal projector: priors guess what matters, and no KLD is measured; compare what the "
+    "language model says of images or sound"
+)
 
 
 @dataclass(frozen=True)
@@ -74,7 +80,7 @@ def measure_file(
 
     wanted names the formats to try (default: those that candidates.tried offers). With `sampled`,
     statistics are those of some rows of each tensor; without `slow`, formats that libggml encodes
-    are named but not measured; with `only`, a tensor named there is measured
+    slowly are named but not measured; with `only`, a tensor named there is measured
     in those formats, no others; without `others`, tensors that are not named there are left out,
     and the source has no hash of its data. n_overhead_bytes is what the output's header will take.
     Errors are weighed by the importance that imatrix has. Raises FormatError for NaN or infinity in
@@ -112,7 +118,11 @@ def measure_file(
             progress.advance(measured.n_bytes)
     finally:
         progress.finish()
-    by_libggml = [(job.tensor, job.scale, job.sampled if slow else ()) for job in jobs]
+    skipped = () if slow else formats.with_importance()
+    by_libggml = [
+        (job.tensor, job.scale, [name for name in job.sampled if name not in skipped])
+        for job in jobs
+    ]
     of_samples = measure_samples(file, by_libggml, threads=threads, progress=progress)
     return Measurement(
         ramgguf_version=__version__,
@@ -127,6 +137,7 @@ def measure_file(
         seconds=time.perf_counter() - start,
         notes=(
             *told,
+            *((PROJECTOR_NOTE,) if file.is_projector else ()),
             *_on_grids(jobs),
             *_unsuited(jobs, wanted),
             *_idle_requantize(jobs, allow_requantize),
@@ -228,6 +239,7 @@ def _tensor(
             sorted((*points, _grid_point(job, exact)), key=attrgetter("n_bytes", "nmse"))
         )
     weighed = total is not None and job.scale.importance is not None
+    larger = mean_squared_scale(file, tensor) if total else 1.0
     return TensorMeasurement(
         name=tensor.name,
         shape=tensor.shape,
@@ -235,8 +247,8 @@ def _tensor(
         layer=layer_of(tensor.name),
         source_format=tensor.type_name,
         n_bytes=tensor.n_bytes,
-        sum_squares=total.sum_squares if total else 0.0,
-        output_squares=job.scale.squares(total) if total and weighed else None,
+        sum_squares=larger * total.sum_squares if total else 0.0,
+        output_squares=larger * job.scale.squares(total) if total and weighed else None,
         max_abs=total.max_abs if total else 0.0,
         excess_kurtosis=_excess_kurtosis(total) if total else 0.0,
         points=points,
@@ -293,7 +305,7 @@ def _points(
                 sampled.nmse,
                 sampled.max_error,
                 sampled.standard_error,
-                sampled.plain_nmse,
+                None if job.scale.importance is None else sampled.plain_nmse,
             )
         )
     found.sort(key=attrgetter("n_bytes", "nmse"))
@@ -336,7 +348,7 @@ def measure(
     for name in wanted or ():
         get_format(name)
     weighed = load_importance(imatrix, hessian, encoder)
-    with open_gguf(local_path(model), kind_check=True) as file:
+    with open_gguf(local_path(model), kind_check=True, or_projector=True) as file:
         return measure_file(
             file,
             n_overhead_bytes=overhead_bytes(file, weighed.source if weighed else None),

@@ -9,6 +9,7 @@ from ramgguf.core.gc_paused import gc_paused
 from ramgguf.core.units import format_bytes
 from ramgguf.gguf.layout import padded
 from ramgguf.measure.result import Measurement
+from ramgguf.plan.drafts import draft_notes
 from ramgguf.plan.knapsack import Solution, smallest, solve
 from ramgguf.plan.objectives import Costing
 from ramgguf.plan.problem import Candidates, Problem, notes
@@ -67,6 +68,7 @@ def allocate(
             *(() if timed is None else timed.notes()),
             *(_unused(problem, solution, capacity, budget) if free else ()),
             *notes(problem),
+            *draft_notes(measurement, assignments),
             *costing.notes,
         ),
     )

@@ -12,6 +12,7 @@ from functools import lru_cache
 
 from ramgguf.gguf.architecture import (
     PARTS,
+    PROJECTORS,
     draft_layers,
     has_tied_embedding,
     parse_name,
@@ -73,6 +74,10 @@ DEPTH_PRIORS = {
     "attn_out": DepthPrior(2.0, 2.0, 1.0, 1.0),
 }
 NO_DEPTH = DepthPrior()
+# Of encoders of images and sound nothing was measured: no part of their first and last layer gets
+# less than this, nor does the projector, which all that they say passes through.
+PROJECTOR_ENDS = DepthPrior(3.0, 1.0, 1.0, 3.0)
+PROJECTOR = 3.0
 
 
 @dataclass(frozen=True)
@@ -166,6 +171,8 @@ def _prior(name: str, shape: ModelShape) -> float:
     if parsed.layer is None:
         if shape.tied and part == "token_embd":
             return TIED_EMBEDDING
+        if shape.architecture in PROJECTORS:
+            return PROJECTOR
         return PART_PRIORS.get(part, 1.0)
     for suffix in EXPERT_SUFFIXES:
         part = part.removesuffix(suffix)
@@ -183,6 +190,8 @@ def _of_part(part: str, layer: int | None, shape: ModelShape) -> float:
         return LOW_RANK[part] * max(1.0, dict(shape.full_ratio).get(part, 1.0))
     if part in PART_PRIORS:
         depth = _depth(DEPTH_PRIORS.get(part, NO_DEPTH), layer, shape.n_layers)
+        if shape.architecture in PROJECTORS:
+            depth = max(depth, _depth(PROJECTOR_ENDS, layer, shape.n_layers))
         return PART_PRIORS[part] * _sharing(part, shape) * depth
     fused = PARTS[part].fuses if part in PARTS else ()
     if not fused:

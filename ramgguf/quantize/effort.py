@@ -8,7 +8,7 @@ text of every domain says so. What a step has measured is kept beside the model 
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -30,7 +30,7 @@ from ramgguf.llama.client import WrongKindError
 from ramgguf.llama.format_speed import SpeedProfile
 from ramgguf.llama.system import llama_installed
 from ramgguf.measure.result import Measurement
-from ramgguf.plan import PlanOptions, SizeLimit, SpeedLimit, size_limit
+from ramgguf.plan import ByteLimit, PlanOptions, SizeLimit, SpeedLimit, size_limit
 from ramgguf.plan.result import Plan
 from ramgguf.quantize.gate import Verdict, judge
 from ramgguf.quantize.kld_target import smallest_within
@@ -80,6 +80,9 @@ NEEDS_LLAMA = (
 )
 
 
+_OF_PROJECTORS = "a projector predicts no text, so that nothing can be calibrated or scored"
+
+
 @protected()
 def quantize(
     model: str | Path,
@@ -112,15 +115,16 @@ def quantize(
 ) -> Quantized:
     """Write the best GGUF that keeps to the budget and return what was made.
 
-    model is a GGUF file, a checkpoint's folder, which is converted first with the adapter in the
-    folder lora merged into it, or an address on the hub. Needs a budget (bytes, text such as 16GB,
-    4.5bpw or 30%, or a SizeLimit) or a ready plan. output is by default beside the model and named
-    after the plan's bits per weight.
+    model is a GGUF file, a checkpoint's folder, which is converted first, or an address on the hub;
+    lora is an adapter that is merged into it (hub.local_path says which). Needs a budget (bytes,
+    text such as 16GB, 4.5bpw or 30%, or a SizeLimit) or a ready plan. output is by default beside
+    the model and named after the plan's bits per weight.
 
     effort fast plans by priors; auto and best decide by themselves what they do, within the seconds
     (auto: five minutes, or twice what writing takes; best: what it needs), and keep what they
     measure in MODEL.effort. None is auto; with seconds, best; with one of the steps below, fast.
-    Without llama-cpp-python all are fast, and announce gets a line. With score, what was written is
+    Without llama-cpp-python, and for a projector (mmproj), which takes a budget in bytes only, all
+    are fast, and announce gets a line. With score, what was written is
     scored on held-out text.
 
     max_kld, in place of a budget, is how many nats per token the file may lose: the smallest that
@@ -165,6 +169,14 @@ def quantize(
         raise PlanError(
             "a least speed goes with a budget or memory: give no max_kld, plan or refinement"
         )
+    if _is_projector(model):
+        needing = {"max_kld": max_kld is not None, "a least speed": is_timed, "refine": refine}
+        _require_bytes(model, budget, [name for name, is_given in needing.items() if is_given])
+        if level != "fast":
+            announce(f"effort {level} is fast: {_OF_PROJECTORS}")
+        elif score:
+            announce(f"not scored: {_OF_PROJECTORS}")
+        level, seconds, score = "fast", None, False
     if level == "fast":
         if seconds is not None:
             raise PlanError("effort fast takes what it takes; seconds are for auto and best")
@@ -252,6 +264,26 @@ def _timed(
             )  # fmt: skip
         done = placed(model, made, output, options)
     return replace(done, seconds={"until fast enough": clock() - start})
+
+
+def _is_projector(model: Path) -> bool:
+    with open_gguf(model) as file:
+        return file.is_projector
+
+
+def _require_bytes(
+    model: Path, budget: int | str | SizeLimit | None, needing: Sequence[str]
+) -> None:
+    """Raise where more is asked of a projector than bytes."""
+    if needing:
+        raise PlanError(
+            f"{model}: {', '.join(needing)} cannot be kept to: {_OF_PROJECTORS}; give a budget"
+        )
+    if not isinstance(budget, int | str | ByteLimit | None):
+        raise PlanError(
+            f"{model}: is a projector, which has no context of its own: give a budget in bytes; "
+            "the memory of the language model counts it with --mmproj"
+        )
 
 
 def _require_modelfile(output: str | Path | None, split: int | None, *, force: bool) -> None:

@@ -88,7 +88,7 @@ def quantize_once(
     if (budget is None) == (from_plan is None):
         raise PlanError("either a budget, memory or a plan is needed, and not both")
     model = local_path(model)
-    with open_gguf(model, kind_check=True) as file:
+    with open_gguf(model, kind_check=True, or_projector=True) as file:
         output = None if output is None else Path(output)
         run = _Run(model, file, output, options or QuantizeOptions())
         if from_plan is not None:

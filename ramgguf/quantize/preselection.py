@@ -115,7 +115,7 @@ def _sampled(
 ) -> tuple[Measurement, Plan]:
     """Return a sample of every tensor in the formats that may suit, and the plan by it."""
     found = measure(sampled=True, slow=False)
-    slow = [name for name in found.formats if not formats.get(name).encodable]
+    slow = [name for name in found.formats if name in formats.with_importance()]
     if not slow:
         return found, plan(found)
     try:

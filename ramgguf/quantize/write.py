@@ -91,7 +91,9 @@ def _uses_imatrix(file: GGUFFile, plan: Plan) -> bool:
     weighs = encoder(plan.encoder).weighs_columns
     scales = tensor_weights(file, plan.imatrix, plan.encoded)
     return any(
-        scale.importance is not None and (weighs or not formats.get(a.format).encodable)
+        scale.importance is not None
+        and formats.weighs_columns(a.format)
+        and (weighs or not formats.get(a.format).encodable)
         for a, scale in zip(plan.assignments, scales, strict=True)
     )
 

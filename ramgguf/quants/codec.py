@@ -210,10 +210,9 @@ def encode(
             out[:] = chosen.encode_output(
                 name, piece.weights(), scale.hessian(), scale.importance[0]
             )
-        elif scale.importance is not None and not formats.get(name).encodable:
+        elif not formats.get(name).encodable:
             weights = piece.weights()
             for part, importance in piece.parts():
-                assert importance is not None
                 out[part] = libggml.encode(name, weights[part], importance)
         else:
             jobs += [(name, piece.type_name, piece.rows[p], out[p], w) for p, w in piece.parts()]

@@ -1,12 +1,39 @@
-"""The block formats that the core knows, and what ggml and llama.cpp call them."""
+"""The block formats of the core and of libggml, and what ggml and llama.cpp call them."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from functools import cache, lru_cache
 from types import MappingProxyType
 
 from ramgguf import _core
 from ramgguf._core import BlockFormat
 from ramgguf.core.errors import FormatError
+
+
+@dataclass(frozen=True, slots=True)
+class LibggmlFormat:
+    """A block format that the core does not know; libggml decodes it, and may encode it."""
+
+    name: str
+    type_id: int
+    block_size: int
+    block_bytes: int
+    encodable: bool = False  # by the core's kernels
+
+    @property
+    def bpw(self) -> float:
+        """Bits per weight."""
+        return 8.0 * self.block_bytes / self.block_size
+
+
+Format = BlockFormat | LibggmlFormat
+
+# Sizes as in ggml-common.h of ggml 0.25. NVFP4: four UE4M3 scales, each of 16 E2M1 codes. Q1_0: an
+# F16 d and a sign for each weight, for models that were trained so; NMSE on Gaussian weights 0.36.
+_LIBGGML = (LibggmlFormat("NVFP4", 40, 64, 36), LibggmlFormat("Q1_0", 41, 128, 18))
+# Decoded only. UE4M3 has its three bits from 2^-6 on, and the weights of most blocks are smaller
+# than 6 of that: they need a scale for the tensor, which lies in a tensor of its own.
+SOURCES_ONLY = ("NVFP4",)
 
 # The layouts that block formats have had since ggml's quantization version 2 (GGML_QNT_VERSION).
 QUANTIZATION_VERSION = 2
@@ -40,6 +67,8 @@ _FILE_TYPES = MappingProxyType(
         "TQ1_0": 36,
         "TQ2_0": 37,
         "MXFP4": 38,
+        "NVFP4": 39,
+        "Q1_0": 40,
         "Q2_0": 41,
     }
 )
@@ -52,8 +81,9 @@ _ON_REQUEST = ("MXFP4", "Q2_0")
 
 
 @cache
-def _by_name() -> MappingProxyType[str, BlockFormat]:
-    return MappingProxyType({f.name: f for f in _core.formats()})
+def _by_name() -> MappingProxyType[str, Format]:
+    every: list[Format] = [*_core.formats(), *_LIBGGML]
+    return MappingProxyType({f.name: f for f in sorted(every, key=lambda f: f.type_id)})
 
 
 def known() -> frozenset[str]:
@@ -78,10 +108,20 @@ def offered() -> tuple[str, ...]:
 
 def with_importance() -> tuple[str, ...]:
     """Return the names of the formats that need an importance matrix and libggml."""
+    return tuple(n for n in by_libggml() if weighs_columns(n))
+
+
+def weighs_columns(name: str) -> bool:
+    """Return whether libggml's encoder of the format takes notice of an importance matrix."""
+    return all(f.name != name for f in _LIBGGML)
+
+
+def by_libggml() -> tuple[str, ...]:
+    """Return the names of the formats that libggml decodes, and encodes but for SOURCES_ONLY."""
     return tuple(f.name for f in _by_name().values() if not f.encodable)
 
 
-def get(name: str) -> BlockFormat:
+def get(name: str) -> Format:
     """Return the format of this name; raises FormatError that lists the known ones."""
     try:
         return _by_name()[name]

@@ -12,6 +12,7 @@ from ramgguf.core.parallel import Chunk, map_chunks, runs
 from ramgguf.gguf.reader import GGUFFile, TensorInfo
 from ramgguf.quants import formats
 from ramgguf.quants.codec import ErrorWeights
+from ramgguf.quants.encoders.decoding import decode_rows
 from ramgguf.quants.imatrix import Imatrix
 
 Rows = NDArray[np.uint8]
@@ -64,8 +65,7 @@ def _decoded(blocks: Rows, name: str, tensor: TensorInfo) -> Rows:
     """Return quantized rows in the tensor's own type."""
     if formats.get(name).name == tensor.type_name:
         return blocks
-    values = np.empty((len(blocks), tensor.row_length), np.float32)
-    _core.decode(name, blocks, values)
+    values = decode_rows(name, blocks, tensor.row_length)
     if tensor.type_name == "F32":
         return values.view(np.uint8)
     rows = np.empty((len(blocks), tensor.row_bytes), np.uint8)

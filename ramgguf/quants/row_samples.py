@@ -12,7 +12,6 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from ramgguf.core.errors import FormatError
 from ramgguf.core.parallel import ordered_map
 from ramgguf.core.progress import Progress
 from ramgguf.gguf.reader import GGUFFile, TensorInfo
@@ -61,7 +60,8 @@ def measure_sample(
     """Return the error of a format of libggml; raises ValueError for weights that do not fit."""
 
     def encoded(x: Floats, importance: Floats, _: slice) -> Floats:
-        blocks = libggml.encode(name, x, importance)
+        weighed = None if scale.importance is None else importance
+        blocks = libggml.encode(name, x, weighed)
         return libggml.decode(name, blocks, x.shape[1])
 
     return _sampled_error(file, tensor, scale, encoded)
@@ -112,9 +112,8 @@ def written_sample(
 
 
 def _sample_of(tensor: TensorInfo, scale: ErrorWeights) -> Rows:
-    if scale.importance is None:
-        raise FormatError(f"{tensor.name}: the importance matrix has no entry for it")
-    return sampled_rows(tensor.n_rows, tensor.row_length, len(scale.importance))
+    n_experts = 1 if scale.importance is None else len(scale.importance)
+    return sampled_rows(tensor.n_rows, tensor.row_length, n_experts)
 
 
 def _sampled_error(
@@ -127,7 +126,7 @@ def _sampled_error(
     sample = _sample_of(tensor, scale)
     errors, squares = np.zeros(len(sample)), np.zeros(len(sample))
     plain, energy, largest = 0.0, 0.0, 0.0
-    for rows, importance in _by_expert(sample, scale):
+    for rows, importance in _by_expert(sample, tensor.row_length, scale):
         x = decode_rows(tensor.type_name, _read(file, tensor, sample[rows]), tensor.row_length)
         off = x.astype(np.float64) - decoded(x, importance, rows)
         off_squared, x_squared = off**2, x.astype(np.float64) ** 2
@@ -158,9 +157,13 @@ def _ratio(
     return nmse, math.sqrt(variance) / total
 
 
-def _by_expert(sample: Rows, scale: ErrorWeights) -> Iterator[tuple[slice, Floats]]:
-    """Yield the slices of the sample that share an expert, with its importance."""
-    assert scale.importance is not None  # _sample_of has checked
+def _by_expert(
+    sample: Rows, row_length: int, scale: ErrorWeights
+) -> Iterator[tuple[slice, Floats]]:
+    """Yield the slices of the sample that share an expert, with its importance: 1 without any."""
+    if scale.importance is None:
+        yield slice(0, len(sample)), np.ones(row_length, np.float32)
+        return
     experts = sample // scale.rows_per_expert
     starts: Sequence[int] = [0, *(np.flatnonzero(np.diff(experts)) + 1).tolist(), len(sample)]
     for start, stop in pairwise(starts):

@@ -3,6 +3,7 @@
 from rich.console import Console
 
 from ramgguf.core.units import format_bytes
+from ramgguf.gguf.architecture import PROJECTORS
 from ramgguf.plan.objectives import DEFAULT_OBJECTIVE
 from ramgguf.plan.result import Assignment, Plan, PlannedSpeed, Refinement
 from ramgguf.report.grid import Field, Grid, grid_of, to_rich
@@ -55,7 +56,7 @@ def print_plan(plan: Plan, console: Console, *, verbose: bool = False) -> None:
             f"{saved:.1%}, changing {step.n_changes} tensors",
             soft_wrap=True,
         )
-    if plan.objective == DEFAULT_OBJECTIVE:
+    if plan.objective == DEFAULT_OBJECTIVE and plan.source.architecture not in PROJECTORS:
         console.print(
             "note: what matters was guessed from the tensors' roles; `--effort best`, "
             "`--sensitivity measure` or `ramgguf sensitivity` measures it",

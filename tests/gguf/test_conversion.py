@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 from typer.testing import CliRunner
 
 import ramgguf
@@ -28,7 +27,14 @@ from ramgguf.gguf.hub import beside, highest_precision, local_path
 from ramgguf.gguf.lora import Adapter, merge
 from ramgguf.gguf.reader import open_gguf
 from ramgguf.gguf.safetensors import from_float, read_header, to_float
-from small_checkpoint import WIDTH, bf16, from_bf16, write_checkpoint, write_safetensors
+from small_checkpoint import (
+    WIDTH,
+    bf16,
+    from_bf16,
+    write_checkpoint,
+    write_peft_adapter,
+    write_safetensors,
+)
 from tiny_models import write_tiny_model
 
 RAMGGUF = str(Path(sys.executable).with_name("ramgguf"))
@@ -211,23 +217,6 @@ def test_what_the_converter_dequantizes_is_left_to_it(tmp_path: Path, stand_in: 
 # --- adapters ---
 
 
-def _write_adapter(
-    folder: Path, factors: dict[str, tuple[int, int]], **config: object
-) -> dict[str, NDArray[np.float32]]:
-    """Write an adapter of modules with these outputs and inputs; return its tensors."""
-    folder.mkdir()
-    rng, rank = np.random.default_rng(7), 4
-    tensors: dict[str, tuple[str, NDArray[np.generic]]] = {}
-    for module, (n_out, n_in) in factors.items():
-        for which, shape in (("A", (rank, n_in)), ("B", (n_out, rank))):
-            values = rng.standard_normal(shape, dtype=np.float32)
-            tensors[f"base_model.model.{module}.lora_{which}.weight"] = ("F32", values)
-    write_safetensors(folder / "adapter_model.safetensors", tensors)
-    said = {"peft_type": "LORA", "r": rank, "lora_alpha": 8, "bias": "none", **config}
-    (folder / "adapter_config.json").write_text(json.dumps(said))
-    return {name: np.asarray(values, np.float32) for name, (_, values) in tensors.items()}
-
-
 QUERY, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"
 
 
@@ -245,7 +234,7 @@ def test_merging_adds_the_scaled_product_and_changes_nothing_else(
     tmp_path: Path, dtype: str, config: dict[str, object], scales: tuple[float, float]
 ) -> None:
     base = Checkpoint.of(write_checkpoint(tmp_path / "base", dtype=dtype, n_files=2))
-    added = _write_adapter(tmp_path / "tuned", {QUERY: (64, 64), DOWN: (64, 128)}, **config)
+    added = write_peft_adapter(tmp_path / "tuned", {QUERY: (64, 64), DOWN: (64, 128)}, **config)
     (tmp_path / "merged").mkdir()
     merged = merge(base, Adapter.of(tmp_path / "tuned"), tmp_path / "merged")
     assert merged.name == "base-tuned"
@@ -283,7 +272,7 @@ def test_embeddings_and_saved_modules_are_merged_as_peft_does(tmp_path: Path) ->
     a = rng.standard_normal((2, n_vocab), dtype=np.float32)
     b = rng.standard_normal((WIDTH, 2), dtype=np.float32)
     head = rng.standard_normal((n_vocab, WIDTH), dtype=np.float32)
-    _write_adapter(tmp_path / "tuned", {})
+    write_peft_adapter(tmp_path / "tuned", {})
     write_safetensors(
         tmp_path / "tuned" / "adapter_model.safetensors",
         {
@@ -306,7 +295,7 @@ def test_an_adapter_is_merged_before_the_checkpoint_is_converted(
 ) -> None:
     folder = write_checkpoint(tmp_path / "base")
     before = (folder / "model.safetensors").read_bytes()
-    _write_adapter(tmp_path / "tuned", {QUERY: (64, 64)})
+    write_peft_adapter(tmp_path / "tuned", {QUERY: (64, 64)})
     path = local_path(folder, lora=tmp_path / "tuned")
     assert path.name == "base-tuned-bf16.gguf"
     assert local_path(folder).name == "base-bf16.gguf"
@@ -329,7 +318,7 @@ def test_other_adapters_are_refused_by_name(
     tmp_path: Path, stand_in: Path, change: dict[str, object], said: str
 ) -> None:
     folder = write_checkpoint(tmp_path / "base")
-    _write_adapter(tmp_path / "tuned", {QUERY: (64, 64)}, **change)
+    write_peft_adapter(tmp_path / "tuned", {QUERY: (64, 64)}, **change)
     with pytest.raises(CheckpointError, match=said):
         local_path(folder, lora=tmp_path / "tuned")
 
@@ -345,14 +334,14 @@ def test_an_adapter_of_another_model_names_the_tensor(
     tmp_path: Path, stand_in: Path, module: str, shape: tuple[int, int], said: str
 ) -> None:
     folder = write_checkpoint(tmp_path / "base")
-    _write_adapter(tmp_path / "tuned", {module: shape})
+    write_peft_adapter(tmp_path / "tuned", {module: shape})
     with pytest.raises(CheckpointError, match=said):
         local_path(folder, lora=tmp_path / "tuned")
     assert _runs(stand_in) == []
 
 
 def test_an_adapter_has_no_place_in_a_gguf_file(tmp_path: Path) -> None:
-    _write_adapter(tmp_path / "tuned", {QUERY: (64, 64)})
+    write_peft_adapter(tmp_path / "tuned", {QUERY: (64, 64)})
     model = write_tiny_model(tmp_path / "m.gguf")
     with pytest.raises(CheckpointError, match="is no checkpoint"):
         ramgguf.quantize(model, "50%", lora=tmp_path / "tuned")

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -13,11 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+import ggml_oracle
 import ramgguf
+from model_outputs import outputs
 from ramgguf import _core
+from ramgguf.core.errors import FormatError
 from ramgguf.gguf.reader import open_gguf
 from ramgguf.quants import formats, grids
 from ramgguf.quants.encoders import libggml
+from small_models import ARCHITECTURES, Stored, write_small_model
 
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
@@ -42,6 +47,8 @@ def _gaussian(*shape: int, seed: int = 0) -> Floats:
 
 
 def _encoded(name: str, weights: Floats) -> Bytes:
+    if name in formats.SOURCES_ONLY:
+        return ggml_oracle.quantize(name, weights)
     if not formats.get(name).encodable:
         return libggml.encode(name, weights, np.ones(weights.shape[1], np.float32))
     rows = np.empty((len(weights), formats.row_bytes(name, weights.shape[1])), np.uint8)
@@ -66,12 +73,12 @@ def _decoded(path: Path, name: str) -> Floats:
     return weights
 
 
-SOURCES = [*formats.quantized(), "IQ1_S"]
+SOURCES = [*formats.quantized(), "IQ1_S", "NVFP4", "Q1_0"]
 
 
 @pytest.mark.parametrize("name", SOURCES)
 def test_every_type_that_decodes_is_a_source_when_asked_for(name: str, tmp_path: Path) -> None:
-    if not (formats.get(name).encodable or libggml.is_installed()):
+    if not (formats.get(name).encodable or libggml.decodes(name)):
         pytest.skip("needs libggml")
     if name not in Kind.__members__:
         pytest.skip("the gguf package does not have this type")
@@ -188,3 +195,92 @@ def test_a_zero_tensor_and_other_rows_lie_on_no_grid(tmp_path: Path) -> None:
     source = _write(tmp_path / "a.gguf", tensors)
     with open_gguf(source) as file:
         assert [grids.grid_of(file, t) for t in file.tensors] == [None, None]
+
+
+# --- NVFP4, whose tensors have a scale each, and Q1_0 ---
+
+LLAMA = next(a for a in ARCHITECTURES if a.name == "llama")
+needs_nvfp4 = pytest.mark.skipif(
+    not libggml.decodes("NVFP4") or "NVFP4" not in Kind.__members__,
+    reason="needs a libggml and a gguf package that have NVFP4",
+)
+
+
+def _nvfp4(name: str, x: Floats) -> Stored | None:
+    """Return a matrix in NVFP4 with the scale that puts its largest block scale at 448."""
+    if x.ndim < 2 or name == "token_embd.weight":
+        return None
+    scale = np.abs(x).max() / np.float32(6 * 448)
+    blocks = ggml_oracle.quantize("NVFP4", x / scale)
+    beside = name.removesuffix("weight") + "scale"
+    return {name: (blocks, Kind.NVFP4), beside: (np.array([scale], np.float32), Kind.F32)}
+
+
+@needs_nvfp4
+def test_a_model_in_nvfp4_is_requantized_and_llama_cpp_still_applies_its_scales(
+    tmp_path: Path,
+) -> None:
+    llama_cpp: ModuleType = pytest.importorskip("llama_cpp")
+    source = write_small_model(tmp_path / "source.gguf", LLAMA, stored=_nvfp4)
+    made = ramgguf.quantize(
+        source, "99%", tmp_path / "made.gguf", allow_requantize=True, formats=["IQ4_XS"],
+        pins=["ffn|attn=IQ4_XS"], min_sqnr_db=0, effort="fast", threads=1,
+    )  # fmt: skip
+    given = {a.name: a.format for a in made.plan.assignments}
+    assert given["blk.1.ffn_down.weight"] == "IQ4_XS"
+    assert given["output.weight"] == "NVFP4"  # llama.cpp reads its scale with NVFP4 only
+    assert given["blk.1.ffn_down.scale"] == "F32"
+    before, after = (outputs(llama_cpp, p, LLAMA) for p in (source, made.paths[0]))
+    assert np.corrcoef(before, after)[0, 1] > 0.97
+    assert np.abs(after).max() < 2 * np.abs(before).max()  # scales are some 1/500
+
+
+@needs_nvfp4
+def test_squares_of_weights_with_a_scale_are_those_of_the_scaled_weights(tmp_path: Path) -> None:
+    plain = write_small_model(tmp_path / "plain.gguf", LLAMA)
+    source = write_small_model(tmp_path / "source.gguf", LLAMA, stored=_nvfp4)
+    expected = {t.name: t.sum_squares for t in ramgguf.measure(plain, threads=1).tensors}
+    for t in ramgguf.measure(source, allow_requantize=True, threads=1).tensors:
+        if t.source_format == "NVFP4" and t.kept is None:
+            assert t.sum_squares == pytest.approx(expected[t.name], rel=0.02)
+
+
+def test_nvfp4_is_refused_as_a_target_by_name(tmp_path: Path) -> None:
+    source = _write(tmp_path / "a.gguf", {UP: (_gaussian(8, 512), Kind.F32)})
+    with pytest.raises(FormatError, match=r"NVFP4 is a source only .*MXFP4, IQ4_XS and Q4_K"):
+        ramgguf.measure(source, formats=["NVFP4", "Q4_K"])
+
+
+@pytest.mark.parametrize("columns", [384, 512])
+def test_a_sign_per_weight_is_a_format_when_asked_for_by_name(columns: int, tmp_path: Path) -> None:
+    if not libggml.decodes("Q1_0"):
+        pytest.skip("needs a libggml that has Q1_0")
+    weights = _gaussian(600, columns)  # more rows than a sample has
+    source = _write(tmp_path / "a.gguf", {UP: (weights, Kind.F32), GATE: (weights, Kind.F32)})
+    assert not any(
+        p.format == "Q1_0" for t in ramgguf.measure(source, threads=1).tensors for p in t.points
+    )
+    made = ramgguf.quantize(
+        source, "5%", tmp_path / "b.gguf", formats=["Q1_0", "Q4_0"], min_sqnr_db=0, effort="fast",
+        threads=1,
+    )  # fmt: skip
+    assert [a.format for a in made.plan.assignments] == ["Q1_0", "Q1_0"]
+    assert made.worst_departure is not None
+    with open_gguf(made.paths[0]) as file:
+        blocks = file.read_rows(file.tensor(UP), 0, 600)
+    assert np.array_equal(blocks, libggml.encode("Q1_0", weights, None))
+    assert made.plan.assignments[0].nmse == pytest.approx(1 - 2 / np.pi, rel=0.03)
+
+
+def test_llama_cpp_loads_a_model_with_a_sign_per_weight(tmp_path: Path) -> None:
+    llama_cpp: ModuleType = pytest.importorskip("llama_cpp")
+    if not libggml.decodes("Q1_0"):
+        pytest.skip("needs a libggml that has Q1_0")
+    source = write_small_model(tmp_path / "source.gguf", LLAMA)
+    made = ramgguf.quantize(
+        source, "99%", tmp_path / "made.gguf", formats=["Q1_0", "Q8_0"], pins=["ffn_up=Q1_0"],
+        min_sqnr_db=0, effort="fast", threads=1,
+    )  # fmt: skip
+    assert {a.format for a in made.plan.assignments if "ffn_up" in a.name} == {"Q1_0"}
+    before, after = (outputs(llama_cpp, p, LLAMA) for p in (source, made.paths[0]))
+    assert 0.5 < np.corrcoef(before, after)[0, 1] < 1 - 1e-6

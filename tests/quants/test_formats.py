@@ -12,7 +12,7 @@ from ramgguf.core.errors import FormatError
 from ramgguf.gguf.header import ggml_type
 from ramgguf.quants import formats
 
-NAMES = (*formats.names(), *formats.with_importance())
+NAMES = (*formats.names(), *formats.by_libggml())
 IN_GGUF = [n for n in NAMES if n in gguf.GGMLQuantizationType.__members__]
 
 
@@ -47,12 +47,15 @@ def test_formats_that_the_gguf_package_lacks_are_those_of_libggml(name: str) -> 
     assert lib.ggml_type_name(f.type_id).decode().upper() == name
     assert lib.ggml_type_size(f.type_id) == f.block_bytes == ggml_type(name).block_bytes
     assert lib.ggml_blck_size(f.type_id) == f.block_size
-    assert formats.file_type(name) == {"MXFP4": 38, "Q2_0": 41}[name]  # llama.h
+    assert (
+        formats.file_type(name) == {"MXFP4": 38, "NVFP4": 39, "Q1_0": 40, "Q2_0": 41}[name]
+    )  # llama.h
 
 
 def test_what_is_offered_needs_no_importance_matrix_and_is_worth_its_bits() -> None:
     assert set(formats.quantized()) - set(formats.offered()) == {"MXFP4", "Q2_0"}
-    assert not set(formats.offered()) & set(formats.with_importance())
+    assert not set(formats.offered()) & set(formats.by_libggml())
+    assert set(formats.by_libggml()) - set(formats.with_importance()) == {"NVFP4", "Q1_0"}
 
 
 def test_quantized_formats_are_all_but_the_floats() -> None:

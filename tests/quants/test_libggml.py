@@ -128,7 +128,64 @@ def test_a_missing_library_is_an_error_that_names_the_extra(
     libggml._library.cache_clear()
     try:
         with pytest.raises(FormatError, match=r"IQ1_S.* pip install 'ramgguf\[eval\]'"):
-            libggml.require()
+            libggml.require("IQ1_S")
         assert not libggml.is_installed()
+        assert not libggml.decodes("NVFP4")
     finally:
         libggml._library.cache_clear()
+
+
+class _Older:
+    """A libggml that has other formats, or other sizes, under the numbers that are known here."""
+
+    def __init__(self, name: bytes | None, n_bytes: int) -> None:
+        self.ggml_type_name = lambda _: name
+        self.ggml_type_size = lambda _: n_bytes
+        self.dequantize_row_nvfp4 = None
+
+
+@pytest.mark.parametrize(
+    ("older", "said"),
+    [
+        (_Older(b"NONE", 0), "does not have NVFP4 .type 40 is 'NONE' there.; install a newer"),
+        (_Older(None, 0), "does not have NVFP4"),
+        (_Older(b"nvfp4", 40), "NVFP4 has 40 bytes a block, expected 36"),
+    ],
+)
+def test_a_libggml_without_the_format_is_named_and_no_source(
+    monkeypatch: pytest.MonkeyPatch, older: _Older, said: str
+) -> None:
+    monkeypatch.setattr(libggml, "_library", lambda: older)
+    with pytest.raises(FormatError, match=said):
+        libggml.decode("NVFP4", np.zeros((1, 36), np.uint8), 64)
+    assert not libggml.decodes("NVFP4")
+
+
+def test_a_sign_per_weight_is_encoded_with_and_without_importance() -> None:
+    x = gaussian(16, 384)
+    blocks = libggml.encode("Q1_0", x, None)
+    assert np.array_equal(blocks, libggml.encode("Q1_0", x, importance_of(384)))
+    q = libggml.decode("Q1_0", blocks, 384)
+    assert np.array_equal(np.sign(q), np.sign(x))
+    d = np.abs(x).reshape(16, 3, 128).mean(axis=2).astype(np.float16)
+    assert np.allclose(np.abs(q).reshape(16, 3, 128), d[:, :, None], rtol=1e-3)
+    nmse = float(((x - q) ** 2).sum() / (x**2).sum())
+    assert nmse == pytest.approx(1 - 2 / np.pi, rel=0.03)
+    with pytest.raises(ValueError, match="not whole blocks"):
+        libggml.encode("Q1_0", gaussian(2, 64), None)
+
+
+def test_nvfp4_decodes_to_its_formula_and_is_not_encoded() -> None:
+    rng = np.random.default_rng(0)
+    scales = rng.integers(0, 127, (8, 4)).astype(np.uint8)
+    codes = rng.integers(0, 256, (8, 32)).astype(np.uint8)
+    found = libggml.decode("NVFP4", np.concatenate([scales, codes], axis=1), 64)
+    exponent, mantissa = scales.astype(int) >> 3, scales.astype(int) & 7
+    d = np.where(exponent, (8 + mantissa) * 2.0 ** (exponent - 10), mantissa * 2.0**-9)
+    levels = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    nibbles = codes.reshape(8, 4, 8)
+    q = np.concatenate([nibbles & 15, nibbles >> 4], axis=2)
+    values = levels[q & 7] * np.where(q & 8, -1, 1) * d[:, :, None]
+    assert np.array_equal(found, values.reshape(8, 64).astype(np.float32))
+    with pytest.raises(FormatError, match="NVFP4 is decoded only"):
+        libggml.encode("NVFP4", gaussian(), None)

@@ -143,7 +143,10 @@ def test_without_the_converter_the_line_names_the_extra_and_the_cpu_build(
         ("import no_such_torch", r"cannot import no_such_torch; pip install 'ramgguf\[convert\]'"),
         ("raise NotImplementedError('Odd is not supported')", "status 1: .*Odd is not supported"),
         ("import os; os.abort()", "ended with status -6: it said nothing"),
-        ("import sys; open(sys.argv[-1], 'w').write('x')", "wrote no GGUF file"),
+        (
+            "import sys; a = sys.argv; open(a[a.index('--outfile') + 1], 'w').write('x')",
+            "wrote no GGUF file",
+        ),
         ("pass", "wrote no GGUF file"),
     ],
 )

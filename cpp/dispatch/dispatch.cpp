@@ -42,9 +42,9 @@ bool cpu_runs([[maybe_unused]] const std::string& level) {
 
 std::vector<Level> find_levels() {
     std::vector<Level> all;
-#define X(level)                                                                         \
-    all.push_back({#level, &level::codec, &level::logits, &level::gptq, &level::descent, \
-                   &level::points});
+#define X(level)   \
+    all.push_back( \
+        {#level, &level::codec, &level::logits, &level::gptq, &level::descent, &level::points});
     RAMGGUF_LEVELS(X)
 #undef X
     std::vector<Level> found;

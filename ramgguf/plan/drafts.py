@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 
 from ramgguf.gguf.architecture import draft_layers, layer_of
 from ramgguf.measure.result import Measurement
+from ramgguf.plan.priors import ModelShape
 from ramgguf.plan.result import Assignment
 
 LEAST_BPW = 4.5  # that of Q4_K: what drafts commonly have
@@ -19,17 +20,16 @@ def draft_notes(measurement: Measurement, assignments: Sequence[Assignment]) -> 
     Bits per weight are over all matrices of the layers; what the plan had no choice in counts.
     """
     named = draft_layers(t.name for t in measurement.tensors)
-    n_trunk = measurement.n_layers
+    shape = ModelShape(measurement.n_layers, drafts=named)
     counted = {"draft": [0, 0], "trunk": [0, 0]}
     layers: set[int] = set()
     for tensor, a in zip(measurement.tensors, assignments, strict=True):
         layer = layer_of(tensor.name)
         if layer is None or len(tensor.shape) < 2:
             continue
-        is_draft = layer in named or (n_trunk is not None and layer >= n_trunk)
-        if is_draft:
+        if shape.is_draft(layer):
             layers.add(layer)
-        of = counted["draft" if is_draft else "trunk"]
+        of = counted["draft" if layer in layers else "trunk"]
         of[0] += a.n_bytes
         of[1] += tensor.n_weights
     if not (counted["draft"][1] and counted["trunk"][1]):

@@ -116,6 +116,10 @@ class ModelShape:
             full_ratio=tuple(_full_ratios(first).items()),
         )
 
+    def is_draft(self, layer: int) -> bool:
+        """Return whether the layer predicts further tokens."""
+        return layer in self.drafts or (self.n_layers is not None and layer >= self.n_layers)
+
     def is_first(self, tensor: TensorMeasurement) -> bool:
         return tensor.layer == 0
 
@@ -177,10 +181,7 @@ def _prior(name: str, shape: ModelShape) -> float:
     for suffix in EXPERT_SUFFIXES:
         part = part.removesuffix(suffix)
     layer: int | None = parsed.layer
-    is_draft = parsed.layer in shape.drafts or (
-        shape.n_layers is not None and parsed.layer >= shape.n_layers
-    )
-    if is_draft:
+    if shape.is_draft(parsed.layer):
         layer = None  # its errors make drafts worse, never the text: as a layer in the middle
     return _of_part(part, layer, shape)
 

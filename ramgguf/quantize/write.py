@@ -163,7 +163,6 @@ def write(
         for a, encoded, old, scale in zip(plan.assignments, plan.encoded, same, scales, strict=True)
     ]
     squared, total = [0.0] * len(measured), [0.0] * len(measured)
-
     there = {} if before is None else {t.name: t for t in before.file.tensors}
 
     def copy(run: Run, before: Before) -> None:

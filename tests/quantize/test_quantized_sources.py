@@ -205,6 +205,8 @@ needs_nvfp4 = pytest.mark.skipif(
     reason="needs a libggml and a gguf package that have NVFP4",
 )
 
+needs_q1_0 = pytest.mark.skipif(not libggml.decodes("Q1_0"), reason="needs a libggml that has Q1_0")
+
 
 def _nvfp4(name: str, x: Floats) -> Stored | None:
     """Return a matrix in NVFP4 with the scale that puts its largest block scale at 448."""
@@ -251,10 +253,9 @@ def test_nvfp4_is_refused_as_a_target_by_name(tmp_path: Path) -> None:
         ramgguf.measure(source, formats=["NVFP4", "Q4_K"])
 
 
+@needs_q1_0
 @pytest.mark.parametrize("columns", [384, 512])
 def test_a_sign_per_weight_is_a_format_when_asked_for_by_name(columns: int, tmp_path: Path) -> None:
-    if not libggml.decodes("Q1_0"):
-        pytest.skip("needs a libggml that has Q1_0")
     weights = _gaussian(600, columns)  # more rows than a sample has
     source = _write(tmp_path / "a.gguf", {UP: (weights, Kind.F32), GATE: (weights, Kind.F32)})
     assert not any(
@@ -272,10 +273,9 @@ def test_a_sign_per_weight_is_a_format_when_asked_for_by_name(columns: int, tmp_
     assert made.plan.assignments[0].nmse == pytest.approx(1 - 2 / np.pi, rel=0.03)
 
 
+@needs_q1_0
 def test_llama_cpp_loads_a_model_with_a_sign_per_weight(tmp_path: Path) -> None:
     llama_cpp: ModuleType = pytest.importorskip("llama_cpp")
-    if not libggml.decodes("Q1_0"):
-        pytest.skip("needs a libggml that has Q1_0")
     source = write_small_model(tmp_path / "source.gguf", LLAMA)
     made = ramgguf.quantize(
         source, "99%", tmp_path / "made.gguf", formats=["Q1_0", "Q8_0"], pins=["ffn_up=Q1_0"],

@@ -27,6 +27,7 @@ MODEL_SAMPLE_KEY = "ramgguf.model_sample_sha256"  # of matrices, too
 STAND_IN_KEY = "ramgguf.stand_in"  # of matrices, too
 _WEIGHTS, _OWNERS, _N_TOKENS = "hessian.weights", "hessian.owners", "hessian.token_count"
 
+UNIT = 256  # columns that the kernels round at a time
 _MIRRORED = 256  # rows at a time: they stay in the cache
 _ASYMMETRY = 1e-4  # of the largest element: what rounding leaves
 DAMPING = 0.01  # of the mean of H's diagonal: that of the paper's code
@@ -74,12 +75,12 @@ def _asymmetry(gram: Floats) -> float:
 class Hessian:
     """What error feedback needs of a weight's inputs.
 
-    mean is XᵀX over the number of inputs, (n, n); factor is U, upper triangular, with
-    (mean + diag(damping))⁻¹ = UᵀU.
+    mean is XᵀX over the number of inputs, (n, n); root is G, upper triangular, with
+    mean + diag(damping) = GGᵀ.
     """
 
     mean: Floats
-    factor: Floats
+    root: Floats
     damping: Floats
 
     @staticmethod
@@ -89,24 +90,41 @@ class Hessian:
         Raises ValueError where XᵀX plus damping is not positive definite, which no inputs make.
         """
         from scipy.linalg import LinAlgError, cholesky
-        from scipy.linalg.lapack import dtrtri
 
         n = len(gram)
         mean = gram / np.float32(n_tokens)
         diagonal = mean.diagonal().astype(np.float64)
         typical = diagonal.mean() if diagonal.any() else 1.0
         added = np.where(diagonal > 0, 0.0, typical) + damping * typical
-        # With the order of H reversed, H = TᵀT for an upper T; U is T⁻¹ reversed and transposed.
+        # With the order of H reversed, H = TᵀT for an upper T; G is T reversed and transposed.
         # Arrays in Fortran's order are their transposes in C's: both are flat reversals.
-        reversed_ = mean.ravel()[::-1].astype(np.float64).reshape(n, n).T
+        reversed_ = np.empty((n, n))
+        reversed_.ravel()[:] = mean.ravel()[::-1]
         np.fill_diagonal(reversed_, (diagonal + added)[::-1])
         try:
-            upper = cholesky(reversed_, lower=False, overwrite_a=True, check_finite=False)
+            upper = cholesky(reversed_.T, lower=False, overwrite_a=True, check_finite=False)
         except LinAlgError:
             raise ValueError("the Hessian is not positive definite") from None
-        inverse, _ = dtrtri(upper, lower=0, overwrite_c=1)
-        factor = inverse.ravel(order="F")[::-1].astype(np.float32).reshape(n, n)
-        return Hessian(mean, factor, added.astype(np.float32))
+        root = np.empty((n, n), np.float32)
+        root.ravel()[:] = upper.ravel(order="F")[::-1]
+        return Hessian(mean, root, added.astype(np.float32))
+
+    @cached_property
+    def units(self) -> Sequence[Floats]:
+        """The diagonal blocks of U = G⁻¹, H⁻¹ = UᵀU, by units of 256 columns; the last one is the
+        identity beyond the columns. Each (256, 256).
+        """
+        from scipy.linalg.lapack import dtrtri
+
+        found = []
+        for start in range(0, len(self.root), UNIT):
+            block = self.root[start : start + UNIT, start : start + UNIT]
+            # In Fortran's order the block is its transpose, which is lower triangular.
+            inverse, _ = dtrtri(block.astype(np.float64).T, lower=1)
+            unit = np.eye(UNIT, dtype=np.float32)
+            unit[: len(block), : len(block)] = inverse.T
+            found.append(unit)
+        return found
 
     @cached_property
     def damped(self) -> Floats:
@@ -123,6 +141,17 @@ class Hessian:
         """Return eHeᵀ of each row e of a difference."""
         product = difference @ self.mean
         found: NDArray[np.float64] = np.einsum("ij,ij->i", product, difference, dtype=np.float64)
+        return found
+
+    def damped_errors(self, difference: Floats) -> NDArray[np.float64]:
+        """Return eHeᵀ of each row e of a difference, for the damped H, from half of the products
+        that the square H takes.
+        """
+        found = np.zeros(len(difference))
+        for start in range(0, len(self.root), _MIRRORED):
+            stop = start + _MIRRORED
+            part = difference[:, :stop] @ self.root[:stop, start:stop]
+            found += np.einsum("ij,ij->i", part, part, dtype=np.float64)
         return found
 
 

@@ -23,21 +23,40 @@ def _searched(name: str, w: Floats, importance: Floats) -> NDArray[np.uint8]:
     return points.searched(name, w, importance)
 
 
-def test_the_factor_is_the_cholesky_factor_of_the_inverse() -> None:
-    x = correlated(48, 200, 0)
-    hessian = Hessian.of(x.T @ x, 200)
-    damped = hessian.mean.astype(np.float64) + 0.01 * np.diag(hessian.mean).mean() * np.eye(48)
-    u = hessian.factor.astype(np.float64)
-    np.testing.assert_allclose(u.T @ u @ damped, np.eye(48), atol=1e-3)
-    assert not np.tril(u, -1).any()
+def test_the_root_is_an_upper_triangular_one_of_the_damped_hessian() -> None:
+    x = correlated(300, 900, 0)
+    hessian = Hessian.of(x.T @ x, 900)
+    damped = hessian.mean.astype(np.float64) + 0.01 * np.diag(hessian.mean).mean() * np.eye(300)
+    g = hessian.root.astype(np.float64)
+    np.testing.assert_allclose(g @ g.T, damped, rtol=1e-5, atol=1e-5 * np.abs(damped).max())
+    assert not np.tril(g, -1).any()
+
+
+def test_units_are_the_diagonal_blocks_of_the_inverse_of_the_root() -> None:
+    x = correlated(300, 900, 0)
+    hessian = Hessian.of(x.T @ x, 900)
+    u = np.linalg.inv(hessian.root.astype(np.float64))
+    whole, part = hessian.units
+    np.testing.assert_allclose(whole, u[:256, :256], atol=1e-4 * np.abs(u).max())
+    np.testing.assert_allclose(part[:44, :44], u[256:, 256:], atol=1e-4 * np.abs(u).max())
+    assert np.array_equal(part[44:], np.eye(256)[44:])
+    assert not part[:44, 44:].any()
+
+
+def test_damped_errors_are_those_of_the_damped_hessian() -> None:
+    x, w = correlated(300, 900, 2), weights(6, 300, 2)
+    hessian = Hessian.of(x.T @ x, 900)
+    damped = hessian.damped.astype(np.float64)
+    np.testing.assert_allclose(hessian.damped_errors(w), ((w @ damped) * w).sum(1), rtol=1e-4)
 
 
 def test_inputs_that_never_were_active_do_no_harm() -> None:
     x = correlated(32, 100, 1)
     x[:, 5] = 0
     hessian = Hessian.of(x.T @ x, 100)
-    assert np.isfinite(hessian.factor).all()
-    assert np.isfinite(Hessian.of(np.zeros((32, 32), np.float32), 100).factor).all()
+    assert np.isfinite(hessian.root).all()
+    assert np.isfinite(hessian.units[0]).all()
+    assert np.isfinite(Hessian.of(np.zeros((32, 32), np.float32), 100).units[0]).all()
 
 
 def test_the_error_is_that_of_the_output() -> None:
@@ -103,7 +122,7 @@ def test_what_a_sweep_hands_on_is_the_error_of_the_damped_output() -> None:
     x[:, 3] = 0  # an input that never was active
     w, hessian = weights(40, 576, 6), Hessian.of(x.T @ x, 2000)
     importance = np.ascontiguousarray(np.diag(hessian.mean))
-    blocks, handed_on = gptq._swept("Q8_0", w, hessian, importance)
+    blocks, handed_on, _ = gptq._swept("Q8_0", w, hessian, importance)
     e = (w - _decoded("Q8_0", blocks, 576)).astype(np.float64)
     damped = hessian.mean.astype(np.float64) + np.diag(hessian.damping)
     np.testing.assert_allclose(handed_on, ((e @ damped) * e).sum(1), rtol=1e-3)
@@ -116,7 +135,7 @@ def test_every_column_is_rounded_to_the_level_nearest_to_what_feedback_made_of_i
     blocks = gptq.encode("Q8_0", w, hessian, np.ones(n, np.float32))
     q = _decoded("Q8_0", blocks, n).astype(np.float64)
     steps = blocks.reshape(4, n // 32, 34)[:, :, :2].copy().view(np.float16)[..., 0]
-    u, left = hessian.factor.astype(np.float64), w.astype(np.float64)
+    u, left = np.linalg.inv(hessian.root.astype(np.float64)), w.astype(np.float64)
     for k in range(n):
         off = left[:, k] - q[:, k]
         # The last bits of a step are rounded to F16 after the weights were rounded with it.

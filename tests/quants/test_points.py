@@ -50,8 +50,8 @@ def test_what_is_handed_on_is_the_error_of_the_blocks(name: str) -> None:
     """x less what each column's error makes of the later ones, so that blocks and errors agree."""
     hessian, w = _hessian(256, 2), _weights(7, 256, 2)
     x = w.copy()
-    blocks, errors = points.round_unit(name, x, hessian.factor, _importance(hessian))
-    u = hessian.factor.astype(np.float64)
+    blocks, errors = points.round_unit(name, x, hessian.units[0], _importance(hessian))
+    u = hessian.units[0].astype(np.float64)
     expected = (w - decode_rows(name, blocks, 256)).astype(np.float64)
     np.testing.assert_allclose(errors.astype(np.float64) @ u, expected, atol=2e-4)
 
@@ -87,7 +87,7 @@ def test_the_first_weights_take_nearly_the_best_of_all_points_and_signs(
     rng = np.random.default_rng(6)
     n_rows, n_points = 30, 16
     book = rng.uniform(0.2, 3, (group, n_points)).astype(np.float32)
-    u = _hessian(256, 6).factor
+    u = _hessian(256, 6).units[0]
     w = rng.standard_normal((n_rows, 256)).astype(np.float32)
     numbers, signs = np.empty((n_rows, 256 // group), np.uint16), np.empty((n_rows, 32), np.uint8)
     errors, ones = np.empty((n_rows, 256), np.float32), np.ones((n_rows, 8), np.float32)

@@ -13,9 +13,7 @@ from ramgguf.quants import formats
 from ramgguf.quants.encoders import points
 from ramgguf.quants.encoders.decoding import decode_rows
 from ramgguf.quants.encoders.encoder import Encoder
-from ramgguf.quants.hessian import Hessian
-
-UNIT = 256
+from ramgguf.quants.hessian import UNIT, Hessian
 
 Floats = NDArray[np.float32]
 SCALAR_FORMATS = frozenset(_core.gptq_formats())
@@ -28,42 +26,51 @@ def encode(type_name: str, rows: Floats, hessian: Hessian, importance: Floats) -
     Rows are rounded independently of each other. Where error feedback makes a row's output worse
     than search does, the row is search's. Raises ValueError where a scale would overflow.
     """
-    swept, handed_on = _swept(type_name, rows, hessian, importance)
+    swept, handed_on, off = _swept(type_name, rows, hessian, importance)
     searched = points.searched(type_name, np.ascontiguousarray(rows, np.float32), importance)
-    # Σ of what a sweep hands on, squared, is eHeᵀ of the damped H: no product with H is needed.
-    left = _difference(type_name, swept, rows)
-    error = handed_on - np.einsum("ij,ij,j->i", left, left, hessian.damping, dtype=np.float64)
-    worse = error > hessian.errors(_difference(type_name, searched, rows))
+    off_searched = rows - decode_rows(type_name, searched, rows.shape[1])
+    error = handed_on - _of_damping(hessian, off)
+    worse = error > hessian.damped_errors(off_searched) - _of_damping(hessian, off_searched)
     swept[worse] = searched[worse]
     return swept
 
 
-def _difference(type_name: str, blocks: NDArray[np.uint8], rows: Floats) -> Floats:
-    return rows - decode_rows(type_name, blocks, rows.shape[1])
+def _of_damping(hessian: Hessian, difference: Floats) -> NDArray[np.float64]:
+    """Return what damping adds to eHeᵀ of each row e of a difference."""
+    found: NDArray[np.float64] = np.einsum(
+        "ij,ij,j->i", difference, difference, hessian.damping, dtype=np.float64
+    )
+    return found
 
 
 def _swept(
     type_name: str, rows: Floats, hessian: Hessian, importance: Floats
-) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
-    """Return blocks, and Σ (e Uᵢᵢ⁻¹)² of what each row hands on: eHeᵀ of the damped H."""
+) -> tuple[NDArray[np.uint8], NDArray[np.float64], Floats]:
+    """Return blocks, eHeᵀ of each row's error e for the damped H, and the errors.
+
+    With H = GGᵀ, G upper triangular, eHeᵀ is the sum of the squares of eG. Column k of eG depends
+    on columns up to k only, so each unit is rounded for what the units before it have left of its
+    part: their errors times G. Within the unit, U = G⁻¹ hands errors on.
+    """
     n_rows, n_columns = rows.shape
     handed_on = np.zeros(n_rows)
-    left = np.ascontiguousarray(rows, np.float32).copy()
+    off = np.ascontiguousarray(rows, np.float32).copy()
     blocks = np.empty((n_rows, formats.row_bytes(type_name, n_columns)), np.uint8)
     at = 0
-    for start in range(0, n_columns, UNIT):
+    for start, factor in zip(range(0, n_columns, UNIT), hessian.units, strict=True):
         stop = min(start + UNIT, n_columns)
-        factor = np.eye(UNIT, dtype=np.float32)
-        factor[: stop - start, : stop - start] = hessian.factor[start:stop, start:stop]
         weights = np.zeros(UNIT, np.float32)
         weights[: stop - start] = importance[start:stop]
-        out, errors = _rounded(type_name, left[:, start:stop], factor, weights)
+        x = off[:, start:stop].copy()
+        if start:
+            before = off[:, :start] @ hessian.root[:start, start:stop]
+            x += before @ factor[: stop - start, : stop - start]
+        out, errors = _rounded(type_name, x, factor, weights)
         handed_on += np.einsum("ij,ij->i", errors, errors, dtype=np.float64)
-        if stop < n_columns:
-            left[:, stop:] -= errors @ hessian.factor[start:stop, stop:]
+        off[:, start:stop] -= decode_rows(type_name, out, stop - start)
         blocks[:, at : at + out.shape[1]] = out
         at += out.shape[1]
-    return blocks, handed_on
+    return blocks, handed_on, off
 
 
 def _rounded(

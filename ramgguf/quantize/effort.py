@@ -55,6 +55,7 @@ from ramgguf.quantize.schedule import (
 from ramgguf.quantize.speed_target import fast_enough, speed_limit
 from ramgguf.quantize.step_cache import StepCache
 from ramgguf.quantize.step_costs import measured_costs
+from ramgguf.quants.decoded import write_decoded
 from ramgguf.quants.encoders import DEFAULT_ENCODER, EncoderName
 from ramgguf.quants.formats import expand
 from ramgguf.quants.stand_in import (
@@ -334,15 +335,25 @@ class Choice:
 
 @dataclass
 class _Candidate:
-    """A file in the scratch folder, what made it, and its score at the gate once it has one."""
+    """A file in the scratch folder, what made it, and its score at the gate once it has one.
+
+    decoded is the file that gates read instead, if there is one.
+    """
 
     choice: Choice
     made: Quantized
     score: HeldOutScore | None = None
+    decoded: Path | None = None
 
     @property
     def path(self) -> Path:
         return self.made.paths[0]
+
+    def remove(self) -> None:
+        """Remove its files."""
+        for path in (self.path, self.decoded):
+            if path is not None:
+                path.unlink(missing_ok=True)
 
 
 @dataclass
@@ -377,6 +388,7 @@ class _Run:
         self._n_candidates = 0
         self._stand_in: ReadyStandIn | None = None
         self._keeps_reference = False
+        self._decodes = False
 
     def made(self) -> Quantized:
         """Return what was made: the best candidate, under its final name."""
@@ -412,18 +424,21 @@ class _Run:
             beside = 0 if self._keeps_reference else best.made.n_bytes
             self._stand_in = self._fitting(file, beside)
             costs = measured_costs(
-                file, self._scratch, self._write, best.path, TOKENS, self._threads, self._stand_in
-            )
+                file, self._scratch, self._write, best.path, TOKENS, self._threads, self._stand_in,
+                decodes=self._has_room_to_decode(file),
+            )  # fmt: skip
+            self._decodes = costs.decode > 0
             costs = replace(costs, keeps_reference=self._keeps_reference)
             self._cache = StepCache.of(file, self._model, TOKENS)
         limit, begun = self._time_limit(), clock()
         planned = schedule(self._effort, limit, costs, self._cache.kept(), TOKENS)
         n_sequences = self._cache.begun(planned.n_sequences)
         self._schedule = replace(planned, n_sequences=n_sequences)
+        decoded = " (decoded, as its formats are slower than the source)" * self._decodes
         self._announce(
             f"measured here: {format_seconds(costs.write)} for a first file, "
             f"{format_seconds(costs.read)} to read {N_CTX} tokens, "
-            f"{format_seconds(costs.round)} to score {N_DOMAINS * GATE_CTX}, "
+            f"{format_seconds(costs.round)} to score {N_DOMAINS * GATE_CTX}{decoded}, "
             f"{format_seconds(costs.feedback)} to round all weights with error feedback"
         )
         self._announce_schedule(planned, limit)
@@ -462,7 +477,7 @@ class _Run:
             )
         self._log.add(f"{step.name}: {told}")
         worse, better = (best, tried) if taken else (tried, best)
-        worse.path.unlink(missing_ok=True)
+        worse.remove()
         return better
 
     def _announce_schedule(self, planned: Schedule, limit: float) -> None:
@@ -483,6 +498,16 @@ class _Run:
         """Return whether what the reference says at gates fits the disk, and is read once only."""
         n_bytes = kept_bytes(file, GATE_CTX, MOST_ROUNDS * N_DOMAINS)
         return n_bytes <= DISK_SHARE * free_bytes(self._scratch)
+
+    def _has_room_to_decode(self, file: GGUFFile) -> bool:
+        """Return whether two candidates in the source's types fit the disk, beside what is kept
+        there, and passes run on the source itself.
+        """
+        n_bytes = (
+            kept_bytes(file, GATE_CTX, MOST_ROUNDS * N_DOMAINS) if self._keeps_reference else 0
+        )
+        room = DISK_SHARE * free_bytes(self._scratch) - n_bytes
+        return self._stand_in is None and self._keeps_reference and 2 * file.n_bytes <= room
 
     def _fitting(self, file: GGUFFile, beside: int) -> ReadyStandIn | None:
         """Return the stand-in that passes run on, so many bytes beside it; None: the model fits,
@@ -659,7 +684,7 @@ class _Run:
         """Return whether the candidate is better; the one before is scored once only."""
         unscored = [one for one in (best, tried) if one.score is None]
         found = score_held_out(
-            [one.path for one in unscored], self._reference, part="gate", n_ctx=GATE_CTX,
+            [self._as_read(one) for one in unscored], self._reference, part="gate", n_ctx=GATE_CTX,
             seconds=None, max_rounds=self._schedule.n_rounds, threads=self._threads,
             reference_logits=self._kept_logits("gate"), progress=self._progress,
         )  # fmt: skip
@@ -672,11 +697,26 @@ class _Run:
     def _first_tokens(self, best: _Candidate, tried: _Candidate) -> Verdict:
         """Return whether the first tokens of texts are better predicted."""
         before, after = score_held_out(
-            [best.path, tried.path], self._reference, part="gate", n_ctx=FIRST_CTX, first_target=1,
+            [self._as_read(best), self._as_read(tried)], self._reference, part="gate",
+            n_ctx=FIRST_CTX, first_target=1,
             seconds=None, max_rounds=FIRST_ROUNDS, threads=self._threads,
             reference_logits=self._kept_logits("first"), progress=self._progress,
         )  # fmt: skip
         return judge(before, after)
+
+    def _as_read(self, candidate: _Candidate) -> Path:
+        """Return the file that gates read: the candidate, or that decoded."""
+        if not self._decodes:
+            return candidate.path
+        if candidate.decoded is None:
+            path = candidate.path.with_suffix(".decoded.gguf")
+            with open_gguf(candidate.path) as file, open_gguf(self._model) as source:
+                write_decoded(
+                    file, source, path, threads=self._threads or default_threads(),
+                    progress=self._progress,
+                )  # fmt: skip
+            candidate.decoded = path
+        return candidate.decoded
 
     def _kept_logits(self, name: str) -> Path | None:
         """Return where the reference's logits are kept, if they are."""

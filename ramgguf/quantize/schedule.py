@@ -48,7 +48,8 @@ class Costs:
     write is a candidate by priors, from measuring to writing; read a sequence of N_CTX tokens
     under the tap; gram the same with XᵀX of all inputs; feedback GPTQ's sweep over all weights,
     descent the same followed by coordinate descent. hessian_bytes is what all Hessians take.
-    window is a gate's window scored by a candidate: small formats can be slower than the source.
+    window is a gate's window scored by a candidate: small formats can be slower than the source,
+    and are then decoded for it, which takes decode (0: not decoded).
     keeps_reference: gates read what the source says from a file, after the first of them.
     """
 
@@ -60,6 +61,7 @@ class Costs:
     hessian_bytes: int
     window: float
     keeps_reference: bool = False
+    decode: float = 0.0
 
     @property
     def source_round(self) -> float:
@@ -204,13 +206,14 @@ class _Try:
     @property
     def first_gate(self) -> float:
         """The source, the file before and the candidate."""
-        return self.n_rounds * (self.costs.source_round + 2 * self.costs.round)
+        scoring = self.n_rounds * (self.costs.source_round + 2 * self.costs.round)
+        return scoring + 2 * self.costs.decode
 
     @property
     def gate(self) -> float:
         """The candidate, and the source where it is not kept what that says."""
         again = 0.0 if self.costs.keeps_reference else self.costs.source_round
-        return self.n_rounds * (again + self.costs.round)
+        return self.n_rounds * (again + self.costs.round) + self.costs.decode
 
     @property
     def sweeping(self) -> float:

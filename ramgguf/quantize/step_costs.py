@@ -15,12 +15,15 @@ from ramgguf.core.progress import Silent
 from ramgguf.evaluate import window_seconds
 from ramgguf.gguf.architecture import layer_of
 from ramgguf.gguf.reader import GGUFFile, open_gguf
-from ramgguf.quantize.schedule import FEEDBACK, GATE_CTX, N_CTX, Costs
+from ramgguf.quantize.schedule import FEEDBACK, GATE_CTX, N_CTX, N_DOMAINS, Costs
+from ramgguf.quants.decoded import write_decoded
 from ramgguf.quants.hessian import add_grams
 from ramgguf.quants.imatrix import load_importance
 from ramgguf.quants.roundtrip import simulated
 from ramgguf.quants.stand_in import ReadyStandIn
 from ramgguf.sensitivity import is_probed, probe_format
+
+LEAST_GAIN = 1.2  # a candidate that takes so many times the source's time is decoded
 
 
 class _Reading(Silent):
@@ -46,8 +49,11 @@ def measured_costs(
     tokens: str,
     threads: int | None,
     stand_in: ReadyStandIn | None = None,
+    *,
+    decodes: bool = False,
 ) -> Costs:
-    """Return the costs; write is what the candidate by priors took.
+    """Return the costs; write is what the candidate by priors took. decodes: candidates may be
+    decoded for their gates, where that is faster.
 
     A sequence is read under the tap, by the stand-in where there is one, and another one with the
     Hessians of a layer in the middle, whose weights are then rounded with error feedback.
@@ -87,6 +93,8 @@ def measured_costs(
                 )  # fmt: skip
                 n_swept += tensor.n_weights
         seconds[encoder] = (time.perf_counter() - start) / max(1, n_swept) * n_weights
+    window = window_seconds(candidate, n_ctx=GATE_CTX, threads=threads)
+    window, decode = _decoded(file, scratch, candidate, window, threads) if decodes else (window, 0)
     for path in (imatrix, hessian):
         path.unlink(missing_ok=True)
     return Costs(
@@ -96,8 +104,27 @@ def measured_costs(
         feedback=seconds["gptq"],
         descent=seconds["descent"],
         hessian_bytes=hessian_bytes,
-        window=window_seconds(candidate, n_ctx=GATE_CTX, threads=threads),
+        window=window,
+        decode=decode,
     )
+
+
+def _decoded(
+    file: GGUFFile, scratch: Path, candidate: Path, window: float, threads: int | None
+) -> tuple[float, float]:
+    """Return the seconds of a window and of decoding a candidate before its gate; 0 where a gate of
+    few windows takes no less with it.
+    """
+    plain = window_seconds(file.paths[0], n_ctx=GATE_CTX, threads=threads)
+    if window < LEAST_GAIN * plain:
+        return window, 0.0
+    path, start = scratch / "probe.decoded.gguf", time.perf_counter()
+    with open_gguf(candidate) as coded:
+        write_decoded(coded, file, path, threads=threads or default_threads())
+    seconds = time.perf_counter() - start
+    path.unlink()
+    gained = N_DOMAINS * (window - plain)
+    return (plain, seconds) if seconds < gained else (window, 0.0)
 
 
 def _gram_seconds(widths: Sequence[int], threads: int) -> float:

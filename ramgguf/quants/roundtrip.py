@@ -65,9 +65,13 @@ def _decoded(blocks: Rows, name: str, tensor: TensorInfo) -> Rows:
     """Return quantized rows in the tensor's own type."""
     if formats.get(name).name == tensor.type_name:
         return blocks
-    values = decode_rows(name, blocks, tensor.row_length)
-    if tensor.type_name == "F32":
+    return in_type(tensor.type_name, decode_rows(name, blocks, tensor.row_length))
+
+
+def in_type(type_name: str, values: NDArray[np.float32]) -> Rows:
+    """Return rows of weights, float32 (rows, n), as bytes of one of SOURCES."""
+    if type_name == "F32":
         return values.view(np.uint8)
-    rows = np.empty((len(blocks), tensor.row_bytes), np.uint8)
-    _core.encode(tensor.type_name, "F32", values.view(np.uint8), rows)
+    rows = np.empty((len(values), formats.row_bytes(type_name, values.shape[1])), np.uint8)
+    _core.encode(type_name, "F32", values.view(np.uint8), rows)
     return rows

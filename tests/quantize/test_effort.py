@@ -3,7 +3,7 @@
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from ramgguf.llama.client import Engine
 from ramgguf.quantize import default_effort
 from ramgguf.quantize import effort as effort_module
 from ramgguf.quantize import schedule as schedule_module
+from ramgguf.quantize import step_costs as step_costs_module
 from ramgguf.quantize.gate import judge
 from ramgguf.quantize.schedule import Costs, Effort, Schedule
 from ramgguf.quantize.step_cache import StepCache
@@ -359,7 +360,7 @@ def test_where_the_memory_is_unknown_it_is_not_required(
     def untold() -> Available:
         raise BudgetError("this system does not tell")
 
-    def probe(*_: object) -> Costs:
+    def probe(*_: object, **_options: object) -> Costs:
         raise EngineError("it got to the probe")
 
     for module in (effort_module, stand_in_module):
@@ -405,6 +406,34 @@ def test_reading_and_rounding_take_time_here(tiny: Path, tmp_path: Path) -> None
     assert found.descent > 0
     assert found.hessian_bytes > 0
     assert not list(scratch.iterdir())
+
+
+def test_candidates_that_are_slower_than_the_source_are_decoded_for_their_gates(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[Path] = []
+
+    def score(paths: Sequence[Path], *args: Any, **options: Any) -> tuple[HeldOutScore, ...]:
+        read.extend(paths)
+        with open_gguf(paths[0]) as file:
+            assert {t.type_name for t in file.tensors} <= {"F16", "F32"}
+        return score_held_out(paths, *args, **options)
+
+    def slow(path: Path, **options: Any) -> float:
+        return 1e-3 if path == tiny else 1e3
+
+    monkeypatch.setattr(step_costs_module, "window_seconds", slow)
+    monkeypatch.setattr(effort_module, "score_held_out", score)
+    said: list[str] = []
+    made = ramgguf.quantize(
+        tiny, "45%", tmp_path / "a.gguf", effort="auto", seconds=60, announce=said.append
+    )
+    assert any("decoded, as its formats are slower" in line for line in said)
+    assert read
+    assert all(path.name.endswith(".decoded.gguf") for path in read)
+    with open_gguf(made.paths[0]) as file:
+        assert not {t.type_name for t in file.tensors} <= {"F16", "F32"}
+    assert {p.name for p in tmp_path.iterdir()} == {"a.gguf", tiny.name, "tiny-f16.effort"}
 
 
 def test_writing_the_first_file_and_probing_count_towards_the_time(

@@ -23,6 +23,7 @@ from ramgguf.quants.roundtrip import simulated
 from ramgguf.quants.stand_in import ReadyStandIn
 from ramgguf.sensitivity import is_probed, probe_format
 
+LEAST_READING = 0.5  # of a sequence's time with one layer's Hessians: what is not for these
 LEAST_GAIN = 1.2  # a candidate that takes so many times the source's time is decoded
 
 
@@ -55,8 +56,8 @@ def measured_costs(
     """Return the costs; write is what the candidate by priors took. decodes: candidates may be
     decoded for their gates, where that is faster.
 
-    A sequence is read under the tap, by the stand-in where there is one, and another one with the
-    Hessians of a layer in the middle, whose weights are then rounded with error feedback.
+    A sequence is read under the tap, by the stand-in where there is one, with the Hessians of a
+    layer in the middle, whose weights are then rounded with error feedback.
     Raises EngineError when llama.cpp fails.
     """
     weights = [t for t in file.tensors if is_probed(file, t)]
@@ -66,20 +67,16 @@ def measured_costs(
     pattern = "^(" + "|".join(re.escape(t.name) for t in probed) + ")$"
     imatrix, hessian = scratch / "probe.imatrix.gguf", scratch / "probe.hessian.gguf"
 
-    def read(hessian: Path | None) -> float:
-        reading = _Reading()
-        calibrate(
-            file.paths[0], imatrix, tokens=tokens, n_sequences=1, n_ctx=N_CTX, hessian=hessian,
-            hessian_pattern=pattern, stand_in=stand_in or "auto", force=True, threads=threads,
-            progress=reading,
-        )  # fmt: skip
-        return reading.seconds
-
-    read(hessian)
-    plain = read(None)
+    reading = _Reading()
+    calibrate(
+        file.paths[0], imatrix, tokens=tokens, n_sequences=1, n_ctx=N_CTX, hessian=hessian,
+        hessian_pattern=pattern, stand_in=stand_in or "auto", force=True, threads=threads,
+        progress=reading,
+    )  # fmt: skip
     hessian_bytes = hessian.stat().st_size * max(1, len(layers))
     with open_gguf(hessian) as grams:
         widths = [gram.row_length for gram in grams.tensors]
+    gram = _gram_seconds(widths, threads or default_threads())
     n_weights = sum(t.n_weights for t in weights if layer_of(t.name) is not None)
     seconds = {}
     for encoder in FEEDBACK:
@@ -99,8 +96,8 @@ def measured_costs(
         path.unlink(missing_ok=True)
     return Costs(
         write=write,
-        read=plain,
-        gram=_gram_seconds(widths, threads or default_threads()) * max(1, len(layers)),
+        read=max(reading.seconds - gram, LEAST_READING * reading.seconds),
+        gram=gram * max(1, len(layers)),
         feedback=seconds["gptq"],
         descent=seconds["descent"],
         hessian_bytes=hessian_bytes,

@@ -15,6 +15,7 @@ from ramgguf.plan.planning import (
     problem,
     speed_front,
 )
+from ramgguf.plan.pools import Pools, SplitRoom
 from ramgguf.plan.problem import Problem
 from ramgguf.plan.recipes import Recipe
 from ramgguf.plan.result import Plan
@@ -34,6 +35,7 @@ __all__ = [
     "Plan",
     "PlanAt",
     "PlanOptions",
+    "Pools",
     "Problem",
     "Recipe",
     "Room",
@@ -41,6 +43,7 @@ __all__ = [
     "SourceSize",
     "SpeedFront",
     "SpeedLimit",
+    "SplitRoom",
     "TokenWork",
     "costing",
     "curve",

@@ -22,7 +22,7 @@ from ramgguf.plan.frontier_result import (
     FrontierStep,
     FrontierTensor,
 )
-from ramgguf.plan.knapsack import Choice
+from ramgguf.plan.knapsack import hull
 from ramgguf.plan.objectives import Costing
 from ramgguf.plan.problem import Group, Problem, notes
 from ramgguf.plan.result import Assignment, Constraints, Plan
@@ -76,25 +76,6 @@ def frontier(
         knees=knees(start_bytes, start_cost, steps),
         notes=(*notes(problem), *costing.notes),
     )
-
-
-def hull(choices: Sequence[Choice]) -> list[int]:
-    """Return the indices of the lower convex hull of (bytes, cost), by ascending bytes."""
-    kept: list[int] = []
-    for j in sorted(range(len(choices)), key=lambda j: (choices[j].n_bytes, choices[j].cost)):
-        new = choices[j]
-        if kept and new.cost >= choices[kept[-1]].cost:
-            continue
-        while len(kept) > 1:
-            a, b = choices[kept[-2]], choices[kept[-1]]
-            bends = (a.cost - b.cost) * (new.n_bytes - b.n_bytes) > (b.cost - new.cost) * (
-                b.n_bytes - a.n_bytes
-            )
-            if bends:
-                break
-            kept.pop()
-        kept.append(j)
-    return kept
 
 
 def _group(group: Group) -> FrontierGroup:

@@ -77,23 +77,13 @@ def allocate(
         speed=None if timed is None else timed.planned(assignments),
         notes=(
             *(() if timed is None else timed.notes()),
-            *(_cpu_side(pooled, split) if pooled and split else ()),
+            *(pooled.notes(split) if pooled and split else ()),
             *(_unused(problem, solution, capacity, budget) if free else ()),
             *notes(problem),
             *draft_notes(measurement, assignments),
             *costing.notes,
         ),
     )
-
-
-def _cpu_side(pooled: PooledProblem, split: Split) -> Iterator[str]:
-    """Yield which formats the CPU's side was chosen from, and what they do not suit."""
-    if split.cpu_formats is None:
-        return
-    names = ", ".join(split.cpu_formats)
-    yield f"what the CPU multiplies is in formats of {names} (--cpu-formats)"
-    if n := pooled.unsuited(split):
-        yield f"{n} tensors on the CPU's side have another format, for none of these suits them"
 
 
 def _unused(problem: Problem, solution: Solution, room: int, budget: int) -> Iterator[str]:

@@ -36,8 +36,7 @@ class Envelope:
             line = [choices[j] for j in hull(choices)]
             starts.append((line[0].n_bytes, line[0].cost))
             segments += [
-                (g, b.n_bytes - a.n_bytes, a.cost - b.cost)
-                for a, b in itertools.pairwise(line)
+                (g, b.n_bytes - a.n_bytes, a.cost - b.cost) for a, b in itertools.pairwise(line)
             ]
         table = np.array(segments, np.float64).reshape(-1, 3)
         begun = np.array(starts, np.float64).reshape(-1, 2)

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ramgguf.core.errors import BudgetError, PlanError
+from ramgguf.core.errors import BudgetError
 from ramgguf.gguf.layout import padded
 from ramgguf.plan.envelope import Envelope, least_of_both
-from ramgguf.plan.knapsack import Choice, Solution, efficient, solve
+from ramgguf.plan.knapsack import ROUNDING, Choice, Solution, efficient, solve
 from ramgguf.plan.multidimensional import Resource, solve_within
 from ramgguf.plan.problem import Group, Problem
 from ramgguf.plan.result import Split
@@ -94,16 +94,10 @@ class _Division:
 
 
 class PooledProblem:
-    """A plan's knapsack with a limit for each memory. Raises PlanError for formats not measured."""
+    """A plan's knapsack with a limit for each memory."""
 
     def __init__(self, problem: Problem, pools: Pools) -> None:
         self._problem, self._pools = problem, pools
-        measured = {p.format for c in problem.candidates for p in c.points}
-        if pools.cpu_formats is not None and not measured.intersection(pools.cpu_formats):
-            raise PlanError(
-                f"none of the formats for the CPU's side ({', '.join(pools.cpu_formats)}) may be "
-                f"chosen; these may: {', '.join(sorted(measured))}"
-            )
         names = [c.tensor.name for c in problem.candidates]
         self._sites = Sites.of(names, pools.n_layers, tied=pools.tied)
         self._n_weights = np.array([c.tensor.n_weights for c in problem.candidates], np.int64)
@@ -141,27 +135,24 @@ class PooledProblem:
             (case for k, d in enumerate(divisions) for case in self._cases(k, d, capacity)),
             key=lambda case: (case.bound, -case.n_offloaded, case.room),
         )
+        # Costs are sums of thousands: what differs by less than the largest's rounding is the same.
+        rounding = ROUNDING * sum(max(c.cost for c in item) for item in self._problem.items)
         best: tuple[Solution, _Case] | None = None
         least, lower = np.inf, np.inf
         for case in cases:
-            if best is not None:
-                if case.bound > least * (1 + _SAME):
-                    lower = min(lower, case.bound)
-                    break
-                if (
-                    case.bound >= least * (1 - _SAME)
-                    and case.n_offloaded <= best[1].n_offloaded
-                ):  # fmt: skip
-                    lower = min(lower, case.bound)
-                    continue
+            if case.bound > least * (1 + _SAME) + rounding:
+                lower = min(lower, case.bound)
+                break
+            more = best is None or case.n_offloaded > best[1].n_offloaded
+            if case.bound >= least * (1 - _SAME) - rounding and not more:
+                lower = min(lower, case.bound)
+                continue
             found, proven = self._solved(divisions[case.room], case, capacity)
             lower = min(lower, max(case.bound, proven))
             if found is None:
                 continue
-            if best is None or found.cost < least * (1 - _SAME) or (
-                found.cost <= least * (1 + max(_SAME, found.gap))
-                and case.n_offloaded > best[1].n_offloaded
-            ):  # fmt: skip
+            same = least * (1 + max(_SAME, found.gap)) + rounding
+            if found.cost < least * (1 - _SAME) - rounding or (more and found.cost <= same):
                 best = found, case
             least = min(least, found.cost)
         if best is None:
@@ -173,14 +164,21 @@ class PooledProblem:
         gap = gap if gap > 10 * _SAME else 0.0
         return Solution(solution.chosen, solution.n_bytes, solution.cost, gap), split
 
-    def unsuited(self, split: Split) -> int:
-        """Return how many tensors on the CPU's side none of its formats suits."""
+    def notes(self, split: Split) -> Iterator[str]:
+        """Yield which formats the CPU's side was chosen from, and how many tensors none suits."""
         on_cpu = self._of_groups(self._sites.on_cpu(split))
-        return sum(
-            len(group.members)
+        free = [
+            g
             for g, group in enumerate(self._problem.groups)
-            if on_cpu[g] and not self._suiting[g]
-        )
+            if on_cpu[g] and self._problem.candidates[group.members[0]].note is None
+        ]
+        if split.cpu_formats is None or not free:
+            return
+        names = ", ".join(split.cpu_formats)
+        yield f"formats of what the CPU multiplies were chosen from {names} (--cpu-formats)"
+        unsuited = [g for g in free if not self._suiting[g]]
+        if n := sum(len(self._problem.groups[g].members) for g in unsuited):
+            yield f"{n} tensors on the CPU's side have other formats: none of these may be theirs"
 
     def _of_groups(self, tensors: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """Return which groups have one of the tensors."""

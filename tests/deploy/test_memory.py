@@ -16,14 +16,14 @@ from ramgguf.core.errors import BudgetError, EngineError, PlanError
 from ramgguf.deploy.footprint import CACHE_TYPES, Footprint, FootprintEstimator, parse_cache_types
 from ramgguf.deploy.footprint_formula import ContextShape, cache_bytes, compute_bytes
 from ramgguf.deploy.memory import MemoryLimit, MemoryRequest
-from ramgguf.deploy.offload import most_layers, place, place_within
+from ramgguf.deploy.offload import most_layers, place
 from ramgguf.gguf.reader import open_gguf
 from ramgguf.gguf.stub_model import stub_model
 from ramgguf.llama.child import Child, ChildDiedError
 from ramgguf.llama.sizes import Sizes, SizesOf
 from ramgguf.measure.result import Measurement
 from ramgguf.plan import PlanOptions, plan
-from ramgguf.plan.result import MemoryUse, Plan
+from ramgguf.plan.result import MemoryUse, Plan, Split
 from small_models import (
     ARCHITECTURES,
     ATTENTION,
@@ -259,28 +259,25 @@ FOOTPRINT = Footprint(
 )
 
 
+def _split(n_gpu_layers: int) -> Split:
+    return Split(n_gpu_layers=n_gpu_layers)
+
+
 def test_layers_go_to_the_gpu_from_the_last_with_their_cache() -> None:
-    assert place(FOOTPRINT, 0).ram == FOOTPRINT.use
-    assert place(FOOTPRINT, 0).vram == MemoryUse()
-    one = place(FOOTPRINT, 1)
+    assert place(FOOTPRINT, _split(0)).ram == FOOTPRINT.use
+    assert place(FOOTPRINT, _split(0)).vram == MemoryUse()
+    one = place(FOOTPRINT, _split(1))
     assert (one.vram.weights, one.vram.cache) == (5 + 50, 0)  # the output layer
-    two = place(FOOTPRINT, 2)
+    two = place(FOOTPRINT, _split(2))
     assert (two.vram.weights, two.vram.cache) == (5 + 50 + 300, 30)
     assert (two.ram.weights, two.ram.cache) == (50 + 100 + 200, 10)
 
 
 def test_tied_embeddings_count_twice_when_everything_is_offloaded() -> None:
-    placed = place(FOOTPRINT, 99)
-    assert placed.n_gpu_layers == most_layers(FOOTPRINT) == 4
+    placed = place(FOOTPRINT, _split(99))
+    assert placed.split.n_gpu_layers == most_layers(FOOTPRINT) == 4
     assert placed.ram.weights + placed.vram.weights == FOOTPRINT.use.weights + 50
     assert placed.ram.weights == 50
-
-
-def test_the_most_layers_that_fit_are_offloaded() -> None:
-    for n in range(5):
-        needed = place(FOOTPRINT, n).vram.total
-        assert place_within(FOOTPRINT, needed).n_gpu_layers == n
-    assert place_within(FOOTPRINT, place(FOOTPRINT, 3).vram.total - 1).n_gpu_layers == 2
 
 
 def test_a_plan_for_ram_and_gpu_fits_both(llama: Path, measurement: Measurement) -> None:

@@ -42,7 +42,7 @@ class Footprint:
     --n-cpu-moe keeps in RAM, and layer_largest the largest tensor. output_copy is what the output
     layer takes again where it is not on the embedding's device (tied embeddings); repacked is what
     it takes again without a GPU, where the CPU's kernels want another layout. compute is
-    llama.cpp's largest graph, inputs the part of it that stays in RAM with everything offloaded.
+    llama.cpp's largest graph, hidden what a layer gives the next one in a batch.
     """
 
     shape: ContextShape
@@ -58,7 +58,7 @@ class Footprint:
     repacked: int = 0
     layer_experts: tuple[int, ...] = ()
     layer_largest: tuple[int, ...] = ()
-    inputs: int = 0
+    hidden: int = 0
 
     @property
     def use(self) -> MemoryUse:
@@ -212,14 +212,8 @@ def _estimated(
         why_estimate=why,
         layer_experts=tuple(experts),
         layer_largest=tuple(largest),
-        inputs=_input_bytes(file, shape),
+        hidden=4 * N_UBATCH * (file.metadata.integer(f"{file.architecture}.embedding_length") or 0),
     )
-
-
-def _input_bytes(file: GGUFFile, shape: ContextShape) -> int:
-    """Return the graph's part in RAM with all layers offloaded: a batch's embeddings, its mask."""
-    width = file.metadata.integer(f"{file.architecture}.embedding_length") or 0
-    return 2 * N_UBATCH * (4 * width + shape.n_ctx * shape.n_seq)
 
 
 def _overhead(file: GGUFFile, n_vocab: int, shape: ContextShape) -> int:

@@ -155,7 +155,7 @@ class MemoryPlanner:
             footprint = self._planned(made)
             placed = place(footprint, made.split)
             if number and self._excess(placed) <= 0:
-                return made, placed, footprint
+                return made.model_copy(update={"budget": made.n_bytes}), placed, footprint
             sizes = self._sizes({a.name: a.format for a in made.assignments})
             found = self._rooms(footprint, sizes)
             rooms = found if number < _ROUNDS_BOTH_WAYS else _smaller_rooms(rooms, found)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ramgguf.deploy.footprint import Footprint
+from ramgguf.deploy.footprint_formula import N_UBATCH
 from ramgguf.plan.result import MemoryUse, Split
 
 # An allowance for what the driver and its libraries take for themselves.
@@ -46,8 +47,9 @@ def place(footprint: Footprint, split: Split) -> Placed:
     """Return where everything goes.
 
     Tied embeddings count twice when the output layer is offloaded. The graph's memory is counted
-    on both devices while both compute; the GPU then also takes a copy of one of RAM's tensors, for
-    it multiplies with them in long prompts.
+    on both devices while both compute, and what they hand over twice more; the GPU then also takes
+    a copy of one of RAM's tensors, for it multiplies with them in long prompts. RAM keeps the
+    embeddings of a batch and its mask with everything offloaded.
     """
     n_layers = len(footprint.layer_weights)
     n = min(split.n_gpu_layers, n_layers + 1)
@@ -64,14 +66,18 @@ def place(footprint: Footprint, split: Split) -> Placed:
         + footprint.output_weights
         + footprint.output_copy,
         cache=sum(footprint.layer_cache[first:]),
-        compute=footprint.compute + max((footprint.layer_largest[i] for i in copied), default=0),
+        compute=footprint.compute
+        + 2 * footprint.hidden
+        + max((footprint.layer_largest[i] for i in copied), default=0),
         overhead=_GPU_OVERHEAD,
     )
     computes = first > 0 or experts > 0
+    shape = footprint.shape
+    inputs = 3 * footprint.hidden + 2 * N_UBATCH * shape.n_ctx * shape.n_seq
     ram = MemoryUse(
         weights=sum(footprint.layer_weights[:first]) + footprint.input_weights + experts,
         cache=sum(footprint.layer_cache[:first]),
-        compute=footprint.compute if computes else min(footprint.compute, footprint.inputs),
+        compute=footprint.compute + 2 * footprint.hidden if computes else inputs,
         overhead=footprint.overhead,
     )
     return Placed(split.model_copy(update={"n_gpu_layers": n}), ram, vram)

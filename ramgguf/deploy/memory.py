@@ -3,55 +3,26 @@
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-
-import numpy as np
-from numpy.typing import NDArray
 
 from ramgguf.core.errors import BudgetError, PlanError
 from ramgguf.core.units import format_bytes
-from ramgguf.deploy.beside import BesideEstimator, BesideModel
+from ramgguf.deploy.beside import BesideEstimator
+from ramgguf.deploy.division import DivisionRooms, MemoryRequest, smaller_rooms
 from ramgguf.deploy.footprint import Footprint, FootprintEstimator
 from ramgguf.deploy.footprint_formula import ContextShape
-from ramgguf.deploy.offload import Placed, most_layers, place, splits
+from ramgguf.deploy.offload import Placed, place
 from ramgguf.gguf.hub import local_path
 from ramgguf.gguf.identity import difference
-from ramgguf.gguf.layout import encoded_bytes, padded, planned_header_bytes
+from ramgguf.gguf.layout import planned_header_bytes
 from ramgguf.gguf.reader import GGUFFile, open_gguf
-from ramgguf.plan import ByteLimit, PlanAt, Pools, SourceSize, SplitRoom
+from ramgguf.plan import ByteLimit, PlanAt, SourceSize, SplitRoom
 from ramgguf.plan.result import MemoryBudget, Plan, Split
-from ramgguf.plan.split import Sites
-from ramgguf.quants.formats import expand
 
 _MOST_ROUNDS = 24
 _ROUNDS_BOTH_WAYS = 2  # of two memories: what a division leaves may grow, too; then only shrink
 CONTEXT_STEP = 256  # what llama.cpp rounds contexts up to
-CPU_FORMATS = ("cpu-fast",)  # of what a GPU leaves to the CPU
-
-
-@dataclass(frozen=True)
-class MemoryRequest:
-    """What shall run, and in how much memory.
-
-    ram None is no limit; source says where its figure is from; beside is what else runs there. With
-    vram or n_gpu_layers, layers go to a GPU: all without a limit of RAM, n_gpu_layers where given,
-    else those with which formats lose least. cpu_formats are formats, or sets of them, for what the
-    CPU then multiplies; None allows it all.
-    """
-
-    shape: ContextShape
-    ram: int | None
-    source: str = "--memory"
-    vram: int | None = None
-    n_gpu_layers: int | None = None
-    beside: BesideModel = field(default_factory=BesideModel)
-    cpu_formats: tuple[str, ...] | None = CPU_FORMATS
-
-    @property
-    def offloads(self) -> bool:
-        """Whether a part may go to a GPU."""
-        return self.vram is not None or self.n_gpu_layers is not None
 
 
 class MemoryPlanner:
@@ -65,9 +36,7 @@ class MemoryPlanner:
         self._stack = contextlib.ExitStack()
         self._beside = self._stack.enter_context(BesideEstimator(request.beside, file))
         self._scale = self._stack.enter_context(FootprintEstimator(file))
-        self._sites = Sites.of(
-            (t.name for t in file.tensors), file.n_layers or 0, tied=file.has_tied_embedding
-        )
+        self._rooms = DivisionRooms(file, request)
 
     def __enter__(self) -> "MemoryPlanner":
         return self
@@ -85,13 +54,12 @@ class MemoryPlanner:
         Raises BudgetError, which says what to change, when nothing is left for the weights.
         """
         footprint = self._footprint(self._request.shape, {})
-        rooms = self._rooms(footprint, self._sizes({}))
         left = max(
             sum(
                 max(0, limit) if limit is not None else use.weights
                 for limit, use in ((room.ram, placed.ram), (room.vram, placed.vram))
             )
-            for room in rooms
+            for room in self._rooms.of(footprint, {})
             for placed in (place(footprint, room.split),)
         )
         if left <= 0:
@@ -139,77 +107,38 @@ class MemoryPlanner:
         """
         source = self._footprint(self._request.shape, {})
         share = min(1.0, budget / self._file.n_bytes)
-        rooms = self._rooms(source.scaled(share), share * self._sizes({}))
+        rooms = self._rooms.of(source.scaled(share), {}, share)
+        fitting: tuple[Plan, Placed, Footprint] | None = None
         for number in range(_MOST_ROUNDS):
             try:
-                made = plan_for(budget, self._pools(rooms))
+                made = plan_for(budget, self._rooms.pools(rooms))
             except BudgetError as e:
                 if e.smallest is None:
                     raise
+                if fitting is not None:
+                    break
                 if number == 0 and e.smallest < share * self._file.n_bytes:
                     share = e.smallest / self._file.n_bytes
-                    rooms = self._rooms(source.scaled(share), share * self._sizes({}))
+                    rooms = self._rooms.of(source.scaled(share), {}, share)
                     continue
                 raise self._no_division(plan_for, budget, rooms, e.smallest) from None
             assert made.split is not None
             footprint = self._planned(made)
             placed = place(footprint, made.split)
-            if number and self._excess(placed) <= 0:
-                return made.model_copy(update={"budget": made.n_bytes}), placed, footprint
-            sizes = self._sizes({a.name: a.format for a in made.assignments})
-            found = self._rooms(footprint, sizes)
-            rooms = found if number < _ROUNDS_BOTH_WAYS else _smaller_rooms(rooms, found)
-        raise self._too_small(None)
+            if self._excess(placed) <= 0:
+                made = made.model_copy(update={"budget": made.n_bytes})
+                if fitting is None or made.total_cost <= fitting[0].total_cost:
+                    fitting = made, placed, footprint
+                if number:
+                    break
+            found = self._rooms.of(footprint, {a.name: a.format for a in made.assignments})
+            rooms = found if number < _ROUNDS_BOTH_WAYS else smaller_rooms(rooms, found)
+        if fitting is None:
+            raise self._too_small(None)
+        return fitting
 
     def _planned(self, made: Plan) -> Footprint:
         return self._footprint(self._request.shape, {a.name: a.format for a in made.assignments})
-
-    def _splits(self, footprint: Footprint) -> list[Split]:
-        """Return the divisions that the request allows."""
-        request = self._request
-        if request.n_gpu_layers is not None:
-            return [Split(n_gpu_layers=min(request.n_gpu_layers, most_layers(footprint)))]
-        if request.vram is None:
-            return [Split(n_gpu_layers=0)]
-        if request.ram is None:
-            return [Split(n_gpu_layers=most_layers(footprint))]
-        return list(splits(footprint))
-
-    def _sizes(self, tensor_types: Mapping[str, str]) -> NDArray[np.float64]:
-        """Return every tensor's bytes in these types, the source's own for others."""
-        return np.array(
-            [
-                padded(
-                    encoded_bytes(t, tensor_types.get(t.name, t.type_name)), self._file.alignment
-                )
-                for t in self._file.tensors
-            ],
-            np.float64,
-        )
-
-    def _rooms(self, footprint: Footprint, sizes: NDArray[np.float64]) -> list[SplitRoom]:
-        """Return what each division leaves for weights; sizes are the tensors' in the footprint.
-
-        What the footprint has besides the tensors' own bytes counts as taken.
-        """
-        request, rooms = self._request, []
-        for split in self._splits(footprint):
-            placed = place(footprint, split)
-            in_ram, in_vram = self._sites.in_ram(split), self._sites.in_vram(split)
-            left = [
-                None if limit is None else limit - use.total + int(sizes[mask].sum())
-                for limit, use, mask in (
-                    (request.ram, placed.ram, in_ram),
-                    (request.vram, placed.vram, in_vram),
-                )
-            ]
-            rooms.append(SplitRoom(split, *left))
-        return rooms
-
-    def _pools(self, rooms: Sequence[SplitRoom], *, any_format: bool = False) -> Pools:
-        names = None if any_format else self._request.cpu_formats
-        formats = None if names is None else expand(names)
-        return Pools(tuple(rooms), self._sites.n_layers, self._file.has_tied_embedding, formats)
 
     def _no_division(
         self, plan_for: PlanAt, budget: int, rooms: Sequence[SplitRoom], smallest: int
@@ -219,7 +148,7 @@ class MemoryPlanner:
         if self._request.cpu_formats is None:
             return error
         try:
-            plan_for(budget, self._pools(rooms, any_format=True))
+            plan_for(budget, self._rooms.pools(rooms, any_format=True))
         except BudgetError:
             return error
         names = ", ".join(self._request.cpu_formats)
@@ -321,25 +250,13 @@ class MemoryPlanner:
             share = (n_bytes - self._header_bytes) / footprint.use.weights
             overhead = footprint.overhead + besides(n_ctx)
             scaled = replace(footprint.scaled(share), overhead=overhead)
-            return any(self._excess(place(scaled, s)) <= 0 for s in self._splits(scaled))
+            return any(self._excess(place(scaled, s)) <= 0 for s in self._rooms.splits(scaled))
 
         low, high = 0, shape.n_ctx // CONTEXT_STEP
         while low < high:
             middle = (low + high + 1) // 2
             low, high = (middle, high) if fits(middle * CONTEXT_STEP) else (low, middle - 1)
         return low * CONTEXT_STEP
-
-
-def _smaller_rooms(a: Sequence[SplitRoom], b: Sequence[SplitRoom]) -> list[SplitRoom]:
-    """Return what both leave of each memory."""
-
-    def less(x: int | None, y: int | None) -> int | None:
-        return x if y is None else y if x is None else min(x, y)
-
-    return [
-        SplitRoom(one.split, less(one.ram, other.ram), less(one.vram, other.vram))
-        for one, other in zip(a, b, strict=True)
-    ]
 
 
 @dataclass(frozen=True)

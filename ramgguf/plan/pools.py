@@ -110,6 +110,18 @@ class PooledProblem:
         self._free = Envelope.of(items, self._any)
         self._bound = Envelope.of(items, self._fast)
 
+    def allowed(self, split: Split) -> list[tuple[int, ...]]:
+        """Return the choices that each group may take in a division."""
+        on_cpu = self.on_cpu(split)
+        return [
+            fast if bound else own
+            for bound, fast, own in zip(on_cpu, self._fast, self._any, strict=True)
+        ]
+
+    def on_cpu(self, split: Split) -> NDArray[np.bool_]:
+        """Return of which groups the CPU multiplies a tensor."""
+        return self._of_groups(self._sites.on_cpu(split))
+
     def _suited(self, group: Group) -> tuple[int, ...]:
         """Return the choices of a group whose members the CPU's formats suit."""
         allowed, candidates = self._pools.cpu_formats, self._problem.candidates
@@ -166,7 +178,7 @@ class PooledProblem:
 
     def notes(self, split: Split) -> Iterator[str]:
         """Yield which formats the CPU's side was chosen from, and how many tensors none suits."""
-        on_cpu = self._of_groups(self._sites.on_cpu(split))
+        on_cpu = self.on_cpu(split)
         free = [
             g
             for g, group in enumerate(self._problem.groups)
@@ -190,27 +202,23 @@ class PooledProblem:
         vram, ram = self._sites.in_vram(split), self._sites.in_ram(split)
         has_vram, has_ram = self._of_groups(vram), self._of_groups(ram)
         side = np.where(has_vram & has_ram, _BOTH, np.where(has_vram, _VRAM, _RAM)).astype(np.int8)
-        on_cpu = self._of_groups(self._sites.on_cpu(split))
         return _Division(
             side=side,
-            on_cpu=on_cpu,
-            allowed=[
-                fast if bound else own
-                for bound, fast, own in zip(on_cpu, self._fast, self._any, strict=True)
-            ],
+            on_cpu=self.on_cpu(split),
+            allowed=self.allowed(split),
             crossing=tuple(np.flatnonzero(side == _BOTH).tolist()),
             n_offloaded=int(self._n_weights[vram].sum()),
             ram=UNLIMITED if room.ram is None else room.ram,
             vram=UNLIMITED if room.vram is None else room.vram,
         )
 
-    def _taken(self, room: SplitRoom, g: int, j: int) -> tuple[int, int]:
+    def taken(self, split: Split, g: int, j: int) -> tuple[int, int]:
         """Return the bytes of RAM and of the GPU that a group's choice takes."""
         group, alignment = self._problem.groups[g], self._problem.measurement.alignment
         n_bytes = np.array([padded(p.n_bytes, alignment) for p in group.points[j]])
         members = list(group.members)
-        ram = self._sites.in_ram(room.split)[members]
-        vram = self._sites.in_vram(room.split)[members]
+        ram = self._sites.in_ram(split)[members]
+        vram = self._sites.in_vram(split)[members]
         return int(n_bytes[ram].sum()), int(n_bytes[vram].sum())
 
     def _cases(self, k: int, division: _Division, capacity: int) -> Iterator[_Case]:
@@ -245,12 +253,12 @@ class PooledProblem:
             own = self._allowed(division, g)
             for i in efficient(own):
                 j = division.allowed[g][i]
-                yield j, _Taken(*self._taken(room, g, j), own[i].n_bytes, own[i].cost)
+                yield j, _Taken(*self.taken(room.split, g, j), own[i].n_bytes, own[i].cost)
             return
         least = _Taken(0, 0, 0, 0.0)
         for g in groups:
             own = self._allowed(division, g)
-            taken = [self._taken(room, g, j) for j in division.allowed[g]]
+            taken = [self.taken(room.split, g, j) for j in division.allowed[g]]
             least = _Taken(
                 least.ram + min(ram for ram, _ in taken),
                 least.vram + min(vram for _, vram in taken),
@@ -286,7 +294,7 @@ class PooledProblem:
             chosen[g] = case.fixed
             n_bytes, cost = items[g][case.fixed].n_bytes, items[g][case.fixed].cost
             lower = cost
-            taken = self._taken(room, g, case.fixed)
+            taken = self.taken(room.split, g, case.fixed)
             rooms = [n - t for n, t in zip(rooms, taken, strict=True)]
         for side, n in zip((_RAM, _VRAM), rooms, strict=True):
             groups = np.flatnonzero(division.side == side).tolist()
@@ -316,7 +324,7 @@ class PooledProblem:
         for g, (side, own) in enumerate(zip(division.side, allowed, strict=True)):
             sizes = [self._problem.items[g][j].n_bytes for j in own]
             both = (
-                [self._taken(room, g, j) for j in own]
+                [self.taken(room.split, g, j) for j in own]
                 if side == _BOTH
                 else [(n, 0) if side == _RAM else (0, n) for n in sizes]
             )

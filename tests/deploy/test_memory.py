@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 import ramgguf
 from ramgguf.cli.app import app
 from ramgguf.core.errors import BudgetError, EngineError, PlanError
+from ramgguf.deploy import MemoryLimit, MemoryRequest
 from ramgguf.deploy.footprint import CACHE_TYPES, Footprint, FootprintEstimator, parse_cache_types
 from ramgguf.deploy.footprint_formula import ContextShape, cache_bytes, compute_bytes
-from ramgguf.deploy.memory import MemoryLimit, MemoryRequest
 from ramgguf.deploy.offload import most_layers, place
 from ramgguf.gguf.reader import open_gguf
 from ramgguf.gguf.stub_model import stub_model
@@ -284,7 +284,7 @@ def test_a_plan_for_ram_and_gpu_fits_both(llama: Path, measurement: Measurement)
     shape = ContextShape(1024)
     for ngl in (None, 2):
         request = MemoryRequest(
-            shape, _limit(llama, shape, 600_000), vram=507_500_000, n_gpu_layers=ngl
+            shape, _limit(llama, shape, 1_700_000), vram=508_500_000, n_gpu_layers=ngl
         )
         memory = plan(measurement, MemoryLimit(request), min_sqnr_db=0).memory
         assert memory is not None

@@ -205,6 +205,13 @@ class MemoryPlanner:
             f"its cache takes {format_bytes(use.cache)}, compute buffers "
             f"{format_bytes(use.compute)}, overhead {format_bytes(use.overhead)}"
         )
+        if request.offloads:
+            footprint = self._footprint(shape, {})
+            gpu = place(footprint, self._rooms.splits(footprint)[0]).vram
+            message += (
+                f"; on the GPU, compute buffers {format_bytes(gpu.compute)}, overhead "
+                f"{format_bytes(gpu.overhead)}"
+            )
         for other in self._beside.uses(shape):
             message += f" (of it {other.path}: {format_bytes(other.total)})"
         if smallest is not None:

@@ -12,9 +12,8 @@ from ramgguf.deploy.footprint_formula import ContextShape
 from ramgguf.deploy.offload import most_layers, place, splits
 from ramgguf.gguf.layout import encoded_bytes, padded
 from ramgguf.gguf.reader import GGUFFile
-from ramgguf.plan import Pools, SplitRoom
+from ramgguf.plan import Pools, Sites, SplitRoom
 from ramgguf.plan.result import Split
-from ramgguf.plan.split import Sites
 from ramgguf.quants.formats import expand
 
 CPU_FORMATS = ("cpu-fast",)  # of what a GPU leaves to the CPU
@@ -55,14 +54,13 @@ class DivisionRooms:
 
     def splits(self, footprint: Footprint) -> list[Split]:
         """Return the divisions that the request allows, the most on the GPU first."""
-        request = self._request
+        request, found = self._request, list(splits(footprint))
+        if request.vram is None and request.n_gpu_layers is None:
+            return found[-1:]
         if request.n_gpu_layers is not None:
-            return [Split(n_gpu_layers=min(request.n_gpu_layers, most_layers(footprint)))]
-        if request.vram is None:
-            return [Split(n_gpu_layers=0)]
-        if request.ram is None:
-            return [Split(n_gpu_layers=most_layers(footprint))]
-        return list(splits(footprint))
+            n = min(request.n_gpu_layers, most_layers(footprint))
+            found = [s for s in found if s.n_gpu_layers == n]
+        return found[:1] if request.ram is None else found
 
     def of(
         self, footprint: Footprint, tensor_types: Mapping[str, str], share: float = 1.0

@@ -1,5 +1,6 @@
 """Plan: the format of every tensor, for a limit of size."""
 
+from ramgguf.plan.divided import DividedPlan
 from ramgguf.plan.frontier_result import Frontier
 from ramgguf.plan.knapsack import Choice, efficient, price, smallest
 from ramgguf.plan.limits import ByteLimit, PlanAt, Room, SizeLimit, SourceSize, size_limit
@@ -21,6 +22,7 @@ from ramgguf.plan.recipes import Recipe
 from ramgguf.plan.result import Plan
 from ramgguf.plan.speed import N_PROMPT, SpeedLimit, TokenWork
 from ramgguf.plan.speed_front import SpeedFront
+from ramgguf.plan.split import Sites
 from ramgguf.plan.targets import TARGETS, target
 
 __all__ = [
@@ -31,6 +33,7 @@ __all__ = [
     "ByteLimit",
     "Choice",
     "Costing",
+    "DividedPlan",
     "Frontier",
     "Plan",
     "PlanAt",
@@ -39,6 +42,7 @@ __all__ = [
     "Problem",
     "Recipe",
     "Room",
+    "Sites",
     "SizeLimit",
     "SourceSize",
     "SpeedFront",

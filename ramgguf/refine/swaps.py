@@ -24,8 +24,7 @@ from ramgguf.llama.patched_weights import Floats
 from ramgguf.llama.token_statistics import standard_error
 from ramgguf.llama.tokens import TokenRequest, parse_tokens
 from ramgguf.measure.result import Measurement
-from ramgguf.plan import Costing, Problem, costing, price
-from ramgguf.plan.divided import DividedPlan
+from ramgguf.plan import Costing, DividedPlan, Problem, costing, price
 from ramgguf.plan.result import FormatChange, Plan, Refinement
 from ramgguf.quants.imatrix import load_imatrix
 from ramgguf.refine.journal import Paired, RefineJournal, Trial

@@ -159,6 +159,9 @@ def _told(
 ) -> Footprint:
     """Return llama.cpp's footprint; the formula only divides it among layers."""
     estimate = _estimated(file, shape, tensor_types, "")
+    less = _without_draft(estimate, file)
+    with_draft, without = (abs(f.use.weights - sizes.weights) for f in (estimate, less))
+    estimate = less if without < with_draft else estimate
     shares = estimate.layer_cache
     if sum(shares) != sizes.cache:
         n, total = len(shares), sum(shares)
@@ -175,6 +178,25 @@ def _told(
         overhead=_overhead(file, sizes.n_vocab, shape),
         method="llama.cpp",
         why_estimate=None,
+    )
+
+
+def _without_draft(footprint: Footprint, file: GGUFFile) -> Footprint:
+    """Return the footprint without draft layers, which llama.cpp leaves out where it predicts none.
+
+    They count as layers, all the same.
+    """
+    n_trunk = file.n_trunk_layers
+
+    def trunk(by_layer: tuple[int, ...]) -> tuple[int, ...]:
+        return (*by_layer[:n_trunk], *(0 for _ in by_layer[n_trunk:]))
+
+    return replace(
+        footprint,
+        layer_weights=trunk(footprint.layer_weights),
+        layer_cache=trunk(footprint.layer_cache),
+        layer_experts=trunk(footprint.layer_experts),
+        layer_largest=trunk(footprint.layer_largest),
     )
 
 

@@ -21,11 +21,61 @@ from ramgguf.gguf.layout import padded
 from ramgguf.gguf.reader import open_gguf
 from ramgguf.plan.result import Split
 from ramgguf.quants import formats
-from small_models import ARCHITECTURES, Architecture, write_small_model
+from small_models import (
+    ARCHITECTURES,
+    ATTENTION,
+    EXPERT_FFN,
+    EXPERTS,
+    HEAD,
+    N_EXPERTS,
+    N_LAYERS,
+    UNTIED,
+    WIDTH,
+    Architecture,
+    Shapes,
+    _common,
+    _experts,
+    _weights,
+    write_small_model,
+)
 
 pytest.importorskip("llama_cpp")
 
 SHAPE = ContextShape(4096)
+
+
+def _drafting(out: GGUFWriter) -> None:
+    _common(out)
+    _experts(out)
+    out.add_key_length(HEAD)
+    out.add_value_length(HEAD)
+    out.add_expert_shared_count(1)
+    out.add_expert_weights_scale(1.0)
+    out.add_expert_weights_norm(True)
+    out.add_leading_dense_block_count(0)
+    out.add_uint32("glm4moe.expert_gating_func", 2)
+    out.add_uint32("glm4moe.nextn_predict_layers", 1)
+
+
+def _drafting_layer(layer: int) -> Shapes:
+    """A mixture of experts; the second of the two layers drafts tokens, and is not loaded."""
+    shapes = ATTENTION | {k: v for k, v in EXPERTS.items() if "norm" not in k}
+    shapes |= _weights(
+        post_attention_norm=(WIDTH,),
+        ffn_gate_shexp=(EXPERT_FFN, WIDTH),
+        ffn_up_shexp=(EXPERT_FFN, WIDTH),
+        ffn_down_shexp=(WIDTH, EXPERT_FFN),
+    )
+    shapes["exp_probs_b.bias"] = (N_EXPERTS,)
+    names = {"eh_proj": (WIDTH, 2 * WIDTH)} | dict.fromkeys(
+        ("enorm", "hnorm", "shared_head_norm"), (WIDTH,)
+    )
+    if layer == N_LAYERS - 1:
+        shapes |= {f"nextn.{name}.weight": shape for name, shape in names.items()}
+    return shapes
+
+
+DRAFTING = Architecture("glm4moe", _drafting, _drafting_layer, UNTIED)
 
 
 def _planned_by_llama(
@@ -104,7 +154,7 @@ def _write_hollow_experts(path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda a: a.name)
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, DRAFTING], ids=lambda a: a.name)
 def test_weights_and_cache_of_every_division_are_those_of_llama_cpp(
     architecture: Architecture, tmp_path: Path
 ) -> None:

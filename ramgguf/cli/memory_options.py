@@ -6,15 +6,17 @@ from typing import Annotated
 
 import typer
 
-from ramgguf.cli.options import refuse_idle
+from ramgguf.cli.options import refuse_idle, split_formats
 from ramgguf.core.errors import BudgetError
 from ramgguf.core.machine import available_memory
 from ramgguf.core.units import parse_size
 from ramgguf.deploy import MemoryLimit, MemoryRequest
 from ramgguf.deploy.beside import BesideModel
+from ramgguf.deploy.division import CPU_FORMATS
 from ramgguf.deploy.footprint import parse_cache_types
 from ramgguf.deploy.footprint_formula import ContextShape
 from ramgguf.plan import ByteLimit, SizeLimit
+from ramgguf.quants import formats
 
 Memory = Annotated[
     str | None,
@@ -48,12 +50,22 @@ Parallel = Annotated[
 Vram = Annotated[
     str | None,
     typer.Option(
-        "--vram", help="Memory of a GPU: as many layers go there as fit (not measured on a GPU)."
+        "--vram",
+        help="Memory of a GPU: which layers or experts go there is planned with their formats; "
+        "without --memory all go (not measured on a GPU).",
     ),
 ]
 Ngl = Annotated[
     int | None,
     typer.Option("--ngl", min=0, help="Layers on the GPU, as llama.cpp's --n-gpu-layers."),
+]
+CpuFormats = Annotated[
+    str | None,
+    typer.Option(
+        "--cpu-formats",
+        help="With --vram or --ngl: formats, or sets of them, of what stays on the CPU; all: any. "
+        "Default: cpu-fast.",
+    ),
 ]
 Mmproj = Annotated[
     Path | None,
@@ -85,6 +97,7 @@ class MemoryOptions:
     ngl: Ngl = None
     mmproj: Mmproj = None
     draft: Draft = None
+    cpu_formats: CpuFormats = None
 
     def request(self) -> MemoryRequest | None:
         """Return what the options ask for, None if they do not; raises usage errors."""
@@ -98,10 +111,13 @@ class MemoryOptions:
                 "--ngl": self.ngl is not None,
                 "--mmproj": self.mmproj is not None,
                 "--draft": self.draft is not None,
+                "--cpu-formats": self.cpu_formats is not None,
             }
             idle = [name for name, is_given in given.items() if is_given]
             refuse_idle(idle, "only with --memory, --fit or --vram")
             return None
+        if self.vram is None and self.ngl is None and self.cpu_formats is not None:
+            refuse_idle(["--cpu-formats"], "only with --vram or --ngl")
         if self.context is None:
             raise typer.BadParameter("say how long a context shall fit", param_hint="--context")
         ram, source = None, "not limited"
@@ -119,7 +135,22 @@ class MemoryOptions:
             vram=None if self.vram is None else parse_size(self.vram),
             n_gpu_layers=self.ngl,
             beside=BesideModel(self.mmproj, self.draft),
+            cpu_formats=_cpu_formats(self.cpu_formats),
         )
+
+
+def _cpu_formats(text: str | None) -> tuple[str, ...] | None:
+    """Return the formats of the CPU's side that the option names, None for all of them."""
+    if text is None:
+        return CPU_FORMATS
+    if text.strip().lower() == "all":
+        return None
+    names = tuple(split_formats(text) or ())
+    for name in names:
+        formats.get(name)  # raises FormatError for what is none
+    if not names:
+        raise typer.BadParameter("name formats, or all", param_hint="--cpu-formats")
+    return names
 
 
 def size_limit(

@@ -200,6 +200,11 @@ def quantize(
                 f"a least speed goes with --budget or --memory, not with {conflicting}",
                 param_hint="--min-speed",
             )
+    if request is not None and request.offloads and (is_timed or check):
+        raise typer.BadParameter(
+            "speeds and trials are those of this CPU, with all of the model in RAM: not for a GPU",
+            param_hint="--min-speed" if is_timed else "--check",
+        )
     if refine and plan_file:
         raise typer.BadParameter("a ready plan is followed as it is", param_hint="--refine")
     if (imatrix or calibrate) and (plan_file or measurement):
@@ -347,6 +352,7 @@ def _summary(made: api.Quantized, checked: CheckResult | None) -> dict[str, obje
         "n_bytes": made.n_bytes,
         "budget": made.plan.budget,
         "memory": made.plan.memory.model_dump() if made.plan.memory else None,
+        "split": made.plan.split.model_dump() if made.plan.split else None,
         "speed": made.plan.speed.model_dump() if made.plan.speed else None,
         "check": None if checked is None else json.loads(checked.to_json()),
         "bpw": made.plan.bpw,

@@ -142,6 +142,8 @@ def curve(
         opt.refuse_idle(["--threads"], "only --speed measures")
     if model is not None and request is None:
         opt.refuse_idle(["--model"], "only with --memory, --fit or --vram")
+    if memory.cpu_formats is not None:
+        opt.refuse_idle(["--cpu-formats"], "a frontier's formats are the same on both sides")
     if _is_frontier(source):
         idle = [*choice.given(), *(["--sensitivity"] if sensitivity is not None else [])]
         opt.refuse_idle(idle, "a saved frontier was made with its options")
@@ -162,7 +164,7 @@ def curve(
     print_curve(made, plans, terminal.out)
     for found in plans:
         if found.memory is not None:
-            print_memory(found.memory, terminal.out)
+            print_memory(found.memory, found.split, terminal.out)
 
 
 def _speed_front(

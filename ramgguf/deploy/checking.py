@@ -18,9 +18,10 @@ from ramgguf.deploy.collapse_checks import (
     perplexity,
     signs,
 )
+from ramgguf.deploy.division import MemoryRequest
 from ramgguf.deploy.footprint import Footprint, FootprintEstimator, parse_cache_types
 from ramgguf.deploy.footprint_formula import ContextShape
-from ramgguf.deploy.memory import MemoryPlanner, MemoryRequest
+from ramgguf.deploy.memory import MemoryPlanner
 from ramgguf.deploy.result import Answer, CheckResult, Speed, Spread, Stage
 from ramgguf.gguf.hub import local_path
 from ramgguf.gguf.reader import GGUFFile, open_gguf

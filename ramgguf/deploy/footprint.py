@@ -7,7 +7,7 @@ from typing import Literal, Self
 
 from ramgguf.core.errors import BudgetError, EngineError
 from ramgguf.deploy.footprint_formula import N_UBATCH, ContextShape, cache_bytes, compute_bytes
-from ramgguf.gguf.architecture import TOKEN_EMBEDDING, is_input, layer_of
+from ramgguf.gguf.architecture import TOKEN_EMBEDDING, is_input, is_kept_by_cpu_moe, layer_of
 from ramgguf.gguf.layout import encoded_bytes
 from ramgguf.gguf.reader import GGUFFile
 from ramgguf.gguf.stub_model import stub_model
@@ -38,9 +38,11 @@ def parse_cache_types(text: str) -> tuple[str, str]:
 class Footprint:
     """Bytes in memory: of each layer, of what comes before and after the layers, of the rest.
 
-    layer_weights and layer_cache are by layer; output_copy is what the output layer takes again
-    where it is not on the embedding's device (tied embeddings). compute is llama.cpp's largest
-    graph.
+    layer_weights and layer_cache are by layer; layer_experts is the part of the weights that
+    --n-cpu-moe keeps in RAM, and layer_largest the largest tensor. output_copy is what the output
+    layer takes again where it is not on the embedding's device (tied embeddings); repacked is what
+    it takes again without a GPU, where the CPU's kernels want another layout. compute is
+    llama.cpp's largest graph, hidden what a layer gives the next one in a batch.
     """
 
     shape: ContextShape
@@ -53,12 +55,19 @@ class Footprint:
     overhead: int
     method: Literal["llama.cpp", "estimate"]
     why_estimate: str | None = None
+    repacked: int = 0
+    layer_experts: tuple[int, ...] = ()
+    layer_largest: tuple[int, ...] = ()
+    hidden: int = 0
 
     @property
     def use(self) -> MemoryUse:
         """All of it, without a GPU."""
         return MemoryUse(
-            weights=sum(self.layer_weights) + self.input_weights + self.output_weights,
+            weights=sum(self.layer_weights)
+            + self.input_weights
+            + self.output_weights
+            + self.repacked,
             cache=sum(self.layer_cache),
             compute=self.compute,
             overhead=self.overhead,
@@ -72,6 +81,9 @@ class Footprint:
             input_weights=int(share * self.input_weights),
             output_weights=int(share * self.output_weights),
             output_copy=int(share * self.output_copy),
+            repacked=int(share * self.repacked),
+            layer_experts=tuple(int(share * n) for n in self.layer_experts),
+            layer_largest=tuple(int(share * n) for n in self.layer_largest),
         )
 
 
@@ -147,22 +159,44 @@ def _told(
 ) -> Footprint:
     """Return llama.cpp's footprint; the formula only divides it among layers."""
     estimate = _estimated(file, shape, tensor_types, "")
+    less = _without_draft(estimate, file)
+    with_draft, without = (abs(f.use.weights - sizes.weights) for f in (estimate, less))
+    estimate = less if without < with_draft else estimate
     shares = estimate.layer_cache
     if sum(shares) != sizes.cache:
         n, total = len(shares), sum(shares)
         shares = tuple(sizes.cache * s // total if total else sizes.cache // n for s in shares)
         shares = (*shares[:-1], shares[-1] + sizes.cache - sum(shares)) if shares else ()
     more = sizes.weights - estimate.use.weights  # derived or duplicated tensors
-    return Footprint(
-        shape=shape,
-        layer_weights=estimate.layer_weights,
+    repacked = estimate.output_copy if 0 < estimate.output_copy <= more else 0
+    return replace(
+        estimate,
         layer_cache=shares,
-        input_weights=estimate.input_weights,
-        output_weights=max(0, estimate.output_weights + more),
-        output_copy=estimate.output_copy,
+        output_weights=max(0, estimate.output_weights + more - repacked),
+        repacked=repacked,
         compute=sizes.compute,
         overhead=_overhead(file, sizes.n_vocab, shape),
         method="llama.cpp",
+        why_estimate=None,
+    )
+
+
+def _without_draft(footprint: Footprint, file: GGUFFile) -> Footprint:
+    """Return the footprint without draft layers, which llama.cpp leaves out where it predicts none.
+
+    They count as layers, all the same.
+    """
+    n_trunk = file.n_trunk_layers
+
+    def trunk(by_layer: tuple[int, ...]) -> tuple[int, ...]:
+        return (*by_layer[:n_trunk], *(0 for _ in by_layer[n_trunk:]))
+
+    return replace(
+        footprint,
+        layer_weights=trunk(footprint.layer_weights),
+        layer_cache=trunk(footprint.layer_cache),
+        layer_experts=trunk(footprint.layer_experts),
+        layer_largest=trunk(footprint.layer_largest),
     )
 
 
@@ -170,6 +204,7 @@ def _estimated(
     file: GGUFFile, shape: ContextShape, tensor_types: Mapping[str, str], why: str
 ) -> Footprint:
     layers = [0] * (file.n_layers or 0)
+    experts, largest = list(layers), list(layers)
     inputs = outputs = 0
     embedding = 0
     for tensor in file.tensors:
@@ -177,6 +212,8 @@ def _estimated(
         layer = layer_of(tensor.name)
         if layer is not None and layer < len(layers):
             layers[layer] += n_bytes
+            largest[layer] = max(largest[layer], n_bytes)
+            experts[layer] += n_bytes if is_kept_by_cpu_moe(tensor.name) else 0
         elif is_input(tensor.name):
             inputs += n_bytes
         else:
@@ -195,6 +232,9 @@ def _estimated(
         overhead=_overhead(file, n_vocab, shape),
         method="estimate",
         why_estimate=why,
+        layer_experts=tuple(experts),
+        layer_largest=tuple(largest),
+        hidden=4 * N_UBATCH * (file.metadata.integer(f"{file.architecture}.embedding_length") or 0),
     )
 
 

@@ -1,44 +1,28 @@
 """From memory to a budget: the plan whose file, cache and graph fit where the model shall run."""
 
 import contextlib
-import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ramgguf.core.errors import BudgetError, PlanError
 from ramgguf.core.units import format_bytes
-from ramgguf.deploy.beside import BesideEstimator, BesideModel
+from ramgguf.deploy.beside import BesideEstimator
+from ramgguf.deploy.division import DivisionRooms, MemoryRequest, smaller_rooms
 from ramgguf.deploy.footprint import Footprint, FootprintEstimator
 from ramgguf.deploy.footprint_formula import ContextShape
-from ramgguf.deploy.offload import Placed, most_layers, place, place_within
+from ramgguf.deploy.offload import Placed, place
 from ramgguf.gguf.hub import local_path
 from ramgguf.gguf.identity import difference
 from ramgguf.gguf.layout import planned_header_bytes
 from ramgguf.gguf.reader import GGUFFile, open_gguf
-from ramgguf.plan import ByteLimit, PlanAt, SourceSize
-from ramgguf.plan.result import MemoryBudget, Plan
+from ramgguf.plan import ByteLimit, PlanAt, SourceSize, SplitRoom
+from ramgguf.plan.result import MemoryBudget, Plan, Split
 
 _MOST_ROUNDS = 24
+_ROUNDS_BOTH_WAYS = 2  # of two memories: what a division leaves may grow, too; then only shrink
 CONTEXT_STEP = 256  # what llama.cpp rounds contexts up to
-
-
-@dataclass(frozen=True)
-class MemoryRequest:
-    """What shall run, and in how much memory.
-
-    ram None is no limit; source says where its figure is from; beside is what else runs there. With
-    vram, as many layers go to the
-    GPU as fit there, or n_gpu_layers if given.
-    """
-
-    shape: ContextShape
-    ram: int | None
-    source: str = "--memory"
-    vram: int | None = None
-    n_gpu_layers: int | None = None
-    beside: BesideModel = field(default_factory=BesideModel)
 
 
 class MemoryPlanner:
@@ -52,6 +36,7 @@ class MemoryPlanner:
         self._stack = contextlib.ExitStack()
         self._beside = self._stack.enter_context(BesideEstimator(request.beside, file))
         self._scale = self._stack.enter_context(FootprintEstimator(file))
+        self._rooms = DivisionRooms(file, request)
 
     def __enter__(self) -> "MemoryPlanner":
         return self
@@ -68,30 +53,35 @@ class MemoryPlanner:
 
         Raises BudgetError, which says what to change, when nothing is left for the weights.
         """
-        request = self._request
-        footprint = self._footprint(request.shape, {})
-        weights = footprint.use.weights
-        placed = self._place(footprint)
-        left = self._header_bytes
-        if request.ram is None:
-            left += max(0, (request.vram or 0) - placed.vram.total + placed.vram.weights)
-            left += placed.ram.weights  # at most: the embedding, which stays beside the CPU
-        else:
-            left += request.ram - footprint.use.total + weights
-            if request.vram is not None:
-                left += request.vram
-            elif placed.n_gpu_layers:
-                left = self._header_bytes + weights  # only RAM is limited; the loop lowers it
-        if left <= self._header_bytes:
+        footprint = self._footprint(self._request.shape, {})
+        left = max(
+            sum(
+                max(0, limit) if limit is not None else use.weights
+                for limit, use in ((room.ram, placed.ram), (room.vram, placed.vram))
+            )
+            for room in self._rooms.of(footprint, {})
+            for placed in (place(footprint, room.split),)
+        )
+        if left <= 0:
             raise self._too_small(None)
-        return left
+        return self._header_bytes + left
 
-    def fit(self, plan_for: Callable[[int], Plan], most: int | None = None) -> Plan:
-        """Return the plan of plan_for, of the largest budget up to most, that fits the request.
+    def fit(self, plan_for: PlanAt, most: int | None = None) -> Plan:
+        """Return the best plan of plan_for, of at most `most` bytes, that fits the request.
 
         Raises BudgetError, which says what to change, when even the smallest plan does not.
         """
         budget = self.budget() if most is None else min(most, self.budget())
+        made, placed, footprint = (
+            self._divided(plan_for, budget)
+            if self._request.offloads
+            else self._in_ram(plan_for, budget)
+        )
+        record, notes = self._record(footprint, placed), (*self._notes(), *made.notes)
+        return made.model_copy(update={"memory": record, "notes": notes})
+
+    def _in_ram(self, plan_for: PlanAt, budget: int) -> tuple[Plan, Placed, Footprint]:
+        """Return the plan of the largest budget that fits RAM, and what it takes."""
         for _ in range(_MOST_ROUNDS):
             try:
                 made = plan_for(budget)
@@ -99,18 +89,72 @@ class MemoryPlanner:
                 if e.smallest is None:
                     raise
                 raise self._too_small(e.smallest) from None
-            footprint = self._footprint(
-                self._request.shape, {a.name: a.format for a in made.assignments}
-            )
-            placed = self._place(footprint)
+            footprint = self._planned(made)
+            placed = place(footprint, Split(n_gpu_layers=0))
             excess = self._excess(placed)
             if excess <= 0:
-                record, notes = self._record(footprint, placed), (*self._notes(), *made.notes)
-                return made.model_copy(update={"memory": record, "notes": notes})
+                return made, placed, footprint
             budget = min(budget, made.n_bytes) - excess
             if budget <= self._header_bytes:
                 break
         raise self._too_small(None)
+
+    def _divided(self, plan_for: PlanAt, budget: int) -> tuple[Plan, Placed, Footprint]:
+        """Return the plan that fits RAM and the GPU together, and what it takes.
+
+        What a division takes besides its weights depends a little on their formats: first it is
+        guessed, then it follows from the plan before.
+        """
+        source = self._footprint(self._request.shape, {})
+        share = min(1.0, budget / self._file.n_bytes)
+        rooms = self._rooms.of(source.scaled(share), {}, share)
+        fitting: tuple[Plan, Placed, Footprint] | None = None
+        for number in range(_MOST_ROUNDS):
+            try:
+                made = plan_for(budget, self._rooms.pools(rooms))
+            except BudgetError as e:
+                if e.smallest is None:
+                    raise
+                if fitting is not None:
+                    break
+                if number == 0 and e.smallest < share * self._file.n_bytes:
+                    share = e.smallest / self._file.n_bytes
+                    rooms = self._rooms.of(source.scaled(share), {}, share)
+                    continue
+                raise self._no_division(plan_for, budget, rooms, e.smallest) from None
+            assert made.split is not None
+            footprint = self._planned(made)
+            placed = place(footprint, made.split)
+            if self._excess(placed) <= 0:
+                made = made.model_copy(update={"budget": made.n_bytes})
+                if fitting is None or made.total_cost <= fitting[0].total_cost:
+                    fitting = made, placed, footprint
+                if number:
+                    break
+            found = self._rooms.of(footprint, {a.name: a.format for a in made.assignments})
+            rooms = found if number < _ROUNDS_BOTH_WAYS else smaller_rooms(rooms, found)
+        if fitting is None:
+            raise self._too_small(None)
+        return fitting
+
+    def _planned(self, made: Plan) -> Footprint:
+        return self._footprint(self._request.shape, {a.name: a.format for a in made.assignments})
+
+    def _no_division(
+        self, plan_for: PlanAt, budget: int, rooms: Sequence[SplitRoom], smallest: int
+    ) -> BudgetError:
+        """Return the error of two memories too small, and whether other formats would fit."""
+        error = self._too_small(smallest)
+        if self._request.cpu_formats is None:
+            return error
+        try:
+            plan_for(budget, self._rooms.pools(rooms, any_format=True))
+        except BudgetError:
+            return error
+        names = ", ".join(self._request.cpu_formats)
+        return BudgetError(
+            f"{error}; --cpu-formats all fits: formats on the CPU's side are {names}", smallest
+        )
 
     def _notes(self) -> list[str]:
         trained = self._file.metadata.integer(f"{self._file.architecture}.context_length")
@@ -119,34 +163,17 @@ class MemoryPlanner:
             return []
         return [f"the model was trained for contexts of {trained} tokens, fewer than {n_ctx}"]
 
-    def _place(self, footprint: Footprint) -> Placed:
-        request = self._request
-        if request.n_gpu_layers is not None:
-            return place(footprint, request.n_gpu_layers)
-        if request.vram is None:
-            return place(footprint, 0)
-        if request.ram is None:
-            return place(footprint, most_layers(footprint))
-        return place_within(footprint, request.vram)
-
     def _excess(self, placed: Placed) -> int:
-        """Return how much smaller the file must be; not positive when all fits.
-
-        Where layers are bound to a device, only its share of what the file loses is lost there.
-        """
+        """Return how much too large the larger excess of both memories is; not positive if none."""
         request = self._request
-        floating = request.n_gpu_layers is None and request.ram is not None
-        n_weights = placed.ram.weights + placed.vram.weights
-        worst = 0
-        for limit, use in ((request.ram, placed.ram), (request.vram, placed.vram)):
-            if limit is not None and use.total > limit:
-                share = 1.0 if floating else max(use.weights, 1) / n_weights
-                worst = max(worst, math.ceil((use.total - limit) / share))
-        return worst
+        return max(
+            use.total - limit
+            for limit, use in ((request.ram, placed.ram), (request.vram, placed.vram))
+            if limit is not None
+        )
 
     def _record(self, footprint: Footprint, placed: Placed) -> MemoryBudget:
         request, shape = self._request, footprint.shape
-        offloads = request.vram is not None or request.n_gpu_layers is not None
         return MemoryBudget(
             limit=request.ram,
             limit_source=request.source,
@@ -157,9 +184,9 @@ class MemoryPlanner:
             method=footprint.method,
             why_estimate=footprint.why_estimate,
             ram=placed.ram,
-            n_gpu_layers=placed.n_gpu_layers if offloads else None,
+            n_gpu_layers=placed.split.n_gpu_layers if request.offloads else None,
             vram_limit=request.vram,
-            vram=placed.vram if offloads else None,
+            vram=placed.vram if request.offloads else None,
             beside=self._beside.uses(shape),
         )
 
@@ -178,6 +205,13 @@ class MemoryPlanner:
             f"its cache takes {format_bytes(use.cache)}, compute buffers "
             f"{format_bytes(use.compute)}, overhead {format_bytes(use.overhead)}"
         )
+        if request.offloads:
+            footprint = self._footprint(shape, {})
+            gpu = place(footprint, self._rooms.splits(footprint)[0]).vram
+            message += (
+                f"; on the GPU, compute buffers {format_bytes(gpu.compute)}, overhead "
+                f"{format_bytes(gpu.overhead)}"
+            )
         for other in self._beside.uses(shape):
             message += f" (of it {other.path}: {format_bytes(other.total)})"
         if smallest is not None:
@@ -204,7 +238,7 @@ class MemoryPlanner:
                 advice.append(f"--cache-type q8_0 saves {format_bytes(one - other)}")
         use = self._footprint(shape, {}).use
         needed = smallest + use.total - use.weights
-        if needed > total:
+        if needed > total and not request.offloads:
             advice.append(f"or raise the memory to at least {format_bytes(needed * 1.002)}")
         advice.append("a lower --min-sqnr or more --formats allow smaller plans")
         return "; ".join(advice)
@@ -222,9 +256,8 @@ class MemoryPlanner:
             footprint = self._footprint(tried, {})
             share = (n_bytes - self._header_bytes) / footprint.use.weights
             overhead = footprint.overhead + besides(n_ctx)
-            return (
-                self._excess(self._place(replace(footprint.scaled(share), overhead=overhead))) <= 0
-            )
+            scaled = replace(footprint.scaled(share), overhead=overhead)
+            return any(self._excess(place(scaled, s)) <= 0 for s in self._rooms.splits(scaled))
 
         low, high = 0, shape.n_ctx // CONTEXT_STEP
         while low < high:

@@ -1,14 +1,15 @@
-"""Which layers go to a GPU: llama.cpp's --n-gpu-layers, by bytes. Not measured on a GPU.
+"""How a model is divided between RAM and a GPU: llama.cpp's -ngl and --n-cpu-moe, by bytes.
 
-As src/llama-model.cpp places them: of the layers and, after them, the output layer, the last
-n_gpu_layers are offloaded, each with its cache; the embedding's rows are looked up by the CPU.
+The rules are those of ramgguf.plan.split, here summed over layers; a layer's cache is where the
+layer is. Not measured on a GPU; tests compare the sums with what llama.cpp plans for a stand-in.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ramgguf.deploy.footprint import Footprint
 from ramgguf.deploy.footprint_formula import N_UBATCH
-from ramgguf.plan.result import MemoryUse
+from ramgguf.plan.result import MemoryUse, Split
 
 # An allowance for what the driver and its libraries take for themselves.
 _GPU_OVERHEAD = 500_000_000
@@ -18,7 +19,7 @@ _GPU_OVERHEAD = 500_000_000
 class Placed:
     """A model divided between RAM and a GPU's memory."""
 
-    n_gpu_layers: int
+    split: Split
     ram: MemoryUse
     vram: MemoryUse
 
@@ -28,39 +29,55 @@ def most_layers(footprint: Footprint) -> int:
     return len(footprint.layer_weights) + 1
 
 
-def place(footprint: Footprint, n_gpu_layers: int) -> Placed:
-    """Return where everything goes with so many layers on the GPU.
+def splits(footprint: Footprint) -> Iterator[Split]:
+    """Yield every division that llama.cpp's options can say, the most on the GPU first.
+
+    With experts, those of the first layers stay in RAM, or whole layers do.
+    """
+    most = most_layers(footprint)
+    yield Split(n_gpu_layers=most)
+    for layer, n_bytes in enumerate(footprint.layer_experts):
+        if n_bytes:
+            yield Split(n_gpu_layers=most, n_cpu_moe=layer + 1)
+    for n in range(most - 1, -1, -1):
+        yield Split(n_gpu_layers=n)
+
+
+def place(footprint: Footprint, split: Split) -> Placed:
+    """Return where everything goes.
 
     Tied embeddings count twice when the output layer is offloaded. The graph's memory is counted
-    on both devices while both have layers.
+    on both devices while both compute, and what they hand over twice more; the GPU then also takes
+    a copy of one of RAM's tensors, for it multiplies with them in long prompts. RAM keeps the
+    embeddings of a batch and its mask with everything offloaded.
     """
     n_layers = len(footprint.layer_weights)
-    n = min(n_gpu_layers, n_layers + 1)
+    n = min(split.n_gpu_layers, n_layers + 1)
     if n == 0:
-        return Placed(0, footprint.use, MemoryUse())
+        return Placed(Split(n_gpu_layers=0), footprint.use, MemoryUse())
     first = n_layers + 1 - n
+    kept = range(first, max(first, min(split.n_cpu_moe, n_layers)))
+    experts = sum(footprint.layer_experts[i] for i in kept)
+    copied = [i for i in kept if footprint.layer_experts[i]]
+    copied += range(first) if footprint.layer_largest else ()
     vram = MemoryUse(
         weights=sum(footprint.layer_weights[first:])
+        - experts
         + footprint.output_weights
         + footprint.output_copy,
         cache=sum(footprint.layer_cache[first:]),
-        compute=footprint.compute,
+        compute=footprint.compute
+        + 2 * footprint.hidden
+        + max((footprint.layer_largest[i] for i in copied), default=0),
         overhead=_GPU_OVERHEAD,
     )
-    mask = 2 * N_UBATCH * footprint.shape.n_ctx
+    computes = first > 0 or experts > 0
+    shape = footprint.shape
+    inputs = 3 * footprint.hidden + 2 * N_UBATCH * shape.n_ctx * shape.n_seq
     ram = MemoryUse(
-        weights=sum(footprint.layer_weights[:first]) + footprint.input_weights,
+        weights=sum(footprint.layer_weights[:first]) + footprint.input_weights + experts,
         cache=sum(footprint.layer_cache[:first]),
-        compute=min(footprint.compute, mask) if first == 0 else footprint.compute,
+        compute=footprint.compute + 2 * footprint.hidden if computes else inputs,
         overhead=footprint.overhead,
     )
-    return Placed(n, ram, vram)
-
-
-def place_within(footprint: Footprint, vram_limit: int) -> Placed:
-    """Return the placement of the most layers whose part for the GPU is at most vram_limit."""
-    for n in range(most_layers(footprint), 0, -1):
-        placed = place(footprint, n)
-        if placed.vram.total <= vram_limit:
-            return placed
-    return place(footprint, 0)
+    return Placed(split.model_copy(update={"n_gpu_layers": n}), ram, vram)

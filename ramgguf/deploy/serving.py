@@ -14,11 +14,12 @@ from ramgguf.core.errors import BudgetError, EngineError, ResultError
 from ramgguf.core.machine import Available
 from ramgguf.core.units import format_bytes
 from ramgguf.deploy.collapse_checks import KNOWN_TEXT
+from ramgguf.deploy.division import MemoryRequest
 from ramgguf.deploy.footprint import FootprintEstimator
 from ramgguf.deploy.footprint_formula import ContextShape
 from ramgguf.deploy.front import LOOPBACK, Front
 from ramgguf.deploy.front_requests import Limits, prompt_bytes, request_bytes
-from ramgguf.deploy.memory import CONTEXT_STEP, MemoryPlanner, MemoryRequest
+from ramgguf.deploy.memory import CONTEXT_STEP, MemoryPlanner
 from ramgguf.deploy.result import CheckResult
 from ramgguf.gguf.reader import GGUFFile, open_gguf
 from ramgguf.llama.child import Child, ChildDiedError, Failure, describe_exit

@@ -100,6 +100,8 @@ _DRAFT = "nextn."
 
 # Ends of the parts whose third dimension counts experts.
 _EXPERTS = ("_exps", "_chexps")
+# What llama.cpp's --n-cpu-moe keeps in RAM (LLM_FFN_EXPS_REGEX in common/common.h).
+_KEPT_BY_CPU_MOE = re.compile(r"^blk\.[0-9]+\.ffn_(up|down|gate|gate_up)_(ch|)exps")
 
 # What llama.cpp's quantizer leaves alone by name (tensor_allows_quantization in
 # src/llama-quant.cpp), and why it is left alone.
@@ -253,6 +255,11 @@ def is_multiplied(name: str, shape: tuple[int, ...], arch: str, *, tied: bool) -
 def is_of_experts(name: str) -> bool:
     """Return whether the tensor holds experts, of which a token uses some."""
     return parse_name(name).part.endswith(_EXPERTS)
+
+
+def is_kept_by_cpu_moe(name: str) -> bool:
+    """Return whether llama.cpp's --n-cpu-moe keeps the tensor in RAM, in the layers it names."""
+    return _KEPT_BY_CPU_MOE.match(name) is not None
 
 
 def is_input(name: str) -> bool:

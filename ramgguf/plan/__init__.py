@@ -1,5 +1,6 @@
 """Plan: the format of every tensor, for a limit of size."""
 
+from ramgguf.plan.divided import DividedPlan
 from ramgguf.plan.frontier_result import Frontier
 from ramgguf.plan.knapsack import Choice, efficient, price, smallest
 from ramgguf.plan.limits import ByteLimit, PlanAt, Room, SizeLimit, SourceSize, size_limit
@@ -15,11 +16,13 @@ from ramgguf.plan.planning import (
     problem,
     speed_front,
 )
+from ramgguf.plan.pools import Pools, SplitRoom
 from ramgguf.plan.problem import Problem
 from ramgguf.plan.recipes import Recipe
 from ramgguf.plan.result import Plan
 from ramgguf.plan.speed import N_PROMPT, SpeedLimit, TokenWork
 from ramgguf.plan.speed_front import SpeedFront
+from ramgguf.plan.split import Sites
 from ramgguf.plan.targets import TARGETS, target
 
 __all__ = [
@@ -30,17 +33,21 @@ __all__ = [
     "ByteLimit",
     "Choice",
     "Costing",
+    "DividedPlan",
     "Frontier",
     "Plan",
     "PlanAt",
     "PlanOptions",
+    "Pools",
     "Problem",
     "Recipe",
     "Room",
+    "Sites",
     "SizeLimit",
     "SourceSize",
     "SpeedFront",
     "SpeedLimit",
+    "SplitRoom",
     "TokenWork",
     "costing",
     "curve",

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterator
 from functools import partial
 
-from ramgguf.core.errors import BudgetError
+from ramgguf.core.errors import BudgetError, PlanError
 from ramgguf.core.gc_paused import gc_paused
 from ramgguf.core.units import format_bytes
 from ramgguf.gguf.layout import padded
@@ -12,8 +12,9 @@ from ramgguf.measure.result import Measurement
 from ramgguf.plan.drafts import draft_notes
 from ramgguf.plan.knapsack import Solution, smallest, solve
 from ramgguf.plan.objectives import Costing
+from ramgguf.plan.pools import PooledProblem, Pools
 from ramgguf.plan.problem import Candidates, Problem, notes
-from ramgguf.plan.result import Constraints, NextPercent, Plan
+from ramgguf.plan.result import Constraints, NextPercent, Plan, Split
 from ramgguf.plan.speed import SpeedLimit, TimedProblem
 
 MAX_UNUSED = 0.001  # of the budget; what a plan leaves beyond it is explained
@@ -27,13 +28,16 @@ def allocate(
     costing: Costing,
     constraints: Constraints,
     speed: SpeedLimit | None = None,
+    pools: Pools | None = None,
 ) -> Plan:
     """Return the plan of least cost whose output file has at most `budget` bytes.
 
-    With a speed, it is the cheapest of those that are predicted to be as fast. Raises BudgetError
-    with the smallest feasible size, or the largest speed, when there is none, PlanError when a
-    pin, a tie or a format suits nothing.
+    With a speed, it is the cheapest of those that are predicted to be as fast; with pools, of those
+    that fit both memories. Raises BudgetError with the smallest feasible size, or the largest
+    speed, when there is none, PlanError when a pin, a tie or a format suits nothing.
     """
+    if speed is not None and pools is not None:
+        raise PlanError("speeds are those of this CPU: a least speed does not go with a GPU's part")
     problem = Problem.of(measurement, constraints, costing.cost)
     capacity = budget - measurement.n_overhead_bytes
     if smallest(problem.items) > capacity:
@@ -44,8 +48,14 @@ def allocate(
         timed = TimedProblem(problem, speed)
         timed.require_reachable(capacity, _without_floor(problem, speed))
         best = timed.solved
-    solution = best(capacity)
-    free = timed is None or not timed.binds(capacity, solution)
+    split: Split | None = None
+    pooled: PooledProblem | None = None
+    if pools is not None:
+        pooled = PooledProblem(problem, pools)
+        solution, split = pooled.solved(capacity)
+    else:
+        solution = best(capacity)
+    free = pools is None and (timed is None or not timed.binds(capacity, solution))
     assignments = problem.assignments(solution.chosen)
     return Plan(
         ramgguf_version=measurement.ramgguf_version,
@@ -62,10 +72,12 @@ def allocate(
         gap=solution.gap,
         constraints=constraints,
         assignments=assignments,
-        next_percent=_next_percent(best, solution, capacity, budget),
+        next_percent=None if pools else _next_percent(best, solution, capacity, budget),
+        split=split,
         speed=None if timed is None else timed.planned(assignments),
         notes=(
             *(() if timed is None else timed.notes()),
+            *(pooled.notes(split) if pooled and split else ()),
             *(_unused(problem, solution, capacity, budget) if free else ()),
             *notes(problem),
             *draft_notes(measurement, assignments),

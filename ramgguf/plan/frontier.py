@@ -22,10 +22,12 @@ from ramgguf.plan.frontier_result import (
     FrontierStep,
     FrontierTensor,
 )
-from ramgguf.plan.knapsack import Choice
+from ramgguf.plan.knapsack import hull
 from ramgguf.plan.objectives import Costing
+from ramgguf.plan.pools import UNLIMITED, Pools
 from ramgguf.plan.problem import Group, Problem, notes
-from ramgguf.plan.result import Assignment, Constraints, Plan
+from ramgguf.plan.result import Assignment, Constraints, Plan, Split
+from ramgguf.plan.split import Sites
 
 MAX_BPW = 8.5
 # A knee: over the KNEE_WINDOW of bytes before it, a byte lowered the cost, in relation to the
@@ -76,25 +78,6 @@ def frontier(
         knees=knees(start_bytes, start_cost, steps),
         notes=(*notes(problem), *costing.notes),
     )
-
-
-def hull(choices: Sequence[Choice]) -> list[int]:
-    """Return the indices of the lower convex hull of (bytes, cost), by ascending bytes."""
-    kept: list[int] = []
-    for j in sorted(range(len(choices)), key=lambda j: (choices[j].n_bytes, choices[j].cost)):
-        new = choices[j]
-        if kept and new.cost >= choices[kept[-1]].cost:
-            continue
-        while len(kept) > 1:
-            a, b = choices[kept[-2]], choices[kept[-1]]
-            bends = (a.cost - b.cost) * (new.n_bytes - b.n_bytes) > (b.cost - new.cost) * (
-                b.n_bytes - a.n_bytes
-            )
-            if bends:
-                break
-            kept.pop()
-        kept.append(j)
-    return kept
 
 
 def _group(group: Group) -> FrontierGroup:
@@ -160,10 +143,11 @@ def _peaks(n_bytes: NDArray[np.float64], ratio: NDArray[np.float64]) -> list[int
     return sorted(peaks)
 
 
-def plan_at(frontier: Frontier, budget: int) -> Plan:
+def plan_at(frontier: Frontier, budget: int, pools: Pools | None = None) -> Plan:
     """Return the frontier's plan for a budget, with its proven gap, without solving again.
 
-    Raises BudgetError below the frontier's start.
+    With pools, it goes as far as a division fits both memories, in whatever formats the frontier
+    has. Raises BudgetError below the frontier's start.
     """
     if budget < frontier.start_bytes:
         raise BudgetError(
@@ -172,11 +156,13 @@ def plan_at(frontier: Frontier, budget: int) -> Plan:
             smallest=frontier.start_bytes,
         )
     chosen, n_bytes = [0] * len(frontier.groups), frontier.start_bytes
+    divided = None if pools is None else _Divided(frontier, pools)
     bound: float | None = None
     for step in frontier.steps:
         group = frontier.groups[step.group]
         extra = group.choices[step.choice].n_bytes - group.choices[step.choice - 1].n_bytes
         fits = n_bytes + extra <= budget and chosen[step.group] == step.choice - 1
+        fits = fits and (divided is None or divided.take(step.group, step.choice))
         if not fits and bound is None:
             # Up to here the plan is optimal; no plan can buy more per byte than the next step.
             bound = _cost(frontier, chosen) - step.price * (budget - n_bytes)
@@ -202,8 +188,59 @@ def plan_at(frontier: Frontier, budget: int) -> Plan:
         gap=gap,
         constraints=frontier.constraints,
         assignments=assignments,
+        split=None if divided is None else divided.split(),
         notes=frontier.notes,
     )
+
+
+class _Divided:
+    """What a frontier's plan takes of both memories in each division, as it grows."""
+
+    def __init__(self, frontier: Frontier, pools: Pools) -> None:
+        self._groups, self._rooms = frontier.groups, pools.rooms
+        names = [t.name for t in frontier.tensors]
+        sites = Sites.of(names, pools.n_layers, tied=pools.tied)
+        self._lies = np.array(
+            [[sites.in_ram(r.split), sites.in_vram(r.split)] for r in pools.rooms], np.int64
+        )
+        n_weights = np.array([t.n_weights for t in frontier.tensors])
+        self._n_offloaded = self._lies[:, 1] @ n_weights
+        self._left = np.array(
+            [[UNLIMITED if n is None else n for n in (r.ram, r.vram)] for r in pools.rooms],
+            np.int64,
+        )
+        for group in frontier.groups:
+            self._left -= self._taken(group, 0)
+        if not self._fits(self._left).any():
+            raise BudgetError(
+                "no division between RAM and GPU leaves enough for the frontier's start, "
+                f"{frontier.start_bytes} bytes",
+                smallest=frontier.start_bytes,
+            )
+
+    def _taken(self, group: FrontierGroup, choice: int) -> NDArray[np.int64]:
+        """Return the bytes of RAM and of the GPU that a choice takes in each division."""
+        sizes = np.array(group.choices[choice].tensor_bytes, np.int64)
+        taken: NDArray[np.int64] = self._lies[:, :, list(group.members)] @ sizes
+        return taken
+
+    def _fits(self, left: NDArray[np.int64]) -> NDArray[np.bool_]:
+        found: NDArray[np.bool_] = np.all(left >= 0, axis=1)
+        return found
+
+    def take(self, group: int, choice: int) -> bool:
+        """Take a group's next choice if a division then fits; return whether it was taken."""
+        more = self._taken(self._groups[group], choice)
+        left = self._left - more + self._taken(self._groups[group], choice - 1)
+        if not self._fits(left).any():
+            return False
+        self._left = left
+        return True
+
+    def split(self) -> Split:
+        """Return the division that fits with the most weights on the GPU."""
+        offloaded = np.where(self._fits(self._left), self._n_offloaded, -1)
+        return self._rooms[int(np.argmax(offloaded))].split
 
 
 def _cost(frontier: Frontier, chosen: Sequence[int]) -> float:

@@ -120,6 +120,25 @@ def efficient(item: Sequence[Choice]) -> list[int]:
     return kept
 
 
+def hull(choices: Sequence[Choice]) -> list[int]:
+    """Return the indices of the lower convex hull of (bytes, cost), by ascending bytes."""
+    kept: list[int] = []
+    for j in sorted(range(len(choices)), key=lambda j: (choices[j].n_bytes, choices[j].cost)):
+        new = choices[j]
+        if kept and new.cost >= choices[kept[-1]].cost:
+            continue
+        while len(kept) > 1:
+            a, b = choices[kept[-2]], choices[kept[-1]]
+            bends = (a.cost - b.cost) * (new.n_bytes - b.n_bytes) > (b.cost - new.cost) * (
+                b.n_bytes - a.n_bytes
+            )
+            if bends:
+                break
+            kept.pop()
+        kept.append(j)
+    return kept
+
+
 def _price(table: _Table, capacity: int) -> float:
     """Return the least price per byte at which every item's best choice fits the capacity."""
     if table.n_bytes[table.cheapest_at(0.0)].sum() <= capacity:

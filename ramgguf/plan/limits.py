@@ -1,6 +1,6 @@
 """What bounds the size of an output: bytes, or whatever else leaves a number of bytes."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +10,14 @@ from ramgguf.core.errors import BudgetError
 from ramgguf.core.units import parse_budget
 from ramgguf.gguf.identity import Source
 from ramgguf.gguf.reader import GGUFFile
+from ramgguf.plan.pools import Pools
 from ramgguf.plan.result import Plan
 
-PlanAt = Callable[[int], Plan]
+
+class PlanAt(Protocol):
+    """Plans for a number of bytes of file, and for two memories where there are any."""
+
+    def __call__(self, budget: int, pools: Pools | None = None) -> Plan: ...
 
 
 @dataclass(frozen=True)

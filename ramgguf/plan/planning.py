@@ -14,6 +14,7 @@ from ramgguf.plan.explanation import explain as _explain
 from ramgguf.plan.frontier_result import Frontier
 from ramgguf.plan.limits import PlanAt, SizeLimit, SourceSize, size_limit
 from ramgguf.plan.objectives import Costing, costing
+from ramgguf.plan.pools import Pools
 from ramgguf.plan.problem import Problem, parse_tie
 from ramgguf.plan.recipes import Difference, Recipe, pins_for
 from ramgguf.plan.recipes import diff as _diff
@@ -35,7 +36,7 @@ class PlanOptions(TypedDict, total=False):
     weighted. formats are those to choose from, or sets of them (None: all measured); pins are
     'regex=FORMAT', min_formats 'role=FORMAT'; a tie is 'qkv', 'gate-up' or a list 'role,role'.
     target is a program that runs the file (TARGETS): 'vllm' ties what it fuses. speed is how fast
-    a plan must be on a machine whose formats were timed.
+    a plan must be on a machine whose formats were timed. pools are set by limits of memory.
     """
 
     objective: str | None
@@ -47,6 +48,7 @@ class PlanOptions(TypedDict, total=False):
     min_formats: Sequence[str]
     target: str | None
     speed: SpeedLimit | None
+    pools: Pools | None
 
 
 def plan(
@@ -66,16 +68,18 @@ def plan(
             raise PlanError("a frontier was made with its options; plan from the measurement")
         return _plan(curves, budget, partial(_frontier.plan_at, curves))
     measurement = _loaded(curves)
+    allocate = partial(
+        _allocate.allocate,
+        measurement,
+        costing=_costing(measurement, options),
+        constraints=_constraints(measurement, options),
+        speed=options.get("speed"),
+    )
+    given = options.get("pools")
     return _plan(
         measurement,
         budget,
-        partial(
-            _allocate.allocate,
-            measurement,
-            costing=_costing(measurement, options),
-            constraints=_constraints(measurement, options),
-            speed=options.get("speed"),
-        ),
+        lambda n, pools=None: allocate(n, pools=given if pools is None else pools),
     )
 
 

@@ -143,6 +143,29 @@ class MemoryBudget(FrozenModel):
     beside: tuple[BesideUse, ...] = ()
 
 
+class Split(FrozenModel):
+    """How a model is divided between RAM and a GPU's memory: by llama.cpp's options.
+
+    n_cpu_moe is the number of layers, from the first, whose experts stay in RAM. cpu_formats are
+    those that tensors which the CPU multiplies were chosen from; None: any.
+    """
+
+    n_gpu_layers: NonNegative
+    n_cpu_moe: NonNegative = 0
+    cpu_formats: tuple[str, ...] | None = None
+
+    @property
+    def options(self) -> str:
+        """The options of llama.cpp's programs: -ngl 37 --n-cpu-moe 12.
+
+        With a GPU, -ngl 0 alone would still compute long prompts there.
+        """
+        if self.n_gpu_layers == 0:
+            return "-ngl 0 --device none"
+        moe = f" --n-cpu-moe {self.n_cpu_moe}" if self.n_cpu_moe else ""
+        return f"-ngl {self.n_gpu_layers}{moe}"
+
+
 class PlannedSpeed(FrozenModel):
     """Tokens per second that a plan was bound to (0: not), and those that it has.
 
@@ -227,6 +250,7 @@ class Plan(Document):
     next_percent: NextPercent | None = None
     refinement: Refinement | None = None
     memory: MemoryBudget | None = None
+    split: Split | None = None
     speed: PlannedSpeed | None = None
     notes: tuple[str, ...] = ()
 

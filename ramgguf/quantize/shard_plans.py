@@ -5,7 +5,7 @@ from pathlib import Path
 from ramgguf.core.errors import BudgetError
 from ramgguf.gguf.reader import GGUFFile
 from ramgguf.measure.result import Measurement
-from ramgguf.plan import PlanOptions, plan
+from ramgguf.plan import PlanOptions, Pools, plan
 from ramgguf.plan.result import Plan
 from ramgguf.quantize.write import Destination, planned_layout
 
@@ -16,8 +16,11 @@ def plan_for_shards(
     split_max_bytes: int | None,
     measurement: Measurement,
     budget: int,
+    pools: Pools | None = None,
 ) -> Plan:
     """Return a plan whose files together fit the budget: shards have headers of their own."""
+    if pools is not None:
+        options = {**options, "pools": pools}
     for _ in range(8):
         made = plan(measurement, budget, **options)
         if split_max_bytes is None:

@@ -24,7 +24,7 @@ from ramgguf.llama.patched_weights import Floats
 from ramgguf.llama.token_statistics import standard_error
 from ramgguf.llama.tokens import TokenRequest, parse_tokens
 from ramgguf.measure.result import Measurement
-from ramgguf.plan import Costing, Problem, costing, price
+from ramgguf.plan import Costing, DividedPlan, Problem, costing, price
 from ramgguf.plan.result import FormatChange, Plan, Refinement
 from ramgguf.quants.imatrix import load_imatrix
 from ramgguf.refine.journal import Paired, RefineJournal, Trial
@@ -81,7 +81,11 @@ def refine_plan(
         planned = PlanState(file, passes)
         sets = [TokenSet(part, planned) for part in settings.sets]
         width = max(1, passes.n_workers // wanted.sizes[0])
-        run = _Run(problem, plan, chosen, costing, planned, sets, width)
+        divided = None
+        if plan.split is not None:
+            tied = file.has_tied_embedding
+            divided = DividedPlan(problem, plan, chosen, file.n_layers or 0, tied=tied)
+        run = _Run(problem, plan, chosen, costing, planned, sets, width, divided)
         run.go(wanted.n_trials, journal, progress)
         refined = run.result(settings.tokens, settings.seed, passes.cpus)
         run.check_restored()
@@ -112,7 +116,9 @@ class _Run:
         weights: PlanState,
         sets: list[TokenSet],
         width: int,
+        divided: DividedPlan | None,
     ) -> None:
+        self._divided = divided
         self._problem, self._plan, self._costing = problem, plan, costing
         self._weights, self._sets, self._width = weights, sets, width
         self._chosen = chosen
@@ -157,7 +163,12 @@ class _Run:
         """Return the most promising moves that were not tried, as many as run side by side."""
         items, room = self._problem.items, self._plan.budget - self._n_bytes()
         proposals = self._belief.proposals(items, self._chosen, room, self._price)
-        untried = (move for move in proposals if self._swap(move) not in self._tried)
+        untried = (
+            move
+            for move in proposals
+            if self._swap(move) not in self._tried
+            and (self._divided is None or self._divided.allows(move.changes))
+        )
         return list(itertools.islice(untried, self._width))
 
     def _look_ahead(self, moves: list[Move]) -> None:
@@ -189,6 +200,8 @@ class _Run:
         self._tried.add(trial.swap)
         if trial.taken:
             self._swaps.append(trial.swap)
+            if self._divided is not None:
+                self._divided.take(move.changes)
             for item, choice in move.changes:
                 self._chosen[item] = choice
 
@@ -244,6 +257,7 @@ class _Run:
                 "total_cost_error": self._costing.total_error(assignments),
                 "gap": max(0.0, 1 - bound / cost) if self._swaps and cost > 0 else plan.gap,
                 "next_percent": None if self._swaps else plan.next_percent,
+                "memory": plan.memory if self._divided is None else self._divided.memory(),
                 "refinement": Refinement(
                     tokens=tokens,
                     seed=seed,

@@ -67,7 +67,9 @@ def _use(card: Card) -> str:
     commands = _block(f"llama-cli -m {name}{length}\nllama-server -m {name}{length}")
     if card.plan is None or card.plan.memory is None:
         return commands
-    told = "\n".join(f"- {markdown_text(line)}" for line in remarks(card.plan.memory))
+    told = "\n".join(
+        f"- {markdown_text(line)}" for line in remarks(card.plan.memory, card.plan.split)
+    )
     return f"{commands}\n\n{told}"
 
 

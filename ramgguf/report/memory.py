@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from rich.console import Console
 
 from ramgguf.core.units import format_bytes
-from ramgguf.plan.result import MemoryBudget, MemoryUse
+from ramgguf.plan.result import MemoryBudget, MemoryUse, Split
 from ramgguf.report.grid import Field, Grid, grid_of, to_rich
 
 # llama.cpp's options for what runs beside a model, and those that keep it in RAM.
@@ -59,21 +59,26 @@ def context(memory: MemoryBudget) -> str:
     )
 
 
-def print_memory(memory: MemoryBudget, console: Console) -> None:
+def print_memory(memory: MemoryBudget, split: Split | None, console: Console) -> None:
     """Print the breakdown: weights, cache, compute, overhead and margin of RAM and the GPU."""
     console.print(to_rich(memory_grid(memory), header_style="bold"))
     console.print(context(memory), soft_wrap=True)
-    for line in remarks(memory):
+    for line in remarks(memory, split):
         console.print(f"note: {line}", soft_wrap=True)
 
 
-def remarks(memory: MemoryBudget) -> list[str]:
-    """Return how the sizes are known, and how llama.cpp is told to use them."""
+def remarks(memory: MemoryBudget, split: Split | None) -> list[str]:
+    """Return how the sizes are known, and which options llama.cpp runs it with.
+
+    split is the plan's; plans of earlier versions have none.
+    """
     flags = f"-c {memory.n_ctx * memory.n_seq}"
     flags += f" -np {memory.n_seq}" if memory.n_seq > 1 else ""
     for option, name in (("-ctk", memory.type_k), ("-ctv", memory.type_v)):
         flags += f" {option} {name.lower()}" if name != "F16" else ""
-    if memory.n_gpu_layers is not None:
+    if split is not None:
+        flags += f" {split.options}"
+    elif memory.n_gpu_layers is not None:
         flags += f" -ngl {memory.n_gpu_layers}"
     for other in memory.beside:
         flags += f" {_BESIDE[other.kind]} {shlex.quote(other.path)}"

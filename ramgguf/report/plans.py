@@ -42,7 +42,7 @@ def print_plan(plan: Plan, console: Console, *, verbose: bool = False) -> None:
     console.print(to_rich(role_grid(plan), header_style="bold"))
     console.print(size(plan), soft_wrap=True)
     if plan.memory is not None:
-        print_memory(plan.memory, console)
+        print_memory(plan.memory, plan.split, console)
     console.print(optimality(plan), soft_wrap=True)
     if plan.speed is not None:
         console.print(speed(plan.speed), soft_wrap=True)

@@ -11,10 +11,10 @@ from typer.testing import CliRunner
 import ramgguf
 from ramgguf.cli.app import app
 from ramgguf.core.errors import BudgetError
+from ramgguf.deploy import MemoryLimit, MemoryRequest
 from ramgguf.deploy.beside import BesideModel
 from ramgguf.deploy.footprint import FootprintEstimator
 from ramgguf.deploy.footprint_formula import ContextShape
-from ramgguf.deploy.memory import MemoryLimit, MemoryRequest
 from ramgguf.gguf.reader import open_gguf
 from ramgguf.measure.result import Measurement
 from ramgguf.plan.result import MemoryBudget

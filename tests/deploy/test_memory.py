@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,17 +15,19 @@ from typer.testing import CliRunner
 import ramgguf
 from ramgguf.cli.app import app
 from ramgguf.core.errors import BudgetError, EngineError, PlanError
+from ramgguf.deploy import MemoryLimit, MemoryRequest
+from ramgguf.deploy.division import DivisionRooms
 from ramgguf.deploy.footprint import CACHE_TYPES, Footprint, FootprintEstimator, parse_cache_types
 from ramgguf.deploy.footprint_formula import ContextShape, cache_bytes, compute_bytes
-from ramgguf.deploy.memory import MemoryLimit, MemoryRequest
-from ramgguf.deploy.offload import most_layers, place, place_within
+from ramgguf.deploy.offload import most_layers, place
 from ramgguf.gguf.reader import open_gguf
 from ramgguf.gguf.stub_model import stub_model
 from ramgguf.llama.child import Child, ChildDiedError
 from ramgguf.llama.sizes import Sizes, SizesOf
 from ramgguf.measure.result import Measurement
 from ramgguf.plan import PlanOptions, plan
-from ramgguf.plan.result import MemoryUse, Plan
+from ramgguf.plan.result import MemoryUse, Plan, Split
+from ramgguf.report.memory import remarks
 from small_models import (
     ARCHITECTURES,
     ATTENTION,
@@ -259,35 +263,32 @@ FOOTPRINT = Footprint(
 )
 
 
+def _split(n_gpu_layers: int) -> Split:
+    return Split(n_gpu_layers=n_gpu_layers)
+
+
 def test_layers_go_to_the_gpu_from_the_last_with_their_cache() -> None:
-    assert place(FOOTPRINT, 0).ram == FOOTPRINT.use
-    assert place(FOOTPRINT, 0).vram == MemoryUse()
-    one = place(FOOTPRINT, 1)
+    assert place(FOOTPRINT, _split(0)).ram == FOOTPRINT.use
+    assert place(FOOTPRINT, _split(0)).vram == MemoryUse()
+    one = place(FOOTPRINT, _split(1))
     assert (one.vram.weights, one.vram.cache) == (5 + 50, 0)  # the output layer
-    two = place(FOOTPRINT, 2)
+    two = place(FOOTPRINT, _split(2))
     assert (two.vram.weights, two.vram.cache) == (5 + 50 + 300, 30)
     assert (two.ram.weights, two.ram.cache) == (50 + 100 + 200, 10)
 
 
 def test_tied_embeddings_count_twice_when_everything_is_offloaded() -> None:
-    placed = place(FOOTPRINT, 99)
-    assert placed.n_gpu_layers == most_layers(FOOTPRINT) == 4
+    placed = place(FOOTPRINT, _split(99))
+    assert placed.split.n_gpu_layers == most_layers(FOOTPRINT) == 4
     assert placed.ram.weights + placed.vram.weights == FOOTPRINT.use.weights + 50
     assert placed.ram.weights == 50
-
-
-def test_the_most_layers_that_fit_are_offloaded() -> None:
-    for n in range(5):
-        needed = place(FOOTPRINT, n).vram.total
-        assert place_within(FOOTPRINT, needed).n_gpu_layers == n
-    assert place_within(FOOTPRINT, place(FOOTPRINT, 3).vram.total - 1).n_gpu_layers == 2
 
 
 def test_a_plan_for_ram_and_gpu_fits_both(llama: Path, measurement: Measurement) -> None:
     shape = ContextShape(1024)
     for ngl in (None, 2):
         request = MemoryRequest(
-            shape, _limit(llama, shape, 600_000), vram=507_500_000, n_gpu_layers=ngl
+            shape, _limit(llama, shape, 1_700_000), vram=508_500_000, n_gpu_layers=ngl
         )
         memory = plan(measurement, MemoryLimit(request), min_sqnr_db=0).memory
         assert memory is not None
@@ -298,6 +299,71 @@ def test_a_plan_for_ram_and_gpu_fits_both(llama: Path, measurement: Measurement)
         assert memory.vram.total <= memory.vram_limit
         assert memory.n_gpu_layers is not None
         assert memory.n_gpu_layers > 0
+
+
+def test_the_options_of_the_division_are_printed_and_those_of_old_plans_too(
+    llama: Path, measurement: Measurement
+) -> None:
+    shape = ContextShape(1024)
+    request = MemoryRequest(shape, _limit(llama, shape, 1_700_000), vram=508_500_000)
+    made = plan(measurement, MemoryLimit(request), min_sqnr_db=0)
+    assert made.split is not None
+    assert made.memory is not None
+    assert made.budget == made.n_bytes
+    told = remarks(made.memory, made.split)
+    assert told[0].endswith(f"-c 1024 -ngl {made.split.n_gpu_layers}")
+    assert "the GPU's part is an estimate, not measured on a GPU" in told
+    written = json.loads(made.to_json())
+    assert written["split"]["n_gpu_layers"] == made.split.n_gpu_layers
+    del written["split"]  # a file of an earlier version
+    old = Plan.from_json(json.dumps(written))
+    assert old.memory is not None
+    assert remarks(old.memory, old.split) == told
+
+
+def test_with_all_layers_on_the_gpu_experts_may_still_stay_in_ram(tmp_path: Path) -> None:
+    moe = next(a for a in ARCHITECTURES if a.name == "qwen3moe")
+    path = write_small_model(tmp_path / "moe.gguf", moe)
+    with open_gguf(path) as file, FootprintEstimator(file) as estimator:
+        footprint = estimator.footprint(ContextShape(512), {})
+        both = {"ram": 10**9, "vram": 10**9}
+        for limits, n, expected in (
+            (both, 99, [(3, 0), (3, 1), (3, 2)]),
+            (both, 2, [(2, 0)]),
+            ({**both, "ram": None}, None, [(3, 0)]),
+            ({**both, "vram": None}, None, [(0, 0)]),
+            (both, None, [(3, 0), (3, 1), (3, 2), (2, 0), (1, 0), (0, 0)]),
+        ):
+            request = MemoryRequest(ContextShape(512), **limits, n_gpu_layers=n)
+            found = DivisionRooms(file, request).splits(footprint)
+            assert [(s.n_gpu_layers, s.n_cpu_moe) for s in found] == expected
+
+
+def test_formats_of_the_cpu_s_side_that_do_not_fit_are_an_error_that_says_so(
+    llama: Path, measurement: Measurement
+) -> None:
+    shape = ContextShape(1024)
+    limit = _limit(llama, shape, 1_500_000)
+    request = MemoryRequest(shape, limit, vram=10**9, n_gpu_layers=1, cpu_formats=("Q8_0",))
+    with pytest.raises(BudgetError, match="--cpu-formats all fits"):
+        plan(measurement, MemoryLimit(request), min_sqnr_db=0)
+    assert plan(
+        measurement, MemoryLimit(replace(request, cpu_formats=None)), min_sqnr_db=0
+    ).split == Split(n_gpu_layers=1)
+
+
+def test_a_frontier_with_a_gpu_says_the_division(
+    llama: Path, measurement: Measurement, tmp_path: Path
+) -> None:
+    measurement.save(tmp_path / "m.rd.json")
+    limit = _limit(llama, ContextShape(1024), 1_700_000)
+    told = CliRunner().invoke(
+        app,
+        ["frontier", str(tmp_path / "m.rd.json"), "--min-sqnr", "0", "--memory", str(limit),
+         "--vram", "508.5MB", "--context", "1024"],
+    )  # fmt: skip
+    assert told.exit_code == 0, told.output
+    assert re.search(r"llama\.cpp's options -c 1024 -ngl [1-3]\n", told.output)
 
 
 def test_a_gpu_alone_takes_all_layers(measurement: Measurement) -> None:

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 import ramgguf
 from ramgguf.core.errors import BudgetError
-from ramgguf.plan.frontier import hull, knees
+from ramgguf.plan.frontier import knees
 from ramgguf.plan.frontier_result import Frontier
-from ramgguf.plan.knapsack import Choice
+from ramgguf.plan.knapsack import Choice, hull
 from ramgguf.report.frontier import cost_at, curve_svg, print_curve, rows
 from ramgguf.report.plans import print_plan
 from ramgguf.report.terminal import PlainConsole

@@ -30,6 +30,8 @@ from ramgguf.evaluate.held_out import resamples
 MIXES = ("Q3_K_M", "Q4_K_M", "Q5_K_M", "Q6_K")
 BASE = "mix with matrix"
 ORDER = ("mix", BASE, "fast", "matrix step", "auto", "best")
+# llama.cpp makes these with a matrix only; one must be there before.
+NEED_MATRIX = frozenset({"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "Q2_K_S"})
 LEAST_WINDOWS = 3  # per domain, for an interval
 
 
@@ -82,8 +84,13 @@ def rows(
     """Make what is missing at the mix's bytes, and yield its rows."""
     made: dict[str, tuple[Path, Said]] = {}
     folder: Path = options.folder
-    plain = llama_quantize(source, folder / f"{source.stem}-{mix}.gguf", mix)
-    budget = plain.stat().st_size
+    plain = base = folder / f"{source.stem}-{mix}.gguf"
+    if mix in NEED_MATRIX:
+        base = folder / f"{source.stem}-{mix}-matrix.gguf"
+        llama_quantize(source, base, mix, imatrix=matrix_of(source))
+    else:
+        llama_quantize(source, plain, mix)
+    budget = base.stat().st_size
     for effort in efforts:
         if effort in done:
             continue
@@ -92,7 +99,7 @@ def rows(
         if not (path.exists() and told.exists()):
             told.write_text(json.dumps(ours(source, path, budget, effort, options.time)))
         made[effort] = path, json.loads(told.read_text())
-    if "mix" not in done:
+    if "mix" not in done and mix not in NEED_MATRIX:
         made["mix"] = plain, {"seconds": 0.0, "notes": []}
     matrix = matrix_of(source)
     if BASE not in done and matrix is not None:

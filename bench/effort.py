@@ -31,7 +31,9 @@ MIXES = ("Q3_K_M", "Q4_K_M", "Q5_K_M", "Q6_K")
 BASE = "mix with matrix"
 ORDER = ("mix", BASE, "fast", "matrix step", "auto", "best")
 # llama.cpp makes these with a matrix only; one must be there before.
-NEED_MATRIX = frozenset({"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "Q2_K_S"})
+NEED_MATRIX = frozenset(
+    {"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "Q2_K_S", "IQ3_XXS"}
+)
 LEAST_WINDOWS = 3  # per domain, for an interval
 
 

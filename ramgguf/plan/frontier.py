@@ -6,7 +6,6 @@ optimum of its own size. Sizes between two of them are filled up, with a proven 
 (Sinha and Zoltners, The multiple-choice knapsack problem, Operations Research 27, 1979).
 """
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -24,8 +23,9 @@ from ramgguf.plan.frontier_result import (
 )
 from ramgguf.plan.knapsack import Choice
 from ramgguf.plan.objectives import Costing
+from ramgguf.plan.prediction import predicted_kld
 from ramgguf.plan.problem import Group, Problem, notes
-from ramgguf.plan.result import Assignment, Constraints, Plan
+from ramgguf.plan.result import Assignment, Constraints, Plan, PredictedKLD
 
 MAX_BPW = 8.5
 # A knee: over the KNEE_WINDOW of bytes before it, a byte lowered the cost, in relation to the
@@ -197,7 +197,7 @@ def plan_at(frontier: Frontier, budget: int) -> Plan:
         n_bytes=n_bytes,
         n_overhead_bytes=frontier.n_overhead_bytes,
         total_cost=cost,
-        total_cost_error=_error(frontier, assignments),
+        predicted_kld=_predicted_kld(frontier, assignments),
         sensitivity_sha256=frontier.sensitivity_sha256,
         gap=gap,
         constraints=frontier.constraints,
@@ -210,11 +210,11 @@ def _cost(frontier: Frontier, chosen: Sequence[int]) -> float:
     return float(sum(g.choices[j].cost for g, j in zip(frontier.groups, chosen, strict=True)))
 
 
-def _error(frontier: Frontier, assignments: Sequence[Assignment]) -> float | None:
+def _predicted_kld(frontier: Frontier, assignments: Sequence[Assignment]) -> PredictedKLD | None:
     if frontier.sensitivity_sha256 is None:
         return None
-    pairs = zip(frontier.tensors, assignments, strict=True)
-    return math.fsum(a.cost * (t.relative_error or 0.0) for t, a in pairs)
+    errors = {t.name: t.relative_error or 0.0 for t in frontier.tensors}
+    return predicted_kld(assignments, errors, frontier.encoder)
 
 
 def _assignments(frontier: Frontier, chosen: Sequence[int]) -> tuple[Assignment, ...]:

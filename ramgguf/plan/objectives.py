@@ -12,8 +12,10 @@ from dataclasses import dataclass, field
 from ramgguf.core.errors import PlanError
 from ramgguf.gguf.identity import require_model, unsure
 from ramgguf.measure.result import Measurement, Point, TensorMeasurement
+from ramgguf.plan.prediction import predicted_kld
 from ramgguf.plan.priors import ModelShape, prior
-from ramgguf.plan.result import Assignment
+from ramgguf.plan.result import Assignment, PredictedKLD
+from ramgguf.quants.encoders import EncoderName
 from ramgguf.quants.imatrix import ImportanceSource
 from ramgguf.sensitivity.result import Sensitivity
 
@@ -93,14 +95,13 @@ class Costing:
     sensitivity_sha256: str | None = None
     notes: tuple[str, ...] = ()
 
-    def total_error(self, assignments: Iterable[Assignment]) -> float | None:
-        """Return the standard error of the total cost; None where it is not known.
-
-        All tensors were read with the same tokens, so their errors are taken to add up.
-        """
-        if not self.errors:
+    def predicted_kld(
+        self, assignments: Iterable[Assignment], encoder: EncoderName
+    ) -> PredictedKLD | None:
+        """Return the KLD that sensitivities predict; None where none were measured."""
+        if self.name != SENSITIVITY:
             return None
-        return math.fsum(a.cost * self.errors.get(a.name, 0.0) for a in assignments)
+        return predicted_kld(assignments, self.errors, encoder)
 
 
 def costing(

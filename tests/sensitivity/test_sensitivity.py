@@ -231,13 +231,17 @@ def test_plans_by_sensitivity_predict_the_kld_that_the_readings_add_up_to(
     expected = [alpha.get(a.name, 0.0) * a.nmse for a in plan.assignments]
     assert plan.objective == "sensitivity"
     assert plan.total_cost == pytest.approx(sum(expected))
-    assert plan.total_cost_error is not None
-    assert 0 < plan.total_cost_error < plan.total_cost
+    assert plan.predicted_kld is not None
+    assert 0 < plan.predicted_kld.low < plan.predicted_kld.kld < plan.predicted_kld.high
     explained = ramgguf.explain(plan, measurement, measured)
     assert len(explained.tensors) == len(plan.assignments)
     on_curve = ramgguf.plan(ramgguf.curve(measurement, sensitivity=measured), plan.n_bytes)
     assert on_curve.sensitivity_sha256 == plan.sensitivity_sha256 == measured.sha256()
     assert on_curve.total_cost >= plan.total_cost * (1 - 1e-9)
+    assert on_curve.predicted_kld is not None
+    if on_curve.sha256() == plan.sha256():
+        assert on_curve.predicted_kld.kld == pytest.approx(plan.predicted_kld.kld)
+    assert ramgguf.plan(measurement, "35%").predicted_kld is None
 
 
 def test_a_plan_says_when_its_errors_are_of_another_encoder_than_its_sensitivities(

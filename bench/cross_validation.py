@@ -55,6 +55,7 @@ class Model:
     name: str
     measurement: Measurement
     alpha: Mapping[str, float]
+    read: frozenset[str]  # tensors whose α was read, not interpolated
 
     @property
     def shape(self) -> ModelShape:
@@ -62,6 +63,9 @@ class Model:
 
     def tensors(self) -> list[TensorMeasurement]:
         return [t for t in self.measurement.tensors if t.kept is None and self.alpha.get(t.name)]
+
+    def read_tensors(self) -> list[TensorMeasurement]:
+        return [t for t in self.tensors() if t.name in self.read]
 
     def size(self, tensor: TensorMeasurement, unit: str) -> float:
         """Return what a prior multiplies: the tensor's weights, or its mean squared output."""
@@ -78,7 +82,11 @@ class Fit:
 
     def log(self, tensor: TensorMeasurement, shape: ModelShape) -> float:
         part, sharing = part_and_sharing(tensor, shape)
-        return self.roles[part] + sharing + self.factor(part, tensor.layer, shape.n_layers or 1)
+        return (
+            self.roles.get(part, 0.0)
+            + sharing
+            + self.factor(part, tensor.layer, shape.n_layers or 1)
+        )
 
     def factor(self, part: str, layer: int | None, n_layers: int) -> float:
         place = bin_of(layer, n_layers, self.kind)
@@ -86,8 +94,13 @@ class Fit:
 
 
 def part_and_sharing(tensor: TensorMeasurement, shape: ModelShape) -> tuple[str, float]:
-    """Return the tensor's part, and the logarithm of the query heads that share each weight."""
+    """Return the tensor's part, and the logarithm of the query heads that share each weight.
+
+    A tied embedding counts as a head.
+    """
     part = parse_name(tensor.name).part
+    if part == "output" or (shape.tied and part == "token_embd"):
+        part = "head"
     return part, math.log(shape.heads_per_kv) if part in SHARED_BY_HEADS else 0.0
 
 
@@ -105,7 +118,7 @@ def fit(model: Model, kind: Kind, unit: str) -> Fit:
     """Return the medians of log α per unit by role, and of what is left by place."""
     shape = model.shape
     left: dict[str, list[tuple[int | None, float]]] = {}
-    for t in model.tensors():
+    for t in model.read_tensors():
         part, sharing = part_and_sharing(t, shape)
         value = math.log(model.alpha[t.name] / model.size(t, unit)) - sharing
         left.setdefault(part, []).append((bin_of(t.layer, shape.n_layers or 1, kind), value))
@@ -127,10 +140,13 @@ def fit(model: Model, kind: Kind, unit: str) -> Fit:
 def pooled(a: Fit, b: Fit) -> Fit:
     """Return the geometric mean of two fits."""
     return Fit(
-        {p: (a.roles[p] + b.roles[p]) / 2 for p in a.roles},
+        {
+            p: (a.roles.get(p, b.roles.get(p, 0.0)) + b.roles.get(p, a.roles.get(p, 0.0))) / 2
+            for p in {**a.roles, **b.roles}
+        },
         {
             p: tuple((x + y) / 2 for x, y in zip(a.depth[p], b.depth[p], strict=True))
-            for p in a.depth
+            for p in a.depth.keys() & b.depth.keys()
         },
         a.kind,
     )
@@ -153,10 +169,10 @@ def score(
     error: Callable[[Point], float] = lambda p: p.nmse,
 ) -> dict[str, object]:
     """Return how a prior ranks the model's tensors, and what its plans cost beyond the best."""
-    tensors = model.tensors()
-    sizes = {t.name: model.size(t, unit) for t in tensors}
-    truth = np.log([model.alpha[t.name] / sizes[t.name] for t in tensors])
-    guess = np.array([log_prior[t.name] for t in tensors])
+    sizes = {t.name: model.size(t, unit) for t in model.tensors()}
+    read = model.read_tensors()
+    truth = np.log([model.alpha[t.name] / sizes[t.name] for t in read])
+    guess = np.array([log_prior[t.name] for t in read])
     ratio = truth - guess
     excess = {}
     for bpw in SIZES:
@@ -227,7 +243,8 @@ def main() -> None:
         name = path.stem.removesuffix("-f16")
         found = Sensitivity.load(arguments.folder / f"{name}.sens.json")
         curves = ramgguf.measure(path, encoder=found.encoder, threads=N_THREADS)
-        plain.append(Model(name, curves, {t.name: t.alpha for t in found.tensors}))
+        read = frozenset(t.name for t in found.tensors if t.origin == "measured")
+        plain.append(Model(name, curves, {t.name: t.alpha for t in found.tensors}, read))
         matrix = arguments.folder / f"{name}.imatrix.gguf"
         if not matrix.exists():
             continue
@@ -235,7 +252,8 @@ def main() -> None:
         with open_gguf(path) as file:
             imatrix = load_importance(matrix, None, found.encoder)
             weighed = reweighed(file, found, imatrix, Silent())
-        under_matrix.append(Model(name, curves, {t.name: t.alpha for t in weighed.tensors}))
+        weighed_alpha = {t.name: t.alpha for t in weighed.tensors}
+        under_matrix.append(Model(name, curves, weighed_alpha, read))
     compare(plain, "cross", "weights", add)
     if len(under_matrix) == len(plain):
         compare(under_matrix, "matrix", "weights", add)

@@ -3,8 +3,9 @@
     python bench/predictions.py models/qwen05-f16.gguf qwen05.sens.json --folder scratch
 
 Plans of many sizes, by α and by other objectives, of all formats and of some, are written and
-scored on the mix's part for scores (docs/evaluation.md). Σ α · NMSE, what it is uncertain by, and
-the KLD go to bench/results/predictions.jsonl, plan by plan; what is there is not done again.
+scored on the mix's part for scores (docs/evaluation.md). Σ α · NMSE (of the tokens that scores
+count), what it is uncertain by, and the KLD go to bench/results/predictions.jsonl, plan by plan;
+what is there is not done again.
 """
 
 import argparse
@@ -55,18 +56,19 @@ def plans(measurement: Measurement, sensitivity: Sensitivity) -> Iterator[tuple[
 
 
 def fitted(rows: Sequence[Mapping[str, float]]) -> Calibration:
-    """Return the calibration under which log KLD is spread least about its prediction."""
+    """Return the calibration under which log KLD is spread least about its prediction.
+
+    The kernels' share is fitted to the shape over sizes, whatever the level. The spread is that
+    about the prediction itself: a model's α is read once, so a bias that all its plans share is no
+    property of other models.
+    """
     kld = np.log([row["kld"] for row in rows])
     alpha_nmse = np.array([row["alpha_nmse"] for row in rows])
     alpha = np.array([row["alpha_quantized"] for row in rows])
     kernels = (0.0, *np.geomspace(1e-6, 1e-2, 81).tolist())
     ratios = {k: kld - np.log(alpha_nmse + k * alpha) for k in kernels}
     best = min(ratios, key=lambda k: float(ratios[k].std()))
-    return Calibration(
-        bias=math.exp(float(ratios[best].mean())),
-        kernel_nmse=best,
-        spread=float(ratios[best].std(ddof=3)),
-    )
+    return Calibration(kernel_nmse=best, spread=float(np.sqrt((ratios[best] ** 2).mean())))
 
 
 def covered(rows: Sequence[Mapping[str, float]], calibration: Calibration) -> list[bool]:
@@ -84,7 +86,8 @@ def run(source: Path, sensitivity: Sensitivity, folder: Path) -> None:
     model = source.stem.removesuffix("-f16")
     measurement = ramgguf.measure(source, encoder=sensitivity.encoder, threads=N_THREADS)
     priced = costing("sensitivity", measurement, sensitivity)
-    alpha = {t.name: t.alpha for t in sensitivity.tensors}
+    late = sensitivity.late_shares()
+    alpha = {t.name: t.alpha * late[t.name] for t in sensitivity.tensors}
     for name, plan in plans(measurement, sensitivity):
         if done(model, name):
             continue

@@ -144,6 +144,26 @@ def finish(source: Path, folder: Path) -> None:
     ).save(stem.with_suffix(".sens.json"))
 
 
+def with_late(path: Path) -> None:
+    """Add to a sensitivity's readings the KLD without first tokens, from the record of all."""
+    found = Sensitivity.load(path)
+    shares = late(
+        path.with_name(f"{path.name.split('.')[0]}.kld.ndjson"),
+        found.tokens.n_tokens // found.tokens.n_sequences,
+    )
+    tensors = tuple(
+        t
+        if t.reading is None
+        else t.model_copy(
+            update={
+                "reading": t.reading.model_copy(update={"late_kld": t.reading.kld * shares[t.name]})
+            }
+        )
+        for t in found.tensors
+    )
+    found.model_copy(update={"tensors": tensors}).save(path)
+
+
 def late(path: Path, n_ctx: int) -> dict[str, float]:
     """Return each tensor's KLD without the first tokens of each sequence, of the KLD with them."""
     found = {}
@@ -226,7 +246,7 @@ def compare_files(source: Path, plans: list[Path], folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("part", choices=["text", "alpha", "finish", "rows", "files"])
+    parser.add_argument("part", choices=["text", "alpha", "late", "finish", "rows", "files"])
     parser.add_argument("files", type=Path, nargs="*")
     parser.add_argument("--text", type=Path)
     parser.add_argument("--folder", type=Path)
@@ -244,6 +264,8 @@ def main() -> None:
             arguments.n_seq,
             arguments.context,
         )
+    elif arguments.part == "late":
+        with_late(arguments.files[0])
     elif arguments.part == "finish":
         finish(arguments.files[0], arguments.folder)
     elif arguments.part == "files":

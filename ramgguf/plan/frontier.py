@@ -65,6 +65,7 @@ def frontier(
                 n_weights=c.tensor.n_weights,
                 note=c.note,
                 relative_error=costing.errors.get(c.tensor.name),
+                late=costing.late.get(c.tensor.name),
             )
             for c in problem.candidates
         ),
@@ -214,7 +215,8 @@ def _predicted_kld(frontier: Frontier, assignments: Sequence[Assignment]) -> Pre
     if frontier.sensitivity_sha256 is None:
         return None
     errors = {t.name: t.relative_error or 0.0 for t in frontier.tensors}
-    return predicted_kld(assignments, errors, frontier.encoder)
+    late = {t.name: t.late for t in frontier.tensors if t.late is not None}
+    return predicted_kld(assignments, errors, late, frontier.encoder)
 
 
 def _assignments(frontier: Frontier, chosen: Sequence[int]) -> tuple[Assignment, ...]:

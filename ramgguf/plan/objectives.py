@@ -85,13 +85,15 @@ Cost = Callable[[TensorMeasurement, Point], float]
 class Costing:
     """An objective made ready for one model.
 
-    errors are the relative standard errors of the tensors' costs, known for sensitivities only;
-    sensitivity_sha256 tells which were used, notes what a plan made with them should say.
+    errors are the relative standard errors of the tensors' costs, late the shares of them on tokens
+    that scores count; both are known for sensitivities only. sensitivity_sha256 tells which were
+    used, notes what a plan made with them should say.
     """
 
     name: str
     cost: Cost
     errors: Mapping[str, float] = field(default_factory=dict)
+    late: Mapping[str, float] = field(default_factory=dict)
     sensitivity_sha256: str | None = None
     notes: tuple[str, ...] = ()
 
@@ -101,7 +103,7 @@ class Costing:
         """Return the KLD that sensitivities predict; None where none were measured."""
         if self.name != SENSITIVITY:
             return None
-        return predicted_kld(assignments, self.errors, encoder)
+        return predicted_kld(assignments, self.errors, self.late, encoder)
 
 
 def costing(
@@ -148,6 +150,7 @@ def _by_sensitivity(measurement: Measurement, sensitivity: Sensitivity | None) -
         SENSITIVITY,
         lambda tensor, point: alpha[tensor.name] * point.nmse,
         {t.name: t.relative_error for t in sensitivity.tensors},
+        sensitivity.late_shares(),
         sensitivity.sha256(),
         (*_other_encoder(measurement, sensitivity), *unsure("the sensitivity", theirs)),
     )

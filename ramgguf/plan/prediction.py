@@ -1,8 +1,9 @@
 """The KLD that a plan is expected to have on text, with a 95 % interval.
 
-KLD ≈ bias · Σ α (NMSE + kernel NMSE) over the tensors that are quantized. llama.cpp's kernels round
-activations to 8 bits, which errs as an NMSE of the weights would, whatever their format. What is
-left is taken to be lognormal.
+KLD ≈ Σ α (NMSE + KERNEL_NMSE) over the tensors that are quantized, where α is of the tokens that
+scores count (Sensitivity.late_shares). llama.cpp's kernels round activations to 8 bits, which errs
+as an NMSE of the weights would, whatever their format. What is left is taken to be lognormal: what
+α is uncertain by, and a spread between models and texts.
 
 docs/allocation.md has the plans of two families that the figures come from; fitted to either
 family alone, the intervals hold on the other.
@@ -24,29 +25,33 @@ ENCODERS: frozenset[EncoderName] = frozenset({"rtn", "search"})
 class Calibration:
     """How predictions compare with measured KLD: spread is the standard deviation of its log."""
 
-    bias: float
     kernel_nmse: float
     spread: float
 
 
-SHIPPED = Calibration(bias=1.0, kernel_nmse=1e-4, spread=0.2)
+SHIPPED = Calibration(kernel_nmse=1.5e-4, spread=0.25)
 
 
 def predicted_kld(
-    assignments: Iterable[Assignment], errors: Mapping[str, float], encoder: EncoderName
+    assignments: Iterable[Assignment],
+    errors: Mapping[str, float],
+    late: Mapping[str, float],
+    encoder: EncoderName,
 ) -> PredictedKLD | None:
     """Return the KLD of a plan whose tensors' cost is α · NMSE, in nats per token.
 
-    errors are the relative standard errors of α. None for an encoder that was not compared.
+    errors are the relative standard errors of α, late the shares of it that scores count. None for
+    an encoder that was not compared, and where no shares are known.
     """
-    if encoder not in ENCODERS:
+    if encoder not in ENCODERS or not late:
         return None
     alpha_nmse = alpha = error = 0.0
     for a in assignments:
         if a.nmse > 0:
-            alpha_nmse += a.cost
-            alpha += a.cost / a.nmse
-            error += a.cost * errors.get(a.name, 0.0)
+            cost = a.cost * late.get(a.name, 1.0)
+            alpha_nmse += cost
+            alpha += cost / a.nmse
+            error += cost * errors.get(a.name, 0.0)
     return interval(alpha_nmse, alpha, error)
 
 
@@ -60,6 +65,6 @@ def interval(
     """
     if alpha_nmse <= 0:
         return None
-    value = calibration.bias * (alpha_nmse + calibration.kernel_nmse * alpha)
+    value = alpha_nmse + calibration.kernel_nmse * alpha
     spread = QUANTILE * math.hypot(calibration.spread, error / alpha_nmse)
     return PredictedKLD(kld=value, low=value * math.exp(-spread), high=value * math.exp(spread))

@@ -68,18 +68,22 @@ def test_intervals_are_narrow_enough_to_choose_by() -> None:
 
 def test_the_prediction_adds_up_the_tensors_that_lose_something() -> None:
     tensors = [_assignment("a", 2.0, 0.01), _assignment("b", 3.0, 0.02), _assignment("c", 5.0, 0.0)]
-    found = predicted_kld(tensors, {"a": 0.1, "b": 0.3}, "search")
+    late = {"a": 1.0, "b": 0.5, "c": 1.0}
+    found = predicted_kld(tensors, {"a": 0.1, "b": 0.3}, late, "search")
     assert found is not None
-    assert found == interval(2 * 0.01 + 3 * 0.02, 2.0 + 3.0, 0.1 * 2 * 0.01 + 0.3 * 3 * 0.02)
-    expected = SHIPPED.bias * (0.08 + 5 * SHIPPED.kernel_nmse)
+    assert found == interval(2 * 0.01 + 1.5 * 0.02, 2.0 + 1.5, 0.1 * 2 * 0.01 + 0.3 * 1.5 * 0.02)
+    expected = 0.05 + 3.5 * SHIPPED.kernel_nmse
     assert found.kld == pytest.approx(expected)
     assert math.sqrt(found.low * found.high) == pytest.approx(expected)
-    certain = predicted_kld(tensors, {}, "search")
+    certain = predicted_kld(tensors, {}, late, "search")
     assert certain is not None
     assert certain.low > found.low
     assert certain.high < found.high
 
 
-def test_nothing_is_predicted_without_a_loss_or_for_error_feedback() -> None:
-    assert predicted_kld([_assignment("a", 2.0, 0.0)], {}, "search") is None
-    assert predicted_kld([_assignment("a", 2.0, 0.01)], {}, "gptq") is None
+def test_nothing_is_predicted_of_what_was_not_compared() -> None:
+    lossy, late = [_assignment("a", 2.0, 0.01)], {"a": 1.0}
+    assert predicted_kld(lossy, {}, late, "search") is not None
+    assert predicted_kld([_assignment("a", 2.0, 0.0)], {}, late, "search") is None
+    assert predicted_kld(lossy, {}, late, "gptq") is None
+    assert predicted_kld(lossy, {}, {}, "search") is None  # an older file's α

@@ -5,7 +5,8 @@
 bench/results/priors.jsonl has the sensitivities (bench/priors.py). Priors by role, and by role and
 depth, are fitted to each model and to both. Every plan is priced by the α of the model that it is
 for. With NAME.imatrix.gguf in the folder, the same under that importance matrix, where priors may
-also multiply the local output error. Rows of part cross and matrix are added.
+also multiply the local output error. Rows of part cross, matrix and fit are added. With
+--only-shipped, the shipped priors alone are priced.
 """
 
 import argparse
@@ -69,7 +70,11 @@ class Model:
 
     def size(self, tensor: TensorMeasurement, unit: str) -> float:
         """Return what a prior multiplies: the tensor's weights, or its mean squared output."""
-        return tensor.n_weights if unit == "weights" else tensor.output_squares or 0.0
+        if unit == "weights":
+            return tensor.n_weights
+        if tensor.output_squares is None:  # looked up: its output's error is a row's
+            return tensor.sum_squares * tensor.row_length / tensor.n_weights
+        return tensor.output_squares
 
 
 @dataclass(frozen=True)
@@ -198,9 +203,19 @@ def score(
     }
 
 
-def compare(models: list[Model], part: str, unit: str, add: Callable[..., None]) -> None:
-    """Add what priors by every kind of fit cost on each model, whichever they were fitted on."""
-    for kind in KINDS:
+def compare(
+    models: list[Model],
+    part: str,
+    unit: str,
+    shipped: str,
+    add: Callable[..., None],
+    kinds: tuple[Kind, ...] = KINDS,
+) -> None:
+    """Add what priors by every kind of fit cost on each model, whichever they were fitted on.
+
+    shipped is what rows call the priors of the package.
+    """
+    for kind in kinds:
         fits = {m.name: fit(m, kind, unit) for m in models}
         fits["both"] = pooled(*(fits[m.name] for m in models))
         for on, found in fits.items():
@@ -216,17 +231,19 @@ def compare(models: list[Model], part: str, unit: str, add: Callable[..., None])
         if unit == "output":
             add(part, m, "1 × output", "none", score(m, one, unit))
             continue
-        add(part, m, "shipped × weights", "shipped", score(m, today))
+        add(part, m, f"{shipped} × weights", shipped, score(m, today))
         add(part, m, "1 × weights", "none", score(m, one))
         if part == "matrix":
             plain = score(m, today, error=lambda p: p.unweighted)
-            add(part, m, "shipped × weights, errors unweighted", "shipped", plain)
+            add(part, m, f"{shipped} × weights, errors unweighted", shipped, plain)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("models", type=Path, nargs=2)
     parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--shipped-as", default="shipped")
+    parser.add_argument("--only-shipped", action="store_true")
     arguments = parser.parse_args()
     rows: list[dict[str, object]] = []
 
@@ -242,11 +259,16 @@ def main() -> None:
     for path in arguments.models:
         name = path.stem.removesuffix("-f16")
         found = Sensitivity.load(arguments.folder / f"{name}.sens.json")
-        curves = ramgguf.measure(path, encoder=found.encoder, threads=N_THREADS)
+        kept_curves = arguments.folder / f"{name}.rd.json"
+        if kept_curves.exists():
+            curves = Measurement.load(kept_curves)
+        else:
+            curves = ramgguf.measure(path, encoder=found.encoder, threads=N_THREADS)
+            curves.save(kept_curves)
         read = frozenset(t.name for t in found.tensors if t.origin == "measured")
         plain.append(Model(name, curves, {t.name: t.alpha for t in found.tensors}, read))
         matrix = arguments.folder / f"{name}.imatrix.gguf"
-        if not matrix.exists():
+        if arguments.only_shipped or not matrix.exists():
             continue
         curves = ramgguf.measure(path, encoder=found.encoder, imatrix=matrix, threads=N_THREADS)
         with open_gguf(path) as file:
@@ -254,15 +276,13 @@ def main() -> None:
             weighed = reweighed(file, found, imatrix, Silent())
         weighed_alpha = {t.name: t.alpha for t in weighed.tensors}
         under_matrix.append(Model(name, curves, weighed_alpha, read))
-    compare(plain, "cross", "weights", add)
+    shipped = arguments.shipped_as
+    kinds = () if arguments.only_shipped else KINDS
+    compare(plain, "cross", "weights", shipped, add, kinds)
     if len(under_matrix) == len(plain):
-        compare(under_matrix, "matrix", "weights", add)
-        compare(under_matrix, "matrix", "output", add)
-    kept = [
-        line
-        for line in OUT.read_text().splitlines()
-        if json.loads(line)["part"] in ("model", "alpha", "files")
-    ]
+        compare(under_matrix, "matrix", "weights", shipped, add, kinds)
+        compare(under_matrix, "matrix", "output", shipped, add, kinds)
+    kept = OUT.read_text().splitlines()
     lines = [json.dumps({**row, **(provenance() if i == 0 else {})}) for i, row in enumerate(rows)]
     OUT.write_text("\n".join([*kept, *lines]) + "\n")
 

@@ -13,6 +13,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -55,23 +56,30 @@ def plans(measurement: Measurement, sensitivity: Sensitivity) -> Iterator[tuple[
         yield f"sensitivity, {formats} {at(i)}", plan
 
 
-def fitted(rows: Sequence[Mapping[str, float]]) -> Calibration:
-    """Return the calibration under which log KLD is spread least about its prediction.
+def fitted(rows: Sequence[Mapping[str, Any]]) -> Calibration:
+    """Return the calibration that one family's plans, or several families', give.
 
-    The kernels' share is fitted to the shape over sizes, whatever the level. The spread is that
-    about the prediction itself: a model's α is read once, so a bias that all its plans share is no
-    property of other models.
+    The kernels' share is what spreads log KLD least about its prediction over the sizes, whatever
+    the level: a model's α is read once, so a bias that all its plans share is no property of other
+    models. The spread is that of each domain's KLD about the prediction, as α is read on one text
+    and the KLD is that of others.
     """
-    kld = np.log([row["kld"] for row in rows])
     alpha_nmse = np.array([row["alpha_nmse"] for row in rows])
     alpha = np.array([row["alpha_quantized"] for row in rows])
-    kernels = (0.0, *np.geomspace(1e-6, 1e-2, 81).tolist())
-    ratios = {k: kld - np.log(alpha_nmse + k * alpha) for k in kernels}
-    best = min(ratios, key=lambda k: float(ratios[k].std()))
-    return Calibration(kernel_nmse=best, spread=float(np.sqrt((ratios[best] ** 2).mean())))
+    domains = np.log([list(row["kld_by_domain"].values()) for row in rows])
+    models = np.array([row["model"] for row in rows])
+    kld = np.log([row["kld"] for row in rows])
+
+    def spread(kernel: float) -> float:
+        ratio = kld - np.log(alpha_nmse + kernel * alpha)
+        return float(sum((ratio[models == m].std() ** 2) for m in set(models)))
+
+    kernel = min((0.0, *np.geomspace(1e-6, 1e-3, 61).tolist()), key=spread)
+    ratios = domains - np.log(alpha_nmse + kernel * alpha)[:, None]
+    return Calibration(kernel_nmse=kernel, spread=float(np.sqrt((ratios**2).mean())))
 
 
-def covered(rows: Sequence[Mapping[str, float]], calibration: Calibration) -> list[bool]:
+def covered(rows: Sequence[Mapping[str, Any]], calibration: Calibration) -> list[bool]:
     """Return whether each plan's measured KLD lies in the interval that was predicted."""
     found = [
         interval(row["alpha_nmse"], row["alpha_quantized"], row["alpha_error"], calibration)

@@ -311,3 +311,33 @@ def test_quantize_measures_first_when_asked_and_uses_what_it_measured(
     assert "measured before" in again.stderr
     assert Sensitivity.load(tmp_path / "own.sens.json") == kept
     assert (tmp_path / "again.gguf").read_bytes() == (tmp_path / "out.gguf").read_bytes()
+
+
+def test_what_was_not_read_has_its_roles_median_share_of_late_tokens(
+    measured: Sensitivity,
+) -> None:
+    shares = measured.late_shares()
+    assert set(shares) == {t.name for t in measured.tensors}
+    for t in measured.tensors:
+        assert t.reading is not None
+        assert t.reading.late_kld is not None
+        assert shares[t.name] * t.reading.kld == pytest.approx(t.reading.late_kld)
+    role = next(r for r in {t.role for t in measured.tensors} if r.startswith("ffn"))
+    (first, *others) = (t for t in measured.tensors if t.role == role)
+    unread = measured.model_copy(
+        update={
+            "tensors": tuple(
+                t.model_copy(update={"reading": None}) if t.name == first.name else t
+                for t in measured.tensors
+            )
+        }
+    )
+    median = np.median([shares[t.name] for t in others])
+    assert unread.late_shares()[first.name] == pytest.approx(median)
+    older = tuple(
+        t.model_copy(
+            update={"reading": t.reading and t.reading.model_copy(update={"late_kld": None})}
+        )
+        for t in measured.tensors
+    )
+    assert measured.model_copy(update={"tensors": older}).late_shares() == {}

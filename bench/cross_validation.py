@@ -6,7 +6,7 @@ bench/results/priors.jsonl has the sensitivities (bench/priors.py). Priors by ro
 depth, are fitted to each model and to both. Every plan is priced by the α of the model that it is
 for. With NAME.imatrix.gguf in the folder, the same under that importance matrix, where priors may
 also multiply the local output error. Rows of part cross, matrix and fit are added. With
---only-shipped, the shipped priors alone are priced.
+--only-shipped, the shipped priors alone are priced; with --only-output, local output error.
 """
 
 import argparse
@@ -244,6 +244,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--shipped-as", default="shipped")
     parser.add_argument("--only-shipped", action="store_true")
+    parser.add_argument("--only-output", action="store_true")
     arguments = parser.parse_args()
     rows: list[dict[str, object]] = []
 
@@ -278,9 +279,11 @@ def main() -> None:
         under_matrix.append(Model(name, curves, weighed_alpha, read))
     shipped = arguments.shipped_as
     kinds = () if arguments.only_shipped else KINDS
-    compare(plain, "cross", "weights", shipped, add, kinds)
+    if not arguments.only_output:
+        compare(plain, "cross", "weights", shipped, add, kinds)
     if len(under_matrix) == len(plain):
-        compare(under_matrix, "matrix", "weights", shipped, add, kinds)
+        if not arguments.only_output:
+            compare(under_matrix, "matrix", "weights", shipped, add, kinds)
         compare(under_matrix, "matrix", "output", shipped, add, kinds)
     kept = OUT.read_text().splitlines()
     lines = [json.dumps({**row, **(provenance() if i == 0 else {})}) for i, row in enumerate(rows)]

@@ -1,6 +1,8 @@
 """Priors of tensors by name and shape: those of real architectures, whose names are gguf's."""
 
+import json
 import math
+from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -278,3 +280,26 @@ def test_every_depth_factor_belongs_to_a_part_with_a_prior() -> None:
         assert min(d.first, d.second) >= 1
         assert min(d.second_last, d.last, *d.thirds) >= 0.5
     assert DEPTH_PRIORS["ffn_down"].last > 4
+
+
+def test_priors_are_the_geometric_means_of_what_two_families_showed() -> None:
+    results = Path(__file__).parents[2] / "bench" / "results" / "priors.jsonl"
+    rows = [json.loads(line) for line in results.read_text().splitlines()]
+    heads_per_kv = {"smol768": 4, "qwen05": 7}
+    medians: dict[str, list[float]] = defaultdict(list)
+    for model, heads in heads_per_kv.items():
+        found: dict[str, list[float]] = defaultdict(list)
+        for row in rows:
+            if (row["part"], row.get("model"), row.get("origin")) == ("alpha", model, "measured"):
+                sharing = heads if row["role"] in ("attn_k", "attn_v") else 1
+                role = "output" if row["role"] in ("head", "tied_embedding") else row["role"]
+                found[role].append(row["alpha_per_weight"] / sharing)
+        gate = float(np.median(found["ffn_gate"]))
+        for role, values in found.items():
+            medians[role].append(float(np.median(values)) / gate)
+    both = {role: math.sqrt(math.prod(values)) for role, values in medians.items() if values[1:]}
+    assert set(both) == {
+        "attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down", "output"
+    }  # fmt: skip
+    for role, value in both.items():
+        assert PART_PRIORS[role] == pytest.approx(value, rel=0.06), role

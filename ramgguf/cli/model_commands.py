@@ -358,6 +358,7 @@ def _summary(made: api.Quantized, checked: CheckResult | None) -> dict[str, obje
         "bpw": made.plan.bpw,
         "objective": made.plan.objective,
         "total_cost": made.plan.total_cost,
+        "predicted_kld": made.plan.predicted_kld and made.plan.predicted_kld.model_dump(),
         "gap": made.plan.gap,
         "plan_sha256": made.plan.sha256(),
         "verified": made.worst_departure is not None,

@@ -67,7 +67,7 @@ def allocate(
         n_bytes=measurement.n_overhead_bytes + solution.n_bytes,
         n_overhead_bytes=measurement.n_overhead_bytes,
         total_cost=solution.cost,
-        total_cost_error=costing.total_error(assignments),
+        predicted_kld=costing.predicted_kld(assignments, measurement.encoder),
         sensitivity_sha256=costing.sensitivity_sha256,
         gap=solution.gap,
         constraints=constraints,

@@ -6,7 +6,6 @@ optimum of its own size. Sizes between two of them are filled up, with a proven 
 (Sinha and Zoltners, The multiple-choice knapsack problem, Operations Research 27, 1979).
 """
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -25,8 +24,9 @@ from ramgguf.plan.frontier_result import (
 from ramgguf.plan.knapsack import hull
 from ramgguf.plan.objectives import Costing
 from ramgguf.plan.pools import UNLIMITED, Pools
+from ramgguf.plan.prediction import predicted_kld
 from ramgguf.plan.problem import Group, Problem, notes
-from ramgguf.plan.result import Assignment, Constraints, Plan, Split
+from ramgguf.plan.result import Assignment, Constraints, Plan, PredictedKLD, Split
 from ramgguf.plan.split import Sites
 
 MAX_BPW = 8.5
@@ -67,6 +67,7 @@ def frontier(
                 n_weights=c.tensor.n_weights,
                 note=c.note,
                 relative_error=costing.errors.get(c.tensor.name),
+                late=costing.late.get(c.tensor.name),
             )
             for c in problem.candidates
         ),
@@ -183,7 +184,7 @@ def plan_at(frontier: Frontier, budget: int, pools: Pools | None = None) -> Plan
         n_bytes=n_bytes,
         n_overhead_bytes=frontier.n_overhead_bytes,
         total_cost=cost,
-        total_cost_error=_error(frontier, assignments),
+        predicted_kld=_predicted_kld(frontier, assignments),
         sensitivity_sha256=frontier.sensitivity_sha256,
         gap=gap,
         constraints=frontier.constraints,
@@ -247,11 +248,12 @@ def _cost(frontier: Frontier, chosen: Sequence[int]) -> float:
     return float(sum(g.choices[j].cost for g, j in zip(frontier.groups, chosen, strict=True)))
 
 
-def _error(frontier: Frontier, assignments: Sequence[Assignment]) -> float | None:
+def _predicted_kld(frontier: Frontier, assignments: Sequence[Assignment]) -> PredictedKLD | None:
     if frontier.sensitivity_sha256 is None:
         return None
-    pairs = zip(frontier.tensors, assignments, strict=True)
-    return math.fsum(a.cost * (t.relative_error or 0.0) for t, a in pairs)
+    errors = {t.name: t.relative_error or 0.0 for t in frontier.tensors}
+    late = {t.name: t.late for t in frontier.tensors if t.late is not None}
+    return predicted_kld(assignments, errors, late, frontier.encoder)
 
 
 def _assignments(frontier: Frontier, chosen: Sequence[int]) -> tuple[Assignment, ...]:

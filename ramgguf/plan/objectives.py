@@ -12,8 +12,10 @@ from dataclasses import dataclass, field
 from ramgguf.core.errors import PlanError
 from ramgguf.gguf.identity import require_model, unsure
 from ramgguf.measure.result import Measurement, Point, TensorMeasurement
+from ramgguf.plan.prediction import predicted_kld
 from ramgguf.plan.priors import ModelShape, prior
-from ramgguf.plan.result import Assignment
+from ramgguf.plan.result import Assignment, PredictedKLD
+from ramgguf.quants.encoders import EncoderName
 from ramgguf.quants.imatrix import ImportanceSource
 from ramgguf.sensitivity.result import Sensitivity
 
@@ -83,24 +85,25 @@ Cost = Callable[[TensorMeasurement, Point], float]
 class Costing:
     """An objective made ready for one model.
 
-    errors are the relative standard errors of the tensors' costs, known for sensitivities only;
-    sensitivity_sha256 tells which were used, notes what a plan made with them should say.
+    errors are the relative standard errors of the tensors' costs, late the shares of them on tokens
+    that scores count; both are known for sensitivities only. sensitivity_sha256 tells which were
+    used, notes what a plan made with them should say.
     """
 
     name: str
     cost: Cost
     errors: Mapping[str, float] = field(default_factory=dict)
+    late: Mapping[str, float] = field(default_factory=dict)
     sensitivity_sha256: str | None = None
     notes: tuple[str, ...] = ()
 
-    def total_error(self, assignments: Iterable[Assignment]) -> float | None:
-        """Return the standard error of the total cost; None where it is not known.
-
-        All tensors were read with the same tokens, so their errors are taken to add up.
-        """
-        if not self.errors:
+    def predicted_kld(
+        self, assignments: Iterable[Assignment], encoder: EncoderName
+    ) -> PredictedKLD | None:
+        """Return the KLD that sensitivities predict; None where none were measured."""
+        if self.name != SENSITIVITY:
             return None
-        return math.fsum(a.cost * self.errors.get(a.name, 0.0) for a in assignments)
+        return predicted_kld(assignments, self.errors, self.late, encoder)
 
 
 def costing(
@@ -147,6 +150,7 @@ def _by_sensitivity(measurement: Measurement, sensitivity: Sensitivity | None) -
         SENSITIVITY,
         lambda tensor, point: alpha[tensor.name] * point.nmse,
         {t.name: t.relative_error for t in sensitivity.tensors},
+        sensitivity.late_shares(),
         sensitivity.sha256(),
         (*_other_encoder(measurement, sensitivity), *unsure("the sensitivity", theirs)),
     )

@@ -1,9 +1,10 @@
 """Priors: how much a weight's error is likely to matter, from its role and depth alone.
 
-The numbers are rounded medians of sensitivities measured on one network (SmolLM2-135M);
-docs/allocation.md has the table they come from, and its limits. They are relative to a weight of
-a query matrix in the middle of the model. What was not measured follows from what was: a fused
-tensor from its parts, a low-rank factor from the matrix that it stands for.
+The numbers are rounded geometric means of the medians of sensitivities measured on two networks
+(SmolLM2-135M, Qwen2.5-Coder-0.5B); docs/allocation.md has the table they come from, how priors of
+one do on the other, and their limits. They are relative to a weight of ffn_gate. What was not
+measured follows from what was: a fused tensor from its parts, a low-rank factor from the matrix
+that it stands for.
 """
 
 import math
@@ -23,31 +24,30 @@ from ramgguf.measure.result import Measurement, TensorMeasurement
 
 # By the name of the part (gguf/architecture.py), without what says that it is an expert's.
 PART_PRIORS = {
-    "attn_q": 1.0,
-    "attn_k": 0.75,
-    "attn_v": 5.0,
-    "attn_output": 1.3,
-    "attn_o": 1.3,
-    "attn_out": 1.3,
-    "ffn_gate": 0.9,
-    "ffn_up": 1.3,
-    "ffn_down": 1.8,
-    "token_embd": 1.0,
-    "output": 1.3,
-    "nextn.shared_head_head": 1.3,
+    "attn_q": 0.65,
+    "attn_k": 1.05,
+    "attn_v": 5.2,
+    "attn_output": 2.6,
+    "attn_o": 2.6,
+    "attn_out": 2.6,
+    "ffn_gate": 1.0,
+    "ffn_up": 1.4,
+    "ffn_down": 1.4,
+    "token_embd": 0.35,
+    "output": 1.2,
+    "nextn.shared_head_head": 1.2,
 }
-TIED_EMBEDDING = 1.3
+TIED_EMBEDDING = 1.2
 # Every weight of K and V serves all query heads of its group.
 SHARED_BY_HEADS = frozenset({"attn_k", "attn_v"})
-# Factors of multi-head latent attention, and the priors of the matrix that each stands for.
-_KV = (PART_PRIORS["attn_k"] + PART_PRIORS["attn_v"]) / 2
+# Factors of multi-head latent attention, and the matrices that each stands for.
 LOW_RANK = {
-    "attn_q_a": PART_PRIORS["attn_q"],
-    "attn_q_b": PART_PRIORS["attn_q"],
-    "attn_k_b": PART_PRIORS["attn_k"],
-    "attn_v_b": PART_PRIORS["attn_v"],
-    "attn_kv_b": _KV,
-    "attn_kv_a_mqa": _KV,
+    "attn_q_a": ("attn_q",),
+    "attn_q_b": ("attn_q",),
+    "attn_k_b": ("attn_k",),
+    "attn_v_b": ("attn_v",),
+    "attn_kv_b": ("attn_k", "attn_v"),
+    "attn_kv_a_mqa": ("attn_k", "attn_v"),
 }
 # Experts and shared experts are feed-forward matrices.
 EXPERT_SUFFIXES = ("_exps", "_shexp", "_chexps")
@@ -55,28 +55,38 @@ EXPERT_SUFFIXES = ("_exps", "_shexp", "_chexps")
 
 @dataclass(frozen=True)
 class DepthPrior:
-    """What the part's prior is multiplied by in the first two and the last two layers."""
+    """What the part's prior is multiplied by in the first two and the last two layers.
+
+    thirds are the factors of the layers between: in the first third of them, the second, the last.
+    """
 
     first: float = 1.0
     second: float = 1.0
     second_last: float = 1.0
     last: float = 1.0
+    thirds: tuple[float, float, float] = (1.4, 0.8, 0.7)
 
 
 # Protecting one layer too much costs a few thousandths of the budget; too little can cost more
-# than all other layers together. So the ends get nearly what was measured, and none gets less.
+# than all other layers together. So queries and keys at the ends do not get the little that was
+# measured, and their second layer, where a text's first tokens alone are sensitive, gets less.
+_OUTPUT = DepthPrior(2.7, 5.7, 0.5, 0.7)
+_QUERY = DepthPrior(1.0, 2.5, 1.0, 1.0)
 DEPTH_PRIORS = {
-    "ffn_down": DepthPrior(5.0, 2.0, 2.5, 10.0),
-    "ffn_up": DepthPrior(3.0, 1.5, 1.7, 5.0),
-    "ffn_gate": DepthPrior(2.0, 1.5, 1.5, 3.0),
-    "attn_output": DepthPrior(2.0, 2.0, 1.0, 1.0),
-    "attn_o": DepthPrior(2.0, 2.0, 1.0, 1.0),
-    "attn_out": DepthPrior(2.0, 2.0, 1.0, 1.0),
+    "attn_q": _QUERY,
+    "attn_k": _QUERY,
+    "attn_v": DepthPrior(2.0, 4.7, 0.5, 0.5, thirds=(2.0, 0.8, 0.6)),
+    "attn_output": _OUTPUT,
+    "attn_o": _OUTPUT,
+    "attn_out": _OUTPUT,
+    "ffn_gate": DepthPrior(4.8, 2.2, 1.0, 2.2),
+    "ffn_up": DepthPrior(4.3, 1.9, 1.2, 3.8),
+    "ffn_down": DepthPrior(7.5, 2.5, 1.4, 4.4),
 }
-NO_DEPTH = DepthPrior()
+NO_DEPTH = DepthPrior(thirds=(1.0, 1.0, 1.0))
 # Of encoders of images and sound nothing was measured: no part of their first and last layer gets
 # less than this, nor does the projector, which all that they say passes through.
-PROJECTOR_ENDS = DepthPrior(3.0, 1.0, 1.0, 3.0)
+PROJECTOR_ENDS = DepthPrior(3.0, 1.0, 1.0, 3.0, thirds=(1.0, 1.0, 1.0))
 PROJECTOR = 3.0
 
 
@@ -188,9 +198,10 @@ def _prior(name: str, shape: ModelShape) -> float:
 
 def _of_part(part: str, layer: int | None, shape: ModelShape) -> float:
     if part in LOW_RANK:
-        return LOW_RANK[part] * max(1.0, dict(shape.full_ratio).get(part, 1.0))
+        full = [PART_PRIORS[p] * _depth_of(p, layer, shape) for p in LOW_RANK[part]]
+        return math.fsum(full) / len(full) * max(1.0, dict(shape.full_ratio).get(part, 1.0))
     if part in PART_PRIORS:
-        depth = _depth(DEPTH_PRIORS.get(part, NO_DEPTH), layer, shape.n_layers)
+        depth = _depth_of(part, layer, shape)
         if shape.architecture in PROJECTORS:
             depth = max(depth, _depth(PROJECTOR_ENDS, layer, shape.n_layers))
         return PART_PRIORS[part] * _sharing(part, shape) * depth
@@ -207,12 +218,22 @@ def _sharing(part: str, shape: ModelShape) -> float:
     return shape.heads_per_kv if part in SHARED_BY_HEADS else 1.0
 
 
+def _depth_of(part: str, layer: int | None, shape: ModelShape) -> float:
+    return _depth(DEPTH_PRIORS.get(part, NO_DEPTH), layer, shape.n_layers)
+
+
 def _depth(depth: DepthPrior, layer: int | None, n_layers: int | None) -> float:
-    """Return the larger factor where a layer is counted from both ends, as in shallow models."""
+    """Return the larger factor where a layer is counted from both ends, as in shallow models.
+
+    No layer is one in the middle.
+    """
     if layer is None:
-        return 1.0
-    from_start = {0: depth.first, 1: depth.second}.get(layer, 1.0)
+        return depth.thirds[1]
+    from_start = {0: depth.first, 1: depth.second}.get(layer)
     if n_layers is None:
-        return from_start
-    from_end = {0: depth.last, 1: depth.second_last}.get(n_layers - 1 - layer, 1.0)
-    return max(from_start, from_end)
+        return 1.0 if from_start is None else from_start
+    from_end = {0: depth.last, 1: depth.second_last}.get(n_layers - 1 - layer)
+    ends = [factor for factor in (from_start, from_end) if factor is not None]
+    if ends:
+        return max(ends)
+    return depth.thirds[3 * (layer - 2) // (n_layers - 4)]

@@ -2,9 +2,9 @@
 
 import hashlib
 import re
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ramgguf.core.documents import (
     Document,
@@ -182,6 +182,14 @@ class PlannedSpeed(FrozenModel):
     is_measured: bool = False
 
 
+class PredictedKLD(FrozenModel):
+    """The KLD in nats per token that a plan is expected to have, and its 95 % interval."""
+
+    kld: NonNegativeFloat
+    low: NonNegativeFloat
+    high: NonNegativeFloat
+
+
 class FormatChange(FrozenModel):
     """A tensor that a refinement gave another format."""
 
@@ -224,9 +232,10 @@ class Plan(Document):
     """A format for every tensor, with what it costs, what it loses and how near the optimum it is.
 
     n_bytes is the whole output file; gap is the proven relative optimality gap of the objective.
-    Under the objective sensitivity, total_cost is the predicted KLD in nats per token, with its
-    standard error; sensitivity_sha256 names the sensitivities. imatrix_used tells whether the
-    importance matrix weighs any tensor that is encoded; if not, the output does not name it.
+    Under the objective sensitivity, total_cost is Σ α · NMSE, predicted_kld what that makes one
+    expect (plan/prediction.py), and sensitivity_sha256 names the sensitivities. imatrix_used tells
+    whether the importance matrix weighs any tensor that is encoded; if not, the output does not
+    name it.
     """
 
     KIND: ClassVar[str] = "plan"
@@ -242,7 +251,7 @@ class Plan(Document):
     n_bytes: Positive
     n_overhead_bytes: NonNegative
     total_cost: NonNegativeFloat
-    total_cost_error: NonNegativeFloat | None = None
+    predicted_kld: PredictedKLD | None = None
     sensitivity_sha256: str | None = None
     gap: NonNegativeFloat
     constraints: Constraints = Constraints()
@@ -253,6 +262,14 @@ class Plan(Document):
     split: Split | None = None
     speed: PlannedSpeed | None = None
     notes: tuple[str, ...] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_sampling_error(cls, data: Any) -> Any:
+        """Drop what older files said of the cost's error: that of α's tokens alone."""
+        if isinstance(data, dict):
+            return {k: v for k, v in data.items() if k != "total_cost_error"}
+        return data
 
     @property
     def n_weights(self) -> int:

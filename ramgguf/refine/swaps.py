@@ -254,7 +254,7 @@ class _Run:
                 "assignments": assignments,
                 "n_bytes": self._n_bytes(),
                 "total_cost": cost,
-                "total_cost_error": self._costing.total_error(assignments),
+                "predicted_kld": self._costing.predicted_kld(assignments, plan.encoder),
                 "gap": max(0.0, 1 - bound / cost) if self._swaps and cost > 0 else plan.gap,
                 "next_percent": None if self._swaps else plan.next_percent,
                 "memory": plan.memory if self._divided is None else self._divided.memory(),

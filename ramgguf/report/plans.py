@@ -5,9 +5,10 @@ from rich.console import Console
 from ramgguf.core.units import format_bytes
 from ramgguf.gguf.architecture import PROJECTORS
 from ramgguf.plan.objectives import DEFAULT_OBJECTIVE
-from ramgguf.plan.result import Assignment, Plan, PlannedSpeed, Refinement
+from ramgguf.plan.result import Assignment, Plan, PlannedSpeed, PredictedKLD, Refinement
 from ramgguf.report.grid import Field, Grid, grid_of, to_rich
 from ramgguf.report.memory import print_memory
+from ramgguf.report.numbers import kld
 from ramgguf.report.roles import RoleTensors, largest_first
 
 
@@ -44,6 +45,8 @@ def print_plan(plan: Plan, console: Console, *, verbose: bool = False) -> None:
     if plan.memory is not None:
         print_memory(plan.memory, plan.split, console)
     console.print(optimality(plan), soft_wrap=True)
+    if plan.predicted_kld is not None:
+        console.print(prediction(plan.predicted_kld), soft_wrap=True)
     if plan.speed is not None:
         console.print(speed(plan.speed), soft_wrap=True)
     if plan.refinement is not None:
@@ -91,12 +94,20 @@ def optimality(plan: Plan) -> str:
     return f"objective {plan.objective}: {plan.total_cost:.6g}, {gap}"
 
 
+def prediction(found: PredictedKLD) -> str:
+    """Return what KLD the sensitivities predict, with its interval."""
+    return (
+        f"predicted KLD {kld(found.kld)} nats per token ({kld(found.low)}–{kld(found.high)}, 95 %) "
+        "on text of several domains; `--score` measures it"
+    )
+
+
 def refinement(found: Refinement) -> str:
     """Return the sentence that says what trials did to the plan."""
-    kld = found.report
-    change = kld.after - kld.before
+    report = found.report
+    change = report.after - report.before
     return (
         f"refinement: {len(found.swaps)} of {found.n_tried} swaps tried were taken; KLD over "
-        f"{kld.n_tokens} tokens that decided nothing ({found.tokens}) {kld.before:.4f} → "
-        f"{kld.after:.4f}, a change of {change:+.4f} ± {kld.error:.4f} nats per token"
+        f"{report.n_tokens} tokens that decided nothing ({found.tokens}) {report.before:.4f} → "
+        f"{report.after:.4f}, a change of {change:+.4f} ± {report.error:.4f} nats per token"
     )

@@ -14,15 +14,11 @@ def speed_front_grid(front: SpeedFront) -> Grid:
     fields: list[Field[FrontPlan]] = [
         Field("size", lambda p: format_bytes(p.n_bytes)),
         Field("bpw", lambda p: f"{front.bpw(p):.3f}"),
-        Field(_cost(front), lambda p: f"{p.cost:.4g}"),
+        Field(front.objective, lambda p: f"{p.cost:.4g}"),
         Field("generation, tokens/s", lambda p: f"{p.generation:.3g}"),
         Field("prompts, tokens/s", lambda p: f"{p.prompt:.3g}"),
     ]
     return grid_of("", fields, front.spread())
-
-
-def _cost(front: SpeedFront) -> str:
-    return "KLD, nats" if front.objective == "sensitivity" else front.objective
 
 
 def remarks(front: SpeedFront) -> Iterator[str]:
@@ -32,7 +28,7 @@ def remarks(front: SpeedFront) -> Iterator[str]:
     yield (
         f"{shown} of {len(front.plans)} plans of which none is smaller, better and faster than "
         f"another; speeds are predicted for {threads} of {front.cpu}, "
-        + ("KLD from the sensitivities" if front.objective == "sensitivity" else "cost by priors")
+        + ("cost by sensitivities" if front.objective == "sensitivity" else "cost by priors")
     )
     yield (
         "quantize MODEL --budget SIZE --min-speed GENERATION --min-prompt-speed PROMPTS makes one "

@@ -31,7 +31,7 @@ from ramgguf.quants.roundtrip import SOURCES
 from ramgguf.quants.stand_in import FINE, StandIn, chosen_stand_in
 from ramgguf.sensitivity.impute import Member, impute
 from ramgguf.sensitivity.journal import Journal, Settings
-from ramgguf.sensitivity.result import ProbeTokens, Reading, Sensitivity
+from ramgguf.sensitivity.result import FIRST_TOKENS, ProbeTokens, Reading, Sensitivity
 from ramgguf.sensitivity.timing import Choice, Costs, Timer, choose, probe, spread_order
 
 # The first that suits a tensor's rows is its probe: 4-bit errors are where plans are made.
@@ -137,20 +137,22 @@ def _read_all(
             ]
             for position, found in passes.run(changed):
                 file.require_unchanged()
-                journal.add(_reading(part[position], found))
+                journal.add(_reading(part[position], found, n))
                 progress.advance(1)
             expected += seconds
     finally:
         progress.finish()
 
 
-def _reading(tensor: TensorInfo, found: ForwardResult) -> Reading:
+def _reading(tensor: TensorInfo, found: ForwardResult, n_sequences: int) -> Reading:
+    late = found.kld.reshape(n_sequences, -1)[:, FIRST_TOKENS:]
     return Reading(
         name=tensor.name,
         format=probe_format(tensor),
         nmse=found.nmse[0],
         kld=max(0.0, float(found.kld.mean())),
         standard_error=standard_error(found.kld),
+        late_kld=max(0.0, float(late.mean())) if late.size else None,
     )
 
 

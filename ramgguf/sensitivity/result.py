@@ -1,6 +1,7 @@
 """How much each tensor's error matters, as a value: α in nats of KLD per unit of NMSE."""
 
 import hashlib
+import statistics
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
@@ -11,6 +12,7 @@ from ramgguf.gguf.identity import Source
 from ramgguf.quants.encoders import EncoderName
 from ramgguf.quants.imatrix import ImportanceSource
 
+FIRST_TOKENS = 8
 Origin = Literal["measured", "interpolated", "idle", "role"]
 
 
@@ -28,7 +30,8 @@ class ProbeTokens(FrozenModel):
 class Reading(FrozenModel):
     """One tensor replaced by its quantization in `format`: NMSE, mean KLD in nats per token.
 
-    standard_error is of the mean, from means of blocks of neighbouring tokens.
+    standard_error is of the mean, from means of blocks of neighbouring tokens. late_kld is the mean
+    without the FIRST_TOKENS of each sequence, which scores leave out, too.
     """
 
     name: str
@@ -36,6 +39,7 @@ class Reading(FrozenModel):
     nmse: NonNegativeFloat
     kld: NonNegativeFloat
     standard_error: NonNegativeFloat
+    late_kld: NonNegativeFloat | None = None
 
     @property
     def alpha(self) -> float:
@@ -82,6 +86,23 @@ class Sensitivity(Document):
     tensors: Annotated[tuple[TensorSensitivity, ...], Field(min_length=1)]
     seconds: NonNegativeFloat = 0.0
     notes: tuple[str, ...] = ()
+
+    def late_shares(self) -> dict[str, float]:
+        """Return what share of each tensor's KLD falls on tokens that scores count.
+
+        What was not read has its role's median; there is none for files that do not say it.
+        """
+        by_role: dict[str, list[float]] = {}
+        found: dict[str, float] = {}
+        for t in self.tensors:
+            if t.reading is not None and t.reading.late_kld is not None and t.reading.kld > 0:
+                found[t.name] = t.reading.late_kld / t.reading.kld
+                by_role.setdefault(t.role, []).append(found[t.name])
+        if not found:
+            return {}
+        every = statistics.median(found.values())
+        medians = {role: statistics.median(shares) for role, shares in by_role.items()}
+        return {t.name: found.get(t.name, medians.get(t.role, every)) for t in self.tensors}
 
     def sha256(self) -> str:
         """Return the hash of the αs, by which a plan names what it was made with."""

@@ -1,6 +1,8 @@
 """Priors of tensors by name and shape: those of real architectures, whose names are gguf's."""
 
+import json
 import math
+from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -90,13 +92,23 @@ DENSE = {
 
 def test_priors_depend_on_role_heads_and_depth() -> None:
     of = _priors(_model(DENSE))
-    assert of["blk.4.attn_v"] == 4 * PART_PRIORS["attn_v"]
-    assert of["blk.4.attn_k"] == 4 * PART_PRIORS["attn_k"]
-    assert of["blk.4.attn_q"] == 1
-    down = [of[f"blk.{i}.ffn_down"] for i in range(8)]
-    assert down[7] > down[0] > down[6] > down[1] > down[4] == PART_PRIORS["ffn_down"]
-    assert (of["token_embd"], of["output"]) == (1.0, 1.3)
-    assert _priors(_model(DENSE, outside=("token_embd",)))["token_embd"] == 1.3
+    assert of["blk.4.attn_v"] == pytest.approx(0.8 * 4 * PART_PRIORS["attn_v"])
+    assert of["blk.4.attn_k"] == pytest.approx(0.8 * 4 * PART_PRIORS["attn_k"])
+    assert of["blk.4.attn_q"] == pytest.approx(0.8 * PART_PRIORS["attn_q"])
+    down = [of[f"blk.{i}.ffn_down"] / PART_PRIORS["ffn_down"] for i in range(8)]
+    # Between the two ends: the first third has two of the four layers, the others one each.
+    assert down == pytest.approx([7.5, 2.5, 1.4, 1.4, 0.8, 0.7, 1.4, 4.4])
+    assert (of["token_embd"], of["output"]) == (0.35, 1.2)
+    assert _priors(_model(DENSE, outside=("token_embd",)))["token_embd"] == 1.2
+
+
+@pytest.mark.parametrize("n_layers", range(1, 9))
+def test_every_depth_has_a_factor_and_shallow_models_the_larger_one(n_layers: int) -> None:
+    of = _priors(_model(DENSE, n_layers=n_layers))
+    down = [of[f"blk.{i}.ffn_down"] / PART_PRIORS["ffn_down"] for i in range(n_layers)]
+    assert down[0] == pytest.approx(7.5)
+    assert down[-1] == pytest.approx(7.5 if n_layers == 1 else 4.4)
+    assert min(down) >= 0.7
 
 
 def test_experts_have_the_priors_of_dense_matrices() -> None:
@@ -107,9 +119,9 @@ def test_experts_have_the_priors_of_dense_matrices() -> None:
         assert of[f"blk.{i}.ffn_down_shexp"] == of[f"blk.{i}.ffn_down"]
 
 
-def test_what_has_no_prior_of_its_own_counts_as_a_query_matrix() -> None:
+def test_what_has_no_prior_of_its_own_counts_as_a_gate_in_the_middle() -> None:
     of = _priors(_model({"ssm_in": (D, D), "nobody_knows": (D, D)}))
-    assert set(of.values()) == {1.0, 1.3}
+    assert set(of.values()) == {1.0, PART_PRIORS["token_embd"], PART_PRIORS["output"]}
     assert of["blk.3.ssm_in"] == of["blk.3.nobody_knows"] == 1
 
 
@@ -121,14 +133,16 @@ def test_fused_gate_and_up_cost_what_they_cost_apart(layer: int, suffix: str) ->
     fused = _model({f"ffn_gate_up{suffix}": (D, 2 * FFN, *more)})
     expected = _cost(apart, layer, f"ffn_gate{suffix}", f"ffn_up{suffix}")
     assert _cost(fused, layer, f"ffn_gate_up{suffix}") == pytest.approx(expected)
-    assert _cost(fused, 7, f"ffn_gate_up{suffix}") > 4 * _cost(fused, 4, f"ffn_gate_up{suffix}")
+    assert _cost(fused, 7, f"ffn_gate_up{suffix}") > 3 * _cost(fused, 4, f"ffn_gate_up{suffix}")
 
 
 @pytest.mark.parametrize("arch", ["phi3", "glm4", "chatglm"])
 def test_an_ffn_up_that_holds_the_gate_counts_as_both(arch: str) -> None:
     fused = {"ffn_up": (D, 2 * FFN)}
-    assert _priors(_model(fused, arch=arch))["blk.4.ffn_up"] == pytest.approx((0.9 + 1.3) / 2)
-    assert _priors(_model(fused))["blk.4.ffn_up"] == 1.3
+    up, gate = PART_PRIORS["ffn_up"], PART_PRIORS["ffn_gate"]
+    both = _priors(_model(fused, arch=arch))["blk.4.ffn_up"]
+    assert both == pytest.approx(0.8 * (up + gate) / 2)
+    assert _priors(_model(fused))["blk.4.ffn_up"] == pytest.approx(0.8 * up) != both
 
 
 @pytest.mark.parametrize("n_groups", [1, 2, 4, 16])
@@ -160,16 +174,19 @@ def test_factors_of_latent_attention_cost_what_the_full_matrices_would(
     # With as many heads of K and V as of Q, and of Q's rows only those that K has, too.
     full = _model({"attn_k": (D, HEADS * HEAD), "attn_v": (D, HEADS * HEAD), "attn_q": (D, D)})
     expected = _cost(full, 4, "attn_k", "attn_v")
+    per_weight = PART_PRIORS["attn_q"] * 0.8
     latent = _model({**MLA, **kv})
     assert _cost(latent, 4, *kv) == pytest.approx(expected)
     assert _cost(latent, 4, "attn_kv_a_mqa") == pytest.approx(expected)
-    q = D * HEADS * (HEAD + ROPE)
+    q = per_weight * D * HEADS * (HEAD + ROPE)
     assert _cost(latent, 4, "attn_q_a") == pytest.approx(q)
     assert _cost(latent, 4, "attn_q_b") == pytest.approx(q)
     of = _priors(latent)
     assert of["blk.4.attn_kv_a_mqa"] > 10
     if "attn_v_b" in kv:
-        assert of["blk.4.attn_v_b"] / of["blk.4.attn_k_b"] == pytest.approx(5 / 0.75)
+        assert of["blk.4.attn_v_b"] / of["blk.4.attn_k_b"] == pytest.approx(
+            PART_PRIORS["attn_v"] / PART_PRIORS["attn_k"]
+        )
 
 
 DRAFT = {
@@ -192,8 +209,8 @@ def test_a_draft_block_is_not_the_last_layer_and_the_last_of_the_trunk_is(n_bloc
 
 def test_a_draft_block_that_only_the_metadata_tell_has_no_ends() -> None:
     found = _priors(_model(DENSE, n_layers=9, n_blocks=8))  # the trunk has 8 of 9 layers
-    assert found["blk.7.ffn_down"] == 10 * PART_PRIORS["ffn_down"]
-    assert found["blk.8.ffn_down"] == PART_PRIORS["ffn_down"]
+    assert found["blk.7.ffn_down"] == 4.4 * PART_PRIORS["ffn_down"]
+    assert found["blk.8.ffn_down"] == found["blk.4.ffn_down"] == 0.8 * PART_PRIORS["ffn_down"]
 
 
 def test_a_file_with_a_draft_block_is_measured_and_read_up_to_its_trunk(tmp_path: Path) -> None:
@@ -213,8 +230,8 @@ def test_a_file_with_a_draft_block_is_measured_and_read_up_to_its_trunk(tmp_path
     measured = ramgguf.measure(tmp_path / "draft.gguf", formats=["Q8_0"])
     assert measured.n_layers == 8
     of = _priors(measured)
-    assert of["blk.7.ffn_down"] == 10 * PART_PRIORS["ffn_down"]
-    assert of["blk.8.ffn_down"] == PART_PRIORS["ffn_down"]
+    assert of["blk.7.ffn_down"] == 4.4 * PART_PRIORS["ffn_down"]
+    assert of["blk.8.ffn_down"] == 0.8 * PART_PRIORS["ffn_down"]
     with open_gguf(tmp_path / "draft.gguf") as file:
         read = [t.name for t in _strided(file, file.tensors, 3)]
     wanted = ["token_embd.weight", "output.weight", *(names[i] for i in (0, 1, 2, 5, 6, 7))]
@@ -228,7 +245,7 @@ def test_embeddings_by_layer_are_no_tied_embedding() -> None:
         arch="gemma3n",
     )
     of = _priors(measured)
-    assert (of["token_embd"], of["per_layer_token_embd"]) == (1.3, 1.0)
+    assert (of["token_embd"], of["per_layer_token_embd"]) == (1.2, 1.0)
     roles = {t.name: t.role for t in measured.tensors}
     assert roles["token_embd.weight"] == "tied_embedding"
     assert roles["per_layer_token_embd.weight"] == "embedding"
@@ -259,4 +276,30 @@ def test_feed_forward_and_attention_of_every_architecture_have_priors(arch: MODE
 
 def test_every_depth_factor_belongs_to_a_part_with_a_prior() -> None:
     assert set(DEPTH_PRIORS) <= set(PART_PRIORS)
-    assert all(min(d.first, d.second, d.second_last, d.last) >= 1 for d in DEPTH_PRIORS.values())
+    for d in DEPTH_PRIORS.values():
+        assert min(d.first, d.second) >= 1
+        assert min(d.second_last, d.last, *d.thirds) >= 0.5
+    assert DEPTH_PRIORS["ffn_down"].last > 4
+
+
+def test_priors_are_the_geometric_means_of_what_two_families_showed() -> None:
+    results = Path(__file__).parents[2] / "bench" / "results" / "priors.jsonl"
+    rows = [json.loads(line) for line in results.read_text().splitlines()]
+    heads_per_kv = {"smol768": 4, "qwen05": 7}
+    medians: dict[str, list[float]] = defaultdict(list)
+    for model, heads in heads_per_kv.items():
+        found: dict[str, list[float]] = defaultdict(list)
+        for row in rows:
+            if (row["part"], row.get("model"), row.get("origin")) == ("alpha", model, "measured"):
+                sharing = heads if row["role"] in ("attn_k", "attn_v") else 1
+                role = "output" if row["role"] in ("head", "tied_embedding") else row["role"]
+                found[role].append(row["alpha_per_weight"] / sharing)
+        gate = float(np.median(found["ffn_gate"]))
+        for role, values in found.items():
+            medians[role].append(float(np.median(values)) / gate)
+    both = {role: math.sqrt(math.prod(values)) for role, values in medians.items() if values[1:]}
+    assert set(both) == {
+        "attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down", "output"
+    }  # fmt: skip
+    for role, value in both.items():
+        assert PART_PRIORS[role] == pytest.approx(value, rel=0.06), role

@@ -231,13 +231,17 @@ def test_plans_by_sensitivity_predict_the_kld_that_the_readings_add_up_to(
     expected = [alpha.get(a.name, 0.0) * a.nmse for a in plan.assignments]
     assert plan.objective == "sensitivity"
     assert plan.total_cost == pytest.approx(sum(expected))
-    assert plan.total_cost_error is not None
-    assert 0 < plan.total_cost_error < plan.total_cost
+    assert plan.predicted_kld is not None
+    assert 0 < plan.predicted_kld.low < plan.predicted_kld.kld < plan.predicted_kld.high
     explained = ramgguf.explain(plan, measurement, measured)
     assert len(explained.tensors) == len(plan.assignments)
     on_curve = ramgguf.plan(ramgguf.curve(measurement, sensitivity=measured), plan.n_bytes)
     assert on_curve.sensitivity_sha256 == plan.sensitivity_sha256 == measured.sha256()
     assert on_curve.total_cost >= plan.total_cost * (1 - 1e-9)
+    assert on_curve.predicted_kld is not None
+    if on_curve.sha256() == plan.sha256():
+        assert on_curve.predicted_kld.kld == pytest.approx(plan.predicted_kld.kld)
+    assert ramgguf.plan(measurement, "35%").predicted_kld is None
 
 
 def test_a_plan_says_when_its_errors_are_of_another_encoder_than_its_sensitivities(
@@ -307,3 +311,33 @@ def test_quantize_measures_first_when_asked_and_uses_what_it_measured(
     assert "measured before" in again.stderr
     assert Sensitivity.load(tmp_path / "own.sens.json") == kept
     assert (tmp_path / "again.gguf").read_bytes() == (tmp_path / "out.gguf").read_bytes()
+
+
+def test_what_was_not_read_has_its_roles_median_share_of_late_tokens(
+    measured: Sensitivity,
+) -> None:
+    shares = measured.late_shares()
+    assert set(shares) == {t.name for t in measured.tensors}
+    for t in measured.tensors:
+        assert t.reading is not None
+        assert t.reading.late_kld is not None
+        assert shares[t.name] * t.reading.kld == pytest.approx(t.reading.late_kld)
+    role = next(r for r in {t.role for t in measured.tensors} if r.startswith("ffn"))
+    (first, *others) = (t for t in measured.tensors if t.role == role)
+    unread = measured.model_copy(
+        update={
+            "tensors": tuple(
+                t.model_copy(update={"reading": None}) if t.name == first.name else t
+                for t in measured.tensors
+            )
+        }
+    )
+    median = np.median([shares[t.name] for t in others])
+    assert unread.late_shares()[first.name] == pytest.approx(median)
+    older = tuple(
+        t.model_copy(
+            update={"reading": t.reading and t.reading.model_copy(update={"late_kld": None})}
+        )
+        for t in measured.tensors
+    )
+    assert measured.model_copy(update={"tensors": older}).late_shares() == {}

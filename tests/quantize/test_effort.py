@@ -345,7 +345,7 @@ def test_a_model_that_does_not_fit_the_memory_has_its_passes_on_a_stand_in(
     (told,) = (note for note in made.plan.notes if "stand-in in Q8_0" in note)
     assert told.endswith("are available; gates compare with it")
     assert any("importance matrix: " in note and "KLD" in note for note in made.plan.notes)
-    assert any("swaps: left out, they run on the model" in line for line in said)
+    assert any("swaps: left out" in line for line in said)
     assert opened
     assert tiny not in opened
     (matrix,) = (tmp_path / "tiny-f16.effort").glob("*.imatrix.gguf")

@@ -6,7 +6,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ramgguf.quantize.schedule import EFFORTS, Costs, Kept, Schedule, Step, schedule
+from ramgguf.quantize.schedule import (
+    EFFORTS,
+    SWAPS_LEFT_OUT,
+    Costs,
+    Kept,
+    Schedule,
+    Step,
+    schedule,
+)
 
 # smol768 on two idle cores, in seconds.
 IDLE = Costs(
@@ -100,7 +108,7 @@ def test_what_is_kept_costs_nothing_and_only_that() -> None:
     assert _step(both, "error feedback").measuring == 0
     kept = Kept(matrix=64, hessian=True, sensitivity=True, massive=True)
     everything = schedule("best", 1e9, IDLE, kept, "mix")
-    assert [s.measuring for s in everything.steps if s.name != "swaps"] == [0, 0, 0, 0]
+    assert [s.measuring for s in everything.steps] == [0, 0, 0, 0]
 
 
 def test_a_kept_matrix_serves_where_the_time_allows_up_to_twice_its_tokens() -> None:
@@ -147,12 +155,21 @@ def test_hessians_that_the_disk_does_not_hold_are_left_out_and_the_line_says_so(
 def test_best_has_every_step_and_gives_sensitivities_a_share_of_a_given_time() -> None:
     free = schedule("best", 1e9, IDLE, Kept(), "mix")
     assert _names(free) == [
-        "importance matrix", "massive activations", "sensitivities", "error feedback", "swaps",
+        "importance matrix", "massive activations", "sensitivities", "error feedback",
     ]  # fmt: skip
+    assert free.left_out == (SWAPS_LEFT_OUT,)
     assert _step(free, "sensitivities").measuring == 1200
     timed = schedule("best", 600, IDLE, Kept(), "mix")
     assert timed.seconds <= 600
     assert 0 < _step(timed, "sensitivities").measuring < 300
+
+
+def test_swaps_are_tried_where_no_error_feedback_follows_the_plan() -> None:
+    found = schedule("best", 1e9, IDLE, Kept(free_bytes=600_000_000), "mix")
+    assert _names(found) == [
+        "importance matrix", "massive activations", "sensitivities", "swaps",
+    ]  # fmt: skip
+    assert not any(line.startswith("swaps") for line in found.left_out)
 
 
 @given(

@@ -50,6 +50,7 @@ from ramgguf.quantize.schedule import (
     Effort,
     Schedule,
     Step,
+    rounds_within,
     schedule,
 )
 from ramgguf.quantize.speed_target import fast_enough, speed_limit
@@ -389,6 +390,7 @@ class _Run:
         self._stand_in: ReadyStandIn | None = None
         self._keeps_reference = False
         self._decodes = False
+        self._n_rounds = 0
 
     def made(self) -> Quantized:
         """Return what was made: the best candidate, under its final name."""
@@ -442,15 +444,20 @@ class _Run:
             f"{format_seconds(costs.feedback)} to round all weights with error feedback"
         )
         self._announce_schedule(planned, limit)
+        self._n_rounds = planned.n_rounds
         for number, step in enumerate(planned.steps, 1):
-            spent = clock() - begun
-            if number > 1 and spent + step.seconds > LATE * limit:
+            spent, n_rounds = clock() - begun, self._n_rounds  # which never become more again
+            if number > 1:
+                n_rounds = rounds_within(step, n_rounds, LATE * limit - spent, costs)
+            if n_rounds == 0:
                 self._log.add(
                     f"{step.name}: left out, {format_seconds(spent)} of {format_seconds(limit)} "
                     f"are spent, and it takes about {format_seconds(step.seconds)}"
                 )
                 continue
-            self._announce(f"step {number} of {len(planned.steps)}: {step.name}")
+            self._n_rounds = n_rounds
+            fewer = f", its gate with {n_rounds} per domain" if n_rounds < planned.n_rounds else ""
+            self._announce(f"step {number} of {len(planned.steps)}: {step.name}{fewer}")
             after = [later.name for later in planned.steps[number:]]
             try:
                 with followed_by(self._progress, after[0] if after else "verify"):
@@ -685,7 +692,7 @@ class _Run:
         unscored = [one for one in (best, tried) if one.score is None]
         found = score_held_out(
             [self._as_read(one) for one in unscored], self._reference, part="gate", n_ctx=GATE_CTX,
-            seconds=None, max_rounds=self._schedule.n_rounds, threads=self._threads,
+            seconds=None, max_rounds=self._n_rounds, threads=self._threads,
             reference_logits=self._kept_logits("gate"), progress=self._progress,
         )  # fmt: skip
         for one, score in zip(unscored, found, strict=True):

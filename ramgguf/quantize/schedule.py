@@ -53,6 +53,7 @@ class Costs:
     window is a gate's window scored by a candidate: small formats can be slower than the source,
     and are then decoded for it, which takes decode (0: not decoded).
     keeps_reference: gates read what the source says from a file, after the first of them.
+    save writes all Hessians, for a run that goes on after a kill and at the end.
     """
 
     write: float
@@ -64,6 +65,7 @@ class Costs:
     window: float
     keeps_reference: bool = False
     decode: float = 0.0
+    save: float = 0.0
 
     @property
     def source_round(self) -> float:
@@ -164,6 +166,15 @@ def schedule(effort: Effort, limit: float, costs: Costs, kept: Kept, tokens: str
     )
 
 
+def rounds_within(step: Step, n_rounds: int, seconds: float, costs: Costs) -> int:
+    """Return how many windows per domain the step's gate may have, n_rounds at most, so that the
+    step takes no more than the seconds; 0 where it takes more with one.
+    """
+    each = costs.round + (0.0 if costs.keeps_reference else costs.source_round)
+    fitting = (n for n in range(n_rounds, 0, -1) if step.seconds - (n_rounds - n) * each <= seconds)
+    return next(fitting, 0)
+
+
 @dataclass
 class _Try:
     """The steps with so many sequences of calibration, and rounds of each gate."""
@@ -216,6 +227,11 @@ class _Try:
         """The candidate, and the source where it is not kept what that says."""
         again = 0.0 if self.costs.keeps_reference else self.costs.source_round
         return self.n_rounds * (again + self.costs.round) + self.costs.decode
+
+    @property
+    def saving(self) -> float:
+        """Seconds of writing the Hessians of a matrix's passes."""
+        return self.costs.save if self.with_hessians else 0.0
 
     @property
     def sweeping(self) -> float:
@@ -272,7 +288,7 @@ class _Try:
         return Step(
             "importance matrix",
             f"{self.n_read} × {N_CTX} tokens ({source}){also}",
-            self.reading + self.costs.write + self.first_gate,
+            self.reading + self.saving + self.costs.write + self.first_gate,
             self.reading,
         )
 
@@ -304,7 +320,8 @@ class _Try:
     def feedback(self) -> Step:
         """Errors are measured as the blocks are written."""
         is_there = self.with_hessians or (self.is_kept and self.kept.hessian)
-        reading = 0.0 if is_there else self.n_read * (self.costs.read + self.costs.gram)
+        again = self.n_read * (self.costs.read + self.costs.gram) + self.costs.save
+        reading = 0.0 if is_there else again
         sweep = "GPTQ and coordinate descent" if self.encoder == "descent" else "GPTQ"
         return Step(
             "error feedback",

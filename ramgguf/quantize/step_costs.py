@@ -1,6 +1,7 @@
 """What the steps of an effort cost on this model and machine, measured on one of its layers."""
 
 import re
+import shutil
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -23,6 +24,7 @@ from ramgguf.quants.roundtrip import simulated
 from ramgguf.quants.stand_in import ReadyStandIn
 from ramgguf.sensitivity import is_probed, probe_format
 
+SAVES = 3  # of Hessians: about one a minute, and their file
 LEAST_READING = 0.5  # of a sequence's time with one layer's Hessians: what is not for these
 LEAST_GAIN = 1.2  # a candidate that takes so many times the source's time is decoded
 
@@ -77,6 +79,7 @@ def measured_costs(
     with open_gguf(hessian) as grams:
         widths = [gram.row_length for gram in grams.tensors]
     gram = _gram_seconds(widths, threads or default_threads())
+    save = SAVES * _copy_seconds(hessian) * max(1, len(layers))
     n_weights = sum(t.n_weights for t in weights if layer_of(t.name) is not None)
     seconds = {}
     for encoder in FEEDBACK:
@@ -103,7 +106,17 @@ def measured_costs(
         hessian_bytes=hessian_bytes,
         window=window,
         decode=decode,
+        save=save,
     )
+
+
+def _copy_seconds(path: Path) -> float:
+    """Return the seconds of writing as much as the file holds, beside it."""
+    start, copy = time.perf_counter(), path.with_name(f"{path.name}.copy")
+    shutil.copyfile(path, copy)
+    seconds = time.perf_counter() - start
+    copy.unlink()
+    return seconds
 
 
 def _decoded(

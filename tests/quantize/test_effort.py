@@ -183,7 +183,7 @@ def test_a_reference_that_is_kept_is_read_once_and_tells_the_same(
     with open_gguf(tiny) as file:
         assert kept.stat().st_size == held_out.kept_bytes(file, 64, 10)
     with pytest.raises(EngineError, match="another tokenizer"):
-        score_held_out([small], tiny, n_ctx=64, seconds=None, max_rounds=1, reference_logits=kept)
+        score_held_out([small], tiny, n_ctx=64, seconds=None, max_rounds=3, reference_logits=kept)
     with pytest.raises(ValueError, match="all windows"):
         score_held_out([small], tiny, reference_logits=kept)
 
@@ -406,6 +406,22 @@ def test_reading_and_rounding_take_time_here(tiny: Path, tmp_path: Path) -> None
     assert found.descent > 0
     assert found.hessian_bytes > 0
     assert not list(scratch.iterdir())
+
+
+def test_a_shorter_gate_reads_the_logits_that_a_longer_one_has_kept(
+    tiny: Path, tmp_path: Path
+) -> None:
+    small = ramgguf.quantize(tiny, "45%", tmp_path / "a.gguf", effort="fast").paths[0]
+    kept = tmp_path / "kept.logits"
+    (longer,) = score_held_out(
+        [small], tiny, n_ctx=64, seconds=None, max_rounds=2, reference_logits=kept
+    )
+    (shorter,) = score_held_out(
+        [small], tiny, n_ctx=64, seconds=None, max_rounds=1, reference_logits=kept
+    )
+    assert len(longer.windows) == 2 * len(shorter.windows) > 0
+    assert longer.windows[: len(shorter.windows)] == shorter.windows
+    assert judge(longer, shorter).n_windows == len(shorter.windows)
 
 
 def test_candidates_that_are_slower_than_the_source_are_decoded_for_their_gates(

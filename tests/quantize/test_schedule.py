@@ -13,6 +13,7 @@ from ramgguf.quantize.schedule import (
     Kept,
     Schedule,
     Step,
+    rounds_within,
     schedule,
 )
 
@@ -162,6 +163,29 @@ def test_best_has_every_step_and_gives_sensitivities_a_share_of_a_given_time() -
     timed = schedule("best", 600, IDLE, Kept(), "mix")
     assert timed.seconds <= 600
     assert 0 < _step(timed, "sensitivities").measuring < 300
+
+
+def test_a_late_step_gets_a_shorter_gate_before_it_is_left_out() -> None:
+    costs = replace(IDLE, keeps_reference=True)
+    step = _step(schedule("best", 1e9, costs, Kept(), "mix"), "error feedback")
+    assert rounds_within(step, 6, step.seconds, costs) == 6
+    assert rounds_within(step, 6, step.seconds - 0.5 * costs.round, costs) == 5
+    assert rounds_within(step, 6, step.seconds - 4.5 * costs.round, costs) == 1
+    assert rounds_within(step, 6, step.seconds - 5.5 * costs.round, costs) == 0
+    # Where the source is read again, its windows are saved as well.
+    both = costs.round + costs.source_round
+    again = replace(costs, keeps_reference=False)
+    assert rounds_within(step, 6, step.seconds - 1.5 * both, again) == 4
+
+
+def test_saving_hessians_takes_time() -> None:
+    found = schedule("best", 1e9, replace(IDLE, save=7.0), Kept(), "mix")
+    without = schedule("best", 1e9, IDLE, Kept(), "mix")
+    assert found.seconds == without.seconds + 7
+    kept = Kept(matrix=64, hessian=True)
+    assert schedule("best", 1e9, replace(IDLE, save=7.0), kept, "mix").seconds == pytest.approx(
+        schedule("best", 1e9, IDLE, kept, "mix").seconds
+    )
 
 
 def test_swaps_are_tried_where_no_error_feedback_follows_the_plan() -> None:

@@ -5,16 +5,20 @@ from one kind of text can make another worse than no matrix at all.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ramgguf.evaluate import HeldOutScore
+
+Floats = NDArray[np.float64]
 
 # A domain is worse if its paired difference is above so many standard errors, and above SLACK.
 Z = 2.0
 SLACK = 0.02
-MIN_WINDOWS = 3  # of a domain, to know a standard error; with fewer it may not be worse at all
+MIN_WINDOWS = 3  # of a domain, to know its own standard error; two have that of all domains
 
 
 @dataclass(frozen=True)
@@ -54,21 +58,36 @@ def judge(before: HeldOutScore, after: HeldOutScore) -> Verdict:
     """Return the verdict on two scores of the same windows, as far as both go."""
     ratios, worse = {}, []
     n_windows = min(len(before.windows), len(after.windows))
-    for domain in before.domains:
-        a, b = (
+    pairs = {
+        domain: tuple(
             np.array(
                 [w.kld_sum / w.n_tokens for w in score.windows[:n_windows] if w.domain == domain]
             )
             for score in (before, after)
         )
+        for domain in before.domains
+    }
+    pooled = _pooled_spread(list(pairs.values()))
+    for domain, (a, b) in pairs.items():
         difference = b - a
-        mean = float(difference.mean())
         least = float(a.mean())
         ratios[domain] = float(b.mean()) / least if least > 0 else math.inf
-        slack = SLACK * least
-        if len(a) >= MIN_WINDOWS:
-            slack = max(slack, Z * float(difference.std(ddof=1)) / math.sqrt(len(a)))
-        if mean > slack:
+        own = float(difference.std(ddof=1)) if len(a) >= MIN_WINDOWS else pooled * least
+        slack = max(SLACK * least, Z * own / math.sqrt(len(a)))
+        if float(difference.mean()) > slack:
             worse.append(domain)
     logs = [math.log(max(r, 1e-9)) if math.isfinite(r) else 1.0 for r in ratios.values()]
     return Verdict(math.exp(sum(logs) / len(logs)), ratios, tuple(worse), n_windows)
+
+
+def _pooled_spread(pairs: Sequence[tuple[Floats, ...]]) -> float:
+    """Return the standard deviation of paired differences within domains, each divided by the
+    domain's KLD before; 0 where every domain has one window.
+    """
+    squares, freedom = 0.0, 0
+    for a, b in pairs:
+        if a.mean() > 0:
+            shares = (b - a) / a.mean()
+            squares += float(np.square(shares - shares.mean()).sum())
+            freedom += len(a) - 1
+    return math.sqrt(squares / freedom) if freedom else 0.0

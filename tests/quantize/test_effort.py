@@ -123,6 +123,19 @@ def test_noise_of_one_domain_alone_does_not_refuse_a_step() -> None:
     assert judge(_score(BEFORE), _score(after)).taken
 
 
+def test_two_windows_of_a_domain_are_judged_by_the_noise_of_all_domains() -> None:
+    before = {"a": [0.2, 0.2], "b": [0.2, 0.2], "c": [0.2, 0.2]}
+    # Windows of a domain part by a fifth: a mean that is higher by 5 % is chance.
+    noisy = {"a": [0.14, 0.18], "b": [0.14, 0.18], "c": [0.19, 0.23]}
+    assert judge(_score(before), _score(noisy)).taken
+    # The same mean where windows agree is not.
+    calm = {"a": [0.16, 0.16], "b": [0.16, 0.16], "c": [0.21, 0.21]}
+    assert judge(_score(before), _score(calm)).worse == ("c",)
+    # One window a domain tells no noise.
+    single = {d: values[:1] for d, values in before.items()}
+    assert judge(_score(single), _score({"a": [0.16], "b": [0.16], "c": [0.21]})).worse == ("c",)
+
+
 def test_intervals_hold_the_mean_and_few_windows_claim_none() -> None:
     rng = np.random.default_rng(1)
     hits = 0

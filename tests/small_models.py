@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter, PoolingType
 
+import ramgguf
 from tiny_models import add_byte_tokenizer
 
 WIDTH, FFN, N_HEADS, HEAD, N_VOCAB, N_CONTEXT, N_LAYERS = 256, 512, 4, 64, 320, 64, 2
@@ -408,3 +409,11 @@ def write_small_model(
     out.write_tensors_to_file()
     out.close()
     return path
+
+
+def planned_types(source: Path, target: Path) -> dict[str, str]:
+    """Quantize the model to 6 bits per weight, and return the format of each tensor."""
+    made = ramgguf.quantize(
+        source, "6bpw", target, min_sqnr_db=0, threads=1, verify=False, effort="fast"
+    )
+    return {a.name: a.format for a in made.plan.assignments}

@@ -55,7 +55,7 @@ class DivisionRooms:
     def splits(self, footprint: Footprint) -> list[Split]:
         """Return the divisions that the request allows, the most on the GPU first."""
         request, found = self._request, list(splits(footprint))
-        if request.vram is None and request.n_gpu_layers is None:
+        if not request.offloads:
             return found[-1:]
         if request.n_gpu_layers is not None:
             n = min(request.n_gpu_layers, most_layers(footprint))

@@ -1,7 +1,7 @@
 """GGUF files written: an output that takes bytes in any order and appears whole or not at all."""
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -17,6 +17,8 @@ from ramgguf.core.files import (
     require_disk_space,
     temporary_path,
 )
+from ramgguf.core.parallel import Chunk, map_chunks, runs
+from ramgguf.core.progress import Progress
 from ramgguf.gguf.layout import Layout
 from ramgguf.gguf.reader import GGUFFile, open_shards
 
@@ -137,3 +139,36 @@ class GGUFOutput:
         """Remove what was written; does nothing to files that have their names."""
         for file in self._files:
             file.abort()
+
+
+def rewrite(
+    layout: Layout,
+    source: GGUFFile,
+    convert: Callable[[Chunk, NDArray[np.uint8]], NDArray[np.uint8]],
+    *,
+    stage: str,
+    force: bool = False,
+    threads: int,
+    progress: Progress,
+) -> Path:
+    """Write the source's tensors as convert makes them, and return the path of the (first) file.
+
+    convert gets a chunk and its rows, uint8 (rows, bytes), and returns them in the layout's type;
+    threads call it. stage names the work in the progress. Raises GGUFError as GGUFOutput does.
+    """
+
+    def write(chunk: Chunk) -> int:
+        tensor = source.tensors[chunk.index]
+        rows = source.read_rows(tensor, chunk.start, chunk.stop)
+        data = convert(chunk, rows)
+        output.write_at(tensor.name, chunk.start * data.shape[1], data)
+        return rows.nbytes
+
+    with GGUFOutput(layout, source, force=force) as output:
+        progress.start(stage, sum(t.n_bytes for t in source.tensors), "bytes")
+        try:
+            for n_bytes in map_chunks(write, runs(source.tensors), threads):
+                progress.advance(n_bytes)
+        finally:
+            progress.finish()
+        return output.commit()[0]

@@ -422,7 +422,7 @@ class _Run:
             )
             return best
         with open_gguf(self._model) as file:
-            self._keeps_reference = self._has_room_for_logits(file)
+            self._keeps_reference = self._room_beside_logits(file) >= 0
             beside = 0 if self._keeps_reference else best.made.n_bytes
             self._stand_in = self._fitting(file, beside)
             costs = measured_costs(
@@ -501,20 +501,17 @@ class _Run:
                 f"  {number}. {step.name}: {step.what}, about {format_seconds(step.seconds)}"
             )
 
-    def _has_room_for_logits(self, file: GGUFFile) -> bool:
-        """Return whether what the reference says at gates fits the disk, and is read once only."""
+    def _room_beside_logits(self, file: GGUFFile) -> float:
+        """Return how much of the disk is left beside what the reference says at gates."""
         n_bytes = kept_bytes(file, GATE_CTX, MOST_ROUNDS * N_DOMAINS)
-        return n_bytes <= DISK_SHARE * free_bytes(self._scratch)
+        return DISK_SHARE * free_bytes(self._scratch) - n_bytes
 
     def _has_room_to_decode(self, file: GGUFFile) -> bool:
-        """Return whether two candidates in the source's types fit the disk, beside what is kept
-        there, and passes run on the source itself.
+        """Return whether two candidates in the source's types fit the disk, and passes run on the
+        source itself.
         """
-        n_bytes = (
-            kept_bytes(file, GATE_CTX, MOST_ROUNDS * N_DOMAINS) if self._keeps_reference else 0
-        )
-        room = DISK_SHARE * free_bytes(self._scratch) - n_bytes
-        return self._stand_in is None and self._keeps_reference and 2 * file.n_bytes <= room
+        fits = 2 * file.n_bytes <= self._room_beside_logits(file)
+        return fits and self._keeps_reference and self._stand_in is None
 
     def _fitting(self, file: GGUFFile, beside: int) -> ReadyStandIn | None:
         """Return the stand-in that passes run on, so many bytes beside it; None: the model fits,

@@ -11,14 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ramgguf.core.inputs import protected
-from ramgguf.core.parallel import Chunk, default_threads, map_chunks, runs
+from ramgguf.core.parallel import Chunk, default_threads
 from ramgguf.core.progress import Progress, Silent
 from ramgguf.core.version import __version__
 from ramgguf.gguf.header import string, u32
 from ramgguf.gguf.hub import local_path
 from ramgguf.gguf.layout import plan_layout
 from ramgguf.gguf.reader import GGUFFile, open_gguf
-from ramgguf.gguf.writer import GGUFOutput
+from ramgguf.gguf.writer import rewrite
 from ramgguf.plan.result import Assignment, Plan
 from ramgguf.quantize.write import check_source
 from ramgguf.quants.codec import ErrorWeights
@@ -53,27 +53,18 @@ def perturb_file(
     }
     types = {t.name: "F32" if t.name in noisy else t.type_name for t in file.tensors}
     layout = plan_layout(output, file, types, overrides)
-    sink = GGUFOutput(layout, file, force=force)
-    progress.start("perturb", sum(t.n_bytes for t in file.tensors), "bytes")
 
-    def write(chunk: Chunk) -> int:
+    def convert(chunk: Chunk, rows: NDArray[np.uint8]) -> NDArray[np.uint8]:
         tensor, planned = file.tensors[chunk.index], plan.assignments[chunk.index]
-        rows = file.read_rows(tensor, chunk.start, chunk.stop)
-        data = rows
-        if tensor.name in noisy:
-            scale = ErrorWeights.of(tensor, imatrix)
-            rng = np.random.default_rng([seed, chunk.index, chunk.start])
-            data = _noisy(rows, chunk.start, tensor.row_length, planned, scale, plan.encoder, rng)
-        sink.write_at(tensor.name, chunk.start * data.shape[1], data)
-        return rows.nbytes
+        if tensor.name not in noisy:
+            return rows
+        scale = ErrorWeights.of(tensor, imatrix)
+        rng = np.random.default_rng([seed, chunk.index, chunk.start])
+        return _noisy(rows, chunk.start, tensor.row_length, planned, scale, plan.encoder, rng)
 
-    with sink:
-        try:
-            for n_bytes in map_chunks(write, runs(file.tensors), threads):
-                progress.advance(n_bytes)
-        finally:
-            progress.finish()
-        return sink.commit()[0]
+    return rewrite(
+        layout, file, convert, stage="perturb", force=force, threads=threads, progress=progress
+    )
 
 
 def _noisy(

@@ -77,6 +77,11 @@ class Costs:
         """A window of each domain, scored by a candidate."""
         return N_DOMAINS * self.window
 
+    @property
+    def gate_round(self) -> float:
+        """The same, and by the source where it is not kept what that says."""
+        return self.round + (0.0 if self.keeps_reference else self.source_round)
+
 
 @dataclass(frozen=True)
 class Kept:
@@ -170,8 +175,11 @@ def rounds_within(step: Step, n_rounds: int, seconds: float, costs: Costs) -> in
     """Return how many windows per domain the step's gate may have, n_rounds at most, so that the
     step takes no more than the seconds; 0 where it takes more with one.
     """
-    each = costs.round + (0.0 if costs.keeps_reference else costs.source_round)
-    fitting = (n for n in range(n_rounds, 0, -1) if step.seconds - (n_rounds - n) * each <= seconds)
+    fitting = (
+        n
+        for n in range(n_rounds, 0, -1)
+        if step.seconds - (n_rounds - n) * costs.gate_round <= seconds
+    )
     return next(fitting, 0)
 
 
@@ -224,9 +232,8 @@ class _Try:
 
     @property
     def gate(self) -> float:
-        """The candidate, and the source where it is not kept what that says."""
-        again = 0.0 if self.costs.keeps_reference else self.costs.source_round
-        return self.n_rounds * (again + self.costs.round) + self.costs.decode
+        """The candidate, and what gates compare it with."""
+        return self.n_rounds * self.costs.gate_round + self.costs.decode
 
     @property
     def saving(self) -> float:

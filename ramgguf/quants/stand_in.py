@@ -24,7 +24,7 @@ from ramgguf.gguf.architecture import never_quantized
 from ramgguf.gguf.header import string, u32
 from ramgguf.gguf.layout import Layout, plan_layout
 from ramgguf.gguf.reader import GGUFFile, TensorInfo
-from ramgguf.gguf.writer import GGUFOutput
+from ramgguf.gguf.writer import rewrite
 from ramgguf.quants import formats
 from ramgguf.quants.roundtrip import SOURCES, Rows, stored
 
@@ -128,23 +128,14 @@ def write_stand_in(
     Raises GGUFError when it does not fit the disk.
     """
     layout = stand_in_layout(file, form, path)
-    shown = progress or Silent()
 
-    def write(chunk: Chunk) -> int:
+    def convert(chunk: Chunk, rows: Rows) -> Rows:
         tensor = file.tensors[chunk.index]
-        rows = file.read_rows(tensor, chunk.start, chunk.stop)
-        data = stored(tensor, rows, layout.tensors[tensor.name].type_name)
-        output.write_at(tensor.name, chunk.start * data.shape[1], data)
-        return rows.nbytes
+        return stored(tensor, rows, layout.tensors[tensor.name].type_name)
 
-    shown.start("stand-in", sum(t.n_bytes for t in file.tensors), "bytes")
-    try:
-        with GGUFOutput(layout, file, force=False) as output:
-            for n_bytes in map_chunks(write, runs(file.tensors), threads):
-                shown.advance(n_bytes)
-            return output.commit()[0]
-    finally:
-        shown.finish()
+    return rewrite(
+        layout, file, convert, stage="stand-in", threads=threads, progress=progress or Silent()
+    )
 
 
 def stored_rows(file: GGUFFile, tensor: TensorInfo, to: str, *, threads: int) -> Rows:

@@ -39,6 +39,7 @@ from small_models import (
     Architecture,
     _common,
     _weights,
+    planned_types,
     write_small_model,
 )
 
@@ -110,10 +111,7 @@ def test_planned_sizes_are_what_llama_cpp_allocates(
 ) -> None:
     source = write_small_model(tmp_path / "source.gguf", architecture)
     target = tmp_path / "target.gguf"
-    made = ramgguf.quantize(
-        source, "6bpw", target, min_sqnr_db=0, threads=1, verify=False, effort="fast"
-    )
-    types = {a.name: a.format for a in made.plan.assignments}
+    types = planned_types(source, target)
     with open_gguf(source) as file, FootprintEstimator(file) as scale:
         for shape in _shapes(architecture):
             planned, real = scale.footprint(shape, types), _really(sizer, target, shape)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ramgguf.quantize.perturb import perturb
     from ramgguf.refine import refine
     from ramgguf.sensitivity import reweigh, sensitivity
+    from ramgguf.transform import transform
 
 __all__ = [
     "ByteLimit",
@@ -47,6 +48,7 @@ __all__ = [
     "sensitivity",
     "tasks",
     "trajectories",
+    "transform",
 ]
 
 
@@ -59,6 +61,7 @@ _PACKAGES = {
     "quantize": ("Quantized", "default_output", "perturb", "quantize"),
     "refine": ("refine",),
     "sensitivity": ("reweigh", "sensitivity"),
+    "transform": ("transform",),
 }
 _HOMES = {name: package for package, names in _PACKAGES.items() for name in names}
 

@@ -1,4 +1,4 @@
-"""The commands around quantization: calibrate, and the control perturb."""
+"""The commands around quantization: calibrate, transform, and the control perturb."""
 
 from pathlib import Path
 from typing import Annotated
@@ -20,6 +20,10 @@ def register(app: typer.Typer) -> None:
         "calibrate",
         epilog="Example: ramgguf calibrate model-f16.gguf -o model.imatrix.gguf",
     )(calibrate)
+    app.command(
+        "transform",
+        epilog="Example: ramgguf transform model-f16.gguf --imatrix I.gguf -o model.scales.gguf",
+    )(transform)
     app.command(
         "perturb",
         epilog="Example: ramgguf perturb model-f16.gguf --like plan.json -o noisy.gguf --seed 1",
@@ -88,6 +92,51 @@ def calibrate(
         print(to_json(summary(found)))
     else:
         print_calibration(found, terminal.out)
+
+
+def transform(
+    model: opt.Model,
+    imatrix: Annotated[Path, typer.Option("--imatrix", help="The importance matrix of the model.")],
+    output: opt.Output = None,
+    strength: Annotated[
+        float, typer.Option("--strength", help="Exponent of the scales: 1 takes all of them.")
+    ] = 0.5,
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check/--no-check", help="Run the scaled model to see that it computes the same."
+        ),
+    ] = True,
+    force: opt.Force = False,
+    threads: opt.Threads = None,
+    as_json: opt.AsJson = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Choose scales for columns that leave what the model computes, and help blocks to round it.
+
+    `quantize --scales` takes the file. Norms, up and V are divided by what the columns of the
+    weights after them are multiplied with, so that nothing is added to the output.
+    """
+    terminal = opt.Terminal.make(quiet=quiet, as_json=as_json)
+    found = api.transform(
+        terminal.fetched(model),
+        output or beside(model, f"{model_stem(model)}.scales.gguf"),
+        imatrix,
+        strength=strength,
+        check=check,
+        force=force,
+        threads=threads,
+        progress=terminal.progress,
+        announce=terminal.err.print if not (quiet or as_json) else lambda _: None,
+    )
+    if as_json:
+        print(to_json({**vars(found), "path": str(found.path)}))
+        return
+    said = "" if found.kld is None else f"; the scaled model has KLD {found.kld:.2g} to the model"
+    terminal.out.print(
+        f"{found.path}: scales of {found.n_tensors} tensors at {found.n_folds} places{said}",
+        soft_wrap=True,
+    )
 
 
 def perturb(

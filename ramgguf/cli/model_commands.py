@@ -130,6 +130,7 @@ def quantize(
     encoder: opt.OptionalEncoder = None,
     imatrix: opt.ImatrixFile = None,
     hessian: opt.HessianFile = None,
+    scales: opt.ScalesFile = None,
     calibrate: opt.Calibrate = None,
     sensitivity: SensitivityOrMeasure = None,
     sensitivity_time: SensitivityTime = None,
@@ -164,7 +165,7 @@ def quantize(
             "--min-prompt-speed": min_prompt_speed, "--plan": plan_file, "--effort": effort,
             "--time": limit, "--refine": refine, "--output": output, "--save-plan": save_plan,
             "--export-tensor-types": export_tensor_types, "--split-max-size": split_max_size,
-            "--calibrate": calibrate, "--score": score, "--check": check,
+            "--calibrate": calibrate, "--scales": scales, "--score": score, "--check": check,
         }  # fmt: skip
         idle = [name for name, value in others.items() if value]
         opt.refuse_idle(idle, "--target speed shows plans and writes nothing")
@@ -205,6 +206,8 @@ def quantize(
             "speeds and trials are those of this CPU, with all of the model in RAM: not for a GPU",
             param_hint="--min-speed" if is_timed else "--check",
         )
+    if refine and scales:
+        raise typer.BadParameter("swaps of formats are tried without", param_hint="--scales")
     if refine and plan_file:
         raise typer.BadParameter("a ready plan is followed as it is", param_hint="--refine")
     if (imatrix or calibrate) and (plan_file or measurement):
@@ -217,6 +220,7 @@ def quantize(
         others = {
             "--encoder": encoder is not None,
             "--hessian": hessian is not None,
+            "--scales": scales is not None,
             "--sensitivity": sensitivity is not None,
             "--allow-requantize": allow_requantize,
         }
@@ -227,6 +231,7 @@ def quantize(
         others = {
             "--encoder": encoder is not None and sensitivity != "measure",
             "--hessian": hessian is not None,
+            "--scales": scales is not None,
             "--allow-requantize": allow_requantize,
         }
         idle = [name for name, given in others.items() if given]
@@ -242,6 +247,7 @@ def quantize(
         "--measurement": measurement,
         "--imatrix": imatrix,
         "--hessian": hessian,
+        "--scales": scales,
         "--calibrate": calibrate,
         "--sensitivity": sensitivity,
         "--refine": refine or None,
@@ -286,6 +292,7 @@ def quantize(
             encoder=None if encoder is None else chosen.name,
             imatrix=weighed.imatrix,
             hessian=weighed.hessian,
+            scales=scales,
             allow_requantize=allow_requantize,
             refine=refine,
             effort=level,

@@ -95,6 +95,10 @@ HessianFile = Annotated[
     Path | None,
     typer.Option("--hessian", help="Hessians of calibrate --hessian: weigh errors of outputs."),
 ]
+ScalesFile = Annotated[
+    Path | None,
+    typer.Option("--scales", help="Scales of transform: columns that matter get more precision."),
+]
 EffortOption = Annotated[
     str | None,
     typer.Option(

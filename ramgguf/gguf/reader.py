@@ -84,6 +84,11 @@ class GGUFFile(Closing):
                 path = self.paths[tensor.shard]
                 raise GGUFError(f"{path}: tensor {tensor.name!r} is in another shard, too")
 
+    @property
+    def shards(self) -> tuple[Shard, ...]:
+        """The files."""
+        return self._shards
+
     def close(self) -> None:
         """Close the file; rows that were handed out stay valid."""
         for shard in self._shards:

@@ -287,6 +287,6 @@ class Plan(Document):
 
     def sha256(self) -> str:
         """Return the hash of what decides the output's bytes: encoder and tensor–format pairs."""
-        encoder = f"{self.encoder} {self.imatrix.identity}" if self.imatrix else self.encoder
+        encoder = f"{self.encoder} {self.imatrix.encoding}" if self.imatrix else self.encoder
         text = "\n".join([encoder, *(f"{a.name}={a.format}" for a in self.assignments)])
         return hashlib.sha256(text.encode()).hexdigest()

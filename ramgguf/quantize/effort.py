@@ -69,11 +69,14 @@ from ramgguf.quants.stand_in import (
 )
 from ramgguf.sensitivity import MassiveActivations, Sensitivity, massive_activations
 from ramgguf.sensitivity import sensitivity as measure_sensitivity
+from ramgguf.transform import can_scale, transform
 
 AUTO_SECONDS = 300.0
 TOKENS = "mix"
 SCORE_SHARE = 0.15  # of the time that was asked for
-LATE = 1.1  # a step is left out where it would end later than so many times the limit
+# A step is left out where it would end later than so many times the limit: that which was asked
+# for, and that of auto, which is about five minutes.
+LATE, LATE_BY_DEFAULT = 1.1, 1.25
 FIRST_CTX, FIRST_ROUNDS = 16, 6  # the windows that show what becomes of first tokens
 clock = time.perf_counter
 NEEDS_LLAMA = (
@@ -104,6 +107,7 @@ def quantize(
     encoder: EncoderName | None = None,
     imatrix: str | Path | None = None,
     hessian: str | Path | None = None,
+    scales: str | Path | None = None,
     allow_requantize: bool = False,
     refine: int = 0,
     split_max_bytes: int | None = None,
@@ -137,8 +141,9 @@ def quantize(
     kept (or that of speeds), and the file is timed. Raises BudgetError with the largest speed
     that is possible, and what limits it, where that is less.
 
-    from_plan, measurement, encoder, imatrix, hessian and refine are for effort fast. A ready
-    measurement saves measuring again; imatrix and hessian are as in measure. Without a ready plan,
+    from_plan, measurement, encoder, imatrix, hessian, scales and refine are for effort fast. A
+    ready measurement saves measuring again; imatrix and hessian are as in measure, scales a file
+    that transform has made, which goes with a matrix and without refine. Without a ready plan,
     refine is how many swaps of formats are tried by forward passes, on the workers of an executor
     if there is one; announce gets their cost. An encoder that plans by another one's errors (gptq
     by those of search) chooses formats by these, if there is no ready plan or measurement; a
@@ -149,13 +154,14 @@ def quantize(
     start = clock()
     model = local_path(model, lora=lora, announce=announce)
     settings = QuantizeOptions(
-        encoder or DEFAULT_ENCODER, imatrix, hessian, allow_requantize, refine,
+        encoder or DEFAULT_ENCODER, imatrix, hessian, scales, allow_requantize, refine,
         split_max_bytes=split_max_bytes, force=force, verify=verify, threads=threads,
         executor=executor, progress=progress, announce=announce, plan=options,
     )  # fmt: skip
     explicit = {
         "from_plan": from_plan, "measurement": measurement, "imatrix": imatrix,
-        "hessian": hessian, "refine": refine or None, "sensitivity": options.get("sensitivity"),
+        "hessian": hessian, "scales": scales, "refine": refine or None,
+        "sensitivity": options.get("sensitivity"),
         "objective": options.get("objective"),
         "encoder": encoder, "max_kld": max_kld,
     }  # fmt: skip
@@ -166,6 +172,10 @@ def quantize(
     if is_for_ollama:
         _require_modelfile(output, split_max_bytes, force=force)
     level = effort or default_effort(is_explicit=bool(given), has_time=seconds is not None)
+    if scales is not None and (refine or from_plan is not None or measurement is not None):
+        raise PlanError(
+            "scales go with what is measured now: give no refinement, plan or measurement"
+        )
     is_timed = min_speed is not None or min_prompt_speed is not None
     if is_timed and (max_kld is not None or from_plan is not None or refine):
         raise PlanError(
@@ -329,6 +339,7 @@ class Choice:
     encoder: EncoderName = DEFAULT_ENCODER
     imatrix: Path | None = None
     hessian: Path | None = None
+    scales: Path | None = None
     sensitivity: Sensitivity | None = None
     pins: tuple[str, ...] = ()
     refine: int = 0
@@ -445,10 +456,11 @@ class _Run:
         )
         self._announce_schedule(planned, limit)
         self._n_rounds = planned.n_rounds
+        latest = limit * (LATE_BY_DEFAULT if self._seconds is None else LATE)
         for number, step in enumerate(planned.steps, 1):
             spent, n_rounds = clock() - begun, self._n_rounds  # which never become more again
             if number > 1:
-                n_rounds = rounds_within(step, n_rounds, LATE * limit - spent, costs)
+                n_rounds = rounds_within(step, n_rounds, latest - spent, costs)
             if n_rounds == 0:
                 self._log.add(
                     f"{step.name}: left out, {format_seconds(spent)} of {format_seconds(limit)} "
@@ -581,8 +593,8 @@ class _Run:
                 return self._candidate(replace(now, sensitivity=found_alphas), best)
             case "error feedback" if now.imatrix is not None:
                 hessian = self._hessian()
-                encoder = self._schedule.encoder
-                return self._candidate(replace(now, encoder=encoder, hessian=hessian))
+                fed = replace(now, encoder=self._schedule.encoder, hessian=hessian)
+                return self._candidate(replace(fed, scales=self._scales(fed)))
             case "swaps" if self._stand_in is not None:
                 self._log.add("swaps: left out, they run on the model, which does not fit")
                 return None
@@ -612,6 +624,28 @@ class _Run:
             self._announce(f"taking {path}")
         else:
             self._calibrated(self._scratch / "again.imatrix.gguf", path)
+        return path
+
+    def _scales(self, choice: Choice) -> Path | None:
+        """Return scales by the choice's matrix, made now or before; None where none are."""
+        path = self._cache.scales(self._schedule.n_sequences)
+        if path.exists():
+            self._announce(f"taking {path}")
+            return path
+        assert choice.imatrix is not None
+        try:
+            with open_gguf(self._model) as file:
+                if not can_scale(file):
+                    return None
+                # The gate tells whether the model computes the same, too.
+                check = self._stand_in is None and file.n_bytes <= self._room_beside_logits(file)
+            transform(
+                self._model, path, choice.imatrix, check=check,
+                threads=self._threads, progress=self._progress,
+            )  # fmt: skip
+        except RamggufError as e:
+            self._log.add(f"scales: left out, {e}")
+            return None
         return path
 
     def _calibrated(self, imatrix: Path, hessian: Path | None) -> None:
@@ -677,6 +711,7 @@ class _Run:
             plan["pins"] = (*plan.get("pins", ()), *choice.pins)
         options = replace(
             self._options, encoder=choice.encoder, imatrix=choice.imatrix, hessian=choice.hessian,
+            scales=choice.scales,
             refine=choice.refine, refine_beside=self._cache.swaps if choice.refine else None,
             plan=plan, **changed,
         )  # fmt: skip

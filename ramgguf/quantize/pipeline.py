@@ -29,6 +29,7 @@ from ramgguf.quants.encoders import DEFAULT_ENCODER, ENCODERS, EncoderName
 from ramgguf.quants.formats import expand
 from ramgguf.quants.imatrix import load_importance
 from ramgguf.quants.output_metadata import overhead_bytes
+from ramgguf.quants.scales import ScaledFile, load_scales
 from ramgguf.refine import refine as refine_plan
 from ramgguf.refine import refinement_journal
 
@@ -60,6 +61,7 @@ class QuantizeOptions:
     encoder: EncoderName = DEFAULT_ENCODER
     imatrix: str | Path | None = None
     hessian: str | Path | None = None
+    scales: str | Path | None = None
     allow_requantize: bool = False
     refine: int = 0
     refine_beside: Path | None = None  # what the journal of a refinement is kept beside
@@ -88,9 +90,11 @@ def quantize_once(
     if (budget is None) == (from_plan is None):
         raise PlanError("either a budget, memory or a plan is needed, and not both")
     model = local_path(model)
-    with open_gguf(model, kind_check=True, or_projector=True) as file:
+    options = options or QuantizeOptions()
+    with open_gguf(model, kind_check=True, or_projector=True) as plain:
+        file = as_planned(plain, from_plan) if from_plan else with_scales(plain, options.scales)
         output = None if output is None else Path(output)
-        run = _Run(model, file, output, options or QuantizeOptions())
+        run = _Run(model, file, output, options)
         if from_plan is not None:
             return run.written(from_plan, None)
         assert budget is not None
@@ -101,6 +105,16 @@ def quantize_once(
     if journal is not None:
         journal.unlink(missing_ok=True)
     return made
+
+
+def with_scales(file: GGUFFile, scales: str | Path | None) -> GGUFFile:
+    """Return the model with the scales of a file in it; without, the model as it is."""
+    return file if scales is None else ScaledFile(file, load_scales(Path(scales)))
+
+
+def as_planned(file: GGUFFile, plan: Plan) -> GGUFFile:
+    """Return the model as the plan encodes it: with its scales, if there are any."""
+    return with_scales(file, plan.imatrix.scales_path if plan.imatrix else None)
 
 
 class _Run:
@@ -135,7 +149,9 @@ class _Run:
                 require_model("the measurement", measurement.source, self._file)
                 with self._clock.stage("plan"):
                     return measurement, plan_it(measurement)
-            weighed = load_importance(options.imatrix, options.hessian, options.encoder)
+            weighed = load_importance(
+                options.imatrix, options.hessian, options.encoder, options.scales
+            )
             measure = partial(
                 measure_file,
                 self._file,

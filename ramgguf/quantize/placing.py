@@ -9,7 +9,7 @@ from ramgguf.core.parallel import default_threads
 from ramgguf.core.progress import Silent
 from ramgguf.gguf.reader import open_gguf
 from ramgguf.quantize.output_paths import default_output
-from ramgguf.quantize.pipeline import Quantized, QuantizeOptions, quantize_once
+from ramgguf.quantize.pipeline import Quantized, QuantizeOptions, as_planned, quantize_once
 from ramgguf.quantize.verify import verify as verify_file
 
 
@@ -33,5 +33,6 @@ def placed(
 def verified(model: Path, made: Quantized, options: QuantizeOptions) -> float:
     """Return the largest relative difference between planned and written NMSE."""
     threads, shown = options.threads or default_threads(), options.progress or Silent()
-    with open_gguf(model) as file, open_gguf(made.paths[0]) as written:
+    with open_gguf(model) as plain, open_gguf(made.paths[0]) as written:
+        file = as_planned(plain, made.plan)
         return verify_file(file, made.plan, written, threads=threads, progress=shown)

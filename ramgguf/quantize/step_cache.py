@@ -82,6 +82,10 @@ class StepCache:
         """Return the path of the Hessians from so many sequences."""
         return self.folder / f"{self.tokens}-{n_sequences}x{N_CTX}-{self.identity}.hessian.gguf"
 
+    def scales(self, n_sequences: int) -> Path:
+        """Return the path of the scales by the matrix from so many sequences."""
+        return self.folder / f"{self.tokens}-{n_sequences}x{N_CTX}-{self.identity}.scales.gguf"
+
     @property
     def sensitivity_path(self) -> Path:
         """The path of the sensitivities."""

@@ -128,7 +128,7 @@ class Before:
         mine, others = self.plan.imatrix, plan.imatrix
         is_alike = self.plan.encoder == plan.encoder and (
             mine is others is None
-            or (mine is not None and others is not None and mine.identity == others.identity)
+            or (mine is not None and others is not None and mine.encoding == others.encoding)
         )
         pairs = zip(self.plan.assignments, plan.assignments, plan.encoded, strict=True)
         return [

@@ -12,8 +12,8 @@ from ramgguf.gguf.header import u32
 from ramgguf.gguf.layout import plan_layout
 from ramgguf.gguf.reader import GGUFFile
 from ramgguf.gguf.writer import rewrite
-from ramgguf.quants.encoders.decoding import decode_rows
-from ramgguf.quants.roundtrip import SOURCES, Rows, in_type
+from ramgguf.quants.encoders.decoding import decode_rows, in_type
+from ramgguf.quants.roundtrip import SOURCES, Rows
 
 
 def write_decoded(

@@ -7,7 +7,7 @@ the metadata, since q, k and v, or gate and up, share theirs.
 import hashlib
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -160,12 +160,14 @@ class Hessians:
     """An open file of Hessians; owners maps a weight's name to the one its input is kept under.
 
     model_sample is the sample_sha256 of the model that they were made from, where the file says.
+    divided_by, of a weight's name, says what its inputs are divided by, if by anything.
     """
 
     path: Path
     owners: Mapping[str, str]
     n_tokens: int
     model_sample: str | None = None
+    divided_by: Callable[[str], Floats | None] = lambda _: None
 
     @cached_property
     def _file(self) -> GGUFFile:
@@ -246,6 +248,10 @@ class Hessians:
             raise ImatrixError(f"{self.path}: {owner}{_GRAM} is NaN or infinite")
         if _asymmetry(gram) > _ASYMMETRY * max(gram.max(), -gram.min()):
             raise ImatrixError(f"{self.path}: {owner}{_GRAM} is not symmetric, as XᵀX is")
+        scales = self.divided_by(name)
+        if scales is not None:
+            gram /= scales
+            gram /= scales[:, None]
         return gram
 
     def close(self) -> None:

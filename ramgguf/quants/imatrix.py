@@ -14,6 +14,7 @@ import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import compress
 from pathlib import Path
 
 import numpy as np
@@ -28,12 +29,14 @@ from ramgguf.gguf.header import Value, string, u32
 from ramgguf.gguf.reader import GGUFFile, open_gguf
 from ramgguf.quants.encoders import DEFAULT_ENCODER, ENCODERS
 from ramgguf.quants.hessian import MODEL_SAMPLE_KEY, STAND_IN_KEY, Hessians, load_hessians
+from ramgguf.quants.scales import Scales, load_scales
 
 
 class ImportanceSource(FrozenModel):
     """Which importance matrix weighed the errors; n_entries and n_chunks are as the file says.
 
-    With a file of Hessians, errors are those of the outputs where it has an entry.
+    With a file of Hessians, errors are those of the outputs where it has an entry. With scales,
+    columns are multiplied, and their importance divided, which leaves weighted errors as they are.
     """
 
     path: str
@@ -43,11 +46,18 @@ class ImportanceSource(FrozenModel):
     n_chunks: NonNegative | None = None
     hessian_path: str | None = None
     hessian_sha256: str | None = None
+    scales_path: str | None = None
+    scales_sha256: str | None = None
 
     @property
     def identity(self) -> str:
         """The identity of these error weights: errors with different ones must not be compared."""
         return f"{self.sha256} {self.hessian_sha256}" if self.hessian_sha256 else self.sha256
+
+    @property
+    def encoding(self) -> str:
+        """The identity of what decides an encoder's bytes: error weights, and scales."""
+        return f"{self.identity} {self.scales_sha256}" if self.scales_sha256 else self.identity
 
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
@@ -76,6 +86,7 @@ class Imatrix:
 
     hessians, where there are any, say how the inputs of a weight go together. model_sample is the
     sample_sha256 of the model that it was made from, where the file says that (calibrate's do).
+    Where there are scales, entries are of the inputs that these leave.
     """
 
     path: Path
@@ -84,6 +95,7 @@ class Imatrix:
     n_chunks: int | None = None
     hessians: Hessians | None = None
     model_sample: str | None = None
+    scales: Scales | None = None
 
     @cached_property
     def source(self) -> ImportanceSource:
@@ -96,6 +108,8 @@ class Imatrix:
             n_chunks=self.n_chunks,
             hessian_path=str(self.hessians.path) if self.hessians else None,
             hessian_sha256=self.hessians.sha256 if self.hessians else None,
+            scales_path=str(self.scales.path) if self.scales else None,
+            scales_sha256=self.scales.sha256 if self.scales else None,
         )
 
     def importance(self, name: str, shape: Sequence[int]) -> NDArray[np.float32] | None:
@@ -169,19 +183,27 @@ def planned_imatrix(source: ImportanceSource | None) -> Imatrix | None:
     """Return the matrix that a plan was made with; raises ImatrixError when it has changed."""
     if source is None:
         return None
-    hessian = Path(source.hessian_path) if source.hessian_path else None
-    imatrix = load_imatrix(Path(source.path), hessian)
-    if imatrix.source.identity != source.identity:
-        which = source.path if imatrix.source.sha256 != source.sha256 else source.hessian_path
+    hessian, scales = (
+        Path(path) if path else None for path in (source.hessian_path, source.scales_path)
+    )
+    imatrix = load_imatrix(Path(source.path), hessian, scales)
+    now = imatrix.source
+    if now.encoding != source.encoding:
+        differs = now.sha256 != source.sha256, now.hessian_sha256 != source.hessian_sha256
+        paths = source.path, source.hessian_path, source.scales_path
+        which = next(compress(paths, (*differs, True)))
         raise ImatrixError(f"{which}: is another file than the plan was made with; plan again")
     return imatrix
 
 
-def load_imatrix(path: Path, hessian: Path | None = None) -> Imatrix:
+def load_imatrix(path: Path, hessian: Path | None = None, scales: Path | None = None) -> Imatrix:
     """Return the importance matrix in the file, GGUF or .dat, with the Hessians of another file.
 
-    Raises ImatrixError or GGUFError that say what is wrong with it.
+    With scales, both are of the scaled model. Raises ImatrixError or GGUFError that say what is
+    wrong.
     """
+    if scales is not None:
+        return scaled(load_imatrix(path, hessian), load_scales(scales))
     if hessian is not None:
         return replace(load_imatrix(path), hessians=load_hessians(hessian))
     try:
@@ -202,6 +224,29 @@ def load_imatrix(path: Path, hessian: Path | None = None) -> Imatrix:
         return _read_legacy(path, data)
     with open_gguf(path) as gguf:
         return _read_gguf(path, gguf)
+
+
+def scaled(imatrix: Imatrix, scales: Scales) -> Imatrix:
+    """Return the matrix, and its Hessians, of the model with these scales."""
+
+    def of_scaled(name: str, entry: Importance) -> Importance:
+        divisor = scales.of_inputs(name)
+        if divisor is None:
+            return entry
+        if divisor.shape != entry.values.shape[1:]:
+            raise ImatrixError(
+                f"{scales.path}: has {len(divisor)} scales for {name!r}, and {imatrix.path} "
+                f"{entry.values.shape[1]} columns"
+            )
+        return replace(entry, values=entry.values / divisor**2)
+
+    hessians = imatrix.hessians
+    return replace(
+        imatrix,
+        entries={name: of_scaled(name, entry) for name, entry in imatrix.entries.items()},
+        hessians=None if hessians is None else replace(hessians, divided_by=scales.of_inputs),
+        scales=scales,
+    )
 
 
 # --- GGUF ---
@@ -346,18 +391,23 @@ def load_importance(
     imatrix: str | Path | None,
     hessian: str | Path | None = None,
     encoder: str = DEFAULT_ENCODER,
+    scales: str | Path | None = None,
 ) -> Imatrix | None:
     """Return the importance matrix of the file with the Hessians of the other, None without.
 
-    Raises PlanError when the encoder needs Hessians, ImatrixError when they stand alone.
+    With scales, both are of the scaled model. Raises PlanError when the encoder needs Hessians,
+    ImatrixError when these or scales stand alone.
     """
     if ENCODERS[encoder].needs_hessian and hessian is None:
         raise PlanError(f"the encoder {encoder} needs Hessians; make them with calibrate --hessian")
     if imatrix is None:
         if hessian is not None:
             raise ImatrixError("Hessians need the importance matrix that was made with them")
+        if scales is not None:
+            raise ImatrixError("scales need the importance matrix that they were made from")
         return None
-    return load_imatrix(Path(imatrix), Path(hessian) if hessian is not None else None)
+    others = (Path(path) if path is not None else None for path in (hessian, scales))
+    return load_imatrix(Path(imatrix), *others)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from ramgguf.core.parallel import Chunk, map_chunks, runs
 from ramgguf.gguf.reader import GGUFFile, TensorInfo
 from ramgguf.quants import formats
 from ramgguf.quants.codec import ErrorWeights
-from ramgguf.quants.encoders.decoding import decode_rows
+from ramgguf.quants.encoders.decoding import decode_rows, in_type
 from ramgguf.quants.imatrix import Imatrix
 
 Rows = NDArray[np.uint8]
@@ -66,12 +66,3 @@ def _decoded(blocks: Rows, name: str, tensor: TensorInfo) -> Rows:
     if formats.get(name).name == tensor.type_name:
         return blocks
     return in_type(tensor.type_name, decode_rows(name, blocks, tensor.row_length))
-
-
-def in_type(type_name: str, values: NDArray[np.float32]) -> Rows:
-    """Return rows of weights, float32 (rows, n), as bytes of one of SOURCES."""
-    if type_name == "F32":
-        return values.view(np.uint8)
-    rows = np.empty((len(values), formats.row_bytes(type_name, values.shape[1])), np.uint8)
-    _core.encode(type_name, "F32", values.view(np.uint8), rows)
-    return rows

@@ -321,7 +321,7 @@ def refine(
         raise PlanError("the plan was made with another sensitivity file; plan again")
     kind, corpus = parse_tokens(tokens)
     weighed = load_imatrix(Path(imatrix)) if imatrix is not None else None
-    if (weighed.source.identity if weighed else None) != (plan.imatrix and plan.imatrix.identity):
+    if (weighed.source.identity if weighed else None) != (plan.imatrix and plan.imatrix.encoding):
         raise PlanError("the plan was made with another importance matrix, or none; give the same")
     request = TokenRequest(
         encoder=plan.encoder, tokens=kind, corpus=corpus, seed=seed, imatrix=weighed

@@ -26,3 +26,12 @@ def readable(type_name: str, rows: NDArray[np.uint8]) -> tuple[str, NDArray[np.u
         return type_name, rows
     weights = decode_rows(type_name, rows, formats.row_weights(type_name, rows.shape[1]))
     return "F32", weights.view(np.uint8)
+
+
+def in_type(type_name: str, values: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Return rows of weights, float32 (rows, n), as bytes of F32, F16 or BF16."""
+    if type_name == "F32":
+        return values.view(np.uint8)
+    rows = np.empty((len(values), formats.row_bytes(type_name, values.shape[1])), np.uint8)
+    _core.encode(type_name, "F32", values.view(np.uint8), rows)
+    return rows

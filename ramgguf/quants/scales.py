@@ -1,0 +1,154 @@
+"""Scales of columns, and of the rows that make their inputs: a model that computes the same.
+
+The columns of a weight that matter more are multiplied, and blocks round them with less error for
+their size; what makes the inputs is divided (AWQ, Lin et al. 2023, arXiv 2306.00978). GGUF with
+general.type `scales`: NAME.columns and NAME.rows, F32, what these of a tensor are multiplied with.
+"""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ramgguf.core.errors import GGUFError, ImatrixError
+from ramgguf.gguf.architecture import sharers
+from ramgguf.gguf.arrays import ArrayFile
+from ramgguf.gguf.header import string
+from ramgguf.gguf.reader import GGUFFile, TensorInfo, open_gguf
+from ramgguf.quants.encoders.decoding import decode_rows, in_type
+from ramgguf.quants.hessian import MODEL_SAMPLE_KEY
+
+_KIND, _COLUMNS, _ROWS = "scales", ".columns", ".rows"
+
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Scales:
+    """What the columns (n_columns,) and rows (n_rows,) of tensors are multiplied with, by name.
+
+    model_sample is the sample_sha256 of the model that they were made for.
+    """
+
+    path: Path
+    columns: Mapping[str, Floats]
+    rows: Mapping[str, Floats]
+    model_sample: str
+
+    @cached_property
+    def sha256(self) -> str:
+        """The hash of the file."""
+        return hashlib.sha256(self.path.read_bytes()).hexdigest()
+
+    def of_inputs(self, name: str) -> Floats | None:
+        """Return what the inputs of a weight are divided by, (n_columns,); None: nothing.
+
+        A weight without an entry has that of one that reads the same activations.
+        """
+        names = (name, *sharers(name))
+        return next((self.columns[n] for n in names if n in self.columns), None)
+
+
+def load_scales(path: Path) -> Scales:
+    """Return the scales in the file. Raises ImatrixError or GGUFError when it holds none."""
+    with open_gguf(path) as file:
+        if (kind := file.metadata.string("general.type")) != _KIND:
+            raise ImatrixError(f"{path}: general.type is {kind!r}, expected {_KIND!r}")
+        sample = file.metadata.string(MODEL_SAMPLE_KEY)
+        found: dict[str, dict[str, Floats]] = {_COLUMNS: {}, _ROWS: {}}
+        for tensor in file.tensors:
+            name, dot, which = tensor.name.rpartition(".")
+            values = file.read_rows(tensor, 0, tensor.n_rows)
+            if dot + which not in found or tensor.type_name != "F32" or tensor.n_rows != 1:
+                raise ImatrixError(f"{path}: {tensor.name!r} is no vector of scales")
+            scales = values.view("<f4").reshape(-1).astype(np.float32)
+            if not (np.isfinite(scales) & (scales > 0)).all():
+                raise ImatrixError(f"{path}: {tensor.name!r} holds what is not above 0")
+            found[dot + which][name] = scales
+    if sample is None:
+        raise ImatrixError(f"{path}: does not say for which model; make it with `transform`")
+    return Scales(path, found[_COLUMNS], found[_ROWS], sample)
+
+
+def write_scales(scales: Scales, *, force: bool) -> None:
+    """Write the scales under their path. Raises ImatrixError where that cannot be done."""
+    arrays = {name + _COLUMNS: values for name, values in scales.columns.items()}
+    arrays |= {name + _ROWS: values for name, values in scales.rows.items()}
+    keys = {"general.type": string(_KIND), MODEL_SAMPLE_KEY: string(scales.model_sample)}
+    shapes = {name: array.shape for name, array in arrays.items()}
+    with ArrayFile(scales.path, keys, shapes, force=force, error=ImatrixError) as file:
+        for name, array in arrays.items():
+            file.write(name, array)
+        file.commit()
+
+
+class ScaledFile(GGUFFile):
+    """A model with scales in it, while it is read: its identity is that of the file itself.
+
+    Rows come in the tensor's own type, one of F32, F16 and BF16, rounded once more.
+    """
+
+    def __init__(self, file: GGUFFile, scales: Scales) -> None:
+        super().__init__(file.shards)
+        self._scales = scales
+        if scales.model_sample != file.sample_sha256:
+            raise GGUFError(f"{scales.path}: is of another model than {file.paths[0]}")
+        for names, count in ((scales.columns, _n_columns), (scales.rows, _n_rows)):
+            for name, values in names.items():
+                if len(values) != count(self.tensor(name)):
+                    raise GGUFError(
+                        f"{scales.path}: has {len(values)} scales for {name!r}, expected "
+                        f"{count(self.tensor(name))}"
+                    )
+
+    def read_rows(
+        self, tensor: TensorInfo, start: int, stop: int, out: NDArray[np.uint8] | None = None
+    ) -> NDArray[np.uint8]:
+        """Return the scaled rows, as GGUFFile does."""
+        rows = super().read_rows(tensor, start, stop, out)
+        scaled = self._scaled(tensor, start, rows)
+        if scaled is not rows:
+            rows[:] = scaled
+        return rows
+
+    def read_ranges(
+        self,
+        ranges: Sequence[tuple[TensorInfo, int, int]],
+        take: Callable[[int], NDArray[np.uint8]],
+    ) -> tuple[list[NDArray[np.uint8]], list[NDArray[np.uint8]]]:
+        """Return the scaled rows, and the bytes that were read, as they are in the file."""
+        rows, read = super().read_ranges(ranges, take)
+        scaled = [
+            self._scaled(tensor, start, data)
+            for (tensor, start, _), data in zip(ranges, rows, strict=True)
+        ]
+        return scaled, read
+
+    def _scaled(self, tensor: TensorInfo, start: int, rows: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        columns = self._scales.columns.get(tensor.name)
+        each = self._scales.rows.get(tensor.name)
+        if columns is None and each is None:
+            return rows
+        weights = decode_rows(tensor.type_name, rows, tensor.row_length)
+        if columns is not None:
+            weights *= columns
+        if each is not None:
+            weights *= each[start : start + len(rows), None]
+        scaled = in_type(tensor.type_name, weights)
+        if not np.isfinite(decode_rows(tensor.type_name, scaled, tensor.row_length)).all():
+            raise GGUFError(
+                f"{self.paths[tensor.shard]}: {tensor.name!r}, scaled, exceeds {tensor.type_name}"
+            )
+        return scaled
+
+
+def _n_columns(tensor: TensorInfo) -> int:
+    return tensor.row_length
+
+
+def _n_rows(tensor: TensorInfo) -> int:
+    return tensor.n_rows

@@ -99,7 +99,7 @@ def transform(
     imatrix: Annotated[Path, typer.Option("--imatrix", help="The importance matrix of the model.")],
     output: opt.Output = None,
     strength: Annotated[
-        float, typer.Option("--strength", help="Exponent of the scales: 1 takes all of them.")
+        float, typer.Option("--strength", help="Exponent of the inputs' mean squares.")
     ] = 0.5,
     check: Annotated[
         bool,

@@ -2,9 +2,9 @@
 
 A block's weights share a step, which grows with them: the step squared times the number of weights
 goes as Σ w_j² s_j², and what the outputs lose as that times Σ d_j / s_j², where d_j is the mean
-square of input j. It is least for s_j² = √d_j / |w_j|, with |w_j| the root mean square of column j:
-s_j = (d_j / w_j²)^(1/4), in each block up to a factor that changes nothing. Measured, half of that
-in the logarithm is best (docs/findings.md): steps follow the largest weight, not the mean square.
+square of input j, and w_j² that of column j. It is least for s_j = (d_j / w_j²)^(1/4), in each
+block up to a factor that changes nothing. Measured, s_j = (√d_j / w_j²)^(1/4) is better
+(docs/findings.md): steps follow the largest weight of a block, and not the mean square.
 """
 
 from collections.abc import Callable
@@ -34,7 +34,7 @@ from ramgguf.quants.scales import ScaledFile, Scales, write_scales
 
 Doubles = NDArray[np.float64]
 
-STRENGTH = 0.5  # of the exponent that is best by the formula
+STRENGTH = 0.5  # the exponent of d_j
 LEAST = 1e-6  # of the mean square: what inputs and columns have at least
 MOST = 16.0  # times the geometric mean, and 1 / 16 of it at least
 # Nats per token: rounding scaled weights to F16 and BF16 moves the KLD less, a wrong scale more.
@@ -70,15 +70,15 @@ def transform(
     """Write scales for the model's columns, chosen by its importance matrix.
 
     With these scales the model computes the same, and quantizes better; `quantize` takes the file.
-    strength 1 takes the whole of the scales, 0.5 their square roots. With check, where llama.cpp is
-    installed, the scaled model is written into a scratch folder beside the output, and compared
+    strength is the exponent of the inputs' mean squares. With check, where llama.cpp is installed,
+    the scaled model is written into a scratch folder beside the output, and compared
     with the model on a few hundred tokens.
 
     Raises PlanError for a model in which no scale can move (another architecture, quantized
     weights), or that computes something else with them; GGUFError, ImatrixError, EngineError.
     """
-    if not 0 < strength <= 2:
-        raise PlanError(f"strength {strength}: expected above 0, and 2 at most")
+    if not 0 <= strength <= 2:
+        raise PlanError(f"strength {strength}: expected 0 to 2")
     refuse_existing(output, force=force, error=GGUFError)
     weighed = load_imatrix(Path(imatrix))
     with open_gguf(local_path(model), kind_check=True) as file:
@@ -174,7 +174,7 @@ def _scales(fold: Fold, inputs: Doubles, weights: Doubles, strength: float) -> D
         found: Doubles = np.log(np.maximum(squares, floor))
         return found
 
-    wanted = strength / 4 * (logs(inputs) - logs(weights))
+    wanted = (strength * logs(inputs) - logs(weights)) / 4
     counts = np.bincount(fold.row_of, minlength=fold.n_rows)
     by_row = np.bincount(fold.row_of, wanted, fold.n_rows) / np.maximum(counts, 1)
     by_row -= by_row.mean()

@@ -95,7 +95,7 @@ def test_scales_are_those_of_the_formula(tmp_path: Path) -> None:
     with open_gguf(model) as file:
         down = "blk.1.ffn_down.weight"
         squares = (_weights(file, down).astype(np.float64) ** 2).sum(axis=0)
-        expected = (weighed.entries[down].values[0] / squares) ** (0.8 / 4)
+        expected = (weighed.entries[down].values[0] ** 0.8 / squares) ** (1 / 4)
         expected /= np.exp(np.log(expected).mean())
         assert np.allclose(scales.columns[down], expected, rtol=1e-5)
         up = "blk.1.ffn_up.weight"
@@ -243,7 +243,7 @@ def test_what_cannot_be_scaled_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(ImatrixError, match=r"general\.type"):
         load_scales(imatrix)
     with pytest.raises(PlanError, match="strength"):
-        ramgguf.transform(model, tmp_path / "t.gguf", imatrix, strength=0)
+        ramgguf.transform(model, tmp_path / "t.gguf", imatrix, strength=-1)
 
 
 def test_scales_that_were_changed_since_the_plan_are_refused(tmp_path: Path) -> None:

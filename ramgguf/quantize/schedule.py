@@ -53,7 +53,8 @@ class Costs:
     window is a gate's window scored by a candidate: small formats can be slower than the source,
     and are then decoded for it, which takes decode (0: not decoded).
     keeps_reference: gates read what the source says from a file, after the first of them.
-    save writes all Hessians, for a run that goes on after a kill and at the end.
+    save writes all Hessians, for a run that goes on after a kill and at the end. scale chooses
+    scales and tries them (0: the model has none).
     """
 
     write: float
@@ -66,6 +67,7 @@ class Costs:
     keeps_reference: bool = False
     decode: float = 0.0
     save: float = 0.0
+    scale: float = 0.0
 
     @property
     def source_round(self) -> float:
@@ -87,13 +89,14 @@ class Costs:
 class Kept:
     """What earlier runs left: the sequences of the largest matrix, 0 for none, and what else.
 
-    hessian is that which belongs to the matrix; free_bytes is the room for a new one.
+    hessian and scales are those that belong to the matrix; free_bytes is the room for new ones.
     """
 
     matrix: int = 0
     hessian: bool = False
     massive: bool = False
     sensitivity: bool = False
+    scales: bool = False
     free_bytes: int = 1 << 62
 
 
@@ -329,11 +332,13 @@ class _Try:
         is_there = self.with_hessians or (self.is_kept and self.kept.hessian)
         again = self.n_read * (self.costs.read + self.costs.gram) + self.costs.save
         reading = 0.0 if is_there else again
+        scaling = 0.0 if self.is_kept and self.kept.scales else self.costs.scale
         sweep = "GPTQ and coordinate descent" if self.encoder == "descent" else "GPTQ"
         return Step(
             "error feedback",
-            f"{sweep}, with Hessians of {self.hessian_size}",
-            reading + self.sweeping + self.costs.write + self.gate,
+            f"{sweep}, with Hessians of {self.hessian_size}"
+            + (", and scales" if self.costs.scale else ""),
+            reading + scaling + self.sweeping + self.costs.write + self.gate,
             reading,
         )
 

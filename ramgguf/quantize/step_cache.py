@@ -43,6 +43,7 @@ class StepCache:
             hessian=n > 0 and self.hessian(n).exists(),
             massive=self.massive() is not None,
             sensitivity=n > 0 and self.sensitivity(n) is not None,
+            scales=n > 0 and self.scales(n).exists(),
             free_bytes=free_bytes(self.folder),
         )
 

@@ -39,7 +39,7 @@ LEAST = 1e-6  # of the mean square: what inputs and columns have at least
 MOST = 16.0  # times the geometric mean, and 1 / 16 of it at least
 # Nats per token: rounding scaled weights to F16 and BF16 moves the KLD less, a wrong scale more.
 EXACT = 1e-3
-CHECK_CTX = 128
+CHECK_CTX = 64
 
 
 @dataclass(frozen=True)

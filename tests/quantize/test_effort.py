@@ -33,6 +33,7 @@ from ramgguf.quants import stand_in as stand_in_module
 from ramgguf.quants.imatrix import load_imatrix
 from ramgguf.quants.stand_in import BESIDE_BYTES, stand_in_layout
 from ramgguf.sensitivity import Sensitivity
+from ramgguf.transform import scaling as scaling_module
 from shown_stages import ShownStages
 from tiny_models import write_tiny_model
 
@@ -239,6 +240,48 @@ def test_auto_gates_each_step_keeps_what_it_measured_and_uses_it_again(
     # The Hessians serve where the gate takes the matrix that they belong to.
     names = {path.name.split(".", 1)[1] for path in taken}
     assert {"imatrix.gguf", "massive.json"} <= names <= kept
+
+
+@pytest.fixture
+def always_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gate takes every candidate."""
+
+    def judged(before: HeldOutScore, after: HeldOutScore) -> Any:
+        return replace(judge(before, after), ratio=0.5, worse=())
+
+    monkeypatch.setattr(effort_module, "judge", judged)
+
+
+@pytest.mark.usefixtures("quick", "always_taken")
+def test_error_feedback_rounds_the_model_with_scales_and_keeps_these(
+    tiny: Path, tmp_path: Path
+) -> None:
+    said: list[str] = []
+    made = ramgguf.quantize(tiny, "45%", tmp_path / "a.gguf", announce=said.append)
+    (scales,) = (tmp_path / "tiny-f16.effort").glob("*.scales.gguf")
+    assert made.plan.imatrix is not None
+    assert made.plan.imatrix.scales_path == str(scales)
+    assert made.worst_departure is not None
+    assert made.worst_departure < 1e-3
+    assert any("error feedback: " in line and ", and scales" in line for line in said)
+    said.clear()
+    ramgguf.quantize(tiny, "50%", tmp_path / "b.gguf", announce=said.append)
+    assert f"taking {scales}" in said
+
+
+@pytest.mark.usefixtures("quick", "always_taken")
+def test_a_model_that_computes_something_else_with_scales_gets_none(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scaling_module, "EXACT", -1.0)
+    made = ramgguf.quantize(tiny, "45%", tmp_path / "a.gguf")
+    assert made.plan.imatrix is not None
+    assert made.plan.imatrix.scales_path is None
+    assert made.plan.encoder == "descent"
+    assert any(
+        "scales: left out, " in n and "computes something else" in n for n in made.plan.notes
+    )
+    assert not list((tmp_path / "tiny-f16.effort").glob("*.scales.gguf"))
 
 
 @pytest.mark.usefixtures("quick")

@@ -573,7 +573,8 @@ class _Run:
         now = best.choice
         match step.name:
             case "importance matrix":
-                return self._candidate(replace(now, imatrix=self._matrix()))
+                imatrix = self._matrix()
+                return self._candidate(replace(now, imatrix=imatrix, scales=self._scales(imatrix)))
             case "massive activations":
                 found = self._massive()
                 names = self._options.plan.get("formats")
@@ -593,13 +594,16 @@ class _Run:
                 return self._candidate(replace(now, sensitivity=found_alphas), best)
             case "error feedback" if now.imatrix is not None:
                 hessian = self._hessian()
-                fed = replace(now, encoder=self._schedule.encoder, hessian=hessian)
-                return self._candidate(replace(fed, scales=self._scales(fed)))
+                encoder = self._schedule.encoder
+                return self._candidate(replace(now, encoder=encoder, hessian=hessian))
             case "swaps" if self._stand_in is not None:
                 self._log.add("swaps: left out, they run on the model, which does not fit")
                 return None
             case "swaps" if "speed" in self._options.plan:
                 self._log.add(f"{step.name}: left out, they know nothing of speed")
+                return None
+            case "swaps" if now.scales is not None:
+                self._log.add(f"{step.name}: left out, they are tried without scales")
                 return None
             case "swaps":
                 return self._candidate(replace(now, refine=N_TRIALS), best)
@@ -626,13 +630,12 @@ class _Run:
             self._calibrated(self._scratch / "again.imatrix.gguf", path)
         return path
 
-    def _scales(self, choice: Choice) -> Path | None:
-        """Return scales by the choice's matrix, made now or before; None where none are."""
+    def _scales(self, imatrix: Path) -> Path | None:
+        """Return scales by the matrix, made now or before; None where none are."""
         path = self._cache.scales(self._schedule.n_sequences)
         if path.exists():
             self._announce(f"taking {path}")
             return path
-        assert choice.imatrix is not None
         try:
             with open_gguf(self._model) as file:
                 if not can_scale(file):
@@ -640,7 +643,7 @@ class _Run:
                 # The gate tells whether the model computes the same, too.
                 check = self._stand_in is None and file.n_bytes <= self._room_beside_logits(file)
             transform(
-                self._model, path, choice.imatrix, check=check,
+                self._model, path, imatrix, check=check,
                 threads=self._threads, progress=self._progress,
             )  # fmt: skip
         except RamggufError as e:

@@ -295,10 +295,12 @@ class _Try:
         """Its gate is the first."""
         source = "kept" if self.is_kept else self.tokens
         also = f", with Hessians of {self.hessian_size}" if self.with_hessians else ""
+        scales = ", and scales" if self.costs.scale else ""
+        scaling = 0.0 if self.is_kept and self.kept.scales else self.costs.scale
         return Step(
             "importance matrix",
-            f"{self.n_read} × {N_CTX} tokens ({source}){also}",
-            self.reading + self.saving + self.costs.write + self.first_gate,
+            f"{self.n_read} × {N_CTX} tokens ({source}){also}{scales}",
+            self.reading + self.saving + scaling + self.costs.write + self.first_gate,
             self.reading,
         )
 
@@ -332,13 +334,11 @@ class _Try:
         is_there = self.with_hessians or (self.is_kept and self.kept.hessian)
         again = self.n_read * (self.costs.read + self.costs.gram) + self.costs.save
         reading = 0.0 if is_there else again
-        scaling = 0.0 if self.is_kept and self.kept.scales else self.costs.scale
         sweep = "GPTQ and coordinate descent" if self.encoder == "descent" else "GPTQ"
         return Step(
             "error feedback",
-            f"{sweep}, with Hessians of {self.hessian_size}"
-            + (", and scales" if self.costs.scale else ""),
-            reading + scaling + self.sweeping + self.costs.write + self.gate,
+            f"{sweep}, with Hessians of {self.hessian_size}",
+            reading + self.sweeping + self.costs.write + self.gate,
             reading,
         )
 

@@ -253,7 +253,7 @@ def always_taken(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("quick", "always_taken")
-def test_error_feedback_rounds_the_model_with_scales_and_keeps_these(
+def test_the_matrix_brings_scales_which_all_later_steps_use_and_the_next_run_takes(
     tiny: Path, tmp_path: Path
 ) -> None:
     said: list[str] = []
@@ -263,7 +263,7 @@ def test_error_feedback_rounds_the_model_with_scales_and_keeps_these(
     assert made.plan.imatrix.scales_path == str(scales)
     assert made.worst_departure is not None
     assert made.worst_departure < 1e-3
-    assert any("error feedback: " in line and ", and scales" in line for line in said)
+    assert any("importance matrix: " in line and ", and scales" in line for line in said)
     said.clear()
     ramgguf.quantize(tiny, "50%", tmp_path / "b.gguf", announce=said.append)
     assert f"taking {scales}" in said

@@ -71,6 +71,29 @@ Mmproj = Annotated[
     Path | None,
     typer.Option("--mmproj", help="A vision projector that runs beside the model, with --memory."),
 ]
+QuantizeMmproj = Annotated[
+    bool,
+    typer.Option(
+        "--quantize-mmproj",
+        help="Quantize the projector of --mmproj, too: its formats are planned together with the "
+        "model's, within --memory.",
+    ),
+]
+MmprojOutput = Annotated[
+    Path | None,
+    typer.Option(
+        "--mmproj-output",
+        help="The same, and where to write it. Default: beside the projector, named after its "
+        "bits per weight.",
+    ),
+]
+MmprojMeasurement = Annotated[
+    Path | None,
+    typer.Option(
+        "--mmproj-measurement",
+        help="What measure wrote of the projector of --mmproj: its formats are planned as well.",
+    ),
+]
 Draft = Annotated[
     Path | None,
     typer.Option(

@@ -30,7 +30,14 @@ from ramgguf.llama.client import WrongKindError
 from ramgguf.llama.format_speed import SpeedProfile
 from ramgguf.llama.system import llama_installed
 from ramgguf.measure.result import Measurement
-from ramgguf.plan import ByteLimit, PlanOptions, SizeLimit, SpeedLimit, size_limit
+from ramgguf.plan import (
+    ByteLimit,
+    JointLimit,
+    PlanOptions,
+    SizeLimit,
+    SpeedLimit,
+    size_limit,
+)
 from ramgguf.plan.result import Plan
 from ramgguf.quantize.gate import Verdict, judge
 from ramgguf.quantize.kld_target import smallest_within
@@ -38,6 +45,7 @@ from ramgguf.quantize.modelfile import modelfile_path, write_modelfile
 from ramgguf.quantize.output_paths import check_destination
 from ramgguf.quantize.pipeline import Quantized, QuantizeOptions, quantize_once
 from ramgguf.quantize.placing import placed
+from ramgguf.quantize.projector import check_projector, with_projector
 from ramgguf.quantize.protection import protected_formats
 from ramgguf.quantize.schedule import (
     DISK_SHARE,
@@ -113,6 +121,7 @@ def quantize(
     split_max_bytes: int | None = None,
     force: bool = False,
     verify: bool = True,
+    mmproj_output: str | Path | None = None,
     threads: int | None = None,
     executor: Executor | None = None,
     progress: Progress | None = None,
@@ -141,6 +150,9 @@ def quantize(
     kept (or that of speeds), and the file is timed. Raises BudgetError with the largest speed
     that is possible, and what limits it, where that is less.
 
+    Where the budget is a limit of memory with what was measured of a vision projector, or the ready
+    plan has one, the projector's file is written as well: mmproj_output, by default beside it.
+
     from_plan, measurement, encoder, imatrix, hessian, scales and refine are for effort fast. A
     ready measurement saves measuring again; imatrix and hessian are as in measure, scales a file
     that transform has made, which goes with a matrix and without refine. Without a ready plan,
@@ -168,6 +180,11 @@ def quantize(
     given = [name for name, value in explicit.items() if value is not None]
     if effort is not None and effort not in EFFORTS:
         raise PlanError(f"effort {effort!r} is none of {', '.join(EFFORTS)}")
+    beside_path = None if mmproj_output is None else Path(mmproj_output)
+    check_projector(
+        budget, from_plan, beside_path, output_of_model=None if output is None else Path(output),
+        force=force,
+    )  # fmt: skip
     is_for_ollama = options.get("target") == "ollama"
     if is_for_ollama:
         _require_modelfile(output, split_max_bytes, force=force)
@@ -228,6 +245,8 @@ def quantize(
         n_ctx = made.plan.memory.n_ctx if made.plan.memory else None
         modelfile = write_modelfile(made.paths[0], n_ctx, force=force)
         made = replace(made, modelfile=modelfile)
+    if made.plan.mmproj is not None:
+        made = with_projector(made, beside_path, settings)
     if not score or made.score is not None:
         return made
     for_score = SCORE_SECONDS
@@ -415,6 +434,9 @@ class _Run:
             self._scratch = scratch
             best = self._candidate(Choice())
             self._write = clock() - self._start
+            if best.made.plan.mmproj is not None and isinstance(self._limit, JointLimit):
+                # Gates see what the text loses: later candidates must not take the projector's.
+                self._limit = self._limit.settled(best.made.plan.mmproj)
             try:
                 best = self._improved(best)
             except WrongKindError as e:

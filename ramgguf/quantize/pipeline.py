@@ -42,6 +42,7 @@ class Quantized:
     showed not to be worth their bytes. worst_departure is the largest relative difference between
     planned and written NMSE, None when the output was not verified. score is on held-out text,
     None where none was asked for, or llama.cpp could not score. modelfile is for the target ollama.
+    mmproj is the vision projector that was planned together with the model.
     """
 
     paths: tuple[Path, ...]
@@ -52,6 +53,7 @@ class Quantized:
     seconds: dict[str, float]
     score: HeldOutScore | None = None
     modelfile: Path | None = None
+    mmproj: "Quantized | None" = None
 
 
 @dataclass(frozen=True)

@@ -72,6 +72,9 @@ def print_plan(plan: Plan, console: Console, *, verbose: bool = False) -> None:
             note = f"  ({a.note})" if a.note else ""
             line = f"  {a.name:<40} {a.source_format:>5} → {a.format:<7} {a.nmse:.3e}{note}"
             console.print(line, soft_wrap=True)
+    if plan.mmproj is not None:
+        console.print(f"\nthe projector, {plan.mmproj.source.path}:", soft_wrap=True)
+        print_plan(plan.mmproj, console, verbose=verbose)
 
 
 def speed(found: PlannedSpeed) -> str:

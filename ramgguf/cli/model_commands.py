@@ -33,7 +33,7 @@ from ramgguf.measure.result import Measurement
 from ramgguf.plan.result import Plan
 from ramgguf.quants.encoders import DEFAULT_ENCODER
 from ramgguf.report.check import print_check
-from ramgguf.report.held_out import print_held_out
+from ramgguf.report.held_out import draft_summary, print_draft, print_held_out
 from ramgguf.report.held_out import summary as score_summary
 from ramgguf.report.plans import print_plan
 
@@ -334,6 +334,8 @@ def quantize(
         print_held_out(made.score, terminal.out)
     elif score and not scores_here():
         terminal.announce("not scored: pip install 'ramgguf[eval]' measures what was lost")
+    if made.draft is not None:
+        print_draft(made.draft, terminal.out)
     _print_written(made, terminal)
     if made.mmproj is not None:
         _print_written(made.mmproj, terminal)
@@ -396,6 +398,7 @@ def _summary(made: api.Quantized, checked: CheckResult | None) -> dict[str, obje
         "seconds": made.seconds,
         "notes": list(made.plan.notes),
         "score": None if made.score is None else score_summary(made.score),
+        "draft": None if made.draft is None else draft_summary(made.draft),
     }
 
 

@@ -10,18 +10,15 @@ from pathlib import Path
 from typing import Self
 
 from ramgguf.core.errors import BudgetError
+from ramgguf.deploy.draft_model import draft_notes, require_draft
 from ramgguf.deploy.footprint import Footprint, FootprintEstimator
 from ramgguf.deploy.footprint_formula import ContextShape
-from ramgguf.gguf.architecture import TOKEN_EMBEDDING
 from ramgguf.gguf.hub import local_path
 from ramgguf.gguf.identity import require_model
 from ramgguf.gguf.reader import GGUFFile, open_gguf
 from ramgguf.measure.result import Measurement
 from ramgguf.plan.result import BesideUse, Plan
 from ramgguf.quantize import default_output
-
-# llama.cpp's common/speculative.cpp refuses vocabularies that differ by more.
-_MOST_TOKENS_APART = 128
 
 
 @dataclass(frozen=True)
@@ -41,7 +38,7 @@ class BesideModel:
 class BesideEstimator:
     """Adds to a model's footprint what runs beside it. Use as a context manager.
 
-    Raises BudgetError for a projector that is none, or a draft model of another vocabulary,
+    Raises BudgetError for a projector that is none, or a draft model that llama.cpp refuses,
     PlanError for a measurement or plan of another projector.
     """
 
@@ -60,7 +57,7 @@ class BesideEstimator:
                         require_model(f"the projector's {what}", made.source, self._projector)
             self._scale: FootprintEstimator | None = None
             if self._draft is not None:
-                _require_same_vocabulary(self._draft, model)
+                require_draft(self._draft, model)
                 self._scale = self._stack.enter_context(FootprintEstimator(self._draft))
             self._stack = self._stack.pop_all()
 
@@ -101,6 +98,10 @@ class BesideEstimator:
             )
         return tuple(found)
 
+    def notes(self, plan: Plan) -> tuple[str, ...]:
+        """Return what is to be said of what runs beside a model with this plan."""
+        return () if self._draft is None else tuple(draft_notes(self._draft, plan))
+
     def added(self, footprint: Footprint, mmproj: Plan | None = None) -> Footprint:
         """Return the model's footprint with these files' as part of its overhead."""
         more = sum(use.total for use in self.uses(footprint.shape, mmproj))
@@ -112,16 +113,4 @@ def _require_projector(file: GGUFFile) -> None:
         raise BudgetError(
             f"{file.paths[0]}: is a {file.architecture} model, expected a vision projector (clip); "
             "name the mmproj file with --mmproj"
-        )
-
-
-def _require_same_vocabulary(draft: GGUFFile, model: GGUFFile) -> None:
-    sizes = [
-        next((t.shape[1] for t in f.tensors if t.name == TOKEN_EMBEDDING), None)
-        for f in (draft, model)
-    ]
-    if None in sizes or abs((sizes[0] or 0) - (sizes[1] or 0)) > _MOST_TOKENS_APART:
-        raise BudgetError(
-            f"{draft.paths[0]}: has {sizes[0]} tokens and the model {sizes[1]}; a draft model "
-            "needs the model's vocabulary"
         )

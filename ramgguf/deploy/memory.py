@@ -89,7 +89,10 @@ class MemoryPlanner:
             else self._in_ram(plan_for, budget)
         )
         record = self._record(footprint, placed, made.mmproj)
-        update = {"memory": record, "notes": (*self._notes(), *made.notes)}
+        update = {
+            "memory": record,
+            "notes": (*self._notes(), *self._beside.notes(made), *made.notes),
+        }
         if self._request.beside.projector_plan is not None:
             update["mmproj"] = self._request.beside.projector_plan
         return made.model_copy(update=update)

@@ -169,7 +169,8 @@ class Split(FrozenModel):
 class PlannedSpeed(FrozenModel):
     """Tokens per second that a plan was bound to (0: not), and those that it has.
 
-    generation and prompt are predicted from the speed of formats on this CPU, unless is_measured.
+    generation and prompt are predicted from the speed of formats on this CPU, unless is_measured;
+    generation is 0 for an embedding model that was measured.
     """
 
     least_generation: NonNegativeFloat

@@ -23,7 +23,15 @@ from ramgguf.core.parallel import default_threads
 from ramgguf.core.progress import Progress, Silent, followed_by
 from ramgguf.core.scratch import scratch_folder
 from ramgguf.core.units import format_bytes, format_seconds
-from ramgguf.evaluate import SCORE_SECONDS, HeldOutScore, kept_bytes, score_held_out
+from ramgguf.evaluate import (
+    DRAFT_SECONDS,
+    SCORE_SECONDS,
+    DraftAgreement,
+    HeldOutScore,
+    draft_agreement,
+    kept_bytes,
+    score_held_out,
+)
 from ramgguf.gguf.hub import beside, local_path
 from ramgguf.gguf.reader import GGUFFile, open_gguf
 from ramgguf.llama.client import WrongKindError
@@ -247,13 +255,18 @@ def quantize(
         made = replace(made, modelfile=modelfile)
     if made.plan.mmproj is not None:
         made = with_projector(made, beside_path, settings)
-    if not score or made.score is not None:
+    if not score:
         return made
-    for_score = SCORE_SECONDS
-    if seconds is not None:
-        for_score = max(0.0, min(SCORE_SECONDS, seconds - (clock() - start)))
-    found = scored(made, model, threads, progress, announce, for_score)
-    return replace(made, score=found)
+
+    def time_left(most: float) -> float:
+        return most if seconds is None else max(0.0, min(most, seconds - (clock() - start)))
+
+    if made.score is None:
+        left_for_score = time_left(SCORE_SECONDS)
+        found = scored(made, model, threads, progress, announce, left_for_score)
+        made = replace(made, score=found)
+    agreed = with_draft(made, model, threads, progress, announce, time_left(DRAFT_SECONDS))
+    return replace(made, draft=agreed)
 
 
 def _timed(
@@ -349,6 +362,30 @@ def scored(
         announce(f"not scored: {e}")
         return None
     return found
+
+
+def with_draft(
+    made: Quantized,
+    model: Path,
+    threads: int | None,
+    progress: Progress | None,
+    announce: Callable[[str], None],
+    seconds: float,
+) -> DraftAgreement | None:
+    """Return how often the draft model of the plan's memory agrees; None where there is none, or
+    llama.cpp cannot tell, which announce is told.
+    """
+    beside = made.plan.memory.beside if made.plan.memory else ()
+    draft = next((Path(use.path) for use in beside if use.kind == "draft"), None)
+    if draft is None:
+        return None
+    try:
+        return draft_agreement(
+            draft, model, made.paths[0], seconds=seconds, threads=threads, progress=progress
+        )
+    except EngineError as e:
+        announce(f"what the draft model proposes was not measured: {e}")
+        return None
 
 
 @dataclass(frozen=True)

@@ -112,14 +112,21 @@ def fast_enough(
 
 
 def measured(path: Path, limit: SpeedLimit) -> Reached:
-    """Return how fast a file is, with as many threads as the formats were timed with."""
+    """Return how fast a file is, with as many threads as the formats were timed with.
+
+    Raises EngineError for an embedding model that is asked to generate.
+    """
     rates = time_file(
         path,
         threads=limit.profile.n_threads,
         n_prompt=N_PROMPT if limit.prompt else _SHORT_PROMPT,
     )
+    if limit.generation and not rates.generation:
+        raise EngineError(
+            "the model embeds texts and generates nothing: give --min-prompt-speed, not --min-speed"
+        )
     return Reached(
-        statistics.median(rates.generation),
+        statistics.median(rates.generation) if rates.generation else None,
         statistics.median(rates.prompt) if limit.prompt else None,
     )
 
@@ -159,7 +166,7 @@ def _corrected(limit: SpeedLimit, planned: PlannedSpeed, reached: Reached) -> Sp
 def _noted(made: Quantized, reached: Reached) -> Quantized:
     """Return what was made, its plan with the speed that was measured."""
     assert made.plan.speed is not None
-    update: dict[str, object] = {"is_measured": True, "generation": reached.generation}
+    update: dict[str, object] = {"is_measured": True, "generation": reached.generation or 0.0}
     if reached.prompt is not None:
         update["prompt"] = reached.prompt
     speed = made.plan.speed.model_copy(update=update)

@@ -83,7 +83,9 @@ def speed(found: PlannedSpeed) -> str:
     def one(what: str, value: float, least: float) -> str:
         return f"{what} {value:.3g} tokens/s" + (f" (at least {least:g})" if least else "")
 
-    both = [one("generation", found.generation, found.least_generation)]
+    both = []
+    if found.generation:
+        both.append(one("generation", found.generation, found.least_generation))
     if found.least_prompt or not found.is_measured:
         both.append(one("prompts", found.prompt, found.least_prompt))
     threads = "1 thread" if found.n_threads == 1 else f"{found.n_threads} threads"

@@ -142,7 +142,9 @@ class MemoryOptions:
         if self.vram is None and self.ngl is None and self.cpu_formats is not None:
             refuse_idle(["--cpu-formats"], "only with --vram or --ngl")
         if self.context is None:
-            raise typer.BadParameter("say how long a context shall fit", param_hint="--context")
+            raise typer.BadParameter(
+                "say how many tokens of context shall fit, such as 4096", param_hint="--context"
+            )
         ram, source = None, "not limited"
         if self.memory is not None:
             ram, source = parse_size(self.memory), "--memory"

@@ -366,8 +366,11 @@ def check_request(
 
     So many bytes of the memory asked for are for what runs beside the model, which is not tried.
     """
-    asked = None if request is None or request.ram is None else request.ram - beside
-    limit = available_memory() if asked is None else within_cgroup(Available(asked, "--memory"))
+    if request is None or request.ram is None:
+        limit = available_memory()
+    else:
+        source = "--memory less what runs beside" if beside else "--memory"
+        limit = within_cgroup(Available(request.ram - beside, source))
     shape = ContextShape(4096) if request is None else replace(request.shape, n_seq=1)
     return CheckRequest(shape, limit, n_threads=threads or default_threads())
 

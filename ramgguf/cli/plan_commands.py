@@ -211,7 +211,7 @@ def show_speed_front(
         require_model("the measurement", measurement.source, file)
     limit = speed_limit(
         model, 0.0, 0.0, names=options.get("formats") or measurement.formats, threads=threads,
-        announce=terminal.announce,
+        progress=terminal.progress, announce=terminal.announce,
     )  # fmt: skip
     front = speed_front(measurement, limit, **options)
     if output is not None:

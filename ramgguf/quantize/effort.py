@@ -244,7 +244,7 @@ def quantize(
             raise PlanError("a least speed goes with a budget or memory")
         speed = speed_limit(
             model, min_speed or 0.0, min_prompt_speed or 0.0, names=options.get("formats"),
-            profile=speeds, threads=threads, announce=announce,
+            profile=speeds, threads=threads, progress=progress, announce=announce,
         )  # fmt: skip
         target = None if output is None else Path(output)
         steps = None if level == "fast" else (level, left)
@@ -484,6 +484,9 @@ class _Run:
 
     def _improved(self, best: _Candidate) -> _Candidate:
         """Return the best candidate after the steps that fit the time and pass the gate."""
+        if best.made.plan.total_cost == 0:
+            self._log.add("has nothing to improve: the file holds every weight of the source")
+            return best
         if self._seconds is not None and self._write >= self._seconds:
             took, asked = format_seconds(self._write), format_seconds(self._seconds)
             self._log.add(

@@ -59,7 +59,8 @@ def print_plan(plan: Plan, console: Console, *, verbose: bool = False) -> None:
             f"{saved:.1%}, changing {step.n_changes} tensors",
             soft_wrap=True,
         )
-    if plan.objective == DEFAULT_OBJECTIVE and plan.source.architecture not in PROJECTORS:
+    is_guessed = plan.objective == DEFAULT_OBJECTIVE and plan.total_cost > 0
+    if is_guessed and plan.source.architecture not in PROJECTORS:
         console.print(
             "note: what matters was guessed from the tensors' roles; `--effort best`, "
             "`--sensitivity measure` or `ramgguf sensitivity` measures it",

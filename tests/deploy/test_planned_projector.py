@@ -3,6 +3,7 @@
 import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,9 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from typer.testing import CliRunner
 
 import ramgguf
+from made_speeds import made_speeds
 from ramgguf.cli.app import app
+from ramgguf.cli.model_commands import check_request
 from ramgguf.core.errors import BudgetError, GGUFError, PlanError
 from ramgguf.deploy import MemoryLimit, MemoryRequest
 from ramgguf.deploy.beside import BesideModel
@@ -196,6 +199,44 @@ def test_the_command_prints_both_plans_and_how_to_run_both(
     assert json.loads(done.stdout)["mmproj"]["paths"] == [str(tmp_path / "np.gguf")]
     assert (tmp_path / "np.gguf").read_bytes() == written.read_bytes()
     written.unlink()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"effort": "fast", "min_speed": 1.0, "speeds": made_speeds()},
+        {"effort": "auto", "seconds": 8.0},
+    ],
+    ids=["speed", "effort"],
+)
+def test_a_least_speed_and_an_effort_write_both_files(
+    folder: Path, projector: Measurement, limit: int, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    first = ramgguf.plan(
+        folder / "m.rd.json", MemoryLimit(_request(folder, projector, limit)), min_sqnr_db=0
+    ).mmproj
+    made = ramgguf.quantize(
+        folder / "m-f16.gguf", MemoryLimit(_request(folder, projector, limit)),
+        tmp_path / "m.gguf", mmproj_output=tmp_path / "mmproj.gguf", min_sqnr_db=0, threads=1,
+        **options,
+    )  # fmt: skip
+    assert made.mmproj is not None
+    assert first is not None
+    assert made.mmproj.plan.sha256() == first.sha256()
+    assert (tmp_path / "mmproj.gguf").stat().st_size == first.n_bytes
+    assert _memory(made.plan).ram.total <= limit
+    assert made.worst_departure is not None
+    assert (tmp_path / "m.gguf").stat().st_size == made.plan.n_bytes
+
+
+def test_a_trial_has_the_memory_that_what_runs_beside_leaves(
+    folder: Path, projector: Measurement, limit: int
+) -> None:
+    request = _request(folder, projector, limit)
+    assert check_request(request, 1).limit.n_bytes == limit
+    less = check_request(request, 1, 5_000_000).limit
+    assert less.n_bytes == limit - 5_000_000
+    assert "beside" in less.source
 
 
 def test_plan_takes_what_was_measured_of_the_projector(

@@ -71,6 +71,29 @@ Mmproj = Annotated[
     Path | None,
     typer.Option("--mmproj", help="A vision projector that runs beside the model, with --memory."),
 ]
+QuantizeMmproj = Annotated[
+    bool,
+    typer.Option(
+        "--quantize-mmproj",
+        help="Quantize the projector of --mmproj, too: its formats are planned together with the "
+        "model's, within --memory.",
+    ),
+]
+MmprojOutput = Annotated[
+    Path | None,
+    typer.Option(
+        "--mmproj-output",
+        help="The same, and where to write it. Default: beside the projector, named after its "
+        "bits per weight.",
+    ),
+]
+MmprojMeasurement = Annotated[
+    Path | None,
+    typer.Option(
+        "--mmproj-measurement",
+        help="What measure wrote of the projector of --mmproj: its formats are planned as well.",
+    ),
+]
 Draft = Annotated[
     Path | None,
     typer.Option(
@@ -119,7 +142,9 @@ class MemoryOptions:
         if self.vram is None and self.ngl is None and self.cpu_formats is not None:
             refuse_idle(["--cpu-formats"], "only with --vram or --ngl")
         if self.context is None:
-            raise typer.BadParameter("say how long a context shall fit", param_hint="--context")
+            raise typer.BadParameter(
+                "say how many tokens of context shall fit, such as 4096", param_hint="--context"
+            )
         ram, source = None, "not limited"
         if self.memory is not None:
             ram, source = parse_size(self.memory), "--memory"

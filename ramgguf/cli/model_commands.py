@@ -15,7 +15,7 @@ from ramgguf.cli.check_commands import FAILED
 from ramgguf.cli.exports import export_plan
 from ramgguf.cli.groups import grouped
 from ramgguf.cli.plan_commands import show_speed_front
-from ramgguf.cli.prepared import Weighed, calibrated
+from ramgguf.cli.prepared import Weighed, calibrated, measured_projector, with_projector
 from ramgguf.cli.sensitivity_commands import load_or_measure
 from ramgguf.cluster.executors import connected
 from ramgguf.core.escape import to_json
@@ -33,7 +33,7 @@ from ramgguf.measure.result import Measurement
 from ramgguf.plan.result import Plan
 from ramgguf.quants.encoders import DEFAULT_ENCODER
 from ramgguf.report.check import print_check
-from ramgguf.report.held_out import print_held_out
+from ramgguf.report.held_out import draft_summary, print_draft, print_held_out
 from ramgguf.report.held_out import summary as score_summary
 from ramgguf.report.plans import print_plan
 
@@ -124,6 +124,8 @@ def quantize(
     min_prompt_speed: opt.MinPromptSpeed = None,
     aim: Aim = None,
     memory: mem.MemoryOptions = mem.MemoryOptions(),  # noqa: B008 (frozen)
+    quantize_mmproj: mem.QuantizeMmproj = False,
+    mmproj_output: mem.MmprojOutput = None,
     choice: opt.PlanChoice = opt.PlanChoice(),  # noqa: B008 (frozen)
     effort: opt.EffortOption = None,
     limit: opt.Time = None,
@@ -157,6 +159,8 @@ def quantize(
     terminal = opt.Terminal.make(quiet=quiet, as_json=as_json)
     opt.refuse_existing(save_plan, export_tensor_types, force=force)
     request = memory.request()
+    if joint := quantize_mmproj or (mmproj_output is not None and plan_file is None):
+        request = with_projector(request, None)
     if aim is not None:
         if aim != "speed":
             raise typer.BadParameter(f"{aim!r} is not speed", param_hint="--target")
@@ -166,6 +170,7 @@ def quantize(
             "--time": limit, "--refine": refine, "--output": output, "--save-plan": save_plan,
             "--export-tensor-types": export_tensor_types, "--split-max-size": split_max_size,
             "--calibrate": calibrate, "--scales": scales, "--score": score, "--check": check,
+            "--mmproj-output": mmproj_output,
         }  # fmt: skip
         idle = [name for name, value in others.items() if value]
         opt.refuse_idle(idle, "--target speed shows plans and writes nothing")
@@ -262,6 +267,12 @@ def quantize(
     scores = level != "fast" if score is None else score
     chosen = opt.encoder(encoder)
     model = terminal.fetched(model, lora)
+    if joint and request is not None and request.beside.mmproj is not None:
+        found = measured_projector(
+            request.beside.mmproj, opt.split_formats(choice.formats), chosen, threads, terminal,
+            allow_requantize=allow_requantize,
+        )  # fmt: skip
+        request = with_projector(request, found)
     weighed = Weighed(imatrix, hessian)
     if calibrate:
         weighed = calibrated(
@@ -301,6 +312,7 @@ def quantize(
             split_max_bytes=parse_size(split_max_size) if split_max_size else None,
             force=force,
             verify=verify,
+            mmproj_output=mmproj_output,
             threads=threads,
             executor=executor,
             progress=terminal.progress,
@@ -310,9 +322,9 @@ def quantize(
     export_plan(made.plan, save_plan, export_tensor_types, terminal)
     checked = None
     if is_timed if check is None else check:
-        checked = check_file(
-            made.paths[0], check_request(request, threads), announce=terminal.announce
-        )
+        uses = made.plan.memory.beside if made.plan.memory else ()
+        trial = check_request(request, threads, sum(use.total for use in uses))
+        checked = check_file(made.paths[0], trial, announce=terminal.announce)
     if as_json:
         print(to_json(_summary(made, checked)))
         _require_passed(checked)
@@ -322,6 +334,20 @@ def quantize(
         print_held_out(made.score, terminal.out)
     elif score and not scores_here():
         terminal.announce("not scored: pip install 'ramgguf[eval]' measures what was lost")
+    if made.draft is not None:
+        print_draft(made.draft, terminal.out)
+    _print_written(made, terminal)
+    if made.mmproj is not None:
+        _print_written(made.mmproj, terminal)
+    if made.modelfile is not None:
+        name = shlex.quote(str(made.modelfile))
+        terminal.out.print(f"{made.modelfile}: ollama create NAME -f {name}", soft_wrap=True)
+    if checked is not None:
+        print_check(checked, terminal.out)
+    _require_passed(checked)
+
+
+def _print_written(made: api.Quantized, terminal: opt.Terminal) -> None:
     seconds = ", ".join(f"{name} {format_seconds(s)}" for name, s in made.seconds.items())
     said = (
         "not verified"
@@ -331,18 +357,20 @@ def quantize(
     terminal.out.print(
         f"{', '.join(str(p) for p in made.paths)}: {said}; {seconds}", soft_wrap=True
     )
-    if made.modelfile is not None:
-        name = shlex.quote(str(made.modelfile))
-        terminal.out.print(f"{made.modelfile}: ollama create NAME -f {name}", soft_wrap=True)
-    if checked is not None:
-        print_check(checked, terminal.out)
-    _require_passed(checked)
 
 
-def check_request(request: MemoryRequest | None, threads: int | None) -> CheckRequest:
-    """Return how the file is tried: within the memory asked for, or what is left here."""
-    asked = None if request is None or request.ram is None else request.ram
-    limit = available_memory() if asked is None else within_cgroup(Available(asked, "--memory"))
+def check_request(
+    request: MemoryRequest | None, threads: int | None, beside: int = 0
+) -> CheckRequest:
+    """Return how the file is tried: within the memory asked for, or what is left here.
+
+    So many bytes of the memory asked for are for what runs beside the model, which is not tried.
+    """
+    if request is None or request.ram is None:
+        limit = available_memory()
+    else:
+        source = "--memory less what runs beside" if beside else "--memory"
+        limit = within_cgroup(Available(request.ram - beside, source))
     shape = ContextShape(4096) if request is None else replace(request.shape, n_seq=1)
     return CheckRequest(shape, limit, n_threads=threads or default_threads())
 
@@ -357,6 +385,7 @@ def _summary(made: api.Quantized, checked: CheckResult | None) -> dict[str, obje
         "paths": [str(p) for p in made.paths],
         "modelfile": None if made.modelfile is None else str(made.modelfile),
         "n_bytes": made.n_bytes,
+        "mmproj": None if made.mmproj is None else _summary_of_projector(made.mmproj),
         "budget": made.plan.budget,
         "memory": made.plan.memory.model_dump() if made.plan.memory else None,
         "split": made.plan.split.model_dump() if made.plan.split else None,
@@ -372,6 +401,18 @@ def _summary(made: api.Quantized, checked: CheckResult | None) -> dict[str, obje
         "seconds": made.seconds,
         "notes": list(made.plan.notes),
         "score": None if made.score is None else score_summary(made.score),
+        "draft": None if made.draft is None else draft_summary(made.draft),
+    }
+
+
+def _summary_of_projector(made: api.Quantized) -> dict[str, object]:
+    return {
+        "paths": [str(p) for p in made.paths],
+        "n_bytes": made.n_bytes,
+        "bpw": made.plan.bpw,
+        "total_cost": made.plan.total_cost,
+        "plan_sha256": made.plan.sha256(),
+        "notes": list(made.plan.notes),
     }
 
 

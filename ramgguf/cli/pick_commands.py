@@ -37,9 +37,8 @@ def pick(
     memory: mem.RunsIn = None,
     context: Annotated[int, typer.Option("--context", min=16, help="Tokens of context.")] = 4096,
     cache_type: mem.CacheType = "f16",
-    min_speed: Annotated[
-        float, typer.Option("--min-speed", min=0, help="Tokens/s of generation, at least.")
-    ] = 0.0,
+    min_speed: opt.MinSpeed = None,
+    min_prompt_speed: opt.MinPromptSpeed = None,
     output: opt.Output = None,
     effort: opt.EffortOption = None,
     effort_time: opt.Time = None,
@@ -71,9 +70,10 @@ def pick(
         output,
         PickRequest(
             trial,
-            min_speed,
-            opt.encoder(encoder).name,
-            n_seq,
+            min_speed or 0.0,
+            min_prompt_speed or 0.0,
+            encoder=opt.encoder(encoder).name,
+            n_seq=n_seq,
             effort=level,
             effort_seconds=None if effort_time is None else parse_seconds(effort_time),
         ),

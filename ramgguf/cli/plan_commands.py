@@ -11,6 +11,7 @@ from ramgguf.cli import memory_options as mem
 from ramgguf.cli import options as opt
 from ramgguf.cli.exports import export_plan, export_types
 from ramgguf.cli.groups import grouped
+from ramgguf.cli.prepared import with_projector
 from ramgguf.core.errors import PlanError
 from ramgguf.core.escape import to_json
 from ramgguf.core.files import write_atomically
@@ -65,6 +66,7 @@ def plan(
     budget: opt.OptionalBudget = None,
     output: opt.Output = None,
     memory: mem.MemoryOptions = mem.MemoryOptions(),  # noqa: B008 (frozen)
+    mmproj_measurement: mem.MmprojMeasurement = None,
     model: mem.SourceModel = None,
     recipe: RecipeFile = None,
     choice: opt.PlanChoice = opt.PlanChoice(),  # noqa: B008 (frozen)
@@ -80,6 +82,8 @@ def plan(
     terminal = opt.Terminal.make(quiet=quiet, as_json=as_json)
     opt.refuse_existing(output, export_tensor_types, force=force)
     request = memory.request()
+    if mmproj_measurement is not None:
+        request = with_projector(request, Measurement.load(mmproj_measurement))
     if (budget is None and request is None) == (recipe is None):
         raise typer.BadParameter(
             "give either --budget, --memory or --recipe", param_hint="--budget"
@@ -207,7 +211,7 @@ def show_speed_front(
         require_model("the measurement", measurement.source, file)
     limit = speed_limit(
         model, 0.0, 0.0, names=options.get("formats") or measurement.formats, threads=threads,
-        announce=terminal.announce,
+        progress=terminal.progress, announce=terminal.announce,
     )  # fmt: skip
     front = speed_front(measurement, limit, **options)
     if output is not None:

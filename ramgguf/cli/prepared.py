@@ -1,13 +1,20 @@
 """What quantize prepares before it plans: importance, kept beside the model, and sensitivities."""
 
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+import typer
 
 import ramgguf as api
 from ramgguf.cli import options as opt
+from ramgguf.deploy import MemoryRequest
 from ramgguf.gguf.hub import beside
 from ramgguf.gguf.shards import model_stem
+from ramgguf.measure.result import Measurement
+from ramgguf.quants import formats
+from ramgguf.quants.encoders import DEFAULT_ENCODER, Encoder
 from ramgguf.quants.imatrix import load_importance
 from ramgguf.sensitivity.result import Sensitivity
 
@@ -66,5 +73,39 @@ def reweighed(
         model,
         weighed.imatrix,
         hessian=weighed.hessian,
+        progress=terminal.progress,
+    )
+
+
+def with_projector(request: MemoryRequest | None, found: Measurement | None) -> MemoryRequest:
+    """Return the request with a projector that is planned as well; found is its measurement.
+
+    Raises a usage error where there is no projector.
+    """
+    if request is None or request.beside.mmproj is None:
+        raise typer.BadParameter(
+            "name the projector that shares the memory: --memory SIZE --mmproj FILE",
+            param_hint="--mmproj",
+        )
+    return replace(request, beside=replace(request.beside, projector=found))
+
+
+def measured_projector(
+    mmproj: Path,
+    names: Sequence[str] | None,
+    encoder: Encoder,
+    threads: int | None,
+    terminal: opt.Terminal,
+    *,
+    allow_requantize: bool,
+) -> Measurement:
+    """Return what was measured of a projector, which has no matrix and no Hessians of its own."""
+    usable = [name for name in names or () if name not in formats.with_importance()]
+    return api.measure(
+        terminal.fetched(mmproj),
+        formats=usable or None,
+        encoder=DEFAULT_ENCODER if encoder.needs_hessian else encoder.name,
+        allow_requantize=allow_requantize,
+        threads=threads,
         progress=terminal.progress,
     )

@@ -43,6 +43,9 @@ def parse_size(text: str) -> int:
     """Return the bytes of a size such as 5GB or 4GiB; raises BudgetError for anything else."""
     if text.strip().lower().endswith(("bpw", "%")):
         raise BudgetError(f"size {text!r} is relative; write 5GB, 4GiB or a number of bytes")
+    match = _SIZE.fullmatch(text.strip())
+    if match is None or match["unit"].upper() not in _MULTIPLIERS:
+        raise BudgetError(f"size {text!r} is none; write 5GB, 4GiB or a number of bytes")
     return parse_budget(text, n_weights=0, n_bytes_source=0)
 
 

@@ -17,6 +17,7 @@ from ramgguf.gguf.hub import local_path
 from ramgguf.gguf.identity import difference
 from ramgguf.gguf.layout import planned_header_bytes
 from ramgguf.gguf.reader import GGUFFile, open_gguf
+from ramgguf.measure.result import Measurement
 from ramgguf.plan import ByteLimit, PlanAt, SourceSize, SplitRoom
 from ramgguf.plan.result import MemoryBudget, Plan, Split
 
@@ -31,8 +32,15 @@ class MemoryPlanner:
     def __init__(self, file: GGUFFile, request: MemoryRequest) -> None:
         if request.ram is None and request.vram is None:
             raise BudgetError("name the memory that may be used: --memory, --fit or --vram")
+        if request.beside.projector is not None and request.offloads:
+            raise BudgetError(
+                "a projector is planned with its model in RAM only: with a GPU, quantize it first, "
+                "with --budget, and name the result with --mmproj"
+            )
         self._file, self._request = file, request
-        self._header_bytes = planned_header_bytes(file, {}, {})
+        projector = request.beside.projector
+        self._header_bytes = planned_header_bytes(file, {}, {})  # which take no memory
+        self._header_bytes += projector.n_overhead_bytes if projector is not None else 0
         self._stack = contextlib.ExitStack()
         self._beside = self._stack.enter_context(BesideEstimator(request.beside, file))
         self._scale = self._stack.enter_context(FootprintEstimator(file))
@@ -44,14 +52,17 @@ class MemoryPlanner:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def _footprint(self, shape: ContextShape, tensor_types: Mapping[str, str]) -> Footprint:
+    def _footprint(
+        self, shape: ContextShape, tensor_types: Mapping[str, str], mmproj: Plan | None = None
+    ) -> Footprint:
         """Return what the model takes, and what runs beside it."""
-        return self._beside.added(self._scale.footprint(shape, tensor_types))
+        return self._beside.added(self._scale.footprint(shape, tensor_types), mmproj)
 
     def budget(self) -> int:
         """Return the most bytes that a file can have, whatever its formats.
 
-        Raises BudgetError, which says what to change, when nothing is left for the weights.
+        A projector that is planned as well shares them. Raises BudgetError, which says what to
+        change, when nothing is left for the weights.
         """
         footprint = self._footprint(self._request.shape, {})
         left = max(
@@ -77,14 +88,23 @@ class MemoryPlanner:
             if self._request.offloads
             else self._in_ram(plan_for, budget)
         )
-        record, notes = self._record(footprint, placed), (*self._notes(), *made.notes)
-        return made.model_copy(update={"memory": record, "notes": notes})
+        record = self._record(footprint, placed, made.mmproj)
+        update = {
+            "memory": record,
+            "notes": (*self._notes(), *self._beside.notes(made), *made.notes),
+        }
+        if self._request.beside.projector_plan is not None:
+            update["mmproj"] = self._request.beside.projector_plan
+        return made.model_copy(update=update)
 
     def _in_ram(self, plan_for: PlanAt, budget: int) -> tuple[Plan, Placed, Footprint]:
         """Return the plan of the largest budget that fits RAM, and what it takes."""
+        projector = self._request.beside.projector
         for _ in range(_MOST_ROUNDS):
             try:
-                made = plan_for(budget)
+                made = (
+                    plan_for(budget) if projector is None else plan_for(budget, projector=projector)
+                )
             except BudgetError as e:
                 if e.smallest is None:
                     raise
@@ -94,7 +114,8 @@ class MemoryPlanner:
             excess = self._excess(placed)
             if excess <= 0:
                 return made, placed, footprint
-            budget = min(budget, made.n_bytes) - excess
+            taken = made.n_bytes + (made.mmproj.n_bytes if made.mmproj else 0)
+            budget = min(budget, taken) - excess
             if budget <= self._header_bytes:
                 break
         raise self._too_small(None)
@@ -138,7 +159,8 @@ class MemoryPlanner:
         return fitting
 
     def _planned(self, made: Plan) -> Footprint:
-        return self._footprint(self._request.shape, {a.name: a.format for a in made.assignments})
+        types = {a.name: a.format for a in made.assignments}
+        return self._footprint(self._request.shape, types, made.mmproj)
 
     def _no_division(
         self, plan_for: PlanAt, budget: int, rooms: Sequence[SplitRoom], smallest: int
@@ -172,7 +194,7 @@ class MemoryPlanner:
             if limit is not None
         )
 
-    def _record(self, footprint: Footprint, placed: Placed) -> MemoryBudget:
+    def _record(self, footprint: Footprint, placed: Placed, mmproj: Plan | None) -> MemoryBudget:
         request, shape = self._request, footprint.shape
         return MemoryBudget(
             limit=request.ram,
@@ -187,7 +209,7 @@ class MemoryPlanner:
             n_gpu_layers=placed.split.n_gpu_layers if request.offloads else None,
             vram_limit=request.vram,
             vram=placed.vram if request.offloads else None,
-            beside=self._beside.uses(shape),
+            beside=self._beside.uses(shape, mmproj),
         )
 
     def _too_small(self, smallest: int | None) -> BudgetError:
@@ -213,9 +235,11 @@ class MemoryPlanner:
                 f"{format_bytes(gpu.overhead)}"
             )
         for other in self._beside.uses(shape):
-            message += f" (of it {other.path}: {format_bytes(other.total)})"
+            if other.total:
+                message += f" (of it {other.path}: {format_bytes(other.total)})"
         if smallest is not None:
-            message += f", and the smallest plan is {format_bytes(smallest)}"
+            both = " of model and projector" if request.beside.projector is not None else ""
+            message += f", and the smallest plan{both} is {format_bytes(smallest)}"
         return BudgetError(f"{message}. {self._advice(smallest)}", smallest)
 
     def _advice(self, known: int | None) -> str:
@@ -223,7 +247,9 @@ class MemoryPlanner:
 
         known is the smallest plan's bytes; until there is one, two bits per weight stand for it.
         """
-        smallest = known or self._header_bytes + self._file.n_weights // 4
+        projector = self._request.beside.projector
+        n_weights = self._file.n_weights + (projector.n_weights if projector else 0)
+        smallest = known or self._header_bytes + n_weights // 4
         request, shape = self._request, self._request.shape
         total = (request.ram or 0) + (request.vram or 0)
         advice = []
@@ -290,6 +316,16 @@ class MemoryLimit:
     budget: int | str | None = None
     model: str | Path | None = None
 
+    @property
+    def projector(self) -> Measurement | None:
+        """What was measured of the projector that is planned together with the model."""
+        return self.request.beside.projector
+
+    def settled(self, projector: Plan) -> "MemoryLimit":
+        """Return the limit for which the projector has this plan."""
+        beside = replace(self.request.beside, projector=None, projector_plan=projector)
+        return replace(self, request=replace(self.request, beside=beside))
+
     @contextmanager
     def room(self, source: SourceSize) -> Iterator[MemoryRoom]:
         """Yield what the memory leaves.
@@ -297,6 +333,11 @@ class MemoryLimit:
         Raises BudgetError with the longest context that fits when nothing is left, PlanError when
         the model is another, or not there.
         """
+        if self.budget is not None and self.projector is not None:
+            raise BudgetError(
+                "--budget limits the model's file, and the memory is shared with the projector's: "
+                "leave it out, or quantize the projector first and name the result with --mmproj"
+            )
         with (
             _measured_model(source, self.model) as file,
             MemoryPlanner(file, self.request) as planner,

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Unpack
+from typing import Any, Unpack
 
 from ramgguf.core.errors import BudgetError, EngineError
 from ramgguf.core.progress import Progress
@@ -16,33 +16,47 @@ from ramgguf.deploy.result import CheckResult
 from ramgguf.evaluate import evaluate
 from ramgguf.evaluate.result import EvalResult
 from ramgguf.gguf.hub import local_path
+from ramgguf.llama.format_speed import SpeedProfile
 from ramgguf.measure import measure
 from ramgguf.plan import PlanOptions, curve
-from ramgguf.plan import plan as make_plan
 from ramgguf.plan.frontier_result import Frontier
 from ramgguf.plan.result import Plan
 from ramgguf.quantize import Effort, quantize
 from ramgguf.quants.encoders import DEFAULT_ENCODER, EncoderName
 
 _MOST_ROUNDS = 4
-_SLOWER = 0.97  # a file of half the bytes is not quite twice as fast
+_MARGIN = 1.01
 
 
 @dataclass(frozen=True)
 class PickRequest:
-    """The requirements on the file; min_speed is tokens per second of generation.
+    """The requirements on the file; least speeds are tokens per second of generation and prompts.
 
-    The score is taken on n_seq sequences of n_ctx tokens; n_seq 0 takes none. Sizes are tried with
-    plans by priors; effort auto or best, within effort_seconds, then makes the file of that size.
+    speeds are those of formats here, measured if need be (quantize.speed_target). The score is
+    taken on n_seq sequences of n_ctx tokens; n_seq 0 takes none. Sizes are tried with plans by
+    priors; effort auto or best, within effort_seconds, then makes the file of that size.
     """
 
     trial: CheckRequest
     min_speed: float = 0.0
+    min_prompt_speed: float = 0.0
+    speeds: SpeedProfile | None = None
     encoder: EncoderName = DEFAULT_ENCODER
     n_seq: int = 8
     n_ctx: int = 512
     effort: Effort = "fast"
     effort_seconds: float | None = None
+
+    @property
+    def is_timed(self) -> bool:
+        """Whether a speed is asked for."""
+        return self.min_speed != 0 or self.min_prompt_speed != 0
+
+    def at_least(self, factor: float = 1.0) -> dict[str, Any]:
+        """Return the options of quantize for so many times these speeds, {} if none is asked."""
+        both = {"min_speed": self.min_speed, "min_prompt_speed": self.min_prompt_speed}
+        asked = {name: factor * least for name, least in both.items() if least}
+        return {**asked, "speeds": self.speeds} if asked else {}
 
 
 @dataclass(frozen=True)
@@ -96,13 +110,16 @@ class Picked:
         speed = self.trial.speed
         if speed is None:
             return "speed: not measured"
-        asked = f", asked were {self.request.min_speed:g}" if self.request.min_speed else ""
+        least, least_prompt = self.request.min_speed, self.request.min_prompt_speed
+        asked = f", asked were {least:g}" if least else ""
+        prompts = f"prompts {speed.prompt.median:.0f} tokens/s"
+        prompts += f", asked were {least_prompt:g}" if least_prompt else ""
         found = speed.generation
         if found is None:
-            return f"speed: prompts {speed.prompt.median:.0f} tokens/s"
+            return f"speed: {prompts}"
         return (
             f"speed: {found.median:.1f} tokens/s ({found.low:.1f}–{found.high:.1f}){asked}; "
-            f"prompts {speed.prompt.median:.0f} tokens/s"
+            f"{prompts}"
         )
 
     def _quality(self) -> str:
@@ -131,8 +148,10 @@ def pick(
 ) -> Picked:
     """Return the best file that fits, is fast enough and passes its trial; it is then written.
 
-    Where it is too slow or too large when tried, a smaller one is made, at most four times. Raises
-    BudgetError when none will do, with what was reached; the last one tried is left then.
+    With a least speed, formats are chosen by their speed on this machine, as quantize does. A file
+    that is too large when tried is made again with fewer bytes, one that is too slow with faster
+    formats, at most four times. Raises BudgetError when none will do, with what was reached; the
+    last one tried is left then.
     """
     model = local_path(model)
     measurement = measure(
@@ -143,23 +162,27 @@ def pick(
     trial = request.trial
     memory = MemoryRequest(trial.shape, trial.limit.n_bytes, trial.limit.source)
     most: int | None = None
+    factor = 1.0  # what a file is made for, of the speed that its trial shall find
     for n_tried in range(1, _MOST_ROUNDS + 1):
-        plan = make_plan(measurement, MemoryLimit(memory, most, model), **options)
-        announce(f"try {n_tried}: {format_bytes(plan.n_bytes)}, {plan.bpw:.2f} bpw")
+        announce(f"try {n_tried}")
         made = quantize(
-            model, output=output, from_plan=plan, force=force or n_tried > 1, threads=threads,
-            progress=progress,
+            model, MemoryLimit(memory, most, model), output, measurement=measurement, effort="fast",
+            force=force or n_tried > 1, threads=threads, progress=progress, announce=announce,
+            **request.at_least(factor), **options,
         )  # fmt: skip
-        output = made.paths[0]
+        plan, output = made.plan, made.paths[0]
+        announce(f"{output}: {format_bytes(plan.n_bytes)}, {plan.bpw:.2f} bpw")
         found = check_file(output, trial, announce=announce)
-        most = _smaller(found, plan, request)
-        if most is None:
+        fewer, slower = _smaller(found, plan), _slower(found, request)
+        if fewer is None and slower is None:
             if request.effort != "fast":
                 plan, found = _improved(
                     model, output, plan, found, request, options, threads, progress, announce
                 )
             score = _score(output, model, request, threads, progress)
             return Picked(output, plan, frontier, found, score, n_tried, request)
+        most = most if fewer is None else fewer
+        factor *= 1.0 if slower is None else slower * _MARGIN
     raise BudgetError(f"{output}: {_reached(found, request)} after {_MOST_ROUNDS} tries")
 
 
@@ -178,20 +201,25 @@ def _improved(
 
     Should that fail its trial or be too slow, the file by priors is written again, and stays.
     """
-    made = quantize(
-        model, plan.n_bytes, output, effort=request.effort, seconds=request.effort_seconds,
-        force=True, threads=threads, progress=progress, announce=announce, **options,
-    )  # fmt: skip
+    try:
+        made = quantize(
+            model, plan.n_bytes, output, effort=request.effort, seconds=request.effort_seconds,
+            force=True, threads=threads, progress=progress, announce=announce,
+            **request.at_least(), **options,
+        )  # fmt: skip
+    except BudgetError as e:  # not fast enough; the file before it is untouched
+        announce(f"the file of that effort is not taken: {e}")
+        return plan, found
     tried = check_file(output, request.trial, announce=announce)
-    if tried.passed and _smaller(tried, made.plan, request) is None:
+    if tried.passed and _smaller(tried, made.plan) is None and _slower(tried, request) is None:
         return made.plan, tried
     announce("the file of that effort fails its trial or is too slow: the one before it stays")
     quantize(model, output=output, from_plan=plan, force=True, threads=threads, progress=progress)
     return plan, found
 
 
-def _smaller(found: CheckResult, plan: Plan, request: PickRequest) -> int | None:
-    """Return how large the next try may be, None if this one will do."""
+def _smaller(found: CheckResult, plan: Plan) -> int | None:
+    """Return how large the next try may be, None if this one fits and passes its trial."""
     if found.failed_stage in ("load", "fill"):
         return int(0.95 * plan.n_bytes)
     if found.margin is not None and found.margin < 0:
@@ -201,14 +229,17 @@ def _smaller(found: CheckResult, plan: Plan, request: PickRequest) -> int | None
             f"{found.path} fails its trial: {'; '.join(found.failures)}; a smaller one will not do "
             "better: allow more memory, or a shorter context"
         )
-    if found.model_kind == "embedding":
-        raise EngineError(
-            f"{found.path} is an embedding model and generates nothing: leave out the least speed"
-        )
-    speed = _tokens_per_second(found)
-    if speed >= request.min_speed:
+    return None
+
+
+def _slower(found: CheckResult, request: PickRequest) -> float | None:
+    """Return by which factor a file that passes is too slow, None if it is fast enough."""
+    if not (request.is_timed and found.passed) or found.speed is None:
         return None
-    return max(1, int(plan.n_bytes * speed / request.min_speed * _SLOWER))
+    reached = ((request.min_speed, _tokens_per_second(found)),
+               (request.min_prompt_speed, found.speed.prompt.median))  # fmt: skip
+    factor = max(least / max(speed, 1e-9) for least, speed in reached)
+    return None if factor <= 1 else factor
 
 
 def _tokens_per_second(found: CheckResult) -> float:
@@ -217,9 +248,17 @@ def _tokens_per_second(found: CheckResult) -> float:
 
 
 def _reached(found: CheckResult, request: PickRequest) -> str:
-    if found.speed is None:
+    if found.speed is None or not found.passed:
         return "it does not fit its memory"
-    return f"{_tokens_per_second(found):.1f} tokens/s were reached, {request.min_speed:g} asked for"
+    both = (
+        (request.min_speed, _tokens_per_second(found), "generation"),
+        (request.min_prompt_speed, found.speed.prompt.median, "prompts"),
+    )
+    return ", ".join(
+        f"{speed:.1f} tokens/s of {what} were reached, {least:g} asked for"
+        for least, speed, what in both
+        if least
+    )
 
 
 def _score(

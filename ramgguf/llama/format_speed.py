@@ -7,7 +7,7 @@ machine is. What a layer takes without its weights is timed on a model that is a
 
 import hashlib
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,7 +18,9 @@ from pydantic import Field
 from ramgguf.core.documents import Document, FrozenModel, NonNegativeFloat, Positive, PositiveFloat
 from ramgguf.core.errors import EngineError, FormatError, PlanError
 from ramgguf.core.parallel import default_threads
+from ramgguf.core.progress import Progress, Silent
 from ramgguf.core.scratch import scratch_folder
+from ramgguf.core.units import format_bytes
 from ramgguf.core.user_cache import user_cache
 from ramgguf.core.version import __version__
 from ramgguf.llama.child import Child, ChildDiedError
@@ -81,6 +83,7 @@ def format_speeds(
     *,
     threads: int | None = None,
     announce: Callable[[str], None] = lambda _: None,
+    progress: Progress | None = None,
     n_bytes: int | None = None,
     width: int = 2048,
     n_prompt: int = 64,
@@ -90,8 +93,8 @@ def format_speeds(
     """Return the speed of these formats here: what is not in the user's cache is measured.
 
     n_bytes is what a timed model's weights take, by default three times the largest cache, and
-    width the length of its rows. Raises
-    EngineError without llama-cpp-python, or where it cannot run the models.
+    width the length of its rows. Each format is kept as soon as it is measured. Raises EngineError
+    without llama-cpp-python, or where it cannot run the models.
     """
     if not llama_installed():
         raise EngineError("the speed of formats is measured: pip install 'ramgguf[eval]'")
@@ -106,19 +109,36 @@ def format_speeds(
     ]
     if known is not None and not missing:
         return known
+    formats = "1 format" if len(missing) == 1 else f"{len(missing)} formats"
     announce(
-        f"measuring how fast llama.cpp computes with {len(missing)} formats here; kept in {path}"
+        f"measuring how fast llama.cpp computes with {formats} here, on models of "
+        f"{format_bytes(n_bytes)} (beyond the CPU's caches) each; once, kept in {path}"
     )
     timing = TimeTogether(n_prompt=n_prompt, n_generated=n_generated, n_rounds=n_rounds)
-    with scratch_folder(None, error=EngineError) as folder, Child(_WORKER) as child:
-        timer = _Timer(child, folder, timing, threads, n_bytes, width)
-        found = timer.profile(missing, known)
+    shown, found = progress or Silent(), known
+    shown.start("time formats", len(missing), "formats")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        found.save(path)
-    except (OSError, PlanError):
+        with scratch_folder(None, error=EngineError) as folder, Child(_WORKER) as child:
+            timer = _Timer(child, folder, timing, threads, n_bytes, width)
+            for found in timer.profiles(missing, known):
+                is_kept = _keep(found, path)
+                shown.advance(1)
+    finally:
+        shown.finish()
+    assert found is not None
+    if not is_kept:
         announce(f"{path} cannot be written: the speeds will be measured again")
     return found
+
+
+def _keep(profile: SpeedProfile, path: Path) -> bool:
+    """Return whether the profile could be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        profile.save(path)
+    except (OSError, PlanError):
+        return False
+    return True
 
 
 def beyond_cache(root: Path = _CACHES) -> int:
@@ -175,8 +195,10 @@ class _Timer:
         self._child, self._folder, self._timing = child, folder, timing
         self._threads, self._n_bytes, self._width = threads, n_bytes, width
 
-    def profile(self, missing: Sequence[str], known: SpeedProfile | None) -> SpeedProfile:
-        """Return the known profile with the missing formats."""
+    def profiles(
+        self, missing: Sequence[str], known: SpeedProfile | None
+    ) -> Iterator[SpeedProfile]:
+        """Yield the known profile with the first of the missing formats, with the first two, …."""
         system = self._load(SpeedModel.of_bytes(self._n_bytes, self._width, REFERENCE), REFERENCE)
         empty, references = self._timed(SpeedModel(_EMPTY_WIDTH, _EMPTY_LAYERS), "F16"), []
         ratios: dict[str, tuple[SpeedModel, _Seconds]] = {}
@@ -189,12 +211,22 @@ class _Timer:
                 raise
             except (EngineError, FormatError) as e:
                 refused[name] = str(e).splitlines()[0]
-                continue
-            references.append(usual)
-            ratios[name] = (
-                model,
-                _Seconds(found.generation / usual.generation, found.prompt / usual.prompt),
-            )
+            else:
+                references.append(usual)
+                ratio = found.generation / usual.generation, found.prompt / usual.prompt
+                ratios[name] = (model, _Seconds(*ratio))
+            yield self._profile(known, system, empty, references, ratios, refused)
+
+    def _profile(
+        self,
+        known: SpeedProfile | None,
+        system: SystemInfo,
+        empty: tuple[_Seconds, _Seconds],
+        references: Sequence[_Seconds],
+        ratios: Mapping[str, tuple[SpeedModel, _Seconds]],
+        refused: Mapping[str, str],
+    ) -> SpeedProfile:
+        """Return the known profile with these ratios to the reference as well."""
         if known is not None:
             layer = _Seconds(known.layer_seconds, known.layer_prompt_seconds)
             usual = _Seconds(known.reference_seconds, known.reference_prompt_seconds)
@@ -224,7 +256,7 @@ class _Timer:
             layer_seconds=layer.generation,
             layer_prompt_seconds=layer.prompt,
             rates=rates,
-            refused=refused,
+            refused=dict(refused),
         )
 
     def _load(self, model: SpeedModel, name: str) -> SystemInfo:

@@ -3,7 +3,15 @@
 from ramgguf.plan.divided import DividedPlan
 from ramgguf.plan.frontier_result import Frontier
 from ramgguf.plan.knapsack import Choice, efficient, price, smallest
-from ramgguf.plan.limits import ByteLimit, PlanAt, Room, SizeLimit, SourceSize, size_limit
+from ramgguf.plan.limits import (
+    ByteLimit,
+    JointLimit,
+    PlanAt,
+    Room,
+    SizeLimit,
+    SourceSize,
+    size_limit,
+)
 from ramgguf.plan.objectives import OBJECTIVE_NAMES, Costing, costing
 from ramgguf.plan.planning import (
     DEFAULT_MIN_SQNR_DB,
@@ -35,6 +43,7 @@ __all__ = [
     "Costing",
     "DividedPlan",
     "Frontier",
+    "JointLimit",
     "Plan",
     "PlanAt",
     "PlanOptions",

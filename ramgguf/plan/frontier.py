@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from ramgguf.core.errors import BudgetError
+from ramgguf.core.errors import BudgetError, PlanError
 from ramgguf.core.units import format_bytes
 from ramgguf.measure.result import Measurement
 from ramgguf.plan.frontier_result import (
@@ -144,12 +144,19 @@ def _peaks(n_bytes: NDArray[np.float64], ratio: NDArray[np.float64]) -> list[int
     return sorted(peaks)
 
 
-def plan_at(frontier: Frontier, budget: int, pools: Pools | None = None) -> Plan:
+def plan_at(
+    frontier: Frontier,
+    budget: int,
+    pools: Pools | None = None,
+    projector: Measurement | None = None,
+) -> Plan:
     """Return the frontier's plan for a budget, with its proven gap, without solving again.
 
     With pools, it goes as far as a division fits both memories, in whatever formats the frontier
-    has. Raises BudgetError below the frontier's start.
+    has. Raises BudgetError below the frontier's start, PlanError for a projector to plan as well.
     """
+    if projector is not None:
+        raise PlanError("a frontier is of one model; plan a projector with it from measurements")
     if budget < frontier.start_bytes:
         raise BudgetError(
             f"budget {format_bytes(budget)} is below the frontier's start, "

@@ -4,20 +4,26 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from ramgguf.core.errors import BudgetError
 from ramgguf.core.units import parse_budget
 from ramgguf.gguf.identity import Source
 from ramgguf.gguf.reader import GGUFFile
+from ramgguf.measure.result import Measurement
 from ramgguf.plan.pools import Pools
 from ramgguf.plan.result import Plan
 
 
 class PlanAt(Protocol):
-    """Plans for a number of bytes of file, and for two memories where there are any."""
+    """Plans for a number of bytes of file, and for two memories where there are any.
 
-    def __call__(self, budget: int, pools: Pools | None = None) -> Plan: ...
+    With a projector, the bytes are those of its file and the model's, and both are planned.
+    """
+
+    def __call__(
+        self, budget: int, pools: Pools | None = None, projector: Measurement | None = None
+    ) -> Plan: ...
 
 
 @dataclass(frozen=True)
@@ -72,6 +78,18 @@ class SizeLimit(Protocol):
 
     def room(self, source: SourceSize) -> AbstractContextManager[Room]:
         """Return the room for the output of a model; raises BudgetError when there is none."""
+
+
+@runtime_checkable
+class JointLimit(SizeLimit, Protocol):
+    """A limit that may plan a projector together with the model."""
+
+    @property
+    def projector(self) -> Measurement | None:
+        """What was measured of the projector that is planned as well, None if there is none."""
+
+    def settled(self, projector: Plan) -> SizeLimit:
+        """Return the limit for which the projector has this plan, in every plan of the model."""
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,8 @@ class PlanOptions(TypedDict, total=False):
     weighted. formats are those to choose from, or sets of them (None: all measured); pins are
     'regex=FORMAT', min_formats 'role=FORMAT'; a tie is 'qkv', 'gate-up' or a list 'role,role'.
     target is a program that runs the file (TARGETS): 'vllm' ties what it fuses. speed is how fast
-    a plan must be on a machine whose formats were timed. pools are set by limits of memory.
+    a plan must be on a machine whose formats were timed. pools, and a projector that is planned as
+    well, are set by limits of memory.
     """
 
     objective: str | None
@@ -49,6 +50,7 @@ class PlanOptions(TypedDict, total=False):
     target: str | None
     speed: SpeedLimit | None
     pools: Pools | None
+    projector: Measurement | None
 
 
 def plan(
@@ -75,12 +77,17 @@ def plan(
         constraints=_constraints(measurement, options),
         speed=options.get("speed"),
     )
-    given = options.get("pools")
-    return _plan(
-        measurement,
-        budget,
-        lambda n, pools=None: allocate(n, pools=given if pools is None else pools),
-    )
+
+    def plan_at(
+        budget: int, pools: Pools | None = None, projector: Measurement | None = None
+    ) -> Plan:
+        return allocate(
+            budget,
+            pools=options.get("pools") if pools is None else pools,
+            projector=options.get("projector") if projector is None else projector,
+        )
+
+    return _plan(measurement, budget, plan_at)
 
 
 def _plan(curves: Measurement | Frontier, limit: int | str | SizeLimit, plan_at: PlanAt) -> Plan:

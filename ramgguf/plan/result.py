@@ -169,7 +169,8 @@ class Split(FrozenModel):
 class PlannedSpeed(FrozenModel):
     """Tokens per second that a plan was bound to (0: not), and those that it has.
 
-    generation and prompt are predicted from the speed of formats on this CPU, unless is_measured.
+    generation and prompt are predicted from the speed of formats on this CPU, unless is_measured;
+    generation is 0 for an embedding model that was measured.
     """
 
     least_generation: NonNegativeFloat
@@ -235,7 +236,7 @@ class Plan(Document):
     Under the objective sensitivity, total_cost is Σ α · NMSE, predicted_kld what that makes one
     expect (plan/prediction.py), and sensitivity_sha256 names the sensitivities. imatrix_used tells
     whether the importance matrix weighs any tensor that is encoded; if not, the output does not
-    name it.
+    name it. mmproj is the plan of a vision projector that was made together with this one.
     """
 
     KIND: ClassVar[str] = "plan"
@@ -261,6 +262,7 @@ class Plan(Document):
     memory: MemoryBudget | None = None
     split: Split | None = None
     speed: PlannedSpeed | None = None
+    mmproj: "Plan | None" = None
     notes: tuple[str, ...] = ()
 
     @model_validator(mode="before")

@@ -82,6 +82,12 @@ class SpeedLimit:
         """Return the limit with what was predicted corrected by what was measured."""
         return replace(self, slowdown=slowdown, prompt_slowdown=prompt_slowdown)
 
+    def without(self, names: Iterable[str]) -> "SpeedLimit":
+        """Return the limit for which these tensors, those of a projector, take no time."""
+        none, work = dict.fromkeys(names, 0.0), self.work
+        generation, prompt = {**work.generation, **none}, {**work.prompt, **none}
+        return replace(self, work=TokenWork(work.n_layers, generation, prompt))
+
     def knows(self, format_name: str) -> bool:
         """Return whether the format's speed is known here."""
         return format_name in self.profile.rates

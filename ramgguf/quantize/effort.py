@@ -23,14 +23,29 @@ from ramgguf.core.parallel import default_threads
 from ramgguf.core.progress import Progress, Silent, followed_by
 from ramgguf.core.scratch import scratch_folder
 from ramgguf.core.units import format_bytes, format_seconds
-from ramgguf.evaluate import SCORE_SECONDS, HeldOutScore, kept_bytes, score_held_out
+from ramgguf.evaluate import (
+    DRAFT_SECONDS,
+    SCORE_SECONDS,
+    DraftAgreement,
+    HeldOutScore,
+    draft_agreement,
+    kept_bytes,
+    score_held_out,
+)
 from ramgguf.gguf.hub import beside, local_path
 from ramgguf.gguf.reader import GGUFFile, open_gguf
 from ramgguf.llama.client import WrongKindError
 from ramgguf.llama.format_speed import SpeedProfile
 from ramgguf.llama.system import llama_installed
 from ramgguf.measure.result import Measurement
-from ramgguf.plan import ByteLimit, PlanOptions, SizeLimit, SpeedLimit, size_limit
+from ramgguf.plan import (
+    ByteLimit,
+    JointLimit,
+    PlanOptions,
+    SizeLimit,
+    SpeedLimit,
+    size_limit,
+)
 from ramgguf.plan.result import Plan
 from ramgguf.quantize.gate import Verdict, judge
 from ramgguf.quantize.kld_target import smallest_within
@@ -38,6 +53,7 @@ from ramgguf.quantize.modelfile import modelfile_path, write_modelfile
 from ramgguf.quantize.output_paths import check_destination
 from ramgguf.quantize.pipeline import Quantized, QuantizeOptions, quantize_once
 from ramgguf.quantize.placing import placed
+from ramgguf.quantize.projector import check_projector, with_projector
 from ramgguf.quantize.protection import protected_formats
 from ramgguf.quantize.schedule import (
     DISK_SHARE,
@@ -113,6 +129,7 @@ def quantize(
     split_max_bytes: int | None = None,
     force: bool = False,
     verify: bool = True,
+    mmproj_output: str | Path | None = None,
     threads: int | None = None,
     executor: Executor | None = None,
     progress: Progress | None = None,
@@ -141,6 +158,9 @@ def quantize(
     kept (or that of speeds), and the file is timed. Raises BudgetError with the largest speed
     that is possible, and what limits it, where that is less.
 
+    Where the budget is a limit of memory with what was measured of a vision projector, or the ready
+    plan has one, the projector's file is written as well: mmproj_output, by default beside it.
+
     from_plan, measurement, encoder, imatrix, hessian, scales and refine are for effort fast. A
     ready measurement saves measuring again; imatrix and hessian are as in measure, scales a file
     that transform has made, which goes with a matrix and without refine. Without a ready plan,
@@ -168,6 +188,11 @@ def quantize(
     given = [name for name, value in explicit.items() if value is not None]
     if effort is not None and effort not in EFFORTS:
         raise PlanError(f"effort {effort!r} is none of {', '.join(EFFORTS)}")
+    beside_path = None if mmproj_output is None else Path(mmproj_output)
+    check_projector(
+        budget, from_plan, beside_path, output_of_model=None if output is None else Path(output),
+        force=force,
+    )  # fmt: skip
     is_for_ollama = options.get("target") == "ollama"
     if is_for_ollama:
         _require_modelfile(output, split_max_bytes, force=force)
@@ -219,7 +244,7 @@ def quantize(
             raise PlanError("a least speed goes with a budget or memory")
         speed = speed_limit(
             model, min_speed or 0.0, min_prompt_speed or 0.0, names=options.get("formats"),
-            profile=speeds, threads=threads, announce=announce,
+            profile=speeds, threads=threads, progress=progress, announce=announce,
         )  # fmt: skip
         target = None if output is None else Path(output)
         steps = None if level == "fast" else (level, left)
@@ -228,13 +253,20 @@ def quantize(
         n_ctx = made.plan.memory.n_ctx if made.plan.memory else None
         modelfile = write_modelfile(made.paths[0], n_ctx, force=force)
         made = replace(made, modelfile=modelfile)
-    if not score or made.score is not None:
+    if made.plan.mmproj is not None:
+        made = with_projector(made, beside_path, settings)
+    if not score:
         return made
-    for_score = SCORE_SECONDS
-    if seconds is not None:
-        for_score = max(0.0, min(SCORE_SECONDS, seconds - (clock() - start)))
-    found = scored(made, model, threads, progress, announce, for_score)
-    return replace(made, score=found)
+
+    def time_left(most: float) -> float:
+        return most if seconds is None else max(0.0, min(most, seconds - (clock() - start)))
+
+    if made.score is None:
+        left_for_score = time_left(SCORE_SECONDS)
+        found = scored(made, model, threads, progress, announce, left_for_score)
+        made = replace(made, score=found)
+    agreed = with_draft(made, model, threads, progress, announce, time_left(DRAFT_SECONDS))
+    return replace(made, draft=agreed)
 
 
 def _timed(
@@ -332,6 +364,30 @@ def scored(
     return found
 
 
+def with_draft(
+    made: Quantized,
+    model: Path,
+    threads: int | None,
+    progress: Progress | None,
+    announce: Callable[[str], None],
+    seconds: float,
+) -> DraftAgreement | None:
+    """Return how often the draft model of the plan's memory agrees; None where there is none, or
+    llama.cpp cannot tell, which announce is told.
+    """
+    beside = made.plan.memory.beside if made.plan.memory else ()
+    draft = next((Path(use.path) for use in beside if use.kind == "draft"), None)
+    if draft is None:
+        return None
+    try:
+        return draft_agreement(
+            draft, model, made.paths[0], seconds=seconds, threads=threads, progress=progress
+        )
+    except EngineError as e:
+        announce(f"what the draft model proposes was not measured: {e}")
+        return None
+
+
 @dataclass(frozen=True)
 class Choice:
     """How a candidate is made."""
@@ -415,6 +471,9 @@ class _Run:
             self._scratch = scratch
             best = self._candidate(Choice())
             self._write = clock() - self._start
+            if best.made.plan.mmproj is not None and isinstance(self._limit, JointLimit):
+                # Gates see what the text loses: later candidates must not take the projector's.
+                self._limit = self._limit.settled(best.made.plan.mmproj)
             try:
                 best = self._improved(best)
             except WrongKindError as e:
@@ -425,6 +484,9 @@ class _Run:
 
     def _improved(self, best: _Candidate) -> _Candidate:
         """Return the best candidate after the steps that fit the time and pass the gate."""
+        if best.made.plan.total_cost == 0:
+            self._log.add("has nothing to improve: the file holds every weight of the source")
+            return best
         if self._seconds is not None and self._write >= self._seconds:
             took, asked = format_seconds(self._write), format_seconds(self._seconds)
             self._log.add(

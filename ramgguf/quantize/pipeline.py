@@ -11,7 +11,7 @@ from ramgguf.core.errors import PlanError
 from ramgguf.core.inputs import protected
 from ramgguf.core.parallel import default_threads
 from ramgguf.core.progress import Clock, Progress, Silent, followed_by
-from ramgguf.evaluate import HeldOutScore
+from ramgguf.evaluate import DraftAgreement, HeldOutScore
 from ramgguf.gguf.hub import beside, local_path
 from ramgguf.gguf.identity import require_model
 from ramgguf.gguf.reader import GGUFFile, open_gguf
@@ -42,6 +42,8 @@ class Quantized:
     showed not to be worth their bytes. worst_departure is the largest relative difference between
     planned and written NMSE, None when the output was not verified. score is on held-out text,
     None where none was asked for, or llama.cpp could not score. modelfile is for the target ollama.
+    mmproj is the vision projector that was planned together with the model; draft says how often a
+    draft model that runs beside it agrees with it, and is measured with the score.
     """
 
     paths: tuple[Path, ...]
@@ -52,6 +54,8 @@ class Quantized:
     seconds: dict[str, float]
     score: HeldOutScore | None = None
     modelfile: Path | None = None
+    mmproj: "Quantized | None" = None
+    draft: DraftAgreement | None = None
 
 
 @dataclass(frozen=True)

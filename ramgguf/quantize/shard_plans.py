@@ -17,10 +17,10 @@ def plan_for_shards(
     measurement: Measurement,
     budget: int,
     pools: Pools | None = None,
+    projector: Measurement | None = None,
 ) -> Plan:
     """Return a plan whose files together fit the budget: shards have headers of their own."""
-    if pools is not None:
-        options = {**options, "pools": pools}
+    options = {**options, "pools": pools, "projector": projector}
     for _ in range(8):
         made = plan(measurement, budget, **options)
         if split_max_bytes is None:

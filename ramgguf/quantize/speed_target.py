@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ramgguf.core.errors import BudgetError, EngineError, PlanError
+from ramgguf.core.progress import Progress
 from ramgguf.core.units import format_bytes
 from ramgguf.gguf.reader import open_gguf
 from ramgguf.llama.file_speed import time_file
@@ -51,13 +52,14 @@ def speed_limit(
     names: Iterable[str] | None,
     profile: SpeedProfile | None = None,
     threads: int | None = None,
+    progress: Progress | None = None,
     announce: Callable[[str], None] = lambda _: None,
 ) -> SpeedLimit:
     """Return the limit of a model's speed on this machine; 0 is none.
 
-    names are the formats to choose from, by default all; those that were never timed here are
-    timed now, unless there is a profile. Raises PlanError for a speed that is no positive number,
-    EngineError where llama.cpp is not installed.
+    names are the formats to choose from, by default all; those that suit rows of the model and were
+    never timed here are timed now, unless there is a profile. Raises PlanError for a speed that is
+    no positive number, EngineError where llama.cpp is not installed.
     """
     for name, least in (("min_speed", generation), ("min_prompt_speed", prompt)):
         if not (math.isfinite(least) and least >= 0):
@@ -66,11 +68,13 @@ def speed_limit(
         raise EngineError("a least speed is measured: pip install 'ramgguf[eval]'")
     with open_gguf(model, kind_check=True) as file:
         work = TokenWork.of(file)
-        own = {t.type_name for t in file.tensors if len(t.shape) > 1}
+        matrices = [t for t in file.tensors if len(t.shape) > 1]
+        own, rows = ({t.type_name for t in matrices}, {t.row_length for t in matrices})
     if profile is None:
         asked = formats.expand(names) if names is not None else _offered()
-        wanted = {*asked, *(own & formats.known())}
-        profile = format_speeds(wanted, threads=threads, announce=announce)
+        suiting = {name for name in asked if any(formats.suits(name, n) for n in rows)}
+        wanted = suiting | (own & formats.known())
+        profile = format_speeds(wanted, threads=threads, progress=progress, announce=announce)
     return SpeedLimit(profile, work, generation, prompt)
 
 
@@ -112,14 +116,21 @@ def fast_enough(
 
 
 def measured(path: Path, limit: SpeedLimit) -> Reached:
-    """Return how fast a file is, with as many threads as the formats were timed with."""
+    """Return how fast a file is, with as many threads as the formats were timed with.
+
+    Raises EngineError for an embedding model that is asked to generate.
+    """
     rates = time_file(
         path,
         threads=limit.profile.n_threads,
         n_prompt=N_PROMPT if limit.prompt else _SHORT_PROMPT,
     )
+    if limit.generation and not rates.generation:
+        raise EngineError(
+            "the model embeds texts and generates nothing: give --min-prompt-speed, not --min-speed"
+        )
     return Reached(
-        statistics.median(rates.generation),
+        statistics.median(rates.generation) if rates.generation else None,
         statistics.median(rates.prompt) if limit.prompt else None,
     )
 
@@ -159,7 +170,7 @@ def _corrected(limit: SpeedLimit, planned: PlannedSpeed, reached: Reached) -> Sp
 def _noted(made: Quantized, reached: Reached) -> Quantized:
     """Return what was made, its plan with the speed that was measured."""
     assert made.plan.speed is not None
-    update: dict[str, object] = {"is_measured": True, "generation": reached.generation}
+    update: dict[str, object] = {"is_measured": True, "generation": reached.generation or 0.0}
     if reached.prompt is not None:
         update["prompt"] = reached.prompt
     speed = made.plan.speed.model_copy(update=update)

@@ -3,9 +3,10 @@
 from rich.console import Console
 
 from ramgguf.core.units import format_seconds
+from ramgguf.evaluate.draft_agreement import DraftAgreement
 from ramgguf.evaluate.held_out import DomainScore, HeldOutScore
 from ramgguf.report.grid import Field, Grid, grid_of, to_rich
-from ramgguf.report.numbers import kld, with_interval
+from ramgguf.report.numbers import estimate_json, kld, with_interval
 
 
 def held_out_grid(score: HeldOutScore) -> Grid:
@@ -30,6 +31,37 @@ def print_held_out(score: HeldOutScore, console: Console) -> None:
         f"{format_seconds(score.seconds)}; intervals: 95 %, by bootstrap over windows",
         soft_wrap=True,
     )
+
+
+def print_draft(found: DraftAgreement, console: Console) -> None:
+    """Print how often the draft model proposes what the source and the file say."""
+
+    def share(value: float) -> str:
+        return f"{value:.1%}"
+
+    change = with_interval(found.change, lambda v: f"{100 * v:+.1f}")
+    console.print(
+        f"draft model {found.draft}: its most probable token is the source's at "
+        f"{with_interval(found.source, share)} of {found.n_tokens:,} tokens of held-out text, this "
+        f"file's at {with_interval(found.quantized, share)}, a change of {change} points",
+        soft_wrap=True,
+    )
+    if found.is_worse:
+        console.print(
+            "warning: fewer drafts are accepted than with the source, so that speculative decoding "
+            "gains less; the text is the same as without it",
+            soft_wrap=True,
+        )
+
+
+def draft_summary(found: DraftAgreement) -> dict[str, object]:
+    """Return what --json prints: shares of equal tokens, and their difference, with intervals."""
+    shares = {"source": found.source, "quantized": found.quantized, "change": found.change}
+    return {
+        "draft": found.draft,
+        "n_tokens": found.n_tokens,
+        **{name: estimate_json(e) for name, e in shares.items()},
+    }
 
 
 def summary(score: HeldOutScore) -> dict[str, object]:

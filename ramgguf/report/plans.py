@@ -59,7 +59,8 @@ def print_plan(plan: Plan, console: Console, *, verbose: bool = False) -> None:
             f"{saved:.1%}, changing {step.n_changes} tensors",
             soft_wrap=True,
         )
-    if plan.objective == DEFAULT_OBJECTIVE and plan.source.architecture not in PROJECTORS:
+    is_guessed = plan.objective == DEFAULT_OBJECTIVE and plan.total_cost > 0
+    if is_guessed and plan.source.architecture not in PROJECTORS:
         console.print(
             "note: what matters was guessed from the tensors' roles; `--effort best`, "
             "`--sensitivity measure` or `ramgguf sensitivity` measures it",
@@ -72,6 +73,9 @@ def print_plan(plan: Plan, console: Console, *, verbose: bool = False) -> None:
             note = f"  ({a.note})" if a.note else ""
             line = f"  {a.name:<40} {a.source_format:>5} → {a.format:<7} {a.nmse:.3e}{note}"
             console.print(line, soft_wrap=True)
+    if plan.mmproj is not None:
+        console.print(f"\nthe projector, {plan.mmproj.source.path}:", soft_wrap=True)
+        print_plan(plan.mmproj, console, verbose=verbose)
 
 
 def speed(found: PlannedSpeed) -> str:
@@ -80,7 +84,9 @@ def speed(found: PlannedSpeed) -> str:
     def one(what: str, value: float, least: float) -> str:
         return f"{what} {value:.3g} tokens/s" + (f" (at least {least:g})" if least else "")
 
-    both = [one("generation", found.generation, found.least_generation)]
+    both = []
+    if found.generation:
+        both.append(one("generation", found.generation, found.least_generation))
     if found.least_prompt or not found.is_measured:
         both.append(one("prompts", found.prompt, found.least_prompt))
     threads = "1 thread" if found.n_threads == 1 else f"{found.n_threads} threads"

@@ -94,5 +94,5 @@ def test_a_limit_is_what_is_named_or_what_the_cgroup_leaves_of_it(tmp_path: Path
     assert memory_limit("2GB", root).source == "--memory"
     assert memory_limit("16GB", root).n_bytes == 3 * GB
     assert memory_limit(None, root) == available_memory(root)
-    with pytest.raises(BudgetError, match="is not a size"):
+    with pytest.raises(BudgetError, match="is none; write 5GB"):
         memory_limit("much", root)

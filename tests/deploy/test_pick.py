@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 import ramgguf
 from bigram_model import write_bigram_model
+from made_speeds import made_speeds
 from ramgguf import Quantized
 from ramgguf.cli.app import app
 from ramgguf.core.errors import BudgetError, EngineError
@@ -18,8 +19,10 @@ from ramgguf.deploy import picking
 from ramgguf.deploy.checking import CheckRequest, check_file
 from ramgguf.deploy.footprint_formula import ContextShape
 from ramgguf.deploy.picking import PickRequest, pick
-from ramgguf.deploy.result import CheckResult
+from ramgguf.deploy.result import CheckResult, Spread
 from ramgguf.gguf.reader import open_gguf
+from ramgguf.llama.trial_protocol import Rates
+from ramgguf.quantize import speed_target
 
 pytest.importorskip("llama_cpp")
 
@@ -38,7 +41,7 @@ def _request(min_speed: float = 0.0, n_seq: int = 0) -> PickRequest:
 
 def test_a_file_is_picked_and_explained_in_five_lines(model: Path, tmp_path: Path) -> None:
     target, svg = tmp_path / "out.gguf", tmp_path / "curve.svg"
-    options = ["--memory", "500MB", "--context", "128", "--min-speed", "1", "--n-seq", "1"]
+    options = ["--memory", "500MB", "--context", "128", "--n-seq", "1"]
     options += ["--effort", "fast"]
     command = ["pick", str(model), "-o", str(target), *options, "--threads", "1"]
     done = CliRunner().invoke(app, [*command, "--svg", str(svg), "--json"])
@@ -52,9 +55,98 @@ def test_a_file_is_picked_and_explained_in_five_lines(model: Path, tmp_path: Pat
     assert svg.read_text().startswith("<svg")
 
 
-def test_a_speed_out_of_reach_is_refused_with_what_was_reached(model: Path, tmp_path: Path) -> None:
-    with pytest.raises(BudgetError, match=r"does not fit|tokens/s were reached"):
-        pick(model, tmp_path / "out.gguf", _request(min_speed=1e9), threads=1)
+def _timed_request(min_speed: float = 0.0, min_prompt_speed: float = 0.0) -> PickRequest:
+    speeds = made_speeds(bytes_per_second=2e8)
+    return dataclasses.replace(
+        _request(min_speed), min_prompt_speed=min_prompt_speed, speeds=speeds
+    )
+
+
+def test_a_speed_out_of_reach_is_refused_with_the_largest_possible(
+    model: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(BudgetError, match=r"out of reach: the fastest plan .* makes about"):
+        pick(model, tmp_path / "out.gguf", _timed_request(min_speed=1e9), threads=1)
+
+
+def _of_speeds(monkeypatch: pytest.MonkeyPatch, *speeds: float) -> list[dict[str, Any]]:
+    """Have trials find these speeds of generation, the last one for all others, and prompts tenfold
+    of them; return the options of each file that is made.
+    """
+    made: list[dict[str, Any]] = []
+
+    def quantized(*args: Any, **options: Any) -> Quantized:
+        made.append(options)
+        return ramgguf.quantize(*args, **options)
+
+    def tried(path: Path, *more: Any, **options: Any) -> CheckResult:
+        found = check_file(path, *more, **options)
+        speed = speeds[min(len(made), len(speeds)) - 1]
+        assert found.speed is not None
+        spread = {"generation": Spread.of([speed]), "prompt": Spread.of([10 * speed])}
+        return found.model_copy(update={"speed": found.speed.model_copy(update=spread)})
+
+    monkeypatch.setattr(picking, "quantize", quantized)
+    monkeypatch.setattr(picking, "check_file", tried)
+    monkeypatch.setattr(speed_target, "time_file", as_planned)
+    return made
+
+
+def as_planned(path: Path, **_: object) -> Rates:
+    rate = 2e8 / path.stat().st_size
+    return Rates(n_prompt=64, prompt=(1e3,) * 3, generation=(rate,) * 3)
+
+
+def test_a_least_speed_chooses_formats_by_their_speed_here(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = _of_speeds(monkeypatch, 1e4)
+    least = 3000.0  # more than with the best formats, which have 90 kB for a token to meet
+    picked = pick(model, tmp_path / "out.gguf", _timed_request(min_speed=least), threads=1)
+    assert picked.plan.speed is not None
+    assert picked.plan.speed.least_generation == least
+    assert picked.plan.speed.is_measured
+    assert picked.plan.speed.generation >= least
+    assert picked.n_tried == len(made) == 1
+    assert f"asked were {least:g}" in picked.reasons()[3]
+    free = pick(model, tmp_path / "free.gguf", _request(), threads=1)
+    assert free.plan.speed is None
+    assert picked.plan.n_bytes < free.plan.n_bytes
+
+
+def test_a_file_too_slow_in_its_trial_is_made_again_of_faster_formats(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    least = 1.2 * 2e8 / model.stat().st_size
+    made = _of_speeds(monkeypatch, 0.8 * least, least)
+    picked = pick(model, tmp_path / "out.gguf", _timed_request(min_speed=least), threads=1)
+    assert [m["min_speed"] for m in made] == [least, pytest.approx(1.01 * least / 0.8)]
+    assert picked.n_tried == 2
+    made = _of_speeds(monkeypatch, 10.0)
+    request = _timed_request(min_prompt_speed=101.0)
+    with pytest.raises(BudgetError, match=r"100\.0 tokens/s of prompts were reached, 101 asked"):
+        pick(model, tmp_path / "other.gguf", request, threads=1)
+    assert [m["min_prompt_speed"] for m in made] == sorted(m["min_prompt_speed"] for m in made)
+    assert len(made) == 4
+
+
+def test_an_effort_keeps_to_the_speed_or_the_file_before_it_stays(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    least = 1.2 * 2e8 / model.stat().st_size
+    made = _of_speeds(monkeypatch, least)
+
+    def quantized(*args: Any, **options: Any) -> Quantized:
+        made.append(options)
+        if options.pop("effort", None) == "best":
+            raise BudgetError("not fast enough")
+        return ramgguf.quantize(*args, effort="fast", **options)
+
+    monkeypatch.setattr(picking, "quantize", quantized)
+    request = dataclasses.replace(_timed_request(min_speed=least), effort="best")
+    picked = pick(model, tmp_path / "out.gguf", request, threads=1)
+    assert [m["min_speed"] for m in made] == [least, least]
+    assert picked.path.stat().st_size == picked.plan.n_bytes
 
 
 def test_a_model_that_babbles_itself_is_not_picked(tmp_path: Path) -> None:
@@ -76,9 +168,9 @@ def test_an_effort_makes_the_file_of_the_size_that_was_found_unless_that_fails_i
 ) -> None:
     asked, trials = [], []
 
-    def quantized(source: Path, budget: int | None = None, *more: Any, **options: Any) -> Quantized:
+    def quantized(source: Path, budget: Any = None, *more: Any, **options: Any) -> Quantized:
         asked.append((budget, options.pop("effort", None), options.pop("seconds", None)))
-        if budget is not None:
+        if isinstance(budget, int):
             options["pins"] = ["token_embd=Q4_0"]  # so that the files differ
         return ramgguf.quantize(source, budget, *more, effort="fast", **options)
 

@@ -42,6 +42,29 @@ def test_formats_are_measured_once_and_others_added_later(
     assert set(_measure("Q4_0").rates) == {"F16", "F32", "Q4_0"}
 
 
+def test_what_was_timed_before_an_interruption_is_kept_and_the_rest_is_added(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    write, written = SpeedModel.write, []
+
+    def interrupted(self: SpeedModel, path: Path, name: str) -> None:
+        written.append(name)
+        if name == "Q4_0":
+            raise KeyboardInterrupt
+        write(self, path, name)
+
+    monkeypatch.setattr(SpeedModel, "write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        _measure("Q4_0")
+    (kept,) = (tmp_path / "ramgguf" / "speeds").iterdir()
+    assert set(SpeedProfile.from_json(kept.read_text()).rates) == {"F16", "F32"}
+    monkeypatch.setattr(SpeedModel, "write", write)
+    said: list[str] = []
+    assert set(_measure("Q4_0", said=said).rates) == {"F16", "F32", "Q4_0"}
+    assert "with 1 format here" in said[0]
+
+
 def test_a_weight_takes_a_time_of_the_right_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

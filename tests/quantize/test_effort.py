@@ -442,6 +442,16 @@ def test_without_llama_cpp_auto_is_fast_and_says_in_one_line_what_is_missed(
     assert "pip install 'ramgguf[eval]'" in line
 
 
+def test_a_file_that_holds_the_source_exactly_has_no_steps(tiny: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    made = ramgguf.quantize(
+        tiny, "1000%", tmp_path / "out.gguf", effort="auto", threads=1, announce=said.append
+    )
+    assert made.plan.total_cost == 0
+    assert said == ["has nothing to improve: the file holds every weight of the source"]
+    assert f"effort auto: {said[0]}" in made.plan.notes
+
+
 def test_what_does_not_fit_the_time_is_left_out_and_said(tiny: Path, tmp_path: Path) -> None:
     said: list[str] = []
     ramgguf.quantize(

@@ -5,7 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
@@ -19,11 +19,14 @@ from ramgguf.cli.app import app
 from ramgguf.core.errors import BudgetError, EngineError, PlanError
 from ramgguf.gguf.conversion import CONVERTER
 from ramgguf.gguf.reader import open_gguf
-from ramgguf.llama.format_speed import format_speeds
+from ramgguf.llama.format_speed import SpeedProfile, format_speeds
 from ramgguf.llama.trial_protocol import Rates
 from ramgguf.plan.result import Plan
 from ramgguf.quantize import speed_target
+from ramgguf.quants import formats
+from ramgguf.report.plans import speed
 from small_checkpoint import write_checkpoint
+from small_models import ARCHITECTURES, write_small_model
 from tiny_models import write_tiny_model
 
 pytest.importorskip("llama_cpp")
@@ -125,6 +128,37 @@ def test_an_effort_is_bound_by_what_the_first_file_told(
     assert made.plan.speed.generation == 1e8 / sizes[-1] >= least
     assert any(line.startswith("effort best:") for line in made.plan.notes)
     assert not any("swaps: taken" in line for line in made.plan.notes)
+
+
+def test_only_formats_that_suit_rows_of_the_model_are_timed(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def timed(names: Iterable[str], **_: object) -> SpeedProfile:
+        asked.extend(names)
+        return SPEEDS
+
+    monkeypatch.setattr(speed_target, "format_speeds", timed)
+    speed_target.speed_limit(tiny, 5.0, 0.0, names=None)
+    assert {"Q4_0", "Q8_0", "F16"} <= set(asked)
+    assert all(formats.suits(name, 64) or formats.suits(name, 128) for name in asked)
+    assert not {"Q4_K", "IQ4_XS"} & set(asked)  # rows of 64 and 128 are no multiples of 256
+
+
+def test_an_embedding_model_has_a_least_speed_of_prompts_only(tmp_path: Path) -> None:
+    bert = next(a for a in ARCHITECTURES if a.name == "bert")
+    model, out = write_small_model(tmp_path / "bert.gguf", bert), tmp_path / "out.gguf"
+    options = {"effort": "fast", "min_sqnr_db": 0, "speeds": made_speeds(), "threads": 1}
+    with pytest.raises(EngineError, match="embeds texts and generates nothing"):
+        ramgguf.quantize(model, "70%", out, min_speed=1.0, **options)  # type: ignore[arg-type]
+    assert not out.exists()
+    made = ramgguf.quantize(model, "70%", out, min_prompt_speed=1.0, **options)  # type: ignore[arg-type]
+    assert made.plan.speed is not None
+    assert made.plan.speed.prompt >= 1
+    assert made.plan.speed.generation == 0
+    assert "generation" not in speed(made.plan.speed)
+    assert Plan.from_json(made.plan.to_json()) == made.plan
 
 
 @pytest.mark.parametrize(

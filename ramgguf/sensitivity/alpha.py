@@ -185,9 +185,14 @@ def _settle(
 
 
 def _reference_bytes(file: GGUFFile, n_sequences: int, n_ctx: int) -> int:
-    """Return the bytes of the unchanged model's logits, which are kept."""
-    rows = [t.n_rows for t in file.tensors if t.name in (TOKEN_EMBEDDING, HEAD)]
-    return min(MAX_REFERENCE_BYTES, 4 * n_sequences * n_ctx * max(rows, default=0))
+    """Return the bytes that are kept of each token: the unchanged model's logits, and what enters
+    the layer at which passes begin, and the one at which they begin next.
+    """
+    ends = [t for t in file.tensors if t.name in (TOKEN_EMBEDDING, HEAD)]
+    n_tokens = n_sequences * n_ctx
+    logits = 4 * n_tokens * max((t.n_rows for t in ends), default=0)
+    inputs = 4 * n_tokens * max((t.row_length for t in ends), default=0)
+    return min(MAX_REFERENCE_BYTES, logits) + 2 * inputs
 
 
 def _strided(file: GGUFFile, tensors: Sequence[TensorInfo], stride: int) -> tuple[TensorInfo, ...]:

@@ -21,6 +21,7 @@ from ramgguf.llama.forward import ForwardRequest
 from ramgguf.llama.tokens import TokenRequest
 from ramgguf.sensitivity.alpha import measure_alpha
 from ramgguf.sensitivity.result import Sensitivity
+from ramgguf.sensitivity.starts import Depth
 from small_models import ARCHITECTURES, write_small_model
 from tiny_models import write_tiny_model
 
@@ -110,6 +111,32 @@ def test_a_model_whose_layers_depend_on_the_first_is_read_by_whole_passes(
     refused = [line for line in said if "first layer" in line]
     assert len(refused) == 1
     assert "computes other logits" in refused[0]
+
+
+def test_a_model_with_a_pattern_of_layers_begins_at_its_periods_and_is_not_refused(
+    tmp_path: Path, starts: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(small_models, "N_LAYERS", 14)
+    gemma3 = next(a for a in ARCHITECTURES if a.name == "gemma3")
+    model = write_small_model(tmp_path / "gemma3.gguf", gemma3, tokenizer=True)
+    whole = _whole(model, tmp_path / "whole", monkeypatch)
+    found, said = measured(model, tmp_path / "later")
+    assert set(starts) == {0, 6, 12}
+    assert found.tensors == whole.tensors
+    assert not any("first layer" in line for line in said)
+
+
+def test_a_pass_is_reckoned_by_what_a_token_is_multiplied_with(tmp_path: Path) -> None:
+    moe = next(a for a in ARCHITECTURES if a.name == "qwen3moe")  # two of four experts
+    with open_gguf(write_small_model(tmp_path / "moe.gguf", moe)) as file:
+        depth = Depth.of(file)
+        n = {t.name: t.n_weights for t in file.tensors}
+        head, embedding = file.tensor("output.weight"), file.tensor("token_embd.weight")
+        assert (depth.first(head), depth.first(embedding)) == (1, 0)
+    layer = sum(n[f"blk.1.attn_{part}.weight"] for part in ("q", "k", "v", "output"))
+    layer += sum(n[f"blk.1.ffn_{part}_exps.weight"] for part in ("gate", "up", "down")) // 2
+    share = (layer + n["output.weight"]) / (2 * layer + n["output.weight"])
+    assert depth.shares == pytest.approx((1.0, share))
 
 
 def test_after_a_refusal_all_passes_of_a_run_with_a_clock_are_whole(

@@ -207,6 +207,12 @@ class LlamaModel(Closing):
         else:
             self._inputs = view(self._batch.token, self.n_batch)
         self._positions = view(self._batch.pos, self.n_batch)
+        if self._takes_rows:
+            # Where positions have sections (M-RoPE), those of rows are read one section after the
+            # other: the same four times is what tokens get.
+            self._own_positions = ctypes.addressof(self._batch.pos.contents)
+            self._positions = np.zeros(4 * self.n_batch, np.int32)
+            self._batch.pos = _int32s(self._positions.ctypes.data)
         self._wants_logits = view(self._batch.logits, self.n_batch)
         view(self._batch.n_seq_id, self.n_batch)[:] = 1
         for i in range(self.n_batch):
@@ -221,6 +227,8 @@ class LlamaModel(Closing):
 
     def _free_context(self) -> None:
         if self._batch is not None:
+            if self._takes_rows:
+                self._batch.pos = _int32s(self._own_positions)
             self._llama.llama_batch_free(self._batch)
         if self._held:
             self._llama.llama_free(self._held)
@@ -322,7 +330,11 @@ class LlamaModel(Closing):
         """Make ids, or rows, the batch; those from first_output on have outputs."""
         n = len(inputs)
         self._inputs[:n] = inputs
-        self._positions[:n] = np.arange(self._n_past, self._n_past + n)
+        positions = np.arange(self._n_past, self._n_past + n)
+        if self._takes_rows:
+            self._positions[: 4 * n] = np.tile(positions, 4)
+        else:
+            self._positions[:n] = positions
         self._wants_logits[:n] = np.arange(n) >= first_output
         self._batch.n_tokens = n
 
@@ -369,6 +381,10 @@ def draw(logits: Logits, rng: np.random.Generator, temperature: float) -> int:
         raise EngineError("nothing can be drawn: logits are NaN or infinite")
     found = np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right")
     return min(int(found), len(logits) - 1)
+
+
+def _int32s(address: int) -> Any:
+    return ctypes.cast(address, ctypes.POINTER(ctypes.c_int32))
 
 
 def view(pointer: Any, n: int) -> npt.NDArray[Any]:

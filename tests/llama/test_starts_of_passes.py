@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from gguf import GGUFWriter
 
 pytest.importorskip("llama_cpp")
 
@@ -15,7 +16,7 @@ from ramgguf.llama.forward import ForwardRequest
 from ramgguf.llama.local_runner import LocalRunner
 from ramgguf.llama.patched_model import PatchedModel
 from ramgguf.llama.residuals import layer_inputs
-from small_models import ARCHITECTURES, write_small_model
+from small_models import ARCHITECTURES, Architecture, write_small_model
 from tiny_models import write_tiny_model
 
 N_LAYERS = 8
@@ -23,12 +24,26 @@ IDS = tuple(np.random.default_rng(k).integers(0, 256, 48).astype(np.int32) for k
 # gemma3: every sixth layer attends to all tokens. The others add positions, normalize what they are
 # given, or keep the first layer's values.
 BEGINS_AT = {"gemma3": {6}, "gpt2": set(), "rwkv7": set()}
-CAUSAL = [a for a in ARCHITECTURES if not a.embeds and not a.has_encoder]
+
+
+# Positions in sections, which llama.cpp reads otherwise for rows than for tokens.
+def _sections(out: GGUFWriter) -> None:
+    small_models._common(out)
+    out.add_rope_dimension_sections([16, 8, 8, 0])
+
+
+M_ROPE = Architecture(
+    "qwen2vl",
+    _sections,
+    lambda _: small_models.ATTENTION | small_models.DENSE,
+    small_models.UNTIED,
+)
+CAUSAL = [a for a in ARCHITECTURES if not a.embeds and not a.has_encoder] + [M_ROPE]
 
 
 @pytest.mark.parametrize("architecture", CAUSAL, ids=lambda a: a.name)
 def test_all_architectures_give_the_same_kld_bit_by_bit_wherever_passes_begin(
-    architecture: small_models.Architecture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    architecture: Architecture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(small_models, "N_LAYERS", N_LAYERS)
     path = write_small_model(tmp_path / "model.gguf", architecture)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from ramgguf.core.progress import Progress
+from ramgguf.gguf.architecture import layer_of
 from ramgguf.gguf.reader import GGUFFile, TensorInfo
 from ramgguf.llama.forward import ForwardRequest, ForwardResult, ForwardRunner
 from ramgguf.llama.token_statistics import standard_error
@@ -37,7 +38,8 @@ def read_all(
     """Add to the journal what the tensors' quantizations do to the output, one by one.
 
     wanted come in the order in which they tell most. They are read by the layer at which their
-    passes begin; with a timer, of those as far down the order as the time reaches, one at least.
+    passes begin; with a timer, of those as far down the order as the time reaches, one at least,
+    and the layers at both ends first: no others tell of them.
     """
     n = len(settings.sequences)
     costs = replace(settings.costs or Costs(0.0, 1.0, 0.0), reload=passes.reload_seconds)
@@ -50,6 +52,7 @@ def read_all(
     if timer is not None:
         step = 1 if passes.n_workers == 1 else 4 * passes.n_workers
     pace, at = _Pace(), 0
+    ends = _ends(wanted) if timer is not None else frozenset()
     shown.start(Starts.planned(depth, costs, n, wanted), wanted, left)
     try:
         while left:
@@ -57,11 +60,12 @@ def read_all(
             if timer is not None and pace.is_told:
                 # The last pass, which shows that the copy is whole, has to follow.
                 seconds = starts.seconds(left, at)
-                ends = (timer.has_time(pace.slower * (s + starts.last)) for s in seconds)
-                fitting = [t for t, fits in zip(left, ends, strict=True) if fits]
+                in_time = (timer.has_time(pace.slower * (s + starts.last)) for s in seconds)
+                fitting = [t for t, fits in zip(left, in_time, strict=True) if fits]
             if not fitting:
                 return
-            ahead = [t for t in fitting if starts.start(t) >= at] or fitting
+            now = [t for t in fitting if t.name in ends] or fitting
+            ahead = [t for t in now if starts.start(t) >= at] or now
             part = sorted(ahead, key=starts.start)[:step]
             asked = [
                 ForwardRequest(((t.name, probe_format(t)),), settings.sequences, starts.start(t))
@@ -84,6 +88,13 @@ def read_all(
                 shown.start(starts, wanted, left)
     finally:
         progress.finish()
+
+
+def _ends(wanted: Sequence[TensorInfo]) -> frozenset[str]:
+    """Return the names of the tensors outside of layers, and in the first and the last two."""
+    layers = sorted({layer for t in wanted if (layer := layer_of(t.name)) is not None})
+    ends = {None, *layers[:2], *layers[-2:]}
+    return frozenset(t.name for t in wanted if layer_of(t.name) in ends)
 
 
 def _reading(tensor: TensorInfo, found: ForwardResult, n_sequences: int) -> Reading:

@@ -227,8 +227,9 @@ def test_passes_begin_at_several_layers_in_turn_and_take_much_less_time(
     found, passes, _ = _run(deep, tmp_path, 2000.0, each=1.0, reload_seconds=0.1)
     assert _origins(found)["measured"] == len(found.tensors)
     assert whole.starts == []
-    assert passes.starts == sorted(set(passes.starts))
-    assert len(passes.starts) > 4
+    assert len(set(passes.starts)) > 4
+    turns = sum(b < a for a, b in pairwise(passes.starts))
+    assert turns == 1  # the ends come before the others
     assert passes.now < 0.7 * whole.now
     names = [t.name for t in found.tensors]
     with open_gguf(deep) as file:

@@ -30,16 +30,19 @@ from pathlib import Path
 import numpy as np
 
 import ramgguf
+from alpha_passes import WAYS, share_of
 from provenance import provenance
 from ramgguf.core.parallel import default_threads
 from ramgguf.gguf.architecture import HEAD, TOKEN_EMBEDDING, is_multiplied
-from ramgguf.gguf.reader import open_gguf
+from ramgguf.gguf.reader import TensorInfo, open_gguf
 from ramgguf.llama import sampling
 from ramgguf.llama.capture import Tap
 from ramgguf.llama.model import LlamaModel, draw
 from ramgguf.llama.protocol import TokenIds
 from ramgguf.llama.sampling import draw_together
 from ramgguf.quants.stand_in import StandIn, write_stand_in
+from ramgguf.sensitivity.starts import Depth, Starts
+from ramgguf.sensitivity.timing import Costs
 from scores import kld_ratio, scores
 
 # Weights that a token is multiplied with, of the models that were measured (is_multiplied).
@@ -313,16 +316,33 @@ PARTS: dict[str, Callable[[argparse.Namespace], list[dict[str, object]]]] = {
 class Large:
     """A model by its configuration: weights per token and of the file, and its matrices.
 
-    dense are the weights that every token is multiplied with; experts those of the chosen experts,
-    chosen of so many.
+    dense are the weights that every token is multiplied with, those of the head among them; experts
+    those of the chosen experts, chosen of so many.
     """
 
     name: str
+    n_layers: int
     dense: float
+    head: float
     n_matrices: int
     experts: float = 0.0
     chosen: int = 0
     of: int = 1
+
+    def share(self, reload: float) -> float:
+        """Return what α takes by passes that begin at the changed layer, of what whole ones take.
+
+        reload, the time of loading the model, is in whole passes.
+        """
+        whole = self.dense + self.experts
+        layer = (whole - self.head) / self.n_layers
+        left = (self.n_layers - k for k in range(self.n_layers))
+        depth = Depth(tuple((self.head + n * layer) / whole for n in left), tied=False)
+        each = (self.n_matrices - 1) // self.n_layers
+        names = [f"blk.{k}.{i}.weight" for k in range(self.n_layers) for i in range(each)]
+        tensors = [TensorInfo(name, (1, 1), "F16", 1, 2, 0, 0) for name in (*names, HEAD)]
+        starts = Starts.planned(depth, Costs(0.0, 1.0, 0.0, reload=reload), 1, tensors)
+        return share_of(depth, starts.layers, tensors, reload)
 
     @property
     def n_read(self) -> float:
@@ -334,7 +354,8 @@ def dense_model(
     name: str, n_layers: int, width: int, kv_width: int, inner: int, n_vocab: int
 ) -> Large:
     layer = 2 * width * width + 2 * width * kv_width + 3 * width * inner
-    return Large(name, n_layers * layer + n_vocab * width, 7 * n_layers + 1)
+    head = n_vocab * width
+    return Large(name, n_layers, n_layers * layer + head, head, 7 * n_layers + 1)
 
 
 # Their config.json: Llama-3.1-8B and -70B, Qwen3-30B-A3B (32 heads of 128, 4 of keys and values).
@@ -342,7 +363,9 @@ LARGE = (
     dense_model("8 B (Llama 3.1)", 32, 4096, 1024, 14336, 128256),
     Large(
         "30B-A3B (Qwen3)",
+        48,
         48 * (2 * 2048 * 4096 + 2 * 2048 * 512 + 2048 * 128) + 151936 * 2048,
+        151936 * 2048,
         48 * 8 + 1,
         experts=48 * 8 * 3 * 2048 * 768,
         chosen=8,
@@ -357,13 +380,17 @@ def calculated(lines: Iterable[str]) -> str:
 
     A core's arithmetic is what F16 rates of 64 sequences at a time come to (for the experts of a
     mixture, which meet 64 × chosen / all tokens a step, those of 8), lowest and highest; cores are
-    taken to scale perfectly. Raises SystemExit where a rate was not measured.
+    taken to scale perfectly. Passes for α begin at the changed layer: their share of the time of
+    whole ones is reckoned as `sensitivity` does, with the slowest load that was measured, and times
+    what was measured over what was reckoned. Raises SystemExit where a rate was not measured.
     """
     slow, fast = (measured_flops(lines := list(lines), n) for n in (8, 64))
-    rows = [
-        "| calculated, F16 | cores | tokens/s | 24,576 tokens | α of all matrices | memory read |",
-        "|---|---|---|---|---|---|",
-    ]
+    over, load = measured_starts(lines)
+    columns = (
+        *("calculated, F16", "cores", "tokens/s", "24,576 tokens", "α, whole passes"),
+        *("from the changed layer", "memory read"),
+    )
+    rows = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for model in LARGE:
         for cores in (8, 16):
             per_token = [
@@ -372,10 +399,11 @@ def calculated(lines: Iterable[str]) -> str:
             speeds = sorted(cores / seconds for seconds in per_token)
             drawn = [DRAWN / v / 60 for v in reversed(speeds)]
             alpha = [ALPHA_TOKENS * model.n_matrices / v / 3600 for v in reversed(speeds)]
+            share = over * model.share(load / (ALPHA_TOKENS / speeds[1]))
             read = F16_BYTES * model.n_read * speeds[1] / 64 / 1e9
             rows.append(
                 f"| {model.name} | {cores} | {span(speeds)} | {span(drawn)} min | "
-                f"{span(alpha)} h | {read:.0f} GB/s |"
+                f"{span(alpha)} h | {span([share * h for h in alpha])} h | {read:.0f} GB/s |"
             )
     return "\n".join(rows)
 
@@ -394,6 +422,19 @@ def measured_flops(lines: Iterable[str], n_together: int) -> tuple[float, float]
             f"{RESULTS}: no rate of F16, {n_together} at a time, one thread; run rates"
         )
     return min(found), max(found)
+
+
+def measured_starts(lines: Iterable[str]) -> tuple[float, float]:
+    """Return how passes from the changed layer compare to what was reckoned of them (bench/
+    alpha_passes.py; the highest among models), and the longest time of loading a model, in seconds.
+    """
+    rows = [row for row in map(json.loads, lines) if row["part"] == "alpha"]
+    whole = {row["model"]: row["seconds"] for row in rows if row["way"] == WAYS[0]}
+    later = [row for row in rows if row["way"] == WAYS[1] and row["model"] in whole]
+    if not later:
+        raise SystemExit(f"{RESULTS}: α was not measured; run bench/alpha_passes.py")
+    over = max(row["seconds"] / whole[row["model"]] / row["planned_share"] for row in later)
+    return over, max(row["reload_seconds"] for row in later)
 
 
 def span(values: Sequence[float]) -> str:

@@ -1,13 +1,14 @@
 """ForwardRunner on the workers of an executor, each of which keeps a copy of the model open."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
 from ramgguf.cluster.tasks import RunnerKey, RunnerRequest, Task
-from ramgguf.cluster.worker_pool import WorkerPool
+from ramgguf.cluster.worker_pool import PassCrashError, WorkerPool
 from ramgguf.core.errors import EngineError
 from ramgguf.gguf.identity import FileIdentity
 from ramgguf.gguf.reader import GGUFFile
@@ -59,6 +60,7 @@ class RemoteRunner:
         )
         self._prepared: tuple[str, ...] = ()
         self._fingerprints: dict[str, tuple[str, str]] = {}
+        self._crashed: str | None = None  # by a pass that began at a later layer
 
     @property
     def n_workers(self) -> int:
@@ -85,6 +87,11 @@ class RemoteRunner:
     def cpus(self) -> tuple[str, ...]:
         """The names of the CPUs that have computed so far, sorted."""
         return self._pool.cpus
+
+    @property
+    def reload_seconds(self) -> float | None:
+        """What it takes to begin at another layer; None where passes begin at the first only."""
+        return self._opened.reload_seconds
 
     def draw(self, request: TokenRequest, indices: Sequence[int]) -> tuple[TokenIds, ...]:
         """Return the sequences of these numbers, drawn in the batches of one machine."""
@@ -132,7 +139,31 @@ class RemoteRunner:
         return joint_fingerprint([self._fingerprints[ids][0] for ids in self._prepared])
 
     def run(self, wanted: Sequence[ForwardRequest]) -> Iterator[tuple[int, ForwardResult]]:
-        """Yield what passes find, as workers finish them."""
+        """Yield what passes find, as workers finish them.
+
+        Where llama.cpp crashes in a pass that begins at a later layer, all others begin at the
+        first.
+        """
+        found: set[int] = set()
+        if self._crashed is None:
+            try:
+                for position, result in self._run(wanted, range(len(wanted))):
+                    found.add(position)
+                    yield position, result
+                return
+            except PassCrashError as e:
+                if not any(one.start for one in wanted):
+                    raise
+                self._crashed = str(e)
+        left = [i for i in range(len(wanted)) if i not in found]
+        whole = [replace(wanted[i], start=0) for i in left]
+        for position, result in self._run(whole, left):
+            why = self._crashed if wanted[position].start else None
+            yield position, replace(result, why_whole=why)
+
+    def _run(
+        self, wanted: Sequence[ForwardRequest], positions: Sequence[int]
+    ) -> Iterator[tuple[int, ForwardResult]]:
         tasks = [self._compare(one) for one in wanted]
         for position, done in self._pool.perform(tasks):
             request, answer = tasks[position].request, done.answer
@@ -140,7 +171,8 @@ class RemoteRunner:
             assert isinstance(answer, Compared)
             for ids, found in zip(request.ids, answer.fingerprints, strict=True):
                 self._check(ids, found, done.worker.name)
-            yield position, ForwardResult(unpack_float64(answer.kld), answer.nmse)
+            kld = unpack_float64(answer.kld)
+            yield positions[position], ForwardResult(kld, answer.nmse, answer.why_whole)
 
     def _compare(self, wanted: ForwardRequest) -> Task:
         ids = tuple(pack_ids(part) for part in wanted.sequences)
@@ -149,7 +181,9 @@ class RemoteRunner:
         if len(wanted.changes) == 1:
             changed = "{} as {}".format(*wanted.changes[0])
         label = f"{changed}, sequence {' and '.join(numbers) or '?'}"
-        request = Compare(ids=ids, changes=wanted.changes, prepared=self._prepared)
+        request = Compare(
+            ids=ids, changes=wanted.changes, prepared=self._prepared, start=wanted.start
+        )
         return self._task(label, request)
 
     def _draw(

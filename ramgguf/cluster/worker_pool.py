@@ -28,6 +28,10 @@ from ramgguf.llama.client import CrashError, ModelError, WrongKindError
 MAX_TRIES = 3  # of a task whose child is killed from outside, by the system short of memory say
 
 
+class PassCrashError(EngineError):
+    """llama.cpp ended its process during a pass."""
+
+
 class WorkerPool:
     """The workers of an executor, for one run. Use as a context manager.
 
@@ -169,4 +173,5 @@ def _error(failed: Failed, task: Task, n_tries: int, *, here: bool) -> EngineErr
         message = f"{message}; {n_tries} {who} lost it{last}"
     if isinstance(task.key, EngineKey):
         return CrashError(failed.model, failed.index, message, None)
-    return EngineError(f"{task.label}: {message}")
+    kind = PassCrashError if failed.kind == "crashed" else EngineError
+    return kind(f"{task.label}: {message}")

@@ -195,6 +195,17 @@ def layer_of(name: str) -> int | None:
     return parse_name(name).layer
 
 
+def first_layer(name: str, n_layers: int, *, tied: bool) -> int:
+    """Return the first of n_layers whose output, or what follows it, depends on the tensor.
+
+    The layers before compute the same whatever the tensor is.
+    """
+    found = parse_name(name)
+    if found.layer is not None and name.startswith("blk."):
+        return min(found.layer, n_layers - 1)
+    return n_layers - 1 if name == HEAD and not tied else 0
+
+
 def part_of(name: str, arch: str = "") -> str:
     """Return the name that the tensor has in PARTS, or would have: 'attn_q', 'ffn_gate_up', …
 

@@ -5,7 +5,7 @@ Tensors keep their order; their offsets are the padded running sum that ggml ins
 """
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -80,7 +80,7 @@ def encoded_bytes(tensor: TensorInfo, type_name: str) -> int:
     return kind.n_bytes(tensor.n_weights)
 
 
-def _metadata(source: GGUFFile, overrides: Overrides) -> list[bytes]:
+def metadata_records(source: GGUFFile, overrides: Overrides) -> list[bytes]:
     """Return the key/value records: the source's, overridden ones in their places, new ones."""
     kept = [key for key in source.metadata if key not in _SPLIT_KEYS]
     records = [
@@ -102,10 +102,10 @@ def _info_bytes(tensor: TensorInfo) -> int:
     return 24 + len(tensor.name.encode()) + 8 * len(tensor.shape)
 
 
-_Sized = tuple[TensorInfo, str, int, int]  # a tensor, its type, its bytes, and these padded
+Sized = tuple[TensorInfo, str, int, int]  # a tensor, its type, its bytes, and these padded
 
 
-def _pack(sized: list[_Sized], first: int, others: int, alignment: int, limit: int) -> list[int]:
+def _pack(sized: list[Sized], first: int, others: int, alignment: int, limit: int) -> list[int]:
     """Return how many tensors each shard holds, filled in order up to limit bytes, one at least.
 
     first and others are the bytes of the header without tensor infos, of the first shard and the
@@ -123,18 +123,31 @@ def _pack(sized: list[_Sized], first: int, others: int, alignment: int, limit: i
     return counts
 
 
-def _shard(
-    path: Path, number: int, records: list[bytes], sized: list[_Sized], alignment: int
+def sized(tensor: TensorInfo, type_name: str, alignment: int) -> Sized:
+    """Return the tensor with what it takes in that type; raises GGUFError as encoded_bytes does."""
+    n_encoded = encoded_bytes(tensor, type_name)
+    return tensor, type_name, n_encoded, padded(n_encoded, alignment)
+
+
+def split_records(number: int, count: int, n_tensors: int) -> list[bytes]:
+    """Return the records that make a file shard `number` of so many, with n_tensors in all."""
+    values = (u16(number), u16(count), i32(n_tensors))
+    return [v.record(key) for key, v in zip(_SPLIT_KEYS, values, strict=True)]
+
+
+def plan_shard(
+    path: Path, number: int, records: Sequence[bytes], tensors: Sequence[Sized], alignment: int
 ) -> tuple[PlannedShard, list[PlannedTensor]]:
-    parts = [struct.pack("<4sIQQ", b"GGUF", _VERSION, len(sized), len(records)), *records]
+    """Return a file of these key/value records and tensors, and where in it each tensor goes."""
+    parts = [struct.pack("<4sIQQ", b"GGUF", _VERSION, len(tensors), len(records)), *records]
     offset = 0
-    for tensor, type_name, _, n_bytes in sized:
+    for tensor, type_name, _, n_bytes in tensors:
         parts.append(_tensor_info(tensor, ggml_type(type_name).id, offset))
         offset += n_bytes
     header = b"".join(parts)
     data_offset = padded(len(header), alignment)
     planned, at = [], data_offset
-    for tensor, type_name, n_encoded, n_bytes in sized:
+    for tensor, type_name, n_encoded, n_bytes in tensors:
         planned.append(PlannedTensor(tensor.name, type_name, n_encoded, number, at))
         at += n_bytes
     return PlannedShard(path, header, data_offset, at), planned
@@ -163,37 +176,31 @@ def plan_layout(
     alignment = source.alignment
     if "general.alignment" in overrides:
         raise GGUFError("general.alignment is the source's; it cannot be overridden")
-    sized = []
-    for tensor in source.tensors:
-        type_name = tensor_types.get(tensor.name, tensor.type_name)
-        n_encoded = encoded_bytes(tensor, type_name)
-        sized.append((tensor, type_name, n_encoded, padded(n_encoded, alignment)))
-    records = _metadata(source, overrides)
-    whole, planned = _shard(path, 0, records, sized, alignment)
+    tensors = [sized(t, tensor_types.get(t.name, t.type_name), alignment) for t in source.tensors]
+    records = metadata_records(source, overrides)
+    whole, planned = plan_shard(path, 0, records, tensors, alignment)
     if split_max_bytes is None or whole.n_bytes <= split_max_bytes:
         return Layout((whole,), {t.name: t for t in planned})
-
-    def split_records(number: int, count: int) -> list[bytes]:
-        values = (u16(number), u16(count), i32(len(sized)))
-        return [v.record(key) for key, v in zip(_SPLIT_KEYS, values, strict=True)]
 
     # The other shards must be read with the first one's alignment.
     aligned = ["general.alignment"] if "general.alignment" in source.metadata else []
     carried = [source.metadata.record(key) for key in aligned]
-    extra = 24 + sum(map(len, split_records(0, 0)))
+    n = len(tensors)
+    extra = 24 + sum(map(len, split_records(0, 0, n)))
     first, others = (extra + sum(map(len, own)) for own in (records, carried))
-    counts = _pack(sized, first, others, alignment, split_max_bytes)
+    counts = _pack(tensors, first, others, alignment, split_max_bytes)
     if len(counts) > _MAX_SHARDS:
         raise GGUFError(f"{path}: would be {len(counts)} shards; raise --split-max-size")
-    shards, tensors, start = [], {}, 0
+    shards, found, start = [], {}, 0
     for number, count in enumerate(counts):
         shard_path = _shard_path(path, number, len(counts))
-        own = (carried if number else records) + split_records(number, len(counts))
-        shard, planned = _shard(shard_path, number, own, sized[start : start + count], alignment)
+        own = (carried if number else records) + split_records(number, len(counts), n)
+        part = tensors[start : start + count]
+        shard, planned = plan_shard(shard_path, number, own, part, alignment)
         shards.append(shard)
-        tensors.update({t.name: t for t in planned})
+        found.update({t.name: t for t in planned})
         start += count
-    return Layout(tuple(shards), tensors)
+    return Layout(tuple(shards), found)
 
 
 def planned_header_bytes(

@@ -23,18 +23,27 @@ Change = tuple[str, str]  # a tensor's name, and the format that it gets
 
 @dataclass(frozen=True)
 class ForwardRequest:
-    """Sequences to decode while these tensors have these formats, all others their own."""
+    """Sequences to decode while these tensors have these formats, all others their own.
+
+    start is the layer at which a pass may begin: no change acts before it. The result is the same;
+    requests in the order of their starts take the least time.
+    """
 
     changes: tuple[Change, ...]
     sequences: tuple[TokenIds, ...]
+    start: int = 0
 
 
 @dataclass(frozen=True)
 class ForwardResult:
-    """KL(original ‖ changed) of every token in nats, sequence after sequence; the changes' NMSE."""
+    """KL(original ‖ changed) of every token in nats, sequence after sequence; the changes' NMSE.
+
+    why_whole says why the pass began at the first layer instead of the start that was asked for.
+    """
 
     kld: Floats
     nmse: tuple[float, ...]
+    why_whole: str | None = None
 
 
 class ForwardRunner(Protocol):
@@ -55,6 +64,10 @@ class ForwardRunner(Protocol):
     @property
     def cpus(self) -> tuple[str, ...]:
         """The names of the CPUs that have computed so far, sorted."""
+
+    @property
+    def reload_seconds(self) -> float | None:
+        """What it takes to begin at another layer; None where passes begin at the first only."""
 
     def draw(self, request: TokenRequest, indices: Sequence[int]) -> tuple[TokenIds, ...]:
         """Return the sequences of these numbers (probe_tokens.draw_sequences)."""

@@ -8,6 +8,8 @@ from typing import Self
 
 import numpy as np
 
+from ramgguf.core.errors import EngineError
+from ramgguf.gguf.architecture import first_layer
 from ramgguf.gguf.reader import GGUFFile
 from ramgguf.llama.forward import (
     Change,
@@ -55,6 +57,7 @@ class LocalRunner:
         self._formats: dict[str, str] = {}
         self._nmse: dict[Change, float] = {}
         self._references: dict[bytes, Logits] = {}
+        self._refused: dict[int, str] = {}  # layers at which passes cannot begin, and why
 
     def __enter__(self) -> Self:
         return self
@@ -79,9 +82,15 @@ class LocalRunner:
         """This machine's."""
         return (cpu_name(),)
 
+    @property
+    def reload_seconds(self) -> float | None:
+        """What loading the copy takes; None where it can be loaded from the first layer on only."""
+        return self._probe.load_seconds if self._probe.n_layers > 1 else None
+
     def draw(self, request: TokenRequest, indices: Sequence[int]) -> tuple[TokenIds, ...]:
         """Return the sequences of these numbers."""
         self._make(())
+        self._probe.start_at(0)
         return draw_sequences(self._probe.model, request, indices)
 
     def draw_sets(
@@ -89,11 +98,13 @@ class LocalRunner:
     ) -> tuple[tuple[TokenIds, ...], ...]:
         """Return sets of sequences."""
         self._make(())
+        self._probe.start_at(0)
         return draw_sets(self._probe.model, request, sizes, first)
 
     def seconds(self, ids: TokenIds) -> float:
         """Return how long one pass over the sequence takes, its comparison included."""
         reference = self._reference(ids)
+        self._probe.start_at(0)
         start = time.perf_counter()
         self._probe.divergence(ids, reference)
         return time.perf_counter() - start
@@ -110,11 +121,38 @@ class LocalRunner:
         """Yield what the passes find, in their order."""
         for position, one in enumerate(wanted):
             references = [self._reference(ids) for ids in one.sequences]
+            why_whole = self._start(one)
             self._make(one.changes)
             pairs = zip(one.sequences, references, strict=True)
             kld = np.concatenate([self._probe.divergence(ids, logits) for ids, logits in pairs])
             self._file.require_unchanged()
-            yield position, ForwardResult(kld, tuple(self._nmse[change] for change in one.changes))
+            nmse = tuple(self._nmse[change] for change in one.changes)
+            yield position, ForwardResult(kld, nmse, why_whole)
+
+    def _start(self, one: ForwardRequest) -> str | None:
+        """Load the copy from where the pass may begin; return why it is whole, if it has to be.
+
+        A layer will do where the original's logits come out of it bit by bit as of the whole model:
+        of one sequence, since all are computed alike.
+        """
+        layer, sequences = one.start, one.sequences
+        tied, n_layers = self._file.has_tied_embedding, self._probe.n_layers
+        if any(first_layer(name, n_layers, tied=tied) < layer for name, _ in one.changes):
+            raise EngineError(f"layer {layer} is after the changes; this is a bug of ramgguf")
+        if self._probe.starts_there(layer, sequences):
+            return None
+        if layer and layer not in self._refused:
+            self._make(())
+            try:
+                self._probe.start_at(layer, sequences)
+                logits = self._probe.logits(sequences[0])
+                if np.array_equal(logits, self._reference(sequences[0])):
+                    return None
+                self._refused[layer] = f"from layer {layer} on it computes other logits"
+            except EngineError as e:
+                self._refused[layer] = str(e)
+        self._probe.start_at(0)
+        return self._refused.get(layer)
 
     def _make(self, changes: Sequence[Change]) -> None:
         """Give the copy these formats, and the original's weights in all other tensors."""
@@ -133,6 +171,8 @@ class LocalRunner:
         key = ids.tobytes()
         if key not in self._references:
             self._make(())
+            if not self._probe.can_read(ids):
+                self._probe.start_at(0)
             self._references[key] = logits = self._probe.logits(ids)
             while len(self._references) * logits.nbytes > max(KEPT_LOGITS_BYTES, logits.nbytes):
                 del self._references[next(iter(self._references))]

@@ -3,7 +3,8 @@
 import ctypes
 import hashlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
@@ -105,6 +106,8 @@ class LlamaModel(Closing):
     on some CPUs; all weights are then read straight from the file's mapped pages. eval_callback
     (see tap) is asked about every node of a graph that is computed. Raises KindError for a model
     that predicts no next token, unless any_kind: its logits are zeros, or another model's input.
+    shards are loaded instead of the file at path, which then only names the model. takes_rows:
+    decode takes rows of the first layer's input, of input_width numbers each, in place of tokens.
     """
 
     runs: ModelKind = "causal"
@@ -119,6 +122,8 @@ class LlamaModel(Closing):
         verbose: bool = False,
         eval_callback: Any = None,
         any_kind: bool = False,
+        shards: Sequence[Path] = (),
+        takes_rows: bool = False,
     ) -> None:
         self.path = path
         self.n_ctx = n_ctx
@@ -128,18 +133,25 @@ class LlamaModel(Closing):
         self._held: Any = None  # the context
         self._batch: Any = None
         self._eval_callback = eval_callback  # must outlive the context
-        if not path.is_file():
+        if not shards and not path.is_file():
             raise EngineError(f"{path}: no such file")
         parameters = llama.llama_model_default_params()
         parameters.n_gpu_layers = 0
         parameters.use_extra_bufts = not safe_kernels
-        self._model = llama.llama_model_load_from_file(str(path).encode(), parameters)
+        names = [str(p).encode() for p in shards or (path,)]
+        array = (ctypes.c_char_p * len(names))(*names)
+        if len(names) > 1:
+            self._model = llama.llama_model_load_from_splits(array, len(names), parameters)
+        else:
+            self._model = llama.llama_model_load_from_file(names[0], parameters)
         if not self._model:
             raise EngineError(
                 f"{path}: llama.cpp cannot load it; run with -v to see why "
                 f"(llama-cpp-python {llama.__version__})"
             )
         self.vocab = Vocab(llama, self._model)
+        self.input_width: int = llama.llama_model_n_embd_inp(self._model)
+        self._takes_rows = takes_rows
         self.n_batch = self._batch_size()
         self.decode_seconds = 0.0
         self._n_past = 0
@@ -188,9 +200,19 @@ class LlamaModel(Closing):
         if not self._held:
             self._held = None
             raise EngineError(f"{self.path}: llama.cpp cannot make a context of {self.n_ctx}")
-        self._batch = llama.llama_batch_init(self.n_batch, 0, 1)
-        self._tokens = view(self._batch.token, self.n_batch)
+        width = self.input_width if self._takes_rows else 0
+        self._batch = llama.llama_batch_init(self.n_batch, width, 1)
+        if self._takes_rows:
+            self._inputs = view(self._batch.embd, self.n_batch * width).reshape(-1, width)
+        else:
+            self._inputs = view(self._batch.token, self.n_batch)
         self._positions = view(self._batch.pos, self.n_batch)
+        if self._takes_rows:
+            # Where positions have sections (M-RoPE), those of rows are read one section after the
+            # other: the same four times is what tokens get.
+            self._own_positions = ctypes.addressof(self._batch.pos.contents)
+            self._positions = np.zeros(4 * self.n_batch, np.int32)
+            self._batch.pos = _int32s(self._positions.ctypes.data)
         self._wants_logits = view(self._batch.logits, self.n_batch)
         view(self._batch.n_seq_id, self.n_batch)[:] = 1
         for i in range(self.n_batch):
@@ -205,10 +227,23 @@ class LlamaModel(Closing):
 
     def _free_context(self) -> None:
         if self._batch is not None:
+            if self._takes_rows:
+                self._batch.pos = _int32s(self._own_positions)
             self._llama.llama_batch_free(self._batch)
         if self._held:
             self._llama.llama_free(self._held)
         self._batch = self._held = None
+
+    @contextmanager
+    def watched(self, eval_callback: Any) -> Iterator[None]:
+        """While this lasts, decode in a context of its own, which asks the callback."""
+        self.rest()
+        before, self._eval_callback = self._eval_callback, eval_callback
+        try:
+            yield
+        finally:
+            self.rest()
+            self._eval_callback = before
 
     @property
     def llama(self) -> ModuleType:
@@ -258,15 +293,15 @@ class LlamaModel(Closing):
         The chunk, of at most n_batch tokens, continues the sequence. The array is llama.cpp's own
         memory: it is valid until the next decode, clear or close; copy what must live longer.
         """
-        ids = np.asarray(tokens, dtype=np.int32)
-        n = len(ids)
+        inputs = np.asarray(tokens, dtype=np.float32 if self._takes_rows else np.int32)
+        n = len(inputs)
         if not 0 < n <= self.n_batch or self._n_past + n > self.n_ctx:
             raise EngineError(
                 f"{self.path}: a chunk of {n} tokens after {self._n_past} does not fit a batch of "
                 f"{self.n_batch} and a context of {self.n_ctx}"
             )
         context = self._context
-        self._put(ids, first_output)
+        self._put(inputs, first_output)
         start = time.perf_counter()
         code = self._llama.llama_decode(context, self._batch)
         if code != 0:
@@ -291,11 +326,15 @@ class LlamaModel(Closing):
             self._has_given_logits = True
         return logits
 
-    def _put(self, ids: TokenIds, first_output: int) -> None:
-        """Make the ids the batch; those from first_output on have outputs."""
-        n = len(ids)
-        self._tokens[:n] = ids
-        self._positions[:n] = np.arange(self._n_past, self._n_past + n)
+    def _put(self, inputs: npt.NDArray[Any], first_output: int) -> None:
+        """Make ids, or rows, the batch; those from first_output on have outputs."""
+        n = len(inputs)
+        self._inputs[:n] = inputs
+        positions = np.arange(self._n_past, self._n_past + n)
+        if self._takes_rows:
+            self._positions[: 4 * n] = np.tile(positions, 4)
+        else:
+            self._positions[:n] = positions
         self._wants_logits[:n] = np.arange(n) >= first_output
         self._batch.n_tokens = n
 
@@ -342,6 +381,10 @@ def draw(logits: Logits, rng: np.random.Generator, temperature: float) -> int:
         raise EngineError("nothing can be drawn: logits are NaN or infinite")
     found = np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right")
     return min(int(found), len(logits) - 1)
+
+
+def _int32s(address: int) -> Any:
+    return ctypes.cast(address, ctypes.POINTER(ctypes.c_int32))
 
 
 def view(pointer: Any, n: int) -> npt.NDArray[Any]:

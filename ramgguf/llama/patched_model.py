@@ -3,32 +3,36 @@
 llama.cpp maps the file it loads and computes straight from the pages (without its extra buffer
 types); what is written to the copy is what the next decode reads. The original is never touched.
 The copy may be a stand-in, a quick quantization of the model: tensors are then put in its formats.
+
+The layers before a changed one compute what they always do. So the copy can be loaded from a layer
+on, and gets the residual stream that enters there, captured once for each sequence, as its input.
 """
 
-import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ramgguf.core.errors import EngineError
-from ramgguf.core.files import require_disk_space
-from ramgguf.gguf.reader import GGUFFile, TensorInfo, open_gguf
-from ramgguf.llama.kind import KindError
+from ramgguf.gguf.layered import LayeredCopy
+from ramgguf.gguf.reader import GGUFFile, TensorInfo
 from ramgguf.llama.model import LlamaModel, Logits
 from ramgguf.llama.protocol import TokenIds
+from ramgguf.llama.residuals import layer_inputs
 from ramgguf.llama.scoring import RowPass
-from ramgguf.quants.stand_in import stored_rows, write_stand_in
+from ramgguf.quants.roundtrip import stored
+from ramgguf.quants.stand_in import stand_in_metadata, stored_rows, stored_type
 
 
 class PatchedModel:
     """A model loaded from a copy of its file in `folder`. Use as a context manager.
 
-    The copy takes as much disk as the model, or as its stand-in of the format given. It loses its
+    The copy takes as much disk as the model, or as its stand-in of the format given. It has no
     name once it is loaded, so that nothing is left of it however this process ends.
     """
 
@@ -43,39 +47,32 @@ class PatchedModel:
         stand_in: str | None = None,
     ) -> None:
         self._file = file
-        self._n_threads = n_threads
-        names = [path.name for path in file.paths] if stand_in is None else ["stand-in.gguf"]
-        self._paths = tuple(folder / name for name in names)
+        self._n_ctx, self._n_threads, self._verbose = n_ctx, n_threads, verbose
         self._rows = RowPass(n_threads)
+        self._inputs: dict[bytes, NDArray[np.float32]] = {}  # of the layer where the copy starts
+        types = {} if stand_in is None else {t.name: stored_type(t, stand_in) for t in file.tensors}
+        overrides = {} if stand_in is None else stand_in_metadata(stand_in)
+        self._copy = LayeredCopy(file, folder, types, overrides, stored, threads=n_threads)
         try:
-            self._copy(stand_in)
-            self._maps = tuple(np.memmap(path, np.uint8, mode="r+") for path in self._paths)
-            self.model = LlamaModel(
-                self._paths[0],
-                n_ctx=n_ctx,
-                n_threads=n_threads,
-                safe_kernels=True,
-                verbose=verbose,
-            )
-        except KindError as e:
-            raise KindError(file.paths[0], e.kind) from None  # not the copy, which goes
-        finally:
-            self._remove()
+            self.model = self._load()
+        except BaseException:
+            self._copy.close()
+            raise
+        self._copy.unlink()
 
-    def _copy(self, stand_in: str | None) -> None:
-        if stand_in is not None:
-            write_stand_in(self._file, stand_in, self._paths[0], threads=self._n_threads)
-            with open_gguf(self._paths[0]) as copied:
-                self._places = {t.name: t for t in copied.tensors}
-            return
-        require_disk_space(self._paths[0].parent, self._file.n_bytes, error=EngineError)
-        self._places = {t.name: t for t in self._file.tensors}
-        for original, copy in zip(self._file.paths, self._paths, strict=True):
-            try:
-                shutil.copyfile(original, copy)
-            except OSError as e:
-                raise EngineError(f"{copy}: cannot be copied there: {e.strerror}") from None
-        self._file.require_unchanged()
+    def _load(self) -> LlamaModel:
+        began = time.perf_counter()
+        model = LlamaModel(
+            self._file.paths[0],
+            n_ctx=self._n_ctx,
+            n_threads=self._n_threads,
+            safe_kernels=True,
+            verbose=self._verbose,
+            shards=self._copy.paths,
+            takes_rows=self.start > 0,
+        )
+        self.load_seconds = time.perf_counter() - began
+        return model
 
     def __enter__(self) -> Self:
         return self
@@ -84,10 +81,58 @@ class PatchedModel:
         self, kind: type[BaseException] | None, e: BaseException | None, at: TracebackType | None
     ) -> None:
         self.model.close()
+        self._copy.close()
 
-    def _remove(self) -> None:
-        for path in self._paths:
-            path.unlink(missing_ok=True)
+    @property
+    def start(self) -> int:
+        """The layer from which on the model is loaded."""
+        return self._copy.start
+
+    @property
+    def n_layers(self) -> int:
+        """Layers at which the model may start; 1: the first only."""
+        return self._copy.n_layers
+
+    def starts_there(self, layer: int, sequences: Sequence[TokenIds]) -> bool:
+        """Return whether the model is loaded from the layer on, ready for these sequences."""
+        return layer == self.start and (not layer or all(map(self.can_read, sequences)))
+
+    def can_read(self, ids: TokenIds) -> bool:
+        """Return whether the sequence can be decoded from where the model starts."""
+        return self.start == 0 or ids.tobytes() in self._inputs
+
+    def start_at(self, layer: int, sequences: Sequence[TokenIds] = ()) -> None:
+        """Load the model from the layer on, for these sequences; weights must be the original's.
+
+        Raises EngineError where llama.cpp cannot; the model is then whole.
+        """
+        if self.starts_there(layer, sequences):
+            return
+        if layer < self.start or not all(map(self.can_read, sequences)):
+            self._reload(0)
+        if layer == self.start:
+            return
+        try:
+            given = [self._given(ids) for ids in sequences]
+            rows = layer_inputs(self.model, layer - self.start, given)
+            self._reload(layer)
+            width = self.model.input_width
+            if any(r.shape[1] != width for r in rows):
+                raise EngineError(f"a layer's input has other columns than the {width} expected")
+        except EngineError:
+            self._reload(0)
+            raise
+        self._inputs = {ids.tobytes(): r for ids, r in zip(sequences, rows, strict=True)}
+
+    def _reload(self, layer: int) -> None:
+        self.model.close()
+        self._inputs = {}
+        self._copy.start_at(layer)
+        self.model = self._load()
+
+    def _given(self, ids: TokenIds) -> NDArray[Any]:
+        """Return what the model decodes for a sequence: its ids, or what enters the first layer."""
+        return self._inputs[ids.tobytes()] if self.start else ids
 
     @contextmanager
     def replaced(self, tensor: TensorInfo, data: NDArray[np.uint8]) -> Iterator[None]:
@@ -103,22 +148,23 @@ class PatchedModel:
 
         data is in the format that the copy has the tensor in (stored_as).
         """
-        place = self._places[tensor.name]
+        place = self._copy.places[tensor.name]
         if data is None:
             data = stored_rows(self._file, tensor, place.type_name, threads=self._n_threads)
-        whole = self._maps[place.shard][place.offset : place.offset + place.n_bytes]
+        whole = self._copy.maps[place.shard][place.offset : place.offset + place.n_bytes]
         whole[:] = data.reshape(-1)
 
     def stored_as(self, name: str) -> str:
         """Return the format that the copy has the tensor in."""
-        return self._places[name].type_name
+        return self._copy.places[name].type_name
 
     def logits(self, ids: TokenIds) -> Logits:
         """Return a copy of the logits (tokens, vocabulary) of a sequence."""
         self.model.clear()
+        given = self._given(ids)
         out = np.empty((len(ids), self.model.vocab.n_tokens), np.float32)
         for start, end in self.model.chunks(len(ids)):
-            out[start:end] = self.model.decode(ids[start:end])
+            out[start:end] = self.model.decode(given[start:end])
         return out
 
     def divergence(self, ids: TokenIds, reference: Logits) -> NDArray[np.float64]:
@@ -127,10 +173,11 @@ class PatchedModel:
         Raises EngineError when logits are not finite.
         """
         self.model.clear()
+        given = self._given(ids)
         unused = np.zeros(self.model.n_batch, np.int32)  # targets, of which KLD needs none
         parts = []
         for start, end in self.model.chunks(len(ids)):
-            logits = self.model.decode(ids[start:end])
+            logits = self.model.decode(given[start:end])
             found = self._rows.compare(reference[start:end], logits, unused[: end - start])
             if found["broken"].any():
                 raise EngineError(f"{self._file.paths[0]}: logits are NaN or infinite")

@@ -32,11 +32,15 @@ class AboutRunner(FrozenModel):
 
 
 class RunnerOpened(FrozenModel):
-    """Which llama.cpp runs the copy; tokens in the model's vocabulary."""
+    """Which llama.cpp runs the copy; tokens in the model's vocabulary.
+
+    reload_seconds is None where passes begin at the first layer only.
+    """
 
     kind: Literal["opened"] = "opened"
     system: SystemInfo
     n_vocab: int
+    reload_seconds: float | None = None
 
 
 class DrawIds(Draw):
@@ -73,22 +77,28 @@ class Compare(FrozenModel):
     """Decode sequences while tensors have other formats; answered by Compared.
 
     prepared are all sequences of the run: they are decoded with the original's weights first.
+    start is the layer at which the pass may begin.
     """
 
     kind: Literal["compare"] = "compare"
     ids: tuple[str, ...]
     changes: tuple[tuple[str, str], ...] = ()
     prepared: tuple[str, ...] = ()
+    start: int = 0
 
 
 class Compared(FrozenModel):
-    """KLD of every token (base64 of little-endian float64), NMSE of every change, seconds."""
+    """KLD of every token (base64 of little-endian float64), NMSE of every change, seconds.
+
+    why_whole says why the pass began at the first layer, where another was asked for.
+    """
 
     kind: Literal["compared"] = "compared"
     kld: str
     nmse: tuple[float, ...]
     fingerprints: tuple[str, ...]
     seconds: float
+    why_whole: str | None = None
 
 
 AnyRunnerRequest = OpenRunner | AboutRunner | DrawIds | Prepare | Compare

@@ -75,7 +75,9 @@ class RunnerSession:
 
 
 def _about(runner: LocalRunner) -> RunnerOpened:
-    return RunnerOpened(system=system_info(), n_vocab=runner.n_vocab)
+    return RunnerOpened(
+        system=system_info(), n_vocab=runner.n_vocab, reload_seconds=runner.reload_seconds
+    )
 
 
 def _drawn(runner: LocalRunner, request: DrawIds) -> DrawnIds:
@@ -95,12 +97,13 @@ def _compared(runner: LocalRunner, request: Compare) -> Compared:
     runner.fingerprints([unpack_ids(text) for text in request.prepared])
     fingerprints = tuple(runner.fingerprints(ids))
     start = time.perf_counter()
-    ((_, found),) = runner.run([ForwardRequest(request.changes, ids)])
+    ((_, found),) = runner.run([ForwardRequest(request.changes, ids, request.start)])
     return Compared(
         kld=pack_float64(found.kld),
         nmse=found.nmse,
         fingerprints=fingerprints,
         seconds=time.perf_counter() - start,
+        why_whole=found.why_whole,
     )
 
 

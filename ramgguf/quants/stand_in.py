@@ -22,7 +22,7 @@ from ramgguf.core.units import format_bytes
 from ramgguf.core.version import __version__
 from ramgguf.gguf.architecture import never_quantized
 from ramgguf.gguf.header import string, u32
-from ramgguf.gguf.layout import Layout, plan_layout
+from ramgguf.gguf.layout import Layout, Overrides, plan_layout
 from ramgguf.gguf.reader import GGUFFile, TensorInfo
 from ramgguf.gguf.writer import rewrite
 from ramgguf.quants import formats
@@ -109,15 +109,19 @@ def stored_type(tensor: TensorInfo, form: str) -> str:
     return next(fitting, tensor.type_name)
 
 
-def stand_in_layout(file: GGUFFile, form: str, path: Path) -> Layout:
-    """Return where every byte of a stand-in goes: one file, whatever the source's shards."""
-    types = {t.name: stored_type(t, form) for t in file.tensors}
-    overrides = {
+def stand_in_metadata(form: str) -> Overrides:
+    """Return what a stand-in's metadata say instead of the source's."""
+    return {
         "general.file_type": u32(formats.file_type(form)),
         "general.quantization_version": u32(formats.QUANTIZATION_VERSION),
         "ramgguf.version": string(__version__),
     }
-    return plan_layout(path, file, types, overrides)
+
+
+def stand_in_layout(file: GGUFFile, form: str, path: Path) -> Layout:
+    """Return where every byte of a stand-in goes: one file, whatever the source's shards."""
+    types = {t.name: stored_type(t, form) for t in file.tensors}
+    return plan_layout(path, file, types, stand_in_metadata(form))
 
 
 def write_stand_in(

@@ -20,8 +20,7 @@ from ramgguf.gguf.architecture import HEAD, TOKEN_EMBEDDING, layer_of, never_qua
 from ramgguf.gguf.hub import local_path
 from ramgguf.gguf.identity import Source, difference
 from ramgguf.gguf.reader import GGUFFile, TensorInfo, open_gguf
-from ramgguf.llama.forward import ForwardRequest, ForwardResult, ForwardRunner
-from ramgguf.llama.token_statistics import standard_error
+from ramgguf.llama.forward import ForwardRequest, ForwardRunner
 from ramgguf.llama.tokens import N_CTX, TokenRequest, parse_tokens
 from ramgguf.quants import formats
 from ramgguf.quants.coverage import coverage_notes
@@ -31,11 +30,11 @@ from ramgguf.quants.roundtrip import SOURCES
 from ramgguf.quants.stand_in import FINE, StandIn, chosen_stand_in
 from ramgguf.sensitivity.impute import Member, impute
 from ramgguf.sensitivity.journal import Journal, Settings
-from ramgguf.sensitivity.result import FIRST_TOKENS, ProbeTokens, Reading, Sensitivity
-from ramgguf.sensitivity.timing import Choice, Costs, Timer, choose, probe, spread_order
+from ramgguf.sensitivity.readings import PROBE_FORMATS, probe_format, read_all
+from ramgguf.sensitivity.result import ProbeTokens, Sensitivity
+from ramgguf.sensitivity.starts import Depth, Starts
+from ramgguf.sensitivity.timing import Choice, Timer, choose, probe, spread_order
 
-# The first that suits a tensor's rows is its probe: 4-bit errors are where plans are made.
-PROBE_FORMATS = ("Q4_K", "Q4_0")
 MAX_SEQUENCES = 4
 MAX_REFERENCE_BYTES = 4 << 30
 
@@ -76,7 +75,10 @@ def measure_alpha(
         by_name = {t.name: t for t in tensors}
         wanted = [by_name[name] for name in settings.names]
         hurry = timer if request.n_sequences is None else None
-        _read_all(file, wanted, passes, settings, journal, progress, hurry)
+        read_all(
+            file, wanted, passes, settings, journal,
+            progress=progress, announce=announce, timer=hurry,
+        )  # fmt: skip
         unchanged = ForwardRequest((), settings.sequences)
         if any(found.kld.any() for _, found in passes.run([unchanged])):
             raise EngineError(f"{file.paths[0]}: the copy did not come back to the original")
@@ -99,66 +101,6 @@ def measure_alpha(
             seconds=timer.spent,
             notes=notes,
         )
-
-
-def _read_all(
-    file: GGUFFile,
-    wanted: Sequence[TensorInfo],
-    passes: ForwardRunner,
-    settings: Settings,
-    journal: Journal,
-    progress: Progress,
-    timer: Timer | None,
-) -> None:
-    """Add to the journal what the tensors' quantizations do to the output, one by one.
-
-    With a timer, they end when the next ones would be late, after one at least.
-    """
-    left = [t for t in wanted if t.name not in journal.readings]
-    progress.start("sensitivity", len(wanted), "tensors")
-    try:
-        progress.advance(len(wanted) - len(left))
-        # Of several workers none should wait for another, so they get some readings at a time.
-        step = max(1, len(left))
-        if timer is not None:
-            step = 1 if passes.n_workers == 1 else 4 * passes.n_workers
-        costs, n = settings.costs or Costs(0.0, 1.0, 0.0), len(settings.sequences)
-        start, expected = timer.spent if timer else 0.0, 0.0
-        for first in range(0, len(left), step):
-            part = left[first : first + step]
-            seconds = sum(costs.reading(t, n) for t in part)
-            if timer is not None and expected > 0:
-                slower = (timer.spent - start) / expected  # than the probe has told
-                # The last pass, which shows that the copy is whole, has to follow.
-                if not timer.has_time(slower * (seconds + n * costs.each)):
-                    return
-            changed = [
-                ForwardRequest(((t.name, probe_format(t)),), settings.sequences) for t in part
-            ]
-            for position, found in passes.run(changed):
-                file.require_unchanged()
-                journal.add(_reading(part[position], found, n))
-                progress.advance(1)
-            expected += seconds
-    finally:
-        progress.finish()
-
-
-def _reading(tensor: TensorInfo, found: ForwardResult, n_sequences: int) -> Reading:
-    late = found.kld.reshape(n_sequences, -1)[:, FIRST_TOKENS:]
-    return Reading(
-        name=tensor.name,
-        format=probe_format(tensor),
-        nmse=found.nmse[0],
-        kld=max(0.0, float(found.kld.mean())),
-        standard_error=standard_error(found.kld),
-        late_kld=max(0.0, float(late.mean())) if late.size else None,
-    )
-
-
-def probe_format(tensor: TensorInfo) -> str:
-    """Return the format in which the tensor's sensitivity is read."""
-    return next(f for f in PROBE_FORMATS if formats.suits(f, tensor.row_length))
 
 
 def is_probed(file: GGUFFile, tensor: TensorInfo) -> bool:
@@ -192,13 +134,18 @@ def _settle(
     bytes_each = 4 * request.n_ctx * passes.n_vocab
     most = max(1, min(most, MAX_REFERENCE_BYTES // bytes_each))
     costs = probe(passes, request, tensors, probe_format, timer.clock)
+    depth = Depth.of(file)
+
+    def seconds_of(tensors: Sequence[TensorInfo], n: int) -> float:
+        return Starts.planned(depth, costs, n, tensors).whole(tensors)
+
     if request.n_sequences is None:
         n_layers = max(1, file.n_trunk_layers or 1)
         strides = [_strided(file, tensors, stride) for stride in range(1, n_layers + 1)]
-        choice = choose(costs, most, strides, timer, announce)
+        choice = choose(seconds_of, most, strides, timer, announce)
     else:
         every = _strided(file, tensors, 1)
-        choice = Choice(most, every, costs.whole(every, most))
+        choice = Choice(most, every, seconds_of(every, most))
     n_sequences, names = choice.n_sequences, tuple(t.name for t in choice.tensors)
     seconds = timer.spent + choice.seconds
     promise = (
@@ -238,9 +185,14 @@ def _settle(
 
 
 def _reference_bytes(file: GGUFFile, n_sequences: int, n_ctx: int) -> int:
-    """Return the bytes of the unchanged model's logits, which are kept."""
-    rows = [t.n_rows for t in file.tensors if t.name in (TOKEN_EMBEDDING, HEAD)]
-    return min(MAX_REFERENCE_BYTES, 4 * n_sequences * n_ctx * max(rows, default=0))
+    """Return the bytes that are kept of each token: the unchanged model's logits, and what enters
+    the layer at which passes begin, and the one at which they begin next.
+    """
+    ends = [t for t in file.tensors if t.name in (TOKEN_EMBEDDING, HEAD)]
+    n_tokens = n_sequences * n_ctx
+    logits = 4 * n_tokens * max((t.n_rows for t in ends), default=0)
+    inputs = 4 * n_tokens * max((t.row_length for t in ends), default=0)
+    return min(MAX_REFERENCE_BYTES, logits) + 2 * inputs
 
 
 def _strided(file: GGUFFile, tensors: Sequence[TensorInfo], stride: int) -> tuple[TensorInfo, ...]:

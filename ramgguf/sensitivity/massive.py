@@ -38,7 +38,8 @@ from ramgguf.llama.protocol import (
 )
 from ramgguf.llama.tokens import TokenRequest
 from ramgguf.quants.stand_in import ReadyStandIn
-from ramgguf.sensitivity.alpha import is_probed, probe_format
+from ramgguf.sensitivity.alpha import is_probed
+from ramgguf.sensitivity.readings import probe_format
 
 N_FIRST = 8  # first tokens whose inputs are compared
 N_LATER = 128  # tokens of a window, for all others

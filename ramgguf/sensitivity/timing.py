@@ -52,22 +52,21 @@ class Timer:
 
 @dataclass(frozen=True)
 class Costs:
-    """Measured seconds: drawing a sequence, a pass over one, and encoding, for each weight."""
+    """Measured seconds: drawing a sequence, a pass over one, and encoding, for each weight.
+
+    reload is what it takes to begin passes at another layer, None where that cannot be.
+    """
 
     drawing: float
     each: float
     encoding: float
     n_workers: int = 1
+    reload: float | None = None
 
-    def reading(self, tensor: TensorInfo, n_sequences: int) -> float:
-        """Return what a reading of the tensor takes of the run's time."""
-        return (self.encoding * tensor.n_weights + n_sequences * self.each) / self.n_workers
-
-    def whole(self, tensors: Sequence[TensorInfo], n_sequences: int) -> float:
-        """Return what is still to come: tokens, the original's passes, readings, the last pass."""
-        before = n_sequences * (self.drawing + self.each)
-        readings = sum(self.reading(t, n_sequences) for t in tensors)
-        return before + readings + n_sequences * self.each
+    def reading(self, tensor: TensorInfo, n_sequences: int, share: float) -> float:
+        """Return what a reading of the tensor takes of the run's time, by this share of passes."""
+        passes = n_sequences * self.each * share
+        return (self.encoding * tensor.n_weights + passes) / self.n_workers
 
 
 def probe(
@@ -91,7 +90,7 @@ def probe(
     start = clock()
     list(passes.run([ForwardRequest(((middle.name, format_of(middle)),), (ids,))]))
     encoding = max(0.0, clock() - start - each) / middle.n_weights
-    return Costs(drawing, each, encoding, passes.n_workers)
+    return Costs(drawing, each, encoding, passes.n_workers, passes.reload_seconds)
 
 
 @dataclass(frozen=True)
@@ -104,7 +103,7 @@ class Choice:
 
 
 def choose(
-    costs: Costs,
+    seconds_of: Callable[[Sequence[TensorInfo], int], float],
     most_sequences: int,
     strides: Sequence[Sequence[TensorInfo]],
     timer: Timer,
@@ -112,14 +111,15 @@ def choose(
 ) -> Choice:
     """Return the most that fits the time: all tensors, or else fewer layers on one sequence.
 
-    strides are choices of tensors, all of them first, the fewest last. Where not even these fit,
-    announce gets the least time, to which the run then keeps.
+    seconds_of tells what is still to come for tensors on so many sequences. strides are choices of
+    tensors, all of them first, the fewest last. Where not even these fit, announce gets the least
+    time, to which the run then keeps.
     """
     left = timer.limit - timer.spent
     choices = [(n, strides[0]) for n in range(most_sequences, 0, -1)]
     choices += [(1, tensors) for tensors in strides[1:]]
     for n, tensors in choices:
-        seconds = costs.whole(tensors, n)
+        seconds = seconds_of(tensors, n)
         if seconds <= left:
             return Choice(n, tuple(tensors), seconds)
     least = timer.spent + seconds

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from ramgguf.core.errors import PlanError
 from ramgguf.core.inputs import protected
 from ramgguf.core.parallel import Chunk, default_threads
 from ramgguf.core.progress import Progress, Silent
@@ -102,6 +103,11 @@ def perturb(
     the output cannot be written.
     """
     plan = like if isinstance(like, Plan) else Plan.load(Path(like))
+    if plan.imatrix is not None and plan.imatrix.scales_path is not None:
+        raise PlanError(
+            f"the plan's errors are those of the model with the scales of {plan.imatrix.scales_path}; "
+            "plan without scales"
+        )
     with open_gguf(local_path(model), kind_check=True) as file:
         check_source(file, plan)
         return perturb_file(

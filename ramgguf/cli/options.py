@@ -97,7 +97,7 @@ HessianFile = Annotated[
 ]
 ScalesFile = Annotated[
     Path | None,
-    typer.Option("--scales", help="Scales of transform: columns that matter get more precision."),
+    typer.Option("--scales", help="Column scales of transform: what matters gets more precision."),
 ]
 EffortOption = Annotated[
     str | None,

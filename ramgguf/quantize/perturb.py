@@ -105,8 +105,8 @@ def perturb(
     plan = like if isinstance(like, Plan) else Plan.load(Path(like))
     if plan.imatrix is not None and plan.imatrix.scales_path is not None:
         raise PlanError(
-            f"the plan's errors are those of the model with the scales of {plan.imatrix.scales_path}; "
-            "plan without scales"
+            f"the plan's errors are those of the model with {plan.imatrix.scales_path}; plan "
+            "without scales"
         )
     with open_gguf(local_path(model), kind_check=True) as file:
         check_source(file, plan)

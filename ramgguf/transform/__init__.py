@@ -1,4 +1,4 @@
-"""Transform: scales in a model that leave what it computes, and help blocks to round it."""
+"""Transform: column scales that leave what a model computes, and help blocks to round it."""
 
 from ramgguf.transform.scaling import CHECK_CTX, Transformed, can_scale, transform
 

@@ -1,0 +1,158 @@
+"""Which tokens count in a Hessian: all alike, first tokens left out, or large inputs clipped.
+
+    python bench/token_weights.py models/smol135d-f16.gguf --format Q4_0 --sequences 24
+
+H = Σ w xxᵀ over the inputs x of a weight on tokens of the mix, with weights w by the rule:
+`all` is 1; `after 8` is 0 for the first 8 tokens of a sequence; `norm 1` is at most the median of
+|x|² of the sequence over |x|²; `norm 4` four times that; `unit` is 1 / |x|². Every matrix of a
+layer is rounded by GPTQ in the format, decoded and put in the model's place. Prints the KLD on
+held-out windows of every domain, as a ratio to that of `all`.
+"""
+
+import argparse
+import shutil
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import gguf
+import numpy as np
+from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
+
+from quantized_inputs import N_CTX, Inputs, sequences
+from ramgguf.core.parallel import default_threads
+from ramgguf.evaluate import score_held_out
+from ramgguf.gguf.architecture import is_multiplied, layer_of
+from ramgguf.gguf.reader import GGUFFile, open_gguf
+from ramgguf.llama.model import LlamaModel
+from ramgguf.quants import formats
+from ramgguf.quants.encoders import gptq
+from ramgguf.quants.encoders.decoding import decode_rows, in_type
+from ramgguf.quants.hessian import Hessian
+
+Floats = NDArray[np.float32]
+Rule = Callable[[Floats], Floats]
+
+
+def _clipped(times: float) -> Rule:
+    def weights(squares: Floats) -> Floats:
+        most = times * np.median(squares)
+        found: Floats = np.minimum(1, most / np.maximum(squares, np.finfo(np.float32).tiny))
+        return found
+
+    return weights
+
+
+def _unit(squares: Floats) -> Floats:
+    found: Floats = np.reciprocal(np.maximum(squares, np.finfo(np.float32).tiny))
+    return found
+
+
+RULES: dict[str, Rule] = {
+    "all": np.ones_like,
+    "after 8": lambda squares: (np.arange(len(squares)) >= 8).astype(np.float32),
+    "norm 4": _clipped(4.0),
+    "norm 1": _clipped(1.0),
+    "unit": _unit,
+}
+
+
+def grams(
+    source: GGUFFile, names: list[str], n: int
+) -> tuple[dict[str, str], dict[str, dict[str, Floats]]]:
+    """Return the owner of each weight's input, and Σ w xxᵀ by rule and owner; Σ w is 1."""
+    tap = Inputs(names)
+    sums: dict[str, dict[str, Floats]] = {rule: {} for rule in RULES}
+    total: dict[tuple[str, str], float] = {}
+    with LlamaModel(
+        source.paths[0], n_ctx=N_CTX, n_threads=default_threads(), safe_kernels=True,
+        eval_callback=tap.callback,
+    ) as model:  # fmt: skip
+        for ids in sequences(source, n):
+            model.clear()
+            model.decode(ids)
+            tap.check()
+            for owner, x in tap.last.items():
+                squares = np.einsum("ij,ij->i", x, x)
+                for rule, weights in RULES.items():
+                    w = weights(squares)
+                    gram = sums[rule].setdefault(owner, np.zeros((x.shape[1],) * 2, np.float32))
+                    gram += (x * w[:, None]).T @ x
+                    total[rule, owner] = total.get((rule, owner), 0.0) + float(w.sum())
+    for rule, by_owner in sums.items():
+        for owner, gram in by_owner.items():
+            gram /= np.float32(total[rule, owner])
+    return dict(tap.taken.owners), sums
+
+
+def rounded(
+    source: GGUFFile, output: Path, format_: str, owners: dict[str, str], found: dict[str, Floats]
+) -> None:
+    """Write the model with its matrices rounded in the format under these Hessians."""
+    shutil.copy(source.paths[0], output)
+    data = {t.name: t.data for t in gguf.GGUFReader(output, "r+").tensors}
+    readers: dict[str, list[str]] = {}
+    for name, owner in owners.items():
+        if formats.suits(format_, source.tensor(name).row_length):
+            readers.setdefault(owner, []).append(name)
+
+    def of_owner(owner: str) -> None:
+        hessian = Hessian.of(found[owner], 1)
+        importance = np.ascontiguousarray(hessian.mean.diagonal())
+        for name in readers[owner]:
+            tensor = source.tensor(name)
+            rows = source.read_rows(tensor, 0, tensor.n_rows)
+            weights = decode_rows(tensor.type_name, rows, tensor.row_length)
+            blocks = gptq.encode(format_, weights, hessian, importance)
+            after = in_type(tensor.type_name, decode_rows(format_, blocks, tensor.row_length))
+            data[name][:] = after.view(data[name].dtype).reshape(data[name].shape)
+
+    with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(default_threads()) as pool:
+        list(pool.map(of_owner, readers))
+    for array in data.values():
+        if isinstance(array, np.memmap):
+            array.flush()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("source", type=Path)
+    parser.add_argument("--format", default="Q4_0")
+    parser.add_argument("--sequences", type=int, default=24)
+    parser.add_argument("--rounds", type=int, default=4, help="windows per domain")
+    parser.add_argument("--n-ctx", type=int, default=256, help="tokens of a window")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=options.source.parent) as folder:
+        with open_gguf(options.source) as source:
+            names = [
+                t.name
+                for t in source.tensors
+                if layer_of(t.name) is not None
+                and is_multiplied(t.name, t.shape, source.architecture, tied=False)
+            ]
+            owners, sums = grams(source, names, options.sequences)
+            files = {rule: Path(folder) / f"{rule}.gguf" for rule in RULES}
+            for rule, path in files.items():
+                rounded(source, path, options.format, owners, sums[rule])
+        scores = score_held_out(
+            list(files.values()), options.source, part="gate", n_ctx=options.n_ctx,
+            max_rounds=options.rounds, seconds=None,
+        )  # fmt: skip
+    klds = [np.array([w.kld_sum / w.n_tokens for w in s.windows]) for s in scores]
+    domains = [w.domain for w in scores[0].windows]
+    for rule, kld in zip(files, klds, strict=True):
+        logs = np.log(kld / klds[0])
+        each = ", ".join(
+            f"{d} {np.exp(np.mean([x for x, e in zip(logs, domains, strict=True) if e == d])):.2f}"
+            for d in dict.fromkeys(domains)
+        )
+        print(
+            f"{rule}: KLD {kld.mean():.4f}, mean log ratio {logs.mean():+.3f} ± "
+            f"{logs.std(ddof=1) / np.sqrt(len(logs)):.3f} ({each})"
+        )
+
+
+if __name__ == "__main__":
+    main()

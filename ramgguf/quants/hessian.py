@@ -84,9 +84,13 @@ class Hessian:
     damping: Floats
 
     @staticmethod
-    def of(gram: Floats, n_tokens: int, damping: float = DAMPING) -> "Hessian":
+    def of(
+        gram: Floats, n_tokens: int, damping: float = DAMPING, scales: Floats | None = None
+    ) -> "Hessian":
         """Return it for XᵀX over n_tokens inputs; inputs that never were active count as others.
 
+        With scales (n,), it is that of the inputs divided by them; the damping is that of the
+        inputs themselves, so that scales, which make inputs more alike, do not take it away.
         Raises ValueError where XᵀX plus damping is not positive definite, which no inputs make.
         """
         from scipy.linalg import LinAlgError, cholesky
@@ -96,6 +100,12 @@ class Hessian:
         diagonal = mean.diagonal().astype(np.float64)
         typical = diagonal.mean() if diagonal.any() else 1.0
         added = np.where(diagonal > 0, 0.0, typical) + damping * typical
+        if scales is not None:
+            mean /= scales
+            mean /= scales[:, None]
+            divisor = scales.astype(np.float64) ** 2
+            diagonal /= divisor
+            added /= divisor
         # With the order of H reversed, H = TᵀT for an upper T; G is T reversed and transposed.
         # Arrays in Fortran's order are their transposes in C's: both are flat reversals.
         reversed_ = np.empty((n, n))
@@ -160,7 +170,7 @@ class Hessians:
     """An open file of Hessians; owners maps a weight's name to the one its input is kept under.
 
     model_sample is the sample_sha256 of the model that they were made from, where the file says.
-    divided_by, of a weight's name, says what its inputs are divided by, if by anything.
+    divided_by, of a weight's name, says what its inputs are divided by once they are factored.
     """
 
     path: Path
@@ -214,7 +224,7 @@ class Hessians:
         gram = self.get(name, n_columns)
         assert gram is not None  # there is an owner
         try:
-            return Hessian.of(gram, self.n_tokens)
+            return Hessian.of(gram, self.n_tokens, scales=self.divided_by(name))
         except ValueError as e:
             raise ImatrixError(
                 f"{self.path}: {owner}{_GRAM}: {e}; make the file again with "
@@ -248,10 +258,6 @@ class Hessians:
             raise ImatrixError(f"{self.path}: {owner}{_GRAM} is NaN or infinite")
         if _asymmetry(gram) > _ASYMMETRY * max(gram.max(), -gram.min()):
             raise ImatrixError(f"{self.path}: {owner}{_GRAM} is not symmetric, as XᵀX is")
-        scales = self.divided_by(name)
-        if scales is not None:
-            gram /= scales
-            gram /= scales[:, None]
         return gram
 
     def close(self) -> None:

@@ -152,6 +152,7 @@ def test_files_are_read_with_their_scales_and_hessians_are_of_the_scaled_inputs(
             # The output's error is the same, whichever side the scales are on.
             e = np.random.default_rng(1).standard_normal((4, tensor.row_length)).astype(np.float32)
             assert np.allclose(found.errors(e * s), h.errors(e), rtol=1e-3)
+            assert np.allclose(found.damped_errors(e * s), h.damped_errors(e), rtol=1e-3)
         assert other.sample_sha256 == file.sample_sha256
     assert scaled.source.identity == load_imatrix(imatrix, hessian).source.identity
     assert scaled.source.encoding != scaled.source.identity

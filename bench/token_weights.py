@@ -4,7 +4,8 @@
 
 H = Σ w xxᵀ over the inputs x of a weight on tokens of the mix, with weights w by the rule:
 `all` is 1; `after 8` is 0 for the first 8 tokens of a sequence; `norm 1` is at most the median of
-|x|² of the sequence over |x|²; `norm 4` four times that; `unit` is 1 / |x|². Every matrix of a
+|x|² of the sequence over |x|²; `norm 4` four times that; `half` is 1 / |x|,
+`unit` 1 / |x|², `over` 1 / |x|³. Every matrix of a
 layer is rounded by GPTQ in the format, decoded and put in the model's place. Prints the KLD on
 held-out windows of every domain, as a ratio to that of `all`.
 """
@@ -31,6 +32,7 @@ from ramgguf.quants import formats
 from ramgguf.quants.encoders import gptq
 from ramgguf.quants.encoders.decoding import decode_rows, in_type
 from ramgguf.quants.hessian import Hessian
+from ramgguf.quants.scales import Scales, load_scales
 
 Floats = NDArray[np.float32]
 Rule = Callable[[Floats], Floats]
@@ -45,9 +47,13 @@ def _clipped(times: float) -> Rule:
     return weights
 
 
-def _unit(squares: Floats) -> Floats:
-    found: Floats = np.reciprocal(np.maximum(squares, np.finfo(np.float32).tiny))
-    return found
+def _power(exponent: float) -> Rule:
+    def weights(squares: Floats) -> Floats:
+        tiny = np.finfo(np.float32).tiny
+        found: Floats = np.power(np.maximum(squares, tiny), np.float32(-exponent))
+        return found
+
+    return weights
 
 
 RULES: dict[str, Rule] = {
@@ -55,16 +61,18 @@ RULES: dict[str, Rule] = {
     "after 8": lambda squares: (np.arange(len(squares)) >= 8).astype(np.float32),
     "norm 4": _clipped(4.0),
     "norm 1": _clipped(1.0),
-    "unit": _unit,
+    "half": _power(0.5),
+    "unit": _power(1.0),
+    "over": _power(1.5),
 }
 
 
 def grams(
-    source: GGUFFile, names: list[str], n: int
+    source: GGUFFile, names: list[str], n: int, rules: list[str]
 ) -> tuple[dict[str, str], dict[str, dict[str, Floats]]]:
     """Return the owner of each weight's input, and Σ w xxᵀ by rule and owner; Σ w is 1."""
     tap = Inputs(names)
-    sums: dict[str, dict[str, Floats]] = {rule: {} for rule in RULES}
+    sums: dict[str, dict[str, Floats]] = {rule: {} for rule in rules}
     total: dict[tuple[str, str], float] = {}
     with LlamaModel(
         source.paths[0], n_ctx=N_CTX, n_threads=default_threads(), safe_kernels=True,
@@ -76,8 +84,8 @@ def grams(
             tap.check()
             for owner, x in tap.last.items():
                 squares = np.einsum("ij,ij->i", x, x)
-                for rule, weights in RULES.items():
-                    w = weights(squares)
+                for rule in rules:
+                    w = RULES[rule](squares)
                     gram = sums[rule].setdefault(owner, np.zeros((x.shape[1],) * 2, np.float32))
                     gram += (x * w[:, None]).T @ x
                     total[rule, owner] = total.get((rule, owner), 0.0) + float(w.sum())
@@ -88,9 +96,17 @@ def grams(
 
 
 def rounded(
-    source: GGUFFile, output: Path, format_: str, owners: dict[str, str], found: dict[str, Floats]
+    source: GGUFFile,
+    output: Path,
+    format_: str,
+    owners: dict[str, str],
+    found: dict[str, Floats],
+    scales: Scales | None,
 ) -> None:
-    """Write the model with its matrices rounded in the format under these Hessians."""
+    """Write the model with its matrices rounded in the format under these Hessians.
+
+    With scales, columns are rounded with these in them, and what comes out is divided again.
+    """
     shutil.copy(source.paths[0], output)
     data = {t.name: t.data for t in gguf.GGUFReader(output, "r+").tensors}
     readers: dict[str, list[str]] = {}
@@ -99,14 +115,20 @@ def rounded(
             readers.setdefault(owner, []).append(name)
 
     def of_owner(owner: str) -> None:
-        hessian = Hessian.of(found[owner], 1)
+        columns = None if scales is None else scales.of_inputs(owner)
+        hessian = Hessian.of(found[owner], 1, scales=columns)
         importance = np.ascontiguousarray(hessian.mean.diagonal())
         for name in readers[owner]:
             tensor = source.tensor(name)
             rows = source.read_rows(tensor, 0, tensor.n_rows)
             weights = decode_rows(tensor.type_name, rows, tensor.row_length)
+            if columns is not None:
+                weights *= columns
             blocks = gptq.encode(format_, weights, hessian, importance)
-            after = in_type(tensor.type_name, decode_rows(format_, blocks, tensor.row_length))
+            decoded = decode_rows(format_, blocks, tensor.row_length)
+            if columns is not None:
+                decoded /= columns
+            after = in_type(tensor.type_name, decoded)
             data[name][:] = after.view(data[name].dtype).reshape(data[name].shape)
 
     with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(default_threads()) as pool:
@@ -120,6 +142,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("source", type=Path)
     parser.add_argument("--format", default="Q4_0")
+    parser.add_argument("--rules", nargs="+", choices=RULES, default=list(RULES))
+    parser.add_argument("--scales", type=Path, help="a file of transform: columns are scaled")
     parser.add_argument("--sequences", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=4, help="windows per domain")
     parser.add_argument("--n-ctx", type=int, default=256, help="tokens of a window")
@@ -132,10 +156,11 @@ def main() -> None:
                 if layer_of(t.name) is not None
                 and is_multiplied(t.name, t.shape, source.architecture, tied=False)
             ]
-            owners, sums = grams(source, names, options.sequences)
-            files = {rule: Path(folder) / f"{rule}.gguf" for rule in RULES}
+            owners, sums = grams(source, names, options.sequences, options.rules)
+            scales = load_scales(options.scales) if options.scales else None
+            files = {rule: Path(folder) / f"{rule}.gguf" for rule in options.rules}
             for rule, path in files.items():
-                rounded(source, path, options.format, owners, sums[rule])
+                rounded(source, path, options.format, owners, sums[rule], scales)
         scores = score_held_out(
             list(files.values()), options.source, part="gate", n_ctx=options.n_ctx,
             max_rounds=options.rounds, seconds=None,

@@ -286,6 +286,8 @@ class _Try:
                 f"its Hessians take {format_bytes(needed)} of disk, "
                 f"{format_bytes(self.kept.free_bytes)} are free"
             )
+        if step.name == "error feedback" and self.n_read < LEAST_FOR_FEEDBACK:
+            return f"{self.n_read} × {N_CTX} tokens tell too little of how inputs go together"
         if step.seconds > left:
             spent = f"{format_seconds(step.seconds)} of {format_seconds(max(0.0, left))}"
             return f"about {spent} that are left"

@@ -31,6 +31,11 @@ class Architecture:
     outside: Shapes
     embeds: bool = False
     has_encoder: bool = False  # beside a decoder
+    n_layers: int = N_LAYERS
+
+    @property
+    def has_experts(self) -> bool:
+        return any("_exps" in name for name in self.layer(self.n_layers - 1))
 
 
 def _weights(**shapes: tuple[int, ...]) -> Shapes:
@@ -64,17 +69,27 @@ EXPERTS = _weights(
     ffn_up_exps=(N_EXPERTS, EXPERT_FFN, WIDTH),
     ffn_down_exps=(N_EXPERTS, WIDTH, EXPERT_FFN),
 )
+SHARED_EXPERTS = _weights(
+    ffn_gate_shexp=(EXPERT_FFN, WIDTH),
+    ffn_up_shexp=(EXPERT_FFN, WIDTH),
+    ffn_down_shexp=(WIDTH, EXPERT_FFN),
+)
 TIED = _weights(token_embd=(N_VOCAB, WIDTH), output_norm=(WIDTH,))
 UNTIED = TIED | _weights(output=(N_VOCAB, WIDTH))
 
 
 def _common(
-    out: GGUFWriter, n_heads: int = N_HEADS, n_kv_heads: int = 2, n_rope: int = HEAD
+    out: GGUFWriter,
+    n_heads: int = N_HEADS,
+    n_kv_heads: int = 2,
+    n_rope: int = HEAD,
+    n_ff: int = FFN,
+    n_layers: int = N_LAYERS,
 ) -> None:
     out.add_context_length(N_CONTEXT)
     out.add_embedding_length(WIDTH)
-    out.add_feed_forward_length(FFN)
-    out.add_block_count(N_LAYERS)
+    out.add_feed_forward_length(n_ff)
+    out.add_block_count(n_layers)
     out.add_head_count(n_heads)
     out.add_head_count_kv(n_kv_heads)
     out.add_rope_dimension_count(n_rope)
@@ -93,6 +108,33 @@ def _qwen3moe(out: GGUFWriter) -> None:
     _experts(out)
     out.add_key_length(HEAD)
     out.add_value_length(HEAD)
+
+
+def _mixtral(out: GGUFWriter) -> None:
+    _common(out, n_ff=EXPERT_FFN)
+    out.add_expert_count(N_EXPERTS)
+    out.add_expert_used_count(2)
+
+
+def _qwen2moe(out: GGUFWriter) -> None:
+    _common(out)
+    _experts(out)
+    out.add_expert_shared_feed_forward_length(EXPERT_FFN)
+
+
+def _llama4(out: GGUFWriter) -> None:
+    _common(out, n_layers=4)
+    _experts(out)
+    out.add_interleave_moe_layer_step(1)
+
+
+def _glm4moe(out: GGUFWriter) -> None:
+    _common(out)
+    _experts(out)
+    out.add_leading_dense_block_count(1)
+    out.add_expert_shared_count(1)
+    out.add_expert_weights_norm(True)
+    out.add_expert_weights_scale(2.5)
 
 
 def _gemma3(out: GGUFWriter) -> None:
@@ -149,12 +191,7 @@ def _deepseek2_layer(layer: int) -> Shapes:
         attn_v_b=(N_HEADS, HEAD, KV_RANK),
         attn_output=(WIDTH, N_HEADS * HEAD),
     )
-    shared = _weights(
-        ffn_gate_shexp=(EXPERT_FFN, WIDTH),
-        ffn_up_shexp=(EXPERT_FFN, WIDTH),
-        ffn_down_shexp=(WIDTH, EXPERT_FFN),
-    )
-    return attention | (EXPERTS | shared if layer else DENSE)
+    return attention | (EXPERTS | SHARED_EXPERTS if layer else DENSE)
 
 
 def _rwkv7(out: GGUFWriter) -> None:
@@ -318,10 +355,37 @@ ARCHITECTURES = (
     Architecture("t5", _t5, lambda _: {}, _t5_tensors(), has_encoder=True),
 )  # fmt: skip
 
+_QKV_BIASES = _biases(attn_q=(WIDTH,), attn_k=(KV,), attn_v=(KV,))
+_BEFORE_EXPERTS = {"ffn_norm.weight": "post_attention_norm.weight"}
+
+
+def _glm4moe_layer(layer: int) -> Shapes:
+    experts = EXPERTS | SHARED_EXPERTS | {"exp_probs_b.bias": (N_EXPERTS,)}
+    parts = ATTENTION | _QKV_BIASES | (experts if layer else DENSE)
+    return {_BEFORE_EXPERTS.get(name, name): shape for name, shape in parts.items()}
+
+
+# Further mixtures of experts: llama's is Mixtral.
+MIXTURES = (
+    Architecture("llama", _mixtral, lambda _: ATTENTION | EXPERTS, UNTIED),
+    Architecture(
+        "qwen2moe",
+        _qwen2moe,
+        lambda _: ATTENTION | _QKV_BIASES | EXPERTS | SHARED_EXPERTS
+        | _weights(ffn_gate_inp_shexp=(WIDTH,)),
+        UNTIED,
+    ),
+    # Every fourth layer attends to all tokens.
+    Architecture(
+        "llama4", _llama4, lambda _: ATTENTION | EXPERTS | SHARED_EXPERTS, UNTIED, n_layers=4
+    ),
+    Architecture("glm4moe", _glm4moe, _glm4moe_layer, UNTIED),
+)  # fmt: skip
+
 
 def _tensors(architecture: Architecture) -> Iterator[tuple[str, tuple[int, ...]]]:
     yield from architecture.outside.items()
-    for i in range(N_LAYERS):
+    for i in range(architecture.n_layers):
         for name, shape in architecture.layer(i).items():
             yield f"blk.{i}.{name}", shape
 
@@ -337,8 +401,11 @@ def _values(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> np.n
     return x * np.float32(shape[-1] ** -0.5)
 
 
-# What llama.cpp's graphs add to or multiply with activations, as converters know, too.
-_IN_F32 = ("norm", "conv1d", "lerp", "token_types", "position_embd", "attn_rel_b")
+# What llama.cpp's graphs add to or multiply with activations, and routers, as converters know, too.
+_IN_F32 = (
+    *("norm", "conv1d", "lerp", "token_types", "position_embd", "attn_rel_b"),
+    "ffn_gate_inp",
+)
 
 
 def _word_pieces() -> tuple[list[str], list[int]]:

@@ -94,6 +94,16 @@ def _together(chunks: Iterable[tuple[Chunk, int]]) -> Iterator[Run]:
         yield run
 
 
+def by_expert(start: int, stop: int, rows_per_expert: int) -> Iterator[tuple[int, slice]]:
+    """Yield the experts whose rows are among start to stop, each with these, counted from start."""
+    at = start
+    while at < stop:
+        expert = at // rows_per_expert
+        end = min(stop, (expert + 1) * rows_per_expert)
+        yield expert, slice(at - start, end - start)
+        at = end
+
+
 def map_chunks(function: Callable[[Chunk], R], runs: Iterable[Run], threads: int) -> Iterator[R]:
     """Yield function(chunk) for the chunks of all runs, in order, computed by threads."""
     for results in map_runs(lambda run: list(map(function, run)), runs, threads):

@@ -4,27 +4,40 @@ The columns of a matrix are multiplied with a vector, and whatever makes its inp
 it: the gain of a norm, or the rows of a matrix that acts linearly. In a layer of a transformer
 these are the norm before attention (for Q, K and V), that before the feed-forward network (for gate
 and up), up (for down: the gate's activation only multiplies it) and V (for the output projection:
-attention mixes tokens, not channels).
+attention mixes tokens, not channels). In a layer of experts, all of them, the shared ones and the
+router read the norm; up and down are those of each expert.
 """
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ramgguf.gguf.architecture import PARTS, layer_of, part_of
+from ramgguf.gguf.architecture import PARTS, is_of_experts, layer_of, part_of
 from ramgguf.gguf.reader import GGUFFile, TensorInfo
 
-# Graphs in which only the weights that stand in the table of parts read a norm before attention or
-# the feed-forward network (src/models of llama.cpp).
-ARCHITECTURES = frozenset(
-    {"llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "granite", "smollm3", "olmo2"}
+# Graphs in which only routers and the weights that stand in the table of parts read a norm before
+# attention or the feed-forward network (src/models of llama.cpp), and experts are gated by an
+# activation that multiplies up (build_moe_ffn in src/llama-graph.cpp): what selects and weighs
+# experts, before them or after them, leaves that alone.
+_DENSE = ("llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "granite", "smollm3", "olmo2")
+_MIXTURES = (
+    *("qwen2moe", "qwen3moe", "qwen3vlmoe", "olmoe", "granitemoe", "deepseek", "deepseek2"),
+    *("dots1", "ernie4_5-moe", "hunyuan-moe", "bailingmoe2", "minimax-m2", "glm4moe", "llama4"),
 )
-# Parts of a layer for which one of the four places is something else: experts and their routers,
-# norms and gates between V and its projection.
-_UNKNOWN = ("ffn_gate_inp", "attn_gate", "attn_sub_norm", "attn_v_norm", "ffn_sub_norm", "ssm")
+ARCHITECTURES = frozenset((*_DENSE, *_MIXTURES))
+# Parts of a layer for which one of the places is something else: norms and gates between V and its
+# projection, draft blocks, which no run of the model tests, and experts in a tensor each.
+_UNKNOWN = (
+    *("attn_gate", "attn_sub_norm", "attn_v_norm", "ffn_sub_norm", "ssm"),
+    *("nextn.", "ffn_gate.0", "ffn_up.0", "ffn_down.0"),
+)
+# The norm before the feed-forward network, where it has another name than ffn_norm.
+_FFN_NORMS = {"glm4moe": "post_attention_norm"}
+# What reads it, by the table of parts, and what else does.
+_FFN_READS = ("feed forward", "experts", "shared experts")
+_ROUTERS = ("ffn_gate_inp", "ffn_gate_inp_shexp")
 
 
 @dataclass(frozen=True)
@@ -32,16 +45,19 @@ class Fold:
     """Scales of the columns of `readers`, by which rows of `writers` (or a vector) are divided.
 
     writers are tensors with as many rows, or of as many values; row_of says for each column which
-    row makes it, (n_columns,).
+    row makes it, (n_columns,). With n_experts above 1, each expert of the writers makes the inputs
+    of the reader's expert of the same number, and has scales of its own. Otherwise experts share
+    the columns' scales.
     """
 
     writers: tuple[str, ...]
     readers: tuple[str, ...]
     row_of: NDArray[np.intp]
+    n_experts: int = 1
 
     @property
     def n_rows(self) -> int:
-        """Rows of the writers: scales that can be chosen."""
+        """Rows of the writers, or of an expert of them: scales that can be chosen."""
         return int(self.row_of.max()) + 1
 
 
@@ -68,8 +84,11 @@ def _fits(file: GGUFFile, fold: Fold) -> bool:
     readers = [file.tensor(name) for name in fold.readers]
     writers = [file.tensor(name) for name in fold.writers]
     n = len(fold.row_of)
-    fit_rows = (fold.n_rows == (t.row_length if is_vector(t) else t.n_rows) for t in writers)
-    return all(t.shape[0] == n and math.prod(t.shape[2:]) == 1 for t in readers) and all(fit_rows)
+    n_written = fold.n_rows * fold.n_experts
+    fit_rows = (n_written == (t.row_length if is_vector(t) else t.n_rows) for t in writers)
+    experts = (fold.n_experts in (1, t.n_experts) for t in readers)
+    plain = (t.n_experts == 1 or is_of_experts(t.name) for t in readers)
+    return all(t.shape[0] == n for t in readers) and all((*fit_rows, *experts, *plain))
 
 
 def is_vector(tensor: TensorInfo) -> bool:
@@ -79,15 +98,24 @@ def is_vector(tensor: TensorInfo) -> bool:
 
 def _of_layer(file: GGUFFile, parts: dict[str, str]) -> Iterator[Fold]:
     """Yield the folds of a layer; parts are its tensors' names, a bias's as NAME.bias."""
-    for norm, reads in (("attn_norm", "attention"), ("ffn_norm", "feed forward")):
+    ffn_norm = _FFN_NORMS.get(file.architecture, "ffn_norm")
+    for norm, reads in (("attn_norm", ("attention",)), (ffn_norm, _FFN_READS)):
         readers = tuple(
-            name for part, name in parts.items() if part in PARTS and PARTS[part].reads == reads
+            name
+            for kind in reads
+            for part, name in parts.items()
+            if part in PARTS and PARTS[part].reads == kind
         )
+        if reads == _FFN_READS:
+            readers += tuple(parts[router] for router in _ROUTERS if readers and router in parts)
         if norm in parts and readers:
             yield Fold(_with_bias(parts, norm), readers, _each(file, readers[0]))
-    if {"ffn_gate", "ffn_up", "ffn_down"} <= parts.keys():
-        down = parts["ffn_down"]
-        yield Fold(_with_bias(parts, "ffn_up"), (down,), _each(file, down))
+    for suffix in ("", "_shexp", "_exps"):
+        gate, up, down = (f"ffn_{part}{suffix}" for part in ("gate", "up", "down"))
+        if {gate, up, down} <= parts.keys() and not (suffix == "_exps" and f"{up}.bias" in parts):
+            reader = file.tensor(parts[down])
+            each, n_experts = _each(file, reader.name), reader.n_experts
+            yield Fold(_with_bias(parts, up), (reader.name,), each, n_experts)
     if {"attn_v", "attn_output"} <= parts.keys():
         heads = _heads(file, parts["attn_v"], parts["attn_output"])
         if heads is not None:

@@ -161,6 +161,11 @@ class TensorInfo:
     def n_weights(self) -> int:
         return self.row_length * self.n_rows
 
+    @property
+    def n_experts(self) -> int:
+        """The product of the dimensions after the second: experts, or heads."""
+        return math.prod(self.shape[2:])
+
 
 class KeySpan(NamedTuple):
     """Where a key/value record lies in the file: [begin, end), its value from value_begin."""

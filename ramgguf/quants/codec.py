@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from ramgguf import _core
 from ramgguf.core.errors import FormatError
+from ramgguf.core.parallel import by_expert
 from ramgguf.gguf.reader import GGUFFile, TensorInfo
 from ramgguf.quants import formats
 from ramgguf.quants.encoders import ENCODERS, libggml
@@ -54,12 +55,8 @@ class ErrorWeights:
         if self.importance is None:
             yield slice(0, stop - start), None
             return
-        at = start
-        while at < stop:
-            expert = at // self.rows_per_expert
-            end = min(stop, (expert + 1) * self.rows_per_expert)
-            yield slice(at - start, end - start), self.importance[expert]
-            at = end
+        for expert, part in by_expert(start, stop, self.rows_per_expert):
+            yield part, self.importance[expert]
 
     def measure(
         self, names: Sequence[str], type_name: str, rows: Rows, start: int, encoder: str

@@ -233,12 +233,17 @@ def scaled(imatrix: Imatrix, scales: Scales) -> Imatrix:
         divisor = scales.of_inputs(name)
         if divisor is None:
             return entry
-        if divisor.shape != entry.values.shape[1:]:
-            raise ImatrixError(
-                f"{scales.path}: has {len(divisor)} scales for {name!r}, and {imatrix.path} "
-                f"{entry.values.shape[1]} columns"
-            )
-        return replace(entry, values=entry.values / divisor**2)
+        n_columns = divisor.shape[-1]
+        # Of experts, an older matrix holds all in one row, and another may hold one for all.
+        values = entry.values.reshape(-1, n_columns if entry.values.size % n_columns == 0 else 1)
+        if divisor.ndim == 1 and values.shape[1] == n_columns:
+            return replace(entry, values=values / divisor**2)
+        if divisor.ndim == 2 and values.shape in (divisor.shape, (1, n_columns)):
+            return replace(entry, values=values / divisor**2)
+        raise ImatrixError(
+            f"{scales.path}: has {divisor.size} scales for {name!r}, and {imatrix.path} "
+            f"{entry.values.size} columns"
+        )
 
     hessians = imatrix.hessians
     return replace(

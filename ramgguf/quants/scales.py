@@ -2,7 +2,8 @@
 
 The columns of a weight that matter more are multiplied, and blocks round them with less error for
 their size; what makes the inputs is divided (AWQ, Lin et al. 2023, arXiv 2306.00978). GGUF with
-general.type `scales`: NAME.columns and NAME.rows, F32, what these of a tensor are multiplied with.
+general.type `scales`: NAME.columns and NAME.rows, F32, what these of a tensor are multiplied with;
+where each expert's columns have scales of their own, NAME.columns has a row for each.
 """
 
 import hashlib
@@ -15,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ramgguf.core.errors import GGUFError, ImatrixError
+from ramgguf.core.parallel import by_expert
 from ramgguf.gguf.architecture import sharers
 from ramgguf.gguf.arrays import ArrayFile
 from ramgguf.gguf.header import string
@@ -31,6 +33,9 @@ Floats = NDArray[np.float32]
 class Scales:
     """What the columns (n_columns,) and rows (n_rows,) of tensors are multiplied with, by name.
 
+    Columns of experts that have scales of their own: (n_experts, n_columns). The rows of a tensor
+    are those of all its experts.
+
     model_sample is the sample_sha256 of the model that they were made for.
     """
 
@@ -45,7 +50,7 @@ class Scales:
         return hashlib.sha256(self.path.read_bytes()).hexdigest()
 
     def of_inputs(self, name: str) -> Floats | None:
-        """Return what the inputs of a weight are divided by, (n_columns,); None: nothing.
+        """Return what the inputs of a weight are divided by, as in columns; None: nothing.
 
         A weight without an entry has that of one that reads the same activations.
         """
@@ -63,9 +68,12 @@ def load_scales(path: Path) -> Scales:
         for tensor in file.tensors:
             name, dot, which = tensor.name.rpartition(".")
             values = file.read_rows(tensor, 0, tensor.n_rows)
-            if dot + which not in found or tensor.type_name != "F32" or tensor.n_rows != 1:
-                raise ImatrixError(f"{path}: {tensor.name!r} is no vector of scales")
-            scales = values.view("<f4").reshape(-1).astype(np.float32)
+            is_fit = tensor.n_rows == 1 or (dot + which == _COLUMNS and len(tensor.shape) == 2)
+            if dot + which not in found or tensor.type_name != "F32" or not is_fit:
+                raise ImatrixError(f"{path}: {tensor.name!r} holds no scales")
+            scales = values.view("<f4").astype(np.float32)
+            if tensor.n_rows == 1:
+                scales = scales[0]
             if not (np.isfinite(scales) & (scales > 0)).all():
                 raise ImatrixError(f"{path}: {tensor.name!r} holds what is not above 0")
             found[dot + which][name] = scales
@@ -97,12 +105,13 @@ class ScaledFile(GGUFFile):
         self._scales = scales
         if scales.model_sample != file.sample_sha256:
             raise GGUFError(f"{scales.path}: is of another model than {file.paths[0]}")
-        for names, count in ((scales.columns, _n_columns), (scales.rows, _n_rows)):
+        for names, shapes in ((scales.columns, _of_columns), (scales.rows, _of_rows)):
             for name, values in names.items():
-                if len(values) != count(self.tensor(name)):
+                fit = shapes(self.tensor(name))
+                if values.shape not in fit:
                     raise GGUFError(
-                        f"{scales.path}: has {len(values)} scales for {name!r}, expected "
-                        f"{count(self.tensor(name))}"
+                        f"{scales.path}: has {_size(values.shape)} scales for {name!r}, expected "
+                        f"{' or '.join(map(_size, fit))}"
                     )
 
     def read_rows(
@@ -134,8 +143,12 @@ class ScaledFile(GGUFFile):
         if columns is None and each is None:
             return rows
         weights = decode_rows(tensor.type_name, rows, tensor.row_length)
-        if columns is not None:
+        if columns is not None and columns.ndim == 1:
             weights *= columns
+        elif columns is not None:
+            per_expert = tensor.n_rows // len(columns)
+            for expert, part in by_expert(start, start + len(rows), per_expert):
+                weights[part] *= columns[expert]
         if each is not None:
             weights *= each[start : start + len(rows), None]
         scaled = in_type(tensor.type_name, weights)
@@ -146,9 +159,15 @@ class ScaledFile(GGUFFile):
         return scaled
 
 
-def _n_columns(tensor: TensorInfo) -> int:
-    return tensor.row_length
+def _of_columns(tensor: TensorInfo) -> tuple[tuple[int, ...], ...]:
+    """Return the shapes that scales of the tensor's columns may have."""
+    shared = (tensor.row_length,)
+    return (shared, (tensor.n_experts, *shared)) if tensor.n_experts > 1 else (shared,)
 
 
-def _n_rows(tensor: TensorInfo) -> int:
-    return tensor.n_rows
+def _of_rows(tensor: TensorInfo) -> tuple[tuple[int, ...], ...]:
+    return ((tensor.n_rows,),)
+
+
+def _size(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape))

@@ -1,39 +1,67 @@
 """Scales leave what a model computes, and make its quantization better."""
 
 import json
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
+from gguf import GGMLQuantizationType
 from typer.testing import CliRunner
 
 import ramgguf
 from ramgguf.cli.app import app
 from ramgguf.core.errors import GGUFError, ImatrixError, PlanError
 from ramgguf.core.progress import Silent
-from ramgguf.gguf.architecture import is_multiplied
+from ramgguf.gguf.architecture import is_multiplied, part_of
 from ramgguf.gguf.folds import ARCHITECTURES as FOLDED
 from ramgguf.gguf.folds import folds
 from ramgguf.gguf.layout import plan_layout
-from ramgguf.gguf.reader import GGUFFile, open_gguf
+from ramgguf.gguf.reader import GGUFFile, TensorInfo, open_gguf
 from ramgguf.gguf.writer import rewrite
 from ramgguf.quants.encoders.decoding import decode_rows
 from ramgguf.quants.hessian import Hessian, load_hessians
-from ramgguf.quants.imatrix import InputSquares, load_imatrix, write_imatrix
+from ramgguf.quants.imatrix import Importance, InputSquares, load_imatrix, scaled, write_imatrix
 from ramgguf.quants.scales import ScaledFile, load_scales
 from ramgguf.transform import scaling
-from small_models import ARCHITECTURES, write_small_model
+from small_models import (
+    ARCHITECTURES,
+    EXPERT_FFN,
+    MIXTURES,
+    N_EXPERTS,
+    Architecture,
+    Stored,
+    write_small_model,
+)
 from tiny_models import write_tiny_model
 
 
-def _matrix(model: Path, path: Path, spread: float = 2.0) -> Path:
-    """Write a matrix in which inputs differ by orders of magnitude, at random."""
+def _matrix(
+    model: Path,
+    path: Path,
+    spread: float = 2.0,
+    *,
+    per_expert: bool = False,
+    unused: tuple[int, ...] = (),
+) -> Path:
+    """Write a matrix in which inputs differ by orders of magnitude, at random.
+
+    Experts have one entry for all, or one each; unused ones met no token.
+    """
     rng = np.random.default_rng(5)
+
+    def squares(tensor: TensorInfo) -> InputSquares:
+        n = tensor.n_experts if per_expert else 1
+        counts = np.ones(n, np.int64)
+        counts[list(unused) if n > 1 else []] = 0
+        values = np.exp(spread * rng.standard_normal((n, tensor.row_length)))
+        return InputSquares(values * counts[:, None], counts)
+
     with open_gguf(model) as file:
         entries = {
-            t.name: InputSquares(
-                np.exp(spread * rng.standard_normal((1, t.row_length))), np.array([1])
-            )
+            t.name: squares(t)
             for t in file.tensors
             if is_multiplied(t.name, t.shape, file.architecture, tied=file.has_tied_embedding)
         }
@@ -47,35 +75,51 @@ def _weights(file: GGUFFile, name: str) -> np.ndarray:
     return decode_rows(tensor.type_name, rows, tensor.row_length)
 
 
-@pytest.mark.parametrize(
-    "architecture", [a for a in ARCHITECTURES if a.name in FOLDED], ids=lambda a: a.name
-)
+FOLDS = [a for a in (*ARCHITECTURES, *MIXTURES) if a.name in FOLDED]
+QWEN3MOE = next(a for a in ARCHITECTURES if a.name == "qwen3moe")
+MIXTRAL = next(a for a in MIXTURES if a.name == "llama")
+
+
+@pytest.mark.parametrize("architecture", FOLDS, ids=lambda a: a.name)
 def test_the_scaled_model_computes_the_same_in_llama_cpp(
-    architecture: object, tmp_path: Path
+    architecture: Architecture, tmp_path: Path
 ) -> None:
     pytest.importorskip("llama_cpp")
-    model = write_small_model(tmp_path / "m.gguf", architecture, tokenizer=True)  # type: ignore[arg-type]
-    imatrix = _matrix(model, tmp_path / "i.gguf")
+
+    def in_f32(name: str, x: np.ndarray) -> Stored | None:
+        # In F16, rounding alone makes routers choose other experts now and then.
+        return {name: (x, GGMLQuantizationType.F32)} if architecture.has_experts else None
+
+    model = write_small_model(tmp_path / "m.gguf", architecture, tokenizer=True, stored=in_f32)
+    imatrix = _matrix(model, tmp_path / "i.gguf", per_expert=True)
     found = ramgguf.transform(model, tmp_path / "s.gguf", imatrix, strength=1)
     scales = load_scales(found.path)
     assert max(float(s.max()) for s in scales.columns.values()) > 2
     assert found.kld is not None
     assert found.kld < 1e-5
     with open_gguf(model) as file:
-        expected = 4 if any(t.name.endswith("ffn_gate.weight") for t in file.tensors) else 3
-        assert found.n_folds == expected * (file.n_layers or 0)
+        parts = Counter(part_of(t.name) for t in file.tensors)
+        gates = ("ffn_gate", "ffn_gate_exps", "ffn_gate_shexp")
+        # Two norms a layer, a gate for each kind of up and down, V where it is a matrix of its own.
+        expected = 2 * (file.n_layers or 0) + sum(parts[p] for p in (*gates, "attn_v"))
+        assert found.n_folds == expected
 
 
+@pytest.mark.parametrize("is_mixture", [False, True])
 def test_a_scale_that_is_moved_wrongly_is_noticed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    is_mixture: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("llama_cpp")
-    model = write_tiny_model(tmp_path / "tiny-f16.gguf", weight_type="F16")
+    model = tmp_path / "m-f16.gguf"
+    if is_mixture:
+        write_small_model(model, QWEN3MOE, tokenizer=True)
+    else:
+        write_tiny_model(model, weight_type="F16")
     imatrix = _matrix(model, tmp_path / "i.gguf")
 
     def wrong(file: GGUFFile) -> tuple[object, ...]:
         return tuple(f for f in folds(file) if "ffn_down" not in f.readers[0])[:1] + tuple(
-            type(f)(f.writers, f.readers, f.row_of[::-1].copy())
+            replace(f, row_of=f.row_of[::-1].copy())
             for f in folds(file)
             if "ffn_down" in f.readers[0]
         )
@@ -85,6 +129,24 @@ def test_a_scale_that_is_moved_wrongly_is_noticed(
         ramgguf.transform(model, tmp_path / "s.gguf", imatrix, strength=1)
     assert not (tmp_path / "s.gguf").exists()
     assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == []
+
+
+def test_experts_that_are_chosen_otherwise_by_rounding_alone_are_no_reason_to_refuse(
+    tmp_path: Path,
+) -> None:
+    pytest.importorskip("llama_cpp")
+
+    def in_bf16(name: str, x: np.ndarray) -> Stored | None:
+        if x.ndim == 1 or "ffn_gate_inp" in name:
+            return None
+        kind = GGMLQuantizationType.BF16
+        return {name: (gguf.quants.quantize(x, kind), kind)}
+
+    model = write_small_model(tmp_path / "m.gguf", MIXTRAL, tokenizer=True, stored=in_bf16)
+    imatrix = _matrix(model, tmp_path / "i.gguf")
+    found = ramgguf.transform(model, tmp_path / "s.gguf", imatrix, strength=1)
+    assert found.kld is not None
+    assert found.kld > scaling.EXACT
 
 
 def test_scales_are_those_of_the_formula(tmp_path: Path) -> None:
@@ -104,6 +166,143 @@ def test_scales_are_those_of_the_formula(tmp_path: Path) -> None:
         assert np.allclose(scales.columns[up], scales.columns["blk.1.ffn_gate.weight"])
         norm = scales.columns["blk.1.ffn_norm.weight"]
         assert np.allclose(norm * scales.columns[up], 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize("unused", [(), (0, 2)])
+@pytest.mark.parametrize("per_expert", [True, False])
+def test_each_expert_has_scales_of_its_own_for_up_and_down_and_all_share_the_norms(
+    per_expert: bool, unused: tuple[int, ...], tmp_path: Path
+) -> None:
+    model = write_small_model(tmp_path / "m.gguf", QWEN3MOE)
+    imatrix = _matrix(model, tmp_path / "i.gguf", 0.5, per_expert=per_expert, unused=unused)
+    ramgguf.transform(model, tmp_path / "s.gguf", imatrix, strength=0.8, check=False)
+    scales, weighed = load_scales(tmp_path / "s.gguf"), load_imatrix(imatrix)
+    with open_gguf(model) as file:
+        names = {k: f"blk.1.ffn_{k}_exps.weight" for k in ("gate", "up", "down")}
+        squares, d = {}, {}
+        for key, name in names.items():
+            shape = file.tensor(name).shape
+            each = _weights(file, name).reshape(N_EXPERTS, -1, shape[0]).astype(np.float64)
+            squares[key] = (each**2).sum(axis=1)
+            found = weighed.importance(name, shape)
+            assert found is not None
+            d[key] = found.astype(np.float64)
+        expected = (d["down"] ** 0.8 / squares["down"]) ** (1 / 4)
+        expected /= np.exp(np.log(expected).mean(axis=1, keepdims=True))
+        assert scales.columns[names["down"]].shape == (N_EXPERTS, EXPERT_FFN)
+        assert np.allclose(scales.columns[names["down"]], expected, rtol=1e-5)
+        assert np.allclose(scales.rows[names["up"]], 1 / expected.reshape(-1), rtol=1e-5)
+        # The router is scaled like the experts' columns, and has no say in them.
+        weights = sum(s.sum(axis=0) / s.sum() for s in (squares["gate"], squares["up"]))
+        shared = (d["gate"].mean(axis=0) ** 0.8 / weights) ** (1 / 4)
+        shared /= np.exp(np.log(shared).mean())
+        for name in (names["gate"], names["up"], "blk.1.ffn_gate_inp.weight"):
+            assert np.allclose(scales.columns[name], shared, rtol=1e-5)
+        assert np.allclose(scales.columns["blk.1.ffn_norm.weight"], 1 / shared, rtol=1e-5)
+
+
+def test_rows_of_experts_are_read_with_the_scales_of_their_expert(tmp_path: Path) -> None:
+    model = write_small_model(tmp_path / "m.gguf", QWEN3MOE)
+    imatrix = _matrix(model, tmp_path / "i.gguf", per_expert=True)
+    ramgguf.transform(model, tmp_path / "s.gguf", imatrix, check=False)
+    scales = load_scales(tmp_path / "s.gguf")
+    with open_gguf(model) as file:
+        scaled = ScaledFile(file, scales)
+        for name in ("blk.0.ffn_down_exps.weight", "blk.0.ffn_up_exps.weight"):
+            tensor = file.tensor(name)
+            per_expert = tensor.n_rows // N_EXPERTS
+            w = _weights(file, name).reshape(N_EXPERTS, per_expert, tensor.row_length)
+            columns = np.broadcast_to(scales.columns[name], (N_EXPERTS, tensor.row_length))
+            rows = scales.rows.get(name, np.ones(tensor.n_rows, np.float32))
+            expected = w * columns[:, None] * rows.reshape(N_EXPERTS, per_expert, 1)
+            expected = expected.reshape(tensor.n_rows, -1)
+            assert np.allclose(_weights(scaled, name), expected, rtol=2e-3, atol=1e-6)
+            # From within an expert to within the one after the next.
+            start, stop = per_expert - 3, 2 * per_expert + 5
+            some = scaled.read_rows(tensor, start, stop)
+            (same,), _ = scaled.read_ranges(
+                [(tensor, start, stop)], lambda n: np.empty(n, np.uint8)
+            )
+            assert np.array_equal(some, same)
+            found = decode_rows("F16", some, tensor.row_length)
+            assert np.allclose(found, expected[start:stop], rtol=2e-3, atol=1e-6)
+
+
+def test_matrices_of_experts_in_any_layout_are_those_of_the_scaled_inputs(tmp_path: Path) -> None:
+    model = write_small_model(tmp_path / "m.gguf", QWEN3MOE)
+    matrix = _matrix(model, tmp_path / "i.gguf", per_expert=True)
+    ramgguf.transform(model, tmp_path / "s.gguf", matrix, check=False)
+    scales, plain = load_scales(tmp_path / "s.gguf"), load_imatrix(matrix)
+    with open_gguf(model) as file:
+        for name in ("blk.0.ffn_down_exps.weight", "blk.0.ffn_gate_exps.weight"):
+            tensor, values = file.tensor(name), plain.entries[name].values
+            for layout in (values, values.reshape(1, -1), values[:1]):
+                entries = {name: Importance(name, layout)}
+                found = scaled(replace(plain, entries=entries), scales)
+                expected = np.broadcast_to(
+                    layout if layout is values[:1] else layout.reshape(-1, tensor.row_length),
+                    values.shape,
+                )
+                after = found.importance(name, tensor.shape)
+                assert after is not None
+                assert np.allclose(after, expected / scales.columns[name] ** 2, rtol=1e-5)
+        name = "blk.0.ffn_down_exps.weight"
+        entries = {name: Importance(name, plain.entries[name].values[:3])}
+        with pytest.raises(ImatrixError, match="has 1024 scales"):
+            scaled(replace(plain, entries=entries), scales)
+
+
+def test_down_of_experts_loses_less_with_the_scales_of_each(tmp_path: Path) -> None:
+    model = write_small_model(tmp_path / "m.gguf", QWEN3MOE)
+    imatrix = _matrix(model, tmp_path / "i.gguf", 1.0, per_expert=True)
+    ramgguf.transform(model, tmp_path / "s.gguf", imatrix, check=False)
+    errors = []
+    for scales in (None, tmp_path / "s.gguf"):
+        made = ramgguf.quantize(
+            model, "6bpw", tmp_path / f"{scales is None}.gguf", imatrix=imatrix, scales=scales,
+            formats=["Q4_0"], pins=["blk=Q4_0"],
+        )  # fmt: skip
+        errors.append([a.nmse for a in made.plan.assignments if "ffn_down_exps" in a.name])
+    ratios = np.array(errors[1]) / np.array(errors[0])
+    assert len(ratios) == 2
+    assert ratios.max() < 0.97
+
+
+def test_what_reads_the_norm_before_experts_is_scaled_and_biases_of_routers_are_not(
+    tmp_path: Path,
+) -> None:
+    found: dict[str, set[tuple[str, ...]]] = {}
+    for name in ("qwen2moe", "glm4moe"):
+        architecture = next(a for a in MIXTURES if a.name == name)
+        model = write_small_model(tmp_path / f"{name}.gguf", architecture)
+        with open_gguf(model) as file:
+            layer = [f for f in folds(file) if f.readers[0].startswith("blk.1.")]
+            found[name] = {tuple(part_of(n) for n in (*f.writers, "to", *f.readers)) for f in layer}
+    feed_forward = tuple(f"ffn_{k}_{e}" for e in ("exps", "shexp") for k in ("gate", "up"))
+    same = {
+        ("attn_norm", "to", "attn_q", "attn_k", "attn_v"),
+        ("attn_v", "attn_v.bias", "to", "attn_output"),
+        ("ffn_up_exps", "to", "ffn_down_exps"),
+        ("ffn_up_shexp", "to", "ffn_down_shexp"),
+    }
+    routers = ("ffn_gate_inp", "ffn_gate_inp_shexp")
+    assert found["qwen2moe"] == same | {("ffn_norm", "to", *feed_forward, *routers)}
+    norm = "post_attention_norm"
+    assert found["glm4moe"] == same | {(norm, "to", *feed_forward, "ffn_gate_inp")}
+
+
+def test_experts_whose_up_has_a_bias_keep_their_rows(tmp_path: Path) -> None:
+    def with_bias(name: str, x: np.ndarray) -> Stored | None:
+        if not name.endswith("ffn_up_exps.weight"):
+            return None
+        kind, bias = GGMLQuantizationType.F32, np.zeros(x.shape[:2], np.float32)
+        return {name: (x, kind), name.replace("weight", "bias"): (bias, kind)}
+
+    model = write_small_model(tmp_path / "m.gguf", MIXTRAL, stored=with_bias)
+    with open_gguf(model) as file:
+        assert {part_of(f.readers[0]) for f in folds(file)} == {
+            *("attn_q", "attn_output", "ffn_gate_exps"),
+        }
 
 
 def test_heads_that_share_a_v_share_its_scales(tmp_path: Path) -> None:
@@ -158,9 +357,16 @@ def test_files_are_read_with_their_scales_and_hessians_are_of_the_scaled_inputs(
     assert scaled.source.encoding != scaled.source.identity
 
 
-def test_a_file_quantized_with_scales_is_planned_verified_and_made_again(tmp_path: Path) -> None:
-    model = write_tiny_model(tmp_path / "tiny-f16.gguf", weight_type="F16")
-    imatrix = _matrix(model, tmp_path / "i.gguf")
+@pytest.mark.parametrize("is_mixture", [False, True])
+def test_a_file_quantized_with_scales_is_planned_verified_and_made_again(
+    is_mixture: bool, tmp_path: Path
+) -> None:
+    model = tmp_path / "m-f16.gguf"
+    if is_mixture:
+        write_small_model(model, QWEN3MOE)
+    else:
+        write_tiny_model(model, weight_type="F16")
+    imatrix = _matrix(model, tmp_path / "i.gguf", per_expert=True)
     ramgguf.transform(model, tmp_path / "s.gguf", imatrix, check=False)
     made = ramgguf.quantize(
         model, "50%", tmp_path / "a.gguf", imatrix=imatrix, scales=tmp_path / "s.gguf"

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 import ramgguf
 from ramgguf.cli.app import app
+from ramgguf.core import parallel
 from ramgguf.core.errors import GGUFError, ImatrixError, PlanError
 from ramgguf.core.progress import Silent
 from ramgguf.gguf.architecture import is_multiplied, part_of
@@ -174,8 +175,9 @@ def test_scales_are_those_of_the_formula(tmp_path: Path) -> None:
 @pytest.mark.parametrize("unused", [(), (0, 2)])
 @pytest.mark.parametrize("per_expert", [True, False])
 def test_each_expert_has_scales_of_its_own_for_up_and_down_and_all_share_the_norms(
-    per_expert: bool, unused: tuple[int, ...], tmp_path: Path
+    per_expert: bool, unused: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(parallel, "CHUNK_WEIGHTS", 300 * 256)  # from one expert into the next
     model = write_small_model(tmp_path / "m.gguf", QWEN3MOE)
     imatrix = _matrix(model, tmp_path / "i.gguf", 0.5, per_expert=per_expert, unused=unused)
     ramgguf.transform(model, tmp_path / "s.gguf", imatrix, strength=0.8, check=False)

@@ -31,7 +31,11 @@ class Architecture:
     outside: Shapes
     embeds: bool = False
     has_encoder: bool = False  # beside a decoder
-    n_layers: int = N_LAYERS
+    own_layers: int | None = None  # where it asks for another number
+
+    @property
+    def n_layers(self) -> int:
+        return self.own_layers or N_LAYERS
 
     @property
     def has_experts(self) -> bool:
@@ -84,12 +88,12 @@ def _common(
     n_kv_heads: int = 2,
     n_rope: int = HEAD,
     n_ff: int = FFN,
-    n_layers: int = N_LAYERS,
+    n_layers: int | None = None,
 ) -> None:
     out.add_context_length(N_CONTEXT)
     out.add_embedding_length(WIDTH)
     out.add_feed_forward_length(n_ff)
-    out.add_block_count(n_layers)
+    out.add_block_count(n_layers or N_LAYERS)
     out.add_head_count(n_heads)
     out.add_head_count_kv(n_kv_heads)
     out.add_rope_dimension_count(n_rope)
@@ -377,7 +381,7 @@ MIXTURES = (
     ),
     # Every fourth layer attends to all tokens.
     Architecture(
-        "llama4", _llama4, lambda _: ATTENTION | EXPERTS | SHARED_EXPERTS, UNTIED, n_layers=4
+        "llama4", _llama4, lambda _: ATTENTION | EXPERTS | SHARED_EXPERTS, UNTIED, own_layers=4
     ),
     Architecture("glm4moe", _glm4moe, _glm4moe_layer, UNTIED),
 )  # fmt: skip

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from ramgguf.core.errors import BudgetError
 from ramgguf.gguf.architecture import TOKEN_EMBEDDING
 from ramgguf.gguf.reader import GGUFFile
-from ramgguf.plan.drafts import LEAST_BPW
+from ramgguf.plan import LEAST_DRAFT_BPW
 from ramgguf.plan.result import Plan
 
 _MOST_TOKENS_APART = 128
@@ -73,10 +73,10 @@ def draft_notes(draft: GGUFFile, plan: Plan) -> Iterator[str]:
     Neither is measured here: `quantize --score` measures the model's part.
     """
     own = draft_bpw(draft)
-    if own < LEAST_BPW:
+    if own < LEAST_DRAFT_BPW:
         yield (
             f"the draft model {draft.paths[0]} has {own:.2f} bpw: the text is the same, but fewer "
-            f"drafts may be accepted; {LEAST_BPW:g} bpw and more are common, and cost little"
+            f"drafts may be accepted; {LEAST_DRAFT_BPW:g} bpw and more are common, and cost little"
         )
     if plan.bpw < LEAST_MODEL_BPW:
         yield (

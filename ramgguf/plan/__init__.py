@@ -1,6 +1,7 @@
 """Plan: the format of every tensor, for a limit of size."""
 
 from ramgguf.plan.divided import DividedPlan
+from ramgguf.plan.drafts import LEAST_DRAFT_BPW
 from ramgguf.plan.frontier_result import Frontier
 from ramgguf.plan.knapsack import Choice, efficient, price, smallest
 from ramgguf.plan.limits import (
@@ -35,6 +36,7 @@ from ramgguf.plan.targets import TARGETS, target
 
 __all__ = [
     "DEFAULT_MIN_SQNR_DB",
+    "LEAST_DRAFT_BPW",
     "N_PROMPT",
     "OBJECTIVE_NAMES",
     "TARGETS",

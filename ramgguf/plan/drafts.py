@@ -11,11 +11,11 @@ from ramgguf.measure.result import Measurement
 from ramgguf.plan.priors import ModelShape
 from ramgguf.plan.result import Assignment
 
-LEAST_BPW = 4.5  # that of Q4_K: what drafts commonly have
+LEAST_DRAFT_BPW = 4.5  # that of Q4_K: what drafts commonly have
 
 
 def draft_notes(measurement: Measurement, assignments: Sequence[Assignment]) -> Iterator[str]:
-    """Yield a note if matrices of draft blocks have fewer than LEAST_BPW, and the trunk has more.
+    """Yield a note if matrices of draft blocks have fewer than LEAST_DRAFT_BPW, the trunk more.
 
     Bits per weight are over all matrices of the layers; what the plan had no choice in counts.
     """
@@ -35,7 +35,7 @@ def draft_notes(measurement: Measurement, assignments: Sequence[Assignment]) -> 
     if not (counted["draft"][1] and counted["trunk"][1]):
         return
     draft, trunk = (8 * n_bytes / n_weights for n_bytes, n_weights in counted.values())
-    if draft < min(LEAST_BPW, trunk):
+    if draft < min(LEAST_DRAFT_BPW, trunk):
         numbers = "|".join(map(str, sorted(layers)))
         yield (
             f"the layers that draft tokens (multi-token prediction) have {draft:.2f} bpw, the "

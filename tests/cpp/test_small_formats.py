@@ -102,7 +102,7 @@ def test_a_small_budget_with_a_matrix_takes_formats_of_points_and_of_libggml(
     )  # fmt: skip
     given = {a.name: a.format for a in made.plan.assignments}
     sampled = {name for name, f in given.items() if f in formats.with_importance()}
-    assert len(sampled) >= 3
+    assert len(sampled) >= 2
     assert sum(f in points.FORMATS for f in given.values()) > 5
     assert not sampled & set(WITHOUT_ENTRY)
     assert made.worst_departure == pytest.approx(0, abs=1e-9)

@@ -436,7 +436,7 @@ def test_the_curve_marks_the_plan_that_fits_the_memory(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--memory", "1GB"], "how long"),
+        (["--memory", "1GB"], "--context"),
         (["--context", "100", "--budget", "1MB"], "only with --memory"),
         (["--memory", "1GB", "--fit", "--context", "9"], "either --memory or --fit"),
     ],

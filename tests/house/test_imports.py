@@ -5,7 +5,10 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[2] / "ramgguf"
-VERBS = ("measure", "calibrate", "sensitivity", "plan", "refine", "quantize", "evaluate", "deploy")
+VERBS = (
+    *("measure", "calibrate", "sensitivity", "plan", "refine", "transform"),
+    *("quantize", "evaluate", "deploy"),
+)
 
 
 def _imports() -> list[tuple[Path, str]]:

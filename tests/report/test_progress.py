@@ -117,7 +117,7 @@ def test_a_bar_and_a_log_say_what_comes_next(clock: Seconds) -> None:
         (("calibrate", "--tokens", "self"), "calibrate", "tokens"),
         (("calibrate", "--tokens", "random"), "draw tokens", "tokens"),
         (("calibrate", "--tokens", "random"), "calibrate", "tokens"),
-        (("sensitivity",), "sensitivity", "tensors"),
+        (("sensitivity",), "sensitivity", "passes"),
     ],
 )
 def test_the_passes_of_a_command_write_lines_to_a_log_unless_quiet(

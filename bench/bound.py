@@ -23,8 +23,9 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from provenance import provenance
+from quantized_inputs import layer_matrices
 from ramgguf.core.parallel import default_threads
-from ramgguf.gguf.architecture import is_multiplied, layer_of
+from ramgguf.gguf.architecture import layer_of
 from ramgguf.gguf.reader import GGUFFile, open_gguf
 from ramgguf.quants import formats
 from ramgguf.quants.encoders import descent, gptq, points
@@ -95,13 +96,7 @@ def main() -> None:
     options = parser.parse_args()
     hessians = load_hessians(options.hessian)
     with open_gguf(options.source) as source:
-        matrices = [
-            t.name
-            for t in source.tensors
-            if layer_of(t.name) is not None
-            and is_multiplied(t.name, t.shape, source.architecture, tied=False)
-            and hessians.owner(t.name)
-        ]
+        matrices = [name for name in layer_matrices(source) if hessians.owner(name)]
         last = max(layer_of(n) or 0 for n in matrices)
         chosen = set(np.linspace(0, last, options.layers).round().astype(int).tolist())
         matrices = [n for n in matrices if layer_of(n) in chosen]

@@ -66,6 +66,16 @@ class Moments:
     n_tokens: int = 0
 
 
+def layer_matrices(source: GGUFFile) -> list[str]:
+    """Return the names of the matrices of layers that meet activations and may be quantized."""
+    return [
+        t.name
+        for t in source.tensors
+        if layer_of(t.name) is not None
+        and is_multiplied(t.name, t.shape, source.architecture, tied=False)
+    ]
+
+
 def sequences(source: GGUFFile, n: int) -> Iterator[Any]:
     """Yield n sequences of the mix's calibration part."""
     sources = parse_sources("mix", source)
@@ -157,13 +167,7 @@ def main() -> None:
         decoded, outputs = Path(folder) / "decoded.gguf", dict[float, Path]()
         with open_gguf(options.small) as file:
             write_decoded(file, source, decoded, threads=default_threads())
-        names = [
-            t.name
-            for t in source.tensors
-            if layer_of(t.name) is not None
-            and is_multiplied(t.name, t.shape, source.architecture, tied=False)
-        ]
-        found = moments(source, decoded, names, options.sequences)
+        found = moments(source, decoded, layer_matrices(source), options.sequences)
         for strength in options.strengths:
             outputs[strength] = Path(folder) / f"{strength}.gguf"
         rounded_again(source, options.small, outputs, found)

@@ -14,6 +14,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -80,12 +81,12 @@ def made(source: Path, folder: Path, mix: str) -> Iterator[tuple[Recipe, Path]]:
         yield recipe, path
 
 
-def table(rows: Sequence[dict[str, object]]) -> Iterator[str]:
+def table(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
     """Yield a Markdown table per model, mix and context."""
     for key in dict.fromkeys((r["model"], r["mix"], r["n_ctx"]) for r in rows):
         group = [r for r in rows if (r["model"], r["mix"], r["n_ctx"]) == key]
         base = next(r for r in group if r["recipe"] == BASE)
-        domains = list(base["domains"])  # type: ignore[call-overload]
+        domains = list(base["domains"])
         yield f"\n{key[0]} at {base['n_bytes']:,} bytes ({key[1]}), windows of {key[2]}:\n"
         yield f"| | {' | '.join(dict.fromkeys(domains))} | all | KLD |"
         yield "|---" * (len(set(domains)) + 3) + "|"

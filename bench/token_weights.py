@@ -22,10 +22,9 @@ import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
-from quantized_inputs import N_CTX, Inputs, sequences
+from quantized_inputs import N_CTX, Inputs, layer_matrices, sequences
 from ramgguf.core.parallel import default_threads
 from ramgguf.evaluate import score_held_out
-from ramgguf.gguf.architecture import is_multiplied, layer_of
 from ramgguf.gguf.reader import GGUFFile, open_gguf
 from ramgguf.llama.model import LlamaModel
 from ramgguf.quants import formats
@@ -150,13 +149,8 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.source.parent) as folder:
         with open_gguf(options.source) as source:
-            names = [
-                t.name
-                for t in source.tensors
-                if layer_of(t.name) is not None
-                and is_multiplied(t.name, t.shape, source.architecture, tied=False)
-            ]
-            owners, sums = grams(source, names, options.sequences, options.rules)
+            matrices = layer_matrices(source)
+            owners, sums = grams(source, matrices, options.sequences, options.rules)
             scales = load_scales(options.scales) if options.scales else None
             files = {rule: Path(folder) / f"{rule}.gguf" for rule in options.rules}
             for rule, path in files.items():

@@ -127,7 +127,7 @@ def transform(
         force=force,
         threads=threads,
         progress=terminal.progress,
-        announce=terminal.err.print if not (quiet or as_json) else lambda _: None,
+        announce=terminal.announce,
     )
     if as_json:
         print(to_json({**vars(found), "path": str(found.path)}))

@@ -373,7 +373,7 @@ def with_draft(
     seconds: float,
 ) -> DraftAgreement | None:
     """Return how often the draft model of the plan's memory agrees; None where there is none, or
-    llama.cpp cannot tell, which announce is told.
+    llama.cpp cannot run them; announce gets why.
     """
     beside = made.plan.memory.beside if made.plan.memory else ()
     draft = next((Path(use.path) for use in beside if use.kind == "draft"), None)

@@ -77,15 +77,18 @@ class StepCache:
 
     def matrix(self, n_sequences: int) -> Path:
         """Return the path of the matrix from so many sequences."""
-        return self.folder / f"{self.tokens}-{n_sequences}x{N_CTX}-{self.identity}.imatrix.gguf"
+        return self._of_tokens(n_sequences, "imatrix")
 
     def hessian(self, n_sequences: int) -> Path:
         """Return the path of the Hessians from so many sequences."""
-        return self.folder / f"{self.tokens}-{n_sequences}x{N_CTX}-{self.identity}.hessian.gguf"
+        return self._of_tokens(n_sequences, "hessian")
 
     def scales(self, n_sequences: int) -> Path:
         """Return the path of the scales by the matrix from so many sequences."""
-        return self.folder / f"{self.tokens}-{n_sequences}x{N_CTX}-{self.identity}.scales.gguf"
+        return self._of_tokens(n_sequences, "scales")
+
+    def _of_tokens(self, n_sequences: int, kind: str) -> Path:
+        return self.folder / f"{self.tokens}-{n_sequences}x{N_CTX}-{self.identity}.{kind}.gguf"
 
     @property
     def sensitivity_path(self) -> Path:

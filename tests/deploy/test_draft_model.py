@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import gguf
 import pytest
@@ -38,9 +39,9 @@ def measurement(folder: Path) -> Measurement:
     return ramgguf.measure(folder / "m.gguf", threads=1)
 
 
-def _planned(measurement: Measurement, draft: Path, **options: object) -> Plan:
+def _planned(measurement: Measurement, draft: Path, **options: Any) -> Plan:
     request = MemoryRequest(SHAPE, 200_000_000, beside=BesideModel(draft=draft))
-    return ramgguf.plan(measurement, MemoryLimit(request), min_sqnr_db=0, **options)  # type: ignore[arg-type]
+    return ramgguf.plan(measurement, MemoryLimit(request), min_sqnr_db=0, **options)
 
 
 def _edited(path: Path, source: Path, edit: Callable[[gguf.GGUFReader], None]) -> Path:

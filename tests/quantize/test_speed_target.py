@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -149,11 +150,13 @@ def test_only_formats_that_suit_rows_of_the_model_are_timed(
 def test_an_embedding_model_has_a_least_speed_of_prompts_only(tmp_path: Path) -> None:
     bert = next(a for a in ARCHITECTURES if a.name == "bert")
     model, out = write_small_model(tmp_path / "bert.gguf", bert), tmp_path / "out.gguf"
-    options = {"effort": "fast", "min_sqnr_db": 0, "speeds": made_speeds(), "threads": 1}
+    options: dict[str, Any] = {
+        "effort": "fast", "min_sqnr_db": 0, "speeds": made_speeds(), "threads": 1,
+    }  # fmt: skip
     with pytest.raises(EngineError, match="embeds texts and generates nothing"):
-        ramgguf.quantize(model, "70%", out, min_speed=1.0, **options)  # type: ignore[arg-type]
+        ramgguf.quantize(model, "70%", out, min_speed=1.0, **options)
     assert not out.exists()
-    made = ramgguf.quantize(model, "70%", out, min_prompt_speed=1.0, **options)  # type: ignore[arg-type]
+    made = ramgguf.quantize(model, "70%", out, min_prompt_speed=1.0, **options)
     assert made.plan.speed is not None
     assert made.plan.speed.prompt >= 1
     assert made.plan.speed.generation == 0

@@ -4,13 +4,15 @@
 
 One file is planned by bytes. The other is the fastest plan whose predicted cost is no higher, its
 bytes free: --min-speed is bisected for it (plans and files that are in the folder are taken as they
-are). Both are scored against the source on the same held-out
-text, and timed by `check` in turn, so that other load affects both. A row for both goes to
+are). Both are scored against the source on the same held-out text. Where their measured KLD
+differs by more than 2 %, the size of the plan by bytes is changed until it does not. Then they are
+timed by `check` in turn, so that other load affects both. A row for both goes to
 bench/results/min_speed.jsonl; speeds are medians over all repeats, their ratio is of each round.
 """
 
 import argparse
 import json
+import math
 import statistics
 from pathlib import Path
 
@@ -28,6 +30,9 @@ from ramgguf.plan.result import Plan
 from ramgguf.quantize.speed_target import speed_limit
 
 N_CTX = 128
+EQUAL = 0.02  # KLDs that differ by less are called equal
+KLD_PER_BIT = math.log(4)  # what a bit per weight takes from log KLD: a start, then a secant
+STEPS = 4  # that the search for equal KLD takes, at most
 
 
 def fastest_of_equal_cost(measurement: Measurement, plain: Plan, limit: SpeedLimit) -> Plan:
@@ -49,6 +54,45 @@ def fastest_of_equal_cost(measurement: Measurement, plain: Plan, limit: SpeedLim
     return best
 
 
+class Files:
+    """Writes files of plans, and scores them on the same windows of held-out text."""
+
+    def __init__(
+        self, source: Path, folder: Path, measurement: Measurement, arguments: argparse.Namespace
+    ) -> None:
+        self._source, self._folder, self._measurement = source, folder, measurement
+        self._imatrix, self._windows = arguments.imatrix, arguments.windows
+
+    def scored(self, plan: Plan, name: str) -> tuple[Path, HeldOutScore]:
+        """Return the plan's file, taken as it is if it is there, and its score."""
+        path = self._folder / f"{self._source.stem}-{name}.gguf"
+        if not path.exists() or path.stat().st_size != plan.n_bytes:
+            ramgguf.quantize(
+                self._source, None, path, from_plan=plan, imatrix=self._imatrix, force=True
+            )
+        (score,) = score_held_out(
+            [path], self._source, seconds=None, max_rounds=self._windows, threads=2
+        )
+        print(f"{name}: {plan.n_bytes:,} bytes, KLD {score.overall().kld.value:.5f}", flush=True)
+        return path, score
+
+    def of_kld(self, bpw: float, kld: float) -> tuple[Plan, Path, HeldOutScore]:
+        """Return the plan by bytes of nearly this KLD, its file and score; bpw is the first try."""
+        tried: list[tuple[float, float]] = []
+        for _ in range(STEPS):
+            plan = ramgguf.plan(self._measurement, f"{bpw:.4f}bpw")
+            path, score = self.scored(plan, f"{bpw:.4f}-bytes")
+            tried.append((bpw, math.log(score.overall().kld.value / kld)))
+            if abs(tried[-1][1]) < EQUAL:
+                break
+            slope = -KLD_PER_BIT
+            if len(tried) > 1:
+                (x0, y0), (x1, y1) = tried[-2:]
+                slope = min((y1 - y0) / (x1 - x0), slope / 4)
+            bpw -= tried[-1][1] / slope
+        return plan, path, score
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("source", type=Path)
@@ -67,20 +111,17 @@ def main() -> None:
         ramgguf.measure(source, imatrix=arguments.imatrix).save(measured)
     measurement = Measurement.load(measured)
     limit = speed_limit(source, 1e-9, 0.0, names=None, threads=arguments.threads, announce=print)
+    files = Files(source, folder, measurement, arguments)
     plain = ramgguf.plan(measurement, f"{arguments.bpw}bpw")
     kept = folder / f"{source.stem}-{arguments.bpw}-speed.json"
     if not kept.exists():
         fastest_of_equal_cost(measurement, plain, limit).save(kept)
-    plans = {"bytes": plain, "speed": Plan.load(kept)}
-    paths = {}
-    for name, plan in plans.items():
-        paths[name] = folder / f"{source.stem}-{arguments.bpw}-{name}.gguf"
-        if not paths[name].exists() or paths[name].stat().st_size != plan.n_bytes:
-            ramgguf.quantize(
-                source, None, paths[name], from_plan=plan, imatrix=arguments.imatrix, force=True
-            )
-    found = score_held_out(list(paths.values()), source, seconds=None, max_rounds=arguments.windows)
-    scores: dict[str, HeldOutScore] = dict(zip(paths, found, strict=True))
+    fast = Plan.load(kept)
+    fast_path, fast_score = files.scored(fast, f"{arguments.bpw}-speed")
+    plain, plain_path, plain_score = files.of_kld(arguments.bpw, fast_score.overall().kld.value)
+    plans = {"bytes": plain, "speed": fast}
+    paths = {"bytes": plain_path, "speed": fast_path}
+    scores = {"bytes": plain_score, "speed": fast_score}
     request = CheckRequest(
         ContextShape(N_CTX), available_memory(), n_threads=arguments.threads, n_prompt=64,
         n_generated=16, n_said=4,

@@ -8,8 +8,9 @@
 rates: the first steps of drawing, 8, 64 or 128 sequences at a time, on the model and its stand-ins.
 capture: the same few tokens drawn and captured as one pass (64 at a time, XᵀX from 256 rows up),
 and in two passes (8 at a time, a draw in Python for each, XᵀX after each chunk, the head computed).
-quality: files of equal bytes made with importance matrices (with --encoder gptq Hessians, too) from
-the model and from its stand-ins; their mean KLD on WikiText-2, resampled together.
+quality: files of equal bytes made with importance matrices (with --encoder gptq Hessians, with
+--alpha sensitivities, too) from the model and from its stand-ins; their mean KLD on WikiText-2,
+resampled together, and the seconds that the statistics took.
 --calculate: no runs, a table of what larger models would take on more cores, calculated from the
 measured rates in bench/results/passes.jsonl.
 
@@ -22,16 +23,18 @@ import argparse
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 import ramgguf
 from alpha_passes import WAYS, share_of
 from provenance import provenance
+from ramgguf.core.mix import documents
 from ramgguf.core.parallel import default_threads
 from ramgguf.gguf.architecture import HEAD, TOKEN_EMBEDDING, is_multiplied
 from ramgguf.gguf.reader import TensorInfo, open_gguf
@@ -41,6 +44,7 @@ from ramgguf.llama.model import LlamaModel, draw
 from ramgguf.llama.protocol import TokenIds
 from ramgguf.llama.sampling import draw_together
 from ramgguf.quants.stand_in import StandIn, write_stand_in
+from ramgguf.sensitivity import Sensitivity
 from ramgguf.sensitivity.starts import Depth, Starts
 from ramgguf.sensitivity.timing import Costs
 from scores import kld_ratio, scores
@@ -249,6 +253,8 @@ def quality(arguments: argparse.Namespace) -> list[dict[str, object]]:
     folder: Path = arguments.folder
     folder.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, object]] = []
+    alphas: dict[tuple[StandIn, int], Sensitivity] = {}
+    seconds: dict[tuple[StandIn, int], dict[str, float]] = {}
     variants: list[tuple[StandIn, int]] = [(s, 0) for s in arguments.stand_ins]
     variants += [("none", 1)] * arguments.control
     stem, encoder = arguments.model.stem, arguments.encoder
@@ -260,16 +266,26 @@ def quality(arguments: argparse.Namespace) -> list[dict[str, object]]:
     for stand_in, seed in variants:
         matrix = matrix_of(stand_in, seed)
         hessian = matrix.with_suffix(".hessian") if encoder == "gptq" else None
+        took = seconds[stand_in, seed] = {}
+        start = time.perf_counter()
         if not matrix.exists() or (hessian is not None and not hessian.exists()):
             ramgguf.calibrate(
                 arguments.model, matrix, tokens=arguments.source, hessian=hessian,
                 n_sequences=arguments.sequences, n_ctx=arguments.tokens, stand_in=stand_in,
                 seed=seed, threads=arguments.threads, force=True,
             )  # fmt: skip
+            took["capture"] = round(time.perf_counter() - start, 1)
+        options: dict[str, Any] = {}
+        if arguments.formats is not None:
+            options["formats"] = arguments.formats
+        if arguments.alpha:
+            start = time.perf_counter()
+            alphas[stand_in, seed] = alpha_of(arguments, stand_in, matrix, seed)
+            options["sensitivity"] = alphas[stand_in, seed]
+            took["alpha"] = round(time.perf_counter() - start, 1)
         for size in arguments.sizes:
             path = file_of(matrix, encoder, size)
             if not path.exists():
-                options = {} if arguments.formats is None else {"formats": arguments.formats}
                 ramgguf.quantize(
                     arguments.model, size, path, encoder=encoder, imatrix=matrix, hessian=hessian,
                     verify=False, threads=arguments.threads, **options,
@@ -295,9 +311,47 @@ def quality(arguments: argparse.Namespace) -> list[dict[str, object]]:
                     "n_windows": arguments.windows,
                     "kld": scores(result).kld,
                     "ratio": [ratio.value, ratio.low, ratio.high],
+                    "seconds": seconds[stand_in, seed],
+                    "alpha_tokens": arguments.alpha,
+                    **alpha_difference(alphas, (stand_in, seed), variants[0]),
                 }
             )
     return rows
+
+
+def alpha_of(
+    arguments: argparse.Namespace, stand_in: StandIn, matrix: Path, seed: int
+) -> Sensitivity:
+    """Return α of all matrices, read on one sequence of the package's texts for calibration."""
+    text = arguments.folder / "calibrate.txt"
+    text.write_text("\n\n".join(d.text for d in documents() if d.part == "calibrate" and d.text))
+    return ramgguf.sensitivity(
+        arguments.model, tokens=str(text), imatrix=matrix, n_sequences=1, n_ctx=arguments.alpha,
+        stand_in=stand_in, seed=seed, threads=arguments.threads,
+    )  # fmt: skip
+
+
+def alpha_difference(
+    alphas: Mapping[tuple[StandIn, int], Sensitivity],
+    variant: tuple[StandIn, int],
+    first: tuple[StandIn, int],
+) -> dict[str, object]:
+    """Return by how much α differs from the first variant's: the median of |log ratio|, the 90 %
+    quantile, and the log of the geometric mean's ratio.
+    """
+    if variant not in alphas:
+        return {}
+    before = {t.name: t.alpha for t in alphas[first].tensors}
+    logs = np.log([t.alpha / before[t.name] for t in alphas[variant].tensors])
+    middle = float(logs.mean())
+    away = np.abs(logs - middle)
+    return {
+        "alpha_log_ratio": {
+            "mean": round(middle, 4),
+            "median": round(float(np.median(away)), 4),
+            "p90": round(float(np.quantile(away, 0.9)), 4),
+        },
+    }
 
 
 def file_of(matrix: Path, encoder: str, size: str) -> Path:
@@ -457,6 +511,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--formats", nargs="+", help="to choose from in quality; default: all")
     parser.add_argument("--source", default="self", help="of the tokens in quality: self, mix")
     parser.add_argument("--encoder", default="search", choices=["search", "gptq"])
+    parser.add_argument(
+        "--alpha", type=int, default=0, help="tokens that α is read on, for quality"
+    )
     parser.add_argument("--control", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--windows", type=int, default=12)
     parser.add_argument("--folder", type=Path, default=Path("passes"))

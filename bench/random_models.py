@@ -40,9 +40,11 @@ class Shape:
     n_vocab: int
     n_experts: int = 0
     n_slices: int = 1
+    is_tied: bool = False  # the head is the embedding
 
 
 SHAPES: Mapping[str, Shape] = {
+    "qwen2-1.5B": Shape(28, 1536, 8960, 12, 2, 128, 151936, is_tied=True),
     "llama-1B": Shape(16, 2048, 8192, 32, 8, 64, 128256),
     "llama-8B": Shape(32, 4096, 14336, 32, 8, 128, 128256),
     "qwen3moe-30B": Shape(48, 2048, 768, 32, 4, 128, 151936, n_experts=128),
@@ -78,7 +80,8 @@ def tensors(shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
                 sliced = dims[1:] if shape.n_experts and n == 1 else (n, *dims[1:])
                 yield f"blk.{i}.{name}.{k}.weight", sliced
     yield "output_norm.weight", (width,)
-    yield "output.weight", (shape.n_vocab, width)
+    if not shape.is_tied:
+        yield "output.weight", (shape.n_vocab, width)
 
 
 def n_weights(shape: Shape) -> int:

@@ -24,7 +24,7 @@ from ramgguf.cluster.remote_runner import RemoteRunner
 from ramgguf.gguf.reader import TensorInfo, open_gguf
 from ramgguf.llama.forward import ForwardRequest, ForwardResult
 from ramgguf.sensitivity import Sensitivity
-from ramgguf.sensitivity.starts import Depth, Starts
+from ramgguf.sensitivity.starts import Depth, Starts, TensorPass
 from ramgguf.sensitivity.timing import Costs
 
 RESULTS = Path(__file__).parent / "results" / "passes.jsonl"
@@ -115,7 +115,8 @@ def share_of(
     """
     costs = Costs(0.0, 1.0, 0.0, reload=reload)
     later, whole = Starts(depth, costs, 1, layers), Starts(depth, costs, 1)
-    return later.whole(tensors) / whole.whole(tensors)
+    passes = [TensorPass(t) for t in tensors]
+    return later.whole(passes) / whole.whole(passes)
 
 
 def main() -> None:

@@ -45,7 +45,7 @@ from ramgguf.llama.protocol import TokenIds
 from ramgguf.llama.sampling import draw_together
 from ramgguf.quants.stand_in import StandIn, write_stand_in
 from ramgguf.sensitivity import Sensitivity
-from ramgguf.sensitivity.starts import Depth, Starts
+from ramgguf.sensitivity.starts import Depth, Starts, TensorPass
 from ramgguf.sensitivity.timing import Costs
 from scores import kld_ratio, scores
 
@@ -395,7 +395,8 @@ class Large:
         each = (self.n_matrices - 1) // self.n_layers
         names = [f"blk.{k}.{i}.weight" for k in range(self.n_layers) for i in range(each)]
         tensors = [TensorInfo(name, (1, 1), "F16", 1, 2, 0, 0) for name in (*names, HEAD)]
-        starts = Starts.planned(depth, Costs(0.0, 1.0, 0.0, reload=reload), 1, tensors)
+        costs = Costs(0.0, 1.0, 0.0, reload=reload)
+        starts = Starts.planned(depth, costs, 1, map(TensorPass, tensors))
         return share_of(depth, starts.layers, tensors, reload)
 
     @property

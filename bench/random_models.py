@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFWriter
+from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
 from numpy.typing import NDArray
 
 N_CONTEXT = 4096
@@ -96,10 +96,14 @@ def cut(shape: Shape, n_bytes: int) -> Shape:
     return replace(shape, n_layers=max(1, (n_bytes // 2 - outside) // layer))
 
 
-def write(path: Path, shape: Shape, seed: int = 0) -> Path:
-    """Write the model and return its path."""
+def write(path: Path, shape: Shape, seed: int = 0, tokenizer: Path | None = None) -> Path:
+    """Write the model and return its path; it has the tokenizer of that GGUF file, or none."""
     out = GGUFWriter(path, "qwen3moe" if shape.n_experts else "llama")
     _describe(out, shape)
+    if tokenizer is None:
+        out.add_tokenizer_model("none")
+    else:
+        _copy_tokenizer(out, tokenizer)
     for name, dims in tensors(shape):
         is_matrix = len(dims) > 1
         kind = GGMLQuantizationType.BF16 if is_matrix else GGMLQuantizationType.F32
@@ -141,7 +145,14 @@ def _describe(out: GGUFWriter, shape: Shape) -> None:
         out.add_expert_used_count(8)
         out.add_expert_feed_forward_length(shape.ffn)
     out.add_vocab_size(shape.n_vocab)
-    out.add_tokenizer_model("none")
+
+
+def _copy_tokenizer(out: GGUFWriter, path: Path) -> None:
+    for field in GGUFReader(path).fields.values():
+        if field.name.startswith("tokenizer."):
+            kind, element = field.types[0], field.types[-1]
+            is_list = kind == GGUFValueType.ARRAY
+            out.add_key_value(field.name, field.contents(), kind, element if is_list else None)
 
 
 class _Weights:
@@ -170,12 +181,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("shape", choices=sorted(SHAPES))
     parser.add_argument("path", type=Path)
+    parser.add_argument("--tokenizer", type=Path, help="a GGUF file with a vocabulary of this size")
     parser.add_argument("--gb", type=float, help="cut the layers to a file of this size")
     arguments = parser.parse_args()
     shape = SHAPES[arguments.shape]
     if arguments.gb:
         shape = cut(shape, int(arguments.gb * 1e9))
-    write(arguments.path, shape)
+    write(arguments.path, shape, tokenizer=arguments.tokenizer)
     print(f"{arguments.path}: {shape}, {arguments.path.stat().st_size / 1e9:.2f} GB")
 
 

@@ -172,7 +172,8 @@ class RemoteRunner:
             for ids, found in zip(request.ids, answer.fingerprints, strict=True):
                 self._check(ids, found, done.worker.name)
             kld = unpack_float64(answer.kld)
-            yield positions[position], ForwardResult(kld, answer.nmse, answer.why_whole)
+            errors = None if answer.errors is None else unpack_float64(answer.errors)
+            yield positions[position], ForwardResult(kld, answer.nmse, answer.why_whole, errors)
 
     def _compare(self, wanted: ForwardRequest) -> Task:
         ids = tuple(pack_ids(part) for part in wanted.sequences)
@@ -182,7 +183,11 @@ class RemoteRunner:
             changed = "{} as {}".format(*wanted.changes[0])
         label = f"{changed}, sequence {' and '.join(numbers) or '?'}"
         request = Compare(
-            ids=ids, changes=wanted.changes, prepared=self._prepared, start=wanted.start
+            ids=ids,
+            changes=wanted.changes,
+            prepared=self._prepared,
+            start=wanted.start,
+            end=wanted.end,
         )
         return self._task(label, request)
 

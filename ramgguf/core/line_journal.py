@@ -4,9 +4,9 @@ One JSON object per line: the settings first, then the steps.
 """
 
 from pathlib import Path
-from typing import Generic, Self, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from ramgguf.core.documents import FrozenModel
 from ramgguf.core.errors import PlanError
@@ -20,13 +20,16 @@ T = TypeVar("T", bound=FrozenModel)
 class LineJournal(Generic[S, T]):
     """Settings and steps of a run of this kind. Use as a context manager.
 
+    step is the type of steps, or a union of types that differ in their fields.
     Raises PlanError when the file is something else, or another process is writing it.
     """
 
-    def __init__(self, path: Path, settings: type[S], step: type[T], kind: str) -> None:
+    def __init__(self, path: Path, settings: type[S], step: Any, kind: str) -> None:
         self.settings: S | None = None
         self.steps: list[T] = []
-        self._path, self._types, self._kind = path, (settings, step), kind
+        self._path, self._kind = path, kind
+        self._settings_type = settings
+        self._step: TypeAdapter[T] = TypeAdapter(step)
         self._file = LineFile(path, error=PlanError)
         try:
             self._read(self._file.lines)
@@ -54,13 +57,12 @@ class LineJournal(Generic[S, T]):
         self._file.append(json_text(value.model_dump_json()).encode())
 
     def _read(self, lines: list[bytes]) -> None:
-        settings, step = self._types
         try:
             for number, line in enumerate(lines):
                 if number == 0:
-                    self.settings = settings.model_validate_json(line)
+                    self.settings = self._settings_type.model_validate_json(line)
                 else:
-                    self.steps.append(step.model_validate_json(line))
+                    self.steps.append(self._step.validate_json(line))
         except ValidationError as e:
             raise PlanError(
                 f"{self._path}: line {number + 1} is not of a {self._kind} run "

@@ -26,24 +26,29 @@ class ForwardRequest:
     """Sequences to decode while these tensors have these formats, all others their own.
 
     start is the layer at which a pass may begin: no change acts before it. The result is the same;
-    requests in the order of their starts take the least time.
+    requests in the order of their starts take the least time. end is the layer after which the pass
+    ends, with the error of the residual stream there; None: with the KLD of the output.
     """
 
     changes: tuple[Change, ...]
     sequences: tuple[TokenIds, ...]
     start: int = 0
+    end: int | None = None
 
 
 @dataclass(frozen=True)
 class ForwardResult:
     """KL(original ‖ changed) of every token in nats, sequence after sequence; the changes' NMSE.
 
+    Of a pass that ends at a layer there is no KLD, but errors: of every token, the squared change
+    of the residual stream divided by its square; None where llama.cpp's graph does not name it.
     why_whole says why the pass began at the first layer instead of the start that was asked for.
     """
 
     kld: Floats
     nmse: tuple[float, ...]
     why_whole: str | None = None
+    errors: Floats | None = None
 
 
 class ForwardRunner(Protocol):

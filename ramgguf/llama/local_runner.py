@@ -20,8 +20,9 @@ from ramgguf.llama.forward import (
 )
 from ramgguf.llama.model import Logits
 from ramgguf.llama.patched_model import PatchedModel
-from ramgguf.llama.patched_weights import PatchedWeights
+from ramgguf.llama.patched_weights import Floats, PatchedWeights
 from ramgguf.llama.protocol import TokenIds
+from ramgguf.llama.residuals import Rows
 from ramgguf.llama.system import cpu_name, system_info
 from ramgguf.llama.tokens import TokenRequest, draw_sequences, draw_sets
 from ramgguf.quants.imatrix import Imatrix
@@ -57,6 +58,8 @@ class LocalRunner:
         self._formats: dict[str, str] = {}
         self._nmse: dict[Change, float] = {}
         self._references: dict[bytes, Logits] = {}
+        self._residual_layer: int | None = None
+        self._kept_residuals: dict[bytes, Rows] = {}
         self._refused: dict[int, str] = {}  # layers at which passes cannot begin, and why
 
     def __enter__(self) -> Self:
@@ -122,12 +125,40 @@ class LocalRunner:
         for position, one in enumerate(wanted):
             references = [self._reference(ids) for ids in one.sequences]
             why_whole = self._start(one)
-            self._make(one.changes)
-            pairs = zip(one.sequences, references, strict=True)
-            kld = np.concatenate([self._probe.divergence(ids, logits) for ids, logits in pairs])
+            kld, errors = np.empty(0), None
+            if one.end is None:
+                self._make(one.changes)
+                pairs = zip(one.sequences, references, strict=True)
+                kld = np.concatenate([self._probe.divergence(ids, logits) for ids, logits in pairs])
+            else:
+                errors = self._errors(one, one.end)
             self._file.require_unchanged()
             nmse = tuple(self._nmse[change] for change in one.changes)
-            yield position, ForwardResult(kld, nmse, why_whole)
+            yield position, ForwardResult(kld, nmse, why_whole, errors)
+
+    def _errors(self, one: ForwardRequest, end: int) -> Floats | None:
+        """Return the relative squared error of the residual stream after the layer, by token; None
+        where llama.cpp's graph does not name it.
+        """
+        try:
+            before = [self._residuals(ids, end) for ids in one.sequences]
+            self._make(one.changes)
+            after = [self._probe.residuals(ids, end) for ids in one.sequences]
+        except EngineError:
+            self._make(one.changes)
+            return None
+        parts = [_relative(b, a) for b, a in zip(before, after, strict=True)]
+        return np.concatenate(parts)
+
+    def _residuals(self, ids: TokenIds, layer: int) -> Rows:
+        """Return the original's residual stream after the layer; only one layer's is kept."""
+        if self._residual_layer != layer:
+            self._residual_layer, self._kept_residuals = layer, {}
+        key = ids.tobytes()
+        if key not in self._kept_residuals:
+            self._make(())
+            self._kept_residuals[key] = self._probe.residuals(ids, layer)
+        return self._kept_residuals[key]
 
     def _start(self, one: ForwardRequest) -> str | None:
         """Load the copy from where the pass may begin; return why it is whole, if it has to be.
@@ -177,3 +208,10 @@ class LocalRunner:
             while len(self._references) * logits.nbytes > max(KEPT_LOGITS_BYTES, logits.nbytes):
                 del self._references[next(iter(self._references))]
         return self._references[key]
+
+
+def _relative(before: Rows, after: Rows) -> Floats:
+    """Return Σ(after − before)² / Σ before² of every row."""
+    squares: Floats = np.square(before, dtype=np.float64).sum(-1)
+    changes: Floats = np.square(after - before, dtype=np.float64).sum(-1)
+    return np.divide(changes, squares, out=np.zeros_like(squares), where=squares > 0)

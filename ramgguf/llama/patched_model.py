@@ -23,7 +23,7 @@ from ramgguf.gguf.layered import LayeredCopy
 from ramgguf.gguf.reader import GGUFFile, TensorInfo
 from ramgguf.llama.model import LlamaModel, Logits
 from ramgguf.llama.protocol import TokenIds
-from ramgguf.llama.residuals import layer_inputs
+from ramgguf.llama.residuals import ResidualWatch, Rows, layer_outputs
 from ramgguf.llama.scoring import RowPass
 from ramgguf.quants.roundtrip import stored
 from ramgguf.quants.stand_in import stand_in_metadata, stored_rows, stored_type
@@ -49,6 +49,7 @@ class PatchedModel:
         self._file = file
         self._n_ctx, self._n_threads, self._verbose = n_ctx, n_threads, verbose
         self._rows = RowPass(n_threads)
+        self._watch = ResidualWatch()
         self._inputs: dict[bytes, NDArray[np.float32]] = {}  # of the layer where the copy starts
         types = {} if stand_in is None else {t.name: stored_type(t, stand_in) for t in file.tensors}
         overrides = {} if stand_in is None else stand_in_metadata(stand_in)
@@ -70,6 +71,7 @@ class PatchedModel:
             verbose=self._verbose,
             shards=self._copy.paths,
             takes_rows=self.start > 0,
+            eval_callback=self._watch.callback,
         )
         self.load_seconds = time.perf_counter() - began
         return model
@@ -113,8 +115,7 @@ class PatchedModel:
         if layer == self.start:
             return
         try:
-            given = [self._given(ids) for ids in sequences]
-            rows = layer_inputs(self.model, layer - self.start, given)
+            rows = [self.residuals(ids, layer - 1) for ids in sequences]
             self._reload(layer)
             width = self.model.input_width
             if any(r.shape[1] != width for r in rows):
@@ -166,6 +167,13 @@ class PatchedModel:
         for start, end in self.model.chunks(len(ids)):
             out[start:end] = self.model.decode(given[start:end])
         return out
+
+    def residuals(self, ids: TokenIds, layer: int) -> Rows:
+        """Return the residual stream after the layer, (tokens, columns); no later one is computed.
+
+        Raises EngineError where llama.cpp's graph does not name it.
+        """
+        return layer_outputs(self.model, self._watch, layer - self.start, self._given(ids))
 
     def divergence(self, ids: TokenIds, reference: Logits) -> NDArray[np.float64]:
         """Return KL(reference ‖ now) in nats for every token of the sequence.

@@ -1,7 +1,6 @@
-"""The residual stream between two layers of a model, captured while it reads sequences."""
+"""The residual stream between two layers of a model, captured while it reads a sequence."""
 
 import ctypes
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,22 +12,28 @@ from ramgguf.llama.model import LlamaModel
 from ramgguf.llama.system import llama_module
 
 Rows = NDArray[np.float32]
+NODE = "l_out-{}"  # what llama.cpp calls the output of a layer
 
 
-class _Watch:
-    """An evaluation callback that takes one node of every graph, and ends the graph there."""
+class ResidualWatch:
+    """An evaluation callback that takes what a layer puts out, and ends the graph there.
 
-    def __init__(self, node: bytes) -> None:
+    Graphs run as without it while `layer` is None.
+    """
+
+    def __init__(self) -> None:
         ggml.check_layout()
-        self._node = node
+        self.layer: int | None = None
         self._taken: Rows | None = None
         self._failure: Exception | None = None
         self.callback: Any = llama_module().ggml_backend_sched_eval_callback(self._called)
 
     def _called(self, pointer: int, ask: bool, _user_data: object) -> bool:
+        if self.layer is None:
+            return not ask
         try:
             tensor = ctypes.cast(pointer, ggml.TensorPointer)
-            if tensor.contents.name != self._node:
+            if tensor.contents.name != NODE.format(self.layer).encode():
                 return not ask
             if not ask:
                 self._taken = ggml.read_array(tensor, np.float32)
@@ -40,26 +45,30 @@ class _Watch:
     def rows(self) -> Rows:
         """Return what the last graph had there, a row for each token."""
         taken, self._taken = self._taken, None
-        if self._failure is not None:
-            raise self._failure
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
         if taken is None:
-            raise EngineError(f"its graph has no node {self._node.decode()}")
+            raise EngineError(f"its graph has no node {NODE.format(self.layer)}")
         return taken.reshape(-1, taken.shape[-1])
 
 
-def layer_inputs(model: LlamaModel, layer: int, sequences: Sequence[NDArray[Any]]) -> list[Rows]:
-    """Return what enters the layer (1 or later), for each sequence: (tokens, columns).
+def layer_outputs(
+    model: LlamaModel, watch: ResidualWatch, layer: int, sequence: NDArray[Any]
+) -> Rows:
+    """Return the residual stream after the layer of a model that has the watch: (tokens, columns).
 
-    Sequences are what the model decodes: token ids, or rows. Raises EngineError where its graph
-    does not name the node.
+    The sequence is what the model decodes: token ids, or rows. The layers after this one are not
+    computed. Raises EngineError where its graph does not name the node.
     """
-    watch, found = _Watch(f"l_out-{layer - 1}".encode()), []
-    with model.watched(watch.callback):
-        for sequence in sequences:
-            model.clear()
-            parts = []
-            for start, end in model.chunks(len(sequence)):
-                model.decode(sequence[start:end], first_output=end - start)
-                parts.append(watch.rows())
-            found.append(np.concatenate(parts))
-    return found
+    watch.layer = layer
+    try:
+        model.clear()
+        parts = []
+        for start, end in model.chunks(len(sequence)):
+            # The last layer computes only the tokens whose logits are asked for.
+            model.decode(sequence[start:end])
+            parts.append(watch.rows())
+        return np.concatenate(parts)
+    finally:
+        watch.layer = None

@@ -77,7 +77,7 @@ class Compare(FrozenModel):
     """Decode sequences while tensors have other formats; answered by Compared.
 
     prepared are all sequences of the run: they are decoded with the original's weights first.
-    start is the layer at which the pass may begin.
+    start is the layer at which the pass may begin, end the one after which it ends, if it does.
     """
 
     kind: Literal["compare"] = "compare"
@@ -85,11 +85,13 @@ class Compare(FrozenModel):
     changes: tuple[tuple[str, str], ...] = ()
     prepared: tuple[str, ...] = ()
     start: int = 0
+    end: int | None = None
 
 
 class Compared(FrozenModel):
     """KLD of every token (base64 of little-endian float64), NMSE of every change, seconds.
 
+    Of a pass that ends at a layer, errors of the residual stream instead of KLD, in the same form.
     why_whole says why the pass began at the first layer, where another was asked for.
     """
 
@@ -99,6 +101,7 @@ class Compared(FrozenModel):
     fingerprints: tuple[str, ...]
     seconds: float
     why_whole: str | None = None
+    errors: str | None = None
 
 
 AnyRunnerRequest = OpenRunner | AboutRunner | DrawIds | Prepare | Compare

@@ -97,13 +97,14 @@ def _compared(runner: LocalRunner, request: Compare) -> Compared:
     runner.fingerprints([unpack_ids(text) for text in request.prepared])
     fingerprints = tuple(runner.fingerprints(ids))
     start = time.perf_counter()
-    ((_, found),) = runner.run([ForwardRequest(request.changes, ids, request.start)])
+    ((_, found),) = runner.run([ForwardRequest(request.changes, ids, request.start, request.end)])
     return Compared(
         kld=pack_float64(found.kld),
         nmse=found.nmse,
         fingerprints=fingerprints,
         seconds=time.perf_counter() - start,
         why_whole=found.why_whole,
+        errors=None if found.errors is None else pack_float64(found.errors),
     )
 
 

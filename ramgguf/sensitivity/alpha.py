@@ -6,9 +6,11 @@ itself serve as well as text, so no data are needed.
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 
 from ramgguf.cluster.runners import opened
@@ -28,12 +30,13 @@ from ramgguf.quants.encoders import EncoderName
 from ramgguf.quants.imatrix import ImportanceSource, load_importance
 from ramgguf.quants.roundtrip import SOURCES
 from ramgguf.quants.stand_in import FINE, StandIn, chosen_stand_in
-from ramgguf.sensitivity.impute import Member, impute
+from ramgguf.sensitivity.carrying import STRIDE, is_carried, layer_pass, tells_errors
+from ramgguf.sensitivity.impute import CARRIED_ERROR, READ_ERROR, Member, impute
 from ramgguf.sensitivity.journal import Journal, Settings
 from ramgguf.sensitivity.readings import PROBE_FORMATS, probe_format, read_all
 from ramgguf.sensitivity.result import ProbeTokens, Sensitivity
-from ramgguf.sensitivity.starts import Depth, Starts
-from ramgguf.sensitivity.timing import Choice, Timer, choose, probe, spread_order
+from ramgguf.sensitivity.starts import Depth, Starts, TensorPass
+from ramgguf.sensitivity.timing import Timer, choose, probe, spread_order
 
 MAX_SEQUENCES = 4
 MAX_REFERENCE_BYTES = 4 << 30
@@ -73,7 +76,9 @@ def measure_alpha(
             _check_resumed(settings, file, request, journal_path)
             _check_computed_alike(settings, passes, journal_path)
         by_name = {t.name: t for t in tensors}
-        wanted = [by_name[name] for name in settings.names]
+        depth = Depth.of(file)
+        wanted = [layer_pass(depth, by_name[name]) for name in settings.carried]
+        wanted += [TensorPass(by_name[name]) for name in settings.names]
         hurry = timer if request.n_sequences is None else None
         read_all(
             file, wanted, passes, settings, journal,
@@ -84,9 +89,9 @@ def measure_alpha(
             raise EngineError(f"{file.paths[0]}: the copy did not come back to the original")
         readings = dict(journal.readings)
         notes = settings.notes
-        if len(readings) < len(wanted):
-            said = f"the time was over after {len(readings)} of {len(wanted)} tensors; the others"
-            notes += (f"{said} are interpolated within their role",)
+        if len(readings) < len(settings.names):
+            said = f"the time was over after {len(readings)} of {len(settings.names)} tensors"
+            notes += (f"{said}; the others are {_between(settings.carried)} within their role",)
         members = [_member(file, t) for t in tensors]
         return Sensitivity(
             ramgguf_version=__version__,
@@ -97,7 +102,7 @@ def measure_alpha(
             cpus=passes.cpus,
             stand_in=settings.stand_in,
             tokens=settings.tokens,
-            tensors=impute(members, readings),
+            tensors=impute(members, readings, journal.layer_readings),
             seconds=timer.spent,
             notes=notes,
         )
@@ -136,18 +141,18 @@ def _settle(
     costs = probe(passes, request, tensors, probe_format, timer.clock)
     depth = Depth.of(file)
 
-    def seconds_of(tensors: Sequence[TensorInfo], n: int) -> float:
-        return Starts.planned(depth, costs, n, tensors).whole(tensors)
+    def seconds_of(work: _Work) -> float:
+        wanted = [layer_pass(depth, t) for t in work.carried] + list(map(TensorPass, work.tensors))
+        return Starts.planned(depth, costs, work.n_sequences, wanted).whole(wanted)
 
     if request.n_sequences is None:
-        n_layers = max(1, file.n_trunk_layers or 1)
-        strides = [_strided(file, tensors, stride) for stride in range(1, n_layers + 1)]
-        choice = choose(seconds_of, most, strides, timer, announce)
+        works = _works(file, tensors, most, passes, request)
+        work, seconds = choose(works, seconds_of, timer, announce)
     else:
-        every = _strided(file, tensors, 1)
-        choice = Choice(most, every, seconds_of(every, most))
-    n_sequences, names = choice.n_sequences, tuple(t.name for t in choice.tensors)
-    seconds = timer.spent + choice.seconds
+        work = _Work(most, _strided(file, tensors, 1))
+        seconds = seconds_of(work)
+    n_sequences, names = work.n_sequences, tuple(t.name for t in work.tensors)
+    seconds += timer.spent
     promise = (
         f"{len(names)} of {len(tensors)} tensors × {n_sequences} sequences of {request.n_ctx} "
         f"tokens ({request.tokens}), about {format_seconds(seconds)}"
@@ -159,7 +164,7 @@ def _settle(
     if len(names) < len(tensors):
         notes.append(
             f"to keep to {format_seconds(timer.limit)}, {len(names)} of {len(tensors)} tensors "
-            "were measured; those between are interpolated within their role"
+            f"were measured; those between are {_between(work.carried)} within their role"
         )
     digest = hashlib.sha256(b"".join(ids.tobytes() for ids in sequences)).hexdigest()
     return Settings(
@@ -177,11 +182,62 @@ def _settle(
         ),
         ids=tuple(tuple(int(i) for i in ids) for ids in sequences),
         names=names,
+        carried=tuple(t.name for t in work.carried),
         fingerprint=passes.prepare(sequences),
         promise=promise,
         notes=tuple(notes),
         costs=costs,
     )
+
+
+def _between(carried: Sequence[object]) -> str:
+    return "carried or interpolated" if carried else "interpolated"
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What may be read: sequences, and tensors in the order in which they tell most.
+
+    carried are those whose effect on a layer is read, too.
+    """
+
+    n_sequences: int
+    tensors: tuple[TensorInfo, ...]
+    carried: tuple[TensorInfo, ...] = ()
+
+    @property
+    def expected_error(self) -> float:
+        """The relative error of α."""
+        read = READ_ERROR / math.sqrt(self.n_sequences)
+        return math.hypot(read, CARRIED_ERROR) if self.carried else read
+
+
+def _works(
+    file: GGUFFile,
+    tensors: Sequence[TensorInfo],
+    most: int,
+    passes: ForwardRunner,
+    request: TokenRequest,
+) -> list[_Work]:
+    """Return what may be read on up to so many sequences, the least error first.
+
+    All tensors; those of every STRIDE-th layer and what cannot be carried from there; then, on one
+    sequence, those of ever fewer layers.
+    """
+    numbers = range(1, most + 1)
+    strides = range(1, max(1, file.n_trunk_layers or 1) + 1)
+    every, *fewer = (_strided(file, tensors, stride) for stride in strides)
+    carried = tuple(t for t in every if is_carried(file, t))
+    if not carried or not tells_errors(passes, Depth.of(file), carried[0], request):
+        carried = ()
+    works = [_Work(n, every) for n in numbers]
+    if carried and len(fewer) >= STRIDE:
+        apart = fewer[STRIDE - 2]
+        some = (*apart, *(t for t in every if t not in carried and t not in apart))
+        works += [_Work(n, some, carried) for n in numbers]
+        fewer = fewer[STRIDE - 1 :]
+    works.sort(key=lambda work: work.expected_error)
+    return [*works, *(_Work(1, tensors, carried) for tensors in fewer)]
 
 
 def _reference_bytes(file: GGUFFile, n_sequences: int, n_ctx: int) -> int:

@@ -11,7 +11,7 @@ from ramgguf.gguf.identity import Source
 from ramgguf.llama.protocol import TokenIds
 from ramgguf.quants.encoders import EncoderName
 from ramgguf.quants.imatrix import ImportanceSource
-from ramgguf.sensitivity.result import ProbeTokens, Reading
+from ramgguf.sensitivity.result import LayerReading, ProbeTokens, Reading
 from ramgguf.sensitivity.timing import Costs
 
 
@@ -19,7 +19,8 @@ class Settings(FrozenModel):
     """What a run was settled to do: tokens, tensors, and what was promised about its cost.
 
     fingerprint is of the unchanged model's logits: where another one is found, numbers differ.
-    names are in the order in which they are read, costs what was expected of that.
+    names are in the order in which they are read, costs what was expected of that. carried are the
+    tensors whose effect on a layer is read, to carry the α of names to those that are not in names.
     """
 
     source: Source
@@ -29,6 +30,7 @@ class Settings(FrozenModel):
     tokens: ProbeTokens
     ids: tuple[tuple[int, ...], ...]
     names: tuple[str, ...]
+    carried: tuple[str, ...] = ()
     fingerprint: str | None = None
     promise: str
     notes: tuple[str, ...]
@@ -40,12 +42,18 @@ class Settings(FrozenModel):
         return tuple(np.array(ids, np.int32) for ids in self.ids)
 
 
-class Journal(LineJournal[Settings, Reading]):
+class Journal(LineJournal[Settings, Reading | LayerReading]):
     """Settings, and readings by the tensor's name."""
 
     def __init__(self, path: Path) -> None:
-        super().__init__(path, Settings, Reading, "sensitivity")
+        super().__init__(path, Settings, Reading | LayerReading, "sensitivity")
 
     @property
     def readings(self) -> dict[str, Reading]:
-        return {r.name: r for r in self.steps}
+        """What tensors do to the output."""
+        return {r.name: r for r in self.steps if isinstance(r, Reading)}
+
+    @property
+    def layer_readings(self) -> dict[str, LayerReading]:
+        """What tensors do to the residual stream after a layer."""
+        return {r.name: r for r in self.steps if isinstance(r, LayerReading)}

@@ -1,8 +1,10 @@
 """All readings of a run, in the order that takes the least time, as far as the time reaches."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from ramgguf.core.errors import EngineError
 from ramgguf.core.progress import Progress
 from ramgguf.gguf.architecture import layer_of
 from ramgguf.gguf.reader import GGUFFile, TensorInfo
@@ -10,8 +12,8 @@ from ramgguf.llama.forward import ForwardRequest, ForwardResult, ForwardRunner
 from ramgguf.llama.token_statistics import standard_error
 from ramgguf.quants import formats
 from ramgguf.sensitivity.journal import Journal, Settings
-from ramgguf.sensitivity.result import FIRST_TOKENS, Reading
-from ramgguf.sensitivity.starts import Depth, Starts
+from ramgguf.sensitivity.result import FIRST_TOKENS, LayerReading, Reading
+from ramgguf.sensitivity.starts import Depth, Starts, TensorPass
 from ramgguf.sensitivity.timing import Costs, Timer
 
 # The first that suits a tensor's rows is its probe: 4-bit errors are where plans are made.
@@ -26,7 +28,7 @@ def probe_format(tensor: TensorInfo) -> str:
 
 def read_all(
     file: GGUFFile,
-    wanted: Sequence[TensorInfo],
+    wanted: Sequence[TensorPass],
     passes: ForwardRunner,
     settings: Settings,
     journal: Journal,
@@ -35,7 +37,7 @@ def read_all(
     announce: Callable[[str], None],
     timer: Timer | None,
 ) -> None:
-    """Add to the journal what the tensors' quantizations do to the output, one by one.
+    """Add to the journal what the tensors' quantizations do to the output or a layer, one by one.
 
     wanted come in the order in which they tell most. They are read by the layer at which their
     passes begin; with a timer, of those as far down the order as the time reaches, one at least,
@@ -43,7 +45,7 @@ def read_all(
     """
     n = len(settings.sequences)
     costs = replace(settings.costs or Costs(0.0, 1.0, 0.0), reload=passes.reload_seconds)
-    left = [t for t in wanted if t.name not in journal.readings]
+    left = [one for one in wanted if not _is_read(one, journal)]
     depth = Depth.of(file)
     starts = Starts.planned(depth, costs, n, left)
     shown = _Shown(progress, costs)
@@ -54,6 +56,11 @@ def read_all(
     pace, at = _Pace(), 0
     ends = _ends(wanted) if timer is not None else frozenset()
     shown.start(Starts.planned(depth, costs, n, wanted), wanted, left)
+
+    def order(one: TensorPass) -> tuple[int, int, bool]:
+        # What a layer puts out is kept of one layer at a time.
+        return starts.start(one.tensor), depth.first(one.tensor), one.end is None
+
     try:
         while left:
             fitting = left
@@ -61,15 +68,20 @@ def read_all(
                 # The last pass, which shows that the copy is whole, has to follow.
                 seconds = starts.seconds(left, at)
                 in_time = (timer.has_time(pace.slower * (s + starts.last)) for s in seconds)
-                fitting = [t for t, fits in zip(left, in_time, strict=True) if fits]
+                fitting = [one for one, fits in zip(left, in_time, strict=True) if fits]
             if not fitting:
                 return
-            now = [t for t in fitting if t.name in ends] or fitting
-            ahead = [t for t in now if starts.start(t) >= at] or now
-            part = sorted(ahead, key=starts.start)[:step]
+            now = [one for one in fitting if one in ends] or fitting
+            ahead = [one for one in now if starts.start(one.tensor) >= at] or now
+            part = sorted(ahead, key=order)[:step]
             asked = [
-                ForwardRequest(((t.name, probe_format(t)),), settings.sequences, starts.start(t))
-                for t in part
+                ForwardRequest(
+                    ((one.tensor.name, probe_format(one.tensor)),),
+                    settings.sequences,
+                    starts.start(one.tensor),
+                    one.end,
+                )
+                for one in part
             ]
             expected, begun = starts.seconds(part, at)[-1], timer.spent if timer else 0.0
             at, why_whole = asked[-1].start, None
@@ -80,8 +92,8 @@ def read_all(
                 why_whole = why_whole or found.why_whole
             if timer is not None:
                 pace.add(timer.spent - begun, expected)
-            done = {t.name for t in part}
-            left = [t for t in left if t.name not in done]
+            done = set(part)
+            left = [one for one in left if one not in done]
             if why_whole is not None and len(starts.layers) > 1:
                 announce(f"passes begin at the first layer: {why_whole}")
                 starts, at = Starts(depth, costs, n), 0
@@ -90,18 +102,31 @@ def read_all(
         progress.finish()
 
 
-def _ends(wanted: Sequence[TensorInfo]) -> frozenset[str]:
-    """Return the names of the tensors outside of layers, and in the first and the last two."""
-    layers = sorted({layer for t in wanted if (layer := layer_of(t.name)) is not None})
+def _is_read(one: TensorPass, journal: Journal) -> bool:
+    return one.tensor.name in (journal.readings if one.end is None else journal.layer_readings)
+
+
+def _ends(wanted: Sequence[TensorPass]) -> frozenset[TensorPass]:
+    """Return the whole passes of tensors outside of layers, and in the first and last two."""
+    whole = [one for one in wanted if one.end is None]
+    layers = sorted({layer for one in whole if (layer := layer_of(one.tensor.name)) is not None})
     ends = {None, *layers[:2], *layers[-2:]}
-    return frozenset(t.name for t in wanted if layer_of(t.name) in ends)
+    return frozenset(one for one in whole if layer_of(one.tensor.name) in ends)
 
 
-def _reading(tensor: TensorInfo, found: ForwardResult, n_sequences: int) -> Reading:
+def _reading(one: TensorPass, found: ForwardResult, n_sequences: int) -> Reading | LayerReading:
+    name, format_name = one.tensor.name, probe_format(one.tensor)
+    if one.end is not None:
+        error = math.nan if found.errors is None else float(found.errors.mean())
+        if not math.isfinite(error):
+            raise EngineError(f"{name} as {format_name}: layer {one.end} puts out no finite values")
+        return LayerReading(
+            name=name, format=format_name, nmse=found.nmse[0], layer=one.end, error=error
+        )
     late = found.kld.reshape(n_sequences, -1)[:, FIRST_TOKENS:]
     return Reading(
-        name=tensor.name,
-        format=probe_format(tensor),
+        name=name,
+        format=format_name,
         nmse=found.nmse[0],
         kld=max(0.0, float(found.kld.mean())),
         standard_error=standard_error(found.kld),
@@ -147,20 +172,20 @@ class _Shown:
         self._done, self._told = 0.0, 0
 
     def start(
-        self, starts: Starts, wanted: Sequence[TensorInfo], left: Sequence[TensorInfo]
+        self, starts: Starts, wanted: Sequence[TensorPass], left: Sequence[TensorPass]
     ) -> None:
         """Begin with what is done of the wanted tensors."""
         self._starts = starts
-        names = {t.name for t in left}
+        to_do = set(left)
         self._done, self._told = 0.0, 0
         total = self._second * sum(map(starts.reading, wanted))
         self._progress.start("sensitivity", max(1, round(total)), "passes")
-        for tensor in wanted:
-            if tensor.name not in names:
-                self.advance(tensor)
+        for one in wanted:
+            if one not in to_do:
+                self.advance(one)
 
-    def advance(self, tensor: TensorInfo) -> None:
+    def advance(self, one: TensorPass) -> None:
         """Count a reading."""
-        self._done += self._second * self._starts.reading(tensor)
+        self._done += self._second * self._starts.reading(one)
         told, self._told = self._told, round(self._done)
         self._progress.advance(self._told - told)

@@ -13,7 +13,7 @@ from ramgguf.quants.encoders import EncoderName
 from ramgguf.quants.imatrix import ImportanceSource
 
 FIRST_TOKENS = 8
-Origin = Literal["measured", "interpolated", "idle", "role"]
+Origin = Literal["measured", "carried", "interpolated", "idle", "role"]
 
 
 class ProbeTokens(FrozenModel):
@@ -47,10 +47,24 @@ class Reading(FrozenModel):
         return self.kld / self.nmse if self.nmse > 0 else 0.0
 
 
+class LayerReading(FrozenModel):
+    """One tensor replaced by its quantization in `format`: NMSE, and what that does to a layer.
+
+    error is Σδ²/Σx² of the residual stream x after the layer, the mean over tokens.
+    """
+
+    name: str
+    format: str
+    nmse: NonNegativeFloat
+    layer: NonNegative
+    error: NonNegativeFloat
+
+
 class TensorSensitivity(FrozenModel):
     """What a tensor's α is taken to be, with its relative standard error, and where it is from.
 
-    measured: from its reading, shrunk to its role's median by the reading's error. interpolated:
+    measured: from its reading, shrunk to its role's median by the reading's error. carried: from
+    its layer reading, times the KLD per error of its role in the layers around it. interpolated:
     from its role's readings in the layers around it. idle: the tokens never exercised it, so it
     has its role's median. role: nothing was read near it, so it has the role's median, too.
     """
@@ -63,6 +77,7 @@ class TensorSensitivity(FrozenModel):
     relative_error: NonNegativeFloat
     origin: Origin
     reading: Reading | None = None
+    layer_reading: LayerReading | None = None
 
 
 class Sensitivity(Document):

@@ -28,12 +28,14 @@ class Depth:
     """What a pass has to compute from each layer on.
 
     shares[s] is what a pass from layer s on takes of a whole one, by the weights that tokens are
-    multiplied with; period: passes may begin at its multiples.
+    multiplied with, head what all that follows the layers takes; period: passes may begin at its
+    multiples.
     """
 
     shares: tuple[float, ...]
     tied: bool
     period: int = 1
+    head: float = 0.0
 
     @classmethod
     def of(cls, file: GGUFFile) -> "Depth":
@@ -55,11 +57,24 @@ class Depth:
         after = list(accumulate(reversed(layers), initial=head))[:0:-1]
         period = file.metadata.integer(f"{arch}.attention.sliding_window_pattern")
         shares = tuple(n / after[0] if after[0] else 1.0 for n in after)
-        return cls(shares, tied, max(1, period or _PERIODS.get(arch, 1)))
+        whole = after[0] if after[0] else 1.0
+        return cls(shares, tied, max(1, period or _PERIODS.get(arch, 1)), head / whole)
 
     def first(self, tensor: TensorInfo) -> int:
         """Return the first layer that computes something else when the tensor is changed."""
         return first_layer(tensor.name, len(self.shares), tied=self.tied)
+
+    def after(self, layer: int) -> float:
+        """Return what a pass from behind the layer on takes of a whole one."""
+        return self.shares[layer + 1] if layer + 1 < len(self.shares) else self.head
+
+
+@dataclass(frozen=True)
+class TensorPass:
+    """A pass with one tensor changed, over all sequences; it may end after a layer."""
+
+    tensor: TensorInfo
+    end: int | None = None
 
 
 @dataclass(frozen=True)
@@ -73,16 +88,19 @@ class Starts:
 
     @classmethod
     def planned(
-        cls, depth: Depth, costs: Costs, n_sequences: int, tensors: Iterable[TensorInfo]
+        cls, depth: Depth, costs: Costs, n_sequences: int, passes: Iterable[TensorPass]
     ) -> "Starts":
-        """Return the starts with which reading the tensors takes the least time."""
+        """Return the starts with which the passes take the least time.
+
+        What a pass leaves out behind its end is the same wherever it starts.
+        """
         whole = cls(depth, costs, n_sequences)
         if costs.reload is None:
             return whole
         n_layers = len(depth.shares)
         n_read = [0] * n_layers
-        for tensor in tensors:
-            n_read[depth.first(tensor)] += 1
+        for one in passes:
+            n_read[depth.first(one.tensor)] += 1
         before = list(accumulate(n_read, initial=0))  # readings of layers before each one
         each = n_sequences * costs.each / costs.n_workers
         layers = range(0, n_layers, depth.period)
@@ -107,10 +125,11 @@ class Starts:
         first = self.depth.first(tensor)
         return max(layer for layer in self.layers if layer <= first)
 
-    def reading(self, tensor: TensorInfo) -> float:
-        """Return the seconds of a reading of the tensor."""
-        share = self.depth.shares[self.start(tensor)]
-        return self.costs.reading(tensor, self.n_sequences, share)
+    def reading(self, one: TensorPass) -> float:
+        """Return the seconds of a pass, and of making its tensor."""
+        share = self.depth.shares[self.start(one.tensor)]
+        share -= 0.0 if one.end is None else self.depth.after(one.end)
+        return self.costs.reading(one.tensor, self.n_sequences, share)
 
     def switch(self, start: int, then: int) -> float:
         """Return the seconds of going from one start to another: to load, capture and check."""
@@ -122,23 +141,30 @@ class Starts:
         captured = self.n_sequences * (shares[start] - shares[then])
         return costs.reload + costs.each * (captured + shares[then])
 
-    def seconds(self, tensors: Iterable[TensorInfo], at: int = 0) -> list[float]:
-        """Return the seconds of reading the first 1, 2, … of the tensors, from start `at` on."""
-        found, total, seen = list[float](), 0.0, {at}
-        for tensor in tensors:
-            start = self.start(tensor)
+    def seconds(self, passes: Iterable[TensorPass], at: int = 0) -> list[float]:
+        """Return the seconds of the first 1, 2, … of the passes, from start `at` on.
+
+        With the first that ends at a layer comes the original's pass to there.
+        """
+        found, total, seen, ends = list[float](), 0.0, {at}, set[int]()
+        for one in passes:
+            start = self.start(one.tensor)
             if start not in seen:
                 seen.add(start)
                 total += self.switch(self._before[start] if start else at, start)
-            total += self.reading(tensor)
+            total += self.reading(one)
+            if one.end is not None and one.end not in ends:
+                ends.add(one.end)
+                share = self.depth.shares[start] - self.depth.after(one.end)
+                total += self.n_sequences * self.costs.each * share / self.costs.n_workers
             found.append(total)
         return found
 
-    def whole(self, tensors: Sequence[TensorInfo]) -> float:
+    def whole(self, passes: Sequence[TensorPass]) -> float:
         """Return what is still to come: tokens, the original's passes, readings, the last pass."""
         costs, n = self.costs, self.n_sequences
         before = n * (costs.drawing + costs.each)
-        readings = self.seconds(tensors)[-1] if tensors else 0.0
+        readings = self.seconds(passes)[-1] if passes else 0.0
         return before + readings + self.last
 
     @property

@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 from ramgguf.core.units import format_seconds
 from ramgguf.gguf.reader import TensorInfo
@@ -16,6 +17,7 @@ from ramgguf.llama.tokens import TokenRequest
 
 Clock = Callable[[], float]
 FormatOf = Callable[[TensorInfo], str]
+W = TypeVar("W")
 
 _DRAWN = 16  # tokens that the drawing of a sequence is judged by
 # By how much of its time a run may be late before it stops reading. What is left until 1.25 is for
@@ -93,42 +95,29 @@ def probe(
     return Costs(drawing, each, encoding, passes.n_workers, passes.reload_seconds)
 
 
-@dataclass(frozen=True)
-class Choice:
-    """What is to be read: tensors in the order in which they tell most, and sequences."""
-
-    n_sequences: int
-    tensors: tuple[TensorInfo, ...]
-    seconds: float
-
-
 def choose(
-    seconds_of: Callable[[Sequence[TensorInfo], int], float],
-    most_sequences: int,
-    strides: Sequence[Sequence[TensorInfo]],
+    works: Sequence[W],
+    seconds_of: Callable[[W], float],
     timer: Timer,
     announce: Callable[[str], None],
-) -> Choice:
-    """Return the most that fits the time: all tensors, or else fewer layers on one sequence.
+) -> tuple[W, float]:
+    """Return the first that fits the time, and its seconds; works come with the best first.
 
-    seconds_of tells what is still to come for tensors on so many sequences. strides are choices of
-    tensors, all of them first, the fewest last. Where not even these fit, announce gets the least
+    seconds_of tells what is still to come. Where not even the last fits, announce gets the least
     time, to which the run then keeps.
     """
     left = timer.limit - timer.spent
-    choices = [(n, strides[0]) for n in range(most_sequences, 0, -1)]
-    choices += [(1, tensors) for tensors in strides[1:]]
-    for n, tensors in choices:
-        seconds = seconds_of(tensors, n)
+    for work in works:
+        seconds = seconds_of(work)
         if seconds <= left:
-            return Choice(n, tuple(tensors), seconds)
+            return work, seconds
     least = timer.spent + seconds
     announce(
         f"{format_seconds(timer.seconds)} are too short: the least possible here is about "
         f"{format_seconds(least)}, loading and probing included"
     )
     timer.limit = least
-    return Choice(1, tuple(strides[-1]), seconds)
+    return works[-1], seconds
 
 
 def spread_order(n: int) -> list[int]:

@@ -12,10 +12,11 @@ pytest.importorskip("llama_cpp")
 import small_models
 from ramgguf.core.errors import EngineError
 from ramgguf.gguf.reader import open_gguf
+from ramgguf.llama import residuals
 from ramgguf.llama.forward import ForwardRequest
 from ramgguf.llama.local_runner import LocalRunner
 from ramgguf.llama.patched_model import PatchedModel
-from ramgguf.llama.residuals import layer_inputs
+from ramgguf.llama.patched_weights import PatchedWeights
 from small_models import ARCHITECTURES, Architecture, write_small_model
 from tiny_models import write_tiny_model
 
@@ -126,5 +127,71 @@ def test_a_graph_without_the_node_is_an_error(tmp_path: Path) -> None:
     ):
         before = model.logits(IDS[0])
         with pytest.raises(EngineError, match="no node l_out-6"):
-            layer_inputs(model.model, 7, IDS)
+            model.residuals(IDS[0], 6)
         assert np.array_equal(model.logits(IDS[0]), before)
+
+
+def test_a_pass_that_ends_at_a_layer_tells_the_error_there_wherever_it_begins(
+    tmp_path: Path,
+) -> None:
+    path = write_tiny_model(tmp_path / "deep.gguf", weight_type="F16", n_layers=6)
+    change = ("blk.3.ffn_up.weight", "Q4_0")
+    with (
+        open_gguf(path) as file,
+        LocalRunner(file, tmp_path, n_ctx=64, threads=1, encoder="rtn", imatrix=None) as runner,
+    ):
+        wanted = [
+            ForwardRequest((change,), IDS, 0, 4),
+            ForwardRequest((), IDS, 0, 4),
+            ForwardRequest((change,), IDS, 2, 4),
+            ForwardRequest((change,), IDS, 3, 5),  # the last layer
+            ForwardRequest((change,), IDS, 0, 2),  # before the change
+            ForwardRequest((change,), IDS),
+            ForwardRequest((), IDS),
+        ]
+        found = [result for _, result in runner.run(wanted)]
+    with (
+        open_gguf(path) as file,
+        PatchedModel(file, tmp_path, n_ctx=64, n_threads=1) as model,
+    ):
+        weights = PatchedWeights(file, model, "rtn", None, 1)
+        before = [model.residuals(ids, 4).astype(np.float64) for ids in IDS]
+        weights.put(*change)
+        after = [model.residuals(ids, 4).astype(np.float64) for ids in IDS]
+        at_layer_3 = model.residuals(IDS[0], 3)
+        ended = [((a - b) ** 2).sum(1) / (b**2).sum(1) for a, b in zip(after, before, strict=True)]
+        assert not np.array_equal(at_layer_3, after[0])
+    errors = [result.errors for result in found]
+    assert errors[0] is not None
+    assert errors[0] == pytest.approx(np.concatenate(ended), rel=1e-5)
+    assert errors[1] is not None
+    assert not errors[1].any()
+    assert errors[2] is not None
+    assert np.array_equal(errors[0], errors[2])
+    assert errors[3] is not None
+    assert errors[3].shape == (96,)
+    assert errors[3].min() > 0
+    assert errors[4] is not None
+    assert not errors[4].any()
+    assert [len(result.kld) for result in found] == [0, 0, 0, 0, 0, 96, 96]
+    assert errors[5] is errors[6] is None
+    assert found[5].kld.any()
+    assert not found[6].kld.any()
+    assert {result.nmse for result in found if result.nmse} == {found[0].nmse}
+
+
+def test_where_a_graph_does_not_name_its_layers_a_pass_that_ends_there_tells_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_tiny_model(tmp_path / "deep.gguf", weight_type="F16", n_layers=4)
+    change = ("blk.1.ffn_up.weight", "Q4_0")
+    with (
+        open_gguf(path) as file,
+        LocalRunner(file, tmp_path, n_ctx=64, threads=1, encoder="rtn", imatrix=None) as runner,
+    ):
+        monkeypatch.setattr(residuals, "NODE", "out_of_layer-{}")
+        asked = [ForwardRequest((change,), IDS, end=2), ForwardRequest((change,), IDS)]
+        ended, whole = (result for _, result in runner.run(asked))
+    assert ended.errors is None
+    assert ended.nmse == whole.nmse
+    assert whole.kld.any()

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ramgguf.core.errors import EngineError
-from ramgguf.sensitivity.impute import Member, impute
-from ramgguf.sensitivity.result import Reading, TensorSensitivity
+from ramgguf.sensitivity.impute import CARRIED_ERROR, Member, impute
+from ramgguf.sensitivity.result import LayerReading, Reading, TensorSensitivity
 
 N = 1000
 
@@ -53,6 +53,43 @@ def test_a_reading_far_out_and_sure_is_kept() -> None:
     alphas = [1.0 + 0.01 * i for i in range(19)] + [30.0]
     found = _filled(members, [_reading(m, a, 0.1) for m, a in zip(members, alphas, strict=True)])
     assert found[members[-1].name].alpha == pytest.approx(30, rel=0.05)
+
+
+def test_alpha_is_carried_by_the_error_of_a_layer_times_the_kld_per_error_around_it() -> None:
+    members = _members(9) + _members(9, "attn_q")
+    alphas = [3.0, 0.2, 7.0, 0.5, 40.0, 1.0, 0.3, 2.0, 5.0]
+    # The KLD per error halves from layer to layer; formats' NMSE plays no part.
+    layers = {
+        m.name: LayerReading(
+            name=m.name, format="Q4_0", nmse=0.01 * (1 + k), layer=k + 2,
+            error=alpha * 0.01 * (1 + k) * 2.0**k,
+        )
+        for k, (m, alpha) in enumerate(zip(members, alphas, strict=False))
+    }  # fmt: skip
+    read = [_reading(members[k], alphas[k]) for k in (0, 4, 8)]
+    others = [_reading(members[9 + k], 1.0) for k in (0, 8)]
+    found = impute(members, {r.name: r for r in read + others}, layers)
+    by_name = {t.name: t for t in found}
+    ours = [by_name[m.name] for m in members[:9]]
+    assert [t.origin for t in ours] == ["measured" if k % 4 == 0 else "carried" for k in range(9)]
+    assert [t.alpha for t in ours] == pytest.approx(alphas)
+    assert all(t.relative_error == CARRIED_ERROR for t in ours if t.origin == "carried")
+    assert {by_name[m.name].origin for m in members[10:17]} == {"interpolated"}
+
+
+@pytest.mark.parametrize("error", [0.0, None])
+def test_where_a_layer_reading_tells_nothing_the_role_is_interpolated(error: float | None) -> None:
+    members = _members(5)
+    layers = {
+        m.name: LayerReading(name=m.name, format="Q4_0", nmse=0.01, layer=3, error=e)
+        for m in members
+        if (e := 0.5 if m.layer != 2 else error) is not None
+    }
+    read = [_reading(members[0], 1.0), _reading(members[4], 16.0)]
+    found = {t.name: t for t in impute(members, {r.name: r for r in read}, layers)}
+    assert found[members[2].name].origin == "interpolated"
+    assert found[members[2].name].alpha == pytest.approx(4.0)
+    assert found[members[1].name].origin == "carried"
 
 
 def test_layers_between_are_interpolated_in_the_logarithm() -> None:

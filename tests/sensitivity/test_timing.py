@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 from ramgguf.core.progress import Silent
-from ramgguf.gguf.reader import GGUFFile, TensorInfo, open_gguf
+from ramgguf.gguf.reader import GGUFFile, open_gguf
 from ramgguf.llama.forward import ForwardRequest, ForwardResult
 from ramgguf.llama.protocol import TokenIds
 from ramgguf.llama.tokens import TokenRequest
 from ramgguf.sensitivity.alpha import measure_alpha
 from ramgguf.sensitivity.result import Sensitivity
-from ramgguf.sensitivity.starts import Depth, Starts
+from ramgguf.sensitivity.starts import Depth, Starts, TensorPass
 from ramgguf.sensitivity.timing import Costs, Timer, spread_order
 from tiny_models import write_tiny_model
 
@@ -33,6 +33,7 @@ class Passes:
     weight. From the reading `slow_from` on, everything takes `slower` times as long. With
     reload_seconds, passes begin at the layer that is asked for: getting there takes these, and the
     passes over what is left out and what is left. refuses: they begin at the first in any case.
+    tells_errors: passes may end at a layer.
     """
 
     file: GGUFFile
@@ -44,11 +45,13 @@ class Passes:
     slower: float = 1.0
     reload_seconds: float | None = None
     refuses: bool = False
+    tells_errors: bool = False
     start: int = 0
     starts: list[int] = field(default_factory=list)
     now: float = 0.0
     n_read: int = 0
     known: set[bytes] = field(default_factory=set)
+    ends: set[tuple[int, bytes]] = field(default_factory=set)
     n_workers: int = 1
     n_vocab: int = 260
     build: str = "made up"
@@ -91,9 +94,15 @@ class Passes:
                 self.n_read += 1
             why_whole = self._begin(one)
             share = self.depth.shares[self.start]
+            kld, errors = np.full(N_CTX * len(one.sequences), 0.01 if one.changes else 0.0), None
+            if one.end is not None:
+                share -= self.depth.after(one.end)
+                errors = np.full(len(kld), 1e-3) if self.tells_errors else None
+                if (one.end, one.sequences[0].tobytes()) not in self.ends:
+                    self.ends.add((one.end, one.sequences[0].tobytes()))
+                    self._take(self.each * share * len(one.sequences))
             self._take(self.each * share * len(one.sequences))
-            kld = np.full(N_CTX * len(one.sequences), 0.01 if one.changes else 0.0)
-            yield position, ForwardResult(kld, (0.005,) * len(one.changes), why_whole)
+            yield position, ForwardResult(kld, (0.005,) * len(one.changes), why_whole, errors)
 
     @property
     def depth(self) -> Depth:
@@ -147,7 +156,7 @@ def _run(
 
 def _origins(found: Sensitivity) -> dict[str, int]:
     origins = [t.origin for t in found.tensors]
-    return {origin: origins.count(origin) for origin in ("measured", "interpolated", "role")}
+    return {o: origins.count(o) for o in ("measured", "carried", "interpolated", "role")}
 
 
 @pytest.mark.parametrize("seconds", [6.0, 8.0, 12.0, 30.0, 300.0])
@@ -161,6 +170,8 @@ def _origins(found: Sensitivity) -> dict[str, int]:
         {"each": 0.2},
         {"each": 0.2, "reload_seconds": 0.05},
         {"reload_seconds": 3.0},  # longer than whole passes take in all
+        {"each": 0.2, "tells_errors": True},
+        {"each": 0.2, "reload_seconds": 0.05, "tells_errors": True},
     ],
     ids=lambda costs: "-".join(costs) or "plain",
 )
@@ -219,6 +230,28 @@ def test_a_run_goes_on_from_readings_that_its_time_cut_off(deep: Path, tmp_path:
     assert "tensors are done" in said[0]
 
 
+def test_where_the_time_does_not_reach_alpha_is_carried_from_every_fourth_layer(
+    deep: Path, tmp_path: Path
+) -> None:
+    costs = {"each": 1.0, "reload_seconds": 0.02}
+    (tmp_path / "all").mkdir()
+    whole, all_of_them, _ = _run(deep, tmp_path / "all", 1e4, **costs, tells_errors=True)
+    assert _origins(whole)["measured"] == len(whole.tensors)
+    assert len(all_of_them.ends) == 1  # tried once
+    seconds = 0.85 * all_of_them.now / 4  # one sequence does not fit
+    found, passes, said = _run(deep, tmp_path, seconds, **costs, tells_errors=True)
+    origins = _origins(found)
+    assert origins["interpolated"] == origins["role"] == 0
+    assert origins["carried"] > 0.5 * len(found.tensors)
+    assert passes.now <= seconds * TOLERANCE
+    assert {t.origin for t in found.tensors if t.role == "ffn_down"} == {"measured"}
+    assert all(t.layer_reading is not None for t in found.tensors if t.origin == "carried")
+    assert any("carried or interpolated within their role" in note for note in found.notes)
+    promised = next(line for line in said if "sequences of" in line).rsplit("about ", 1)[1]
+    minutes, _, rest = promised.removesuffix(" s").rpartition(" min ")
+    assert 60 * float(minutes or 0) + float(rest) == pytest.approx(passes.now, rel=0.1)
+
+
 def test_passes_begin_at_several_layers_in_turn_and_take_much_less_time(
     deep: Path, tmp_path: Path
 ) -> None:
@@ -250,25 +283,25 @@ def test_a_model_that_cannot_begin_later_is_tried_once_and_read_by_whole_passes(
 def test_the_starts_are_those_of_least_time_and_at_whole_periods(deep: Path) -> None:
     with open_gguf(deep) as file:
         depth = Depth.of(file)
-        tensors = [t for t in file.tensors if len(t.shape) == 2]
+        passes = [TensorPass(t) for t in file.tensors if len(t.shape) == 2]
     assert depth.shares[0] == 1.0
     assert all(a > b > 0 for a, b in pairwise(depth.shares))
     costs = Costs(0.0, 1.0, 0.0, reload=0.2)
-    planned = Starts.planned(depth, costs, 2, tensors)
-    least = planned.seconds(by_start(planned, tensors))[-1]
+    planned = Starts.planned(depth, costs, 2, passes)
+    least = planned.seconds(by_start(planned, passes))[-1]
     for k in range(1, 8):  # equal parts, of any number, take no less
         layers = tuple(sorted({24 * i // k for i in range(k)}))
         equal = Starts(depth, costs, 2, layers)
-        assert equal.seconds(by_start(equal, tensors))[-1] >= least - 1e-9
-    assert Starts.planned(depth, Costs(0.0, 1.0, 0.0), 2, tensors).layers == (0,)
-    assert Starts.planned(depth, Costs(0.0, 1.0, 0.0, reload=1e6), 2, tensors).layers == (0,)
-    sixes = Starts.planned(replace(depth, period=6), costs, 2, tensors)
+        assert equal.seconds(by_start(equal, passes))[-1] >= least - 1e-9
+    assert Starts.planned(depth, Costs(0.0, 1.0, 0.0), 2, passes).layers == (0,)
+    assert Starts.planned(depth, Costs(0.0, 1.0, 0.0, reload=1e6), 2, passes).layers == (0,)
+    sixes = Starts.planned(replace(depth, period=6), costs, 2, passes)
     assert set(sixes.layers) <= {0, 6, 12, 18}
     assert len(sixes.layers) > 2
 
 
-def by_start(starts: Starts, tensors: Sequence[TensorInfo]) -> list[TensorInfo]:
-    return sorted(tensors, key=starts.start)
+def by_start(starts: Starts, passes: Sequence[TensorPass]) -> list[TensorPass]:
+    return sorted(passes, key=lambda one: starts.start(one.tensor))
 
 
 @pytest.mark.parametrize("n", [0, 1, 2, 5, 22])

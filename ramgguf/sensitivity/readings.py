@@ -45,7 +45,8 @@ def read_all(
     """
     n = len(settings.sequences)
     costs = replace(settings.costs or Costs(0.0, 1.0, 0.0), reload=passes.reload_seconds)
-    left = [one for one in wanted if not _is_read(one, journal)]
+    whole, layers = journal.readings, journal.layer_readings
+    left = [t for t in wanted if t.tensor.name not in (whole if t.end is None else layers)]
     depth = Depth.of(file)
     starts = Starts.planned(depth, costs, n, left)
     shown = _Shown(progress, costs)
@@ -100,10 +101,6 @@ def read_all(
                 shown.start(starts, wanted, left)
     finally:
         progress.finish()
-
-
-def _is_read(one: TensorPass, journal: Journal) -> bool:
-    return one.tensor.name in (journal.readings if one.end is None else journal.layer_readings)
 
 
 def _ends(wanted: Sequence[TensorPass]) -> frozenset[TensorPass]:

@@ -11,7 +11,7 @@ from ramgguf.quants.coverage import coverage_notes
 from ramgguf.quants.imatrix import Imatrix, load_importance, planned_imatrix
 from ramgguf.quants.roundtrip import simulated
 from ramgguf.sensitivity.impute import Member, impute
-from ramgguf.sensitivity.result import Reading, Sensitivity
+from ramgguf.sensitivity.result import Sensitivity
 
 
 def reweighed(
@@ -26,28 +26,42 @@ def reweighed(
     require_model("the sensitivity", sensitivity.source, file)
     notes = coverage_notes(file, imatrix)
     before = planned_imatrix(sensitivity.imatrix)
-    known = [t.reading for t in sensitivity.tensors if t.reading is not None]
-    readings: dict[str, Reading] = {}
+    known = {
+        r.name: r.format
+        for t in sensitivity.tensors
+        for r in (t.reading, t.layer_reading)
+        if r is not None
+    }
+    errors: dict[str, float] = {}
     progress.start("reweigh", len(known), "tensors")
     try:
-        for reading in known:
-            tensor = file.tensor(reading.name)
+        for name, format_name in known.items():
+            tensor = file.tensor(name)
             data, _ = simulated(
-                file, tensor, reading.format, encoder=sensitivity.encoder, imatrix=before
+                file, tensor, format_name, encoder=sensitivity.encoder, imatrix=before
             )
             scale = ErrorWeights.of(tensor, imatrix)
             rows = file.read_rows(tensor, 0, tensor.n_rows)
             stats = scale.compare(tensor.type_name, rows, tensor.type_name, data, 0)
             squares = scale.squares(stats)
-            error = scale.error(stats.errors[0]) / squares if squares else 0.0
-            readings[tensor.name] = reading.model_copy(update={"nmse": error})
+            errors[name] = scale.error(stats.errors[0]) / squares if squares else 0.0
             progress.advance(1)
     finally:
         progress.finish()
+    readings = {
+        t.name: t.reading.model_copy(update={"nmse": errors[t.name]})
+        for t in sensitivity.tensors
+        if t.reading is not None
+    }
+    layer_readings = {
+        t.name: t.layer_reading.model_copy(update={"nmse": errors[t.name]})
+        for t in sensitivity.tensors
+        if t.layer_reading is not None
+    }
     members = [Member(t.name, t.role, t.layer, t.n_weights) for t in sensitivity.tensors]
     update = {
         "imatrix": imatrix.source if imatrix else None,
-        "tensors": impute(members, readings),
+        "tensors": impute(members, readings, layer_readings),
         "notes": (*sensitivity.notes, *(n for n in notes if n not in sensitivity.notes)),
     }
     return sensitivity.model_copy(update=update)

@@ -1,5 +1,6 @@
 """Sensitivity by forward passes: against one's own files, repeated, killed and resumed."""
 
+import importlib
 import os
 import signal
 import subprocess
@@ -345,3 +346,34 @@ def test_what_was_not_read_has_its_roles_median_share_of_late_tokens(
         for t in measured.tensors
     )
     assert measured.model_copy(update={"tensors": older}).late_shares() == {}
+
+
+def test_carried_alpha_is_near_what_whole_passes_read_and_can_be_weighed_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = write_tiny_model(tmp_path / "deep.gguf", weight_type="F16", n_layers=14)
+    whole = ramgguf.sensitivity(model, tokens="random", n_sequences=1, n_ctx=128, threads=1)
+    alpha = importlib.import_module("ramgguf.sensitivity.alpha")
+    monkeypatch.setattr(
+        alpha,
+        "choose",
+        lambda works, seconds_of, timer, announce: next(
+            (work, seconds_of(work)) for work in works if work.carried and work.n_sequences == 1
+        ),
+    )
+    found = ramgguf.sensitivity(model, tokens="random", n_ctx=128, threads=1)
+    assert found.tokens.sha256 == whole.tokens.sha256
+    carried = [t for t in found.tensors if t.origin == "carried"]
+    assert len(carried) > 0.4 * len(found.tensors)
+    read = {t.name: t.alpha for t in whole.tensors}
+    away = np.abs(np.log([t.alpha / read[t.name] for t in carried]))
+    assert np.median(away) < 0.25
+    in_role = {
+        t.role: np.median([read[u.name] for u in carried if u.role == t.role]) for t in carried
+    }
+    assert np.median(away) < 0.8 * np.median(
+        np.abs(np.log([in_role[t.role] / read[t.name] for t in carried]))
+    )
+    same = ramgguf.reweigh(found, model, None)
+    assert [t.origin for t in same.tensors] == [t.origin for t in found.tensors]
+    assert [t.alpha for t in same.tensors] == pytest.approx([t.alpha for t in found.tensors])

@@ -252,6 +252,19 @@ def test_where_the_time_does_not_reach_alpha_is_carried_from_every_fourth_layer(
     assert 60 * float(minutes or 0) + float(rest) == pytest.approx(passes.now, rel=0.1)
 
 
+def test_a_run_that_carries_goes_on_from_its_readings(deep: Path, tmp_path: Path) -> None:
+    costs = {"each": 1.0, "reload_seconds": 0.02, "tells_errors": True}
+    found, passes, _ = _run(deep, tmp_path, 87.0, **costs)
+    assert _origins(found)["carried"] > 0
+    journal = tmp_path / "journal"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(b"".join(lines[: len(lines) // 2]))
+    again, rest, said = _run(deep, tmp_path, 87.0, **costs)
+    assert again.tensors == found.tensors
+    assert 0 < rest.n_read < 0.6 * passes.n_read
+    assert "tensors are done" in said[0]
+
+
 def test_passes_begin_at_several_layers_in_turn_and_take_much_less_time(
     deep: Path, tmp_path: Path
 ) -> None:

@@ -287,9 +287,12 @@ class LlamaModel(Closing):
         self.clear()
         return 0
 
-    def decode(self, tokens: npt.ArrayLike, *, first_output: int = 0) -> Logits:
+    def decode(
+        self, tokens: npt.ArrayLike, *, first_output: int = 0, ends_early: bool = False
+    ) -> Logits:
         """Return the logits (n, n_vocab) of a chunk's tokens from first_output on.
 
+        With ends_early there are none: a callback ends the graph before they are computed.
         The chunk, of at most n_batch tokens, continues the sequence. The array is llama.cpp's own
         memory: it is valid until the next decode, clear or close; copy what must live longer.
         """
@@ -307,7 +310,7 @@ class LlamaModel(Closing):
         if code != 0:
             raise EngineError(f"{self.path}: llama_decode failed with code {code}")
         self._n_past += n
-        n_rows = max(0, n - first_output)
+        n_rows = 0 if ends_early else max(0, n - first_output)
         if n_rows == 0:
             self.decode_seconds += time.perf_counter() - start
             return np.empty((0, self.vocab.n_tokens), dtype=np.float32)

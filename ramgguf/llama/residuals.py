@@ -67,7 +67,7 @@ def layer_outputs(
         parts = []
         for start, end in model.chunks(len(sequence)):
             # The last layer computes only the tokens whose logits are asked for.
-            model.decode(sequence[start:end])
+            model.decode(sequence[start:end], ends_early=True)
             parts.append(watch.rows())
         return np.concatenate(parts)
     finally:

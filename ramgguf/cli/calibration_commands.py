@@ -89,7 +89,7 @@ def calibrate(
         force=force,
         threads=threads,
         progress=terminal.progress,
-        announce=terminal.err.print if not (quiet or as_json) else lambda _: None,
+        announce=terminal.announce,
     )
     if as_json:
         print(to_json(summary(found)))

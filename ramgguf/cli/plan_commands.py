@@ -243,8 +243,6 @@ def explain(
     """Say why each tensor has its format, and what one step up or down would cost and bring."""
     terminal = opt.Terminal.make(quiet=quiet, as_json=as_json)
     explained = api.explain(Plan.load(plan), measurement, sensitivity)
-    if tensor is not None and all(e.assignment.name != tensor for e in explained.tensors):
-        raise PlanError(f"the plan has no tensor {tensor!r}")
     if as_json:
         print(to_json(_explanation(explained, tensor), indent=1))
         return
@@ -267,7 +265,7 @@ def _explanation(explained: PlanExplanation, tensor: str | None) -> dict[str, ob
             "reason": explained.reason(e),
         }
 
-    chosen = [e for e in explained.tensors if tensor in (None, e.assignment.name)]
+    chosen = explained.tensors if tensor is None else (explained.of(tensor),)
     return {"price": explained.price, "tensors": [one(e) for e in chosen]}
 
 

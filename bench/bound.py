@@ -15,22 +15,19 @@ in bits per weight. Rows are added to bench/results/bound.jsonl.
 import argparse
 import json
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from threadpoolctl import threadpool_limits
 
 from provenance import provenance
-from quantized_inputs import layer_matrices
-from ramgguf.core.parallel import default_threads
 from ramgguf.gguf.architecture import layer_of
 from ramgguf.gguf.reader import GGUFFile, open_gguf
 from ramgguf.quants import formats
 from ramgguf.quants.encoders import descent, gptq, points
 from ramgguf.quants.encoders.decoding import decode_rows
 from ramgguf.quants.hessian import Hessian, Hessians, load_hessians
+from rounded import in_threads, layer_matrices
 
 Floats = NDArray[np.float32]
 RESULTS = Path(__file__).parent / "results" / "bound.jsonl"
@@ -100,10 +97,7 @@ def main() -> None:
         last = max(layer_of(n) or 0 for n in matrices)
         chosen = set(np.linspace(0, last, options.layers).round().astype(int).tolist())
         matrices = [n for n in matrices if layer_of(n) in chosen]
-        with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(default_threads()) as pool:
-            found = list(
-                pool.map(lambda n: distances(source, n, hessians, options.formats), matrices)
-            )
+        found = in_threads(lambda n: distances(source, n, hessians, options.formats), matrices)
     for type_name in options.formats:
         cells = []
         for encoder in ENCODERS:

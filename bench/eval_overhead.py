@@ -25,7 +25,7 @@ _DECODE_ONLY = """
 import sys
 from pathlib import Path
 import numpy as np
-from ramgguf.engine import worker
+from ramgguf.llama import worker
 from ramgguf.llama.model import LlamaModel
 paths, n_ctx, n_threads, safe = sys.argv[4:], int(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "1"
 models = [LlamaModel(Path(p), n_ctx=n_ctx, n_threads=n_threads, safe_kernels=safe) for p in paths]

@@ -12,48 +12,35 @@ every domain, as a ratio to that of small.gguf.
 """
 
 import argparse
-import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import gguf
 import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import cho_factor, cho_solve
-from threadpoolctl import threadpool_limits
 
-from ramgguf.calibrate.sources import parse_sources, shares
 from ramgguf.core.parallel import default_threads
-from ramgguf.evaluate import score_held_out
-from ramgguf.gguf.architecture import is_multiplied, layer_of
 from ramgguf.gguf.reader import GGUFFile, open_gguf
-from ramgguf.llama.capture import Tap
-from ramgguf.llama.model import LlamaModel
-from ramgguf.llama.tokens import TokenRequest, draw_sequences
 from ramgguf.quants.decoded import write_decoded
 from ramgguf.quants.encoders import gptq
 from ramgguf.quants.encoders.decoding import decode_rows
 from ramgguf.quants.hessian import Hessian
+from rounded import (
+    N_CTX,
+    Data,
+    Inputs,
+    in_threads,
+    layer_matrices,
+    loaded,
+    print_klds,
+    rounded_copies,
+    sequences,
+)
 
-N_CTX = 512
 Floats = NDArray[np.float32]
-
-
-class Inputs(Tap):
-    """A tap that holds the inputs of the last sequence, by the first weight that has each."""
-
-    def __init__(self, names: Sequence[str]) -> None:
-        super().__init__(names)
-        self.last: dict[str, Floats] = {}
-
-    def _add(self, name: str, x: Floats, at: int, matrices: tuple[int, int]) -> None:
-        super()._add(name, x, at, matrices)
-        if self._taken.owners.get(name) == name:
-            self.last[name] = np.array(x.reshape(-1, x.shape[-1]))
 
 
 @dataclass
@@ -66,38 +53,12 @@ class Moments:
     n_tokens: int = 0
 
 
-def layer_matrices(source: GGUFFile) -> list[str]:
-    """Return the names of the matrices of layers that meet activations and may be quantized."""
-    return [
-        t.name
-        for t in source.tensors
-        if layer_of(t.name) is not None
-        and is_multiplied(t.name, t.shape, source.architecture, tied=False)
-    ]
-
-
-def sequences(source: GGUFFile, n: int) -> Iterator[Any]:
-    """Yield n sequences of the mix's calibration part."""
-    sources = parse_sources("mix", source)
-    with LlamaModel(
-        source.paths[0], n_ctx=N_CTX, n_threads=default_threads(), safe_kernels=True
-    ) as model:
-        for one, count in zip(sources, shares(sources, n), strict=True):
-            request = TokenRequest("rtn", tokens=one.kind, corpus=one.corpus, n_ctx=N_CTX)
-            yield from draw_sequences(model, request, range(count))
-
-
 def moments(source: GGUFFile, decoded: Path, names: Sequence[str], n: int) -> Moments:
     """Read the sequences by both models and return what their inputs have in common."""
     found = Moments()
     taps = [Inputs(names), Inputs(names)]
-    models = [
-        LlamaModel(
-            path, n_ctx=N_CTX, n_threads=default_threads(), safe_kernels=True,
-            eval_callback=tap.callback,
-        )
-        for path, tap in zip((source.paths[0], decoded), taps, strict=True)
-    ]  # fmt: skip
+    paths = (source.paths[0], decoded)
+    models = [loaded(path, tap) for path, tap in zip(paths, taps, strict=True)]
     for ids in sequences(source, n):
         for model, tap in zip(models, taps, strict=True):
             model.clear()
@@ -120,17 +81,13 @@ def rounded_again(
     source: GGUFFile, small: Path, outputs: Mapping[float, Path], found: Moments
 ) -> None:
     """Write the files: small with the matrices of layers rounded anew, by strength."""
-    data: dict[float, dict[str, Any]] = {}
-    for strength, path in outputs.items():
-        shutil.copy(small, path)
-        data[strength] = {t.name: t.data for t in gguf.GGUFReader(path, "r+").tensors}
     formats = {t.name: t.tensor_type.name for t in gguf.GGUFReader(small).tensors}
     weights: dict[str, list[str]] = {}
     for name, owner in found.owners.items():
         if formats[name] in gptq.FORMATS:
             weights.setdefault(owner, []).append(name)
 
-    def corrected(owner: str) -> None:
+    def correct(owner: str, copies: list[Data]) -> None:
         hessian = Hessian.of(found.own[owner], found.n_tokens)
         factor = cho_factor(hessian.damped.astype(np.float64), overwrite_a=True)
         cross = found.cross[owner].T.astype(np.float64) / found.n_tokens
@@ -141,17 +98,13 @@ def rounded_again(
             rows = source.read_rows(tensor, 0, tensor.n_rows)
             w = decode_rows(tensor.type_name, rows, tensor.row_length)
             towards = w @ change
-            for strength, tensors in data.items():
+            for strength, tensors in zip(outputs, copies, strict=True):
                 aim = np.ascontiguousarray(w + np.float32(strength) * towards)
                 blocks = gptq.encode(formats[name], aim, hessian, importance)
                 tensors[name][:] = blocks.reshape(tensors[name].shape)
 
-    with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(default_threads()) as pool:
-        list(pool.map(corrected, weights))
-    for tensors in data.values():
-        for array in tensors.values():
-            if isinstance(array, np.memmap):
-                array.flush()
+    with rounded_copies(small, outputs.values()) as copies:
+        in_threads(lambda owner: correct(owner, copies), weights)
 
 
 def main() -> None:
@@ -171,18 +124,10 @@ def main() -> None:
         for strength in options.strengths:
             outputs[strength] = Path(folder) / f"{strength}.gguf"
         rounded_again(source, options.small, outputs, found)
-        files = [options.small, *outputs.values()]
-        scores = score_held_out(
-            files, options.source, part="gate", n_ctx=options.n_ctx, max_rounds=options.rounds,
-            seconds=None,
+        print_klds(
+            {options.small.stem: options.small, **{f"{s:g}": p for s, p in outputs.items()}},
+            options.source, n_ctx=options.n_ctx, rounds=options.rounds,
         )  # fmt: skip
-    klds = [np.array([w.kld_sum / w.n_tokens for w in s.windows]) for s in scores]
-    for path, kld in zip(files, klds, strict=True):
-        logs = np.log(kld / klds[0])
-        print(
-            f"{path.stem}: KLD {kld.mean():.4f}, × {kld.mean() / klds[0].mean():.3f}, "
-            f"mean log ratio {logs.mean():+.3f} ± {logs.std(ddof=1) / np.sqrt(len(logs)):.3f}"
-        )
 
 
 if __name__ == "__main__":

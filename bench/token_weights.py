@@ -11,27 +11,29 @@ held-out windows of every domain, as a ratio to that of `all`.
 """
 
 import argparse
-import shutil
 import tempfile
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import gguf
 import numpy as np
 from numpy.typing import NDArray
-from threadpoolctl import threadpool_limits
 
-from quantized_inputs import N_CTX, Inputs, layer_matrices, sequences
-from ramgguf.core.parallel import default_threads
-from ramgguf.evaluate import score_held_out
 from ramgguf.gguf.reader import GGUFFile, open_gguf
-from ramgguf.llama.model import LlamaModel
 from ramgguf.quants import formats
 from ramgguf.quants.encoders import gptq
 from ramgguf.quants.encoders.decoding import decode_rows, in_type
 from ramgguf.quants.hessian import Hessian
 from ramgguf.quants.scales import Scales, load_scales
+from rounded import (
+    Data,
+    Inputs,
+    in_threads,
+    layer_matrices,
+    loaded,
+    print_klds,
+    rounded_copies,
+    sequences,
+)
 
 Floats = NDArray[np.float32]
 Rule = Callable[[Floats], Floats]
@@ -73,10 +75,7 @@ def grams(
     tap = Inputs(names)
     sums: dict[str, dict[str, Floats]] = {rule: {} for rule in rules}
     total: dict[tuple[str, str], float] = {}
-    with LlamaModel(
-        source.paths[0], n_ctx=N_CTX, n_threads=default_threads(), safe_kernels=True,
-        eval_callback=tap.callback,
-    ) as model:  # fmt: skip
+    with loaded(source.paths[0], tap) as model:
         for ids in sequences(source, n):
             model.clear()
             model.decode(ids)
@@ -106,14 +105,12 @@ def rounded(
 
     With scales, columns are rounded with these in them, and what comes out is divided again.
     """
-    shutil.copy(source.paths[0], output)
-    data = {t.name: t.data for t in gguf.GGUFReader(output, "r+").tensors}
     readers: dict[str, list[str]] = {}
     for name, owner in owners.items():
         if formats.suits(format_, source.tensor(name).row_length):
             readers.setdefault(owner, []).append(name)
 
-    def of_owner(owner: str) -> None:
+    def round_inputs(owner: str, data: Data) -> None:
         columns = None if scales is None else scales.of_inputs(owner)
         hessian = Hessian.of(found[owner], 1, scales=columns)
         importance = np.ascontiguousarray(hessian.mean.diagonal())
@@ -130,11 +127,8 @@ def rounded(
             after = in_type(tensor.type_name, decoded)
             data[name][:] = after.view(data[name].dtype).reshape(data[name].shape)
 
-    with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(default_threads()) as pool:
-        list(pool.map(of_owner, readers))
-    for array in data.values():
-        if isinstance(array, np.memmap):
-            array.flush()
+    with rounded_copies(source.paths[0], [output]) as (data,):
+        in_threads(lambda owner: round_inputs(owner, data), readers)
 
 
 def main() -> None:
@@ -155,22 +149,7 @@ def main() -> None:
             files = {rule: Path(folder) / f"{rule}.gguf" for rule in options.rules}
             for rule, path in files.items():
                 rounded(source, path, options.format, owners, sums[rule], scales)
-        scores = score_held_out(
-            list(files.values()), options.source, part="gate", n_ctx=options.n_ctx,
-            max_rounds=options.rounds, seconds=None,
-        )  # fmt: skip
-    klds = [np.array([w.kld_sum / w.n_tokens for w in s.windows]) for s in scores]
-    domains = [w.domain for w in scores[0].windows]
-    for rule, kld in zip(files, klds, strict=True):
-        logs = np.log(kld / klds[0])
-        each = ", ".join(
-            f"{d} {np.exp(np.mean([x for x, e in zip(logs, domains, strict=True) if e == d])):.2f}"
-            for d in dict.fromkeys(domains)
-        )
-        print(
-            f"{rule}: KLD {kld.mean():.4f}, mean log ratio {logs.mean():+.3f} ± "
-            f"{logs.std(ddof=1) / np.sqrt(len(logs)):.3f} ({each})"
-        )
+        print_klds(files, options.source, n_ctx=options.n_ctx, rounds=options.rounds)
 
 
 if __name__ == "__main__":

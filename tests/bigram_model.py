@@ -6,6 +6,7 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
+from gguf_samples import finish_gguf
 from ramgguf.deploy.collapse_checks import KNOWN_TEXT
 from tiny_models import BOS, FEED_FORWARD, WIDTH, add_byte_tokenizer
 
@@ -66,8 +67,5 @@ def write_bigram_model(
     writer.add_tensor("blk.0.ffn_down.weight", np.zeros((WIDTH, FEED_FORWARD), np.float32))
     writer.add_tensor("output_norm.weight", np.ones(WIDTH, np.float32))
     writer.add_tensor("output.weight", (logits / 8).astype(np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish_gguf(writer)
     return path

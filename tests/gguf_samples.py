@@ -273,6 +273,14 @@ def quantizable() -> File:
     return File((ARCHITECTURE, layers, *told), tensors, values)
 
 
+def finish_gguf(out: GGUFWriter) -> None:
+    """Write all that was added to the file, and close it."""
+    out.write_header_to_file()
+    out.write_kv_data_to_file()
+    out.write_tensors_to_file()
+    out.close()
+
+
 def write_model(
     path: Path,
     *,
@@ -304,8 +312,5 @@ def write_model(
         add(f"blk.{i}.attn_q.weight", width, width)
         add(f"blk.{i}.ffn_down_exps.weight", 3, width, 2 * width)
         add(f"blk.{i}.odd.weight", 5, 33)
-    out.write_header_to_file()
-    out.write_kv_data_to_file()
-    out.write_tensors_to_file()
-    out.close()
+    finish_gguf(out)
     return path

@@ -8,6 +8,8 @@ import numpy as np
 from gguf import GGUFWriter
 from numpy.typing import NDArray
 
+from gguf_samples import finish_gguf
+
 Floats = NDArray[np.float32]
 
 
@@ -26,10 +28,7 @@ def write_gguf(path: Path, tensors: Mapping[str, Floats], *, kind: str | None = 
     writer.add_uint32("imatrix.chunk_count", 12)
     for name, values in tensors.items():
         writer.add_tensor(name, values)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish_gguf(writer)
     return path
 
 

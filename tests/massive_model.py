@@ -10,6 +10,7 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
+from gguf_samples import finish_gguf
 from tiny_models import BOS, N_HEADS, add_byte_tokenizer
 
 WIDTH, FEED_FORWARD, N_LAYERS = 64, 128, 4
@@ -87,8 +88,5 @@ def write_massive_model(path: Path) -> Path:
             add(block + part, weights)
     norm("output_norm")
     add("output", random(n_vocab, WIDTH, 0.3))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish_gguf(writer)
     return path

@@ -8,6 +8,7 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter, PoolingType
 
 import ramgguf
+from gguf_samples import finish_gguf
 from tiny_models import add_byte_tokenizer
 
 WIDTH, FFN, N_HEADS, HEAD, N_VOCAB, N_CONTEXT, N_LAYERS = 256, 512, 4, 64, 320, 64, 2
@@ -475,10 +476,7 @@ def write_small_model(
             continue
         half = x.ndim > 1 and name.endswith("weight") and not any(p in name for p in _IN_F32)
         out.add_tensor(name, x.astype(np.float16) if half else x)
-    out.write_header_to_file()
-    out.write_kv_data_to_file()
-    out.write_tensors_to_file()
-    out.close()
+    finish_gguf(out)
     return path
 
 

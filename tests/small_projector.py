@@ -7,6 +7,7 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
+from gguf_samples import finish_gguf
 from tiny_models import WIDTH
 
 EMBEDDING, FFN, N_LAYERS, N_HEADS = 256, 512, 4, 4
@@ -68,8 +69,5 @@ def write_projector(path: Path, tensors: Mapping[str, NDArray[np.float32]]) -> P
     for name, array in tensors.items():
         half = array.ndim > 1 and name.endswith("weight") and name != POSITIONS
         out.add_tensor(name, array.astype(np.float16) if half else array)
-    out.write_header_to_file()
-    out.write_kv_data_to_file()
-    out.write_tensors_to_file()
-    out.close()
+    finish_gguf(out)
     return path

@@ -7,6 +7,8 @@ import gguf
 import numpy as np
 from gguf.quants import quantize
 
+from gguf_samples import finish_gguf
+
 WIDTH, FEED_FORWARD, N_LAYERS, N_HEADS = 64, 128, 2, 2
 BOS = 1
 
@@ -100,8 +102,5 @@ def write_tiny_model(
         matrix(block + "ffn_down.weight", WIDTH, FEED_FORWARD, 0.2)
     norm("output_norm.weight")
     matrix("output.weight", n_vocab, WIDTH, 0.3)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish_gguf(writer)
     return path

@@ -6,12 +6,15 @@ from typing import Annotated
 import typer
 
 import ramgguf as api
+from ramgguf.calibrate import N_SEQUENCES
 from ramgguf.cli import options as opt
 from ramgguf.core.escape import to_json
 from ramgguf.core.units import format_bytes, parse_size
 from ramgguf.gguf.hub import beside
 from ramgguf.gguf.shards import model_stem
+from ramgguf.llama.tokens import N_CTX
 from ramgguf.report.calibration import print_calibration, summary
+from ramgguf.transform import STRENGTH
 
 
 def register(app: typer.Typer) -> None:
@@ -36,10 +39,10 @@ def calibrate(
     tokens: opt.TokenSources = "self",
     sequences: Annotated[
         int, typer.Option("--sequences", min=1, help="How many sequences are read.")
-    ] = 12,
+    ] = N_SEQUENCES,
     context: Annotated[
         int, typer.Option("--context", min=16, help="Tokens of each sequence.")
-    ] = 512,
+    ] = N_CTX,
     seed: opt.TokenSeed = 0,
     hessian: Annotated[
         Path | None,
@@ -86,7 +89,7 @@ def calibrate(
         force=force,
         threads=threads,
         progress=terminal.progress,
-        announce=terminal.err.print if not (quiet or as_json) else lambda _: None,
+        announce=terminal.announce,
     )
     if as_json:
         print(to_json(summary(found)))
@@ -100,7 +103,7 @@ def transform(
     output: opt.Output = None,
     strength: Annotated[
         float, typer.Option("--strength", help="Exponent of the inputs' mean squares.")
-    ] = 0.5,
+    ] = STRENGTH,
     check: Annotated[
         bool,
         typer.Option(

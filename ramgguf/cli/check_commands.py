@@ -9,7 +9,7 @@ import typer
 from ramgguf.cli import memory_options as mem
 from ramgguf.cli import options as opt
 from ramgguf.core.escape import to_json
-from ramgguf.core.machine import Available, memory_limit
+from ramgguf.core.machine import memory_limit
 from ramgguf.core.parallel import default_threads
 from ramgguf.deploy.checking import CheckRequest, check_file
 from ramgguf.deploy.footprint import parse_cache_types
@@ -60,7 +60,7 @@ def check(
     terminal = opt.Terminal.make(quiet=quiet, as_json=as_json or markdown)
     request = CheckRequest(
         ContextShape(context, 1, *parse_cache_types(cache_type)),
-        limit(memory),
+        memory_limit(memory),
         n_threads=threads or default_threads(),
         n_repeats=repeats,
     )
@@ -79,11 +79,6 @@ def check(
             print_ratios(results[0], results[1], terminal.out)
     if not results[0].passed:
         raise typer.Exit(FAILED)
-
-
-def limit(memory: str | None) -> Available:
-    """Return what --memory names, or what the cgroup leaves of it; by default what is left here."""
-    return memory_limit(memory)
 
 
 def _json(results: list[CheckResult]) -> str:

@@ -204,7 +204,7 @@ def evaluate(
     else:
         _show(found.results, terminal, outlier, style)
     for failure in found.failures:
-        terminal.err.print(f"error: {failure}")
+        terminal.err.print(f"error: {failure}", soft_wrap=True)
     if found.failures:
         raise typer.Exit(1)
 

@@ -33,12 +33,6 @@ Model = Annotated[
 AnyModel = Annotated[
     Path, typer.Argument(metavar="FILE", help="Any GGUF model, also hf://ORG/REPO/FILE.gguf.")
 ]
-Budget = Annotated[
-    str,
-    typer.Option(
-        "--budget", "-b", help="Bytes of the output file: 16GB, 16GiB, 4.5bpw, 30% or a number."
-    ),
-]
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="Where to write.")]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite an existing output.")]
 Formats = Annotated[

@@ -8,10 +8,10 @@ import typer
 
 from ramgguf.cli import memory_options as mem
 from ramgguf.cli import options as opt
-from ramgguf.cli.check_commands import limit
 from ramgguf.core.errors import PlanError
 from ramgguf.core.escape import to_json
 from ramgguf.core.files import write_atomically
+from ramgguf.core.machine import memory_limit
 from ramgguf.core.parallel import default_threads
 from ramgguf.core.units import parse_seconds
 from ramgguf.deploy.checking import CheckRequest
@@ -62,7 +62,7 @@ def pick(
     level = opt.effort(effort, effort_time, steps)
     trial = CheckRequest(
         ContextShape(context, 1, *parse_cache_types(cache_type)),
-        limit(memory),
+        memory_limit(memory),
         n_threads=threads or default_threads(),
     )
     picked = _pick(

@@ -1,4 +1,4 @@
-"""The commands about plans: plan, curve, explain, diff, recipe."""
+"""The commands about plans: plan, frontier, explain, diff, recipe."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -104,7 +104,8 @@ def plan(
     print_plan(made, terminal.out, verbose=verbose)
     for path in (output, export_tensor_types):
         if path is not None:
-            terminal.out.print(f"wrote {path} ({format_bytes(path.stat().st_size)})")
+            n_bytes = format_bytes(path.stat().st_size)
+            terminal.out.print(f"wrote {path} ({n_bytes})", soft_wrap=True)
 
 
 def curve(
@@ -118,7 +119,7 @@ def curve(
     output: opt.Output = None,
     memory: mem.MemoryOptions = mem.MemoryOptions(),  # noqa: B008 (frozen)
     model: mem.SourceModel = None,
-    svg: Annotated[Path | None, typer.Option("--svg", help="Draw the curve here.")] = None,
+    svg: Annotated[Path | None, typer.Option("--svg", help="Draw the frontier here.")] = None,
     speed: Annotated[
         bool,
         typer.Option(
@@ -235,7 +236,7 @@ def explain(
     tensor: Annotated[str | None, typer.Argument(help="One tensor, in full.")] = None,
     measurement: Annotated[
         Path, typer.Option("--measurement", "-m", help="What the plan was made from.")
-    ] = ...,  # type: ignore[assignment]
+    ] = ...,  # type: ignore[assignment]  # required
     sensitivity: opt.SensitivityFile = None,
     as_json: opt.AsJson = False,
     quiet: opt.Quiet = False,
@@ -243,8 +244,6 @@ def explain(
     """Say why each tensor has its format, and what one step up or down would cost and bring."""
     terminal = opt.Terminal.make(quiet=quiet, as_json=as_json)
     explained = api.explain(Plan.load(plan), measurement, sensitivity)
-    if tensor is not None and all(e.assignment.name != tensor for e in explained.tensors):
-        raise PlanError(f"the plan has no tensor {tensor!r}")
     if as_json:
         print(to_json(_explanation(explained, tensor), indent=1))
         return
@@ -267,7 +266,7 @@ def _explanation(explained: PlanExplanation, tensor: str | None) -> dict[str, ob
             "reason": explained.reason(e),
         }
 
-    chosen = [e for e in explained.tensors if tensor in (None, e.assignment.name)]
+    chosen = explained.tensors if tensor is None else (explained.of(tensor),)
     return {"price": explained.price, "tensors": [one(e) for e in chosen]}
 
 

@@ -44,7 +44,7 @@ def calibrated(
     imatrix = beside(model, f"{model_stem(model)}.{tag}.imatrix.gguf")
     hessian = beside(model, f"{model_stem(model)}.{tag}.hessian.gguf") if hessians else None
     if imatrix.exists() and (hessian is None or hessian.exists()):
-        terminal.err.print(f"taking {imatrix}; remove it to calibrate anew", soft_wrap=True)
+        terminal.announce(f"taking {imatrix}; remove it to calibrate anew")
         return Weighed(imatrix, hessian)
     api.calibrate(
         model,
@@ -55,7 +55,7 @@ def calibrated(
         force=True,  # of the two, one may be there
         threads=threads,
         progress=terminal.progress,
-        announce=terminal.err.print,
+        announce=terminal.announce,
     )
     return Weighed(imatrix, hessian)
 

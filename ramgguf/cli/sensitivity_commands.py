@@ -98,7 +98,9 @@ def sensitivity(
         print(found.to_json())
         return
     print_sensitivity(found, terminal.out, verbose=verbose)
-    terminal.out.print(f"wrote {path}; give it to plan, curve or quantize with --sensitivity")
+    terminal.out.print(
+        f"wrote {path}; give it to plan, frontier or quantize with --sensitivity", soft_wrap=True
+    )
 
 
 def load_or_measure(

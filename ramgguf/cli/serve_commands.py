@@ -10,8 +10,8 @@ import typer
 
 from ramgguf.cli import memory_options as mem
 from ramgguf.cli import options as opt
-from ramgguf.cli.check_commands import limit
 from ramgguf.core.escape import to_json
+from ramgguf.core.machine import memory_limit
 from ramgguf.core.parallel import default_threads
 from ramgguf.deploy.footprint import parse_cache_types
 from ramgguf.deploy.footprint_formula import ContextShape
@@ -102,12 +102,11 @@ def serve(
     terminal = opt.Terminal.make(quiet=quiet, as_json=as_json)
     signal.signal(signal.SIGTERM, _interrupt)
     model = terminal.fetched(model)
-    model = terminal.fetched(model)
     if check is None:
         settings = planned_settings(
             model,
             ContextShape(context or _CONTEXT, 1, *parse_cache_types(cache_type or "f16")),
-            limit(memory),
+            memory_limit(memory),
             n_threads=threads or default_threads(),
             allow_grammars=allow_grammars,
             force=force,
@@ -116,7 +115,7 @@ def serve(
         settings = checked_settings(
             model,
             CheckResult.load(check),
-            limit(memory),
+            memory_limit(memory),
             allow_grammars=allow_grammars,
             force=force,
         )
@@ -149,7 +148,7 @@ def _serve(settings: Settings, place: Place, terminal: opt.Terminal, *, as_json:
         if as_json:
             print(to_json(summary(server)), flush=True)
         for line in lines(server):
-            terminal.out.print(line, soft_wrap=True, markup=False)
+            terminal.out.print(line, soft_wrap=True)
         server.wait()
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -102,6 +103,21 @@ def dataset(name: str, *, split: str, files: Path | None = None) -> Corpus:
     are lines and are joined as they are; other rows are documents, separated by an empty line.
     Raises EngineError when `datasets` is missing or the data cannot be loaded.
     """
+    loaded = load_dataset(name, split=split, files=files)
+    if "text" not in loaded.column_names:
+        found = ", ".join(loaded.column_names)
+        raise EngineError(f"dataset {name}: no column 'text'; it has {found}")
+    label = files.name if files is not None else f"{name}/{split}"
+    from ramgguf.core.wikitext import from_rows  # that module needs this one
+
+    return Corpus(label, from_rows(loaded["text"]) or join_rows(loaded["text"]))
+
+
+def load_dataset(name: str, *, split: str, files: Path | None = None) -> Any:
+    """Return a dataset's split as `datasets` has it; name and files are as in `dataset`.
+
+    Raises EngineError when `datasets` is missing or the data cannot be loaded.
+    """
     try:
         import datasets
     except ImportError as e:
@@ -110,7 +126,7 @@ def dataset(name: str, *, split: str, files: Path | None = None) -> Corpus:
         ) from None
     repository, _, configuration = name.partition(":")
     try:
-        loaded = datasets.load_dataset(
+        return datasets.load_dataset(
             repository,
             configuration or None,
             split=split,
@@ -118,13 +134,6 @@ def dataset(name: str, *, split: str, files: Path | None = None) -> Corpus:
         )
     except Exception as e:  # `datasets` raises whatever its back ends raise
         raise EngineError(f"dataset {name}, split {split}: {type(e).__name__}: {e}") from None
-    if "text" not in loaded.column_names:
-        found = ", ".join(loaded.column_names)
-        raise EngineError(f"dataset {name}: no column 'text'; it has {found}")
-    label = files.name if files is not None else f"{name}/{split}"
-    from ramgguf.core.wikitext import from_rows  # that module needs this one
-
-    return Corpus(label, from_rows(loaded["text"]) or join_rows(loaded["text"]))
 
 
 def join_rows(rows: Sequence[str]) -> str:

@@ -134,7 +134,7 @@ def _named(path: Path, error: type[RamggufError]) -> Iterator[None]:
     try:
         yield
     except OSError as e:
-        if e.errno == errno.ENOSPC or e.errno == errno.EDQUOT:
+        if e.errno in (errno.ENOSPC, errno.EDQUOT):
             raise error(f"{path}: the disk is full; free some space or write elsewhere") from None
         raise error(f"{path}: cannot be written: {e.strerror or e}") from None
 

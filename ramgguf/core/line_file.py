@@ -49,7 +49,7 @@ class LineFile:
     def resumed(cls, path: Path, *, resume: bool, error: type[RamggufError]) -> Self:
         """Return the file; raises `error` where it is there already and resume is False."""
         if path.exists() and not resume:
-            raise error(f"{path} exists; add --resume to go on with it, or remove it")
+            raise error(f"{path}: exists; add --resume to go on with it, or remove it")
         return cls(path, error=error)
 
     def append(self, line: bytes) -> None:

@@ -408,7 +408,7 @@ class Origins:
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         origins = [v for k, v in scope.get("headers", ()) if k == b"origin"]
         if scope["type"] == "http" and not all(self._is_allowed(v) for v in origins):
-            refusal = RequestError(403, "this origin may not ask; the server's --allow-origin")
+            refusal = RequestError(403, "this origin may not ask; --allow-origin allows it")
             await _refusal(refusal)(scope, receive, send)
             return
         await self._app(scope, receive, send)
@@ -575,7 +575,7 @@ async def serve(front: Front, say: Callable[[BaseModel], None]) -> None:
     """Bind, load the model, serve until stdin ends. Raises EngineError, ChildDiedError."""
     started = time.perf_counter()
     try:
-        import starlette.applications  # noqa: F401
+        import starlette.applications  # noqa: F401  # is it there?
         import uvicorn
     except ImportError as e:
         raise EngineError(
@@ -599,7 +599,7 @@ async def serve(front: Front, say: Callable[[BaseModel], None]) -> None:
     api = Api(front, model)
     await api.try_template()
 
-    class Server(uvicorn.Server):  # type: ignore[misc]
+    class Server(uvicorn.Server):  # type: ignore[misc]  # uvicorn is not typed for us
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets=sockets)
             seconds = time.perf_counter() - started

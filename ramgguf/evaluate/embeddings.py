@@ -238,15 +238,7 @@ def _blank(
         pooling=info.pooling,
         tokenizer_sha256=info.vocab.sha256,
         token_ids_sha256=sha256_int32(np.concatenate(texts.ids)),
-        engine=EngineSettings(
-            llama_cpp_python=opened.system.llama_cpp_python,
-            llama_cpp_build=opened.system.build,
-            system_info=opened.system.system_info,
-            cpu=opened.system.cpu,
-            n_threads=settings.threads,
-            n_batch=opened.n_batch,
-            safe_kernels=safe_kernels,
-        ),
+        engine=EngineSettings.of(opened, settings.threads, safe_kernels=safe_kernels),
         texts=(),
         notes=(*texts.notes, *((note,) if note else ())),
     )

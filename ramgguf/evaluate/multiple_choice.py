@@ -154,8 +154,10 @@ def tasks(
     """
     items = [item for name in names for item in _first(items_of(name, split), limit)]
     paths = [local_path(m) for m in models]
-    if not paths or not items:
-        raise EngineError("there is no model, or no task")
+    if not paths:
+        raise EngineError("there is no model to answer tasks")
+    if not items:
+        raise EngineError(f"there is no item to answer in {', '.join(names) or 'no task'}")
     source = local_path(reference) if reference is not None else None
     shown = progress or Silent()
 

@@ -20,7 +20,7 @@ from ramgguf.core.documents import (
 )
 from ramgguf.core.values import HubFile
 from ramgguf.evaluate.llama_statistics import LlamaStatistics, llama_statistics
-from ramgguf.llama.protocol import Float32Array, decode_float32
+from ramgguf.llama.protocol import Float32Array, Opened, decode_float32
 
 LOGITS = "logits"  # the file type of a reference that is a file of logits, not a model
 
@@ -105,6 +105,19 @@ class EngineSettings(FrozenModel):
     n_threads: Positive
     n_batch: Positive
     safe_kernels: bool
+
+    @classmethod
+    def of(cls, opened: Opened, n_threads: int, *, safe_kernels: bool) -> Self:
+        """Return the settings of models that a process of llama.cpp opened."""
+        return cls(
+            llama_cpp_python=opened.system.llama_cpp_python,
+            llama_cpp_build=opened.system.build,
+            system_info=opened.system.system_info,
+            cpu=opened.system.cpu,
+            n_threads=n_threads,
+            n_batch=opened.n_batch,
+            safe_kernels=safe_kernels,
+        )
 
 
 _ROUNDING = 1e-5  # nats per token by which a sum of losses may be below 0
@@ -270,12 +283,11 @@ class EvalResult(Document):
     """The scores of one model on one text, sequence by sequence, in the order of the text.
 
     sequences holds the finished ones and broken those with NaN or inf logits; failure says why
-    the others are missing (llama.cpp crashed). token_ids_sha256 is of
-    all sequences' token ids (little-endian int32), so two results with the same one scored the
-    same tokens. kld_quantiles are over all scored tokens of the finished sequences,
-    kld_worst_share is the share of their KLD that the worst thousandth of them carries.
-    llama_statistics are llama-perplexity's, kept where tokens are not. cpus names the CPUs that
-    computed, where there were several.
+    the others are missing (llama.cpp crashed). token_ids_sha256 is of all sequences' token ids
+    (little-endian int32): results in which it is equal scored the same tokens. kld_quantiles are
+    over all scored tokens of the finished sequences, kld_worst_share is the share of their KLD that
+    the worst thousandth of them carries. llama_statistics are llama-perplexity's, kept where tokens
+    are not. cpus names the CPUs that computed, where there were several.
     """
 
     KIND: ClassVar[str] = "eval"

@@ -287,14 +287,8 @@ class _Stage:
             text=self._corpus.identity,
             tokenizer_sha256=info.vocab.sha256,
             token_ids_sha256=sha256_int32(np.concatenate([w.ids for w in windows.windows])),
-            engine=EngineSettings(
-                llama_cpp_python=opened.system.llama_cpp_python,
-                llama_cpp_build=opened.system.build,
-                system_info=opened.system.system_info,
-                cpu=opened.system.cpu,
-                n_threads=self._settings.threads,
-                n_batch=opened.n_batch,
-                safe_kernels=self._settings.safe_kernels,
+            engine=EngineSettings.of(
+                opened, self._settings.threads, safe_kernels=self._settings.safe_kernels
             ),
             sequences=(),
             notes=notes,

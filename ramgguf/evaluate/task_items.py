@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from ramgguf.core.corpus import load_dataset
 from ramgguf.core.errors import EngineError
 from ramgguf.core.inputs import read_text
 from ramgguf.core.mix import by_domain
@@ -51,7 +52,8 @@ def items_of(name: str, split: str = "validation") -> tuple[Item, ...]:
         raise EngineError(
             f"task {name!r} is none of {', '.join(MADE)}, no file, and no dataset (ORG/NAME)"
         )
-    return tuple(_items(name.rpartition("/")[2], _rows(name, split), f"{name}/{split}"))
+    rows = iter(load_dataset(name, split=split))
+    return tuple(_items(name.rpartition("/")[2], rows, f"{name}/{split}"))
 
 
 def _lines(path: Path) -> Iterator[Any]:
@@ -62,20 +64,6 @@ def _lines(path: Path) -> Iterator[Any]:
             yield json.loads(line)
         except (ValueError, RecursionError) as e:
             raise EngineError(f"{path}: line {number} is not JSON ({e})") from None
-
-
-def _rows(name: str, split: str) -> Iterator[Any]:
-    try:
-        import datasets
-    except ImportError as e:
-        raise EngineError(
-            f"datasets cannot be imported ({e}); pip install 'ramgguf[eval]'"
-        ) from None
-    repository, _, configuration = name.partition(":")
-    try:
-        yield from datasets.load_dataset(repository, configuration or None, split=split)
-    except Exception as e:  # `datasets` raises whatever its back ends raise
-        raise EngineError(f"dataset {name}, split {split}: {type(e).__name__}: {e}") from None
 
 
 def _items(task: str, rows: Iterator[Any], where: str) -> Iterator[Item]:

@@ -223,8 +223,8 @@ def role_of(name: str, arch: str = "", *, tied: bool = False) -> str:
     """Return what the tensor is for: 'embedding', 'head', 'attn_q', 'ffn_down_exps', 'norm', ...
 
     Tensors that fit no role are 'other', biases 'bias', the projection of an mmproj file
-    'projector'. tied says that the embedding is the head
-    as well (see has_tied_embedding); its role is then 'tied_embedding'.
+    'projector'. tied says that the embedding is the head as well (see has_tied_embedding); its role
+    is then 'tied_embedding'.
     """
     parsed = parse_name(name)
     part = part_of(name, arch)

@@ -1,4 +1,4 @@
-"""GGUF files of float32 arrays that are no models: importance matrices and Hessians."""
+"""GGUF files of float32 arrays that are no models: importance matrices, Hessians and scales."""
 
 import math
 import struct

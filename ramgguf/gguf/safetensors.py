@@ -49,6 +49,7 @@ class StoredTensor:
                 f"{self.n_weights * dtype.itemsize}"
             )
         kind = "r" if mode == "r" else "r+"
+        # The stubs of NumPy 1 and 2 disagree on what memmap takes and returns.
         return np.memmap(self.path, dtype, kind, self.begin, self.shape)  # type: ignore[call-overload, no-any-return]
 
 

@@ -6,10 +6,12 @@ A runner executes them: LocalRunner in this process, RemoteRunner on the workers
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
+from ramgguf.core.errors import PlanError
 from ramgguf.llama.model import Logits
 from ramgguf.llama.patched_weights import Floats
 from ramgguf.llama.protocol import TokenIds
@@ -75,12 +77,12 @@ class ForwardRunner(Protocol):
         """What it takes to begin at another layer; None where passes begin at the first only."""
 
     def draw(self, request: TokenRequest, indices: Sequence[int]) -> tuple[TokenIds, ...]:
-        """Return the sequences of these numbers (probe_tokens.draw_sequences)."""
+        """Return the sequences of these numbers (tokens.draw_sequences)."""
 
     def draw_sets(
         self, request: TokenRequest, sizes: Sequence[int], first: int
     ) -> tuple[tuple[TokenIds, ...], ...]:
-        """Return sets of sequences (probe_tokens.draw_sets)."""
+        """Return sets of sequences (tokens.draw_sets)."""
 
     def seconds(self, ids: TokenIds) -> float:
         """Return how long one pass over the sequence takes, its comparison included."""
@@ -103,6 +105,20 @@ def fingerprint(logits: Logits) -> str:
     digest = hashlib.sha256(np.ascontiguousarray(logits[::FINGERPRINT_STRIDE]).tobytes())
     digest.update(np.ascontiguousarray(logits[-1]).tobytes())
     return digest.hexdigest()[:16]
+
+
+def require_same_logits(
+    passes: ForwardRunner, sequences: Sequence[TokenIds], begun_with: str | None, journal: Path
+) -> None:
+    """Raise PlanError if the original's fingerprint is not that with which the journal was begun.
+
+    None, of journals of versions that took none, is any. The passes are prepared for the sequences.
+    """
+    if passes.prepare(sequences) != begun_with and begun_with is not None:
+        raise PlanError(
+            f"{journal} was begun where llama.cpp computes other logits (another build, CPU or "
+            "number of threads); go on there, or remove it to start anew"
+        )
 
 
 def joint_fingerprint(parts: Sequence[str]) -> str:

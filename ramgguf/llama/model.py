@@ -104,10 +104,11 @@ class LlamaModel(Closing):
 
     safe_kernels keeps llama.cpp from its extra buffer types (repacked weights, AMX), which crash
     on some CPUs; all weights are then read straight from the file's mapped pages. eval_callback
-    (see tap) is asked about every node of a graph that is computed. Raises KindError for a model
-    that predicts no next token, unless any_kind: its logits are zeros, or another model's input.
-    shards are loaded instead of the file at path, which then only names the model. takes_rows:
-    decode takes rows of the first layer's input, of input_width numbers each, in place of tokens.
+    (of a capture.Tap) is asked about every node of a graph that is computed. Raises KindError for a
+    model that predicts no next token, unless any_kind: its logits are zeros, or another model's
+    input. shards are loaded instead of the file at path, which then only names the model.
+    takes_rows: decode takes rows of the first layer's input, of input_width numbers each, in place
+    of tokens.
     """
 
     runs: ModelKind = "causal"

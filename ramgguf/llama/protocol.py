@@ -207,7 +207,7 @@ class Started(FrozenModel):
 
 
 class Divergences(FrozenModel):
-    """Sums over a sequence's scored tokens, against the reference; tokens as in results.py."""
+    """Sums over a sequence's scored tokens, against the reference; tokens as SequenceScore's."""
 
     reference_nll_sum: float
     kld_sum: float

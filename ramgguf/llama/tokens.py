@@ -1,4 +1,4 @@
-"""The tokens with which a model's sensitivity is measured: its own, random ones, or a text's."""
+"""Tokens for calibration and sensitivity: the model's own, random ones, or a text's."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass

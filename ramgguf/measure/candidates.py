@@ -21,10 +21,6 @@ from ramgguf.quants.imatrix import Imatrix
 TERNARY_NMSE = 2.0**-22
 
 
-# What weights may be stored in to be quantized; whatever else decodes, only when asked for.
-FLOAT_FORMATS = ("F32", "F16", "BF16")
-
-
 def is_source(type_name: str) -> bool:
     """Return whether weights in this type can be decoded here, by the core or by libggml."""
     if type_name not in formats.known():
@@ -63,6 +59,7 @@ def tried(wanted: Sequence[str] | None, imatrix: Imatrix | None) -> tuple[str, .
 
     With Hessians libggml's formats, IQ1_S and IQ1_M, are tried by name only: their errors then
     take all rows.
+
     Raises FormatError when one is wanted that needs an importance matrix and there is none, that
     needs libggml and it is not installed or lacks it, or that is a source only.
     """
@@ -195,7 +192,7 @@ def restricted(job: Job, only: frozenset[str] | None) -> Job:
 
 def _reason_to_keep(file: GGUFFile, tensor: TensorInfo, allow_requantize: bool) -> str | None:
     kept = never_quantized(tensor.name, tensor.shape, file.architecture)
-    if kept is not None or tensor.type_name in FLOAT_FORMATS:
+    if kept is not None or tensor.type_name in formats.FLOAT_FORMATS:
         return kept
     if not is_source(tensor.type_name):
         return f"copied: {tensor.type_name} is no source for quantization"

@@ -22,7 +22,6 @@ from ramgguf.gguf.identity import Source
 from ramgguf.gguf.reader import GGUFFile, open_gguf
 from ramgguf.gguf.weight_scale import mean_squared_scale
 from ramgguf.measure.candidates import (
-    FLOAT_FORMATS,
     TERNARY_NMSE,
     Job,
     is_source,
@@ -80,13 +79,14 @@ def measure_file(
 
     wanted names the formats to try (default: those that candidates.tried offers). With `sampled`,
     statistics are those of some rows of each tensor; without `slow`, formats that libggml encodes
-    slowly are named but not measured; with `only`, a tensor named there is measured
-    in those formats, no others; without `others`, tensors that are not named there are left out,
-    and the source has no hash of its data. n_overhead_bytes is what the output's header will take.
-    Errors are weighed by the importance that imatrix has. Raises FormatError for NaN or infinity in
-    the weights, naming tensor and index, and for a format that needs what is not there,
-    ImatrixError for an entry of another shape or a matrix of another model, and PlanError when
-    nothing in the model can be quantized.
+    slowly are named but not measured. A tensor that `only` names is measured in those formats, no
+    others; without `others`, tensors that it does not name are left out, and the source has no hash
+    of its data. n_overhead_bytes is what the output's header will take. Errors are weighed by the
+    importance that imatrix has.
+
+    Raises FormatError for NaN or infinity in the weights, naming tensor and index, and for a format
+    that needs what is not there, ImatrixError for an entry of another shape or a matrix of another
+    model, and PlanError when nothing in the model can be quantized.
     """
     start = time.perf_counter()
     names = tried(wanted, imatrix)
@@ -166,7 +166,7 @@ def _unsuited(jobs: Sequence[Job], wanted: Sequence[str] | None) -> Iterator[str
 
 
 def _idle_requantize(jobs: Sequence[Job], allow_requantize: bool) -> Iterator[str]:
-    quantized = [j for j in jobs if j.tensor.type_name not in FLOAT_FORMATS]
+    quantized = [j for j in jobs if j.tensor.type_name not in formats.FLOAT_FORMATS]
     if allow_requantize and not any(j.candidates or j.sampled for j in quantized):
         yield "--allow-requantize changed nothing: no tensor of the source is quantized"
 
@@ -339,8 +339,9 @@ def measure(
 
     model is a path or hf://ORG/REPO/FILE.gguf, on the hub. formats are the names to try, by
     default all that need no calibration data. imatrix is a file of llama-imatrix, GGUF or .dat:
-    errors are then weighted by column importance; with a file of Hessians they are those
-    of the outputs, and the encoder can be gptq.
+    errors are then weighted by column importance; with a file of Hessians they are those of the
+    outputs, and the encoder can be gptq.
+
     Raises GGUFError for a file that is malformed or no language model, FormatError for weights that
     are not finite or a format that does not exist, ImatrixError for an unfit imatrix.
     """

@@ -24,8 +24,8 @@ class Point:
     """One point of a tensor's rate–distortion curve: its bytes and loss in a format.
 
     nmse_error is the standard error of an NMSE that was measured on a sample of the rows. Where
-    nmse is weighted by importance, plain_nmse is unweighted. A model may
-    have hundreds of thousands of points: they are small, and checked when they come from a file.
+    nmse is weighted by importance, plain_nmse is unweighted. A model may have hundreds of thousands
+    of points: they are small, and checked when they come from a file.
     """
 
     __pydantic_config__ = FrozenModel.model_config

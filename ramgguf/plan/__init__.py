@@ -15,7 +15,6 @@ from ramgguf.plan.limits import (
 )
 from ramgguf.plan.objectives import OBJECTIVE_NAMES, Costing, costing
 from ramgguf.plan.planning import (
-    DEFAULT_MIN_SQNR_DB,
     PlanOptions,
     curve,
     diff,
@@ -28,7 +27,7 @@ from ramgguf.plan.planning import (
 from ramgguf.plan.pools import Pools, SplitRoom
 from ramgguf.plan.problem import Problem
 from ramgguf.plan.recipes import Recipe
-from ramgguf.plan.result import Plan
+from ramgguf.plan.result import DEFAULT_MIN_SQNR_DB, Plan
 from ramgguf.plan.speed import N_PROMPT, SpeedLimit, TokenWork
 from ramgguf.plan.speed_front import SpeedFront
 from ramgguf.plan.split import Sites

@@ -56,6 +56,13 @@ class PlanExplanation:
     price: float
     tensors: tuple[Explanation, ...]
 
+    def of(self, name: str) -> Explanation:
+        """Return the explanation of the tensor of this name; raises PlanError if there is none."""
+        for e in self.tensors:
+            if e.assignment.name == name:
+                return e
+        raise PlanError(f"the plan has no tensor {name!r}")
+
     def reason(self, e: Explanation) -> str:
         """Return the sentence that says why the tensor has its format."""
         if e.assignment.note is not None:

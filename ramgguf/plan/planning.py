@@ -18,15 +18,13 @@ from ramgguf.plan.pools import Pools
 from ramgguf.plan.problem import Problem, parse_tie
 from ramgguf.plan.recipes import Difference, Recipe, pins_for
 from ramgguf.plan.recipes import diff as _diff
-from ramgguf.plan.result import Constraints, MinFormat, Pin, Plan
+from ramgguf.plan.result import DEFAULT_MIN_SQNR_DB, Constraints, MinFormat, Pin, Plan
 from ramgguf.plan.speed import SpeedLimit
 from ramgguf.plan.speed_front import SpeedFront
 from ramgguf.plan.speed_front import speed_front as _speed_front
 from ramgguf.plan.targets import target_ties
 from ramgguf.quants.formats import expand
 from ramgguf.sensitivity.result import Sensitivity
-
-DEFAULT_MIN_SQNR_DB = 9.0
 
 
 class PlanOptions(TypedDict, total=False):

@@ -1,5 +1,6 @@
 """What anybody's plan or GGUF file gives to each tensor: to be compared, or applied elsewhere."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar
@@ -106,8 +107,6 @@ def pins_for(recipe: Recipe, measurement: Measurement) -> tuple[str, ...]:
 
     Raises PlanError when a tensor is missing or of another shape.
     """
-    import re
-
     known = {t.name: t for t in recipe.tensors}
     pins = []
     for tensor in measurement.tensors:

@@ -19,6 +19,8 @@ from ramgguf.gguf.identity import Source
 from ramgguf.quants.encoders import EncoderName
 from ramgguf.quants.imatrix import ImportanceSource
 
+DEFAULT_MIN_SQNR_DB = 9.0
+
 
 class Pin(FrozenModel):
     """Tensors whose name the pattern matches (re.search) must take this format."""
@@ -61,7 +63,7 @@ class Constraints(FrozenModel):
     take the same format. target is the program whose ties are among them.
     """
 
-    min_sqnr_db: Number = 9.0
+    min_sqnr_db: Number = DEFAULT_MIN_SQNR_DB
     formats: tuple[str, ...] | None = None
     pins: tuple[Pin, ...] = ()
     ties: tuple[tuple[str, ...], ...] = ()

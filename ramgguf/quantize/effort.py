@@ -147,8 +147,7 @@ def quantize(
     (auto: five minutes, or twice what writing takes; best: what it needs), and keep what they
     measure in MODEL.effort. None is auto; with seconds, best; with one of the steps below, fast.
     Without llama-cpp-python, and for a projector (mmproj), which takes a budget in bytes only, all
-    are fast, and announce gets a line. With score, what was written is
-    scored on held-out text.
+    are fast, and announce gets a line. With score, what was written is scored on held-out text.
 
     max_kld, in place of a budget, is how many nats per token the file may lose: the smallest that
     keeps to it on held-out text is searched, with effort fast and what is given.
@@ -232,7 +231,7 @@ def quantize(
                 f"effort {level} decides by itself what it uses, and {', '.join(given)} was given"
             )
         if budget is None:
-            raise PlanError("either a budget, memory or a plan is needed, and not both")
+            raise PlanError("a budget, memory or a plan is needed, and none was given")
         # The score is part of what the time is for.
         left = seconds and seconds - (min(SCORE_SECONDS, SCORE_SHARE * seconds) if score else 0.0)
         target = None if output is None else Path(output)

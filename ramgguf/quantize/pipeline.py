@@ -92,7 +92,7 @@ def quantize_once(
 ) -> Quantized:
     """Write what these options say and return what was made; effort.quantize explains them."""
     if (budget is None) == (from_plan is None):
-        raise PlanError("either a budget, memory or a plan is needed, and not both")
+        raise PlanError("either a budget, memory or a plan is needed: give one of them")
     model = local_path(model)
     options = options or QuantizeOptions()
     with open_gguf(model, kind_check=True, or_projector=True) as plain:

@@ -11,7 +11,7 @@ from ramgguf.core.parallel import Buffers, Chunk, Run, map_runs, runs
 from ramgguf.core.progress import Progress
 from ramgguf.gguf.reader import GGUFFile, TensorInfo
 from ramgguf.plan.result import Assignment, Plan
-from ramgguf.quants import codec as weighing
+from ramgguf.quants import codec
 from ramgguf.quants.codec import ErrorWeights, Piece, is_sampled, tensor_weights
 from ramgguf.quants.row_samples import written_sample
 
@@ -114,7 +114,7 @@ class _Comparison:
             elif not np.array_equal(before[i], after[i]):
                 raise GGUFError(f"{target.name} was to be copied, and its bytes differ")
         scales = [self.scales[run[i].index] for i in changed]
-        stats = weighing.compare(
+        stats = codec.compare(
             [
                 Piece(scale, self.file.tensors[run[i].index].type_name, before[i], run[i].start)
                 for i, scale in zip(changed, scales, strict=True)

@@ -28,6 +28,9 @@ class LibggmlFormat:
 
 Format = BlockFormat | LibggmlFormat
 
+# What weights come in that nobody has quantized; llama.cpp computes with them as they are.
+FLOAT_FORMATS = ("F32", "F16", "BF16")
+
 # Sizes as in ggml-common.h of ggml 0.25. NVFP4: four UE4M3 scales, each of 16 E2M1 codes. Q1_0: an
 # F16 d and a sign for each weight, for models that were trained so; NMSE on Gaussian weights 0.36.
 _LIBGGML = (LibggmlFormat("NVFP4", 40, 64, 36), LibggmlFormat("Q1_0", 41, 128, 18))

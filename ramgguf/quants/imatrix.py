@@ -127,9 +127,8 @@ class Imatrix:
         values = _fitted(found, n_columns, n_experts)
         if values is not None:
             return values
-        entry = found
         raise ImatrixError(
-            f"{self.path}: entry {name!r} has {entry.values.size} values, but the tensor has "
+            f"{self.path}: entry {name!r} has {found.values.size} values, but the tensor has "
             f"{n_experts} x {n_columns} columns; was it made with another model?"
         )
 

@@ -16,8 +16,7 @@ from ramgguf.quants.encoders.decoding import decode_rows, in_type
 from ramgguf.quants.imatrix import Imatrix
 
 Rows = NDArray[np.uint8]
-# Types that llama.cpp computes with as they are, so that any value can be put in their place.
-SOURCES = ("F32", "F16", "BF16")
+SOURCES = formats.FLOAT_FORMATS  # any value can be put in their place
 
 
 def simulated(

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ramgguf.core.errors import GGUFError, ImatrixError
+from ramgguf.core.errors import FormatError, GGUFError, ImatrixError
 from ramgguf.core.parallel import by_expert
 from ramgguf.gguf.architecture import sharers
 from ramgguf.gguf.arrays import ArrayFile
@@ -78,7 +78,9 @@ def load_scales(path: Path) -> Scales:
                 raise ImatrixError(f"{path}: {tensor.name!r} holds what is not above 0")
             found[dot + which][name] = scales
     if sample is None:
-        raise ImatrixError(f"{path}: does not say for which model; make it with `transform`")
+        raise ImatrixError(
+            f"{path}: does not say of which model it is; make it with `ramgguf transform`"
+        )
     return Scales(path, found[_COLUMNS], found[_ROWS], sample)
 
 
@@ -104,7 +106,10 @@ class ScaledFile(GGUFFile):
         super().__init__(file.shards)
         self._scales = scales
         if scales.model_sample != file.sample_sha256:
-            raise GGUFError(f"{scales.path}: is of another model than {file.paths[0]}")
+            raise GGUFError(
+                f"{scales.path}: is of another model than {file.paths[0]}; make it again from this "
+                "model with `ramgguf transform`"
+            )
         for names, shapes in ((scales.columns, _of_columns), (scales.rows, _of_rows)):
             for name, values in names.items():
                 fit = shapes(self.tensor(name))
@@ -151,12 +156,13 @@ class ScaledFile(GGUFFile):
                 weights[part] *= columns[expert]
         if each is not None:
             weights *= each[start : start + len(rows), None]
-        scaled = in_type(tensor.type_name, weights)
-        if not np.isfinite(decode_rows(tensor.type_name, scaled, tensor.row_length)).all():
+        try:
+            return in_type(tensor.type_name, weights)
+        except FormatError as e:
             raise GGUFError(
-                f"{self.paths[tensor.shard]}: {tensor.name!r}, scaled, exceeds {tensor.type_name}"
-            )
-        return scaled
+                f"{self.paths[tensor.shard]}: {tensor.name!r}, scaled as {self._scales.path} says: "
+                f"{e}; quantize it without"
+            ) from None
 
 
 def _of_columns(tensor: TensorInfo) -> tuple[tuple[int, ...], ...]:

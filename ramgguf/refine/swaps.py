@@ -19,7 +19,7 @@ from ramgguf.core.errors import EngineError, PlanError
 from ramgguf.core.progress import Progress, Silent
 from ramgguf.gguf.identity import require_model
 from ramgguf.gguf.reader import GGUFFile
-from ramgguf.llama.forward import ForwardRunner
+from ramgguf.llama.forward import ForwardRunner, require_same_logits
 from ramgguf.llama.patched_weights import Floats
 from ramgguf.llama.token_statistics import standard_error
 from ramgguf.llama.tokens import TokenRequest, parse_tokens
@@ -70,12 +70,8 @@ def refine_plan(
             raise PlanError(
                 f"{journal_path} is of another plan or choice of tokens; remove it to start anew"
             )
-        found = passes.prepare([ids for part in settings.sets for ids in part])
-        if settings.fingerprint not in (None, found):
-            raise PlanError(
-                f"{journal_path} was begun where llama.cpp computes other logits (another build, "
-                "CPU or number of threads); go on there, or remove it to start anew"
-            )
+        sequences = [ids for part in settings.sets for ids in part]
+        require_same_logits(passes, sequences, settings.fingerprint, journal_path)
         if journal.steps:
             announce(f"{settings.promise}; {len(journal.steps)} are tried")
         planned = PlanState(file, passes)
@@ -128,7 +124,7 @@ class _Run:
             part.current()
         total = sum(self._group_cost(i) for i in range(len(self._chosen)))
         kld = float(sets[0].current().mean())
-        self._belief = Posterior(kld / total if total > 0 else 0.0, self._errors())
+        self._posterior = Posterior(kld / total if total > 0 else 0.0, self._errors())
         self._price = price(problem.items, plan.budget - plan.n_overhead_bytes)
         self._tried: set[tuple[FormatChange, ...]] = set()
         self._swaps: list[tuple[FormatChange, ...]] = []
@@ -162,7 +158,7 @@ class _Run:
     def _next(self) -> list[Move]:
         """Return the most promising moves that were not tried, as many as run side by side."""
         items, room = self._problem.items, self._plan.budget - self._n_bytes()
-        proposals = self._belief.proposals(items, self._chosen, room, self._price)
+        proposals = self._posterior.proposals(items, self._chosen, room, self._price)
         untried = (
             move
             for move in proposals
@@ -196,7 +192,7 @@ class _Run:
         return Trial(swap=swap, proposing=proposed, accepting=accepted, taken=False)
 
     def _learn(self, move: Move, trial: Trial) -> None:
-        self._belief.observe(move, trial.proposing.change, trial.proposing.error)
+        self._posterior.observe(move, trial.proposing.change, trial.proposing.error)
         self._tried.add(trial.swap)
         if trial.taken:
             self._swaps.append(trial.swap)

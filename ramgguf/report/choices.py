@@ -5,7 +5,6 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from ramgguf.core.errors import PlanError
 from ramgguf.core.units import format_bytes
 from ramgguf.plan.explanation import Explanation, PlanExplanation, Step
 from ramgguf.plan.recipes import Change, Difference, Recipe, RecipeTensor
@@ -18,16 +17,13 @@ def print_explanation(explained: PlanExplanation, wanted: str | None, console: C
 
     Raises PlanError when no tensor is called so.
     """
-    plan = explained.plan
+    plan, one = explained.plan, None if wanted is None else explained.of(wanted)
     console.print(
         f"{format_bytes(plan.n_bytes)}, {plan.bpw:.3f} bpw; the price is "
         f"{explained.price * 1e6:.4g} of {plan.objective} per MB"
     )
-    if wanted is not None:
-        found = [e for e in explained.tensors if e.assignment.name == wanted]
-        if not found:
-            raise PlanError(f"the plan has no tensor {wanted!r}")
-        _print_tensor(explained, found[0], console)
+    if one is not None:
+        _print_tensor(explained, one, console)
         return
     fields: list[Field[Explanation]] = [
         Field("tensor", lambda e: e.assignment.name, number=False),

@@ -20,9 +20,7 @@ Figure = Any  # plotly.graph_objects.Figure: plotly is an optional package witho
 
 # at least 3.6 : 1 against white and against the dark background, told apart by the colour-blind
 COLOURS = ("#3b82c4", "#c8641e", "#1b8a6b", "#a8559c", "#94791a", "#7a6fd6", "#c94c5c", "#5f7387")
-# plotly's names, and the characters that look like them
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "star", "hexagon", "pentagon")
-SIGNS = "●■◆▲✚★⬢⬟"
 _ROW_PIXELS = 64  # height of a model's row where models are stacked
 _GB = 1e9
 _MIN_DECADES = 0.3  # of a logarithmic axis: one point alone is no magnifying glass

@@ -26,7 +26,7 @@ def findings(board: Leaderboard) -> tuple[str, ...]:
     if board.disagreements:
         found.append(_disagreements(board))
     elif len(board.rows) > 1 and len(board.rankings) > 1:
-        names = _list([LABELS[r.criterion] for r in board.rankings])
+        names = listed([LABELS[r.criterion] for r in board.rankings])
         found.append(f"No inversion: {names} rank the models alike.")
     found += _ties(board.ties)
     if board.gap is not None and abs(board.gap.value) >= _MIN_GAP:
@@ -59,7 +59,7 @@ def _camps(board: Leaderboard) -> str:
     for r in board.rankings:
         camps.setdefault(order(r, only), []).append(LABELS[r.criterion])
     said = [
-        f"{_list(names)} {'ranks' if len(names) == 1 else 'rank'} {best_first}"
+        f"{listed(names)} {'ranks' if len(names) == 1 else 'rank'} {best_first}"
         for best_first, names in camps.items()
     ]
     full = any(d.full_inversion and len(d.first.order) > 2 for d in board.disagreements)
@@ -115,7 +115,7 @@ def _pair(d: Disagreement, r: Reversal) -> str:
         for ranking, found in ((d.first, r.ratio_first), (d.second, r.ratio_second))
         if found is not None
     ]
-    measured = f"{r.better} over {r.worse}: {_list(ratios)}"
+    measured = f"{r.better} over {r.worse}: {listed(ratios)}"
     match r.verdict:
         case Verdict.FEW:
             return f"{counted}: few sequences outweigh the rest ({measured})."
@@ -142,7 +142,7 @@ def _why(found: Sequence[InfluentialSequence]) -> str:
     if len(found) > _MAX_NAMED:
         named.append(f"{len(found) - _MAX_NAMED} more")
     count = "One sequence causes" if len(found) == 1 else f"{len(found)} sequences cause"
-    return f"{count} it: {_list(named, '; ')}."
+    return f"{count} it: {listed(named, '; ')}."
 
 
 def _sequence(s: InfluentialSequence) -> str:
@@ -168,7 +168,7 @@ def _without(found: Sequence[Disagreement], n: int) -> str:
     return (
         f"Without {what} "
         + "; ".join(
-            f"{_list(list(names))} rank{'s' if len(names) == 1 else ''} {best_first}"
+            f"{listed(list(names))} rank{'s' if len(names) == 1 else ''} {best_first}"
             for best_first, names in said.items()
         )
         + "."
@@ -185,12 +185,12 @@ def _ties(ties: Sequence[Tie]) -> list[str]:
         by_pair.setdefault(frozenset((tie.better, tie.worse)), []).append(tie)
     said = [
         f"{found[0].better} and {found[0].worse} by "
-        + _list([f"{LABELS[t.criterion]} (p = {p_value(t.ratio.p or 0)})" for t in found])
+        + listed([f"{LABELS[t.criterion]} (p = {p_value(t.ratio.p or 0)})" for t in found])
         for found in by_pair.values()
     ]
     if len(said) > _MAX_NAMED:
         said = [*said[:_MAX_NAMED], f"{len(said) - _MAX_NAMED} more pairs"]
-    return [f"Unresolved (Holm-corrected): {_list(said, '; ')}."] if said else []
+    return [f"Unresolved (Holm-corrected): {listed(said, '; ')}."] if said else []
 
 
 def _gap(gap: Gap) -> str:
@@ -218,7 +218,8 @@ def _of_interest(board: Leaderboard) -> Collection[str] | None:
     return found or None
 
 
-def _list(items: Sequence[str], comma: str = ", ") -> str:
+def listed(items: Sequence[str], comma: str = ", ") -> str:
+    """Return items as a list in a sentence: a, b and c; a; b; and c."""
     if len(items) < 2:
         return "".join(items)
     return comma.join(items[:-1]) + (" and " if comma == ", " else f"{comma}and ") + items[-1]

@@ -1,7 +1,5 @@
 """The first line of a comparison: which file to take and why; then what to distrust."""
 
-from collections.abc import Sequence
-
 from ramgguf.core.units import format_bytes
 from ramgguf.evaluate.eval_report import EvalReport
 from ramgguf.evaluate.leaderboard import KLD_CRITERIA, LABELS, Leaderboard, Pair, Row
@@ -10,6 +8,7 @@ from ramgguf.evaluate.result import FIRST_TOKENS
 from ramgguf.evaluate.statistics import MIN_UNITS, n_units
 from ramgguf.evaluate.summary import losses
 from ramgguf.report.numbers import kld, ppl, ratio, with_interval
+from ramgguf.report.sentences import listed
 
 _SAME_SIZE = 0.01  # files whose sizes differ by less are called equal
 
@@ -26,7 +25,7 @@ def verdict_lines(report: EvalReport) -> tuple[str, ...]:
     heavy = [s.label for s in report.summaries if s.tail.heavy]
     if heavy:
         lines.append(
-            f"Distrust mean PPL of {_list(heavy)}: the tail is heavy, so it tells which sequences"
+            f"Distrust mean PPL of {listed(heavy)}: the tail is heavy, so it tells which sequences"
             " were drawn."
         )
     return tuple(lines)
@@ -41,7 +40,7 @@ def board_verdict(board: Leaderboard) -> tuple[str, ...]:
     lines = [_verdict(found, rows)]
     if found.smaller:
         sizes = [f"{s} ({_size(rows[s])}, {_value(rows[s], found.by)})" for s in found.smaller]
-        lines.append(f"Smaller, and best for their size: {_list(sizes)}.")
+        lines.append(f"Smaller, and best for their size: {listed(sizes)}.")
     if found.by == "late_kld":
         lines.append(
             f"Distrust mean KLD: without the first {FIRST_TOKENS} tokens of each window it prefers"
@@ -50,7 +49,7 @@ def board_verdict(board: Leaderboard) -> tuple[str, ...]:
     if carried := carried_criteria(board):
         n = len({i for d in board.disagreements for r in d.reversals for i in r.influential})
         lines.append(
-            f"Distrust {_list([LABELS[c] for c in carried])}: {_sequences(n)} of"
+            f"Distrust {listed([LABELS[c] for c in carried])}: {_sequences(n)} of"
             f" {board.n_sequences} {'outweighs' if n == 1 else 'outweigh'} the rest."
         )
     return tuple(lines)
@@ -60,14 +59,14 @@ def _verdict(found: Recommendation, rows: dict[str, Row]) -> str:
     if found.take is None:
         said = [f"{LABELS[c]} prefers {label}" for c, label in found.preferred]
         return (
-            f"No verdict: {_list(said)}, and published figures carry no sequences that could say"
+            f"No verdict: {listed(said)}, and published figures carry no sequences that could say"
             " which is right. Trust the median for ordinary text; look at the outliers."
         )
     take = rows[found.take]
     if found.rival is None:
         values = [f"{LABELS[c]} {ppl(take.estimates[c].value)}" for c in _known(take)]
         return (
-            f"{found.take}: {_list(values)}; there is no second file or reference to judge it by."
+            f"{found.take}: {listed(values)}; there is no second file or reference to judge it by."
         )
     rival = rows[found.rival]
     said = [_by_size(take, rival)]
@@ -136,9 +135,3 @@ def _size(row: Row) -> str:
 
 def _sequences(n: int) -> str:
     return "one sequence" if n == 1 else f"{n} sequences"
-
-
-def _list(items: Sequence[str]) -> str:
-    if len(items) < 2:
-        return "".join(items)
-    return ", ".join(items[:-1]) + " and " + items[-1]

@@ -22,7 +22,7 @@ from ramgguf.gguf.architecture import HEAD, TOKEN_EMBEDDING, layer_of, never_qua
 from ramgguf.gguf.hub import local_path
 from ramgguf.gguf.identity import Source, difference
 from ramgguf.gguf.reader import GGUFFile, TensorInfo, open_gguf
-from ramgguf.llama.forward import ForwardRequest, ForwardRunner
+from ramgguf.llama.forward import ForwardRequest, ForwardRunner, require_same_logits
 from ramgguf.llama.tokens import N_CTX, TokenRequest, parse_tokens
 from ramgguf.quants import formats
 from ramgguf.quants.coverage import coverage_notes
@@ -57,14 +57,15 @@ def measure_alpha(
     opening gives the passes; journal_path takes the readings, from which a run that was killed goes
     on, wherever its passes run. announce gets the planned cost before it is spent. timer has run
     since the request was made; where no number of sequences is asked for, readings end with its
-    time, and tensors that were not read are imputed. Raises
-    ImatrixError for another model's matrix, EngineError when llama.cpp fails or the model does not
-    come back unchanged.
+    time, and tensors that were not read are imputed. Raises ImatrixError for another model's
+    matrix, EngineError when llama.cpp fails or the model does not come back unchanged.
     """
     timer = timer or Timer(request.seconds)
     tensors = [t for t in file.tensors if is_probed(file, t)]
     if not tensors:
-        raise PlanError(f"{file.paths[0]}: no tensor can be probed; a source in F32, F16 or BF16")
+        raise PlanError(
+            f"{file.paths[0]}: no tensor can be probed; take the model in F32, F16 or BF16"
+        )
     coverage = coverage_notes(file, request.imatrix)
     with Journal(journal_path) as journal, opening as passes:
         settings = journal.settings
@@ -74,7 +75,7 @@ def measure_alpha(
         else:
             announce(f"{settings.promise}; {len(journal.readings)} tensors are done")
             _check_resumed(settings, file, request, journal_path)
-            _check_computed_alike(settings, passes, journal_path)
+            require_same_logits(passes, settings.sequences, settings.fingerprint, journal_path)
         by_name = {t.name: t for t in tensors}
         depth = Depth.of(file)
         wanted = [layer_pass(depth, by_name[name]) for name in settings.carried]
@@ -294,16 +295,6 @@ def _check_resumed(settings: Settings, file: GGUFFile, request: TokenRequest, pa
         raise PlanError(
             f"{path} is of another model, encoder, imatrix, stand-in or choice of tokens; "
             "remove it to start anew"
-        )
-
-
-def _check_computed_alike(settings: Settings, passes: ForwardRunner, path: Path) -> None:
-    """Raise PlanError when the journal's readings are of kernels that compute otherwise."""
-    found = passes.prepare(settings.sequences)
-    if settings.fingerprint not in (None, found):
-        raise PlanError(
-            f"{path} was begun where llama.cpp computes other logits (another build, CPU or number "
-            "of threads); go on there, or remove it to start anew"
         )
 
 

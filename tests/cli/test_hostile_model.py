@@ -14,6 +14,7 @@ from gguf import GGUFWriter
 from typer.testing import CliRunner
 
 import made_results
+from gguf_samples import finish_gguf
 from hostile_text import HOSTILE, hidden
 from ramgguf.cli.app import app
 from tiny_models import write_tiny_model
@@ -37,10 +38,7 @@ def _write(path: Path) -> Path:
     out.add_string("general.base_model.0.repo_url", NAME)
     for name in TENSOR_NAMES:
         out.add_tensor(name, rng.standard_normal((64, 256)).astype(np.float16))
-    out.write_header_to_file()
-    out.write_kv_data_to_file()
-    out.write_tensors_to_file()
-    out.close()
+    finish_gguf(out)
     return path
 
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_info
 
 import ramgguf
+from gguf_samples import finish_gguf
 from ramgguf import _core
 from ramgguf.core import parallel
 from ramgguf.core.errors import FormatError, GGUFError
@@ -45,10 +46,7 @@ def _write(path: Path, *, alignment: int = 32, bad: str = "", seed: int = 5) -> 
                 x[1, 2] = 1e9  # a scale that F16 cannot hold
             writer.add_tensor(full, x)
     writer.add_tensor("token_embd.weight", rng.standard_normal((4200, 256)).astype(np.float16))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish_gguf(writer)
     return path
 
 

@@ -9,6 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 import ramgguf
+from gguf_samples import finish_gguf
 from model_outputs import outputs
 from ramgguf.core.errors import FormatError, GGUFError
 from ramgguf.core.progress import Silent
@@ -46,10 +47,7 @@ def write_imatrix(path: Path, model: Path) -> Path:
             values = np.exp(rng.standard_normal((n_experts, t.row_length))).astype(np.float32)
             writer.add_tensor(f"{t.name}.in_sum2", values)
             writer.add_tensor(f"{t.name}.counts", np.ones((n_experts, 1), np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish_gguf(writer)
     return path
 
 
@@ -240,10 +238,7 @@ def test_the_standard_error_is_that_of_the_sample(tmp_path: Path) -> None:
     spread = np.exp(0.5 * rng.standard_normal((2048, 1)))
     x = (rng.standard_t(3, (2048, 256)) * spread).astype(np.float32)
     writer.add_tensor("blk.0.ffn_up.weight", x)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish_gguf(writer)
     w = np.exp(rng.standard_normal((1, 256))).astype(np.float32)
     with open_gguf(tmp_path / "model.gguf") as file:
         tensor = file.tensor("blk.0.ffn_up.weight")

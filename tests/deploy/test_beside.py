@@ -9,6 +9,7 @@ from gguf import GGUFWriter
 from typer.testing import CliRunner
 
 import ramgguf
+from gguf_samples import finish_gguf
 from ramgguf.cli.app import app
 from ramgguf.core.errors import BudgetError
 from ramgguf.deploy import MemoryLimit, MemoryRequest
@@ -35,10 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     writer = GGUFWriter(folder / "mmproj.gguf", "clip")
     writer.add_tensor("v.blk.0.attn_q.weight", np.zeros((1000, 1000), np.float16))
     writer.add_tensor("v.post_ln.bias", np.zeros(1000, np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish_gguf(writer)
     return folder
 
 

@@ -13,6 +13,7 @@ import numpy.typing as npt
 import pytest
 from scipy.special import log_softmax, rel_entr
 
+from gguf_samples import finish_gguf
 from ramgguf.core.corpus import Corpus, default_corpus
 from ramgguf.core.errors import EngineError, GGUFError
 from ramgguf.evaluate.evaluation import Evaluation, identify, score_models
@@ -198,10 +199,7 @@ def with_metadata(source: Path, target: Path, key: str, value: str) -> Path:
     writer.add_string(key, value)
     for tensor in reader.tensors:
         writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish_gguf(writer)
     return target
 
 

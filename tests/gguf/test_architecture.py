@@ -9,6 +9,7 @@ from gguf import GGUFReader, GGUFWriter
 from gguf.constants import MODEL_ARCH, MODEL_TENSORS, TENSOR_NAMES
 from gguf.tensor_mapping import get_tensor_name_map
 
+from gguf_samples import finish_gguf
 from ramgguf.gguf.architecture import (
     PARTS,
     draft_layers,
@@ -197,10 +198,7 @@ def test_llama_quantize_leaves_the_same_tensors_alone(
     out.add_tensor("vector.weight", rows[0, 0])
     out.add_tensor("one_row.weight", rows[0, :1])
     out.add_tensor("three_dimensions.weight", rows)
-    out.write_header_to_file()
-    out.write_kv_data_to_file()
-    out.write_tensors_to_file()
-    out.close()
+    finish_gguf(out)
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype = llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0
     params.nthread = 1

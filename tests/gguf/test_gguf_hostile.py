@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 import gguf_samples
-from gguf_samples import SOUND, File, Key, Tensor
+from gguf_samples import SOUND, File, Key, Tensor, finish_gguf
 from ramgguf.cli.app import app
 from ramgguf.core.errors import GGUFError, PlanError
 from ramgguf.gguf.reader import open_gguf, require_language_model
@@ -220,10 +220,7 @@ def oddly_named(tmp_path: Path) -> Path:
     out.add_block_count(1)
     for name in _NAMES:
         out.add_tensor(name, np.random.default_rng(1).standard_normal((64, 256)).astype("f2"))
-    out.write_header_to_file()
-    out.write_kv_data_to_file()
-    out.write_tensors_to_file()
-    out.close()
+    finish_gguf(out)
     return path
 
 

@@ -12,6 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 import ramgguf
+from gguf_samples import finish_gguf
 from ramgguf.core.errors import CheckpointError, RamggufError
 from ramgguf.gguf.conversion import converted_folder
 from ramgguf.gguf.hub import beside, local_path
@@ -67,10 +68,7 @@ def write_adapter(
     wanted = gguf.GGMLQuantizationType[stored]
     for name, array in tensors.items():
         out.add_tensor(name, gguf.quants.quantize(array, wanted), raw_dtype=wanted)
-    out.write_header_to_file()
-    out.write_kv_data_to_file()
-    out.write_tensors_to_file()
-    out.close()
+    finish_gguf(out)
     return path
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import ramgguf
+from gguf_samples import finish_gguf
 from ramgguf.core.errors import ImatrixError, PlanError
 from ramgguf.core.values import TokenKind
 from ramgguf.deploy.result import CheckResult
@@ -106,10 +107,7 @@ def test_the_sample_of_many_tensors_is_small(tmp_path: Path) -> None:
     out = GGUFWriter(tmp_path / "many.gguf", "llama")
     for i in range(3000):
         out.add_tensor(f"blk.{i}.ffn_up.weight", np.full((4, 4096), i, np.float32))
-    out.write_header_to_file()
-    out.write_kv_data_to_file()
-    out.write_tensors_to_file()
-    out.close()
+    finish_gguf(out)
     n_read = 0
     with open_gguf(tmp_path / "many.gguf") as file:
         shard = file._shards[0]

@@ -8,6 +8,7 @@ import pytest
 from gguf import GGUFWriter
 from numpy.typing import NDArray
 
+from gguf_samples import finish_gguf
 from ramgguf.core.errors import EngineError
 from ramgguf.gguf import layered
 from ramgguf.gguf.layered import LayeredCopy
@@ -39,10 +40,7 @@ def _write(path: Path, n_layers: int = N_LAYERS, missing: int | None = None) -> 
             add(f"blk.{layer}.attn_norm.weight")
             add(f"blk.{layer}.ffn_up.weight")
     add("output_norm.weight")
-    out.write_header_to_file()
-    out.write_kv_data_to_file()
-    out.write_tensors_to_file()
-    out.close()
+    finish_gguf(out)
     return path
 
 

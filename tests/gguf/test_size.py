@@ -11,6 +11,7 @@ import pytest
 from gguf import GGMLQuantizationType, GGUFWriter
 
 import ramgguf
+from gguf_samples import finish_gguf
 from ramgguf.gguf.reader import open_gguf
 
 MB = 1 << 20
@@ -82,10 +83,7 @@ def _many(path: Path, n_tensors: int) -> Path:
     data = rng.standard_t(5, (n_tensors, 2, 256)).astype(np.float16)
     for i in range(n_tensors):
         out.add_tensor(f"blk.{i % 50}.ffn_up.{i // 50}.weight", data[i])
-    out.write_header_to_file()
-    out.write_kv_data_to_file()
-    out.write_tensors_to_file()
-    out.close()
+    finish_gguf(out)
     return path
 
 

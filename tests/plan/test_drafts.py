@@ -7,6 +7,7 @@ import pytest
 from gguf import GGUFWriter
 
 import ramgguf
+from gguf_samples import finish_gguf
 from ramgguf.measure.result import Measurement
 from ramgguf.plan.result import Plan
 
@@ -24,10 +25,7 @@ def _measured(path: Path, *, drafts: bool) -> Measurement:
         weights = rng.standard_normal((64, 256), dtype=np.float32).astype(np.float16)
         out.add_tensor(f"{name}.weight", weights)
         out.add_tensor(f"{name.rpartition('.')[0]}.{name[-3:]}_norm.weight", np.ones(256, "f4"))
-    out.write_header_to_file()
-    out.write_kv_data_to_file()
-    out.write_tensors_to_file()
-    out.close()
+    finish_gguf(out)
     return ramgguf.measure(path, formats=["Q3_K", "Q4_0", "Q6_K"], threads=1)
 
 

@@ -12,6 +12,7 @@ from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, MODEL_TENSORS, GGUFWriter
 from gguf.constants import TENSOR_NAMES
 
 import ramgguf
+from gguf_samples import finish_gguf
 from ramgguf.gguf.architecture import role_of
 from ramgguf.gguf.reader import open_gguf
 from ramgguf.measure.result import Measurement, Point, TensorMeasurement
@@ -223,10 +224,7 @@ def test_a_file_with_a_draft_block_is_measured_and_read_up_to_its_trunk(tmp_path
     names = [f"blk.{i}.ffn_down.weight" for i in range(9)]
     for name in ("token_embd.weight", "output.weight", *names, "blk.8.nextn.eh_proj.weight"):
         out.add_tensor(name, rows)
-    out.write_header_to_file()
-    out.write_kv_data_to_file()
-    out.write_tensors_to_file()
-    out.close()
+    finish_gguf(out)
     measured = ramgguf.measure(tmp_path / "draft.gguf", formats=["Q8_0"])
     assert measured.n_layers == 8
     of = _priors(measured)

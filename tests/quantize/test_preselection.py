@@ -10,6 +10,7 @@ import pytest
 from gguf import GGUFWriter
 
 import ramgguf
+from gguf_samples import finish_gguf
 from ramgguf.core.progress import Silent
 from ramgguf.gguf.reader import open_gguf
 from ramgguf.measure import measure_file
@@ -62,10 +63,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
             scale = float(rng.uniform(0.5, 2))
             weights = (scale * rng.standard_t(5, (256, 512))).astype(np.float16)
             out.add_tensor(f"blk.{layer}.{part}.weight", weights)
-    out.write_header_to_file()
-    out.write_kv_data_to_file()
-    out.write_tensors_to_file()
-    out.close()
+    finish_gguf(out)
     return path
 
 

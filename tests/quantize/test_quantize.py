@@ -13,7 +13,7 @@ from gguf.quants import dequantize, quantize
 from numpy.typing import NDArray
 
 import ramgguf
-from gguf_samples import write_model
+from gguf_samples import finish_gguf, write_model
 from ramgguf.core import files, parallel
 from ramgguf.core.errors import BudgetError, FormatError, GGUFError, PlanError
 from ramgguf.core.progress import Silent
@@ -37,10 +37,7 @@ def write(path: Path, tensors: dict[str, tuple[Float32, Kind]], n_layers: int = 
             out.add_tensor(name, weights.astype(np.float16 if qtype == Kind.F16 else np.float32))
         else:
             out.add_tensor(name, quantize(weights, qtype), raw_dtype=qtype)
-    out.write_header_to_file()
-    out.write_kv_data_to_file()
-    out.write_tensors_to_file()
-    out.close()
+    finish_gguf(out)
     return path
 
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 import ggml_oracle
 import ramgguf
+from gguf_samples import finish_gguf
 from model_outputs import outputs
 from ramgguf import _core
 from ramgguf.core.errors import FormatError
@@ -35,10 +36,7 @@ def _write(path: Path, tensors: Mapping[str, tuple[NDArray[Any], Kind]]) -> Path
     out.add_block_count(1)
     for name, (data, kind) in tensors.items():
         out.add_tensor(name, data, raw_dtype=kind)
-    out.write_header_to_file()
-    out.write_kv_data_to_file()
-    out.write_tensors_to_file()
-    out.close()
+    finish_gguf(out)
     return path
 
 

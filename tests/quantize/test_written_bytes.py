@@ -8,6 +8,7 @@ import pytest
 from gguf import GGUFReader, GGUFWriter
 
 import ramgguf
+from gguf_samples import finish_gguf
 
 FORMATS = (
     *("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
@@ -28,10 +29,7 @@ def written(folder: Path, encoder: str) -> str:
     for i in range(len(FORMATS)):
         weights = rng.standard_normal((6, 512)) * rng.standard_normal((6, 1))
         writer.add_tensor(f"blk.{i}.ffn_down.weight", weights.astype(np.float16))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish_gguf(writer)
     pins = [rf"blk\.{i}\.={name}" for i, name in enumerate(FORMATS)]
     made = ramgguf.quantize(
         folder / "m.gguf", "1000%", folder / "out.gguf", pins=pins, formats=FORMATS,

@@ -10,6 +10,7 @@ from gguf.quants import dequantize
 from numpy.typing import NDArray
 
 import ramgguf
+from gguf_samples import finish_gguf
 from ramgguf import _core
 from ramgguf.core.errors import ImatrixError
 from ramgguf.gguf.reader import open_gguf
@@ -52,10 +53,7 @@ def case(tmp_path: Path) -> Case:
         matrix.add_tensor(f"{name}.in_sum2", 4 * values)
         matrix.add_tensor(f"{name}.counts", np.full((len(values), 1), 4, np.float32))
     for writer in (model, matrix):
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+        finish_gguf(writer)
     return Case(tmp_path / "model.gguf", tmp_path / "imatrix.gguf", dense, experts, importance)
 
 

@@ -10,6 +10,7 @@ import pytest
 from gguf import GGUFReader, GGUFWriter
 
 import ramgguf
+from gguf_samples import finish_gguf
 from imatrix_samples import Floats, floats, legacy, legacy_entry, write_gguf
 from ramgguf.core.errors import ImatrixError
 from ramgguf.gguf.reader import open_gguf
@@ -51,10 +52,7 @@ def _model(path: Path, parts: Shapes, *, n_layers: int = 2, tied: bool = False) 
         out.add_tensor(f"blk.{i}.attn_norm.weight", np.ones(D, np.float32))
         for part, shape in parts.items():
             add(f"blk.{i}.{part}", shape)
-    out.write_header_to_file()
-    out.write_kv_data_to_file()
-    out.write_tensors_to_file()
-    out.close()
+    finish_gguf(out)
     return path
 
 

@@ -1,13 +1,16 @@
 """A quantized file in the types of its source: the same weights, read by the source's kernels."""
 
+import re
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 import ramgguf
+from ramgguf.core.errors import FormatError
 from ramgguf.gguf.reader import open_gguf
 from ramgguf.quants.decoded import write_decoded
-from ramgguf.quants.encoders.decoding import decode_rows
+from ramgguf.quants.encoders.decoding import decode_rows, in_type
 from tiny_models import write_tiny_model
 
 
@@ -47,3 +50,22 @@ def test_a_tensor_that_was_quantized_in_the_source_stays_as_it_is(tmp_path: Path
                     decoded.read_rows(decoded.tensor(tensor.name), 0, tensor.n_rows),
                     file.read_rows(tensor, 0, tensor.n_rows),
                 )
+
+
+@pytest.mark.parametrize(
+    ("name", "limit"), [("F16", 65520.0), ("BF16", float.fromhex("0x1.ffp127")), ("F32", np.inf)]
+)
+def test_weights_up_to_what_rounds_to_infinity_fit_a_type_and_others_are_refused(
+    name: str, limit: float
+) -> None:
+    first, most = np.float32(limit), np.nextafter(np.float32(limit), np.float32(0))
+    for sign in (1, -1):
+        rows = in_type(name, np.full((2, 32), sign * most, np.float32))
+        assert np.isfinite(decode_rows(name, rows, 32)).all()
+        for bad in (sign * first, np.float32(np.nan)):
+            weights = np.ones((2, 32), np.float32)
+            weights[1, 7] = bad
+            said = re.escape(f"a weight of {abs(bad):g} is NaN or too large for {name}")
+            with pytest.raises(FormatError, match=said):
+                in_type(name, weights)
+    assert in_type(name, np.empty((0, 32), np.float32)).size == 0

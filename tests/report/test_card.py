@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 import made_results
 import ramgguf
+from gguf_samples import finish_gguf
 from ramgguf.cli.app import app
 from ramgguf.core.errors import PlanError, ResultError
 from ramgguf.core.units import format_bytes
@@ -40,10 +41,7 @@ def _write(path: Path, name: str = "Tiny", **strings: str) -> Path:
     out.add_tensor("token_embd.weight", rng.standard_normal((64, 256)).astype(np.float16))
     out.add_tensor("blk.0.ffn_up.weight", rng.standard_normal((64, 256)).astype(np.float16))
     out.add_tensor("output_norm.weight", rng.standard_normal(256).astype(np.float32))
-    out.write_header_to_file()
-    out.write_kv_data_to_file()
-    out.write_tensors_to_file()
-    out.close()
+    finish_gguf(out)
     return path
 
 

@@ -72,6 +72,15 @@ def starts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return asked
 
 
+def _small_model(
+    name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, n_layers: int = N_LAYERS
+) -> Path:
+    """Write a small model of the architecture with so many layers."""
+    monkeypatch.setattr(small_models, "N_LAYERS", n_layers)
+    architecture = next(a for a in ARCHITECTURES if a.name == name)
+    return write_small_model(folder / f"{name}.gguf", architecture, tokenizer=True)
+
+
 def _whole(
     model: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, stand_in: str | None = None
 ) -> Sensitivity:
@@ -101,9 +110,7 @@ def test_alpha_is_the_same_wherever_passes_begin(
 def test_a_model_whose_layers_depend_on_the_first_is_read_by_whole_passes(
     tmp_path: Path, starts: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(small_models, "N_LAYERS", N_LAYERS)
-    gpt2 = next(a for a in ARCHITECTURES if a.name == "gpt2")  # positions are added to the input
-    model = write_small_model(tmp_path / "gpt2.gguf", gpt2, tokenizer=True)
+    model = _small_model("gpt2", tmp_path, monkeypatch)  # positions are added to the input
     whole = _whole(model, tmp_path / "whole", monkeypatch)
     found, said = measured(model, tmp_path / "later")
     assert max(starts) > 0
@@ -116,9 +123,7 @@ def test_a_model_whose_layers_depend_on_the_first_is_read_by_whole_passes(
 def test_a_model_with_a_pattern_of_layers_begins_at_its_periods_and_is_not_refused(
     tmp_path: Path, starts: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(small_models, "N_LAYERS", 14)
-    gemma3 = next(a for a in ARCHITECTURES if a.name == "gemma3")
-    model = write_small_model(tmp_path / "gemma3.gguf", gemma3, tokenizer=True)
+    model = _small_model("gemma3", tmp_path, monkeypatch, n_layers=14)
     whole = _whole(model, tmp_path / "whole", monkeypatch)
     found, said = measured(model, tmp_path / "later")
     assert set(starts) == {0, 6, 12}
@@ -142,9 +147,7 @@ def test_a_pass_is_reckoned_by_what_a_token_is_multiplied_with(tmp_path: Path) -
 def test_after_a_refusal_all_passes_of_a_run_with_a_clock_are_whole(
     tmp_path: Path, starts: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(small_models, "N_LAYERS", N_LAYERS)
-    gpt2 = next(a for a in ARCHITECTURES if a.name == "gpt2")
-    model = write_small_model(tmp_path / "gpt2.gguf", gpt2, tokenizer=True)
+    model = _small_model("gpt2", tmp_path, monkeypatch)
     found, said = measured(model, tmp_path / "run", seconds=600.0)
     assert all(t.origin == "measured" for t in found.tensors)
     assert sum(start > 0 for start in starts) == 1

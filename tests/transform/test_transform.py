@@ -25,7 +25,7 @@ from ramgguf.gguf.writer import rewrite
 from ramgguf.quants.encoders.decoding import decode_rows
 from ramgguf.quants.hessian import Hessian, load_hessians
 from ramgguf.quants.imatrix import Importance, InputSquares, load_imatrix, scaled, write_imatrix
-from ramgguf.quants.scales import ScaledFile, load_scales
+from ramgguf.quants.scales import ScaledFile, Scales, load_scales
 from ramgguf.transform import scaling
 from small_models import (
     ARCHITECTURES,
@@ -231,6 +231,22 @@ def test_rows_of_experts_are_read_with_the_scales_of_their_expert(tmp_path: Path
             assert np.array_equal(some, same)
             found = decode_rows("F16", some, tensor.row_length)
             assert np.allclose(found, expected[start:stop], rtol=2e-3, atol=1e-6)
+
+
+def test_scales_that_make_a_weight_too_large_for_its_type_are_refused(tmp_path: Path) -> None:
+    name = "blk.1.ffn_down.weight"
+    with open_gguf(write_tiny_model(tmp_path / "m-f16.gguf", weight_type="F16")) as file:
+        tensor, largest = file.tensor(name), np.abs(_weights(file, name)).max()
+        for factor, fits in ((60_000 / largest, True), (70_000 / largest, False)):
+            columns = np.full(tensor.row_length, factor, np.float32)
+            scales = Scales(tmp_path / "s.gguf", {name: columns}, {}, file.sample_sha256)
+            scaled = ScaledFile(file, scales)
+            if fits:
+                assert np.isfinite(_weights(scaled, name)).all()
+                continue
+            match = rf"m-f16.gguf: '{name}', scaled as .*s.gguf says: .* too large for F16"
+            with pytest.raises(GGUFError, match=match):
+                scaled.read_rows(tensor, 0, tensor.n_rows)
 
 
 def test_matrices_of_experts_in_any_layout_are_those_of_the_scaled_inputs(tmp_path: Path) -> None:

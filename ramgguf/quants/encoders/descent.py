@@ -23,8 +23,7 @@ def encode(type_name: str, rows: Floats, hessian: Hessian, importance: Floats) -
     """Return blocks of the rows, in a format of FORMATS; importance (columns) weighs scales.
 
     No row has a larger damped error than gptq gives it. Blocks of formats whose codes stand for
-    several weights at once are those of gptq. Raises ValueError where a scale would
-    overflow.
+    several weights at once are those of gptq. Raises ValueError where a scale would overflow.
     """
     blocks = gptq.encode(type_name, rows, hessian, importance)
     if type_name not in gptq.SCALAR_FORMATS:

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from ramgguf import _core
 from ramgguf.quants import formats
 from ramgguf.quants.encoders.decoding import decode_rows
+from ramgguf.quants.hessian import UNIT
 
-UNIT = 256
 _EIGHT = 8
 
 Floats = NDArray[np.float32]

@@ -31,7 +31,7 @@ from ramgguf.plan.recipes import Recipe
 from ramgguf.plan.result import Plan
 from ramgguf.plan.speed import N_PROMPT, SpeedLimit, TokenWork
 from ramgguf.plan.speed_front import SpeedFront
-from ramgguf.plan.split import Sites
+from ramgguf.plan.split import Offloaded, Sites, divisions, everything
 from ramgguf.plan.targets import TARGETS, target
 
 __all__ = [
@@ -46,6 +46,7 @@ __all__ = [
     "DividedPlan",
     "Frontier",
     "JointLimit",
+    "Offloaded",
     "Plan",
     "PlanAt",
     "PlanOptions",
@@ -63,7 +64,9 @@ __all__ = [
     "costing",
     "curve",
     "diff",
+    "divisions",
     "efficient",
+    "everything",
     "explain",
     "follow",
     "plan",

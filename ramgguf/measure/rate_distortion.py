@@ -22,7 +22,6 @@ from ramgguf.gguf.identity import Source
 from ramgguf.gguf.reader import GGUFFile, open_gguf
 from ramgguf.gguf.weight_scale import mean_squared_scale
 from ramgguf.measure.candidates import (
-    FLOAT_FORMATS,
     TERNARY_NMSE,
     Job,
     is_source,
@@ -129,7 +128,7 @@ def measure_file(
         source=Source.of(file, data.hexdigest() if others and not sampled else None),
         encoder=encoder,
         imatrix=imatrix.source if imatrix else None,
-        formats=(*names, *sorted({j.grid for j in jobs if j.grid} - set(names))),
+        formats=(*names, *sorted(_others(jobs) - set(names))),
         n_overhead_bytes=n_overhead_bytes,
         alignment=file.alignment,
         n_layers=file.n_trunk_layers,
@@ -143,6 +142,11 @@ def measure_file(
             *_idle_requantize(jobs, allow_requantize),
         ),
     )
+
+
+def _others(jobs: Sequence[Job]) -> set[str]:
+    """Return formats that suit some tensors, asked for or not: grids, 16 bits for odd rows."""
+    return {name for j in jobs for name in (*j.candidates, *j.sampled, j.grid) if name}
 
 
 def _on_grids(jobs: Sequence[Job]) -> Iterator[str]:
@@ -166,7 +170,7 @@ def _unsuited(jobs: Sequence[Job], wanted: Sequence[str] | None) -> Iterator[str
 
 
 def _idle_requantize(jobs: Sequence[Job], allow_requantize: bool) -> Iterator[str]:
-    quantized = [j for j in jobs if j.tensor.type_name not in FLOAT_FORMATS]
+    quantized = [j for j in jobs if j.tensor.type_name not in formats.FLOATS]
     if allow_requantize and not any(j.candidates or j.sampled for j in quantized):
         yield "--allow-requantize changed nothing: no tensor of the source is quantized"
 

@@ -233,9 +233,14 @@ def _barred(tensor: TensorMeasurement, point: Point, constraints: Constraints) -
     """Return why the constraints forbid the point; the source's own format is always allowed."""
     if point.format == tensor.source_format:
         return None
-    if constraints.formats is not None and point.format not in constraints.formats:
-        return Barred(point.format, "not among the formats asked for")
-    for least in constraints.min_formats:
+    asked = constraints.formats
+    if asked is not None and point.format not in asked:
+        is_last = point.format in formats.HALVES and formats.suits_no_block(
+            asked, tensor.row_length
+        )
+        if not is_last:
+            return Barred(point.format, "not among the formats asked for")
+    for least in constraints.min_formats if point.format != tensor.grid else ():
         bits = 8 * point.n_bytes / tensor.n_weights
         if least.role == tensor.role and bits < formats.get(least.format).bpw - 1e-3:
             return Barred(point.format, f"fewer bits than {least.format}, the role's minimum")

@@ -22,7 +22,6 @@ _N_VALUES = 16  # that a block of either format has, at most
 # Codes of Q4_0 that a block's largest weight may have, the likeliest first.
 _LARGEST = (-8, *(sign * k for k in range(7, 0, -1) for sign in (1, -1)))
 GRIDS = ("MXFP4", "Q4_0")  # by ascending bytes
-_SOURCES = ("F32", "F16", "BF16")
 _ROWS_AT_ONCE = 1 << 20  # weights
 
 
@@ -60,7 +59,7 @@ def grid_of(file: GGUFFile, tensor: TensorInfo, names: Sequence[str] = GRIDS) ->
 
     The first row decides for nearly all tensors.
     """
-    if tensor.type_name not in _SOURCES:
+    if tensor.type_name not in formats.FLOATS:
         return None
     suiting = [n for n in names if formats.suits(n, tensor.row_length)]
     if not suiting:

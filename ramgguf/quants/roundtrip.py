@@ -17,7 +17,7 @@ from ramgguf.quants.imatrix import Imatrix
 
 Rows = NDArray[np.uint8]
 # Types that llama.cpp computes with as they are, so that any value can be put in their place.
-SOURCES = ("F32", "F16", "BF16")
+SOURCES = formats.FLOATS
 
 
 def simulated(

@@ -11,7 +11,7 @@ from ramgguf.gguf.safetensors import read_header
 
 WIDTH, FEED_FORWARD, N_HEADS = 64, 128, 2
 Stored = dict[str, tuple[str, NDArray[np.generic]]]  # by name: the dtype, and values or bits
-_STORED = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F8_E4M3": "u1", "I32": "<i4"}
+_STORED = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F8_E4M3": "u1", "U8": "u1", "I32": "<i4"}
 
 
 def bf16(values: NDArray[np.float32]) -> NDArray[np.uint16]:

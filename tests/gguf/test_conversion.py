@@ -28,6 +28,7 @@ from ramgguf.gguf.hub import beside, highest_precision, local_path
 from ramgguf.gguf.lora import Adapter, merge
 from ramgguf.gguf.reader import open_gguf
 from ramgguf.gguf.safetensors import from_float, read_header, to_float
+from ramgguf.quants.encoders import libggml
 from small_checkpoint import (
     WIDTH,
     bf16,
@@ -523,6 +524,14 @@ def _weights(path: Path, name: str) -> NDArray[np.float64]:
     return from_bf16(bits).astype(np.float64)
 
 
+def _e4m3(codes: NDArray[np.uint8]) -> NDArray[np.float64]:
+    """Return what bytes of FP8 stand for: a sign, four bits of exponent, three of fraction."""
+    sign, exponent, fraction = codes >> 7, (codes >> 3) & 15, codes & 7
+    normal = (8.0 + fraction) * np.exp2(exponent - 10.0)
+    values: NDArray[np.float64] = np.where(exponent == 0, fraction * 2.0**-9, normal)
+    return values * (1.0 - 2.0 * sign)
+
+
 def test_the_converter_turns_fp8_back_and_the_scales_of_its_blocks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -538,10 +547,7 @@ def test_the_converter_turns_fp8_back_and_the_scales_of_its_blocks(
         },
     )  # fmt: skip
     found = _weights(_converted(tmp_path, monkeypatch), "blk.1.ffn_down.weight")
-    sign, exponent, fraction = codes >> 7, (codes >> 3) & 15, codes & 7
-    normal = (8.0 + fraction) * np.exp2(exponent - 10.0)
-    values = np.where(exponent == 0, fraction * 2.0**-9, normal) * (1.0 - 2.0 * sign)
-    expected = values * np.repeat(np.repeat(scales, 32, axis=0), 32, axis=1)
+    expected = _e4m3(codes) * np.repeat(np.repeat(scales, 32, axis=0), 32, axis=1)
     assert np.abs(found - expected).max() <= 2.0**-8 * np.abs(expected).max()
     assert np.all(np.abs(found - expected) <= 2.0**-8 * np.abs(expected) * (1 + 1e-6))
 
@@ -578,6 +584,41 @@ def test_weights_of_gptq_are_turned_back_and_kept_exactly_in_blocks(
     assert path.stat().st_size == pytest.approx(folder.n_bytes_converted, rel=0.15)
     down = [t for t in ramgguf.measure(path, threads=1).tensors if "ffn_down" in t.name]
     assert [t.grid for t in down] == ["Q4_0", "Q4_0"]
+
+
+def test_blocks_of_nvfp4_are_kept_and_are_a_source_when_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not libggml.decodes("NVFP4"):
+        pytest.skip("needs a libggml that has NVFP4")
+    rng = np.random.default_rng(6)
+    codes = rng.integers(0, 16, (64, 128)).astype(np.uint8)
+    scales = rng.integers(0x30, 0x78, (64, 8)).astype(np.uint8)  # 0.5 to 240
+    quantized_again(
+        write_checkpoint(tmp_path / "m"), "down_proj",
+        {"quant_method": "modelopt", "quant_algo": "NVFP4"},
+        lambda module: {
+            f"{module}.weight": ("U8", codes[:, ::2] | codes[:, 1::2] << 4),
+            f"{module}.weight_scale": ("F8_E4M3", scales),
+            f"{module}.weight_scale_2": ("F32", np.array(1e-4, np.float32)),
+        },
+    )  # fmt: skip
+    path, name = _converted(tmp_path, monkeypatch), "blk.1.ffn_down.weight"
+    values = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    expected = np.where(codes & 8, -1, 1) * values[codes & 7] * np.repeat(_e4m3(scales), 16, axis=1)
+    with open_gguf(path, kind_check=True) as file:
+        tensor, scale = file.tensor(name), file.tensor("blk.1.ffn_down.scale")
+        assert tensor.type_name == "NVFP4"
+        assert file.read_rows(scale, 0, 1).view("<f4").item() == np.float32(1e-4)
+        found = libggml.decode("NVFP4", file.read_rows(tensor, 0, 64), 128)
+    assert np.array_equal(found, expected)
+    for allowed, formats in ((False, {"NVFP4"}), (True, {"NVFP4", "Q4_0", "MXFP4", "Q2_0"})):
+        measured = ramgguf.measure(
+            path, formats=["Q4_0", "MXFP4", "Q2_0"], allow_requantize=allowed, threads=1
+        )
+        (down,) = (t for t in measured.tensors if t.name == name)
+        assert {p.format for p in down.points} <= formats
+        assert ("already quantized to NVFP4" in (down.kept or "")) != allowed
 
 
 def test_packed_weights_count_as_16_bits_each(tmp_path: Path) -> None:

@@ -35,6 +35,20 @@ def library() -> ctypes.CDLL:
     return lib
 
 
+def decoding_types() -> set[str]:
+    """Return the names of all types that ggml decodes to floats, F32 among them.
+
+    Those are looked at whose numbers are no larger than any known here: ggml ends the process when
+    it is asked for one that it does not have.
+    """
+    found = {"F32"}
+    for type_id in range(1 + max(formats.get(name).type_id for name in formats.known())):
+        traits = library().ggml_get_type_traits(type_id).contents
+        if traits.to_float:
+            found.add(traits.type_name.decode().upper())
+    return found
+
+
 def _traits(type_name: str) -> _TypeTraits:
     type_id = formats.get(type_name).type_id
     traits = library().ggml_get_type_traits(type_id).contents

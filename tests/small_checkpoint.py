@@ -1,13 +1,17 @@
 """A small checkpoint as transformers saves it: real safetensors and tokenizer files."""
 
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ramgguf.gguf.safetensors import read_header
+
 WIDTH, FEED_FORWARD, N_HEADS = 64, 128, 2
-_STORED = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F8_E4M3": "u1"}
+Stored = dict[str, tuple[str, NDArray[np.generic]]]  # by name: the dtype, and values or bits
+_STORED = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F8_E4M3": "u1", "U8": "u1", "I32": "<i4"}
 
 
 def bf16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
@@ -122,6 +126,24 @@ def write_checkpoint(
     }  # fmt: skip
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return folder
+
+
+def quantized_again(
+    folder: Path, ending: str, said: Mapping[str, object], parts: Callable[[str], Stored]
+) -> None:
+    """Put other tensors in the place of a checkpoint's weights whose module has this ending.
+
+    said is the quantization_config, parts returns the tensors of a module.
+    """
+    path = folder / "model.safetensors"
+    tensors: Stored = {}
+    for name, tensor in read_header(path).items():
+        module = name.removesuffix(".weight")
+        values = np.array(tensor.values())
+        tensors |= parts(module) if module.endswith(ending) else {name: (tensor.dtype, values)}
+    write_safetensors(path, tensors)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": dict(said)}))
 
 
 def write_peft_adapter(

@@ -9,10 +9,10 @@ from numpy.typing import NDArray
 from ramgguf.deploy.beside import BesideModel
 from ramgguf.deploy.footprint import Footprint
 from ramgguf.deploy.footprint_formula import ContextShape
-from ramgguf.deploy.offload import most_layers, place, splits
+from ramgguf.deploy.offload import place
 from ramgguf.gguf.layout import encoded_bytes, padded
 from ramgguf.gguf.reader import GGUFFile
-from ramgguf.plan import Pools, Sites, SplitRoom
+from ramgguf.plan import Pools, Sites, SplitRoom, divisions, everything
 from ramgguf.plan.result import Split
 from ramgguf.quants.formats import expand
 
@@ -54,11 +54,12 @@ class DivisionRooms:
 
     def splits(self, footprint: Footprint) -> list[Split]:
         """Return the divisions that the request allows, the most on the GPU first."""
-        request, found = self._request, list(splits(footprint))
+        request = self._request
+        found = list(divisions(footprint.n_layers, footprint.expert_layers))
         if not request.offloads:
             return found[-1:]
         if request.n_gpu_layers is not None:
-            n = min(request.n_gpu_layers, most_layers(footprint))
+            n = min(request.n_gpu_layers, everything(footprint.n_layers))
             found = [s for s in found if s.n_gpu_layers == n]
         return found[:1] if request.ram is None else found
 

@@ -5,14 +5,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, Self
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ramgguf.core.errors import BudgetError, EngineError
 from ramgguf.deploy.footprint_formula import N_UBATCH, ContextShape, cache_bytes, compute_bytes
-from ramgguf.gguf.architecture import TOKEN_EMBEDDING, is_input, is_kept_by_cpu_moe, layer_of
+from ramgguf.gguf.architecture import TOKEN_EMBEDDING
 from ramgguf.gguf.layout import encoded_bytes
 from ramgguf.gguf.reader import GGUFFile
 from ramgguf.gguf.stub_model import stub_model
 from ramgguf.llama.child import Child
 from ramgguf.llama.sizes import Sizes, SizesOf
+from ramgguf.plan import Sites
 from ramgguf.plan.result import MemoryUse
 
 CACHE_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "IQ4_NL")
@@ -59,6 +63,16 @@ class Footprint:
     layer_experts: tuple[int, ...] = ()
     layer_largest: tuple[int, ...] = ()
     hidden: int = 0
+
+    @property
+    def n_layers(self) -> int:
+        """How many layers there are, those that are not loaded included."""
+        return len(self.layer_weights)
+
+    @property
+    def expert_layers(self) -> tuple[int, ...]:
+        """The layers with experts that --n-cpu-moe keeps in RAM."""
+        return tuple(i for i, n_bytes in enumerate(self.layer_experts) if n_bytes)
 
     @property
     def use(self) -> MemoryUse:
@@ -203,37 +217,30 @@ def _without_draft(footprint: Footprint, file: GGUFFile) -> Footprint:
 def _estimated(
     file: GGUFFile, shape: ContextShape, tensor_types: Mapping[str, str], why: str
 ) -> Footprint:
-    layers = [0] * (file.n_layers or 0)
-    experts, largest = list(layers), list(layers)
-    inputs = outputs = 0
-    embedding = 0
-    for tensor in file.tensors:
-        n_bytes = encoded_bytes(tensor, tensor_types.get(tensor.name, tensor.type_name))
-        layer = layer_of(tensor.name)
-        if layer is not None and layer < len(layers):
-            layers[layer] += n_bytes
-            largest[layer] = max(largest[layer], n_bytes)
-            experts[layer] += n_bytes if is_kept_by_cpu_moe(tensor.name) else 0
-        elif is_input(tensor.name):
-            inputs += n_bytes
-        else:
-            outputs += n_bytes
-        if tensor.name == TOKEN_EMBEDDING:
-            embedding = n_bytes
+    n_layers = file.n_layers or 0
+    sites = Sites.of((t.name for t in file.tensors), n_layers, tied=file.has_tied_embedding)
+    sizes = np.array(
+        [encoded_bytes(t, tensor_types.get(t.name, t.type_name)) for t in file.tensors], np.int64
+    )
+
+    def of_layers(masked: NDArray[np.int64]) -> tuple[int, ...]:
+        return tuple(int(masked[sites.layer == i].sum()) for i in range(n_layers))
+
+    largest = [sizes[sites.layer == i] for i in range(n_layers)]
     n_vocab = next((t.shape[1] for t in file.tensors if t.name == TOKEN_EMBEDDING), 0)
     return Footprint(
         shape=shape,
-        layer_weights=tuple(layers),
+        layer_weights=of_layers(sizes),
         layer_cache=cache_bytes(file, shape),
-        input_weights=inputs,
-        output_weights=outputs,
-        output_copy=embedding if file.has_tied_embedding else 0,
+        input_weights=int(sizes[sites.layer < 0].sum()),
+        output_weights=int(sizes[sites.layer == n_layers].sum()),
+        output_copy=int(sizes[sites.is_tied].sum()),
         compute=compute_bytes(file, shape),
         overhead=_overhead(file, n_vocab, shape),
         method="estimate",
         why_estimate=why,
-        layer_experts=tuple(experts),
-        layer_largest=tuple(largest),
+        layer_experts=of_layers(sizes * sites.is_expert),
+        layer_largest=tuple(int(own.max(initial=0)) for own in largest),
         hidden=4 * N_UBATCH * (file.metadata.integer(f"{file.architecture}.embedding_length") or 0),
     )
 

@@ -1,14 +1,14 @@
-"""How a model is divided between RAM and a GPU: llama.cpp's -ngl and --n-cpu-moe, by bytes.
+"""What a division of the model takes of RAM and of a GPU's memory.
 
-The rules are those of ramgguf.plan.split, here summed over layers; a layer's cache is where the
-layer is. Not measured on a GPU; tests compare the sums with what llama.cpp plans for a stand-in.
+Which layers and experts lie where is ramgguf.plan.split's; a layer's cache is where the layer is.
+Not measured on a GPU; tests compare the sums with what llama.cpp plans for a stand-in.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ramgguf.deploy.footprint import Footprint
 from ramgguf.deploy.footprint_formula import N_UBATCH
+from ramgguf.plan import Offloaded, everything
 from ramgguf.plan.result import MemoryUse, Split
 
 # An allowance for what the driver and its libraries take for themselves.
@@ -24,25 +24,6 @@ class Placed:
     vram: MemoryUse
 
 
-def most_layers(footprint: Footprint) -> int:
-    """Return the n_gpu_layers that offloads everything: all layers and the output layer."""
-    return len(footprint.layer_weights) + 1
-
-
-def splits(footprint: Footprint) -> Iterator[Split]:
-    """Yield every division that llama.cpp's options can say, the most on the GPU first.
-
-    With experts, those of the first layers stay in RAM, or whole layers do.
-    """
-    most = most_layers(footprint)
-    yield Split(n_gpu_layers=most)
-    for layer, n_bytes in enumerate(footprint.layer_experts):
-        if n_bytes:
-            yield Split(n_gpu_layers=most, n_cpu_moe=layer + 1)
-    for n in range(most - 1, -1, -1):
-        yield Split(n_gpu_layers=n)
-
-
 def place(footprint: Footprint, split: Split) -> Placed:
     """Return where everything goes.
 
@@ -51,12 +32,11 @@ def place(footprint: Footprint, split: Split) -> Placed:
     a copy of one of RAM's tensors, for it multiplies with them in long prompts. RAM keeps the
     embeddings of a batch and its mask with everything offloaded.
     """
-    n_layers = len(footprint.layer_weights)
-    n = min(split.n_gpu_layers, n_layers + 1)
+    n = min(split.n_gpu_layers, everything(footprint.n_layers))
     if n == 0:
         return Placed(Split(n_gpu_layers=0), footprint.use, MemoryUse())
-    first = n_layers + 1 - n
-    kept = range(first, max(first, min(split.n_cpu_moe, n_layers)))
+    offloaded = Offloaded.of(split, footprint.n_layers)
+    first, kept = offloaded.first, offloaded.without_experts
     experts = sum(footprint.layer_experts[i] for i in kept)
     copied = [i for i in kept if footprint.layer_experts[i]]
     copied += range(first) if footprint.layer_largest else ()

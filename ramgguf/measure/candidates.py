@@ -66,7 +66,7 @@ def tried(wanted: Sequence[str] | None, imatrix: Imatrix | None) -> tuple[str, .
     if not wanted:
         plain = imatrix is not None and imatrix.hessians is None
         extra = formats.with_importance() if plain and libggml.is_installed() else ()
-        return (*formats.offered(), *extra)
+        return (*formats.offered(), *formats.HALVES, *extra)
     if only := [name for name in wanted if name in formats.SOURCES_ONLY]:
         raise FormatError(
             f"{', '.join(only)} is a source only (--allow-requantize): the scale that each tensor "
@@ -127,15 +127,20 @@ def _may_be_ternary(file: GGUFFile, tensor: TensorInfo) -> bool:
 
 
 @dataclass(frozen=True)
-class _Smaller:
-    """The smaller formats that rows of a kind suit, and why others do not."""
+class _Suiting:
+    """The smaller formats that rows of a kind suit, those of the same bytes that hold them about
+    as well, and why others do not.
+    """
 
-    names: tuple[str, ...]
+    smaller: tuple[str, ...]
+    alike: tuple[str, ...]
     excluded: dict[str, str]
 
 
-def _smaller(type_name: str, row_length: int, row_bytes: int, wanted: Sequence[str]) -> _Smaller:
-    names, excluded = [], {}
+def _suiting(type_name: str, row_length: int, row_bytes: int, wanted: Sequence[str]) -> _Suiting:
+    smaller, alike, excluded = [], [], {}
+    if formats.suits_no_block(wanted, row_length):
+        wanted = (*wanted, *(name for name in formats.HALVES if name not in wanted))
     for name in wanted:
         if name == type_name:
             continue
@@ -143,8 +148,10 @@ def _smaller(type_name: str, row_length: int, row_bytes: int, wanted: Sequence[s
             block = formats.get(name).block_size
             excluded[name] = f"rows of {row_length} are no multiple of {block}"
         elif formats.row_bytes(name, row_length) < row_bytes:
-            names.append(name)
-    return _Smaller(tuple(names), excluded)
+            smaller.append(name)
+        elif {name, type_name} == set(formats.HALVES):
+            alike.append(name)
+    return _Suiting(tuple(smaller), tuple(alike), excluded)
 
 
 @gc_paused()
@@ -156,7 +163,7 @@ def jobs_of(
     *,
     tell_ternary: bool,
 ) -> list[Job]:
-    found: dict[tuple[str, int], _Smaller] = {}  # a model has few kinds of rows
+    found: dict[tuple[str, int], _Suiting] = {}  # a model has few kinds of rows
     # Formats that were asked for are all that there are; else a grid is one more.
     grids = [name for name in GRIDS if name in wanted or not tell_ternary]
     jobs = []
@@ -167,12 +174,13 @@ def jobs_of(
             continue
         kind = (tensor.type_name, tensor.row_length)
         if kind not in found:
-            found[kind] = _smaller(*kind, tensor.row_bytes, wanted)
-        names, excluded = found[kind].names, found[kind].excluded
-        kept = None if names else "no smaller format suits its rows"
+            found[kind] = _suiting(*kind, tensor.row_bytes, wanted)
+        suiting = found[kind]
+        kept = None if suiting.smaller else "no smaller format suits its rows"
+        names = (*suiting.smaller, *suiting.alike) if suiting.smaller else ()
         scale = ErrorWeights.of(tensor, imatrix if names else None)
         split = suited(file, tensor, scale, names, tell_ternary=tell_ternary)
-        excluded = excluded | split.excluded
+        excluded = suiting.excluded | split.excluded
         grid = grid_of(file, tensor, grids)
         measured = tuple(n for n in split.measured if n != grid)
         kept = None if grid else kept

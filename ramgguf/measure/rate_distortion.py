@@ -129,7 +129,7 @@ def measure_file(
         source=Source.of(file, data.hexdigest() if others and not sampled else None),
         encoder=encoder,
         imatrix=imatrix.source if imatrix else None,
-        formats=(*names, *sorted({j.grid for j in jobs if j.grid} - set(names))),
+        formats=(*names, *sorted(_others(jobs) - set(names))),
         n_overhead_bytes=n_overhead_bytes,
         alignment=file.alignment,
         n_layers=file.n_trunk_layers,
@@ -143,6 +143,11 @@ def measure_file(
             *_idle_requantize(jobs, allow_requantize),
         ),
     )
+
+
+def _others(jobs: Sequence[Job]) -> set[str]:
+    """Return formats that suit some tensors, asked for or not: grids, 16 bits for odd rows."""
+    return {name for j in jobs for name in (*j.candidates, *j.sampled, j.grid) if name}
 
 
 def _on_grids(jobs: Sequence[Job]) -> Iterator[str]:

@@ -30,7 +30,7 @@ from ramgguf.plan.recipes import Recipe
 from ramgguf.plan.result import DEFAULT_MIN_SQNR_DB, Plan
 from ramgguf.plan.speed import N_PROMPT, SpeedLimit, TokenWork
 from ramgguf.plan.speed_front import SpeedFront
-from ramgguf.plan.split import Sites
+from ramgguf.plan.split import Offloaded, Sites, divisions, everything
 from ramgguf.plan.targets import TARGETS, target
 
 __all__ = [
@@ -45,6 +45,7 @@ __all__ = [
     "DividedPlan",
     "Frontier",
     "JointLimit",
+    "Offloaded",
     "Plan",
     "PlanAt",
     "PlanOptions",
@@ -62,7 +63,9 @@ __all__ = [
     "costing",
     "curve",
     "diff",
+    "divisions",
     "efficient",
+    "everything",
     "explain",
     "follow",
     "plan",

@@ -16,7 +16,7 @@ from ramgguf.measure.result import Measurement, Point, TensorMeasurement
 from ramgguf.plan.knapsack import Choice
 from ramgguf.plan.objectives import Cost
 from ramgguf.plan.result import Assignment, Constraints, Pin
-from ramgguf.plan.targets import TIES, target_note
+from ramgguf.plan.targets import TIES, runs, target_note
 from ramgguf.quants import formats
 
 
@@ -214,6 +214,13 @@ def _candidates(tensor: TensorMeasurement, constraints: Constraints, pin: Pin | 
             raise PlanError(f"{tensor.name} cannot be pinned to {pin.format}: {reason}")
         return Candidates(tensor, points, (), f"pinned to {pin.format}", pin)
     verdicts = [(p, _barred(tensor, p, constraints)) for p in tensor.points]
+    target = constraints.target
+    if any(barred is None and runs(target, p.format) for p, barred in verdicts):
+        why = f"{target} does not run it"
+        verdicts = [
+            (p, barred or (None if runs(target, p.format) else Barred(p.format, why)))
+            for p, barred in verdicts
+        ]
     exact = next((p for p, barred in verdicts if p.format == tensor.grid and not barred), None)
     if exact is not None:
         why = f"the weights lie on the grid of {exact.format}, which holds them exactly"
@@ -233,9 +240,14 @@ def _barred(tensor: TensorMeasurement, point: Point, constraints: Constraints) -
     """Return why the constraints forbid the point; the source's own format is always allowed."""
     if point.format == tensor.source_format:
         return None
-    if constraints.formats is not None and point.format not in constraints.formats:
-        return Barred(point.format, "not among the formats asked for")
-    for least in constraints.min_formats:
+    asked = constraints.formats
+    if asked is not None and point.format not in asked:
+        is_last = point.format in formats.HALVES and formats.suits_no_block(
+            asked, tensor.row_length
+        )
+        if not is_last:
+            return Barred(point.format, "not among the formats asked for")
+    for least in constraints.min_formats if point.format != tensor.grid else ():
         bits = 8 * point.n_bytes / tensor.n_weights
         if least.role == tensor.role and bits < formats.get(least.format).bpw - 1e-3:
             return Barred(point.format, f"fewer bits than {least.format}, the role's minimum")
@@ -300,6 +312,7 @@ def notes(problem: Problem) -> list[str]:
     constraints = problem.constraints
     if constraints.target is not None:
         told.extend(target_note(constraints.target, constraints.ties))
+        told.extend(_not_run(problem, constraints.target))
     below = Counter(b.format for c in problem.candidates for b in c.barred if b.floor)
     if below:
         excluded = ", ".join(f"{name} for {n}" for name, n in below.most_common())
@@ -317,6 +330,20 @@ def notes(problem: Problem) -> list[str]:
     told.extend(f"kept as they are: {n} tensors, {why}" for why, n in kept.most_common())
     told.extend(n for n in problem.measurement.notes if n not in told)
     return told
+
+
+def _not_run(problem: Problem, target: str) -> Iterator[str]:
+    """Yield which formats the target does not run: those left out, and those without a choice."""
+    barred = {b.format for c in problem.candidates for b in c.barred}
+    if left_out := sorted(name for name in barred if not runs(target, name)):
+        yield f"for {target}, which does not run them, left out: {', '.join(left_out)}"
+    stuck = [c for c in problem.candidates if not any(runs(target, p.format) for p in c.points)]
+    if stuck:
+        first = stuck[0]
+        yield (
+            f"{target} does not run the file: {len(stuck)} tensors have no format that it runs, "
+            f"{first.tensor.name} in {first.points[0].format} first"
+        )
 
 
 def _idle(problem: Problem) -> Iterator[str]:

@@ -6,6 +6,7 @@ head; a prompt's token has no logits but at the end. Attention over the context 
 speed of a file that was timed corrects what is predicted.
 """
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -202,8 +203,15 @@ class TimedProblem:
         found = solve_within(self.items, capacity, self.resources)
         if found is None:
             raise self._not_together(capacity)
-        chosen = tuple(kept[j] for kept, j in zip(self.kept, found.chosen, strict=True))
-        return replace(found, chosen=chosen)
+        return replace(found, chosen=self._of_problem(found.chosen))
+
+    def _of_problem(self, chosen: Iterable[int]) -> tuple[int, ...]:
+        """Return the problem's own indices of choices, one for each group."""
+        return tuple(kept[j] for kept, j in zip(self.kept, chosen, strict=True))
+
+    def chosen(self, rows: Sequence[int]) -> tuple[int, ...]:
+        """Return the problem's choices in these rows of `columns`, one for each group."""
+        return self._of_problem(k - start for k, start in zip(rows, self._starts, strict=True))
 
     def columns(self) -> tuple[NDArray[np.float64], NDArray[np.intp]]:
         """Return cost, bytes and both seconds of every choice, and where each group's begin."""
@@ -212,8 +220,11 @@ class TimedProblem:
             for item, *used in zip(self.items, *self._used, strict=True)
             for c, *seconds in zip(item, *used, strict=True)
         ]
-        starts = np.cumsum([0, *(len(item) for item in self.items[:-1])])
-        return np.array(rows, np.float64), starts
+        return np.array(rows, np.float64), np.array(self._starts, np.intp)
+
+    @property
+    def _starts(self) -> list[int]:
+        return [0, *itertools.accumulate(len(item) for item in self.items[:-1])]
 
     def planned(self, assignments: Sequence[Assignment]) -> PlannedSpeed:
         """Return what the plan says of its speed."""

@@ -16,7 +16,7 @@ from ramgguf.gguf.identity import Source
 from ramgguf.measure.result import Measurement
 from ramgguf.plan.objectives import Costing
 from ramgguf.plan.problem import Problem
-from ramgguf.plan.result import Constraints
+from ramgguf.plan.result import Constraints, PredictedKLD
 from ramgguf.plan.speed import SpeedLimit, TimedProblem
 from ramgguf.quants.encoders import EncoderName
 
@@ -28,12 +28,16 @@ _MOST_SHOWN = 20
 
 
 class FrontPlan(FrozenModel):
-    """A plan of the front: bytes of the file, cost, and tokens per second, predicted."""
+    """A plan of the front: bytes of the file, cost, and tokens per second, predicted.
+
+    kld is the KLD that sensitivities predict; None by priors, which predict none.
+    """
 
     n_bytes: Positive
     cost: NonNegativeFloat
     generation: PositiveFloat
     prompt: PositiveFloat
+    kld: PredictedKLD | None = None
 
 
 class SpeedFront(Document):
@@ -93,17 +97,21 @@ def speed_front(
         weights = np.array([1.0, byte, generation, prompt]) / scales
         rows = _cheapest(columns @ weights, starts)
         found.setdefault(tuple(rows.tolist()), columns[rows].sum(axis=0))
-    sums = np.array(list(found.values()))
+    sums, selections = np.array(list(found.values())), list(found)
     fixed = limit.fixed
-    plans = [
-        FrontPlan(
+
+    def front_plan(k: int) -> FrontPlan:
+        cost, n_bytes, generation, prompt = sums[k].tolist()
+        assignments = problem.assignments(timed.chosen(selections[k]))
+        return FrontPlan(
             n_bytes=measurement.n_overhead_bytes + round(n_bytes),
             cost=max(0.0, cost),
             generation=1 / (generation + fixed[0]),
             prompt=1 / (prompt + fixed[1]),
+            kld=costing.predicted_kld(assignments, measurement.encoder),
         )
-        for cost, n_bytes, generation, prompt in sums[_undominated(sums)].tolist()
-    ]
+
+    plans = [front_plan(k) for k in _undominated(sums).tolist()]
     return SpeedFront(
         ramgguf_version=measurement.ramgguf_version,
         source=measurement.source,

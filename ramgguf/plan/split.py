@@ -3,9 +3,11 @@
 src/llama-model.cpp counts the layers and, after them, the output layer: the last n_gpu_layers are
 offloaded. What tokens only look up stays in RAM; a tied embedding is then kept a second time, as
 the output layer. --n-cpu-moe N (common/arg.cpp) keeps the experts of the first N layers in RAM.
+
+Whatever depends on these options asks here: plans by tensor, footprints by layer.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +19,48 @@ from ramgguf.plan.result import Split
 _INPUT = -1
 
 Mask = NDArray[np.bool_]
+
+
+def everything(n_layers: int) -> int:
+    """Return the n_gpu_layers that offloads all: the layers and the output layer."""
+    return n_layers + 1
+
+
+def divisions(n_layers: int, expert_layers: Iterable[int] = ()) -> Iterator[Split]:
+    """Yield every division that llama.cpp's options can say, the most on the GPU first.
+
+    Of the layers with experts, those of the first stay in RAM, or whole layers do.
+    """
+    most = everything(n_layers)
+    yield Split(n_gpu_layers=most)
+    for layer in expert_layers:
+        yield Split(n_gpu_layers=most, n_cpu_moe=layer + 1)
+    for n in range(most - 1, -1, -1):
+        yield Split(n_gpu_layers=n)
+
+
+@dataclass(frozen=True)
+class Offloaded:
+    """The layers on the GPU: from `first` on, n_layers being the output layer.
+
+    Experts of the layers before `experts` stay in RAM. Where nothing is offloaded, first is
+    n_layers + 1.
+    """
+
+    n_layers: int
+    first: int
+    experts: int
+
+    @classmethod
+    def of(cls, split: Split, n_layers: int) -> "Offloaded":
+        """Return those of a division; more layers than there are is all of them."""
+        first = max(0, everything(n_layers) - split.n_gpu_layers)
+        return cls(n_layers, first, max(first, split.n_cpu_moe))
+
+    @property
+    def without_experts(self) -> range:
+        """The layers on the GPU whose experts stay in RAM."""
+        return range(self.first, max(self.first, min(self.experts, self.n_layers)))
 
 
 @dataclass(frozen=True)
@@ -51,9 +95,9 @@ class Sites:
 
     def in_vram(self, split: Split) -> Mask:
         """Return which tensors the GPU has, the copy of a tied embedding among them."""
-        first = self.n_layers + 1 - min(split.n_gpu_layers, self.n_layers + 1)
-        kept = self.is_expert & (self.layer < split.n_cpu_moe)
-        found: Mask = (self.layer >= first) & ~kept
+        offloaded = Offloaded.of(split, self.n_layers)
+        kept = self.is_expert & (self.layer < offloaded.experts)
+        found: Mask = (self.layer >= offloaded.first) & ~kept
         return found | (self.is_tied & (split.n_gpu_layers > 0))
 
     def in_ram(self, split: Split) -> Mask:

@@ -16,13 +16,25 @@ TIES = {
 }
 
 
+# vllm/model_executor/layers/quantization/gguf.py at 00620f9; it raises an error for others.
+_VLLM = frozenset(
+    (
+        *("F32", "F16", "BF16"),
+        *("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"),
+        *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
+        *("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS"),
+    )
+)
+
+
 @dataclass(frozen=True)
 class Target:
-    """A program; ties are names of TIES."""
+    """A program; ties are names of TIES, formats those that it runs (None: all)."""
 
     name: str
     summary: str
     ties: tuple[str, ...] = ()
+    formats: frozenset[str] | None = None
 
 
 TARGETS = {
@@ -32,6 +44,7 @@ TARGETS = {
             "vllm",
             "one format for q, k, v and for gate, up of each layer",
             ties=tuple(TIES),
+            formats=_VLLM,
         ),
         Target("ollama", "a Modelfile beside the output"),
     )
@@ -53,6 +66,12 @@ def target_ties(name: str, measurement: Measurement) -> tuple[tuple[str, ...], .
         if len(layers) > len(set(layers)):
             found.append(TIES[tie])
     return tuple(found)
+
+
+def runs(name: str | None, format_name: str) -> bool:
+    """Return whether the target, None for llama.cpp, runs the format."""
+    known = None if name is None else target(name).formats
+    return known is None or format_name in known
 
 
 def target_note(name: str, ties: Sequence[tuple[str, ...]]) -> Iterator[str]:

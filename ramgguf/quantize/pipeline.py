@@ -18,7 +18,7 @@ from ramgguf.gguf.reader import GGUFFile, open_gguf
 from ramgguf.measure import measure_file
 from ramgguf.measure.result import Measurement
 from ramgguf.plan import PlanOptions, SizeLimit, SourceSize, size_limit
-from ramgguf.plan.result import Plan
+from ramgguf.plan.result import Pin, Plan
 from ramgguf.quantize.feedback import fed_back, first_measure
 from ramgguf.quantize.output_paths import check_destination, default_output
 from ramgguf.quantize.preselection import MANY_WEIGHTS, measure_and_plan
@@ -26,7 +26,7 @@ from ramgguf.quantize.shard_plans import plan_for_shards
 from ramgguf.quantize.verify import verify as verify_file
 from ramgguf.quantize.write import Before, Destination, begin, settled, write
 from ramgguf.quants.encoders import DEFAULT_ENCODER, ENCODERS, EncoderName
-from ramgguf.quants.formats import expand
+from ramgguf.quants.formats import SOURCES_ONLY, expand
 from ramgguf.quants.imatrix import load_importance
 from ramgguf.quants.output_metadata import overhead_bytes
 from ramgguf.quants.scales import ScaledFile, load_scales
@@ -121,6 +121,15 @@ def as_planned(file: GGUFFile, plan: Plan) -> GGUFFile:
     return with_scales(file, plan.imatrix.scales_path if plan.imatrix else None)
 
 
+def _measured_formats(options: PlanOptions) -> tuple[str, ...] | None:
+    """Return the formats to measure: those asked for, and those of pins; None for the default."""
+    names = options.get("formats")
+    if not names:
+        return None
+    pinned = {Pin.parse(pin).format for pin in options.get("pins", ())} - set(SOURCES_ONLY)
+    return expand((*names, *sorted(pinned)))
+
+
 class _Run:
     """One run of `quantize`: its options, and the time of each of its stages."""
 
@@ -166,10 +175,9 @@ class _Run:
             )
             if self._encoder.plans_by:
                 self._feed_back = partial(fed_back, encoder=self._encoder, imatrix=weighed)
-            names = options.plan.get("formats")
             stack.enter_context(followed_by(self._progress, "quantize"))
             return measure_and_plan(
-                first_measure(measure, self._encoder, weighed, expand(names) if names else None),
+                first_measure(measure, self._encoder, weighed, _measured_formats(options.plan)),
                 plan_it,
                 options.plan,
                 self._clock.stage,

@@ -54,7 +54,7 @@ class Costs:
     and are then decoded for it, which takes decode (0: not decoded).
     keeps_reference: gates read what the source says from a file, after the first of them.
     save writes all Hessians, for a run that goes on after a kill and at the end. scale chooses
-    scales and tries them (0: the model has none).
+    scales and tries them, twice where experts are chosen (0: the model has none).
     """
 
     write: float

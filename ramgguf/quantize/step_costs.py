@@ -23,11 +23,11 @@ from ramgguf.quants.imatrix import load_importance
 from ramgguf.quants.roundtrip import simulated
 from ramgguf.quants.stand_in import ReadyStandIn
 from ramgguf.sensitivity import is_probed, probe_format
-from ramgguf.transform import CHECK_CTX, can_scale
+from ramgguf.transform import CHECK_CTX, most_checks
 
 SAVES = 3  # of Hessians: about one a minute, and their file
 LEAST_READING = 0.5  # of a sequence's time with one layer's Hessians: what is not for these
-# Sequences read in the time that the check of scales takes, by the model with and without.
+# Sequences read in the time that a check of scales takes, by the model with and without.
 SCALE_READS = 2 * N_DOMAINS * CHECK_CTX / N_CTX
 LEAST_GAIN = 1.2  # a candidate that takes so many times the source's time is decoded
 
@@ -110,8 +110,17 @@ def measured_costs(
         window=window,
         decode=decode,
         save=save,
-        scale=write + SCALE_READS * reading.seconds if can_scale(file) else 0.0,
+        scale=scale_seconds(file, write, reading.seconds),
     )
+
+
+def scale_seconds(file: GGUFFile, write: float, sequence: float) -> float:
+    """Return what choosing scales and checking them takes at most, 0 where none can move.
+
+    write is what a candidate takes, from measuring to writing, which is more than choosing scales
+    and writing the scaled model do; sequence what reading N_CTX tokens takes.
+    """
+    return most_checks(file) * (write + SCALE_READS * sequence)
 
 
 def _copy_seconds(path: Path) -> float:

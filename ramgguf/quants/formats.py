@@ -76,6 +76,9 @@ _FILE_TYPES = MappingProxyType(
     }
 )
 
+# Half of F32's bytes: for rows that suit no block, where llama-quantize takes F16, and for pins.
+HALVES = ("F16", "BF16")
+
 # Exact for models trained with weights of -d, 0 and d; for others the least accurate.
 TERNARY = ("TQ1_0", "TQ2_0")
 # Only when asked for by name. MXFP4 has twice the error of IQ4_XS at the same size; Q2_0 is so
@@ -149,6 +152,11 @@ def row_bytes(name: str, row_length: int) -> int:
             "multiple of; choose a format with smaller blocks"
         )
     return row_length // f.block_size * f.block_bytes
+
+
+def suits_no_block(names: Iterable[str], row_length: int) -> bool:
+    """Return whether none of these formats has blocks, of more than one weight, that rows suit."""
+    return not any(get(n).block_size > 1 and suits(n, row_length) for n in names)
 
 
 def row_weights(name: str, n_bytes: int) -> int:

@@ -76,10 +76,9 @@ def remarks(memory: MemoryBudget, split: Split | None) -> list[str]:
     flags += f" -np {memory.n_seq}" if memory.n_seq > 1 else ""
     for option, name in (("-ctk", memory.type_k), ("-ctv", memory.type_v)):
         flags += f" {option} {name.lower()}" if name != "F16" else ""
-    if split is not None:
-        flags += f" {split.options}"
-    elif memory.n_gpu_layers is not None:
-        flags += f" -ngl {memory.n_gpu_layers}"
+    if split is None and memory.n_gpu_layers is not None:
+        split = Split(n_gpu_layers=memory.n_gpu_layers)
+    flags += f" {split.options}" if split is not None else ""
     for other in memory.beside:
         flags += f" {_BESIDE[other.kind]} {shlex.quote(other.path)}"
         if memory.n_gpu_layers:

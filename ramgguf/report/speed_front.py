@@ -7,18 +7,28 @@ from rich.console import Console
 from ramgguf.core.units import format_bytes
 from ramgguf.plan.speed_front import FrontPlan, SpeedFront
 from ramgguf.report.grid import Field, Grid, grid_of, to_rich
+from ramgguf.report.numbers import kld
 
 
 def speed_front_grid(front: SpeedFront) -> Grid:
     """Return a row for each plan that is shown, by size."""
+
+    def predicted(p: FrontPlan) -> str:
+        return "–" if p.kld is None else f"{kld(p.kld.kld)} ({kld(p.kld.low)}–{kld(p.kld.high)})"
+
     fields: list[Field[FrontPlan]] = [
         Field("size", lambda p: format_bytes(p.n_bytes)),
         Field("bpw", lambda p: f"{front.bpw(p):.3f}"),
         Field(front.objective, lambda p: f"{p.cost:.4g}"),
+        *([Field("KLD, nats", predicted)] if _predicts(front) else []),
         Field("generation, tokens/s", lambda p: f"{p.generation:.3g}"),
         Field("prompts, tokens/s", lambda p: f"{p.prompt:.3g}"),
     ]
     return grid_of("", fields, front.spread())
+
+
+def _predicts(front: SpeedFront) -> bool:
+    return any(p.kld is not None for p in front.plans)
 
 
 def remarks(front: SpeedFront) -> Iterator[str]:
@@ -29,6 +39,7 @@ def remarks(front: SpeedFront) -> Iterator[str]:
         f"{shown} of {len(front.plans)} plans of which none is smaller, better and faster than "
         f"another; speeds are predicted for {threads} of {front.cpu}, "
         + ("cost by sensitivities" if front.objective == "sensitivity" else "cost by priors")
+        + ("; KLD is predicted, with its 95 % interval" if _predicts(front) else "")
     )
     yield (
         "quantize MODEL --budget SIZE --min-speed GENERATION --min-prompt-speed PROMPTS makes one "

@@ -93,7 +93,7 @@ def measure_alpha(
         if len(readings) < len(settings.names):
             said = f"the time was over after {len(readings)} of {len(settings.names)} tensors"
             notes += (f"{said}; the others are {_between(settings.carried)} within their role",)
-        members = [_member(file, t) for t in tensors]
+        members = [_member(file, t) for t in file.tensors if _is_planned(file, t)]
         return Sensitivity(
             ramgguf_version=__version__,
             source=settings.source,
@@ -111,11 +111,19 @@ def measure_alpha(
 
 def is_probed(file: GGUFFile, tensor: TensorInfo) -> bool:
     """Return whether passes can read the tensor's sensitivity: a matrix with a probe format."""
-    return (
-        tensor.type_name in SOURCES
-        and never_quantized(tensor.name, tensor.shape, file.architecture) is None
-        and any(formats.suits(f, tensor.row_length) for f in PROBE_FORMATS)
+    return _is_matrix(file, tensor) and any(
+        formats.suits(f, tensor.row_length) for f in PROBE_FORMATS
     )
+
+
+def _is_planned(file: GGUFFile, tensor: TensorInfo) -> bool:
+    """Return whether plans ask for the tensor's α: in F32, its rows need not suit a block."""
+    return is_probed(file, tensor) or (tensor.type_name == "F32" and _is_matrix(file, tensor))
+
+
+def _is_matrix(file: GGUFFile, tensor: TensorInfo) -> bool:
+    is_kept = never_quantized(tensor.name, tensor.shape, file.architecture) is not None
+    return tensor.type_name in SOURCES and not is_kept
 
 
 def _member(file: GGUFFile, tensor: TensorInfo) -> Member:

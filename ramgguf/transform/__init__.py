@@ -1,5 +1,12 @@
 """Transform: column scales that leave what a model computes, and help blocks to round it."""
 
-from ramgguf.transform.scaling import CHECK_CTX, STRENGTH, Transformed, can_scale, transform
+from ramgguf.transform.scaling import (
+    CHECK_CTX,
+    STRENGTH,
+    Transformed,
+    can_scale,
+    most_checks,
+    transform,
+)
 
-__all__ = ["CHECK_CTX", "STRENGTH", "Transformed", "can_scale", "transform"]
+__all__ = ["CHECK_CTX", "STRENGTH", "Transformed", "can_scale", "most_checks", "transform"]

@@ -95,7 +95,7 @@ def transform(
             departure = partial(_departure, file, threads=n_threads, progress=progress or Silent())
             kld = departure(scales)
             is_same = kld <= EXACT
-            if not is_same and kld <= CHOICES and any(is_of_experts(t.name) for t in file.tensors):
+            if not is_same and kld <= CHOICES and _chooses_experts(file):
                 is_same = departure(_spread(file, output, _exact(moves))) <= EXACT
                 if is_same:
                     announce(
@@ -116,6 +116,20 @@ def transform(
 def can_scale(file: GGUFFile) -> bool:
     """Return whether a scale can move in the model."""
     return any(_is_plain(file, fold) for fold in folds(file))
+
+
+def most_checks(file: GGUFFile) -> int:
+    """Return how often transform runs the scaled model at most: 0 where no scale can move in it.
+
+    Experts may be chosen otherwise by rounding alone, which a second run tells apart.
+    """
+    if not can_scale(file):
+        return 0
+    return 2 if _chooses_experts(file) else 1
+
+
+def _chooses_experts(file: GGUFFile) -> bool:
+    return any(is_of_experts(t.name) for t in file.tensors)
 
 
 def _is_plain(file: GGUFFile, fold: Fold) -> bool:

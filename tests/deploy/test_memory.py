@@ -19,13 +19,13 @@ from ramgguf.deploy import MemoryLimit, MemoryRequest
 from ramgguf.deploy.division import DivisionRooms
 from ramgguf.deploy.footprint import CACHE_TYPES, Footprint, FootprintEstimator, parse_cache_types
 from ramgguf.deploy.footprint_formula import ContextShape, cache_bytes, compute_bytes
-from ramgguf.deploy.offload import most_layers, place
+from ramgguf.deploy.offload import place
 from ramgguf.gguf.reader import open_gguf
 from ramgguf.gguf.stub_model import stub_model
 from ramgguf.llama.child import Child, ChildDiedError
 from ramgguf.llama.sizes import Sizes, SizesOf
 from ramgguf.measure.result import Measurement
-from ramgguf.plan import PlanOptions, plan
+from ramgguf.plan import PlanOptions, everything, plan
 from ramgguf.plan.result import MemoryUse, Plan, Split
 from ramgguf.report.memory import remarks
 from small_models import (
@@ -277,7 +277,7 @@ def test_layers_go_to_the_gpu_from_the_last_with_their_cache() -> None:
 
 def test_tied_embeddings_count_twice_when_everything_is_offloaded() -> None:
     placed = place(FOOTPRINT, _split(99))
-    assert placed.split.n_gpu_layers == most_layers(FOOTPRINT) == 4
+    assert placed.split.n_gpu_layers == everything(FOOTPRINT.n_layers) == 4
     assert placed.ram.weights + placed.vram.weights == FOOTPRINT.use.weights + 50
     assert placed.ram.weights == 50
 

@@ -13,12 +13,13 @@ from gguf import GGUFWriter
 
 import gpu_stand_in
 import ramgguf
-from ramgguf.deploy.footprint import FootprintEstimator
+from ramgguf.deploy.footprint import Footprint, FootprintEstimator
 from ramgguf.deploy.footprint_formula import ContextShape
-from ramgguf.deploy.offload import place, splits
+from ramgguf.deploy.offload import place
 from ramgguf.gguf.architecture import is_kept_by_cpu_moe
 from ramgguf.gguf.layout import padded
 from ramgguf.gguf.reader import open_gguf
+from ramgguf.plan import divisions
 from ramgguf.plan.result import Split
 from ramgguf.quants import formats
 from small_models import (
@@ -77,6 +78,10 @@ def _drafting_layer(layer: int) -> Shapes:
 
 
 DRAFTING = Architecture("glm4moe", _drafting, _drafting_layer, UNTIED)
+
+
+def _divisions(footprint: Footprint) -> list[Split]:
+    return list(divisions(footprint.n_layers, footprint.expert_layers))
 
 
 def _planned_by_llama(
@@ -166,7 +171,7 @@ def test_weights_and_cache_of_every_division_are_those_of_llama_cpp(
     with open_gguf(source) as file, FootprintEstimator(file) as estimator:
         footprint = estimator.footprint(SHAPE, types)
     assert footprint.method == "llama.cpp"
-    divisions = [s for s in splits(footprint) if s.n_gpu_layers > 0]
+    divisions = [s for s in _divisions(footprint) if s.n_gpu_layers > 0]
     assert len(divisions) >= 3
     real = _planned_by_llama(target, divisions, SHAPE)
     for split, found in zip(divisions, real, strict=True):
@@ -185,7 +190,7 @@ def test_experts_that_stay_in_ram_are_those_of_llama_cpp_and_one_is_copied(tmp_p
     path = _write_hollow_experts(tmp_path / "experts.gguf")
     with open_gguf(path) as file, FootprintEstimator(file) as estimator:
         footprint = estimator.footprint(SHAPE, {})
-    divisions = [s for s in splits(footprint) if s.n_gpu_layers > 0]
+    divisions = [s for s in _divisions(footprint) if s.n_gpu_layers > 0]
     assert [s.n_cpu_moe for s in divisions[:5]] == [0, 1, 2, 3, 4]
     expert = 2 * 32 * 512 * 1024
     real = _planned_by_llama(path, divisions, SHAPE)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from typer.testing import CliRunner
 
 import ramgguf
@@ -27,10 +28,12 @@ from ramgguf.gguf.hub import beside, highest_precision, local_path
 from ramgguf.gguf.lora import Adapter, merge
 from ramgguf.gguf.reader import open_gguf
 from ramgguf.gguf.safetensors import from_float, read_header, to_float
+from ramgguf.quants.encoders import libggml
 from small_checkpoint import (
     WIDTH,
     bf16,
     from_bf16,
+    quantized_again,
     write_checkpoint,
     write_peft_adapter,
     write_safetensors,
@@ -268,6 +271,18 @@ def test_merging_adds_the_scaled_product_and_changes_nothing_else(
         assert not np.array_equal(was, now)
 
 
+def test_weights_that_are_stored_turned_get_the_product_turned(tmp_path: Path) -> None:
+    base = Checkpoint.of(write_checkpoint(tmp_path / "base", dtype="F32"))
+    # Conv1D of GPT-2 stores inputs × outputs; here down_proj is taken to be one.
+    added = write_peft_adapter(tmp_path / "tuned", {DOWN: (128, 64)}, fan_in_fan_out=True)
+    (tmp_path / "merged").mkdir()
+    merged = merge(base, Adapter.of(tmp_path / "tuned"), tmp_path / "merged").tensors
+    a, b = (added[f"base_model.model.{DOWN}.lora_{w}.weight"].astype(np.float64) for w in "AB")
+    was = np.asarray(base.tensors[f"{DOWN}.weight"].values(), np.float64)
+    expected = (was + 2.0 * (b @ a).T).astype(np.float32)
+    assert np.array_equal(np.asarray(merged[f"{DOWN}.weight"].values()), expected)
+
+
 def test_embeddings_and_saved_modules_are_merged_as_peft_does(tmp_path: Path) -> None:
     base = Checkpoint.of(write_checkpoint(tmp_path / "base", dtype="F32"))
     n_vocab = base.tensors["lm_head.weight"].shape[0]
@@ -491,6 +506,128 @@ def test_the_converter_itself_keeps_every_weight(
             stored = np.asarray(checkpoint.tensors[f"model.layers.1.{theirs}.weight"].values())
             read = file.read_rows(tensor, 0, tensor.n_rows)
             assert np.ascontiguousarray(read).tobytes() == stored.tobytes()
+
+
+def _converted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return what the real converter makes of the checkpoint tmp_path/m."""
+    if _REAL is None:
+        pytest.skip(f"{CONVERTER} is not installed: pip install 'ramgguf[convert]'")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return convert(Checkpoint.of(tmp_path / "m"))
+
+
+def _weights(path: Path, name: str) -> NDArray[np.float64]:
+    with open_gguf(path, kind_check=True) as file:
+        tensor = file.tensor(name)
+        assert tensor.type_name == "BF16"
+        bits = file.read_rows(tensor, 0, tensor.n_rows).view("<u2")
+    return from_bf16(bits).astype(np.float64)
+
+
+def _e4m3(codes: NDArray[np.uint8]) -> NDArray[np.float64]:
+    """Return what bytes of FP8 stand for: a sign, four bits of exponent, three of fraction."""
+    sign, exponent, fraction = codes >> 7, (codes >> 3) & 15, codes & 7
+    normal = (8.0 + fraction) * np.exp2(exponent - 10.0)
+    values: NDArray[np.float64] = np.where(exponent == 0, fraction * 2.0**-9, normal)
+    return values * (1.0 - 2.0 * sign)
+
+
+def test_the_converter_turns_fp8_back_and_the_scales_of_its_blocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(4)
+    codes = rng.integers(0, 0x7F, (64, 128)).astype(np.uint8)  # 0x7f is NaN
+    codes |= (rng.integers(0, 2, codes.shape) << 7).astype(np.uint8)
+    scales = rng.uniform(1e-3, 1e-2, (2, 4)).astype(np.float32)
+    said = {"quant_method": "fp8", "weight_block_size": [32, 32]}
+    quantized_again(
+        write_checkpoint(tmp_path / "m"), "down_proj", said,
+        lambda module: {
+            f"{module}.weight": ("F8_E4M3", codes), f"{module}.weight_scale_inv": ("F32", scales),
+        },
+    )  # fmt: skip
+    found = _weights(_converted(tmp_path, monkeypatch), "blk.1.ffn_down.weight")
+    expected = _e4m3(codes) * np.repeat(np.repeat(scales, 32, axis=0), 32, axis=1)
+    assert np.abs(found - expected).max() <= 2.0**-8 * np.abs(expected).max()
+    assert np.all(np.abs(found - expected) <= 2.0**-8 * np.abs(expected) * (1 + 1e-6))
+
+
+def test_weights_of_gptq_are_turned_back_and_kept_exactly_in_blocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(5)
+    n_in, n_out, group = 128, 64, 32
+    codes = rng.integers(0, 16, (n_in, n_out))
+    scales = rng.uniform(1e-3, 1e-2, (n_in // group, n_out)).astype(np.float16)
+
+    def packed(values: NDArray[np.int64], axis: int) -> NDArray[np.int32]:
+        """Return eight values of four bits to an integer, along an axis."""
+        parts = [np.take(values, range(k, values.shape[axis], 8), axis) << 4 * k for k in range(8)]
+        found: NDArray[np.int32] = np.bitwise_or.reduce(parts).astype(np.uint32).view(np.int32)
+        return found
+
+    zeros = packed(np.full((n_in // group, n_out), 7), 1)  # read as 8
+    quantized_again(
+        write_checkpoint(tmp_path / "m"), "down_proj",
+        {"quant_method": "gptq", "bits": 4, "group_size": group, "sym": True},
+        lambda module: {
+            f"{module}.qweight": ("I32", packed(codes, 0)), f"{module}.qzeros": ("I32", zeros),
+            f"{module}.scales": ("F16", scales),
+            f"{module}.g_idx": ("I32", np.arange(n_in) // group),
+        },
+    )  # fmt: skip
+    folder = Checkpoint.of(tmp_path / "m")
+    path = _converted(tmp_path, monkeypatch)
+    found = _weights(path, "blk.1.ffn_down.weight")
+    expected = ((codes - 8.0) * np.repeat(scales.astype(np.float64), group, axis=0)).T
+    assert np.all(np.abs(found - expected) <= 2.0**-8 * np.abs(expected) * (1 + 1e-6))
+    assert path.stat().st_size == pytest.approx(folder.n_bytes_converted, rel=0.15)
+    down = [t for t in ramgguf.measure(path, threads=1).tensors if "ffn_down" in t.name]
+    assert [t.grid for t in down] == ["Q4_0", "Q4_0"]
+
+
+def test_blocks_of_nvfp4_are_kept_and_are_a_source_when_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not libggml.decodes("NVFP4"):
+        pytest.skip("needs a libggml that has NVFP4")
+    rng = np.random.default_rng(6)
+    codes = rng.integers(0, 16, (64, 128)).astype(np.uint8)
+    scales = rng.integers(0x30, 0x78, (64, 8)).astype(np.uint8)  # 0.5 to 240
+    quantized_again(
+        write_checkpoint(tmp_path / "m"), "down_proj",
+        {"quant_method": "modelopt", "quant_algo": "NVFP4"},
+        lambda module: {
+            f"{module}.weight": ("U8", codes[:, ::2] | codes[:, 1::2] << 4),
+            f"{module}.weight_scale": ("F8_E4M3", scales),
+            f"{module}.weight_scale_2": ("F32", np.array(1e-4, np.float32)),
+        },
+    )  # fmt: skip
+    path, name = _converted(tmp_path, monkeypatch), "blk.1.ffn_down.weight"
+    values = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    expected = np.where(codes & 8, -1, 1) * values[codes & 7] * np.repeat(_e4m3(scales), 16, axis=1)
+    with open_gguf(path, kind_check=True) as file:
+        tensor, scale = file.tensor(name), file.tensor("blk.1.ffn_down.scale")
+        assert tensor.type_name == "NVFP4"
+        assert file.read_rows(scale, 0, 1).view("<f4").item() == np.float32(1e-4)
+        found = libggml.decode("NVFP4", file.read_rows(tensor, 0, 64), 128)
+    assert np.array_equal(found, expected)
+    for allowed, formats in ((False, {"NVFP4"}), (True, {"NVFP4", "Q4_0", "MXFP4", "Q2_0"})):
+        measured = ramgguf.measure(
+            path, formats=["Q4_0", "MXFP4", "Q2_0"], allow_requantize=allowed, threads=1
+        )
+        (down,) = (t for t in measured.tensors if t.name == name)
+        assert {p.format for p in down.points} <= formats
+        assert ("already quantized to NVFP4" in (down.kept or "")) != allowed
+
+
+def test_packed_weights_count_as_16_bits_each(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "m")
+    before = Checkpoint.of(folder).n_bytes_converted
+    packed = np.zeros((16, 64), np.int32)  # 128 × 64 weights of 4 bits
+    said = {"quant_method": "gptq", "bits": 4}
+    quantized_again(folder, "down_proj", said, lambda m: {f"{m}.qweight": ("I32", packed)})
+    assert Checkpoint.of(folder).n_bytes_converted == before
 
 
 def test_a_folder_with_one_gguf_file_and_no_checkpoint_is_named(tmp_path: Path) -> None:

@@ -23,11 +23,16 @@ CASES = {
     "checkpoint": (None, "and no config.json"),
     "empty": (None, "is a folder with neither a .gguf file"),
     "org/repo": (None, "write hf://org/repo"),
-    "https://huggingface.co/o/r/resolve/main/x.gguf": (None, "is an address, not a file"),
-}
+    "https://huggingface.co/o/r": (None, "an address, not a file; write hf://o/r"),
+    "https://huggingface.co/o/r/resolve/main/q/x.gguf?download=true": (
+        None, "write hf://o/r/q/x.gguf"
+    ),
+    "https://huggingface.co/o/r/blob/v2/x.gguf": (None, "write hf://o/r@v2/x.gguf"),
+    "https://example.com/x.gguf": (None, "is an address, not a file; download it"),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("command", ["recipe", "measure", "card", "diff"])
+@pytest.mark.parametrize("command", ["recipe", "measure", "card", "diff", "quantize"])
 @pytest.mark.parametrize("name", CASES)
 def test_what_is_no_gguf_file_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, command: str
@@ -41,6 +46,7 @@ def test_what_is_no_gguf_file_is_named(
         if inside:
             Path(folder, inside).write_bytes(b"GGUF")
     more = [name] if command == "diff" else ["-o", "out"]
+    more += ["-b", "50%"] if command == "quantize" else []
     done = CliRunner().invoke(app, [command, name, *more])
     assert done.exit_code == 1
     assert expected in str(done.exception)

@@ -14,6 +14,7 @@ import ramgguf
 from ramgguf.cli import plan_commands
 from ramgguf.cli.app import app
 from ramgguf.core.errors import GGUFError, PlanError
+from ramgguf.measure.result import Point, TensorMeasurement
 from ramgguf.plan.recipes import Recipe, pins_for
 from ramgguf.plan.result import Plan
 from ramgguf.quants import formats
@@ -58,6 +59,57 @@ def test_a_plan_for_vllm_is_the_best_of_those_with_one_format_for_what_it_fuses(
     steps = ramgguf.curve(MODEL, target="vllm")
     assert any("for vllm" in note for note in ramgguf.plan(steps, budget).notes)
     assert Plan.from_json(made.to_json()) == made
+
+
+def _with_mxfp4(tensor: TensorMeasurement) -> TensorMeasurement:
+    """Return the tensor with a point in MXFP4 that is better than any other of its size."""
+    if tensor.kept is not None:
+        return tensor
+    n_bytes = tensor.n_weights * 17 // 32
+    points = sorted((*tensor.points, Point("MXFP4", n_bytes, 1e-6, 0.1)), key=lambda p: p.n_bytes)
+    return tensor.model_copy(update={"points": tuple(points)})
+
+
+def test_a_plan_for_vllm_has_formats_that_vllm_runs() -> None:
+    tensors = tuple(_with_mxfp4(t) for t in MODEL.tensors)
+    made = MODEL.model_copy(update={"tensors": tensors, "formats": (*MODEL.formats, "MXFP4")})
+    free = ramgguf.plan(made, BUDGET)
+    assert "MXFP4" in {a.format for a in free.assignments}
+    bound = ramgguf.plan(made, BUDGET, target="vllm")
+    assert "MXFP4" not in {a.format for a in bound.assignments}
+    assert "for vllm, which does not run them, left out: MXFP4" in bound.notes
+    # On the grid of a format that it does not run, weights may take a larger one.
+    first = next(t for t in made.tensors if t.kept is None)
+    on_grid = first.model_copy(update={"grid": "MXFP4"})
+    gridded = made.model_copy(
+        update={"tensors": tuple(on_grid if t is first else t for t in made.tensors)}
+    )
+    for target, largest in ((None, "MXFP4"), ("vllm", "F16")):
+        planned = ramgguf.plan(gridded, "1000%", target=target)
+        assert next(a.format for a in planned.assignments if a.name == first.name) == largest
+
+
+def test_what_vllm_does_not_run_and_nothing_replaces_is_said() -> None:
+    first = next(t for t in MODEL.tensors if t.kept is None)
+    copied = first.model_copy(
+        update={
+            "source_format": "MXFP4", "kept": "already quantized to MXFP4",
+            "points": (Point("MXFP4", first.n_weights * 17 // 32, 0.0, 0.0),),
+        }
+    )  # fmt: skip
+    made = MODEL.model_copy(
+        update={"tensors": tuple(copied if t is first else t for t in MODEL.tensors)}
+    )
+    said = "vllm does not run the file: 1 tensors have no format that it runs, "
+    notes = ramgguf.plan(made, "1000%", target="vllm").notes
+    assert [n for n in notes if n.startswith(said) and f"{first.name} in MXFP4 first" in n]
+    pinned = ramgguf.plan(
+        MODEL.model_copy(update={"tensors": tuple(_with_mxfp4(t) for t in MODEL.tensors),
+                                 "formats": (*MODEL.formats, "MXFP4")}),
+        "1000%", target="vllm", pins=["token_embd=MXFP4"],
+    )  # fmt: skip
+    assert any(n.startswith(said) for n in pinned.notes)
+    assert not any("does not run" in n for n in ramgguf.plan(made, "1000%").notes)
 
 
 def test_targets_that_tie_nothing_say_so_or_are_refused(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The front of size, cost and speed: nothing on it is beaten, and its ends are the extremes."""
 
+import io
 import json
 from itertools import pairwise
 from pathlib import Path
@@ -11,8 +12,13 @@ import ramgguf
 from made_speeds import made_speeds
 from ramgguf.cli import plan_commands
 from ramgguf.cli.app import app
-from ramgguf.plan import SpeedFront, SpeedLimit, TokenWork, speed_front
+from ramgguf.plan import Costing, SpeedFront, SpeedLimit, TokenWork, speed_front
+from ramgguf.plan.prediction import SHIPPED
+from ramgguf.plan.result import Constraints
+from ramgguf.plan.speed_front import speed_front as front_of
 from ramgguf.quantize.speed_target import speed_limit
+from ramgguf.report.speed_front import print_speed_front
+from ramgguf.report.terminal import PlainConsole
 from synthetic import measurement
 from tiny_models import write_tiny_model
 
@@ -52,6 +58,36 @@ def test_a_plan_of_the_front_can_be_made_by_its_figures(front: SpeedFront) -> No
         limit = SpeedLimit(PROFILE, LIMIT.work, 0.999 * p.generation, 0.999 * p.prompt)
         made = ramgguf.plan(measurement(), p.n_bytes, speed=limit)
         assert made.total_cost * (1 - made.gap) <= p.cost * (1 + 1e-9)
+
+
+def test_sensitivities_give_each_plan_the_kld_that_they_predict() -> None:
+    made = measurement()
+    alpha = {t.name: 1e-7 * t.n_weights for t in made.tensors}
+    late = dict.fromkeys(alpha, 0.9)
+    by_alpha = Costing("sensitivity", lambda t, p: alpha[t.name] * p.nmse, {}, late)
+    constraints = Constraints(min_sqnr_db=0)
+    found = front_of(made, LIMIT, costing=by_alpha, constraints=constraints)
+    known = [p for p in found.plans if p.kld is not None]
+    assert len(known) >= len(found.plans) - 1  # one plan loses nothing
+    for p in known[:: len(known) // 6]:
+        assert p.kld is not None
+        # Σ 0.9 α · NMSE, and what kernels round, in proportion to Σ α of what is quantized.
+        rounding = SHIPPED.kernel_nmse * sum(alpha.values())
+        assert 0.9 * p.cost < p.kld.kld <= 0.9 * (p.cost + rounding) * (1 + 1e-9)
+        assert p.kld.low < p.kld.kld < p.kld.high
+    console = PlainConsole(record=True, file=io.StringIO(), width=200)
+    print_speed_front(found, console)
+    text = console.export_text()
+    assert "KLD, nats" in text
+    assert "KLD is predicted, with its 95 % interval" in " ".join(text.split())
+    assert SpeedFront.from_json(found.to_json()) == found
+
+
+def test_priors_predict_no_kld(front: SpeedFront) -> None:
+    assert all(p.kld is None for p in front.plans)
+    console = PlainConsole(record=True, file=io.StringIO(), width=200)
+    print_speed_front(front, console)
+    assert "KLD" not in console.export_text()
 
 
 def test_both_commands_show_the_same_front(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """From model to file on small models: sources of every kind, shards, damage, and verification."""
 
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from gguf import GGUFReader, GGUFWriter
 from gguf.quants import dequantize, quantize
 from numpy.typing import NDArray
 
+import llama_quantize
 import ramgguf
 from gguf_samples import finish_gguf, write_model
 from ramgguf.core import files, parallel
@@ -24,6 +26,7 @@ from ramgguf.plan import PlanOptions
 from ramgguf.quantize import pipeline, preselection
 from ramgguf.quantize.preselection import MOST_ROUNDS, measure_and_plan
 from ramgguf.quants.encoders import EncoderName
+from small_models import ARCHITECTURES, write_small_model
 
 Float32 = NDArray[np.float32]
 
@@ -105,12 +108,86 @@ def test_rows_decide_which_formats_are_candidates_and_the_plan_says_so(tmp_path:
     measured = ramgguf.measure(source)
     up, gate = measured.tensors
     assert {p.format for p in up.points} == {
-        "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "F16",
+        "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "F16", "BF16",
     }  # fmt: skip
     assert [p.format for p in gate.points] == ["F16"]
     notes = "\n".join(ramgguf.plan(measured, "100%").notes)
     assert "rows of 576 are no multiple of 256" in notes
     assert "no smaller format suits its rows" in notes
+
+
+@pytest.mark.parametrize(
+    ("columns", "formats"),
+    [(33, None), (48, None), (48, ["Q4_K", "Q6_K"]), (576, ["Q4_K", "Q6_K"])],
+)
+def test_rows_that_suit_no_block_take_16_bits_and_none_stays_in_f32(
+    columns: int, formats: list[str] | None, tmp_path: Path
+) -> None:
+    name, other = "blk.0.ffn_up.weight", "blk.0.ffn_gate.weight"
+    weights = random(512, columns)
+    source = write(
+        tmp_path / "a.gguf", {name: (weights, Kind.F32), other: (random(64, 512), Kind.F32)}
+    )
+    made = ramgguf.quantize(
+        source, "50%", tmp_path / "b.gguf", formats=formats, min_sqnr_db=0, effort="fast"
+    )
+    odd, whole = (a.format for a in made.plan.assignments)
+    assert odd == "F16"  # of the two, the one that loses less
+    assert np.array_equal(decoded(made.paths[0])[name], weights.astype(np.float16))
+    assert made.worst_departure is not None
+    assert whole in (formats or ()) if formats else whole not in ("F32", "BF16")
+
+
+def test_llama_cpp_s_own_quantizer_takes_f16_for_the_same_rows(tmp_path: Path) -> None:
+    pytest.importorskip("llama_cpp")
+    llama = next(a for a in ARCHITECTURES if a.name == "llama")
+    odd = {f"blk.1.odd_{n}.weight": (64, n) for n in (33, 48, 288)}
+    source = write_small_model(
+        tmp_path / "m.gguf", replace(llama, outside=llama.outside | odd),
+        stored=lambda name, x: {name: (x, Kind.F32)} if "odd" in name else None,
+    )  # fmt: skip
+    theirs = llama_quantize.quantize(source, tmp_path / "theirs.gguf", "Q4_K_M", threads=1)
+    ours = ramgguf.quantize(
+        source, "30%", tmp_path / "ours.gguf", formats=["k"], min_sqnr_db=0, effort="fast"
+    ).paths[0]
+    types = [
+        {t.name: t.tensor_type.name for t in GGUFReader(path).tensors if t.name in odd}
+        for path in (theirs, ours)
+    ]
+    assert types[0] == dict(zip(odd, ("F16", "F16", "Q5_0"), strict=True))
+    assert types[1] == dict.fromkeys(odd, "F16")  # only K-quants were asked for
+
+
+def test_weights_beyond_f16_take_bf16(tmp_path: Path) -> None:
+    weights = random(8, 48)
+    weights[3, 7] = 3e6
+    source = write(tmp_path / "a.gguf", {"blk.0.ffn_up.weight": (weights, Kind.F32)})
+    made = ramgguf.quantize(source, "90%", tmp_path / "b.gguf", effort="fast")
+    assert [a.format for a in made.plan.assignments] == ["BF16"]
+
+
+@pytest.mark.parametrize("formats", [None, ["Q4_K", "Q6_K"]])
+@pytest.mark.parametrize("source_type", ["F32", "F16", "BF16"])
+def test_pins_may_name_either_type_of_16_bits(
+    source_type: str, formats: list[str] | None, tmp_path: Path
+) -> None:
+    names = [f"blk.0.ffn_{part}.weight" for part in ("up", "gate", "down")]
+    source = write(tmp_path / "a.gguf", {n: (random(64, 512), Kind[source_type]) for n in names})
+    made = ramgguf.quantize(
+        source, "200%", tmp_path / "b.gguf", formats=formats, pins=["up=F16", "gate=BF16"],
+        min_sqnr_db=0, effort="fast",
+    )  # fmt: skip
+    assert [a.format for a in made.plan.assignments] == ["F16", "BF16", source_type]
+    before, after = decoded(source)[names[0]], decoded(made.paths[0])[names[0]]
+    assert np.array_equal(after, before.astype(np.float16))
+
+
+def test_no_plan_takes_the_other_type_of_16_bits_unless_it_gains(tmp_path: Path) -> None:
+    for kind in ("F16", "BF16"):
+        source = write(tmp_path / "a.gguf", {"blk.0.ffn_up.weight": (random(8, 512), Kind[kind])})
+        measured = ramgguf.measure(source)
+        assert {"F16", "BF16"} <= {p.format for p in measured.tensors[0].points}
+        assert [a.format for a in ramgguf.plan(measured, "200%").assignments] == [kind]
 
 
 def test_a_scale_that_overflows_f16_makes_a_format_no_candidate(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from model_outputs import outputs
 from ramgguf import _core
 from ramgguf.core.errors import FormatError
 from ramgguf.gguf.reader import open_gguf
+from ramgguf.measure.candidates import is_source
 from ramgguf.quants import formats, grids
 from ramgguf.quants.encoders import libggml
 from small_models import ARCHITECTURES, Stored, write_small_model
@@ -71,7 +72,13 @@ def _decoded(path: Path, name: str) -> Floats:
     return weights
 
 
-SOURCES = [*formats.quantized(), "IQ1_S", "NVFP4", "Q1_0"]
+SOURCES = [*formats.quantized(), *formats.by_libggml()]
+
+
+def test_sources_are_all_types_that_ggml_decodes() -> None:
+    decoding = ggml_oracle.decoding_types()
+    assert {"MXFP4", "Q4_0", "Q6_K", "IQ4_XS", "IQ1_M"} <= decoding
+    assert decoding == {name for name in formats.known() if is_source(name)}
 
 
 @pytest.mark.parametrize("name", SOURCES)
@@ -150,6 +157,38 @@ def test_weights_on_a_grid_are_kept_at_its_bytes_and_never_larger(
     assert made.plan.assignments[0].is_exact
     back = _decoded(made.paths[0], UP)
     assert np.array_equal(grids.rounded(back, stored), grids.rounded(weights, stored))
+
+
+def test_a_minimum_of_bits_makes_no_tensor_on_a_grid_larger(tmp_path: Path) -> None:
+    weights = np.empty((32, 512), np.float32)
+    _core.decode("MXFP4", _encoded("MXFP4", _gaussian(32, 512)), weights)
+    source = _write(
+        tmp_path / "a.gguf",
+        {UP: (_stored(weights, "BF16"), Kind.BF16), GATE: (_gaussian(32, 512), Kind.F32)},
+    )
+    plan = ramgguf.plan(
+        ramgguf.measure(source, threads=1), "1000%",
+        min_formats=["ffn_up=Q8_0", "ffn_gate=Q8_0"], min_sqnr_db=0,
+    )  # fmt: skip
+    assert plan.assignments[0].format == "MXFP4"
+    assert plan.assignments[1].format == "F32"
+
+
+@pytest.mark.parametrize("group", [32, 64, 128])
+@pytest.mark.parametrize("stored", ["F32", "F16", "BF16"])
+def test_dequantized_int4_is_kept_exactly_in_q4_0(group: int, stored: str, tmp_path: Path) -> None:
+    rng = np.random.default_rng(group)
+    codes = rng.integers(-7, 8, (64, 512 // group, group)).astype(np.float32)
+    # As quantizers make them: -7 to 7 about 0, a scale for each group, in 16 bits of their own.
+    scales = grids.rounded(rng.uniform(1e-3, 0.1, codes.shape[:2]).astype(np.float32), "BF16")
+    weights = grids.rounded((codes * scales[..., None]).reshape(64, 512), stored)
+    source = _write(tmp_path / "a.gguf", {UP: (_stored(weights, stored), Kind[stored])})
+    (tensor,) = ramgguf.measure(source, threads=1).tensors
+    assert tensor.grid == "Q4_0"
+    made = ramgguf.quantize(source, "99%", tmp_path / "b.gguf", effort="fast", threads=1)
+    assert made.plan.assignments[0].is_exact
+    back = _decoded(made.paths[0], UP)
+    assert np.array_equal(grids.rounded(back, stored), weights)
 
 
 def test_formats_that_were_asked_for_are_all_that_a_grid_may_have(tmp_path: Path) -> None:

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from gguf import GGUFWriter
 
+import ramgguf
 from ramgguf.core.progress import Silent
 from ramgguf.gguf.reader import GGUFFile, open_gguf
 from ramgguf.llama.forward import ForwardRequest, ForwardResult
@@ -152,6 +154,27 @@ def _run(
         )
     assert found.seconds == pytest.approx(passes.now)
     return found, passes, said
+
+
+def test_what_no_probe_suits_gets_the_sensitivity_of_its_role_and_can_be_planned(
+    tmp_path: Path,
+) -> None:
+    out, rng = GGUFWriter(tmp_path / "m.gguf", "llama"), np.random.default_rng(0)
+    out.add_block_count(2)
+    for layer, width in ((0, 64), (1, 48)):  # rows of 48 suit no block
+        weights = rng.standard_normal((96, width), dtype=np.float32)
+        out.add_tensor(f"blk.{layer}.ffn_up.weight", weights)
+    out.write_header_to_file()
+    out.write_kv_data_to_file()
+    out.write_tensors_to_file()
+    out.close()
+    found, _, _ = _run(tmp_path / "m.gguf", tmp_path, 100.0)
+    read, other = found.tensors
+    assert (read.origin, other.origin) == ("measured", "role")
+    assert other.alpha / other.n_weights == pytest.approx(read.alpha / read.n_weights)
+    measured = ramgguf.measure(tmp_path / "m.gguf", threads=1)
+    plan = ramgguf.plan(measured, "55%", sensitivity=found, min_sqnr_db=0)
+    assert plan.assignments[1].format == "F16"
 
 
 def _origins(found: Sensitivity) -> dict[str, int]:

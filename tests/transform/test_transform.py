@@ -26,7 +26,7 @@ from ramgguf.quants.encoders.decoding import decode_rows
 from ramgguf.quants.hessian import Hessian, load_hessians
 from ramgguf.quants.imatrix import Importance, InputSquares, load_imatrix, scaled, write_imatrix
 from ramgguf.quants.scales import ScaledFile, Scales, load_scales
-from ramgguf.transform import scaling
+from ramgguf.transform import most_checks, scaling
 from small_models import (
     ARCHITECTURES,
     EXPERT_FFN,
@@ -79,6 +79,7 @@ def _weights(file: GGUFFile, name: str) -> np.ndarray:
 FOLDS = [a for a in (*ARCHITECTURES, *MIXTURES) if a.name in FOLDED]
 QWEN3MOE = next(a for a in ARCHITECTURES if a.name == "qwen3moe")
 MIXTRAL = next(a for a in MIXTURES if a.name == "llama")
+LLAMA, MAMBA = (next(a for a in ARCHITECTURES if a.name == n) for n in ("llama", "mamba"))
 
 
 @pytest.mark.parametrize("architecture", FOLDS, ids=lambda a: a.name)
@@ -131,6 +132,25 @@ def test_a_scale_that_is_moved_wrongly_is_noticed(
         ramgguf.transform(model, tmp_path / "s.gguf", imatrix, strength=strength)
     assert not (tmp_path / "s.gguf").exists()
     assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == []
+
+
+@pytest.mark.parametrize(("architecture", "most"), [(LLAMA, 1), (QWEN3MOE, 2), (MAMBA, 0)])
+def test_the_scaled_model_runs_as_often_as_is_said_before(
+    architecture: Architecture, most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = write_small_model(tmp_path / "m.gguf", architecture)
+    runs: list[object] = []
+
+    def departs(*found: object, **_: object) -> float:
+        runs.append(found)
+        return scaling.CHOICES / 2  # as rounding may make a mixture depart
+
+    monkeypatch.setattr(scaling, "_departure", departs)
+    monkeypatch.setattr(scaling, "scores_here", lambda: True)
+    with pytest.raises(PlanError, match=r"computes something else|no scale can move"):
+        ramgguf.transform(model, tmp_path / "s.gguf", _matrix(model, tmp_path / "i.gguf"))
+    with open_gguf(model) as file:
+        assert len(runs) == most_checks(file) == most
 
 
 def test_experts_that_are_chosen_otherwise_by_rounding_alone_are_no_reason_to_refuse(

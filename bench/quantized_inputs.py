@@ -26,13 +26,13 @@ from numpy.typing import NDArray
 from scipy.linalg import cho_factor, cho_solve
 from threadpoolctl import threadpool_limits
 
-from ramgguf.calibrate.sources import parse_sources, shares
 from ramgguf.core.parallel import default_threads
 from ramgguf.evaluate import score_held_out
 from ramgguf.gguf.architecture import is_multiplied, layer_of
 from ramgguf.gguf.reader import GGUFFile, open_gguf
 from ramgguf.llama.capture import Tap
 from ramgguf.llama.model import LlamaModel
+from ramgguf.llama.sources import parse_sources, shares
 from ramgguf.llama.tokens import TokenRequest, draw_sequences
 from ramgguf.quants.decoded import write_decoded
 from ramgguf.quants.encoders import gptq

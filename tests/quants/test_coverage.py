@@ -192,6 +192,48 @@ def test_experts_serve_each_other_expert_by_expert(
             np.testing.assert_array_equal(got, imatrix.entries[f"blk.0.{entry}.weight"].values)
 
 
+RANK, HEAD, N_HEADS = 64, 32, 3
+WHOLE_FACTOR = {"attn_kv_b": (2 * N_HEADS * HEAD, RANK)}
+SPLIT_FACTORS = {"attn_k_b": (N_HEADS, RANK, HEAD), "attn_v_b": (N_HEADS, HEAD, RANK)}
+
+
+def _latent_entry(path: Path, part: str, n_heads: int) -> Path:
+    values = np.random.default_rng(2).exponential(1, (n_heads, RANK)).astype(np.float32)
+    name = f"blk.0.{part}.weight"
+    ones = np.ones((n_heads, 1), np.float32)
+    return write_gguf(path, {f"{name}.in_sum2": values, f"{name}.counts": ones})
+
+
+def test_the_whole_factor_of_latent_attention_weighs_values_and_not_keys(tmp_path: Path) -> None:
+    """K's factor is multiplied with queries, and has other columns: nothing is known of these."""
+    model = _model(tmp_path / "m.gguf", SPLIT_FACTORS, n_layers=1, tied=True)
+    path = _latent_entry(tmp_path / "i.gguf", "attn_kv_b", 1)
+    imatrix = load_imatrix(path)
+    found = imatrix.importance("blk.0.attn_v_b.weight", SPLIT_FACTORS["attn_v_b"][::-1])
+    assert found is not None
+    own = imatrix.entries["blk.0.attn_kv_b.weight"].values
+    np.testing.assert_array_equal(found, np.repeat(own, N_HEADS, axis=0))
+    assert imatrix.importance("blk.0.attn_k_b.weight", SPLIT_FACTORS["attn_k_b"][::-1]) is None
+    covered = _found(model, path)
+    assert covered.alike == ("blk.0.attn_v_b.weight",)
+    assert covered.shared == ()
+    assert covered.missing == ("token_embd.weight", "blk.0.attn_k_b.weight")
+    missing, alike = covered.notes()
+    assert "no entry for 2 of 3 matrices (token_embd.weight, blk.0.attn_k_b.weight)" in missing
+    assert alike.startswith("1 of 3 matrices (blk.0.attn_v_b.weight) are weighed by the entry of a")
+
+
+def test_the_values_factor_weighs_the_whole_one_by_the_mean_over_heads(tmp_path: Path) -> None:
+    model = _model(tmp_path / "m.gguf", WHOLE_FACTOR, n_layers=1, tied=True)
+    path = _latent_entry(tmp_path / "i.gguf", "attn_v_b", N_HEADS)
+    imatrix = load_imatrix(path)
+    found = imatrix.importance("blk.0.attn_kv_b.weight", WHOLE_FACTOR["attn_kv_b"][::-1])
+    assert found is not None
+    own = imatrix.entries["blk.0.attn_v_b.weight"].values
+    np.testing.assert_allclose(found, own.mean(axis=0, keepdims=True), rtol=1e-6)
+    assert _found(model, path).alike == ("blk.0.attn_kv_b.weight",)
+
+
 def test_an_entry_of_one_s_own_comes_first_and_others_only_where_they_fit(tmp_path: Path) -> None:
     q, k = "blk.0.attn_q.weight", "blk.0.attn_k.weight"
     path = tmp_path / "i.dat"

@@ -3,11 +3,9 @@
 from dataclasses import dataclass
 
 from ramgguf.core.errors import ImatrixError
-from ramgguf.gguf.architecture import is_multiplied, same_columns
+from ramgguf.gguf.architecture import is_multiplied, parse_name, same_columns
 from ramgguf.gguf.reader import GGUFFile, TensorInfo
 from ramgguf.quants.imatrix import Imatrix
-
-_SHOWN = 3
 
 
 @dataclass(frozen=True)
@@ -124,5 +122,24 @@ def _is_multiplied(file: GGUFFile, tensor: TensorInfo) -> bool:
 
 
 def _listed(names: tuple[str, ...]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
+    """Return all names in short: output; attn_q, attn_k of layers 0–3, 7; ffn_up of layer 9."""
+    layers: dict[str, list[int]] = {}
+    for name in names:
+        found = parse_name(name)
+        of = layers.setdefault(f"{found.stack}{found.part}", [])
+        if found.layer is not None:
+            of.append(found.layer)
+    parts: dict[tuple[int, ...], list[str]] = {}
+    for part, of in layers.items():
+        parts.setdefault(tuple(sorted(of)), []).append(part)
+    return "; ".join(
+        ", ".join(some) + (f" of layer{'s' * (len(of) > 1)} {_ranges(of)}" if of else "")
+        for of, some in parts.items()
+    )
+
+
+def _ranges(numbers: tuple[int, ...]) -> str:
+    """Return sorted numbers as ranges: 0–3, 7."""
+    starts = [n for n in numbers if n - 1 not in numbers]
+    ends = [n for n in numbers if n + 1 not in numbers]
+    return ", ".join(str(a) if a == b else f"{a}–{b}" for a, b in zip(starts, ends, strict=True))

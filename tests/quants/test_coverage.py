@@ -100,12 +100,22 @@ def test_a_tied_embedding_is_a_matrix(tmp_path: Path) -> None:
     assert found.missing == ("token_embd.weight",)
 
 
+def test_every_missing_matrix_is_named_by_its_layers(tmp_path: Path) -> None:
+    model = _model(tmp_path / "m.gguf", SEPARATE, n_layers=6)
+    names = [n for n in _names(SEPARATE, 6) if not ("ffn_down" in n and n[4] in "0124")]
+    names = [n for n in names if n != "blk.3.attn_output.weight"]
+    found = _found(model, _imatrix(tmp_path / "i.gguf", [*names, "output.weight"]))
+    (note,) = found.notes()
+    assert "no entry for 5 of 43 matrices (ffn_down of layers 0–2, 4; attn_output of" in note
+    assert "attn_output of layer 3): their" in note
+
+
 def test_a_matrix_of_half_the_model_is_told_everywhere(tmp_path: Path) -> None:
     model = _model(tmp_path / "m.gguf", SEPARATE)
     imatrix = _imatrix(tmp_path / "i.gguf", _names(SEPARATE, n_layers=1))
     expected = (
-        "the importance matrix has no entry for 8 of 15 matrices (output.weight, "
-        "blk.1.attn_q.weight, blk.1.attn_k.weight and 5 more): their errors are not weighed"
+        "the importance matrix has no entry for 8 of 15 matrices (output; attn_q, attn_k, attn_v, "
+        "attn_output, ffn_gate, ffn_up, ffn_down of layer 1): their errors are not weighed"
     )
     measured = ramgguf.measure(model, imatrix=imatrix, formats=["Q4_0", "Q8_0"])
     assert measured.notes == (expected,)
@@ -219,8 +229,8 @@ def test_the_whole_factor_of_latent_attention_weighs_values_and_not_keys(tmp_pat
     assert covered.shared == ()
     assert covered.missing == ("token_embd.weight", "blk.0.attn_k_b.weight")
     missing, alike = covered.notes()
-    assert "no entry for 2 of 3 matrices (token_embd.weight, blk.0.attn_k_b.weight)" in missing
-    assert alike.startswith("1 of 3 matrices (blk.0.attn_v_b.weight) are weighed by the entry of a")
+    assert "no entry for 2 of 3 matrices (token_embd; attn_k_b of layer 0)" in missing
+    assert alike.startswith("1 of 3 matrices (attn_v_b of layer 0) are weighed by the entry of a")
 
 
 def test_the_values_factor_weighs_the_whole_one_by_the_mean_over_heads(tmp_path: Path) -> None:
@@ -340,8 +350,8 @@ def test_hessians_that_are_missing_are_told_and_those_of_sharers_used(
         model, imatrix=imatrix, hessian=hessian, formats=["Q4_0"], encoder="gptq"
     )
     (note,) = measured.notes
-    assert note.startswith("there is no Hessian for 7 of 15 matrices (output.weight, blk.0.attn_o")
-    assert note.endswith("and 4 more): their errors are not those of the output")
+    assert note.startswith("there is no Hessian for 7 of 15 matrices (output; attn_output, ffn_g")
+    assert note.endswith("ffn_up of layers 0–1): their errors are not those of the output")
     nothing = _hessians(tmp_path / "n.gguf", ["blk.9.attn_q.weight"])
     nothing.write_bytes(nothing.read_bytes().replace(b"x" * 64, sample.encode()))
     with pytest.raises(ImatrixError, match=r"n\.gguf has a Hessian for none of the 15 matrices"):

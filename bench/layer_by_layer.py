@@ -31,7 +31,6 @@ from scipy.linalg import cho_factor, cho_solve
 from threadpoolctl import threadpool_limits
 
 from provenance import provenance
-from quantized_inputs import N_CTX, layer_matrices, sequences
 from ramgguf.core.parallel import default_threads
 from ramgguf.evaluate import score_held_out
 from ramgguf.gguf.architecture import PARTS, layer_of, parse_name
@@ -42,6 +41,7 @@ from ramgguf.llama.residuals import ResidualWatch, layer_outputs
 from ramgguf.quants.encoders import descent, gptq
 from ramgguf.quants.encoders.decoding import decode_rows, in_type
 from ramgguf.quants.hessian import Hessian
+from rounded import N_CTX, layer_matrices, sequences
 
 RESULTS = Path(__file__).parent / "results" / "layer_by_layer.jsonl"
 # Matrices that share an input, in the order in which a layer computes them.

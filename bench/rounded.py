@@ -16,13 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
-from ramgguf.calibrate.sources import parse_sources, shares
 from ramgguf.core.parallel import default_threads
 from ramgguf.evaluate import score_held_out
 from ramgguf.gguf.architecture import is_multiplied, layer_of
 from ramgguf.gguf.reader import GGUFFile
 from ramgguf.llama.capture import Tap
 from ramgguf.llama.model import LlamaModel
+from ramgguf.llama.sources import parse_sources, shares
 from ramgguf.llama.tokens import TokenRequest, draw_sequences
 
 T = TypeVar("T")

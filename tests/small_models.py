@@ -133,8 +133,8 @@ def _llama4(out: GGUFWriter) -> None:
     out.add_interleave_moe_layer_step(1)
 
 
-def _glm4moe(out: GGUFWriter) -> None:
-    _common(out)
+def _glm4moe(out: GGUFWriter, n_layers: int = N_LAYERS) -> None:
+    _common(out, n_layers=n_layers)
     _experts(out)
     out.add_leading_dense_block_count(1)
     out.add_expert_shared_count(1)
@@ -369,6 +369,28 @@ def _glm4moe_layer(layer: int) -> Shapes:
     parts = ATTENTION | _QKV_BIASES | (experts if layer else DENSE)
     return {_BEFORE_EXPERTS.get(name, name): shape for name, shape in parts.items()}
 
+
+DRAFT_LAYER = 2  # of the model that drafts: after its trunk
+
+
+def _drafting(out: GGUFWriter) -> None:
+    _glm4moe(out, DRAFT_LAYER + 1)
+    out.add_nextn_predict_layers(1)
+
+
+def _drafting_layer(layer: int) -> Shapes:
+    parts = _glm4moe_layer(layer)
+    if layer < DRAFT_LAYER:
+        return parts
+    nextn = {
+        "eh_proj": (WIDTH, 2 * WIDTH), "enorm": (WIDTH,), "hnorm": (WIDTH,),
+        "shared_head_norm": (WIDTH,),
+    }  # fmt: skip
+    return parts | _weights(**{f"nextn.{name}": shape for name, shape in nextn.items()})
+
+
+# With a layer that drafts tokens (multi-token prediction).
+DRAFTING = Architecture("glm4moe", _drafting, _drafting_layer, UNTIED, own_layers=DRAFT_LAYER + 1)
 
 # Further mixtures of experts: llama's is Mixtral.
 MIXTURES = (

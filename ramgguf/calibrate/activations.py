@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 
 from ramgguf.calibrate.partial import Partial, partial_folder
-from ramgguf.calibrate.sources import TokenSource, parse_sources, shares
 from ramgguf.core.errors import EngineError, ImatrixError
 from ramgguf.core.files import free_bytes, refuse_existing
 from ramgguf.core.inputs import protected
@@ -27,7 +26,7 @@ from ramgguf.core.progress import Progress, Silent, followed_by
 from ramgguf.core.scratch import scratch_folder
 from ramgguf.core.units import format_bytes, format_seconds
 from ramgguf.core.version import __version__
-from ramgguf.gguf.architecture import HEAD, TOKEN_EMBEDDING, is_multiplied
+from ramgguf.gguf.architecture import HEAD, TOKEN_EMBEDDING, is_multiplied, layer_of
 from ramgguf.gguf.hub import local_path
 from ramgguf.gguf.identity import FileIdentity
 from ramgguf.gguf.reader import GGUFFile, TensorInfo, open_gguf
@@ -44,13 +43,15 @@ from ramgguf.llama.protocol import (
     TapWeights,
     pack_ids,
 )
-from ramgguf.llama.tokens import N_CTX, TokenRequest
+from ramgguf.llama.sources import dataset_name, parse_sources, shares
+from ramgguf.llama.tokens import N_CTX, TokenRequest, TokenSource
 from ramgguf.quants.hessian import gram_name, groups, new_hessians
 from ramgguf.quants.imatrix import InputSquares, write_imatrix
 from ramgguf.quants.stand_in import ReadyStandIn, StandIn, chosen_stand_in, write_stand_in
 
 N_SEQUENCES = 12
 MAX_GRAM_BYTES = 4 << 30
+_FEW = 16  # tokens that show whether layers that draft are run
 
 
 @dataclass(frozen=True)
@@ -139,13 +140,15 @@ def calibrate_file(
             Engine([path], n_ctx=request.n_ctx, n_threads=threads, safe_kernels=True)
         )
         head = TOKEN_EMBEDDING if file.has_tied_embedding else HEAD
-        run = _Run(engine, request, folder, head, progress, announce)
+        drafts = _run_drafts(path, tuple(weights), file.draft_layers, threads, announce)
+        run = _Run(engine, request, folder, head, drafts, progress, announce)
         owners: Mapping[str, str] = {}
         if outputs.hessian is not None:
             owners = _wanted_owners(run.owners(tuple(weights)), weights, outputs)
         gram_bytes = _gram_bytes(owners, weights)
         if kept_in is not None and _has_room(kept_in, gram_bytes, announce):
-            settings = _settings(file, request, sources, outputs, engine.opened.system, threads)
+            system = engine.opened.system
+            settings = _settings(file, request, sources, outputs, system, threads, drafts)
             run.partial = Partial(kept_in, settings, spare=gram_bytes)
         first, later = _gram_groups(owners, weights, outputs.max_gram_bytes)
         quotas = tuple(zip(sources, shares(sources, n_sequences), strict=True))
@@ -181,14 +184,6 @@ def calibrate_file(
     )
 
 
-def dataset_name(sources: Sequence[TokenSource], seed: int, stand_in: str | None = None) -> str:
-    """Return what the matrix says of its tokens."""
-    named = [s.corpus.name if s.corpus else f"{s.kind}-drawn tokens" for s in sources]
-    weights = [f" {s.weight:.0%}" if len(sources) > 1 else "" for s in sources]
-    told = " + ".join(name + weight for name, weight in zip(named, weights, strict=True))
-    return f"{told}, seed {seed}" + (f", on a stand-in in {stand_in}" if stand_in else "")
-
-
 def _settings(
     file: GGUFFile,
     request: TokenRequest,
@@ -196,6 +191,7 @@ def _settings(
     outputs: Outputs,
     system: SystemInfo,
     threads: int,
+    drafts: tuple[int, ...],
 ) -> str:
     """Return all that the sums of a run depend on: another run's are not gone on from."""
     model = FileIdentity.of(file)
@@ -205,9 +201,41 @@ def _settings(
     parts = (
         __version__, model.n_bytes, model.header_sha256, model.sample_sha256, request.stand_in,
         request.n_sequences, request.n_ctx, request.seed, texts, outputs.pattern,
-        outputs.max_gram_bytes, system.model_dump(), threads,
+        outputs.max_gram_bytes, system.model_dump(), threads, drafts,
     )  # fmt: skip
     return json.dumps(parts)
+
+
+def _run_drafts(
+    path: Path,
+    names: tuple[str, ...],
+    layers: frozenset[int],
+    threads: int,
+    announce: Callable[[str], None],
+) -> tuple[int, ...]:
+    """Return the layers that draft tokens if llama.cpp runs them here; else none, and a line.
+
+    They are tried in a child of their own: llama.cpp ends the process for an architecture that it
+    has no graph of drafts for.
+    """
+    if not layers:
+        return ()
+    drafts = tuple(sorted(layers))
+    try:
+        with (
+            scratch_folder(None, error=EngineError) as folder,
+            Engine([path], n_ctx=_FEW, n_threads=threads, safe_kernels=True) as engine,
+        ):
+            engine.ask(TapWeights(names=names, draft_layers=drafts), Tapped)
+            engine.ask(Observe(ids=pack_ids(np.zeros(_FEW, np.int32))), Observed)
+            sums = engine.collect(folder / "drafts.kept").sums()
+    except EngineError as e:
+        announce(f"layers that draft tokens are not run here, their matrices get no entry: {e}")
+        return ()
+    if not any(layer_of(name) in layers for name in sums):
+        announce("llama.cpp leaves the layers that draft tokens out: they get no entry")
+        return ()
+    return drafts
 
 
 def _gram_bytes(owners: Mapping[str, str], weights: Mapping[str, TensorInfo]) -> int:
@@ -245,12 +273,14 @@ class _Run:
         request: TokenRequest,
         folder: Path,
         head: str,
+        drafts: tuple[int, ...],
         progress: Progress,
         announce: Callable[[str], None],
     ) -> None:
         self._engine = engine
         self._request = request
         self._head = head
+        self._drafts = drafts  # layers that every sequence is read by, after the trunk
         self._progress = progress
         self._announce = announce
         self._sequences: list[str] = []
@@ -287,7 +317,7 @@ class _Run:
         for source, n_sequences in quotas:
             if n_sequences == 0:
                 continue
-            if source.kind != "self":
+            if source.kind != "self" or self._drafts:
                 drawn = self._draw(source, n_sequences)
                 if whole is None:
                     self._read(drawn)
@@ -320,7 +350,7 @@ class _Run:
         self._resumed = Resumed()
         whole = self.partial.whole(number, grams)
         if whole is None:
-            asked = TapWeights(names=names, grams=grams, head=self._head)
+            asked = TapWeights(names=names, grams=grams, head=self._head, draft_layers=self._drafts)
             self._engine.ask(asked, Tapped)
             if self.partial.is_kept:
                 self._resumed = self._engine.ask(self.partial.keep(number, grams), Resumed)
@@ -343,7 +373,7 @@ class _Run:
     def _draw(self, source: TokenSource, n_sequences: int) -> list[str]:
         """Return sequences of the source, packed; the model's own are drawn under the tap."""
         request, corpus = self._request, source.corpus
-        is_own = source.kind == "self"
+        is_own = source.kind == "self" and not self._drafts
         asked = Draw(
             tokens=source.kind,
             n_ctx=request.n_ctx,

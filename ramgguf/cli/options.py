@@ -157,9 +157,6 @@ MinFormats = Annotated[
 Requantize = Annotated[
     bool, typer.Option("--allow-requantize", help="Take quantized tensors as a source, too.")
 ]
-Tokens = Annotated[
-    str, typer.Option("--tokens", help="self (drawn from the model), random, wikitext, or a file.")
-]
 TokenSources = Annotated[
     str,
     typer.Option(

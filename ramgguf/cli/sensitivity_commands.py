@@ -32,7 +32,7 @@ def register(app: typer.Typer) -> None:
 def sensitivity(
     model: opt.Model,
     output: opt.Output = None,
-    tokens: opt.Tokens = "self",
+    tokens: opt.TokenSources = "self",
     limit: Annotated[
         str | None,
         typer.Option(

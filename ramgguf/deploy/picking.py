@@ -1,8 +1,9 @@
 """From a model to a file that is proven to run here: measure, plan, write, try, and score."""
 
 import math
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -21,11 +22,12 @@ from ramgguf.measure import measure
 from ramgguf.plan import PlanOptions, curve
 from ramgguf.plan.frontier_result import Frontier
 from ramgguf.plan.result import Plan
-from ramgguf.quantize import Effort, quantize
+from ramgguf.quantize import Effort, quantize, seconds_to_score
 from ramgguf.quants.encoders import DEFAULT_ENCODER, EncoderName
 
 _MOST_ROUNDS = 4
 _MARGIN = 1.01
+clock = time.perf_counter
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,8 @@ class PickRequest:
 
     speeds are those of formats here, measured if need be (quantize.speed_target). The score is
     taken on n_seq sequences of n_ctx tokens; n_seq 0 takes none. Sizes are tried with plans by
-    priors; effort auto or best, within effort_seconds, then makes the file of that size.
+    priors; effort auto or best then makes the file of that size. effort_seconds are for all of it,
+    from measuring to the score.
     """
 
     trial: CheckRequest
@@ -51,6 +54,15 @@ class PickRequest:
     def is_timed(self) -> bool:
         """Whether a speed is asked for."""
         return self.min_speed != 0 or self.min_prompt_speed != 0
+
+    def effort_seconds_left(self, spent: float, trial: float) -> float | None:
+        """Return what is left for the effort's file: of what was asked, less what its own trial and
+        the score will take. None where no time was asked for.
+        """
+        if self.effort_seconds is None:
+            return None
+        score = seconds_to_score(self.effort_seconds) if self.n_seq else 0.0
+        return self.effort_seconds - spent - trial - score
 
     def at_least(self, factor: float = 1.0) -> dict[str, Any]:
         """Return the options of quantize for so many times these speeds, {} if none is asked."""
@@ -153,6 +165,7 @@ def pick(
     formats, at most four times. Raises BudgetError when none will do, with what was reached; the
     last one tried is left then.
     """
+    start = clock()
     model = local_path(model)
     measurement = measure(
         model, encoder=request.encoder, threads=threads, progress=progress,
@@ -172,13 +185,23 @@ def pick(
         )  # fmt: skip
         plan, output = made.plan, made.paths[0]
         announce(f"{output}: {format_bytes(plan.n_bytes)}, {plan.bpw:.2f} bpw")
+        tried_at = clock()
         found = check_file(output, trial, announce=announce)
+        trial_seconds = clock() - tried_at
         fewer, slower = _smaller(found, plan), _slower(found, request)
         if fewer is None and slower is None:
             if request.effort != "fast":
-                plan, found = _improved(
-                    model, output, plan, found, request, options, threads, progress, announce
-                )
+                left = request.effort_seconds_left(clock() - start, trial_seconds)
+                if left is None or left > 0:
+                    plan, found = _improved(
+                        model, output, plan, found, replace(request, effort_seconds=left),
+                        options, threads, progress, announce,
+                    )  # fmt: skip
+                else:
+                    announce(
+                        f"the file by priors stays: finding its size took "
+                        f"{format_seconds(clock() - start)}; give more with --time"
+                    )
             score = _score(output, model, request, threads, progress)
             return Picked(output, plan, frontier, found, score, n_tried, request)
         most = most if fewer is None else fewer

@@ -90,6 +90,10 @@ _OWN_ROLE = re.compile(
 )
 _OTHER = Part("other")
 
+# Of multi-head latent attention: kv_b reads the latent vectors, and v_b what attention makes of
+# them, means over tokens, head by head. k_b, which kv_b stands for as well, reads queries.
+_SAME_COLUMNS = {"attn_kv_b": "attn_v_b", "attn_v_b": "attn_kv_b"}
+
 # Whose ffn_up holds the gate as well (twice the feed-forward length of rows).
 _GATED_UP = frozenset({"phi3", "chatglm", "glm4", "plamo2", "plamo3", "modern-bert"})
 
@@ -293,6 +297,18 @@ def sharers(name: str) -> tuple[str, ...]:
         for part, other in PARTS.items()
         if other.reads == reads and part != parsed.part
     )
+
+
+def same_columns(name: str) -> str | None:
+    """Return the name of the weight whose input has this one's columns, though other values.
+
+    None where there is none but those that read the same activations (see sharers).
+    """
+    parsed = parse_name(name)
+    other = _SAME_COLUMNS.get(parsed.part)
+    if other is None or parsed.layer is None or parsed.kind != "weight":
+        return None
+    return f"{parsed.block}{other}.weight"
 
 
 def draft_layers(names: Iterable[str]) -> frozenset[int]:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from ramgguf.core.closing import Closing
 from ramgguf.core.errors import GGUFError
-from ramgguf.gguf.architecture import PROJECTORS, has_tied_embedding, trunk_layers
+from ramgguf.gguf.architecture import PROJECTORS, has_tied_embedding, layer_of, trunk_layers
 from ramgguf.gguf.fork_types import FORK
 from ramgguf.gguf.header import GGML_TYPES_BY_ID, TensorInfo, ValueType
 from ramgguf.gguf.shards import Shard, require_whole, shard_paths
@@ -136,6 +136,15 @@ class GGUFFile(Closing):
         """The layers that make the next token: those of draft blocks left out."""
         n_draft = self.metadata.integer(f"{self.architecture}.nextn_predict_layers") or 0
         return trunk_layers((t.name for t in self.tensors), self.n_layers, n_draft)
+
+    @cached_property
+    def draft_layers(self) -> frozenset[int]:
+        """The layers that predict further tokens, after the trunk."""
+        n_layers = self.n_trunk_layers
+        if n_layers is None:
+            return frozenset()
+        layers = (layer_of(t.name) for t in self.tensors if t.name.startswith("blk."))
+        return frozenset(n for n in layers if n is not None and n >= n_layers)
 
     @cached_property
     def has_tied_embedding(self) -> bool:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ramgguf.gguf.architecture import layer_of
 from ramgguf.llama import ggml
 from ramgguf.llama.system import llama_module
 from ramgguf.quants.hessian import add_grams, mirror
@@ -68,16 +69,26 @@ class Tap:
     by n_threads threads. Hand `callback` to a context, and call check after each decode: an
     exception cannot pass through llama.cpp, so it is kept until then.
 
+    draft_layers are those that draft tokens; while is_drafting is set, no other weights are seen:
+    what they read then is not the text.
+
     head is the weight that makes the logits: while skips_head is set, a graph ends once the head's
     input is computed, and what is read of its logits is no number.
     """
 
     def __init__(
-        self, names: Collection[str], grams: Collection[str] = (), *, head: str | None = None
+        self,
+        names: Collection[str],
+        grams: Collection[str] = (),
+        *,
+        head: str | None = None,
+        draft_layers: Collection[int] = (),
     ) -> None:
         self._operations = ggml.check_layout()
         self._names = {name.encode(): name for name in names}
         self._grams = frozenset(grams)
+        self._drafts = frozenset(n for n in names if layer_of(n) in draft_layers)
+        self.is_drafting = False
         self.n_threads = 1
         self._failure: Exception | None = None
         self._seen: dict[int, str] = {}  # by the input's address in this graph, its first weight
@@ -148,8 +159,11 @@ class Tap:
         if self._failure is not None or node.op not in operations:
             return None
         weight: bytes = node.src[0].contents.name
+        name = self._names.get(weight)
+        if self.is_drafting:
+            return name if name in self._drafts else None
         self._head.met(weight, node)
-        return self._names.get(weight)
+        return name
 
     def _take_head(self, x: Any) -> None:
         """Take the head's input, which is computed; the head is not."""

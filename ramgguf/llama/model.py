@@ -17,7 +17,7 @@ from ramgguf.core.closing import Closing
 from ramgguf.core.errors import EngineError
 from ramgguf.llama.kind import POOLINGS, KindError, ModelKind, kind_of
 from ramgguf.llama.protocol import ModelInfo, TokenIds, VocabInfo
-from ramgguf.llama.system import llama_module
+from ramgguf.llama.system import llama_module, nextn_module
 
 Logits = npt.NDArray[np.float32]
 
@@ -108,7 +108,8 @@ class LlamaModel(Closing):
     model that predicts no next token, unless any_kind: its logits are zeros, or another model's
     input. shards are loaded instead of the file at path, which then only names the model.
     takes_rows: decode takes rows of the first layer's input, of input_width numbers each, in place
-    of tokens.
+    of tokens. drafts: blocks that draft tokens are loaded, too, and states tells
+    what they read.
     """
 
     runs: ModelKind = "causal"
@@ -125,6 +126,7 @@ class LlamaModel(Closing):
         any_kind: bool = False,
         shards: Sequence[Path] = (),
         takes_rows: bool = False,
+        drafts: bool = False,
     ) -> None:
         self.path = path
         self.n_ctx = n_ctx
@@ -139,6 +141,9 @@ class LlamaModel(Closing):
         parameters = llama.llama_model_default_params()
         parameters.n_gpu_layers = 0
         parameters.use_extra_bufts = not safe_kernels
+        self._nextn = nextn_module(llama) if drafts else None
+        if drafts:
+            parameters.load_mtp = True
         names = [str(p).encode() for p in shards or (path,)]
         array = (ctypes.c_char_p * len(names))(*names)
         if len(names) > 1:
@@ -192,15 +197,24 @@ class LlamaModel(Closing):
         self._free_context()
         self._n_past = 0
 
-    def _open_context(self) -> None:
-        llama = self._llama
+    def new_context(self, **changed: Any) -> Any:
+        """Return a context of the model, some of its parameters changed; None where llama.cpp makes
+        none. It must be freed before the model is closed.
+        """
         parameters = self._parameters()
         if self._eval_callback is not None:
             parameters.cb_eval = self._eval_callback
-        self._held = llama.llama_init_from_model(self._model, parameters)
+        for name, value in changed.items():
+            setattr(parameters, name, value)
+        return self._llama.llama_init_from_model(self._model, parameters) or None
+
+    def _open_context(self) -> None:
+        llama = self._llama
+        self._held = self.new_context()
         if not self._held:
-            self._held = None
             raise EngineError(f"{self.path}: llama.cpp cannot make a context of {self.n_ctx}")
+        if self._nextn is not None:
+            self._nextn.llama_set_embeddings_nextn(self._held, True, False)
         width = self.input_width if self._takes_rows else 0
         self._batch = llama.llama_batch_init(self.n_batch, width, 1)
         if self._takes_rows:
@@ -250,6 +264,26 @@ class LlamaModel(Closing):
     def llama(self) -> ModuleType:
         """The low-level module of llama-cpp-python."""
         return self._llama
+
+    @property
+    def context(self) -> Any:
+        """llama.cpp's context, opened if need be."""
+        return self._context
+
+    def states(self, n_tokens: int) -> Logits:
+        """Return what blocks that draft read of the last chunk, (n_tokens, width): a copy.
+
+        Raises EngineError where the model was not opened for drafts.
+        """
+        if self._nextn is None:
+            raise EngineError(f"{self.path}: was not opened to draft tokens")
+        return read_states(self._nextn, self._context, n_tokens, self.state_width)
+
+    @property
+    def state_width(self) -> int:
+        """The numbers of a hidden state that tokens are drafted from."""
+        width: int = self._llama.llama_model_n_embd_out(self._model)
+        return width
 
     @property
     def handle(self) -> Any:
@@ -385,6 +419,14 @@ def draw(logits: Logits, rng: np.random.Generator, temperature: float) -> int:
         raise EngineError("nothing can be drawn: logits are NaN or infinite")
     found = np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right")
     return min(int(found), len(logits) - 1)
+
+
+def read_states(nextn: ModuleType, context: Any, n_tokens: int, width: int) -> Logits:
+    """Return a copy of the hidden states (n_tokens, width) that the last decode made for drafts."""
+    pointer = nextn.llama_get_embeddings_nextn(context)
+    if not pointer:
+        raise EngineError("llama.cpp gives no hidden states to draft tokens from")
+    return np.array(view(pointer, n_tokens * width).reshape(n_tokens, width), np.float32)
 
 
 def _int32s(address: int) -> Any:

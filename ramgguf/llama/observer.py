@@ -7,8 +7,9 @@ from pathlib import Path
 from ramgguf.core.documents import FrozenModel
 from ramgguf.core.errors import EngineError
 from ramgguf.llama.capture import Tap
+from ramgguf.llama.drafting import DraftLayers
 from ramgguf.llama.kept import Keeper, KeptHeader, write_kept
-from ramgguf.llama.model import LlamaModel
+from ramgguf.llama.model import LlamaModel, Logits
 from ramgguf.llama.protocol import (
     Collect,
     Collected,
@@ -36,16 +37,20 @@ class Observer:
     """
 
     def __init__(
-        self, send: Callable[[FrozenModel], None], open_model: Callable[[Tap], LlamaModel]
+        self, send: Callable[[FrozenModel], None], open_model: Callable[[Tap, bool], LlamaModel]
     ) -> None:
         self._send = send
         self._open_model = open_model
         self._model: LlamaModel | None = None
         self._tap: Tap | None = None
         self._keeper: Keeper | None = None
+        self._drafts: DraftLayers | None = None
 
     def close(self) -> None:
         """Free the context under the tap."""
+        if self._drafts is not None:
+            self._drafts.close()
+        self._drafts = None
         if self._model is not None:
             self._model.close()
         self._model = self._tap = self._keeper = None
@@ -74,24 +79,39 @@ class Observer:
     def tap(self, request: TapWeights) -> None:
         """Put a new tap on the weights of these names; what an earlier one took is forgotten."""
         self.close()
-        self._tap = Tap(request.names, request.grams, head=request.head)
-        self._model = self._open_model(self._tap)
+        layers = request.draft_layers
+        self._tap = Tap(request.names, request.grams, head=request.head, draft_layers=layers)
+        self._model = self._open_model(self._tap, bool(layers))
         self._tap.n_threads = self._model.n_threads
+        if layers:
+            self._drafts = DraftLayers(self._model)
         self._send(Tapped())
 
     def observe(self, request: Observe) -> None:
         """Decode a sequence under the tap."""
         model, tap = self._tapped()
         start = time.perf_counter()
-        tap.skips_head = True
+        tap.skips_head = self._drafts is None
         model.clear()
+        if self._drafts is not None:
+            self._drafts.clear()
         ids = unpack_ids(request.ids)
         for begin, end in model.chunks(len(ids)):
             model.decode(ids[begin:end])
             tap.check()
+            if self._drafts is not None:
+                self._draft(self._drafts, ids[begin:end], model.states(end - begin), tap)
         if self._keeper is not None:
             self._keeper.add_read()
         self._send(Observed(seconds=time.perf_counter() - start))
+
+    def _draft(self, layers: DraftLayers, ids: TokenIds, states: Logits, tap: Tap) -> None:
+        tap.is_drafting = True
+        try:
+            layers.decode(ids, states)
+            tap.check()
+        finally:
+            tap.is_drafting = False
 
     def keep(self, request: Keep) -> None:
         """Keep what the tap takes from now on, after what an earlier run has kept."""

@@ -111,13 +111,15 @@ class Draw(FrozenModel):
 class TapWeights(FrozenModel):
     """Watch what these weights are multiplied with, for grams with XᵀX; answered by Tapped.
 
-    head is the weight that makes the logits: Observe does not compute it again.
+    head is the weight that makes the logits: Observe does not compute it again. draft_layers are
+    those that draft tokens: with any, Observe runs them as well, and the head.
     """
 
     kind: Literal["tap"] = "tap"
     names: tuple[str, ...]
     grams: tuple[str, ...] = ()
     head: str | None = None
+    draft_layers: tuple[int, ...] = ()
 
 
 class Observe(FrozenModel):

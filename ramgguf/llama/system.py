@@ -46,6 +46,21 @@ def llama_module(*, verbose: bool = False) -> ModuleType:
     return module
 
 
+def nextn_module(llama: ModuleType) -> ModuleType:
+    """Return what llama-cpp-python has for the hidden states that tokens are drafted from.
+
+    Raises EngineError where it has none: these functions are no stable interface.
+    """
+    try:
+        from llama_cpp import llama_cpp_ext
+    except (ImportError, AttributeError):
+        llama_cpp_ext = None
+    if llama_cpp_ext is None or not hasattr(llama, "LLAMA_CONTEXT_TYPE_MTP"):
+        raise EngineError(f"llama-cpp-python {llama.__version__} runs no layers that draft tokens")
+    module: ModuleType = llama_cpp_ext
+    return module
+
+
 def llama_installed() -> bool:
     """Return whether there is a module llama_cpp; it is not imported."""
     return importlib.util.find_spec("llama_cpp") is not None

@@ -1,7 +1,7 @@
 """Tokens for calibration and sensitivity: the model's own, random ones, or a text's."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Protocol
@@ -23,9 +23,20 @@ TOGETHER = 64  # sequences that a model draws side by side, where the memory all
 
 
 @dataclass(frozen=True)
+class TokenSource:
+    """Tokens of one kind, and its weight among the others; corpus is for those of a text."""
+
+    name: str
+    weight: float
+    kind: TokenKind
+    corpus: Corpus | None = None
+
+
+@dataclass(frozen=True)
 class TokenRequest:
     """What is wanted. n_sequences None lets the time decide; corpus is for tokens of kind text.
 
+    sources, where there are several, are in place of tokens and corpus (sources.draw).
     imatrix weighs the encoder's errors, as it will those of the quantized model. stand_in is the
     format of the stand-in that passes run on, None for the model itself.
     """
@@ -39,6 +50,19 @@ class TokenRequest:
     seconds: float = 1200.0
     imatrix: Imatrix | None = None
     stand_in: str | None = None
+    sources: tuple[TokenSource, ...] = ()
+
+    def each_source(self) -> Iterator["TokenRequest"]:
+        """Yield the request for tokens of each source alone."""
+        for source in self.sources:
+            yield replace(self, tokens=source.kind, corpus=source.corpus, sources=())
+
+    @property
+    def self_share(self) -> float:
+        """The share of the sequences that the model draws itself."""
+        if not self.sources:
+            return float(self.tokens == "self")
+        return sum(source.weight for source in self.sources if source.kind == "self")
 
 
 class KeptDraw(Protocol):
@@ -70,7 +94,7 @@ def parse_tokens(text: str) -> tuple[TokenKind, Corpus | None]:
         return "text", default_corpus()
     path = Path(text)
     if not path.exists():
-        raise EngineError(f"tokens {text!r} are none of self, random, wikitext, and no file")
+        raise EngineError(f"tokens {text!r} are none of self, mix, random, wikitext, and no file")
     return "text", text_file(path)
 
 

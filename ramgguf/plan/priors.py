@@ -192,7 +192,7 @@ def _prior(name: str, shape: ModelShape) -> float:
         part = part.removesuffix(suffix)
     layer: int | None = parsed.layer
     if shape.is_draft(parsed.layer):
-        layer = None  # its errors make drafts worse, never the text: as a layer in the middle
+        layer = None  # its errors make drafts worse, never the text: no end of the trunk
     return _of_part(part, layer, shape)
 
 
@@ -225,10 +225,11 @@ def _depth_of(part: str, layer: int | None, shape: ModelShape) -> float:
 def _depth(depth: DepthPrior, layer: int | None, n_layers: int | None) -> float:
     """Return the larger factor where a layer is counted from both ends, as in shallow models.
 
-    No layer is one in the middle.
+    No layer is a draft block: of the layers between the ends, the one that matters most, as one
+    block too many protected costs little.
     """
     if layer is None:
-        return depth.thirds[1]
+        return max(depth.thirds)
     from_start = {0: depth.first, 1: depth.second}.get(layer)
     if n_layers is None:
         return 1.0 if from_start is None else from_start

@@ -1,6 +1,6 @@
 """Quantize: from a model and a limit to the file."""
 
-from ramgguf.quantize.effort import default_effort, quantize
+from ramgguf.quantize.effort import default_effort, quantize, seconds_to_score
 from ramgguf.quantize.output_paths import default_output
 from ramgguf.quantize.perturb import perturb
 from ramgguf.quantize.pipeline import Quantized
@@ -14,4 +14,5 @@ __all__ = [
     "default_output",
     "perturb",
     "quantize",
+    "seconds_to_score",
 ]

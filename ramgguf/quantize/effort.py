@@ -233,7 +233,7 @@ def quantize(
         if budget is None:
             raise PlanError("a budget, memory or a plan is needed, and none was given")
         # The score is part of what the time is for.
-        left = seconds and seconds - (min(SCORE_SECONDS, SCORE_SHARE * seconds) if score else 0.0)
+        left = seconds and seconds - (seconds_to_score(seconds) if score else 0.0)
         target = None if output is None else Path(output)
         settings = replace(settings, executor=None)  # steps are measured and run on this machine
         if not is_timed:
@@ -342,6 +342,11 @@ def default_effort(*, is_explicit: bool, has_time: bool) -> Effort:
     if is_explicit:
         return "fast"
     return "best" if has_time else "auto"
+
+
+def seconds_to_score(seconds: float) -> float:
+    """Return how many of the seconds that were asked for the score at the end is given."""
+    return min(SCORE_SECONDS, SCORE_SHARE * seconds)
 
 
 def scored(
@@ -457,6 +462,7 @@ class _Run:
         self._keeps_reference = False
         self._decodes = False
         self._n_rounds = 0
+        self._blocks: Path | None = None  # what error feedback has encoded
 
     def made(self) -> Quantized:
         """Return what was made: the best candidate, under its final name."""
@@ -504,6 +510,7 @@ class _Run:
             self._decodes = costs.decode > 0
             costs = replace(costs, keeps_reference=self._keeps_reference)
             self._cache = StepCache.of(file, self._model, TOKENS)
+            self._blocks = self._cache.blocks
         limit, begun = self._time_limit(), clock()
         planned = schedule(self._effort, limit, costs, self._cache.kept(), TOKENS)
         n_sequences = self._cache.begun(planned.n_sequences)
@@ -775,7 +782,7 @@ class _Run:
             plan["pins"] = (*plan.get("pins", ()), *choice.pins)
         options = replace(
             self._options, encoder=choice.encoder, imatrix=choice.imatrix, hessian=choice.hessian,
-            scales=choice.scales,
+            scales=choice.scales, kept_blocks=self._blocks,
             refine=choice.refine, refine_beside=self._cache.swaps if choice.refine else None,
             plan=plan, **changed,
         )  # fmt: skip
@@ -832,4 +839,6 @@ class _Run:
         plan = plan.model_copy(update={"notes": (*plan.notes, *notes)})
         made = replace(best.made, plan=plan)
         done = placed(self._model, made, self._output, self._options)
+        if self._blocks is not None:
+            self._blocks.unlink(missing_ok=True)
         return replace(done, seconds={"effort": clock() - self._start})

@@ -11,6 +11,7 @@ from ramgguf.core.errors import PlanError
 from ramgguf.core.inputs import protected
 from ramgguf.core.parallel import default_threads
 from ramgguf.core.progress import Clock, Progress, Silent, followed_by
+from ramgguf.core.version import __version__
 from ramgguf.evaluate import DraftAgreement, HeldOutScore
 from ramgguf.gguf.hub import beside, local_path
 from ramgguf.gguf.identity import require_model
@@ -20,6 +21,7 @@ from ramgguf.measure.result import Measurement
 from ramgguf.plan import PlanOptions, SizeLimit, SourceSize, size_limit
 from ramgguf.plan.result import Pin, Plan
 from ramgguf.quantize.feedback import fed_back, first_measure
+from ramgguf.quantize.kept_blocks import KeptBlocks
 from ramgguf.quantize.output_paths import check_destination, default_output
 from ramgguf.quantize.preselection import MANY_WEIGHTS, measure_and_plan
 from ramgguf.quantize.shard_plans import plan_for_shards
@@ -76,6 +78,7 @@ class QuantizeOptions:
     executor: Executor | None = None
     progress: Progress | None = None
     announce: Callable[[str], None] = lambda _: None
+    kept_blocks: Path | None = None  # where error feedback keeps what it has encoded
     before: Quantized | None = None  # of this model, in one file: what comes out alike is copied
     plan: PlanOptions = field(default_factory=PlanOptions)
 
@@ -224,6 +227,13 @@ class _Run:
         with open_gguf(made.paths[0]) as file:
             yield Before(made.plan, file)
 
+    def _kept(self, plan: Plan) -> AbstractContextManager[KeptBlocks | None]:
+        """Return what a killed run of the same plan has encoded, if errors are fed back."""
+        path = self._options.kept_blocks
+        if path is None or self._feed_back is None or self._options.before is not None:
+            return nullcontext()
+        return KeptBlocks(path, f"{__version__} {self._file.sample_sha256} {plan.sha256()}")
+
     def written(self, plan: Plan, measurement: Measurement | None) -> Quantized:
         """Write and verify the planned output."""
         path = self._output or default_output(self._model, plan)
@@ -234,11 +244,12 @@ class _Run:
         worst = None
         with begin(self._file, plan, destination) as out:
             with (
-                clock.stage("write"), self._followed_by_verify(), self._before() as before
+                clock.stage("write"), self._followed_by_verify(), self._before() as before,
+                self._kept(plan) as kept,
             ):  # fmt: skip
                 plan = write(
                     self._file, plan, out, measures=self._feed_back is not None, before=before,
-                    threads=self._threads, progress=shown,
+                    kept=kept, threads=self._threads, progress=shown,
                 )  # fmt: skip
             if options.verify:
                 with clock.stage("verify"), out.written() as written:

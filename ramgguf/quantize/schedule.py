@@ -137,9 +137,10 @@ class Schedule:
 
 def schedule(effort: Effort, limit: float, costs: Costs, kept: Kept, tokens: str) -> Schedule:
     """Return the steps that fit the limit in seconds; tokens names what is calibrated on."""
+    measures = (True, False) if effort == "best" else (False,)
     tries = [
-        _Try(effort, limit, costs, kept, tokens, *size, encoder, with_massive, with_feedback)
-        for with_massive, with_feedback in product((True, False), repeat=2)
+        _Try(effort, limit, costs, kept, tokens, *size, encoder, *chosen)
+        for chosen in product(measures, (True, False), (True, False))
         for size, encoder in product(SIZES, FEEDBACK)
         if effort == "best" or size[0] <= MOST_FOR_AUTO
     ]
@@ -158,8 +159,10 @@ def schedule(effort: Effort, limit: float, costs: Costs, kept: Kept, tokens: str
             f"{format_seconds(max(0.0, limit))}; give more with --time"
         )
         return Schedule(left_out=(line,))
-    # Error feedback brings more than formats for massive activations: these yield to it.
+    # Error feedback brings more per second than formats for massive activations, and than
+    # sensitivities; so do its tokens up to ENOUGH_FOR_FEEDBACK.
     fed = [t for t in fitting if t.has("error feedback") and t.n_read >= LEAST_FOR_FEEDBACK]
+    fed.sort(key=lambda t: -min(t.n_read, ENOUGH_FOR_FEEDBACK))
     whole = [t for t in fed if t.has("massive activations") and t.n_read >= ENOUGH_FOR_FEEDBACK]
     fitting = [t for t in fitting if t.with_massive]
     calm = [t for t in fitting if t.reading <= READING_SHARE * limit or t.n <= LEAST_READ]
@@ -198,6 +201,7 @@ class _Try:
     n: int
     n_rounds: int
     encoder: EncoderName
+    with_sensitivities: bool
     with_massive: bool
     with_feedback: bool
     steps: list[Step] = field(default_factory=list)
@@ -257,9 +261,13 @@ class _Try:
             makers = [self.matrix, self.feedback, self.massive]
         else:
             makers = [self.matrix, self.massive, self.sensitivities, self.feedback, self.swaps]
-        if not self.with_massive:
-            makers.remove(self.massive)
-            self.left_out.append("massive activations: left out, error feedback needs the time")
+        yielding = [(self.with_massive, "massive activations", self.massive)]
+        if self.effort == "best":
+            yielding.append((self.with_sensitivities, "sensitivities", self.sensitivities))
+        for is_taken, name, maker in yielding:
+            if not is_taken:
+                makers.remove(maker)
+                self.left_out.append(f"{name}: left out, error feedback needs the time")
         for make in makers:
             if make == self.swaps and self.has("error feedback"):
                 self.left_out.append(SWAPS_LEFT_OUT)

@@ -105,6 +105,11 @@ class StepCache:
         """What the journals of swaps are kept beside, and named after."""
         return self.folder / f"{self.identity}.swaps"
 
+    @property
+    def blocks(self) -> Path:
+        """What error feedback has encoded, until the run ends."""
+        return self.folder / f"{self.identity}.blocks.partial"
+
     def sensitivity(self, n_sequences: int | None) -> Sensitivity | None:
         """Return those under the matrix of so many sequences (None: no matrix), if they are there.
 

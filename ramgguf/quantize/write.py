@@ -1,6 +1,7 @@
 """From a Plan to a file: writing what was planned, and measuring what was written."""
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import compress
@@ -15,6 +16,7 @@ from ramgguf.gguf.layout import Layout, plan_layout
 from ramgguf.gguf.reader import GGUFFile
 from ramgguf.gguf.writer import GGUFOutput
 from ramgguf.plan.result import Assignment, Plan
+from ramgguf.quantize.kept_blocks import KeptBlocks
 from ramgguf.quants import codec, formats, grids
 from ramgguf.quants.codec import Piece, Rows, is_sampled, tensor_weights
 from ramgguf.quants.encoders import encoder
@@ -110,10 +112,13 @@ def begin(file: GGUFFile, plan: Plan, destination: Destination) -> GGUFOutput:
 
 @dataclass(frozen=True)
 class _Encoded:
-    """What became of a run: bytes read, and by tensor Σ(x−q)² and Σx², weighted."""
+    """What became of a run: bytes read, and by tensor Σ(x−q)² and Σx², weighted; copies of its
+    blocks where they are kept.
+    """
 
     n_bytes: int
     squares: list[tuple[int, float, float]]
+    blocks: tuple[Rows, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -146,6 +151,7 @@ def write(
     *,
     measures: bool = False,
     before: Before | None = None,
+    kept: KeptBlocks | None = None,
     threads: int,
     progress: Progress,
 ) -> Plan:
@@ -153,8 +159,10 @@ def write(
 
     If it measures, the plan's errors are those of what was written; a format that is measured on
     a sample of the rows keeps its planned error. Tensors that come out as in the file before are
-    copied from it. Raises FormatError for weights that do not fit.
+    copied from it. kept has what a killed run of the same plan has encoded, and gets what this one
+    does; it goes without a file before. Raises FormatError for weights that do not fit.
     """
+    assert before is None or kept is None
     scales = tensor_weights(file, plan.imatrix, plan.encoded)
     buffers = Buffers()
     same = [None] * len(plan.assignments) if before is None else before.same(plan)
@@ -222,15 +230,42 @@ def write(
                 scale = scales[index]
                 stats = scale.compare(a.source_format, rows[i], a.format, blocks[i], run[i].start)
                 squares.append((index, scale.error(stats.errors[0]), scale.squares(stats)))
-        return _Encoded(sum(data.nbytes for data in rows), squares)
+        is_kept = kept is not None and kept.is_kept
+        copies = tuple(data.copy() for data in blocks) if is_kept else ()
+        return _Encoded(sum(data.nbytes for data in rows), squares, copies)
+
+    def put(run: Run, blocks: Sequence[memoryview]) -> bool:
+        """Write the blocks of a run that was kept; return whether they are as many bytes as due."""
+        due = []
+        for c, data in zip(run, blocks, strict=True):
+            a, t = plan.assignments[c.index], file.tensors[c.index]
+            is_changed = a.format != a.source_format
+            width = formats.row_bytes(a.format, t.row_length) if is_changed else t.row_bytes
+            due.append((a.name, c.start * width, data, (c.stop - c.start) * width))
+        if any(len(data) != n for *_, data, n in due):
+            return False
+        output.write_pieces((name, at, data) for name, at, data, _ in due)
+        return True
+
+    def add(squares: Iterable[tuple[int, float, float]], n_bytes: int) -> None:
+        for index, error, own in squares:
+            squared[index] += error
+            total[index] += own
+        progress.advance(n_bytes)
 
     progress.start("quantize", sum(t.n_bytes for t in file.tensors), "bytes")
     try:
-        for encoded in map_runs(work, runs(file.tensors), threads):
-            for index, error, squares in encoded.squares:
-                squared[index] += error
-                total[index] += squares
-            progress.advance(encoded.n_bytes)
+        left = deque(runs(file.tensors))
+        for record, blocks in () if kept is None else kept.begun():
+            if not left or len(left[0]) != len(blocks) or not put(left[0], blocks):
+                raise PlanError(f"what a killed run has encoded does not suit {file.paths[0]}")
+            run = left.popleft()
+            rows = sum((c.stop - c.start) * file.tensors[c.index].row_bytes for c in run)
+            add(record.squares, rows)
+        for encoded in map_runs(work, left, threads):
+            add(encoded.squares, encoded.n_bytes)
+            if kept is not None:
+                kept.add(tuple(encoded.squares), encoded.blocks)
     finally:
         progress.finish()
     if not measures:

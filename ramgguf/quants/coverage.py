@@ -3,11 +3,9 @@
 from dataclasses import dataclass
 
 from ramgguf.core.errors import ImatrixError
-from ramgguf.gguf.architecture import is_multiplied
+from ramgguf.gguf.architecture import is_multiplied, parse_name, same_columns
 from ramgguf.gguf.reader import GGUFFile, TensorInfo
 from ramgguf.quants.imatrix import Imatrix
-
-_SHOWN = 3
 
 
 @dataclass(frozen=True)
@@ -15,13 +13,15 @@ class Coverage:
     """The model's matrices that are multiplied with activations, and those without an entry.
 
     shared names those that are weighed by the entry of another one that reads the same
-    activations. n_unused counts experts that saw no token, over n_unused_in tensors. no_hessian
-    names matrices without a Hessian, None where there is no file of Hessians.
+    activations, alike those by one of latent attention whose input has the same columns. n_unused
+    counts experts that saw no token, over n_unused_in tensors. no_hessian names matrices without a
+    Hessian, None where there is no file of Hessians.
     """
 
     matrices: tuple[str, ...]
     missing: tuple[str, ...]
     shared: tuple[str, ...]
+    alike: tuple[str, ...]
     n_unused: int
     n_unused_in: int
     no_hessian: tuple[str, ...] | None = None
@@ -39,6 +39,11 @@ class Coverage:
             found.append(
                 f"{len(self.shared)} of {n} matrices ({_listed(self.shared)}) are weighed by the "
                 "entry of one that reads the same activations"
+            )
+        if self.alike:
+            found.append(
+                f"{len(self.alike)} of {n} matrices ({_listed(self.alike)}) are weighed by the "
+                "entry of another factor of latent attention: its input has the same columns"
             )
         if self.n_unused:
             found.append(
@@ -84,6 +89,7 @@ def coverage(file: GGUFFile, imatrix: Imatrix | None) -> Coverage | None:
             f"{imatrix.path} has entries for {len(imatrix.entries)} tensors, and none of them is "
             f"one of the {len(tensors)} matrices of {model}; it was made with another model"
         )
+    others = {n: e.name for n, e in entries.items() if e is not None and e.name != n}
     unused = [e.n_unused for e in entries.values() if e is not None and e.n_unused]
     no_hessian = None
     if hessians is not None:
@@ -97,7 +103,8 @@ def coverage(file: GGUFFile, imatrix: Imatrix | None) -> Coverage | None:
     return Coverage(
         matrices=tuple(entries),
         missing=missing,
-        shared=tuple(n for n, e in entries.items() if e is not None and e.name != n),
+        shared=tuple(n for n, other in others.items() if other != same_columns(n)),
+        alike=tuple(n for n, other in others.items() if other == same_columns(n)),
         n_unused=sum(unused),
         n_unused_in=len(unused),
         no_hessian=no_hessian,
@@ -115,5 +122,24 @@ def _is_multiplied(file: GGUFFile, tensor: TensorInfo) -> bool:
 
 
 def _listed(names: tuple[str, ...]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
+    """Return all names in short: output; attn_q, attn_k of layers 0–3, 7; ffn_up of layer 9."""
+    layers: dict[str, list[int]] = {}
+    for name in names:
+        found = parse_name(name)
+        of = layers.setdefault(f"{found.stack}{found.part}", [])
+        if found.layer is not None:
+            of.append(found.layer)
+    parts: dict[tuple[int, ...], list[str]] = {}
+    for part, of in layers.items():
+        parts.setdefault(tuple(sorted(of)), []).append(part)
+    return "; ".join(
+        ", ".join(some) + (f" of layer{'s' * (len(of) > 1)} {_ranges(of)}" if of else "")
+        for of, some in parts.items()
+    )
+
+
+def _ranges(numbers: tuple[int, ...]) -> str:
+    """Return sorted numbers as ranges: 0–3, 7."""
+    starts = [n for n in numbers if n - 1 not in numbers]
+    ends = [n for n in numbers if n + 1 not in numbers]
+    return ", ".join(str(a) if a == b else f"{a}–{b}" for a, b in zip(starts, ends, strict=True))

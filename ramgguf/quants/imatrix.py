@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from ramgguf.core.documents import FrozenModel, NonNegative, Positive
 from ramgguf.core.errors import ImatrixError, PlanError
 from ramgguf.core.inputs import reading
-from ramgguf.gguf.architecture import sharers
+from ramgguf.gguf.architecture import same_columns, sharers
 from ramgguf.gguf.arrays import ArrayFile, Keys
 from ramgguf.gguf.header import Value, string, u32
 from ramgguf.gguf.reader import GGUFFile, open_gguf
@@ -136,7 +136,8 @@ class Imatrix:
         """Return the tensor's entry, or that of one that reads the same activations; else None.
 
         Q, K, V and what fuses them read the same, so do gate and up: whichever of them the matrix
-        names serves the others, whether the model's are fused or apart.
+        names serves the others, whether the model's are fused or apart. kv_b and v_b of latent
+        attention serve each other: their inputs have the same columns.
         """
         own = self.entries.get(name)
         if own is not None:
@@ -144,7 +145,19 @@ class Imatrix:
         n_columns, n_experts = shape[0], math.prod(shape[2:])
         others = (self.entries.get(other) for other in sharers(name))
         fit = (e for e in others if e and _fitted(e, n_columns, n_experts) is not None)
-        return next(fit, None)
+        return next(fit, None) or self._of_same_columns(name, n_columns, n_experts)
+
+    def _of_same_columns(self, name: str, n_columns: int, n_heads: int) -> Importance | None:
+        """Return the entry of the other factor of latent attention; a matrix for all heads gets the
+        mean of theirs.
+        """
+        other = same_columns(name)
+        entry = None if other is None else self.entries.get(other)
+        if entry is None or entry.values.shape[-1] != n_columns:
+            return None
+        if n_heads == 1:
+            entry = replace(entry, values=entry.values.mean(axis=0, keepdims=True))
+        return entry if _fitted(entry, n_columns, n_heads) is not None else None
 
 
 def _fitted(entry: Importance, n_columns: int, n_experts: int) -> NDArray[np.float32] | None:

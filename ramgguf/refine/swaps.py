@@ -17,12 +17,14 @@ from pathlib import Path
 from ramgguf.cluster.runners import opened
 from ramgguf.core.errors import EngineError, PlanError
 from ramgguf.core.progress import Progress, Silent
+from ramgguf.gguf.hub import local_path
 from ramgguf.gguf.identity import require_model
-from ramgguf.gguf.reader import GGUFFile
+from ramgguf.gguf.reader import GGUFFile, open_gguf
 from ramgguf.llama.forward import ForwardRunner, require_same_logits
 from ramgguf.llama.patched_weights import Floats
+from ramgguf.llama.sources import of_sources
 from ramgguf.llama.token_statistics import standard_error
-from ramgguf.llama.tokens import TokenRequest, parse_tokens
+from ramgguf.llama.tokens import TokenRequest
 from ramgguf.measure.result import Measurement
 from ramgguf.plan import Costing, DividedPlan, Problem, costing, price
 from ramgguf.plan.result import FormatChange, Plan, Refinement
@@ -315,13 +317,12 @@ def refine(
     used = costing(plan.objective, measurement, sensitivity)
     if used.sensitivity_sha256 != plan.sensitivity_sha256:
         raise PlanError("the plan was made with another sensitivity file; plan again")
-    kind, corpus = parse_tokens(tokens)
     weighed = load_imatrix(Path(imatrix)) if imatrix is not None else None
     if (weighed.source.identity if weighed else None) != (plan.imatrix and plan.imatrix.encoding):
         raise PlanError("the plan was made with another importance matrix, or none; give the same")
-    request = TokenRequest(
-        encoder=plan.encoder, tokens=kind, corpus=corpus, seed=seed, imatrix=weighed
-    )
+    request = TokenRequest(encoder=plan.encoder, seed=seed, imatrix=weighed)
+    with open_gguf(local_path(model), kind_check=True) as file:
+        request = of_sources(request, tokens, file)
     with opened(
         model, request, folder=folder, journal=journal, threads=threads, executor=executor
     ) as at:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from ramgguf.core.units import format_seconds
 from ramgguf.llama.forward import ForwardRunner
+from ramgguf.llama.sources import dataset_name, draw, draw_sets
 from ramgguf.llama.tokens import TokenRequest
 from ramgguf.plan.result import Plan
 from ramgguf.refine.journal import RefineSettings
@@ -28,7 +29,7 @@ def settle(
 ) -> RefineSettings:
     """Return the tokens; announces, before most are drawn, what they and the trials will cost."""
     start = time.perf_counter()
-    first = passes.draw(wanted.request, range(FIRST_SEQUENCE, FIRST_SEQUENCE + 1))
+    first = draw(passes, wanted.request, range(FIRST_SEQUENCE, FIRST_SEQUENCE + 1))
     drawing = time.perf_counter() - start
     each = passes.seconds(first[0])
     proposing, accepting, reporting = wanted.sizes
@@ -38,16 +39,16 @@ def settle(
     most = least + each * wanted.n_trials * accepting
     promise = (
         f"{wanted.n_trials} swaps to try, proposed on {proposing} sequences of "
-        f"{wanted.request.n_ctx} tokens ({wanted.request.tokens}), accepted on {accepting} "
+        f"{wanted.request.n_ctx} tokens ({_told(wanted.request)}), accepted on {accepting} "
         f"others, reported on {reporting} more: {format_seconds(least)} to {format_seconds(most)}"
     )
     announce(promise)
-    sets = passes.draw_sets(wanted.request, wanted.sizes, FIRST_SEQUENCE)
+    sets = draw_sets(passes, wanted.request, wanted.sizes, FIRST_SEQUENCE)
     return RefineSettings(
         plan_sha256=plan.sha256(),
         sample_sha256=plan.source.sample_sha256,
         budget=plan.budget,
-        tokens=wanted.request.tokens,
+        tokens=_told(wanted.request),
         seed=wanted.request.seed,
         ids=tuple(tuple(tuple(ids.tolist()) for ids in part) for part in sets),
         fingerprint=passes.prepare([ids for part in sets for ids in part]),
@@ -58,8 +59,12 @@ def settle(
 def same(settings: RefineSettings, plan: Plan, wanted: Refining) -> bool:
     """Return whether they were settled for this plan and these wishes."""
     sizes = tuple(len(part) for part in settings.ids)
-    asked = (wanted.request.tokens, wanted.request.seed, wanted.sizes)
+    asked = (_told(wanted.request), wanted.request.seed, wanted.sizes)
     same_plan = (settings.plan_sha256, settings.budget) == (plan.sha256(), plan.budget)
     sample = plan.source.sample_sha256
     same_plan = same_plan and (sample is None or settings.sample_sha256 in (None, sample))
     return same_plan and (settings.tokens, settings.seed, sizes) == asked
+
+
+def _told(request: TokenRequest) -> str:
+    return dataset_name(request.sources) if request.sources else request.tokens

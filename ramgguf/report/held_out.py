@@ -74,7 +74,11 @@ def summary(score: HeldOutScore) -> dict[str, object]:
             "kld_low": found.kld.low,
             "kld_high": found.kld.high,
             "ppl_ratio": found.ppl_ratio.value,
+            "ppl_ratio_low": found.ppl_ratio.low,
+            "ppl_ratio_high": found.ppl_ratio.high,
             "same_top": found.same_top.value,
+            "same_top_low": found.same_top.low,
+            "same_top_high": found.same_top.high,
         }
         for name, found in parts.items()
     }

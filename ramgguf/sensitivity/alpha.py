@@ -12,18 +12,21 @@ from concurrent.futures import Executor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from ramgguf.cluster.runners import opened
 from ramgguf.core.errors import EngineError, PlanError
 from ramgguf.core.progress import Progress, Silent
 from ramgguf.core.units import format_seconds
+from ramgguf.core.values import TokenKind
 from ramgguf.core.version import __version__
 from ramgguf.gguf.architecture import HEAD, TOKEN_EMBEDDING, layer_of, never_quantized, role_of
 from ramgguf.gguf.hub import local_path
 from ramgguf.gguf.identity import Source, difference
 from ramgguf.gguf.reader import GGUFFile, TensorInfo, open_gguf
 from ramgguf.llama.forward import ForwardRequest, ForwardRunner, require_same_logits
-from ramgguf.llama.tokens import N_CTX, TokenRequest, parse_tokens
+from ramgguf.llama.sources import dataset_name, draw, of_sources
+from ramgguf.llama.tokens import N_CTX, TokenRequest
 from ramgguf.quants import formats
 from ramgguf.quants.coverage import coverage_notes
 from ramgguf.quants.encoders import EncoderName
@@ -162,13 +165,14 @@ def _settle(
         seconds = seconds_of(work)
     n_sequences, names = work.n_sequences, tuple(t.name for t in work.tensors)
     seconds += timer.spent
+    kind, text = _told(request)
     promise = (
         f"{len(names)} of {len(tensors)} tensors × {n_sequences} sequences of {request.n_ctx} "
-        f"tokens ({request.tokens}), about {format_seconds(seconds)}"
+        f"tokens ({text if request.sources else kind}), about {format_seconds(seconds)}"
     )
     announce(promise)
-    sequences = passes.draw(request, range(1))
-    sequences += passes.draw(request, range(1, n_sequences))
+    sequences = draw(passes, request, range(1))
+    sequences += draw(passes, request, range(1, n_sequences))
     notes = list(coverage)
     if len(names) < len(tensors):
         notes.append(
@@ -182,12 +186,12 @@ def _settle(
         imatrix=request.imatrix.source if request.imatrix else None,
         stand_in=request.stand_in,
         tokens=ProbeTokens(
-            kind=request.tokens,
+            kind=kind,
             n_sequences=n_sequences,
             n_tokens=sum(len(ids) for ids in sequences),
             seed=request.seed,
             sha256=digest,
-            text=request.corpus.name if request.corpus else None,
+            text=text,
         ),
         ids=tuple(tuple(int(i) for i in ids) for ids in sequences),
         names=names,
@@ -249,6 +253,13 @@ def _works(
     return [*works, *(_Work(1, tensors, carried) for tensors in fewer)]
 
 
+def _told(request: TokenRequest) -> tuple[TokenKind | Literal["several"], str | None]:
+    """Return what the result says of the request's tokens: their kind, and the text or sources."""
+    if request.sources:
+        return "several", dataset_name(request.sources)
+    return request.tokens, request.corpus.name if request.corpus else None
+
+
 def _reference_bytes(file: GGUFFile, n_sequences: int, n_ctx: int) -> int:
     """Return the bytes that are kept of each token: the unchanged model's logits, and what enters
     the layer at which passes begin, and the one at which they begin next.
@@ -295,7 +306,8 @@ def _check_resumed(settings: Settings, file: GGUFFile, request: TokenRequest, pa
         difference(file, settings.source) is None
         and (settings.encoder, settings.stand_in) == (request.encoder, request.stand_in)
         and _sha(settings.imatrix) == _sha(request.imatrix.source if request.imatrix else None)
-        and (settings.tokens.kind, settings.tokens.seed) == (request.tokens, request.seed)
+        and (settings.tokens.kind, settings.tokens.text) == _told(request)
+        and settings.tokens.seed == request.seed
         and request.n_sequences in (None, settings.tokens.n_sequences)
         and {len(ids) for ids in settings.ids} == {request.n_ctx}
     )
@@ -335,7 +347,9 @@ def sensitivity(
     """Return how much the error of each of the model's tensors changes its output.
 
     encoder, imatrix and hessian are those that the model will be quantized with, as in quantize.
-    tokens is self (drawn from the model), random, wikitext, or a text file, in sequences of n_ctx.
+    tokens is self (drawn from the model), mix (the package's texts of several domains), random,
+    wikitext, a text file, or several of these with weights: self,mix,FILE:2. They are read in
+    sequences of n_ctx, and sources take turns, so that one sequence is of the weightiest.
     n_sequences None takes as many, up to four, as fit the seconds, of the whole call; with a
     number, all tensors are measured and two runs agree exactly. journal keeps every reading, and a
     run that was killed goes on from it; folder takes a copy of the model meanwhile, by default the
@@ -350,7 +364,6 @@ def sensitivity(
     Raises GGUFError, ImatrixError, PlanError for a model or journal that does not suit,
     EngineError when llama.cpp is missing or fails.
     """
-    kind, corpus = parse_tokens(tokens)
     with open_gguf(local_path(model), kind_check=True) as file:
         form = chosen_stand_in(
             "none" if stand_in == "auto" and executor is not None else stand_in,
@@ -359,17 +372,16 @@ def sensitivity(
             allowed=FINE,
             announce=announce,
         )
-    request = TokenRequest(
-        encoder=encoder,
-        tokens=kind,
-        corpus=corpus,
-        n_sequences=n_sequences,
-        n_ctx=n_ctx,
-        seed=seed,
-        seconds=seconds,
-        imatrix=load_importance(imatrix, hessian, encoder),
-        stand_in=form,
-    )
+        request = TokenRequest(
+            encoder=encoder,
+            n_sequences=n_sequences,
+            n_ctx=n_ctx,
+            seed=seed,
+            seconds=seconds,
+            imatrix=load_importance(imatrix, hessian, encoder),
+            stand_in=form,
+        )
+        request = of_sources(request, tokens, file)
     timer = Timer(seconds)
     with opened(
         model, request, folder=folder, journal=journal, threads=threads, executor=executor

@@ -17,9 +17,12 @@ Origin = Literal["measured", "carried", "interpolated", "idle", "role"]
 
 
 class ProbeTokens(FrozenModel):
-    """The tokens that were decoded; sha256 is over their ids, text names the file for kind text."""
+    """The tokens that were decoded; sha256 is over their ids.
 
-    kind: TokenKind
+    text names the file for kind text, and the sources, with their weights, for several.
+    """
+
+    kind: TokenKind | Literal["several"]
     n_sequences: Positive
     n_tokens: Positive
     seed: NonNegative

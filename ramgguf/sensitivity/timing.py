@@ -82,12 +82,13 @@ def probe(
 
     They are over random tokens: those of the model itself take as long to draw as many passes.
     """
-    (ids,) = passes.draw(replace(request, tokens="random"), range(1))
+    (ids,) = passes.draw(replace(request, tokens="random", sources=()), range(1))
     each = passes.seconds(ids)
     start, drawn = clock(), min(_DRAWN, request.n_ctx - 1)
-    if request.tokens == "self":
-        passes.draw(replace(request, n_ctx=drawn + 1), range(1))
-    drawing = (clock() - start) * (request.n_ctx - 1) / drawn
+    if request.self_share:
+        short = replace(request, tokens="self", sources=(), n_ctx=drawn + 1)
+        passes.draw(short, range(1))
+    drawing = (clock() - start) * (request.n_ctx - 1) / drawn * (request.self_share or 1.0)
     middle = sorted(tensors, key=lambda t: t.n_weights)[len(tensors) // 2]
     start = clock()
     list(passes.run([ForwardRequest(((middle.name, format_of(middle)),), (ids,))]))

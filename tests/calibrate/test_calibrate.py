@@ -16,8 +16,6 @@ from gguf import GGUFReader
 import ramgguf
 from interruptible import unwatched
 from numpy_llama import Forward
-from ramgguf.calibrate.activations import dataset_name
-from ramgguf.calibrate.sources import parse_sources, shares
 from ramgguf.core.corpus import Corpus
 from ramgguf.core.errors import EngineError
 from ramgguf.gguf.architecture import is_looked_up, sharers
@@ -26,6 +24,7 @@ from ramgguf.llama import ggml
 from ramgguf.llama.capture import Sums, Taken, Tap, add_dense, add_routed
 from ramgguf.llama.client import Engine
 from ramgguf.llama.model import LlamaModel
+from ramgguf.llama.sources import dataset_name, parse_sources, shares
 from ramgguf.llama.tokens import TokenRequest, draw_sequences
 from ramgguf.quants.hessian import add_grams, groups, load_hessians, mirror
 from ramgguf.quants.imatrix import load_imatrix

@@ -12,6 +12,7 @@ import ramgguf
 from bigram_model import write_bigram_model
 from made_speeds import made_speeds
 from ramgguf import Quantized
+from ramgguf.cli import pick_commands
 from ramgguf.cli.app import app
 from ramgguf.core.errors import BudgetError, EngineError
 from ramgguf.core.machine import Available
@@ -182,13 +183,69 @@ def test_an_effort_makes_the_file_of_the_size_that_was_found_unless_that_fails_i
 
     monkeypatch.setattr(picking, "quantize", quantized)
     monkeypatch.setattr(picking, "check_file", tried)
-    request = dataclasses.replace(_request(), effort="best", effort_seconds=60.0)
+    request = dataclasses.replace(_request(), effort="best", effort_seconds=600.0)
     picked = pick(model, tmp_path / "out.gguf", request, threads=1, min_sqnr_db=0)
     assert len(trials) == 2
-    assert asked[1][1:] == ("best", 60.0)
+    assert asked[1][1] == "best"
+    # What finding the size took, and the trial of the effort's file will take, is part of the time.
+    assert 0 < asked[1][2] < 600
     assert asked[1][0] == trials[0].n_bytes
     formats = {a.name: a.format for a in picked.plan.assignments}
     assert (formats["token_embd.weight"] == "Q4_0") is not fails
     with open_gguf(picked.path) as file:
         assert file.tensor("token_embd.weight").type_name == formats["token_embd.weight"]
     assert len(asked) == (3 if fails else 2)
+
+
+def test_the_time_of_pick_is_for_all_of_it(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Finding the size takes 40 s, of which the trial takes 10, and the score has 15 % of all."""
+    now, given = [0.0], []
+
+    def after(original: Any, seconds: float) -> Any:
+        def call(*args: Any, **options: Any) -> Any:
+            now[0] += seconds
+            return original(*args, **options)
+
+        return call
+
+    def quantized(*args: Any, **options: Any) -> Quantized:
+        if options.pop("effort") != "fast":
+            given.append(options.pop("seconds"))
+        return ramgguf.quantize(*args, effort="fast", **options)
+
+    monkeypatch.setattr(picking, "clock", lambda: now[0])
+    monkeypatch.setattr(picking, "measure", after(ramgguf.measure, 30.0))
+    monkeypatch.setattr(picking, "check_file", after(check_file, 10.0))
+    monkeypatch.setattr(picking, "quantize", quantized)
+    request = dataclasses.replace(_request(n_seq=1), effort="best", effort_seconds=200.0)
+    pick(model, tmp_path / "a.gguf", request, threads=1)
+    assert given == [200.0 - 40 - 10 - 30]
+    said: list[str] = []
+    short = dataclasses.replace(request, effort_seconds=50.0)
+    picked = pick(model, tmp_path / "b.gguf", short, threads=1, announce=said.append)
+    assert len(given) == 1
+    assert picked.path.stat().st_size == picked.plan.n_bytes
+    assert any("the file by priors stays" in line and "--time" in line for line in said)
+
+
+def test_the_command_passes_effort_and_time_on(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[PickRequest] = []
+
+    def picked(source: Path, output: Path, request: PickRequest, **options: Any) -> Any:
+        asked.append(request)
+        return pick(source, output, dataclasses.replace(request, effort="fast"), **options)
+
+    monkeypatch.setattr(pick_commands, "_pick", picked)
+    base = ["pick", str(model), "--memory", "500MB", "--context", "128", "--n-seq", "0", "-t", "1"]
+    for options in (["--time", "20m"], ["--effort", "auto", "--time", "90s"], []):
+        target = str(tmp_path / f"{len(asked)}.gguf")
+        done = CliRunner().invoke(app, [*base, "-o", target, *options])
+        assert done.exit_code == 0, done.output
+    told = [(request.effort, request.effort_seconds) for request in asked]
+    assert told == [("best", 1200.0), ("auto", 90.0), ("auto", None)]
+    wrong = CliRunner().invoke(app, [*base, "--effort", "fast", "--time", "20m"])
+    assert wrong.exit_code == 2

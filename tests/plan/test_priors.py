@@ -204,14 +204,16 @@ def test_a_draft_block_is_not_the_last_layer_and_the_last_of_the_trunk_is(n_bloc
     drafting = _priors(_model(DENSE, n_blocks=n_blocks, extra=DRAFT))
     assert {k: v for k, v in drafting.items() if k in plain} == plain
     for part in DENSE:
-        assert drafting[f"blk.8.{part}"] == plain[f"blk.4.{part}"]  # no less than in the middle
+        # Protective: as the layers between the ends that matter most.
+        assert drafting[f"blk.8.{part}"] == max(plain[f"blk.{i}.{part}"] for i in range(2, 6))
+        assert drafting[f"blk.8.{part}"] > plain[f"blk.4.{part}"]
     assert drafting["blk.8.nextn.shared_head_head"] == drafting["output"]
 
 
 def test_a_draft_block_that_only_the_metadata_tell_has_no_ends() -> None:
     found = _priors(_model(DENSE, n_layers=9, n_blocks=8))  # the trunk has 8 of 9 layers
     assert found["blk.7.ffn_down"] == 4.4 * PART_PRIORS["ffn_down"]
-    assert found["blk.8.ffn_down"] == found["blk.4.ffn_down"] == 0.8 * PART_PRIORS["ffn_down"]
+    assert found["blk.8.ffn_down"] == found["blk.2.ffn_down"] == 1.4 * PART_PRIORS["ffn_down"]
 
 
 def test_a_file_with_a_draft_block_is_measured_and_read_up_to_its_trunk(tmp_path: Path) -> None:
@@ -229,7 +231,7 @@ def test_a_file_with_a_draft_block_is_measured_and_read_up_to_its_trunk(tmp_path
     assert measured.n_layers == 8
     of = _priors(measured)
     assert of["blk.7.ffn_down"] == 4.4 * PART_PRIORS["ffn_down"]
-    assert of["blk.8.ffn_down"] == 0.8 * PART_PRIORS["ffn_down"]
+    assert of["blk.8.ffn_down"] == 1.4 * PART_PRIORS["ffn_down"]
     with open_gguf(tmp_path / "draft.gguf") as file:
         read = [t.name for t in _strided(file, file.tensors, 3)]
     wanted = ["token_embd.weight", "output.weight", *(names[i] for i in (0, 1, 2, 5, 6, 7))]

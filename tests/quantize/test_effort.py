@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 import ramgguf
 from ramgguf.calibrate import Calibration
 from ramgguf.cli.app import app
+from ramgguf.core import parallel
 from ramgguf.core.errors import BudgetError, EngineError, PlanError
 from ramgguf.core.machine import Available
 from ramgguf.evaluate import held_out
@@ -26,6 +27,7 @@ from ramgguf.quantize import effort as effort_module
 from ramgguf.quantize import schedule as schedule_module
 from ramgguf.quantize import step_costs as step_costs_module
 from ramgguf.quantize.gate import judge
+from ramgguf.quantize.kept_blocks import KeptBlocks
 from ramgguf.quantize.schedule import Costs, Effort, Schedule
 from ramgguf.quantize.step_cache import StepCache
 from ramgguf.quantize.step_costs import measured_costs
@@ -267,6 +269,44 @@ def test_the_matrix_brings_scales_which_all_later_steps_use_and_the_next_run_tak
     said.clear()
     ramgguf.quantize(tiny, "50%", tmp_path / "b.gguf", announce=said.append)
     assert f"taking {scales}" in said
+
+
+@pytest.mark.usefixtures("quick", "always_taken")
+def test_error_feedback_that_was_killed_is_gone_on_with(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parallel, "CHUNK_WEIGHTS", 4096)
+    monkeypatch.setattr(parallel, "BATCH_RUNS", 1)
+    counts: list[int] = []
+    add, begun = KeptBlocks.add, KeptBlocks.begun
+
+    def add_three(self: KeptBlocks, *args: Any) -> None:
+        add(self, *args)
+        counts.append(1)
+        if len(counts) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(KeptBlocks, "add", add_three)
+    out = tmp_path / "a.gguf"
+    with pytest.raises(KeyboardInterrupt):
+        ramgguf.quantize(tiny, "45%", out, threads=1)
+    folder = tmp_path / "tiny-f16.effort"
+    assert len(list(folder.glob("*.blocks.partial"))) == 1
+    assert not out.exists()
+    restored: list[int] = []
+
+    def counted(self: KeptBlocks) -> Any:
+        for one in begun(self):
+            restored.append(1)
+            yield one
+
+    monkeypatch.setattr(KeptBlocks, "begun", counted)
+    made = ramgguf.quantize(tiny, "45%", out, threads=1)
+    assert made.plan.encoder in ("gptq", "descent")
+    assert len(restored) == 3
+    assert not list(folder.glob("*.blocks.partial"))
+    assert made.worst_departure is not None
+    assert made.worst_departure < 1e-3
 
 
 @pytest.mark.usefixtures("quick", "always_taken")
@@ -540,6 +580,46 @@ def test_writing_the_first_file_and_probing_count_towards_the_time(
     monkeypatch.setattr(effort_module, "schedule", planned)
     ramgguf.quantize(tiny, "45%", tmp_path / "a.gguf", effort="auto", seconds=10.0)
     assert limits == [4.5]
+
+
+@pytest.mark.parametrize(("write", "limit"), [(3.0, 300.0), (400.0, 800.0)])
+def test_auto_takes_five_minutes_or_twice_what_writing_takes(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: float, limit: float
+) -> None:
+    now, limits = [0.0], list[float]()
+    once = effort_module._Run._once
+
+    def slow(*args: Any, **options: Any) -> Any:
+        now[0] += write
+        return once(*args, **options)
+
+    def planned(effort: Effort, seconds: float, *_: object) -> Schedule:
+        limits.append(seconds)
+        return Schedule()
+
+    monkeypatch.setattr(effort_module, "clock", lambda: now[0])
+    monkeypatch.setattr(effort_module._Run, "_once", slow)
+    monkeypatch.setattr(effort_module, "schedule", planned)
+    ramgguf.quantize(tiny, "45%", tmp_path / "a.gguf", effort="auto")
+    assert limits == [limit]
+
+
+@pytest.mark.usefixtures("quick", "always_taken")
+def test_sensitivities_serve_the_next_budget_under_the_same_matrix_only(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(schedule_module, "SENSITIVITY_SECONDS", 1.0)
+    said: list[str] = []
+    for name, budget in (("a", "45%"), ("b", "50%")):
+        said.clear()
+        ramgguf.quantize(
+            tiny, budget, tmp_path / f"{name}.gguf", effort="best", threads=1, announce=said.append
+        )
+    with open_gguf(tiny) as file:
+        cache = StepCache.of(file, tiny, "mix")
+    assert f"taking {cache.sensitivity_path}" in said
+    assert cache.sensitivity(2) is not None
+    assert cache.sensitivity(None) is None  # they were measured under the matrix
 
 
 def test_an_explicit_step_and_an_effort_that_decides_exclude_each_other(tiny: Path) -> None:

@@ -165,6 +165,24 @@ def test_best_has_every_step_and_gives_sensitivities_a_share_of_a_given_time() -
     assert 0 < _step(timed, "sensitivities").measuring < 300
 
 
+def test_sensitivities_yield_to_error_feedback_and_to_its_tokens() -> None:
+    """Error feedback brings ten times as much (docs/effort.md)."""
+    costs = replace(_busy(2), feedback=100.0, descent=200.0)
+    tight = schedule("best", 400, costs, Kept(), "mix")
+    assert "error feedback" in _names(tight)
+    assert "sensitivities" not in _names(tight)
+    assert any(line.startswith("sensitivities: left out, error") for line in tight.left_out)
+    # The same time without them is what auto has: best is no worse.
+    auto = schedule("auto", 400, costs, Kept(), "mix")
+    assert tight.n_sequences >= auto.n_sequences
+    roomy = schedule("best", 900, costs, Kept(), "mix")
+    assert {"sensitivities", "error feedback"} <= set(_names(roomy))
+    assert roomy.n_sequences >= 32
+    # Where error feedback does not fit at all, they have its time.
+    dear = replace(costs, feedback=5000.0, descent=9000.0)
+    assert "sensitivities" in _names(schedule("best", 900, dear, Kept(), "mix"))
+
+
 def test_a_late_step_gets_a_shorter_gate_before_it_is_left_out() -> None:
     costs = replace(IDLE, keeps_reference=True)
     step = _step(schedule("best", 1e9, costs, Kept(), "mix"), "error feedback")

@@ -98,12 +98,22 @@ def test_a_tied_embedding_is_a_matrix(tmp_path: Path) -> None:
     assert found.missing == ("token_embd.weight",)
 
 
+def test_every_missing_matrix_is_named_by_its_layers(tmp_path: Path) -> None:
+    model = _model(tmp_path / "m.gguf", SEPARATE, n_layers=6)
+    names = [n for n in _names(SEPARATE, 6) if not ("ffn_down" in n and n[4] in "0124")]
+    names = [n for n in names if n != "blk.3.attn_output.weight"]
+    found = _found(model, _imatrix(tmp_path / "i.gguf", [*names, "output.weight"]))
+    (note,) = found.notes()
+    assert "no entry for 5 of 43 matrices (ffn_down of layers 0–2, 4; attn_output of" in note
+    assert "attn_output of layer 3): their" in note
+
+
 def test_a_matrix_of_half_the_model_is_told_everywhere(tmp_path: Path) -> None:
     model = _model(tmp_path / "m.gguf", SEPARATE)
     imatrix = _imatrix(tmp_path / "i.gguf", _names(SEPARATE, n_layers=1))
     expected = (
-        "the importance matrix has no entry for 8 of 15 matrices (output.weight, "
-        "blk.1.attn_q.weight, blk.1.attn_k.weight and 5 more): their errors are not weighed"
+        "the importance matrix has no entry for 8 of 15 matrices (output; attn_q, attn_k, attn_v, "
+        "attn_output, ffn_gate, ffn_up, ffn_down of layer 1): their errors are not weighed"
     )
     measured = ramgguf.measure(model, imatrix=imatrix, formats=["Q4_0", "Q8_0"])
     assert measured.notes == (expected,)
@@ -188,6 +198,48 @@ def test_experts_serve_each_other_expert_by_expert(
         else:
             assert got is not None
             np.testing.assert_array_equal(got, imatrix.entries[f"blk.0.{entry}.weight"].values)
+
+
+RANK, HEAD, N_HEADS = 64, 32, 3
+WHOLE_FACTOR = {"attn_kv_b": (2 * N_HEADS * HEAD, RANK)}
+SPLIT_FACTORS = {"attn_k_b": (N_HEADS, RANK, HEAD), "attn_v_b": (N_HEADS, HEAD, RANK)}
+
+
+def _latent_entry(path: Path, part: str, n_heads: int) -> Path:
+    values = np.random.default_rng(2).exponential(1, (n_heads, RANK)).astype(np.float32)
+    name = f"blk.0.{part}.weight"
+    ones = np.ones((n_heads, 1), np.float32)
+    return write_gguf(path, {f"{name}.in_sum2": values, f"{name}.counts": ones})
+
+
+def test_the_whole_factor_of_latent_attention_weighs_values_and_not_keys(tmp_path: Path) -> None:
+    """K's factor is multiplied with queries, and has other columns: nothing is known of these."""
+    model = _model(tmp_path / "m.gguf", SPLIT_FACTORS, n_layers=1, tied=True)
+    path = _latent_entry(tmp_path / "i.gguf", "attn_kv_b", 1)
+    imatrix = load_imatrix(path)
+    found = imatrix.importance("blk.0.attn_v_b.weight", SPLIT_FACTORS["attn_v_b"][::-1])
+    assert found is not None
+    own = imatrix.entries["blk.0.attn_kv_b.weight"].values
+    np.testing.assert_array_equal(found, np.repeat(own, N_HEADS, axis=0))
+    assert imatrix.importance("blk.0.attn_k_b.weight", SPLIT_FACTORS["attn_k_b"][::-1]) is None
+    covered = _found(model, path)
+    assert covered.alike == ("blk.0.attn_v_b.weight",)
+    assert covered.shared == ()
+    assert covered.missing == ("token_embd.weight", "blk.0.attn_k_b.weight")
+    missing, alike = covered.notes()
+    assert "no entry for 2 of 3 matrices (token_embd; attn_k_b of layer 0)" in missing
+    assert alike.startswith("1 of 3 matrices (attn_v_b of layer 0) are weighed by the entry of a")
+
+
+def test_the_values_factor_weighs_the_whole_one_by_the_mean_over_heads(tmp_path: Path) -> None:
+    model = _model(tmp_path / "m.gguf", WHOLE_FACTOR, n_layers=1, tied=True)
+    path = _latent_entry(tmp_path / "i.gguf", "attn_v_b", N_HEADS)
+    imatrix = load_imatrix(path)
+    found = imatrix.importance("blk.0.attn_kv_b.weight", WHOLE_FACTOR["attn_kv_b"][::-1])
+    assert found is not None
+    own = imatrix.entries["blk.0.attn_v_b.weight"].values
+    np.testing.assert_allclose(found, own.mean(axis=0, keepdims=True), rtol=1e-6)
+    assert _found(model, path).alike == ("blk.0.attn_kv_b.weight",)
 
 
 def test_an_entry_of_one_s_own_comes_first_and_others_only_where_they_fit(tmp_path: Path) -> None:
@@ -296,8 +348,8 @@ def test_hessians_that_are_missing_are_told_and_those_of_sharers_used(
         model, imatrix=imatrix, hessian=hessian, formats=["Q4_0"], encoder="gptq"
     )
     (note,) = measured.notes
-    assert note.startswith("there is no Hessian for 7 of 15 matrices (output.weight, blk.0.attn_o")
-    assert note.endswith("and 4 more): their errors are not those of the output")
+    assert note.startswith("there is no Hessian for 7 of 15 matrices (output; attn_output, ffn_g")
+    assert note.endswith("ffn_up of layers 0–1): their errors are not those of the output")
     nothing = _hessians(tmp_path / "n.gguf", ["blk.9.attn_q.weight"])
     nothing.write_bytes(nothing.read_bytes().replace(b"x" * 64, sample.encode()))
     with pytest.raises(ImatrixError, match=r"n\.gguf has a Hessian for none of the 15 matrices"):

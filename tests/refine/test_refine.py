@@ -209,7 +209,7 @@ def test_what_does_not_belong_to_the_plan_is_refused(
 ) -> None:
     with pytest.raises(PlanError, match="not among what the measurement allows"):
         ramgguf.refine(model, plan, ramgguf.measure(model, formats=["Q8_0"]), n_trials=1)
-    with pytest.raises(EngineError, match="none of self, random, wikitext"):
+    with pytest.raises(EngineError, match="none of self, mix, random, wikitext"):
         parse_tokens("no such text")
 
 
@@ -229,6 +229,20 @@ def test_quantize_refines_and_leaves_no_journal(model: Path, tmp_path: Path) -> 
     assert made.n_bytes <= made.plan.budget
     assert [p.name for p in tmp_path.iterdir()] == ["out.gguf"]
     assert "3 swaps to try" in said[0]
+
+
+def test_swaps_are_tried_on_tokens_of_several_sources(
+    model: Path, plan: Plan, curves: Measurement, tmp_path: Path
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"{i:05d} " for i in range(4000)))
+    said: list[str] = []
+    found = ramgguf.refine(
+        model, plan, curves, n_trials=2, tokens=f"random,{text}", threads=1, announce=said.append
+    )
+    assert found.refinement is not None
+    assert found.n_bytes <= plan.budget
+    assert "(random-drawn tokens 50% + text.txt 50%)" in said[0]
 
 
 def _move(*costs: float) -> Move:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,8 +25,9 @@ from ramgguf.core.progress import Silent
 from ramgguf.core.values import TokenKind
 from ramgguf.gguf.reader import open_gguf
 from ramgguf.llama.model import LlamaModel
+from ramgguf.llama.sources import in_turn
 from ramgguf.llama.token_statistics import standard_error
-from ramgguf.llama.tokens import TokenRequest
+from ramgguf.llama.tokens import TokenRequest, TokenSource
 from ramgguf.quants.encoders import EncoderName
 from ramgguf.sensitivity import timing
 from ramgguf.sensitivity.alpha import measure_alpha
@@ -152,6 +154,38 @@ def test_other_tokens_can_be_used(model: Path, tmp_path: Path, kind: TokenKind) 
     assert found.tokens.kind == kind
     assert found.tokens.n_tokens == 64
     assert all(t.alpha > 0 for t in found.tensors)
+
+
+def test_several_sources_take_turns_and_the_result_names_them(model: Path, tmp_path: Path) -> None:
+    text = tmp_path / "a.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog\n" * 40)
+    run: dict[str, Any] = {"encoder": "rtn", "n_ctx": 64, "n_sequences": 4, "threads": 1}
+    found = ramgguf.sensitivity(model, tokens=f"random,{text}:3", **run)
+    assert found.tokens.kind == "several"
+    assert found.tokens.text == "random-drawn tokens 25% + a.txt 75%"
+    assert found.tokens.n_sequences == 4
+    assert all(t.alpha > 0 for t in found.tensors)
+    again = ramgguf.sensitivity(model, tokens=f"random,{text}:3", **run)
+    assert again.tensors == found.tensors
+    alone = ramgguf.sensitivity(model, tokens=str(text), **run)
+    assert (alone.tokens.kind, alone.tokens.text) == ("text", "a.txt")
+    assert alone.tokens.sha256 != found.tokens.sha256
+
+
+def test_a_run_of_other_sources_is_not_gone_on_with(model: Path, tmp_path: Path) -> None:
+    run: dict[str, Any] = {"encoder": "rtn", "n_ctx": 64, "n_sequences": 2, "threads": 1}
+    journal = tmp_path / "journal"
+    ramgguf.sensitivity(model, tokens="self,random", journal=journal, **run)
+    with pytest.raises(PlanError, match="choice of tokens"):
+        ramgguf.sensitivity(model, tokens="self,random:3", journal=journal, **run)
+
+
+def test_any_first_few_sequences_are_in_proportion_to_the_weights() -> None:
+    sources = [TokenSource(name, w, "random") for name, w in (("a", 0.5), ("b", 0.25), ("c", 0.25))]
+    order = in_turn(sources, 40)
+    for n in range(1, 41):
+        for number, source in enumerate(sources):
+            assert abs(order[:n].count(number) - source.weight * n) < 1
 
 
 def test_a_short_time_measures_fewer_tensors_and_says_so(

@@ -71,6 +71,11 @@ def format_bytes(n_bytes: float) -> str:
     return f"{n_bytes:.0f} B"
 
 
+def format_threads(n: int) -> str:
+    """Return a number of threads in words: '1 thread', '8 threads'."""
+    return "1 thread" if n == 1 else f"{n} threads"
+
+
 def format_seconds(seconds: float) -> str:
     """Return a duration as people say it: 0.4 s, 12 s, 3 min 20 s, 2 h 5 min."""
     if seconds < 10:

@@ -20,7 +20,7 @@ from ramgguf.core.errors import EngineError, FormatError, PlanError
 from ramgguf.core.parallel import default_threads
 from ramgguf.core.progress import Progress, Silent
 from ramgguf.core.scratch import scratch_folder
-from ramgguf.core.units import format_bytes
+from ramgguf.core.units import format_bytes, format_threads
 from ramgguf.core.user_cache import user_cache
 from ramgguf.core.version import __version__
 from ramgguf.llama.child import Child, ChildDiedError
@@ -74,8 +74,7 @@ class SpeedProfile(Document):
     @property
     def machine(self) -> str:
         """What was measured, in words."""
-        threads = "1 thread" if self.n_threads == 1 else f"{self.n_threads} threads"
-        return f"{threads} of {self.cpu}"
+        return f"{format_threads(self.n_threads)} of {self.cpu}"
 
 
 def format_speeds(

@@ -139,8 +139,8 @@ class _Suiting:
 
 def _suiting(type_name: str, row_length: int, row_bytes: int, wanted: Sequence[str]) -> _Suiting:
     smaller, alike, excluded = [], [], {}
-    if formats.suits_no_block(wanted, row_length):
-        wanted = (*wanted, *(name for name in formats.HALVES if name not in wanted))
+    if not formats.any_suits(wanted, row_length):
+        wanted = (*wanted, *formats.HALVES)
     for name in wanted:
         if name == type_name:
             continue

@@ -242,10 +242,8 @@ def _barred(tensor: TensorMeasurement, point: Point, constraints: Constraints) -
         return None
     asked = constraints.formats
     if asked is not None and point.format not in asked:
-        is_last = point.format in formats.HALVES and formats.suits_no_block(
-            asked, tensor.row_length
-        )
-        if not is_last:
+        is_left = not formats.any_suits(asked, tensor.row_length)
+        if not (is_left and point.format in formats.HALVES):
             return Barred(point.format, "not among the formats asked for")
     for least in constraints.min_formats if point.format != tensor.grid else ():
         bits = 8 * point.n_bytes / tensor.n_weights

@@ -490,7 +490,7 @@ class _Run:
     def _improved(self, best: _Candidate) -> _Candidate:
         """Return the best candidate after the steps that fit the time and pass the gate."""
         if best.made.plan.total_cost == 0:
-            self._log.add("has nothing to improve: the file holds every weight of the source")
+            self._log.add("nothing to improve: the file holds every weight of the source")
             return best
         if self._seconds is not None and self._write >= self._seconds:
             took, asked = format_seconds(self._write), format_seconds(self._seconds)

@@ -154,9 +154,9 @@ def row_bytes(name: str, row_length: int) -> int:
     return row_length // f.block_size * f.block_bytes
 
 
-def suits_no_block(names: Iterable[str], row_length: int) -> bool:
-    """Return whether none of these formats has blocks, of more than one weight, that rows suit."""
-    return not any(get(n).block_size > 1 and suits(n, row_length) for n in names)
+def any_suits(names: Iterable[str], row_length: int) -> bool:
+    """Return whether rows of row_length weights are whole blocks of one of the formats."""
+    return any(suits(name, row_length) for name in names)
 
 
 def row_weights(name: str, n_bytes: int) -> int:

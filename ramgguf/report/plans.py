@@ -2,7 +2,7 @@
 
 from rich.console import Console
 
-from ramgguf.core.units import format_bytes
+from ramgguf.core.units import format_bytes, format_threads
 from ramgguf.gguf.architecture import PROJECTORS
 from ramgguf.plan.objectives import DEFAULT_OBJECTIVE
 from ramgguf.plan.result import Assignment, Plan, PlannedSpeed, PredictedKLD, Refinement
@@ -89,9 +89,8 @@ def speed(found: PlannedSpeed) -> str:
         both.append(one("generation", found.generation, found.least_generation))
     if found.least_prompt or not found.is_measured:
         both.append(one("prompts", found.prompt, found.least_prompt))
-    threads = "1 thread" if found.n_threads == 1 else f"{found.n_threads} threads"
     how = "measured" if found.is_measured else "predicted from the speed of formats"
-    return f"speed: {', '.join(both)}, {how} with {threads} of {found.cpu}"
+    return f"speed: {', '.join(both)}, {how} with {format_threads(found.n_threads)} of {found.cpu}"
 
 
 def optimality(plan: Plan) -> str:

@@ -5,7 +5,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ramgguf.core.errors import BudgetError
-from ramgguf.core.units import format_bytes, format_seconds, parse_budget, parse_seconds, parse_size
+from ramgguf.core.units import (
+    format_bytes,
+    format_seconds,
+    format_threads,
+    parse_budget,
+    parse_seconds,
+    parse_size,
+)
 
 
 @pytest.mark.parametrize(
@@ -64,3 +71,7 @@ def test_times_are_understood_and_other_texts_refused() -> None:
     for text in ("", "0", "-5m", "soon", "3d"):
         with pytest.raises(BudgetError, match=r"write 90s, 20m or 1\.5h"):
             parse_seconds(text)
+
+
+def test_threads_are_counted_in_words() -> None:
+    assert [format_threads(n) for n in (1, 2, 16)] == ["1 thread", "2 threads", "16 threads"]

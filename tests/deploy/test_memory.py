@@ -317,6 +317,8 @@ def test_the_options_of_the_division_are_printed_and_those_of_old_plans_too(
     old = Plan.from_json(json.dumps(written))
     assert old.memory is not None
     assert remarks(old.memory, old.split) == told
+    nothing = old.memory.model_copy(update={"n_gpu_layers": 0})
+    assert remarks(nothing, None)[0].endswith("-ngl 0 --device none")
 
 
 def test_with_all_layers_on_the_gpu_experts_may_still_stay_in_ram(tmp_path: Path) -> None:

@@ -158,6 +158,14 @@ def test_llama_cpp_s_own_quantizer_takes_f16_for_the_same_rows(tmp_path: Path) -
     assert types[1] == dict.fromkeys(odd, "F16")  # only K-quants were asked for
 
 
+def test_no_other_type_is_a_candidate_where_the_rows_suit_what_was_asked_for(
+    tmp_path: Path,
+) -> None:
+    source = write(tmp_path / "a.gguf", {"blk.0.ffn_up.weight": (random(8, 48), Kind.F32)})
+    (tensor,) = ramgguf.measure(source, formats=["F16", "Q4_K"]).tensors
+    assert {p.format for p in tensor.points} == {"F16", "F32"}
+
+
 def test_weights_beyond_f16_take_bf16(tmp_path: Path) -> None:
     weights = random(8, 48)
     weights[3, 7] = 3e6

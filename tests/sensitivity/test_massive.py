@@ -8,12 +8,16 @@ import pytest
 import ramgguf
 from massive_model import MADE_IN, TAKEN_BACK_IN, write_massive_model
 from ramgguf.evaluate import score_held_out
+from ramgguf.gguf.architecture import layer_of
+from ramgguf.gguf.reader import open_gguf
 from ramgguf.quantize.protection import MOST_BYTES, protected_formats
 from ramgguf.sensitivity import MassiveActivations, massive_activations
+from small_models import ARCHITECTURES, DRAFTING, Architecture, write_small_model
 from tiny_models import write_tiny_model
 
 pytest.importorskip("llama_cpp")
 
+OTHERS = [a for a in ARCHITECTURES if a.name in ("qwen3moe", "gemma3", "mamba")] + [DRAFTING]
 CRUCIAL = [f"blk.{TAKEN_BACK_IN}.ffn_{part}.weight" for part in ("gate", "down")]
 FEW_BITS = [f"blk.{TAKEN_BACK_IN}.ffn=Q4_0"]
 BUDGET = "1.02MB"
@@ -83,3 +87,20 @@ def test_a_model_without_them_has_nothing_to_protect(tmp_path: Path) -> None:
     none = massive_activations(plain, threads=1)
     assert none.layers == ()
     assert none.readings == ()
+
+
+@pytest.mark.parametrize("architecture", OTHERS, ids=lambda a: a.name)
+def test_the_probe_reads_every_feed_forward_block_that_makes_the_text(
+    architecture: Architecture, tmp_path: Path
+) -> None:
+    """Experts, sliding windows, a model without such blocks, and one that drafts tokens; no BOS."""
+    path = write_small_model(tmp_path / "m.gguf", architecture, tokenizer=True)
+    found = massive_activations(path, threads=1)
+    with open_gguf(path) as file:
+        trunk = range(file.n_trunk_layers or 0)
+        expected = {
+            t.name for t in file.tensors if ".ffn_down" in t.name and layer_of(t.name) in trunk
+        }
+    assert set(found.ratios) == expected
+    assert all(0 < ratio < 1e6 for ratio in found.ratios.values())
+    assert {layer_of(r.name) for r in found.readings} == set(found.layers)

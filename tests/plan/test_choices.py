@@ -19,6 +19,7 @@ from ramgguf.plan.recipes import Recipe, pins_for
 from ramgguf.plan.result import Plan
 from ramgguf.quants import formats
 from ramgguf.quants.formats import SETS, expand
+from ramgguf.report.choices import print_explanation
 from ramgguf.report.plans import print_plan
 from ramgguf.report.tensor_types import recipe_types
 from synthetic import measurement
@@ -240,6 +241,14 @@ def test_an_explanation_names_floor_pin_and_tie() -> None:
     strict = ramgguf.plan(MODEL, 2 * BUDGET, min_sqnr_db=15)
     barred = ramgguf.explain(strict, MODEL).tensors[0].barred
     assert any(b.format == "Q2_K" and "below the floor of 15 dB" in b.reason for b in barred)
+
+
+def test_a_tensor_is_explained_by_name_and_one_that_is_not_there_is_named() -> None:
+    explained = ramgguf.explain(ramgguf.plan(MODEL, BUDGET), MODEL)
+    assert explained.of("blk.1.ffn_up.weight").assignment.name == "blk.1.ffn_up.weight"
+    for say in (explained.of, lambda name: print_explanation(explained, name, Console())):
+        with pytest.raises(PlanError, match=r"the plan has no tensor 'blk[.]9[.]ffn_up[.]weight'"):
+            say("blk.9.ffn_up.weight")
 
 
 def test_a_plan_of_another_model_is_not_explained() -> None:

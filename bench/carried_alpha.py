@@ -1,6 +1,8 @@
 """α carried from layer to layer by errors of the residual stream: its error and its time.
 
     python bench/carried_alpha.py models/smol768-f16.gguf --tokens 256
+    python bench/carried_alpha.py models/smol768-f16.gguf --tokens 256 --plans 3.6bpw 4.6bpw \
+        --imatrix smol768.imatrix.gguf
 
 Two sequences of the package's texts for calibration. On the first, all tensors are read by whole
 passes and by passes that end 0, 1, 2 or 4 layers behind the changed one; on the second by whole
@@ -10,17 +12,25 @@ log α without the median (no plan depends on a common factor). A few tensors' K
 tokens: spreads are 1.48 × the median of absolute differences. Ways: whole passes in all layers, or
 in every k-th, the α of those between interpolated, or carried. Seconds are those of the passes that
 a way needs, of the same run. A row per way goes to bench/results/carried_alpha.jsonl.
+
+--plans: files of these sizes, planned by α that `sensitivity` reads of all tensors, and by α that
+it carries, from the same sequence; their KLD on WikiText-2, resampled together.
 """
 
 import argparse
+import importlib
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 
+import ramgguf
 from provenance import provenance
 from ramgguf.cluster.runners import opened
 from ramgguf.core.corpus import text_file
@@ -37,6 +47,7 @@ from ramgguf.sensitivity.impute import Member, impute
 from ramgguf.sensitivity.result import LayerReading, Reading
 from ramgguf.sensitivity.starts import Depth, Starts, TensorPass
 from ramgguf.sensitivity.timing import Costs
+from scores import kld_ratio, scores
 
 RESULTS = Path(__file__).parent / "results" / "carried_alpha.jsonl"
 HOPS = (0, 1, 2, 4)
@@ -129,6 +140,49 @@ def rows(file: GGUFFile, first: Found, second: Found) -> Iterator[dict[str, obje
             )  # fmt: skip
 
 
+def plans(arguments: argparse.Namespace, text: Path) -> Iterator[dict[str, object]]:
+    """Yield the KLD of files planned by α that was read of all tensors, and that was carried."""
+    folder: Path = arguments.folder
+    whole = partial(
+        ramgguf.sensitivity, arguments.model, tokens=str(text), n_ctx=arguments.tokens,
+        imatrix=arguments.imatrix, threads=arguments.threads,
+    )  # fmt: skip
+    found = {"whole passes": whole(n_sequences=1)}
+    alpha = importlib.import_module("ramgguf.sensitivity.alpha")
+    with patch.object(alpha, "choose", carried_on_one):
+        found["carried"] = whole()
+    assert found["carried"].tokens.sha256 == found["whole passes"].tokens.sha256
+    for size in arguments.plans:
+        files = []
+        for name, sensitivity in found.items():
+            files.append(folder / f"{arguments.model.stem}-{size}-{name.split()[0]}.gguf")
+            ramgguf.quantize(
+                arguments.model, size, files[-1], imatrix=arguments.imatrix, verify=False,
+                sensitivity=sensitivity, threads=arguments.threads, force=True,
+            )  # fmt: skip
+        results = ramgguf.evaluate(
+            files, arguments.model, n_ctx=256, n_seq=arguments.windows, threads=arguments.threads
+        ).results
+        for (name, sensitivity), result in zip(found.items(), results, strict=True):
+            ratio = kld_ratio(result, results[0])
+            yield {
+                "part": "plans",
+                "way": name,
+                "size": size,
+                "kld": scores(result).kld,
+                "ratio": [ratio.value, ratio.low, ratio.high],
+                "n_windows": arguments.windows,
+                "n_measured": sum(t.origin == "measured" for t in sensitivity.tensors),
+                "seconds": round(sensitivity.seconds, 1),
+            }
+
+
+def carried_on_one(works: Sequence[Any], seconds_of: Any, *_: object) -> tuple[Any, float]:
+    """Return what carries α and reads one sequence, in place of what the time allows."""
+    work = next(w for w in works if w.carried and w.n_sequences == 1)
+    return work, seconds_of(work)
+
+
 def is_apart(layer: int, n_layers: int, stride: int) -> bool:
     """Return whether whole passes are run in the layer."""
     return layer < 2 or layer > n_layers - 3 or (layer - 2) % stride == 0
@@ -181,10 +235,16 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--tokens", type=int, default=256, help="of each of the two sequences")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--plans", nargs="+", help="sizes of files that are compared")
+    parser.add_argument("--imatrix", type=Path)
+    parser.add_argument("--windows", type=int, default=24)
     parser.add_argument("--folder", type=Path, default=Path("models"))
     arguments = parser.parse_args()
     text = arguments.folder / "calibrate.txt"
     text.write_text("\n\n".join(d.text for d in documents() if d.part == "calibrate" and d.text))
+    if arguments.plans:
+        save(arguments, plans(arguments, text))
+        return
     request = TokenRequest(
         "search", tokens="text", corpus=text_file(text), n_sequences=2, n_ctx=arguments.tokens
     )
@@ -200,7 +260,10 @@ def main() -> None:
         each = passes.seconds(sequences[0])
         first = read(at.file, passes, sequences[0], HOPS, each)
         second = read(at.file, passes, sequences[1], (), each)
-        made = list(rows(at.file, first, second))
+        save(arguments, rows(at.file, first, second))
+
+
+def save(arguments: argparse.Namespace, made: Iterable[dict[str, object]]) -> None:
     about = {"model": arguments.model.name, "n_tokens": arguments.tokens}
     with RESULTS.open("a") as out:
         for row in made:

@@ -261,14 +261,15 @@ def _told(request: TokenRequest) -> tuple[TokenKind | Literal["several"], str | 
 
 
 def _reference_bytes(file: GGUFFile, n_sequences: int, n_ctx: int) -> int:
-    """Return the bytes that are kept of each token: the unchanged model's logits, and what enters
-    the layer at which passes begin, and the one at which they begin next.
+    """Return the bytes that are kept of each token: the unchanged model's logits, what enters the
+    layer at which passes begin, and the one at which they begin next, and what a layer puts out,
+    unchanged and changed.
     """
     ends = [t for t in file.tensors if t.name in (TOKEN_EMBEDDING, HEAD)]
     n_tokens = n_sequences * n_ctx
     logits = 4 * n_tokens * max((t.n_rows for t in ends), default=0)
     inputs = 4 * n_tokens * max((t.row_length for t in ends), default=0)
-    return min(MAX_REFERENCE_BYTES, logits) + 2 * inputs
+    return min(MAX_REFERENCE_BYTES, logits) + 4 * inputs
 
 
 def _strided(file: GGUFFile, tensors: Sequence[TensorInfo], stride: int) -> tuple[TensorInfo, ...]:

@@ -106,6 +106,8 @@ class KeptBlocks(Closing):
                 self._file.write(data.data)
             self._file.flush()
         except OSError:
+            with suppress(OSError):  # the disk is full: the output needs the room
+                os.ftruncate(self._file.fileno(), 0)
             self.close()
 
     def _cut(self, at: int) -> None:

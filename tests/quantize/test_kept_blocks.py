@@ -1,8 +1,11 @@
 """Error feedback that is killed goes on with the rows that it had not rounded."""
 
+import errno
+import io
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import ramgguf
@@ -133,3 +136,23 @@ def test_a_file_in_use_or_a_full_disk_keeps_nothing_and_ends_nothing(
     full = Path("/dev/full")
     if full.exists():
         assert _made(tiny, tmp_path / "b.gguf", full).read_bytes() == whole.read_bytes()
+
+
+class _Full(io.FileIO):
+    """A file on a full disk."""
+
+    def write(self, _: Any) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_what_was_kept_gives_its_room_back_once_the_disk_is_full(tmp_path: Path) -> None:
+    path = tmp_path / "kept"
+    with KeptBlocks(path, "a sweep") as kept:
+        assert list(kept.begun()) == []
+        kept.add(((0, 1.0, 2.0),), (np.ones((2, 8), np.uint8),))
+        assert path.stat().st_size > 16
+        kept.close()
+        kept._file = _Full(path, "r+b")
+        kept.add(((0, 1.0, 2.0),), (np.ones((2, 8), np.uint8),))
+        assert not kept.is_kept
+    assert path.stat().st_size == 0

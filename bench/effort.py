@@ -22,6 +22,7 @@ from typing import TypedDict
 
 import numpy as np
 
+from llama_quantize import NEED_MATRIX
 from llama_quantize import quantize as llama_quantize
 from provenance import provenance
 from ramgguf.evaluate import HeldOutScore, score_held_out
@@ -30,10 +31,6 @@ from ramgguf.evaluate.held_out import resamples
 MIXES = ("Q3_K_M", "Q4_K_M", "Q5_K_M", "Q6_K")
 BASE = "mix with matrix"
 ORDER = ("mix", BASE, "fast", "matrix step", "auto", "best")
-# llama.cpp makes these with a matrix only; one must be there before.
-NEED_MATRIX = frozenset(
-    {"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "Q2_K_S", "IQ3_XXS"}
-)
 LEAST_WINDOWS = 3  # per domain, for an interval
 
 

@@ -10,6 +10,10 @@ from typing import Any
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFReader, LlamaFileType
 
+# Mixes that llama.cpp makes with a matrix only.
+NEED_MATRIX = frozenset(
+    {"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "Q2_K_S", "IQ3_XXS"}
+)
 _kept: list[np.ndarray] = []  # what llama.cpp has pointers to
 
 

@@ -1,12 +1,17 @@
 """What each part of a recipe brings, at equal bytes: feedback, tokens, descent, scales.
 
     python bench/recipes.py models/smol135d-f16.gguf --mixes Q3_K_M,Q4_K_M --n-ctx 512 --rounds 3
+    python bench/recipes.py models/smol135d-f16.gguf --mixes Q4_K_M --gptq mix:12 mix:48 self:48
+    python bench/recipes.py models/smol768-f16.gguf --mixes IQ2_M,IQ3_XXS --llama
 
-All files plan by priors, with the matrix of their tokens of the mix, at the bytes of llama.cpp's
-mixes (without a matrix, or with it where llama.cpp asks for one). Matrices and Hessians are made in
-the folder once. Files of a size are scored side by side on the package's `score` texts, which
-nothing else has read. Rows are added to bench/results/recipes.jsonl; `--table` prints them: KLD
-over that of `gptq` with 12 × 512 tokens, 95 % intervals by bootstrap over windows, paired.
+All files plan by priors, with the matrix of their tokens, of the mix where nothing else is said, at
+the bytes of llama.cpp's mixes (without a matrix, or with it where llama.cpp asks for one).
+`--gptq` compares sources and numbers of tokens (sequences of 512) instead, without scales;
+`--llama` adds llama.cpp's mix, without a matrix and with that of the most tokens. Matrices and
+Hessians are made in the folder once. Files of a size are scored side by side on the package's
+`score` texts, which nothing else has read. Rows are added to bench/results/recipes.jsonl; `--table`
+prints them: KLD over that of `gptq` with 12 × 512 tokens (of the first of `--gptq`), 95 % intervals
+by bootstrap over windows, paired.
 """
 
 import argparse
@@ -19,6 +24,7 @@ from typing import Any
 import numpy as np
 
 import ramgguf
+from llama_quantize import NEED_MATRIX
 from llama_quantize import quantize as llama_quantize
 from provenance import provenance
 from ramgguf.evaluate import score_held_out
@@ -31,12 +37,16 @@ FEW, MANY = 12, 48  # sequences of 512 tokens
 
 @dataclass(frozen=True)
 class Recipe:
-    """An encoder, the sequences that it has met, and whether the model has scales."""
+    """An encoder, the sequences that it has met, and whether the model has scales.
+
+    Without an encoder it is llama.cpp's mix, with a matrix where it has met sequences.
+    """
 
     name: str
-    encoder: EncoderName
+    encoder: EncoderName | None
     n_sequences: int
     is_scaled: bool = False
+    tokens: str = "mix"
 
 
 RECIPES = (
@@ -50,42 +60,81 @@ RECIPES = (
 )
 
 
-def inputs(source: Path, folder: Path, n: int) -> tuple[Path, Path, Path]:
-    """Return matrix, Hessians and scales by n sequences, made now or before."""
-    stem = folder / f"{source.stem}-{n}"
+def llama_recipes(mix: str, n: int) -> Iterator[Recipe]:
+    """Yield llama.cpp's mixes: with a matrix, and without where it does not ask for one."""
+    if mix not in NEED_MATRIX:
+        yield Recipe("llama.cpp", None, 0)
+    yield Recipe(f"llama.cpp {n}", None, n)
+
+
+def token_recipes(wanted: Sequence[str]) -> Iterator[Recipe]:
+    """Yield error feedback by tokens, each named as SOURCE:SEQUENCES."""
+    for one in wanted:
+        tokens, n = one.rsplit(":", 1)
+        name = f"gptq {n}" if tokens == "mix" else f"gptq {n}, {tokens}"
+        yield Recipe(name, "gptq", int(n), tokens=tokens)
+
+
+def inputs(source: Path, folder: Path, recipe: Recipe, n_ctx: int) -> tuple[Path, Path, Path]:
+    """Return matrix, Hessians and scales by the recipe's tokens, made now or before."""
+    of = recipe.n_sequences if recipe.tokens == "mix" else f"{recipe.tokens}-{recipe.n_sequences}"
+    stem = folder / f"{source.stem}-{of}"
     imatrix, hessian, scales = (
         stem.with_name(f"{stem.name}.{kind}.gguf") for kind in ("imatrix", "hessian", "scales")
     )
     if not hessian.exists():
-        ramgguf.calibrate(source, imatrix, tokens="mix", n_sequences=n, hessian=hessian, force=True)
-    if not scales.exists():
+        ramgguf.calibrate(
+            source, imatrix, tokens=recipe.tokens, n_sequences=recipe.n_sequences, n_ctx=n_ctx,
+            hessian=hessian, force=True,
+        )  # fmt: skip
+    if recipe.is_scaled and not scales.exists():
         ramgguf.transform(source, scales, imatrix, check=False)
     return imatrix, hessian, scales
 
 
-def made(source: Path, folder: Path, mix: str) -> Iterator[tuple[Recipe, Path]]:
-    """Yield the recipes' files at the mix's bytes."""
-    weighed = {n: inputs(source, folder, n) for n in (FEW, MANY)}
-    reference = folder / f"{source.stem}-{mix}.gguf"
-    llama_quantize(source, reference, mix)
-    budget = reference.stat().st_size
-    reference.unlink()
-    for recipe in RECIPES:
-        imatrix, hessian, scales = weighed[recipe.n_sequences]
+def made(
+    source: Path, folder: Path, mix: str, recipes: Sequence[Recipe], n_ctx: int
+) -> Iterator[tuple[Recipe, Path]]:
+    """Yield the recipes' files at the mix's bytes; n_ctx is that of calibration."""
+    budget = 0
+    for recipe in (_reference(mix, recipes), *recipes):
         path = folder / f"{source.stem}-{mix}-{recipe.name.replace(', ', '-')}.gguf"
-        ramgguf.quantize(
-            source, budget, path, effort="fast", encoder=recipe.encoder, imatrix=imatrix,
-            hessian=None if recipe.encoder == "search" else hessian,
-            scales=scales if recipe.is_scaled else None, verify=False, force=True,
-        )  # fmt: skip
+        if recipe.n_sequences:
+            imatrix, hessian, scales = inputs(source, folder, recipe, n_ctx)
+        if recipe.encoder is None:
+            path.unlink(missing_ok=True)
+            llama_quantize(source, path, mix, imatrix=imatrix if recipe.n_sequences else None)
+            if not budget:
+                budget = path.stat().st_size
+                path.unlink()
+                continue
+        else:
+            ramgguf.quantize(
+                source, budget, path, effort="fast", encoder=recipe.encoder, imatrix=imatrix,
+                hessian=None if recipe.encoder == "search" else hessian,
+                scales=scales if recipe.is_scaled else None, verify=False, force=True,
+            )  # fmt: skip
         yield recipe, path
+
+
+def _reference(mix: str, recipes: Sequence[Recipe]) -> Recipe:
+    """Return llama.cpp's mix whose bytes all others get."""
+    n = max((r.n_sequences for r in recipes if r.tokens == "mix"), default=FEW)
+    return next(llama_recipes(mix, n))
 
 
 def table(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
     """Yield a Markdown table per model, mix and context."""
-    for key in dict.fromkeys((r["model"], r["mix"], r["n_ctx"]) for r in rows):
-        group = [r for r in rows if (r["model"], r["mix"], r["n_ctx"]) == key]
-        base = next(r for r in group if r["recipe"] == BASE)
+
+    def told(r: dict[str, Any]) -> tuple[str, str, int, int]:
+        return r["model"], r["mix"], r["n_ctx"], len(r["domains"])
+
+    for key in dict.fromkeys(map(told, rows)):
+        group = list(
+            {r["recipe"]: r for r in rows if told(r) == key}.values()
+        )  # the latest of each
+        ours = [r for r in group if not r["recipe"].startswith("llama.cpp")]
+        base = next((r for r in ours if r["recipe"] == BASE), ours[0])
         domains = list(base["domains"])
         yield f"\n{key[0]} at {base['n_bytes']:,} bytes ({key[1]}), windows of {key[2]}:\n"
         yield f"| | {' | '.join(dict.fromkeys(domains))} | all | KLD |"
@@ -108,14 +157,22 @@ def main() -> None:
     parser.add_argument("--mixes", default="Q2_K,Q3_K_M,Q4_K_M,Q5_K_M")
     parser.add_argument("--n-ctx", type=int, nargs="+", default=[512])
     parser.add_argument("--rounds", type=int, default=3, help="windows per domain")
+    parser.add_argument("--gptq", nargs="+", help="sources and sequences, as mix:48 or self:12")
+    parser.add_argument("--llama", action="store_true", help="llama.cpp's mixes beside them")
+    parser.add_argument("--calibration-ctx", type=int, default=512, help="tokens of a sequence")
     parser.add_argument("--folder", type=Path, default=Path("models/recipes"))
     parser.add_argument("--out", type=Path, default=Path("bench/results/recipes.jsonl"))
     parser.add_argument("--table", action="store_true", help="only print what is there")
     options = parser.parse_args()
     if not options.table:
         options.folder.mkdir(parents=True, exist_ok=True)
+        wanted = list(token_recipes(options.gptq)) if options.gptq else list(RECIPES)
+        most = max((r.n_sequences for r in wanted if r.tokens == "mix"), default=FEW)
         for mix in options.mixes.split(","):
-            files = list(made(options.source, options.folder, mix))
+            recipes = [*(llama_recipes(mix, most) if options.llama else ()), *wanted]
+            files = list(
+                made(options.source, options.folder, mix, recipes, options.calibration_ctx)
+            )
             for n_ctx in options.n_ctx:
                 scores = score_held_out(
                     [path for _, path in files], options.source, n_ctx=n_ctx,

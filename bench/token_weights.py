@@ -5,12 +5,14 @@
 H = Σ w xxᵀ over the inputs x of a weight on tokens of the mix, with weights w by the rule:
 `all` is 1; `after 8` is 0 for the first 8 tokens of a sequence; `norm 1` is at most the median of
 |x|² of the sequence over |x|²; `norm 4` four times that; `half` is 1 / |x|,
-`unit` 1 / |x|², `over` 1 / |x|³. Every matrix of a
-layer is rounded by GPTQ in the format, decoded and put in the model's place. Prints the KLD on
-held-out windows of every domain, as a ratio to that of `all`.
+`unit` 1 / |x|², `over` 1 / |x|³. With `--dampings`, each rule is tried with each share of the
+diagonal's mean that is added to H. Every matrix of a layer is rounded by GPTQ in the format,
+decoded and put in the model's place. Prints the KLD on held-out windows of every domain, as a ratio
+to that of the first rule and damping, and adds a row for each to bench/results/token_weights.jsonl.
 """
 
 import argparse
+import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -18,11 +20,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from provenance import provenance
+from ramgguf.evaluate import score_held_out
 from ramgguf.gguf.reader import GGUFFile, open_gguf
 from ramgguf.quants import formats
 from ramgguf.quants.encoders import gptq
 from ramgguf.quants.encoders.decoding import decode_rows, in_type
-from ramgguf.quants.hessian import Hessian
+from ramgguf.quants.hessian import DAMPING, Hessian
 from ramgguf.quants.scales import Scales, load_scales
 from rounded import (
     Data,
@@ -30,13 +34,13 @@ from rounded import (
     in_threads,
     layer_matrices,
     loaded,
-    print_klds,
     rounded_copies,
     sequences,
 )
 
 Floats = NDArray[np.float32]
 Rule = Callable[[Floats], Floats]
+RESULTS = Path(__file__).parent / "results" / "token_weights.jsonl"
 
 
 def _clipped(times: float) -> Rule:
@@ -100,8 +104,9 @@ def rounded(
     owners: dict[str, str],
     found: dict[str, Floats],
     scales: Scales | None,
+    damping: float,
 ) -> None:
-    """Write the model with its matrices rounded in the format under these Hessians.
+    """Write the model with its matrices rounded in the format under these Hessians, damped so.
 
     With scales, columns are rounded with these in them, and what comes out is divided again.
     """
@@ -112,7 +117,7 @@ def rounded(
 
     def round_inputs(owner: str, data: Data) -> None:
         columns = None if scales is None else scales.of_inputs(owner)
-        hessian = Hessian.of(found[owner], 1, scales=columns)
+        hessian = Hessian.of(found[owner], 1, damping, columns)
         importance = np.ascontiguousarray(hessian.mean.diagonal())
         for name in readers[owner]:
             tensor = source.tensor(name)
@@ -136,20 +141,56 @@ def main() -> None:
     parser.add_argument("source", type=Path)
     parser.add_argument("--format", default="Q4_0")
     parser.add_argument("--rules", nargs="+", choices=RULES, default=list(RULES))
+    parser.add_argument("--dampings", type=float, nargs="+", default=[DAMPING])
     parser.add_argument("--scales", type=Path, help="a file of transform: columns are scaled")
     parser.add_argument("--sequences", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=4, help="windows per domain")
     parser.add_argument("--n-ctx", type=int, default=256, help="tokens of a window")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.source.parent) as folder:
         with open_gguf(options.source) as source:
             matrices = layer_matrices(source)
             owners, sums = grams(source, matrices, options.sequences, options.rules)
             scales = load_scales(options.scales) if options.scales else None
-            files = {rule: Path(folder) / f"{rule}.gguf" for rule in options.rules}
-            for rule, path in files.items():
-                rounded(source, path, options.format, owners, sums[rule], scales)
-        print_klds(files, options.source, n_ctx=options.n_ctx, rounds=options.rounds)
+            files = {
+                (rule, damping): Path(folder) / f"{rule} {damping:g}.gguf"
+                for rule in options.rules
+                for damping in options.dampings
+            }
+            for (rule, damping), path in files.items():
+                rounded(source, path, options.format, owners, sums[rule], scales, damping)
+        scores = score_held_out(
+            list(files.values()), options.source, part="gate", n_ctx=options.n_ctx,
+            max_rounds=options.rounds, seconds=None,
+        )  # fmt: skip
+    klds = [np.array([w.kld_sum / w.n_tokens for w in s.windows]) for s in scores]
+    domains = [w.domain for w in scores[0].windows]
+    for (rule, damping), kld in zip(files, klds, strict=True):
+        logs = np.log(kld / klds[0])
+        each = ", ".join(
+            f"{d} {np.exp(np.mean([x for x, e in zip(logs, domains, strict=True) if e == d])):.2f}"
+            for d in dict.fromkeys(domains)
+        )
+        print(
+            f"{rule}, damped by {damping:g}: KLD {kld.mean():.4f}, "
+            f"mean log ratio {logs.mean():+.3f} ± "
+            f"{logs.std(ddof=1) / np.sqrt(len(logs)):.3f} ({each})"
+        )
+        row = {
+            "model": options.source.stem,
+            "format": options.format,
+            "rule": rule,
+            "damping": damping,
+            "with_scales": scales is not None,
+            "n_sequences": options.sequences,
+            "n_ctx": options.n_ctx,
+            "domains": domains,
+            "kld": [round(k, 6) for k in kld.tolist()],
+            **provenance(),
+        }
+        with options.out.open("a") as out:
+            out.write(json.dumps(row) + "\n")
 
 
 if __name__ == "__main__":

@@ -208,7 +208,7 @@ def test_with_a_hessian_all_rows_are_measured_and_none_is_sampled(tmp_path: Path
 
 
 @needs_libggml
-@pytest.mark.parametrize("name", ["IQ3_S", "IQ3_XXS"])
+@pytest.mark.parametrize("name", ["IQ3_S", "IQ3_XXS", "IQ1_S", "IQ1_M"])
 def test_error_feedback_is_planned_written_and_verified_in_formats_of_points(
     name: str, tmp_path: Path, llama_cpp: ModuleType
 ) -> None:

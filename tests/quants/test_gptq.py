@@ -75,7 +75,7 @@ def test_without_correlation_it_is_the_search(name: str) -> None:
     assert np.array_equal(blocks, _searched(name, w, importance))
 
 
-@pytest.mark.parametrize("name", sorted(gptq.FORMATS))
+@pytest.mark.parametrize("name", sorted(gptq.SCALAR_FORMATS | points.FORMATS))
 def test_the_outputs_error_falls_below_that_of_the_search(name: str) -> None:
     x, w = correlated(512, 2000, 5), weights(24, 512, 5)
     hessian = Hessian.of(x.T @ x, 2000)

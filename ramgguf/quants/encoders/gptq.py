@@ -10,14 +10,14 @@ from numpy.typing import NDArray
 
 from ramgguf import _core
 from ramgguf.quants import formats
-from ramgguf.quants.encoders import points
+from ramgguf.quants.encoders import iq1, points
 from ramgguf.quants.encoders.decoding import decode_rows
 from ramgguf.quants.encoders.encoder import Encoder
 from ramgguf.quants.hessian import UNIT, Hessian
 
 Floats = NDArray[np.float32]
 SCALAR_FORMATS = frozenset(_core.gptq_formats())
-FORMATS = SCALAR_FORMATS | points.FORMATS
+FORMATS = SCALAR_FORMATS | points.FORMATS | iq1.FORMATS
 
 
 def encode(type_name: str, rows: Floats, hessian: Hessian, importance: Floats) -> NDArray[np.uint8]:
@@ -79,6 +79,8 @@ def _rounded(
     """Return the blocks of up to 256 columns x, changed in place, and each column's error."""
     if type_name in points.FORMATS:
         return points.round_unit(type_name, x, factor, importance)
+    if type_name in iq1.FORMATS:
+        return iq1.round_unit(type_name, x, factor, importance)
     out = np.empty((len(x), formats.row_bytes(type_name, x.shape[1])), np.uint8)
     errors = np.empty(x.shape, np.float32)
     _core.round_unit(type_name, x, factor, importance, out, errors)

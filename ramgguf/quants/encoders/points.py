@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from ramgguf import _core
 from ramgguf.quants import formats
+from ramgguf.quants.encoders import libggml
 from ramgguf.quants.encoders.decoding import decode_rows
 from ramgguf.quants.hessian import UNIT
 
@@ -126,7 +127,9 @@ def round_unit(
 
 
 def searched(type_name: str, rows: Floats, importance: Floats) -> Blocks:
-    """Return the blocks of the rows without feedback, those of `search`."""
+    """Return the blocks of the rows without feedback: those of `search`, or libggml's."""
+    if not formats.get(type_name).encodable:
+        return libggml.encode(type_name, rows, importance)
     blocks = np.empty((len(rows), formats.row_bytes(type_name, rows.shape[1])), np.uint8)
     raw = rows.view(np.uint8)
     _core.encode(type_name, "F32", raw, blocks, encoder="search", importance=importance)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pydantic import ValidationError
 
 from ramgguf.core.documents import FrozenModel
+from ramgguf.core.errors import EngineError
 from ramgguf.core.mix import Turn
 from ramgguf.gguf.reader import GGUFFile
 from ramgguf.llama.child import PYTHON, take_stdout
@@ -23,22 +24,28 @@ GROWTH_BYTES = 128 << 20
 CPU_SECONDS = 10  # of all chats; of the CPU, so that a busy machine renders what an idle one does
 _WALL_SECONDS = 300  # for one that waits
 _LONGEST = 1 << 20  # characters of a chat
+_SHOWN = 300  # characters of what a template raises
 
 Rendered = tuple[str, bool]
 
 
 class Chats(FrozenModel):
-    """Render these turns, given by role and content, with the template."""
+    """Render these turns, given by role and content, with the template.
+
+    opens_answer: with what the template puts before the model's next words.
+    """
 
     template: str
     tokens: dict[str, str]
     chats: tuple[tuple[tuple[str, str], ...], ...]
+    opens_answer: bool = False
 
 
 class RenderedChats(FrozenModel):
-    """The text of each chat, None where the template makes none."""
+    """The text of each chat, None where the template makes none; why, of the first of these."""
 
     texts: tuple[str | None, ...]
+    why: str = ""
 
 
 def render(file: GGUFFile, chats: Sequence[Sequence[Turn]]) -> list[Rendered]:
@@ -54,7 +61,8 @@ def render(file: GGUFFile, chats: Sequence[Sequence[Turn]]) -> list[Rendered]:
             for name in ("bos", "eos")
         }
         turns = tuple(tuple((t.role, t.content) for t in chat) for chat in chats)
-        texts = _by_child(Chats(template=template, tokens=tokens, chats=turns)) or texts
+        found = _by_child(Chats(template=template, tokens=tokens, chats=turns))
+        texts = texts if found is None else found.texts
     return [
         (text, True) if text else (_in_words(chat), False)
         for text, chat in zip(texts, chats, strict=True)
@@ -69,11 +77,33 @@ def start(file: GGUFFile) -> str:
     return before if has_template and found else ""
 
 
+def asked(template: str, bos: str, eos: str, text: str) -> str:
+    """Return a user's message as the template puts it, with what opens the answer.
+
+    Raises EngineError that says what the template does wrong.
+    """
+    request = Chats(
+        template=template,
+        tokens={"bos_token": bos, "eos_token": eos},
+        chats=((("user", text),),),
+        opens_answer=True,
+    )
+    found = _by_child(request)
+    if found is None:
+        raise EngineError(
+            f"the file's chat template fails: its process was ended, at {CPU_SECONDS} s of the CPU "
+            f"or {GROWTH_BYTES >> 20} MiB of memory"
+        )
+    if found.texts[0] is None:
+        raise EngineError(f"the file's chat template fails: {found.why}")
+    return found.texts[0]
+
+
 def _in_words(chat: Sequence[Turn]) -> str:
     return "\n\n".join(f"{t.role.title()}: {t.content}" for t in chat) + "\n"
 
 
-def _by_child(request: Chats) -> Sequence[str | None] | None:
+def _by_child(request: Chats) -> RenderedChats | None:
     """Return what the template makes of the chats; None where it ends its process."""
     try:
         done = subprocess.run(
@@ -88,7 +118,7 @@ def _by_child(request: Chats) -> Sequence[str | None] | None:
         found = RenderedChats.model_validate_json(done.stdout)
     except (subprocess.TimeoutExpired, ValidationError):
         return None
-    return found.texts if len(found.texts) == len(request.chats) else None
+    return found if len(found.texts) == len(request.chats) else None
 
 
 def rendered(request: Chats) -> RenderedChats:
@@ -97,28 +127,32 @@ def rendered(request: Chats) -> RenderedChats:
         import jinja2
         from jinja2.sandbox import ImmutableSandboxedEnvironment
     except ImportError:
-        return RenderedChats(texts=(None,) * len(request.chats))
+        return RenderedChats(texts=(None,) * len(request.chats), why="jinja2 is missing")
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
 
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)
 
     texts: list[str | None] = []
+    why = ""
     for chat in request.chats:
         try:
             text = environment.from_string(request.template).render(
                 messages=[{"role": role, "content": content} for role, content in chat],
-                add_generation_prompt=False,
+                add_generation_prompt=request.opens_answer,
                 raise_exception=raise_exception,
                 strftime_now=lambda _: "1 January 2025",
                 **request.tokens,
             )
             text.encode()  # a lone surrogate is no text
-            texts.append(text if len(text) <= _LONGEST else None)
+            if len(text) > _LONGEST:
+                raise ValueError(f"{len(text)} characters, {_LONGEST} at most")
+            texts.append(text)
         # A template is the model's code: whatever it raises, this chat has no rendering.
-        except Exception:
+        except Exception as e:
             texts.append(None)
-    return RenderedChats(texts=tuple(texts))
+            why = why or f"{type(e).__name__}: {str(e)[:_SHOWN]}"
+    return RenderedChats(texts=tuple(texts), why=why.encode(errors="replace").decode())
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ from pydantic import Field, TypeAdapter
 from ramgguf.core.documents import FrozenModel
 from ramgguf.core.errors import EngineError
 from ramgguf.llama.breakdown import memory_breakdown
+from ramgguf.llama.chat_template import asked
 from ramgguf.llama.child import answer_requests
 from ramgguf.llama.kind import kind_of, run_batch
 from ramgguf.llama.limits import limit_data, peak_bytes
@@ -191,8 +192,6 @@ class Deployed:
         return self.tokens(self._templated(template.decode("utf-8", "replace"), text), special=True)
 
     def _templated(self, template: str, text: str) -> str:
-        from llama_cpp.llama_chat_format import Jinja2ChatFormatter
-
         llama, vocab = self._llama, self._llama.llama_model_get_vocab(self._model)
         bos, eos = (
             llama.llama_vocab_get_text(vocab, token).decode("utf-8", "replace")
@@ -200,11 +199,7 @@ class Deployed:
             else ""
             for token in (llama.llama_vocab_bos(vocab), llama.llama_vocab_eos(vocab))
         )
-        try:
-            formatter = Jinja2ChatFormatter(template, eos_token=eos, bos_token=bos)
-            found: str = formatter(messages=[{"role": "user", "content": text}]).prompt
-        except Exception as e:  # a template is a program of its own and may raise anything
-            raise EngineError(f"the file's chat template fails: {type(e).__name__}: {e}") from None
+        found = asked(template, bos, eos, text)
         # The tokenizer adds BOS itself where the model wants one.
         return found.removeprefix(bos) if bos and llama.llama_vocab_get_add_bos(vocab) else found
 

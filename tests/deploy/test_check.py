@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -227,6 +228,25 @@ def test_a_template_that_fails_is_a_failure_that_says_so(folder: Path) -> None:
     found = check_file(path, _request())
     assert found.failed_stage == "talk"
     assert "chat template fails: UndefinedError" in found.failures[0]
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+        "{{ 9 ** 9 ** 9 }}",  # one operation, which no signal of Python's interrupts
+        "{{ ('x' * 8000000000) | length }}",
+    ],
+)
+def test_a_template_that_takes_all_is_a_failure_and_holds_nothing_up(
+    folder: Path, template: str
+) -> None:
+    path = write_bigram_model(folder / "hostile.gguf", template=template)
+    started = time.monotonic()
+    found = check_file(path, _request())
+    assert found.failed_stage == "talk"
+    assert "chat template fails" in found.failures[0]
+    assert time.monotonic() - started < 120
 
 
 def test_the_score_of_a_text_is_its_negative_log_likelihood(good: Path) -> None:

@@ -234,7 +234,7 @@ def test_a_template_that_fails_is_a_failure_that_says_so(folder: Path) -> None:
     "template",
     [
         "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
-        "{{ 9 ** 9 ** 9 }}",  # one operation, which no signal of Python's interrupts
+        "{{ 9 ** (9 ** 9) }}",  # one operation, which no signal of Python's interrupts
         "{{ ('x' * 8000000000) | length }}",
     ],
 )

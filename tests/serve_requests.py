@@ -101,12 +101,15 @@ def ask(
 def model_pid(server: Server) -> int:
     """Return the front's child that runs the model."""
     children = Path(f"/proc/{server.pid}/task/{server.pid}/children").read_text().split()
-    (found,) = [
-        int(pid)
-        for pid in children
-        if b"ramgguf.llama.server" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    ]
+    (found,) = [int(pid) for pid in children if b"ramgguf.llama.server" in _command(pid)]
     return found
+
+
+def _command(pid: str) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except FileNotFoundError:  # a child that has ended meanwhile
+        return b""
 
 
 def until_ready(server: Server) -> None:

@@ -78,7 +78,8 @@ StandInOption = Annotated[
     typer.Option(
         "--stand-in",
         help="What meets the tokens: none (the model), q8_0, q6_k, q4_k (a quick quantization of "
-        "it), auto (the model if it fits the memory, else the largest of these that fits).",
+        "it), auto (the model if it fits the memory, else the largest of these that fits; for "
+        "sensitivities always the model).",
     ),
 ]
 Scratch = Annotated[

@@ -657,6 +657,9 @@ class _Run:
                     return self._candidate(replace(now, pins=pins), best)
                 self._log.add(f"{step.name}: no tensor needs more than it has")
                 return None
+            case "sensitivities" if self._stand_in is not None:
+                self._log.add("sensitivities: left out, they run on the model, which does not fit")
+                return None
             case "sensitivities":
                 found_alphas = self._sensitivity(now, step.measuring)
                 return self._candidate(replace(now, sensitivity=found_alphas), best)
@@ -755,7 +758,6 @@ class _Run:
         found = measure_sensitivity(
             self._model, encoder=DEFAULT_ENCODER, imatrix=now.imatrix,
             seconds=max(1.0, seconds), journal=journal, threads=self._threads,
-            stand_in=self._stand_in.choice if self._stand_in is not None else "auto",
             progress=self._progress, announce=self._announce,
         )  # fmt: skip
         found.save(path)

@@ -20,7 +20,7 @@ from ramgguf.core.progress import Progress, Silent
 from ramgguf.core.units import format_seconds
 from ramgguf.core.values import TokenKind
 from ramgguf.core.version import __version__
-from ramgguf.gguf.architecture import HEAD, TOKEN_EMBEDDING, layer_of, never_quantized, role_of
+from ramgguf.gguf.architecture import layer_of, never_quantized, role_of
 from ramgguf.gguf.hub import local_path
 from ramgguf.gguf.identity import Source, difference
 from ramgguf.gguf.reader import GGUFFile, TensorInfo, open_gguf
@@ -174,6 +174,11 @@ def _settle(
     sequences = draw(passes, request, range(1))
     sequences += draw(passes, request, range(1, n_sequences))
     notes = list(coverage)
+    if request.stand_in is not None:
+        notes.append(
+            f"read on a stand-in in {request.stand_in}: its kernels round activations, which "
+            "changes the output as much as one tensor does; α of the model itself plans better"
+        )
     if len(names) < len(tensors):
         notes.append(
             f"to keep to {format_seconds(timer.limit)}, {len(names)} of {len(tensors)} tensors "
@@ -260,18 +265,6 @@ def _told(request: TokenRequest) -> tuple[TokenKind | Literal["several"], str | 
     return request.tokens, request.corpus.name if request.corpus else None
 
 
-def _reference_bytes(file: GGUFFile, n_sequences: int, n_ctx: int) -> int:
-    """Return the bytes that are kept of each token: the unchanged model's logits, what enters the
-    layer at which passes begin, and the one at which they begin next, and what a layer puts out,
-    unchanged and changed.
-    """
-    ends = [t for t in file.tensors if t.name in (TOKEN_EMBEDDING, HEAD)]
-    n_tokens = n_sequences * n_ctx
-    logits = 4 * n_tokens * max((t.n_rows for t in ends), default=0)
-    inputs = 4 * n_tokens * max((t.row_length for t in ends), default=0)
-    return min(MAX_REFERENCE_BYTES, logits) + 4 * inputs
-
-
 def _strided(file: GGUFFile, tensors: Sequence[TensorInfo], stride: int) -> tuple[TensorInfo, ...]:
     """Return the tensors outside of layers, and of every stride-th layer; both ends twice as dense.
 
@@ -356,23 +349,18 @@ def sensitivity(
     run that was killed goes on from it; folder takes a copy of the model meanwhile, by default the
     system's temporary folder. announce gets what will be done, and for how long.
 
-    stand_in is what the passes run on: none (the model), q8_0 or q6_k (a quick quantization of it),
-    or auto (the model where it fits the memory, else the largest of these that fits).
+    stand_in is what the passes run on: auto and none are the model, which is read from the disk
+    where it does not fit the memory; q8_0 or q6_k a quick quantization of it, whose kernels round
+    activations: what that changes drowns the KLD of one tensor (docs/calibration.md).
 
     With an executor, the passes run on its workers (docs/scale.md), with `threads` threads each;
-    folder is then theirs, and auto the model itself. Equal kernels and threads give equal numbers.
+    folder is then theirs. Equal kernels and threads give equal numbers.
 
     Raises GGUFError, ImatrixError, PlanError for a model or journal that does not suit,
     EngineError when llama.cpp is missing or fails.
     """
     with open_gguf(local_path(model), kind_check=True) as file:
-        form = chosen_stand_in(
-            "none" if stand_in == "auto" and executor is not None else stand_in,
-            file,
-            beside=_reference_bytes(file, n_sequences or MAX_SEQUENCES, n_ctx),
-            allowed=FINE,
-            announce=announce,
-        )
+        form = chosen_stand_in("none" if stand_in == "auto" else stand_in, file, allowed=FINE)
         request = TokenRequest(
             encoder=encoder,
             n_sequences=n_sequences,

@@ -197,6 +197,7 @@ def test_sensitivities_on_a_stand_in_are_near_those_on_the_model(
         for word in ("none", "q8_0")
     ]  # fmt: skip
     assert [s.stand_in for s in found] == [None, "Q8_0"]
+    assert ["round activations" in " ".join(s.notes) for s in found] == [False, True]
     ratios = [b.alpha / a.alpha for a, b in zip(found[0].tensors, found[1].tensors, strict=True)]
     assert 0.9 < float(np.median(ratios)) < 1.1
     assert max(ratios) < 1.5
@@ -209,6 +210,17 @@ def test_sensitivities_on_a_stand_in_are_near_those_on_the_model(
         )  # fmt: skip
     with pytest.raises(EngineError, match="too coarse"):
         ramgguf.sensitivity(model, stand_in="q4_k")
+
+
+def test_sensitivities_run_on_the_model_whatever_the_memory(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("llama_cpp")
+    monkeypatch.setattr(module, "available_memory", lambda: Available(1, "a test"))
+    found = ramgguf.sensitivity(
+        model, tokens="random", encoder="rtn", n_sequences=1, n_ctx=64, threads=1
+    )
+    assert found.stand_in is None
 
 
 def test_the_option_is_refused_where_it_would_do_nothing(model: Path, tmp_path: Path) -> None:

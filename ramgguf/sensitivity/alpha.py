@@ -81,8 +81,8 @@ def measure_alpha(
             require_same_logits(passes, settings.sequences, settings.fingerprint, journal_path)
         by_name = {t.name: t for t in tensors}
         depth = Depth.of(file)
-        wanted = [layer_pass(depth, by_name[name]) for name in settings.carried]
-        wanted += [TensorPass(by_name[name]) for name in settings.names]
+        carried = [by_name[name] for name in settings.carried]
+        wanted = _passes(depth, [by_name[name] for name in settings.names], carried)
         hurry = timer if request.n_sequences is None else None
         read_all(
             file, wanted, passes, settings, journal,
@@ -154,7 +154,7 @@ def _settle(
     depth = Depth.of(file)
 
     def seconds_of(work: _Work) -> float:
-        wanted = [layer_pass(depth, t) for t in work.carried] + list(map(TensorPass, work.tensors))
+        wanted = _passes(depth, work.tensors, work.carried)
         return Starts.planned(depth, costs, work.n_sequences, wanted).whole(wanted)
 
     if request.n_sequences is None:
@@ -208,6 +208,13 @@ def _settle(
     )
 
 
+def _passes(
+    depth: Depth, tensors: Sequence[TensorInfo], carried: Sequence[TensorInfo]
+) -> list[TensorPass]:
+    """Return all passes: those that end at a layer first, for all of them are needed."""
+    return [*(layer_pass(depth, t) for t in carried), *map(TensorPass, tensors)]
+
+
 def _between(carried: Sequence[object]) -> str:
     return "carried or interpolated" if carried else "interpolated"
 
@@ -251,7 +258,8 @@ def _works(
     works = [_Work(n, every) for n in numbers]
     if carried and len(fewer) >= STRIDE:
         apart = fewer[STRIDE - 2]
-        some = (*apart, *(t for t in every if t not in carried and t not in apart))
+        left_out = {t.name for t in (*carried, *apart)}
+        some = (*apart, *(t for t in every if t.name not in left_out))
         works += [_Work(n, some, carried) for n in numbers]
         fewer = fewer[STRIDE - 1 :]
     works.sort(key=lambda work: work.expected_error)

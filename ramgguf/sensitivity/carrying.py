@@ -16,8 +16,8 @@ from ramgguf.sensitivity.starts import Depth, TensorPass
 
 HOPS = 2  # layers that the error passes through before it is read
 STRIDE = 4  # whole passes are run in every so many layers
-# The KLD of these is not told by the error: ffn_down writes massive activations, whose direction
-# counts. Whole passes are run in all layers.
+# Whole passes are run for these in all layers: ffn_down writes massive activations, and the size of
+# an error in them does not say how much KLD it makes.
 _READ_WHOLE = frozenset({"ffn_down", "ffn_down_exps", "ffn_down_shexp", "ffn_down_chexps"})
 _TRIED = 16  # tokens
 

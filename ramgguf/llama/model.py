@@ -4,7 +4,6 @@ import ctypes
 import hashlib
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
@@ -248,17 +247,6 @@ class LlamaModel(Closing):
         if self._held:
             self._llama.llama_free(self._held)
         self._batch = self._held = None
-
-    @contextmanager
-    def watched(self, eval_callback: Any) -> Iterator[None]:
-        """While this lasts, decode in a context of its own, which asks the callback."""
-        self.rest()
-        before, self._eval_callback = self._eval_callback, eval_callback
-        try:
-            yield
-        finally:
-            self.rest()
-            self._eval_callback = before
 
     @property
     def llama(self) -> ModuleType:

@@ -18,22 +18,22 @@ NODE = "l_out-{}"  # what llama.cpp calls the output of a layer
 class ResidualWatch:
     """An evaluation callback that takes what a layer puts out, and ends the graph there.
 
-    Graphs run as without it while `layer` is None.
+    Graphs run as without it while `node`, the name of that output, is None.
     """
 
     def __init__(self) -> None:
         ggml.check_layout()
-        self.layer: int | None = None
+        self.node: bytes | None = None
         self._taken: Rows | None = None
         self._failure: Exception | None = None
         self.callback: Any = llama_module().ggml_backend_sched_eval_callback(self._called)
 
     def _called(self, pointer: int, ask: bool, _user_data: object) -> bool:
-        if self.layer is None:
+        if self.node is None:
             return not ask
         try:
             tensor = ctypes.cast(pointer, ggml.TensorPointer)
-            if tensor.contents.name != NODE.format(self.layer).encode():
+            if tensor.contents.name != self.node:
                 return not ask
             if not ask:
                 self._taken = ggml.read_array(tensor, np.float32)
@@ -49,7 +49,7 @@ class ResidualWatch:
         if failure is not None:
             raise failure
         if taken is None:
-            raise EngineError(f"its graph has no node {NODE.format(self.layer)}")
+            raise EngineError(f"its graph has no node {(self.node or b'').decode()}")
         return taken.reshape(-1, taken.shape[-1])
 
 
@@ -61,7 +61,7 @@ def layer_outputs(
     The sequence is what the model decodes: token ids, or rows. The layers after this one are not
     computed. Raises EngineError where its graph does not name the node.
     """
-    watch.layer = layer
+    watch.node = NODE.format(layer).encode()
     try:
         model.clear()
         parts = []
@@ -71,4 +71,4 @@ def layer_outputs(
             parts.append(watch.rows())
         return np.concatenate(parts)
     finally:
-        watch.layer = None
+        watch.node = None

@@ -75,7 +75,8 @@ def read(arguments: argparse.Namespace, file: GGUFFile, probe: PatchedModel) -> 
             tensor = file.tensor(name)
             if original is None or original.tensor.name != name:
                 original = Original.of(file, tensor, imatrix)
-            data, _ = simulated(file, tensor, format_name, encoder=ENCODER)
+            kept = probe.stored_as(tensor.name)
+            data, _ = simulated(file, tensor, format_name, encoder=ENCODER, store_as=kept)
             with probe.replaced(tensor, data):
                 kld = text.divergence(probe)
             found = original.metrics(data, alphas[name])

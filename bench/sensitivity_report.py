@@ -144,7 +144,13 @@ def linearity(file: GGUFFile, probe: PatchedModel, text: Text, sensitivity: Sens
         for format_name in formats.quantized():
             if done("linearity", f"{name} {format_name}"):
                 continue
-            data, nmse = simulated(file, tensor, format_name, encoder=sensitivity.encoder)
+            data, nmse = simulated(
+                file,
+                tensor,
+                format_name,
+                encoder=sensitivity.encoder,
+                store_as=probe.stored_as(name),
+            )
             with probe.replaced(tensor, data):
                 kld = text.divergence(probe)
             add(

@@ -182,6 +182,11 @@ def address(tensor: Any) -> int:
     return ctypes.addressof(tensor.contents)
 
 
+def is_f32(tensor: Any) -> bool:
+    """Return whether the tensor that a pointer points to has 32-bit floats."""
+    return bool(tensor.contents.type == _F32)
+
+
 def read_array(tensor: Any, dtype: type[np.float32] | type[np.int32]) -> NDArray[Any]:
     """Return a copy of an F32 or I32 tensor as an array, its dimensions in numpy's order.
 

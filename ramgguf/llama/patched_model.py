@@ -3,6 +3,8 @@
 llama.cpp maps the file it loads and computes straight from the pages (without its extra buffer
 types); what is written to the copy is what the next decode reads. The original is never touched.
 The copy may be a stand-in, a quick quantization of the model: tensors are then put in its formats.
+Matrices in BF16 are F16 in the copy, where the inputs that they meet fit F16, too: kernels round
+inputs to the type of the weights, and BF16 would round them so coarsely that it shows in the KLD.
 
 The layers before a changed one compute what they always do. So the copy can be loaded from a layer
 on, and gets the residual stream that enters there, captured once for each sequence, as its input.
@@ -21,12 +23,16 @@ from numpy.typing import NDArray
 from ramgguf.core.errors import EngineError
 from ramgguf.gguf.layered import LayeredCopy
 from ramgguf.gguf.reader import GGUFFile, TensorInfo
+from ramgguf.llama.input_range import InputRange
 from ramgguf.llama.model import LlamaModel, Logits
 from ramgguf.llama.protocol import TokenIds
 from ramgguf.llama.residuals import ResidualWatch, Rows, layer_outputs
 from ramgguf.llama.scoring import RowPass
 from ramgguf.quants.roundtrip import stored
-from ramgguf.quants.stand_in import stand_in_metadata, stored_rows, stored_type
+from ramgguf.quants.stand_in import stand_in_metadata, stored_rows, types_for_passes
+
+_RANGE_TOKENS = 32
+_LARGEST_INPUT = 8192.0  # F16 ends at 65504; what other tokens bring is left room
 
 
 class PatchedModel:
@@ -51,17 +57,31 @@ class PatchedModel:
         self._rows = RowPass(n_threads)
         self._watch = ResidualWatch()
         self._inputs: dict[bytes, NDArray[np.float32]] = {}  # of the layer where the copy starts
-        types = {} if stand_in is None else {t.name: stored_type(t, stand_in) for t in file.tensors}
+        types = types_for_passes(file, stand_in, threads=n_threads)
         overrides = {} if stand_in is None else stand_in_metadata(stand_in)
         self._copy = LayeredCopy(file, folder, types, overrides, stored, threads=n_threads)
         try:
-            self.model = self._load()
+            if stand_in is None and self._is_out_of_range():
+                self._copy.close()
+                self._copy = LayeredCopy(file, folder, {}, {}, stored, threads=n_threads)
+            self.model = self._load(self._watch.callback)
         except BaseException:
             self._copy.close()
             raise
         self._copy.unlink()
 
-    def _load(self) -> LlamaModel:
+    def _is_out_of_range(self) -> bool:
+        """Return whether matrices that are BF16 in the source meet inputs near the end of F16."""
+        if all(self.stored_as(t.name) == t.type_name for t in self._file.tensors):
+            return False
+        watch = InputRange()
+        with self._load(watch.callback) as model:
+            first = max(model.vocab.info.bos, 0)
+            others = np.random.default_rng(0).integers(model.vocab.n_tokens, size=_RANGE_TOKENS - 1)
+            ids = np.array([first, *others], np.int32)[: self._n_ctx]
+            return watch.read(model, ids) > _LARGEST_INPUT
+
+    def _load(self, callback: Any) -> LlamaModel:
         began = time.perf_counter()
         model = LlamaModel(
             self._file.paths[0],
@@ -71,7 +91,7 @@ class PatchedModel:
             verbose=self._verbose,
             shards=self._copy.paths,
             takes_rows=self.start > 0,
-            eval_callback=self._watch.callback,
+            eval_callback=callback,
         )
         self.load_seconds = time.perf_counter() - began
         return model
@@ -129,7 +149,7 @@ class PatchedModel:
         self.model.close()
         self._inputs = {}
         self._copy.start_at(layer)
-        self.model = self._load()
+        self.model = self._load(self._watch.callback)
 
     def _given(self, ids: TokenIds) -> NDArray[Any]:
         """Return what the model decodes for a sequence: its ids, or what enters the first layer."""

@@ -43,8 +43,7 @@ def simulated(
     def convert(chunk: Chunk) -> _core.RowStats:
         rows = file.read_rows(tensor, chunk.start, chunk.stop)
         blocks = scale.encode(to, tensor.type_name, rows, chunk.start, tensor.row_length, encoder)
-        decoded = _decoded(blocks, to, tensor)
-        out[chunk.start : chunk.stop] = after = stored(tensor, decoded, kept)
+        out[chunk.start : chunk.stop] = after = _decoded(blocks, to, tensor, kept)
         return scale.compare(kept, stored(tensor, rows, kept), kept, after, chunk.start)
 
     stats = _core.RowStats.merged(list(map_chunks(convert, runs([tensor]), threads)))
@@ -60,8 +59,10 @@ def stored(tensor: TensorInfo, rows: Rows, to: str) -> Rows:
     return plain.encode(to, tensor.type_name, rows, 0, tensor.row_length, "rtn")
 
 
-def _decoded(blocks: Rows, name: str, tensor: TensorInfo) -> Rows:
-    """Return quantized rows in the tensor's own type."""
-    if formats.get(name).name == tensor.type_name:
+def _decoded(blocks: Rows, name: str, tensor: TensorInfo, kept: str) -> Rows:
+    """Return quantized rows in the tensor's own type, then in the format `kept`."""
+    if kept == formats.get(name).name:
         return blocks
-    return in_type(tensor.type_name, decode_rows(name, blocks, tensor.row_length))
+    direct = kept if kept in SOURCES else tensor.type_name
+    decoded = in_type(direct, decode_rows(name, blocks, tensor.row_length))
+    return decoded if direct == kept else stored(tensor, decoded, kept)

@@ -37,6 +37,7 @@ FINE: tuple[StandIn, ...] = ("auto", "none", "q8_0", "q6_k")
 _FORMATS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {"Q8_0": ("Q8_0",), "Q6_K": ("Q6_K", "Q8_0"), "Q4_K": ("Q4_K", "Q4_0")}
 )
+_LARGEST_BF16_IN_F16 = 0x4700  # 32768, half of F16's largest: a format may make weights larger
 # Of contexts and graphs, and of the processes themselves: 356 to 565 MB in bench/memory_limit.py.
 BESIDE_BYTES = 640 << 20
 
@@ -107,6 +108,34 @@ def stored_type(tensor: TensorInfo, form: str) -> str:
         return tensor.type_name
     fitting = (f for f in _FORMATS[form] if formats.suits(f, tensor.row_length))
     return next(fitting, tensor.type_name)
+
+
+def types_for_passes(file: GGUFFile, form: str | None, *, threads: int) -> dict[str, str]:
+    """Return the formats of a copy of the model on which sensitivities are read.
+
+    form is that of a stand-in, None for the model itself. Its matrices in BF16 are then taken as
+    F16, which holds the same weights to 2⁻²⁵, where none is too large for it: kernels round inputs
+    to the type of the weights, of which BF16 keeps 8 bits and F16 11.
+    """
+    if form is not None:
+        return {t.name: stored_type(t, form) for t in file.tensors}
+    types = {t.name: t.type_name for t in file.tensors}
+    matrices = [
+        t
+        for t in file.tensors
+        if t.type_name == "BF16" and never_quantized(t.name, t.shape) is None
+    ]
+    types |= {t.name: "F16" for t in matrices}
+
+    def look(chunk: Chunk) -> None:
+        tensor = matrices[chunk.index]
+        bits = file.read_rows(tensor, chunk.start, chunk.stop).view(np.uint16)
+        if (bits & 0x7FFF).max(initial=0) > _LARGEST_BF16_IN_F16:
+            types[tensor.name] = "BF16"
+
+    for _ in map_chunks(look, runs(matrices), threads):
+        pass
+    return types
 
 
 def stand_in_metadata(form: str) -> Overrides:

@@ -123,10 +123,14 @@ class TapWeights(FrozenModel):
 
 
 class Observe(FrozenModel):
-    """Decode a sequence under the tap; answered by Observed."""
+    """Decode a sequence under the tap; answered by Observed.
+
+    weighs: its tokens count by the attention that they receive (attention.py).
+    """
 
     kind: Literal["observe"] = "observe"
     ids: str
+    weighs: bool = True
 
 
 class Keep(FrozenModel):

@@ -388,7 +388,7 @@ def _summary(made: api.Quantized, checked: CheckResult | None) -> dict[str, obje
         "mmproj": None if made.mmproj is None else _summary_of_projector(made.mmproj),
         "budget": made.plan.budget,
         "memory": made.plan.memory.model_dump() if made.plan.memory else None,
-        "split": made.plan.split.model_dump() if made.plan.split else None,
+        "division": made.plan.division.model_dump() if made.plan.division else None,
         "speed": made.plan.speed.model_dump() if made.plan.speed else None,
         "check": None if checked is None else json.loads(checked.to_json()),
         "bpw": made.plan.bpw,

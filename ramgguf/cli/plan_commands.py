@@ -169,7 +169,7 @@ def curve(
     print_curve(made, plans, terminal.out)
     for found in plans:
         if found.memory is not None:
-            print_memory(found.memory, found.split, terminal.out)
+            print_memory(found.memory, found.division, terminal.out)
 
 
 def _speed_front(

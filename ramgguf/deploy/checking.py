@@ -18,7 +18,7 @@ from ramgguf.deploy.collapse_checks import (
     perplexity,
     signs,
 )
-from ramgguf.deploy.division import MemoryRequest
+from ramgguf.deploy.division_rooms import MemoryRequest
 from ramgguf.deploy.footprint import Footprint, FootprintEstimator, parse_cache_types
 from ramgguf.deploy.footprint_formula import ContextShape
 from ramgguf.deploy.memory import MemoryPlanner

@@ -11,7 +11,7 @@ from ramgguf.core.errors import BudgetError, EngineError
 from ramgguf.core.progress import Progress
 from ramgguf.core.units import format_bytes, format_seconds
 from ramgguf.deploy.checking import CheckRequest, check_file
-from ramgguf.deploy.division import MemoryRequest
+from ramgguf.deploy.division_rooms import MemoryRequest
 from ramgguf.deploy.memory import MemoryLimit
 from ramgguf.deploy.result import CheckResult
 from ramgguf.evaluate import evaluate

@@ -73,7 +73,7 @@ def _plan(plan: Plan) -> str:
         told.append(plans.refinement(plan.refinement))
     if plan.memory is not None:
         grids.append(memory.memory_grid(plan.memory))
-        told += [memory.context(plan.memory), *memory.remarks(plan.memory, plan.split)]
+        told += [memory.context(plan.memory), *memory.remarks(plan.memory, plan.division)]
     return _drawn(f"Plan of {_name(plan.source)}", grids, [*told, *plan.notes])
 
 

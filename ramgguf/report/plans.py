@@ -43,7 +43,7 @@ def print_plan(plan: Plan, console: Console, *, verbose: bool = False) -> None:
     console.print(to_rich(role_grid(plan), header_style="bold"))
     console.print(size(plan), soft_wrap=True)
     if plan.memory is not None:
-        print_memory(plan.memory, plan.split, console)
+        print_memory(plan.memory, plan.division, console)
     console.print(optimality(plan), soft_wrap=True)
     if plan.predicted_kld is not None:
         console.print(prediction(plan.predicted_kld), soft_wrap=True)

@@ -212,7 +212,9 @@ class Api:
     def _admit(self) -> None:
         """Count a request in. Raises RequestError when as many wait as may."""
         if self._n_admitted > self._limits.n_waiting:
-            raise RequestError(429, f"{self._limits.n_waiting} requests wait already; try again")
+            raise RequestError(
+                429, f"too many requests wait ({self._limits.n_waiting} may); try again"
+            )
         self._n_admitted += 1
 
     async def _health(self, _: Any) -> Any:

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ramgguf.core.errors import BudgetError
+from ramgguf.core.units import format_count
 from ramgguf.gguf.layout import padded
 from ramgguf.plan.division import Sites
 from ramgguf.plan.envelope import Envelope, least_of_both
@@ -190,7 +191,10 @@ class PooledProblem:
         yield f"formats of what the CPU multiplies were chosen from {names} (--cpu-formats)"
         unsuited = [g for g in free if not self._suiting[g]]
         if n := sum(len(self._problem.groups[g].members) for g in unsuited):
-            yield f"{n} tensors on the CPU's side have other formats: none of these may be theirs"
+            yield (
+                f"none of these suits {format_count(n, 'tensor')} on the CPU's side: any format "
+                "was allowed"
+            )
 
     def _of_groups(self, tensors: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """Return which groups have one of the tensors."""

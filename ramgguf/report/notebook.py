@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from ramgguf.core.escape import html_text
-from ramgguf.core.units import format_bytes
+from ramgguf.core.units import format_bytes, format_count
 from ramgguf.deploy.result import Answer, CheckResult
 from ramgguf.evaluate.embedding_report import embedding_report
 from ramgguf.evaluate.embedding_result import EmbeddingResult
@@ -120,7 +120,7 @@ def _decibels(value: float) -> str:
 
 def _measurement(measured: Measurement) -> str:
     n_kept = sum(t.kept is not None for t in measured.tensors)
-    counts = f"{len(measured.tensors)} tensors, {measured.n_weights:,} weights"
+    counts = f"{format_count(len(measured.tensors), 'tensor')}, {measured.n_weights:,} weights"
     told = [f"{counts}; encoder {measured.encoder}; kept as they are: {n_kept}"]
     if measured.imatrix is not None:
         told.append(f"errors weighed by {measured.imatrix.path}")

@@ -338,7 +338,7 @@ def test_more_requests_than_may_wait_are_refused_with_a_time_to_come_back() -> N
         front.api._admit()
     status, text, headers = front.ask(COMPLETIONS, {})
     assert (status, headers["retry-after"]) == (429, "1")
-    assert "2 requests wait" in text
+    assert "too many requests wait (2 may)" in text
 
 
 def test_a_client_that_goes_away_takes_its_work_with_it() -> None:

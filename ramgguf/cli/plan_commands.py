@@ -234,9 +234,10 @@ def _is_frontier(path: Path) -> bool:
 def explain(
     plan: Annotated[Path, typer.Argument(help="From plan, or quantize --save-plan.")],
     tensor: Annotated[str | None, typer.Argument(help="One tensor, in full.")] = None,
+    *,
     measurement: Annotated[
         Path, typer.Option("--measurement", "-m", help="What the plan was made from.")
-    ] = ...,  # type: ignore[assignment]  # required
+    ],
     sensitivity: opt.SensitivityFile = None,
     as_json: opt.AsJson = False,
     quiet: opt.Quiet = False,

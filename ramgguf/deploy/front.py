@@ -15,6 +15,7 @@ import threading
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
+from importlib import import_module
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -577,7 +578,7 @@ async def serve(front: Front, say: Callable[[BaseModel], None]) -> None:
     """Bind, load the model, serve until stdin ends. Raises EngineError, ChildDiedError."""
     started = time.perf_counter()
     try:
-        import starlette.applications  # noqa: F401  # is it there?
+        import_module("starlette.applications")
         import uvicorn
     except ImportError as e:
         raise EngineError(

@@ -68,7 +68,7 @@ class StubModel:
 
     async def submit(self, message: Any) -> Job:
         self.asked.append(message)
-        job = Job(self, message)  # type: ignore[arg-type]
+        job = Job(self, message)  # type: ignore[arg-type]  # a stub, as far as a job asks
         for answer in self._answers(message):
             job.answers.put_nowait(answer)
         return job
@@ -82,7 +82,7 @@ class Fronted:
     ) -> None:
         self.model = StubModel(answers)
         serve = SERVE.model_copy(update={"api_key": key})
-        self.api = Api(Front(serve=serve, worker="w", limits=limits), self.model)  # type: ignore[arg-type]
+        self.api = Api(Front(serve=serve, worker="w", limits=limits), self.model)  # type: ignore[arg-type]  # the stub
         self._app = self.api.app()
 
     def ask(

@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from feedback_inputs import correlated, weights
+from feedback_inputs import correlated, hessian_of, importance_of, weights
 from ramgguf import _core
 from ramgguf.quants import formats
 from ramgguf.quants.encoders import descent, gptq
-from ramgguf.quants.hessian import Hessian
 
 Floats = NDArray[np.float32]
 Blocks = NDArray[np.uint8]
@@ -56,9 +55,8 @@ def test_every_row_comes_out_better_and_the_errors_are_true(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(gptq.SCALAR_FORMATS))
 def test_it_starts_from_error_feedback_and_ends_below(name: str) -> None:
-    x, w = correlated(N, 2000, 5), weights(24, N, 5)
-    hessian = Hessian.of(x.T @ x, 2000)
-    importance = np.ascontiguousarray(np.diag(hessian.mean))
+    hessian, w = hessian_of(N, 5), weights(24, N, 5)
+    importance = importance_of(hessian)
     start = gptq.encode(name, w, hessian, importance)
     end = descent.encode(name, w, hessian, importance)
     damped = hessian.damped

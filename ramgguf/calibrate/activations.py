@@ -522,7 +522,7 @@ def calibrate(
     are read. hessian also takes XᵀX of the inputs of the weights whose name hessian_pattern finds.
     announce gets the cost once it is known.
 
-    stand_in is what meets the tokens: none (the model), q8_0, q6_k or q4_k (a quick quantization of
+    stand_in is what runs the passes: none (the model), q8_0, q6_k or q4_k (a quick quantization of
     it, written to folder meanwhile), auto (the model where it fits the memory, else the largest of
     these that fits), or a stand-in that is there already.
 

@@ -115,7 +115,7 @@ def transform(
     as_json: opt.AsJson = False,
     quiet: opt.Quiet = False,
 ) -> None:
-    """Choose scales for columns that leave what the model computes, and help blocks to round it.
+    """Choose column scales: blocks round better, and the model computes the same.
 
     `quantize --scales` takes the file. Norms, up and V are divided by what the columns of the
     weights after them are multiplied with, so that nothing is added to the output.

@@ -238,7 +238,10 @@ def explain(
     measurement: Annotated[
         Path, typer.Option("--measurement", "-m", help="What the plan was made from.")
     ],
-    sensitivity: opt.SensitivityFile = None,
+    sensitivity: Annotated[
+        Path | None,
+        typer.Option("--sensitivity", help="The sensitivities that it was made by, if it was."),
+    ] = None,
     as_json: opt.AsJson = False,
     quiet: opt.Quiet = False,
 ) -> None:

@@ -48,9 +48,9 @@ class Coverage:
             )
         if self.n_unused:
             found.append(
-                f"no token met {format_count(self.n_unused, 'expert')} of "
-                f"{format_count(self.n_unused_in, 'tensor')} when the matrix was made: each has "
-                "the mean of its tensor's others"
+                f"{format_count(self.n_unused, 'expert')} of "
+                f"{format_count(self.n_unused_in, 'tensor')} saw no token when the matrix was "
+                "made: each has the mean of its tensor's others"
             )
         if self.no_hessian:
             found.append(

@@ -470,7 +470,7 @@ def write_imatrix(
             arrays[f"{name}.in_sum2"] = np.minimum(entry.sums, limit).astype(np.float32)
             arrays[f"{name}.counts"] = entry.counts.astype(np.float32)[:, None]
     if not arrays:
-        raise ImatrixError(f"{path}: no weight met any input; is it a language model?")
+        raise ImatrixError(f"{path}: no weight has any input; is it a language model?")
     keys: Keys = {
         "general.type": string("imatrix"),
         "imatrix.datasets": (dataset,),

@@ -16,12 +16,12 @@ def print_calibration(found: Calibration, out: Console) -> None:
         soft_wrap=True,
     )
     if found.n_resumed:
-        out.print(f"a run that was killed has met {found.n_resumed} of the tokens")
+        out.print(f"a run that was killed had read {found.n_resumed} of the tokens")
     if found.stand_in:
-        out.print(f"a stand-in in {found.stand_in} met the tokens, not the model itself")
+        out.print(f"a stand-in in {found.stand_in} read the tokens, not the model itself")
     if found.n_unused:
         out.print(
-            f"{format_count(found.n_unused, 'expert')} without a token, with the mean of the others"
+            f"{format_count(found.n_unused, 'expert')} saw no token: given the mean of the others"
         )
     if found.missed:
         first = ", ".join(found.missed[:3])

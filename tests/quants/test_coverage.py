@@ -287,7 +287,7 @@ def test_experts_that_saw_no_token_are_counted(tmp_path: Path) -> None:
     names = [*_names(EXPERTS), "output.weight"]
     found = _found(model, _imatrix(tmp_path / "i.gguf", names, unused=2))
     (note,) = found.notes()
-    assert note.startswith("no token met 12 experts of 6 tensors when the matrix was made: each")
+    assert note.startswith("12 experts of 6 tensors saw no token when the matrix was made: each")
 
 
 def _keys(path: Path) -> set[str]:

@@ -36,9 +36,10 @@ def run(command: Sequence[str]) -> Measured:
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace"
     )
     assert process.stdout is not None
-    assert process.stderr is not None
+    stderr = process.stderr
+    assert stderr is not None
     said: list[str] = []
-    listener = threading.Thread(target=lambda: said.append(process.stderr.read()))  # type: ignore[union-attr]
+    listener = threading.Thread(target=lambda: said.append(stderr.read()))
     listener.start()
     peak = [0]
     stop = threading.Event()

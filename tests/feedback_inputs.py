@@ -3,6 +3,8 @@
 import numpy as np
 from numpy.typing import NDArray
 
+from ramgguf.quants.hessian import Hessian
+
 Floats = NDArray[np.float32]
 
 
@@ -17,3 +19,14 @@ def correlated(n: int, n_tokens: int, seed: int) -> Floats:
 def weights(n_rows: int, n: int, seed: int) -> Floats:
     """Return rows of weights, (rows, n)."""
     return np.random.default_rng(seed).standard_t(5, (n_rows, n)).astype(np.float32)
+
+
+def hessian_of(n: int, seed: int) -> Hessian:
+    """Return that of correlated inputs of n columns."""
+    x = correlated(n, 4 * n, seed)
+    return Hessian.of(x.T @ x, len(x))
+
+
+def importance_of(hessian: Hessian) -> Floats:
+    """Return the mean square of each column."""
+    return np.ascontiguousarray(np.diag(hessian.mean))

@@ -125,21 +125,12 @@ struct IQ3_S {
     };
     static_assert(sizeof(Block) == 110, "IQ3_S is 110 bytes per 256 weights");
 
-    struct Fit {
+    struct Fit : OddFields {
         PerBlock scale, inverse;  // d * (1 + 2 scale), 1 / that or 0
         PerBlock fields;          // 1 + 2 scale, for pack
         uint16_t d;               // F16
         bool overflow;
         uint8_t chosen[kUnit];  // the magnitudes that `search` chose
-
-        static constexpr float kLargestField = 31.0f;
-
-        // The nearest of 1, 3 .. 31.
-        static RAMGGUF_INLINE Lanes nearest_field(Lanes v) {
-            const Lanes rank =
-                round_even((clamp(v, 1.0f, kLargestField) - broadcast(1.0f)) * broadcast(0.5f));
-            return rank + rank + broadcast(1.0f);
-        }
 
         RAMGGUF_INLINE void set(uint16_t d_, Lanes fields_) {
             d = d_;

@@ -24,7 +24,7 @@ from ramgguf.core.inputs import protected
 from ramgguf.core.parallel import default_threads
 from ramgguf.core.progress import Progress, Silent, followed_by
 from ramgguf.core.scratch import scratch_folder
-from ramgguf.core.units import format_bytes, format_seconds
+from ramgguf.core.units import format_bytes, format_count, format_seconds
 from ramgguf.core.version import __version__
 from ramgguf.gguf.architecture import HEAD, TOKEN_EMBEDDING, is_multiplied, layer_of
 from ramgguf.gguf.hub import local_path
@@ -257,8 +257,7 @@ def _has_room(folder: Path, gram_bytes: int, announce: Callable[[str], None]) ->
 
 def _before_hessians(progress: Progress, n: int) -> AbstractContextManager[None]:
     """Let the progress show that n passes for Hessians come next, if any do."""
-    passes = f"{n} pass{'es' * (n > 1)} for Hessians"
-    return followed_by(progress, passes) if n else nullcontext()
+    return followed_by(progress, f"{format_count(n, 'pass')} for Hessians") if n else nullcontext()
 
 
 class _Run:
@@ -344,7 +343,7 @@ class _Run:
         if whole is not None:
             return whole
         with _before_hessians(self._progress, n_more):
-            self._read(self._sequences, f", with XᵀX of {len(grams)} inputs")
+            self._read(self._sequences, f", with XᵀX of {format_count(len(grams), 'input')}")
         return self._collect(number, grams)
 
     def _begin(self, names: tuple[str, ...], grams: tuple[str, ...]) -> tuple[int, KeptFile | None]:
@@ -399,8 +398,8 @@ class _Run:
                 if is_own and number == 2 and found.n_tokens:  # the first step is slow
                     seconds = total * found.seconds / found.n_tokens
                     self._announce(
-                        f"{n_sequences} sequences of {request.n_ctx} tokens (self), about "
-                        f"{format_seconds(seconds)} to draw"
+                        f"{format_count(n_sequences, 'sequence')} of {request.n_ctx} tokens "
+                        f"(self), about {format_seconds(seconds)} to draw"
                     )
                 if found.ids is not None:
                     drawn.append(found.ids)
@@ -526,7 +525,7 @@ def calibrate(
     are read. hessian also takes XᵀX of the inputs of the weights whose name hessian_pattern finds.
     announce gets the cost once it is known.
 
-    stand_in is what meets the tokens: none (the model), q8_0, q6_k or q4_k (a quick quantization of
+    stand_in is what runs the passes: none (the model), q8_0, q6_k or q4_k (a quick quantization of
     it, written to folder meanwhile), auto (the model where it fits the memory, else the largest of
     these that fits), or a stand-in that is there already.
 

@@ -9,7 +9,7 @@ import ramgguf as api
 from ramgguf.calibrate import N_SEQUENCES
 from ramgguf.cli import options as opt
 from ramgguf.core.escape import to_json
-from ramgguf.core.units import format_bytes, parse_size
+from ramgguf.core.units import format_bytes, format_count, parse_size
 from ramgguf.gguf.hub import beside
 from ramgguf.gguf.shards import model_stem
 from ramgguf.llama.tokens import N_CTX
@@ -115,7 +115,7 @@ def transform(
     as_json: opt.AsJson = False,
     quiet: opt.Quiet = False,
 ) -> None:
-    """Choose scales for columns that leave what the model computes, and help blocks to round it.
+    """Choose column scales: blocks round better, and the model computes the same.
 
     `quantize --scales` takes the file. Norms, up and V are divided by what the columns of the
     weights after them are multiplied with, so that nothing is added to the output.
@@ -137,7 +137,8 @@ def transform(
         return
     said = "" if found.kld is None else f"; the scaled model has KLD {found.kld:.2g} to the model"
     terminal.out.print(
-        f"{found.path}: scales of {found.n_tensors} tensors at {found.n_folds} places{said}",
+        f"{found.path}: scales of {format_count(found.n_tensors, 'tensor')} at "
+        f"{format_count(found.n_folds, 'place')}{said}",
         soft_wrap=True,
     )
 

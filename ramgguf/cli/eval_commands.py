@@ -92,7 +92,8 @@ NSeq = Annotated[
     int | None, typer.Option("--n-seq", min=1, help="Sequences to score, or texts to embed.")
 ]
 Seed = Annotated[
-    int | None, typer.Option("--seed", help="Seed of the draw of sequences (ram); default: 42.")
+    int | None,
+    typer.Option("--seed", help="Seed of the draw of sequences (ram, warm); default: 42."),
 ]
 Bos = Annotated[bool, typer.Option("--bos", help="Start every sequence with BOS (ram).")]
 TextFile = Annotated[

@@ -12,7 +12,7 @@ from ramgguf.core.machine import available_memory
 from ramgguf.core.units import parse_size
 from ramgguf.deploy import MemoryLimit, MemoryRequest
 from ramgguf.deploy.beside import BesideModel
-from ramgguf.deploy.division import CPU_FORMATS
+from ramgguf.deploy.division_rooms import CPU_FORMATS
 from ramgguf.deploy.footprint import parse_cache_types
 from ramgguf.deploy.footprint_formula import ContextShape
 from ramgguf.plan import ByteLimit, SizeLimit

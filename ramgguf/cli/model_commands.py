@@ -21,7 +21,7 @@ from ramgguf.cluster.executors import connected
 from ramgguf.core.escape import to_json
 from ramgguf.core.machine import Available, available_memory, within_cgroup
 from ramgguf.core.parallel import default_threads
-from ramgguf.core.units import format_seconds, parse_seconds, parse_size
+from ramgguf.core.units import format_count, format_seconds, parse_seconds, parse_size
 from ramgguf.deploy import MemoryRequest
 from ramgguf.deploy.checking import CheckRequest, check_file
 from ramgguf.deploy.footprint_formula import ContextShape
@@ -388,7 +388,7 @@ def _summary(made: api.Quantized, checked: CheckResult | None) -> dict[str, obje
         "mmproj": None if made.mmproj is None else _summary_of_projector(made.mmproj),
         "budget": made.plan.budget,
         "memory": made.plan.memory.model_dump() if made.plan.memory else None,
-        "split": made.plan.split.model_dump() if made.plan.split else None,
+        "division": made.plan.division.model_dump() if made.plan.division else None,
         "speed": made.plan.speed.model_dump() if made.plan.speed else None,
         "check": None if checked is None else json.loads(checked.to_json()),
         "bpw": made.plan.bpw,
@@ -450,9 +450,9 @@ def measure(
     n_points = sum(len(t.points) for t in measured.tensors)
     rate = measured.n_weights / measured.seconds / 1e6
     terminal.out.print(
-        f"{path}: {n_points} points of {len(measured.tensors)} tensors, "
-        f"{measured.n_weights:,} weights, in {format_seconds(measured.seconds)} "
-        f"({rate:,.0f} M weights/s)"
+        f"{path}: {format_count(n_points, 'point')} of "
+        f"{format_count(len(measured.tensors), 'tensor')}, {measured.n_weights:,} weights, in "
+        f"{format_seconds(measured.seconds)} ({rate:,.0f} M weights/s)"
     )
     for note in measured.notes:
         terminal.out.print(f"note: {note}", soft_wrap=True)

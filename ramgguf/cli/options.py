@@ -77,7 +77,7 @@ StandInOption = Annotated[
     str,
     typer.Option(
         "--stand-in",
-        help="What meets the tokens: none (the model), q8_0, q6_k, q4_k (a quick quantization of "
+        help="What runs the passes: none (the model), q8_0, q6_k, q4_k (a quick quantization of "
         "it), auto (the model if it fits the memory, else the largest of these that fits; for "
         "sensitivities always the model).",
     ),

@@ -169,7 +169,7 @@ def curve(
     print_curve(made, plans, terminal.out)
     for found in plans:
         if found.memory is not None:
-            print_memory(found.memory, found.split, terminal.out)
+            print_memory(found.memory, found.division, terminal.out)
 
 
 def _speed_front(
@@ -234,10 +234,14 @@ def _is_frontier(path: Path) -> bool:
 def explain(
     plan: Annotated[Path, typer.Argument(help="From plan, or quantize --save-plan.")],
     tensor: Annotated[str | None, typer.Argument(help="One tensor, in full.")] = None,
+    *,
     measurement: Annotated[
         Path, typer.Option("--measurement", "-m", help="What the plan was made from.")
-    ] = ...,  # type: ignore[assignment]  # required
-    sensitivity: opt.SensitivityFile = None,
+    ],
+    sensitivity: Annotated[
+        Path | None,
+        typer.Option("--sensitivity", help="The sensitivities that it was made by, if it was."),
+    ] = None,
     as_json: opt.AsJson = False,
     quiet: opt.Quiet = False,
 ) -> None:

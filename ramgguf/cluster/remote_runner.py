@@ -10,6 +10,7 @@ import numpy as np
 from ramgguf.cluster.tasks import RunnerKey, RunnerRequest, Task
 from ramgguf.cluster.worker_pool import PassCrashError, WorkerPool
 from ramgguf.core.errors import EngineError
+from ramgguf.core.units import format_count
 from ramgguf.gguf.identity import FileIdentity
 from ramgguf.gguf.reader import GGUFFile
 from ramgguf.llama.forward import ForwardRequest, ForwardResult, joint_fingerprint
@@ -178,7 +179,7 @@ class RemoteRunner:
     def _compare(self, wanted: ForwardRequest) -> Task:
         ids = tuple(pack_ids(part) for part in wanted.sequences)
         numbers = [str(self._prepared.index(i)) for i in ids if i in self._prepared]
-        changed = f"{len(wanted.changes)} tensors changed"
+        changed = f"{format_count(len(wanted.changes), 'tensor')} changed"
         if len(wanted.changes) == 1:
             changed = "{} as {}".format(*wanted.changes[0])
         label = f"{changed}, sequence {' and '.join(numbers) or '?'}"

@@ -22,6 +22,7 @@ from ramgguf.cluster.tasks import (
 )
 from ramgguf.cluster.worker import perform
 from ramgguf.core.errors import EngineError
+from ramgguf.core.units import format_count
 from ramgguf.core.version import __version__
 from ramgguf.llama.client import CrashError, ModelError, WrongKindError
 
@@ -151,7 +152,7 @@ def _outcome(future: Future[Done | Failed], task: Task) -> Done | Failed:
 
 
 def _killed(task: Task, n_workers: int) -> EngineError:
-    message = f"{task.label}: {n_workers} workers died, one after the other, while they had it"
+    message = f"{task.label}: {format_count(n_workers, 'worker')} died with it, one after the other"
     if isinstance(task.key, EngineKey) and len(task.key.models) <= 2:
         return CrashError(len(task.key.models) - 1, None, message, None)
     return EngineError(message)

@@ -71,9 +71,14 @@ def format_bytes(n_bytes: float) -> str:
     return f"{n_bytes:.0f} B"
 
 
-def format_threads(n: int) -> str:
-    """Return a number of threads in words: '1 thread', '8 threads'."""
-    return "1 thread" if n == 1 else f"{n} threads"
+_PLURALS = {"matrix": "matrices", "pass": "passes"}  # of nouns that take more than an s
+
+
+def format_count(n: float, noun: str, spec: str = "") -> str:
+    """Return a number of things: '1 thread', '8 threads', with the spec ',' '1,280 tokens'."""
+    before, _, last = noun.rpartition(" ")
+    plural = f"{before} {_PLURALS.get(last, f'{last}s')}".strip()
+    return f"{n:{spec}} {noun if n == 1 else plural}"
 
 
 def format_seconds(seconds: float) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from ramgguf.core.errors import EngineError
 from ramgguf.core.machine import Available, memory_limit
 from ramgguf.core.parallel import default_threads
-from ramgguf.core.units import format_bytes
+from ramgguf.core.units import format_bytes, format_count
 from ramgguf.core.version import __version__
 from ramgguf.deploy.collapse_checks import (
     KNOWN_TEXT,
@@ -18,7 +18,7 @@ from ramgguf.deploy.collapse_checks import (
     perplexity,
     signs,
 )
-from ramgguf.deploy.division import MemoryRequest
+from ramgguf.deploy.division_rooms import MemoryRequest
 from ramgguf.deploy.footprint import Footprint, FootprintEstimator, parse_cache_types
 from ramgguf.deploy.footprint_formula import ContextShape
 from ramgguf.deploy.memory import MemoryPlanner
@@ -165,7 +165,7 @@ def _try(
             n_generated = max(1, min(request.n_generated, shape.n_ctx // 2))
             found.filled = child.ask(Fill(text=KNOWN_TEXT, n_generated=n_generated), Filled)
             found.peak_bytes = found.filled.peak_bytes
-            announce(f"{path.name}: timing {request.n_repeats} repeats")
+            announce(f"{path.name}: timing {format_count(request.n_repeats, 'repeat')}")
             found.stage = "time"
             timing = Time(
                 text=KNOWN_TEXT,

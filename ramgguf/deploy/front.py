@@ -15,6 +15,7 @@ import threading
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
+from importlib import import_module
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -212,7 +213,9 @@ class Api:
     def _admit(self) -> None:
         """Count a request in. Raises RequestError when as many wait as may."""
         if self._n_admitted > self._limits.n_waiting:
-            raise RequestError(429, f"{self._limits.n_waiting} requests wait already; try again")
+            raise RequestError(
+                429, f"too many requests wait ({self._limits.n_waiting} may); try again"
+            )
         self._n_admitted += 1
 
     async def _health(self, _: Any) -> Any:
@@ -575,7 +578,7 @@ async def serve(front: Front, say: Callable[[BaseModel], None]) -> None:
     """Bind, load the model, serve until stdin ends. Raises EngineError, ChildDiedError."""
     started = time.perf_counter()
     try:
-        import starlette.applications  # noqa: F401  # is it there?
+        import_module("starlette.applications")
         import uvicorn
     except ImportError as e:
         raise EngineError(

@@ -15,6 +15,7 @@ from typing import Any
 from pydantic import BaseModel, TypeAdapter
 
 from ramgguf.core.errors import EngineError
+from ramgguf.core.units import format_count
 from ramgguf.deploy.front_requests import Limits
 from ramgguf.llama.child import PYTHON, ChildDiedError, Failure, describe_exit
 from ramgguf.llama.server_protocol import (
@@ -218,7 +219,9 @@ class Model:
                 await self._turn.acquire()
         except TimeoutError:
             raise RequestError(
-                503, f"others were answered for {self._limits.seconds:g} seconds; try again"
+                503,
+                f"others were answered for {format_count(self._limits.seconds, 'second', 'g')}; "
+                "try again",
             ) from None
         job = Job(self, message)
         try:
@@ -246,7 +249,9 @@ class Model:
                     await job.ended.wait()
             except TimeoutError:
                 job.answers.put_nowait(
-                    RequestError(503, f"the answer took longer than {seconds:g} seconds")
+                    RequestError(
+                        503, f"the answer took longer than {format_count(seconds, 'second', 'g')}"
+                    )
                 )
                 await process.send(Cancel(id=job.message.id))
                 try:
@@ -308,7 +313,8 @@ class Templates:
                 done = bool(line)
             except TimeoutError:
                 raise RequestError(
-                    400, f"the chat template took longer than {seconds:g} seconds"
+                    400,
+                    f"the chat template took longer than {format_count(seconds, 'second', 'g')}",
                 ) from None
             finally:
                 if not done:  # also when the client went away: its answer must not be the next's
@@ -339,7 +345,9 @@ async def checked_grammar(request: CheckGrammar, limits: Limits) -> str:
         if not begun:
             raise RequestError(503, "the process for grammars does not start") from None
         raise RequestError(
-            400, f"the grammar took longer than {limits.grammar_seconds:g} seconds to parse"
+            400,
+            f"the grammar took longer than {format_count(limits.grammar_seconds, 'second', 'g')} "
+            "to parse",
         ) from None
     finally:
         process.kill()

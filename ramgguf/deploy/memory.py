@@ -9,7 +9,7 @@ from pathlib import Path
 from ramgguf.core.errors import BudgetError, PlanError
 from ramgguf.core.units import format_bytes
 from ramgguf.deploy.beside import BesideEstimator
-from ramgguf.deploy.division import DivisionRooms, MemoryRequest, smaller_rooms
+from ramgguf.deploy.division_rooms import DivisionRooms, MemoryRequest, smaller_rooms
 from ramgguf.deploy.footprint import Footprint, FootprintEstimator
 from ramgguf.deploy.footprint_formula import ContextShape
 from ramgguf.deploy.offload import Placed, place
@@ -18,8 +18,8 @@ from ramgguf.gguf.identity import difference
 from ramgguf.gguf.layout import planned_header_bytes
 from ramgguf.gguf.reader import GGUFFile, open_gguf
 from ramgguf.measure.result import Measurement
-from ramgguf.plan import ByteLimit, PlanAt, SourceSize, SplitRoom
-from ramgguf.plan.result import MemoryBudget, Plan, Split
+from ramgguf.plan import ByteLimit, DivisionRoom, PlanAt, SourceSize
+from ramgguf.plan.result import Division, MemoryBudget, Plan
 
 _MOST_ROUNDS = 24
 _ROUNDS_BOTH_WAYS = 2  # of two memories: what a division leaves may grow, too; then only shrink
@@ -71,7 +71,7 @@ class MemoryPlanner:
                 for limit, use in ((room.ram, placed.ram), (room.vram, placed.vram))
             )
             for room in self._rooms.of(footprint, {})
-            for placed in (place(footprint, room.split),)
+            for placed in (place(footprint, room.division),)
         )
         if left <= 0:
             raise self._too_small(None)
@@ -110,7 +110,7 @@ class MemoryPlanner:
                     raise
                 raise self._too_small(e.smallest) from None
             footprint = self._planned(made)
-            placed = place(footprint, Split(n_gpu_layers=0))
+            placed = place(footprint, Division(n_gpu_layers=0))
             excess = self._excess(placed)
             if excess <= 0:
                 return made, placed, footprint
@@ -143,9 +143,9 @@ class MemoryPlanner:
                     rooms = self._rooms.of(source.scaled(share), {}, share)
                     continue
                 raise self._no_division(plan_for, budget, rooms, e.smallest) from None
-            assert made.split is not None
+            assert made.division is not None
             footprint = self._planned(made)
-            placed = place(footprint, made.split)
+            placed = place(footprint, made.division)
             if self._excess(placed) <= 0:
                 made = made.model_copy(update={"budget": made.n_bytes})
                 if fitting is None or made.total_cost <= fitting[0].total_cost:
@@ -163,7 +163,7 @@ class MemoryPlanner:
         return self._footprint(self._request.shape, types, made.mmproj)
 
     def _no_division(
-        self, plan_for: PlanAt, budget: int, rooms: Sequence[SplitRoom], smallest: int
+        self, plan_for: PlanAt, budget: int, rooms: Sequence[DivisionRoom], smallest: int
     ) -> BudgetError:
         """Return the error of two memories too small, and whether other formats would fit."""
         error = self._too_small(smallest)
@@ -206,7 +206,7 @@ class MemoryPlanner:
             method=footprint.method,
             why_estimate=footprint.why_estimate,
             ram=placed.ram,
-            n_gpu_layers=placed.split.n_gpu_layers if request.offloads else None,
+            n_gpu_layers=placed.division.n_gpu_layers if request.offloads else None,
             vram_limit=request.vram,
             vram=placed.vram if request.offloads else None,
             beside=self._beside.uses(shape, mmproj),
@@ -229,7 +229,7 @@ class MemoryPlanner:
         )
         if request.offloads:
             footprint = self._footprint(shape, {})
-            gpu = place(footprint, self._rooms.splits(footprint)[0]).vram
+            gpu = place(footprint, self._rooms.divisions(footprint)[0]).vram
             message += (
                 f"; on the GPU, compute buffers {format_bytes(gpu.compute)}, overhead "
                 f"{format_bytes(gpu.overhead)}"
@@ -283,7 +283,7 @@ class MemoryPlanner:
             share = (n_bytes - self._header_bytes) / footprint.use.weights
             overhead = footprint.overhead + besides(n_ctx)
             scaled = replace(footprint.scaled(share), overhead=overhead)
-            return any(self._excess(place(scaled, s)) <= 0 for s in self._rooms.splits(scaled))
+            return any(self._excess(place(scaled, s)) <= 0 for s in self._rooms.divisions(scaled))
 
         low, high = 0, shape.n_ctx // CONTEXT_STEP
         while low < high:

@@ -1,7 +1,7 @@
 """What a division of the model takes of RAM and of a GPU's memory.
 
-Which layers and experts lie where is ramgguf.plan.split's; a layer's cache is where the layer is.
-Not measured on a GPU; tests compare the sums with what llama.cpp plans for a stand-in.
+Which layers and experts lie where is ramgguf.plan.division's; a layer's cache is where the layer
+is. Not measured on a GPU; tests compare the sums with what llama.cpp plans for a stand-in.
 """
 
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from ramgguf.deploy.footprint import Footprint
 from ramgguf.deploy.footprint_formula import N_UBATCH
 from ramgguf.plan import Offloaded, everything
-from ramgguf.plan.result import MemoryUse, Split
+from ramgguf.plan.result import Division, MemoryUse
 
 # An allowance for what the driver and its libraries take for themselves.
 _GPU_OVERHEAD = 500_000_000
@@ -19,12 +19,12 @@ _GPU_OVERHEAD = 500_000_000
 class Placed:
     """A model divided between RAM and a GPU's memory."""
 
-    split: Split
+    division: Division
     ram: MemoryUse
     vram: MemoryUse
 
 
-def place(footprint: Footprint, split: Split) -> Placed:
+def place(footprint: Footprint, division: Division) -> Placed:
     """Return where everything goes.
 
     Tied embeddings count twice when the output layer is offloaded. The graph's memory is counted
@@ -32,10 +32,10 @@ def place(footprint: Footprint, split: Split) -> Placed:
     a copy of one of RAM's tensors, for it multiplies with them in long prompts. RAM keeps the
     embeddings of a batch and its mask with everything offloaded.
     """
-    n = min(split.n_gpu_layers, everything(footprint.n_layers))
+    n = min(division.n_gpu_layers, everything(footprint.n_layers))
     if n == 0:
-        return Placed(Split(n_gpu_layers=0), footprint.use, MemoryUse())
-    offloaded = Offloaded.of(split, footprint.n_layers)
+        return Placed(Division(n_gpu_layers=0), footprint.use, MemoryUse())
+    offloaded = Offloaded.of(division, footprint.n_layers)
     first, kept = offloaded.first, offloaded.without_experts
     experts = sum(footprint.layer_experts[i] for i in kept)
     copied = [i for i in kept if footprint.layer_experts[i]]
@@ -60,4 +60,4 @@ def place(footprint: Footprint, split: Split) -> Placed:
         compute=footprint.compute + 2 * footprint.hidden if computes else inputs,
         overhead=footprint.overhead,
     )
-    return Placed(split.model_copy(update={"n_gpu_layers": n}), ram, vram)
+    return Placed(division.model_copy(update={"n_gpu_layers": n}), ram, vram)

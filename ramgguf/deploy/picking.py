@@ -9,9 +9,9 @@ from typing import Any, Unpack
 
 from ramgguf.core.errors import BudgetError, EngineError
 from ramgguf.core.progress import Progress
-from ramgguf.core.units import format_bytes, format_seconds
+from ramgguf.core.units import format_bytes, format_count, format_seconds
 from ramgguf.deploy.checking import CheckRequest, check_file
-from ramgguf.deploy.division import MemoryRequest
+from ramgguf.deploy.division_rooms import MemoryRequest
 from ramgguf.deploy.memory import MemoryLimit
 from ramgguf.deploy.result import CheckResult
 from ramgguf.evaluate import evaluate
@@ -107,7 +107,8 @@ class Picked:
         ends = f"{format_bytes(frontier.start_bytes)} to {format_bytes(frontier.end_bytes)}"
         return (
             f"size: {format_bytes(self.plan.n_bytes)}, {self.plan.bpw:.2f} bpw, the best of "
-            f"{len(frontier.steps) + 1} optimal plans from {ends} that fits (try {self.n_tried})"
+            f"{format_count(len(frontier.steps) + 1, 'optimal plan')} from {ends} that fits (try "
+            f"{self.n_tried})"
         )
 
     def _trial(self) -> str:
@@ -143,7 +144,8 @@ class Picked:
         ratio = math.exp((own - original) / max(1, found.n_scored))
         return (
             f"quality: KLD {found.kld_mean:.4f} nats per token and {ratio:.3f} × the perplexity of "
-            f"the original, on {len(found.sequences)} sequences of {self.request.n_ctx} tokens"
+            f"the original, on {format_count(len(found.sequences), 'sequence')} of "
+            f"{self.request.n_ctx} tokens"
         )
 
 

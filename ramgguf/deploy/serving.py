@@ -14,7 +14,7 @@ from ramgguf.core.errors import BudgetError, EngineError, ResultError
 from ramgguf.core.machine import Available
 from ramgguf.core.units import format_bytes
 from ramgguf.deploy.collapse_checks import KNOWN_TEXT
-from ramgguf.deploy.division import MemoryRequest
+from ramgguf.deploy.division_rooms import MemoryRequest
 from ramgguf.deploy.footprint import FootprintEstimator
 from ramgguf.deploy.footprint_formula import ContextShape
 from ramgguf.deploy.front import LOOPBACK, Front

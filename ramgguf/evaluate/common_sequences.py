@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ramgguf.core.errors import ResultError
+from ramgguf.core.units import format_count
 from ramgguf.evaluate.result import EvalResult, SequenceScore, incomparable, kld_figures
 from ramgguf.gguf.identity import difference
 
@@ -43,15 +44,16 @@ def common_sequences(results: Sequence[EvalResult]) -> Common:
     indices = tuple(sorted(shared))
     notes = [_left_out(r) for r in left_out]
     notes += [
-        f"{r.model.label} gave NaN or infinite logits in {len(r.broken)} sequences, which no model "
-        "is ranked on: distrust it"
+        f"{r.model.label} gave NaN or infinite logits in "
+        f"{format_count(len(r.broken), 'sequence')}, which no model is ranked on: distrust it"
         for r in kept
         if r.broken
     ]
     most = max(len(r.sequences) for r in kept)
     if len(shared) < most:
         notes.append(
-            f"Everything is computed on the {len(shared)} sequences that all finished, of {most}"
+            f"Everything is computed on the {format_count(len(shared), 'sequence')} that all "
+            f"finished, of {most}"
         )
     cut = [_cut(r, shared) for r in kept]
     _check_same_tokens(cut)
@@ -79,8 +81,8 @@ def partial_line(result: EvalResult) -> str | None:
     if n + len(result.broken) >= wanted:
         return None
     return (
-        f"{result.model.label} is partial: {n} of {wanted} sequences, the first of the text; its "
-        "figures are not the protocol's. `ramgguf eval --resume` finishes it"
+        f"{result.model.label} is partial: {n} of {format_count(wanted, 'sequence')}, the first of "
+        "the text; its figures are not the protocol's. `ramgguf eval --resume` finishes it"
     )
 
 
@@ -97,8 +99,9 @@ def _is_whole(result: EvalResult) -> bool:
 
 def _left_out(result: EvalResult) -> str:
     return (
-        f"{result.model.label} finished {len(result.sequences)} of {result.protocol.n_seq} "
-        "sequences and is not ranked" + (f": {result.failure}" if result.failure else "")
+        f"{result.model.label} finished {len(result.sequences)} of "
+        f"{format_count(result.protocol.n_seq, 'sequence')} "
+        "and is not ranked" + (f": {result.failure}" if result.failure else "")
     )
 
 

@@ -19,6 +19,7 @@ from ramgguf.core.inputs import protected, read_bytes
 from ramgguf.core.line_file import LineFile, whole_lines
 from ramgguf.core.parallel import default_threads
 from ramgguf.core.progress import Progress, Silent
+from ramgguf.core.units import format_count
 from ramgguf.core.version import __version__
 from ramgguf.evaluate.corpora import DOMAINS, scored_texts
 from ramgguf.evaluate.evaluation import identify
@@ -231,8 +232,8 @@ def _prompts(
         n_windows = len(ids) // PROMPT_TOKENS
         if n_windows < n:
             raise EngineError(
-                f"{name} gives {n_windows} prompts of {PROMPT_TOKENS} tokens, {n} are needed: use "
-                "fewer prompts, more domains or a longer text"
+                f"{name} gives {format_count(n_windows, 'prompt')} of {PROMPT_TOKENS} tokens, {n} "
+                "are needed: use fewer prompts, more domains or a longer text"
             )
         for k in range(n):
             start = (k * n_windows // n) * PROMPT_TOKENS

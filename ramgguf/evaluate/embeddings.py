@@ -15,6 +15,7 @@ import numpy.typing as npt
 from ramgguf.core.corpus import Corpus
 from ramgguf.core.errors import EngineError
 from ramgguf.core.progress import Progress
+from ramgguf.core.units import format_count
 from ramgguf.core.version import __version__
 from ramgguf.evaluate.embedding_result import N_NEIGHBOURS, EmbeddingResult, TextScore
 from ramgguf.evaluate.journal import Journal
@@ -151,16 +152,17 @@ def _tokenized(engine: Engine, protocol: EvalProtocol, n_ctx: int) -> _Tokenized
     n = protocol.n_seq or N_TEXTS
     if min(n, len(lines)) < MIN_UNITS:
         raise EngineError(
-            f"{corpus.name} has {len(lines)} lines of at least {MIN_TEXT_BYTES} bytes and {n} texts"
-            f" are asked for; similarities need at least {MIN_UNITS} texts"
+            f"{corpus.name} has {format_count(len(lines), 'line')} of at least {MIN_TEXT_BYTES} "
+            f"bytes, {format_count(n, 'text')} asked for; similarities need at least {MIN_UNITS} "
+            "texts"
         )
     if n > len(lines):
-        notes.append(f"the text gives {len(lines)} texts, not {n}: all are used")
+        notes.append(f"the text gives {format_count(len(lines), 'text')}, not {n}: all are used")
     spans = draw_lines(lines, n, protocol.seed)
     ids = [_text_ids(engine, corpus, span, n_ctx) for span in spans]
     cut = sum(was_cut for _, was_cut in ids)
     if cut:
-        notes.append(f"{cut} of {len(ids)} texts are longer than {n_ctx} tokens and were cut")
+        notes.append(f"cut to {n_ctx} tokens: {cut} of {format_count(len(ids), 'text')}")
     return _Tokenized(spans, tuple(i for i, _ in ids), len(lines), n_ctx, tuple(notes))
 
 

@@ -21,6 +21,7 @@ from ramgguf.core.errors import EngineError
 from ramgguf.core.mix import Part
 from ramgguf.core.parallel import default_threads
 from ramgguf.core.progress import Progress, Silent
+from ramgguf.core.units import format_count
 from ramgguf.core.version import __version__
 from ramgguf.evaluate.intervals import Estimate
 from ramgguf.evaluate.statistics import MIN_UNITS, FloatArray
@@ -327,8 +328,8 @@ def _window_score(path: Path, domain: str, scored: Scored) -> WindowScore:
     against = scored.divergences
     if against is None:
         raise EngineError(
-            f"{path}: {scored.n_broken} of {scored.n_scored} tokens of a window ({domain}) have "
-            "logits that are NaN or infinite"
+            f"{path}: logits that are NaN or infinite at {scored.n_broken} of "
+            f"{format_count(scored.n_scored, 'token')} of a window ({domain})"
         )
     return WindowScore(
         domain=domain,

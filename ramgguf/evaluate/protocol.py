@@ -8,6 +8,7 @@ import numpy.typing as npt
 
 from ramgguf.core.corpus import Corpus, default_corpus
 from ramgguf.core.errors import EngineError
+from ramgguf.core.units import format_count
 from ramgguf.evaluate.result import Protocol
 from ramgguf.llama.protocol import TokenIds
 from ramgguf.llama.scorer import Window
@@ -173,7 +174,10 @@ def _drawn(
     if n_seq < n_windows:
         rng = np.random.default_rng(seed)
         return np.sort(rng.choice(n_windows, size=n_seq, replace=False)), n_windows, ()
-    note = f"the text gives {n_windows} windows of {n_text} tokens, not {n_seq}: all are used"
+    note = (
+        f"the text gives {format_count(n_windows, 'window')} of {n_text} tokens, not {n_seq}: all "
+        "are used"
+    )
     return np.arange(n_windows), n_windows, (note,) if n_seq > n_windows else ()
 
 
@@ -217,8 +221,8 @@ def _require_windows(n_windows: int, n_tokens: int, n_ctx: int, least: int) -> N
         raise EngineError(f"a sequence of {n_ctx} tokens is too short; expected at least 4")
     if n_windows < least:
         raise EngineError(
-            f"the text has {n_tokens} tokens; {least} × {n_ctx} are needed: "
-            "use a longer text or shorter sequences"
+            f"the text has {format_count(n_tokens, 'token')}; {least} × {n_ctx} are needed: use a "
+            "longer text or shorter sequences"
         )
 
 

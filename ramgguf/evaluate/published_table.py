@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 
 from ramgguf.core.errors import RamggufError, ResultError
-from ramgguf.core.units import parse_size
+from ramgguf.core.units import format_count, parse_size
 from ramgguf.evaluate.leaderboard import Aggregate
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".md", ".txt")
@@ -102,7 +102,9 @@ def _aggregate(
     if not label:
         raise ResultError(f"{name}: a row has no name in column {header[columns['label']]!r}")
     if len(row) > len(header):
-        raise ResultError(f"{name}: the row of {label} has {len(row)} cells of {len(header)}")
+        raise ResultError(
+            f"{name}: the row of {label} has {format_count(len(row), 'cell')} of {len(header)}"
+        )
 
     def number(key: str) -> float | None:
         said = cell(key)

@@ -18,6 +18,7 @@ from ramgguf.core.documents import (
     Number,
     Positive,
 )
+from ramgguf.core.units import format_count
 from ramgguf.core.values import HubFile
 from ramgguf.evaluate.llama_statistics import LlamaStatistics, llama_statistics
 from ramgguf.llama.protocol import Float32Array, Opened, decode_float32
@@ -387,7 +388,7 @@ def incomparable(a: EvalResult, b: EvalResult) -> tuple[str, ...]:
 def _comparable_protocol(p: Protocol) -> str:
     drawn = f"seed {p.seed}" if p.seed is not None else "in order"
     bos = "BOS" if p.bos else "no BOS"
-    bos += f" and what precedes a text, {p.n_warm_up} tokens" if p.n_warm_up else ""
+    bos += f" and what precedes a text, {format_count(p.n_warm_up, 'token')}" if p.n_warm_up else ""
     return (
         f"{p.name}, {p.n_seq} × {p.n_ctx} tokens, {drawn}, {bos}, scored from {p.first_target} on"
     )

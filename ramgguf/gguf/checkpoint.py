@@ -10,6 +10,7 @@ from typing import Any
 
 from ramgguf.core.errors import CheckpointError
 from ramgguf.core.inputs import read_text
+from ramgguf.core.units import format_count
 from ramgguf.gguf import other_files
 from ramgguf.gguf.safetensors import StoredTensor, read_header
 
@@ -72,8 +73,9 @@ class Checkpoint:
             wanted = sorted({str(n) for n in listed.values()})
             if missing := [n for n in wanted if n not in names]:
                 raise CheckpointError(
-                    f"{folder}: {len(missing)} of {len(wanted)} safetensors files are missing, "
-                    f"{missing[0]} first; download them, too"
+                    f"{folder}: lacks {len(missing)} of "
+                    f"{format_count(len(wanted), 'safetensors file')}, {missing[0]} first; "
+                    "download what is missing"
                 )
             weights = wanted
         elif "model.safetensors" in names:

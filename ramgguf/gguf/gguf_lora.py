@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from ramgguf import _core
 from ramgguf.core.errors import CheckpointError, FormatError
-from ramgguf.core.units import format_bytes
+from ramgguf.core.units import format_bytes, format_count
 from ramgguf.gguf.architecture import TOKEN_EMBEDDING
 from ramgguf.gguf.checkpoint import ADAPTER_CONFIG, file_sha256
 from ramgguf.gguf.conversion import converted_folder
@@ -84,13 +84,13 @@ def merged_with(
             raise CheckpointError(f"{folder}: cannot be made: {e.strerror}") from None
         if skipped := [t.name for t in file.tensors if not t.name.endswith((_A, _B))]:
             announce(
-                f"{adapter}: {len(skipped)} norms in it ({skipped[0]!r} first) are left out, as "
-                "llama.cpp does"
+                f"{adapter}: leaves out {format_count(len(skipped), 'norm')} ({skipped[0]!r} "
+                "first), as llama.cpp does"
             )
         layout = plan_layout(path, base, {}, {_MERGED_KEY: string(adapter_sha256)})
         announce(
-            f"{adapter}: changes {len(factors)} tensors of {model}; merged into a copy of "
-            f"{format_bytes(layout.n_bytes)}, kept as {path}"
+            f"{adapter}: changes {format_count(len(factors), 'tensor')} of {model}; merged into a "
+            f"copy of {format_bytes(layout.n_bytes)}, kept as {path}"
         )
         with GGUFOutput(layout, base, force=True) as out:
             for tensor in base.tensors:
@@ -143,8 +143,8 @@ def _pairs(file: GGUFFile, base: GGUFFile) -> dict[str, tuple[TensorInfo, Tensor
     found = {t.name: t for t in base.tensors}
     if unknown := [name for name in factors if name not in found]:
         raise CheckpointError(
-            f"{path}: {len(unknown)} of the {len(factors)} tensors that it changes are not in "
-            f"{where}, {unknown[0]!r} first; is it an adapter of another model?"
+            f"{path}: changes {format_count(len(factors), 'tensor')}, of which {where} lacks "
+            f"{len(unknown)}, {unknown[0]!r} first; is it an adapter of another model?"
         )
     alpha = _alpha(file)
     pairs = {}

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ramgguf.core.errors import CheckpointError
+from ramgguf.core.units import format_count
 from ramgguf.gguf.checkpoint import (
     ADAPTER_CONFIG,
     Checkpoint,
@@ -119,8 +120,9 @@ def merge(checkpoint: Checkpoint, adapter: Adapter, into: Path) -> Checkpoint:
     changed = [*(f"{module}.weight" for module in adapter.factors), *adapter.saved]
     if unknown := [name for name in changed if name not in tensors]:
         raise CheckpointError(
-            f"{adapter.folder}: {len(unknown)} of its {len(changed)} tensors are not in "
-            f"{checkpoint.folder}, {unknown[0]!r} first; is it an adapter of another model?"
+            f"{adapter.folder}: changes {format_count(len(changed), 'tensor')}, of which "
+            f"{checkpoint.folder} lacks {len(unknown)}, {unknown[0]!r} first; is it an adapter of "
+            "another model?"
         )
     for path in sorted(checkpoint.folder.iterdir()):
         if path.is_file() and path.suffix != ".safetensors":

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from ramgguf.core.closing import Closing
 from ramgguf.core.errors import GGUFError
+from ramgguf.core.units import format_count
 from ramgguf.gguf.architecture import PROJECTORS, has_tied_embedding, layer_of, trunk_layers
 from ramgguf.gguf.fork_types import FORK
 from ramgguf.gguf.header import GGML_TYPES_BY_ID, TensorInfo, ValueType
@@ -274,8 +275,9 @@ def require_loadable(file: GGUFFile) -> None:
     if foreign:
         names = ", ".join(sorted({t.type_name for t in foreign}))
         raise GGUFError(
-            f"{file.paths[0]}: {len(foreign)} tensors ({foreign[0].name!r} first) are in types of "
-            f"{FORK} ({names}), which llama.cpp does not have; take the model in F16 or BF16"
+            f"{file.paths[0]}: has {format_count(len(foreign), 'tensor')} ({foreign[0].name!r} "
+            f"first) in types of {FORK} ({names}), which llama.cpp does not have; take the model "
+            "in F16 or BF16"
         )
     for tensor in file.tensors:
         if tensor.row_length > _LONGEST_ROW:

@@ -19,6 +19,7 @@ from ramgguf.core.files import (
 )
 from ramgguf.core.parallel import Chunk, map_chunks, runs
 from ramgguf.core.progress import Progress
+from ramgguf.core.units import format_count
 from ramgguf.gguf.layout import Layout
 from ramgguf.gguf.reader import GGUFFile, open_shards
 
@@ -126,7 +127,7 @@ class GGUFOutput:
         """
         for name, missing in self._missing.items():
             if missing:
-                raise GGUFError(f"tensor {name!r}: {missing} bytes were not written")
+                raise GGUFError(f"tensor {name!r}: lacks {format_count(missing, 'byte')}")
         self._source.require_unchanged()
         self.flush()
         if len(self._files) > 1:

@@ -77,15 +77,15 @@ def start(file: GGUFFile) -> str:
     return before if has_template and found else ""
 
 
-def asked(template: str, bos: str, eos: str, text: str) -> str:
-    """Return a user's message as the template puts it, with what opens the answer.
+def questions(template: str, bos: str, eos: str, texts: Sequence[str]) -> list[str]:
+    """Return users' messages as the template puts each alone, with what opens the answer.
 
     Raises EngineError that says what the template does wrong.
     """
     request = Chats(
         template=template,
         tokens={"bos_token": bos, "eos_token": eos},
-        chats=((("user", text),),),
+        chats=tuple((("user", text),) for text in texts),
         opens_answer=True,
     )
     found = _by_child(request)
@@ -94,9 +94,10 @@ def asked(template: str, bos: str, eos: str, text: str) -> str:
             f"the file's chat template fails: its process was ended, at {CPU_SECONDS} s of the CPU "
             f"or {GROWTH_BYTES >> 20} MiB of memory"
         )
-    if found.texts[0] is None:
+    whole = [text for text in found.texts if text is not None]
+    if len(whole) < len(texts):
         raise EngineError(f"the file's chat template fails: {found.why}")
-    return found.texts[0]
+    return whole
 
 
 def _in_words(chat: Sequence[Turn]) -> str:

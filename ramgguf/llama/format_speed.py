@@ -20,7 +20,7 @@ from ramgguf.core.errors import EngineError, FormatError, PlanError
 from ramgguf.core.parallel import default_threads
 from ramgguf.core.progress import Progress, Silent
 from ramgguf.core.scratch import scratch_folder
-from ramgguf.core.units import format_bytes, format_threads
+from ramgguf.core.units import format_bytes, format_count
 from ramgguf.core.user_cache import user_cache
 from ramgguf.core.version import __version__
 from ramgguf.llama.child import Child, ChildDiedError
@@ -74,7 +74,7 @@ class SpeedProfile(Document):
     @property
     def machine(self) -> str:
         """What was measured, in words."""
-        return f"{format_threads(self.n_threads)} of {self.cpu}"
+        return f"{format_count(self.n_threads, 'thread')} of {self.cpu}"
 
 
 def format_speeds(
@@ -108,10 +108,9 @@ def format_speeds(
     ]
     if known is not None and not missing:
         return known
-    formats = "1 format" if len(missing) == 1 else f"{len(missing)} formats"
     announce(
-        f"measuring how fast llama.cpp computes with {formats} here, on models of "
-        f"{format_bytes(n_bytes)} (beyond the CPU's caches) each; once, kept in {path}"
+        f"measuring how fast llama.cpp computes with {format_count(len(missing), 'format')} here, "
+        f"on models of {format_bytes(n_bytes)} (beyond the CPU's caches) each; once, kept in {path}"
     )
     timing = TimeTogether(n_prompt=n_prompt, n_generated=n_generated, n_rounds=n_rounds)
     shown, found = progress or Silent(), known

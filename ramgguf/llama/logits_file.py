@@ -30,6 +30,7 @@ import numpy.typing as npt
 from ramgguf.core.errors import EngineError
 from ramgguf.core.files import refuse_input
 from ramgguf.core.inputs import reading
+from ramgguf.core.units import format_count
 
 TokenIds = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float32]
@@ -145,7 +146,7 @@ class LogitsFile:
         if size < self.layout.n_bytes:
             raise EngineError(
                 f"{path} has {size} bytes, {self.layout.n_bytes} are expected for "
-                f"{self.layout.n_windows} windows: it was cut short; make it again"
+                f"{format_count(self.layout.n_windows, 'window')}: it was cut short; make it again"
             )
         reading(path)
         self._rows = _rows_of(path, self.layout)
@@ -205,7 +206,8 @@ class LogitsWriter:
         missing = sum(not self.has(i) for i in range(self.layout.n_windows))
         if missing:
             raise EngineError(
-                f"{self.part} lacks {missing} of {self.layout.n_windows} windows; --resume goes on"
+                f"{self.part} lacks {missing} of {format_count(self.layout.n_windows, 'window')}; "
+                "--resume goes on"
             )
         with self.part.open("rb+") as file:
             os.fsync(file.fileno())

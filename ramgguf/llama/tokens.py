@@ -10,6 +10,7 @@ import numpy as np
 
 from ramgguf.core.corpus import Corpus, default_corpus, text_file
 from ramgguf.core.errors import EngineError
+from ramgguf.core.units import format_count
 from ramgguf.core.values import TokenKind
 from ramgguf.llama.capture import Tap
 from ramgguf.llama.model import LlamaModel
@@ -250,6 +251,7 @@ def _text_ids(model: LlamaModel, request: TokenRequest, n_least: int) -> TokenId
     )
     if len(ids) < n_least:
         raise EngineError(
-            f"{request.corpus.name} has {len(ids)} tokens, {n_least} are needed; give a longer text"
+            f"{request.corpus.name} has {format_count(len(ids), 'token')}, {n_least} are needed; "
+            "give a longer text"
         )
     return ids

@@ -6,6 +6,7 @@ sends one step after the other, and knows at which of them llama.cpp or a limit 
 
 import os
 import time
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Annotated, Any
 
@@ -16,7 +17,7 @@ from pydantic import Field, TypeAdapter
 from ramgguf.core.documents import FrozenModel
 from ramgguf.core.errors import EngineError
 from ramgguf.llama.breakdown import memory_breakdown
-from ramgguf.llama.chat_template import asked
+from ramgguf.llama.chat_template import questions
 from ramgguf.llama.child import answer_requests
 from ramgguf.llama.kind import kind_of, run_batch
 from ramgguf.llama.limits import limit_data, peak_bytes
@@ -184,14 +185,15 @@ class Deployed:
             return np.frombuffer(text.encode(), np.uint8).astype(np.int32) % self.vocab.n_tokens
         return tokenize(self._llama, self._model, text.encode(), special=special)
 
-    def prompt(self, text: str) -> TokenIds:
-        """Return the tokens of a user's message, as the file's chat template would put it."""
+    def prompts(self, texts: Sequence[str]) -> list[TokenIds]:
+        """Return the tokens of users' messages, each alone, as the file's chat template has it."""
         template = self._llama.llama_model_chat_template(self._model, None)
         if not template:
-            return self.tokens(text, special=False)
-        return self.tokens(self._templated(template.decode("utf-8", "replace"), text), special=True)
+            return [self.tokens(text, special=False) for text in texts]
+        put = self._templated(template.decode("utf-8", "replace"), texts)
+        return [self.tokens(text, special=True) for text in put]
 
-    def _templated(self, template: str, text: str) -> str:
+    def _templated(self, template: str, texts: Sequence[str]) -> list[str]:
         llama, vocab = self._llama, self._llama.llama_model_get_vocab(self._model)
         bos, eos = (
             llama.llama_vocab_get_text(vocab, token).decode("utf-8", "replace")
@@ -199,9 +201,10 @@ class Deployed:
             else ""
             for token in (llama.llama_vocab_bos(vocab), llama.llama_vocab_eos(vocab))
         )
-        found = asked(template, bos, eos, text)
+        put = questions(template, bos, eos, texts)
         # The tokenizer adds BOS itself where the model wants one.
-        return found.removeprefix(bos) if bos and llama.llama_vocab_get_add_bos(vocab) else found
+        adds_bos = bos and llama.llama_vocab_get_add_bos(vocab)
+        return [text.removeprefix(bos) for text in put] if adds_bos else put
 
     def ends(self, token: int) -> bool:
         """Return whether the token ends an answer."""
@@ -264,10 +267,9 @@ def talk(model: Deployed, request: Talk) -> Conversation:
     """Return what the model answers to each prompt, and when its first token came."""
     rng = np.random.default_rng(request.seed)
     answers = []
-    for prompt in request.prompts:
+    for prompt, ids in zip(request.prompts, model.prompts(request.prompts), strict=True):
         model.clear()
         started = time.perf_counter()
-        ids = model.prompt(prompt)
         room = model.n_ctx - len(ids)
         if room < 1:
             raise EngineError(f"a context of {model.n_ctx} tokens has no room for a prompt")

@@ -15,6 +15,7 @@ from ramgguf.core.errors import FormatError, PlanError
 from ramgguf.core.gc_paused import gc_paused
 from ramgguf.core.parallel import Buffers, Run, default_threads, map_runs, runs, sample
 from ramgguf.core.progress import Progress, Silent
+from ramgguf.core.units import format_count
 from ramgguf.core.version import __version__
 from ramgguf.gguf.architecture import layer_of, role_of
 from ramgguf.gguf.hub import local_path
@@ -155,8 +156,8 @@ def _on_grids(jobs: Sequence[Job]) -> Iterator[str]:
     found = Counter(job.grid for job in jobs if job.grid is not None)
     for name, n in found.most_common():
         yield (
-            f"{n} tensors lie on the grid of {name} ({formats.get(name).bpw:g} bpw): it holds them "
-            "exactly, so that they take no larger format"
+            f"on the grid of {name} ({formats.get(name).bpw:g} bpw), which holds them exactly: "
+            f"{format_count(n, 'tensor')}, with no larger format"
         )
 
 

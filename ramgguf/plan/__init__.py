@@ -1,6 +1,7 @@
 """Plan: the format of every tensor, for a limit of size."""
 
 from ramgguf.plan.divided import DividedPlan
+from ramgguf.plan.division import Offloaded, Sites, divisions, everything
 from ramgguf.plan.drafts import LEAST_DRAFT_BPW
 from ramgguf.plan.frontier_result import Frontier
 from ramgguf.plan.knapsack import Choice, efficient, price, smallest
@@ -24,13 +25,12 @@ from ramgguf.plan.planning import (
     problem,
     speed_front,
 )
-from ramgguf.plan.pools import Pools, SplitRoom
+from ramgguf.plan.pools import DivisionRoom, Pools
 from ramgguf.plan.problem import Problem
 from ramgguf.plan.recipes import Recipe
 from ramgguf.plan.result import DEFAULT_MIN_SQNR_DB, Plan
 from ramgguf.plan.speed import N_PROMPT, SpeedLimit, TokenWork
 from ramgguf.plan.speed_front import SpeedFront
-from ramgguf.plan.split import Offloaded, Sites, divisions, everything
 from ramgguf.plan.targets import TARGETS, target
 
 __all__ = [
@@ -43,6 +43,7 @@ __all__ = [
     "Choice",
     "Costing",
     "DividedPlan",
+    "DivisionRoom",
     "Frontier",
     "JointLimit",
     "Offloaded",
@@ -58,7 +59,6 @@ __all__ = [
     "SourceSize",
     "SpeedFront",
     "SpeedLimit",
-    "SplitRoom",
     "TokenWork",
     "costing",
     "curve",

@@ -16,10 +16,10 @@ from ramgguf.plan.knapsack import Solution, smallest, solve
 from ramgguf.plan.objectives import Costing
 from ramgguf.plan.pools import PooledProblem, Pools
 from ramgguf.plan.problem import Candidates, Problem, notes
-from ramgguf.plan.result import Assignment, Constraints, NextPercent, Plan, Split
+from ramgguf.plan.result import Assignment, Constraints, Division, NextPercent, Plan
 from ramgguf.plan.speed import SpeedLimit, TimedProblem
 from ramgguf.plan.together import (
-    divided,
+    constraints_of_each,
     joined,
     projector_cost,
     require_projector,
@@ -65,11 +65,11 @@ def allocate(
         bare = TimedProblem(posed.without_floor(), speed) if constraints.min_sqnr_db > 0 else None
         timed.require_reachable(capacity, bare)
         best = timed.solved
-    split: Split | None = None
+    division: Division | None = None
     pooled: PooledProblem | None = None
     if pools is not None:
         pooled = PooledProblem(problem, pools)
-        solution, split = pooled.solved(capacity)
+        solution, division = pooled.solved(capacity)
     else:
         solution = best(capacity)
     free = pools is None and (timed is None or not timed.binds(capacity, solution))
@@ -83,11 +83,11 @@ def allocate(
         solution,
         predicted_kld=costing.predicted_kld(own, measurement.encoder),
         sensitivity_sha256=costing.sensitivity_sha256,
-        split=split,
+        division=division,
         speed=None if timed is None else timed.planned(own),
         notes=(
             *(() if timed is None else timed.notes()),
-            *(pooled.notes(split) if pooled and split else ()),
+            *(pooled.notes(division) if pooled and division else ()),
             *unused,
             *notes(posed.model),
             *draft_notes(measurement, own),
@@ -128,7 +128,7 @@ class _Posed:
             model = Problem.of(measurement, constraints, costing.cost)
             return cls(model, None, model)
         require_projector(projector)
-        own, others = divided(constraints, measurement, projector)
+        own, others = constraints_of_each(constraints, measurement, projector)
         model = Problem.of(measurement, own, costing.cost)
         cost = projector_cost(costing, measurement, projector)
         beside = Problem.of(projector, others, cost)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from ramgguf.plan.pools import UNLIMITED, PooledProblem, Pools, SplitRoom
+from ramgguf.plan.pools import UNLIMITED, DivisionRoom, PooledProblem, Pools
 from ramgguf.plan.problem import Problem
 from ramgguf.plan.result import MemoryBudget, MemoryUse, Plan
 
@@ -18,12 +18,14 @@ class DividedPlan:
     def __init__(
         self, problem: Problem, plan: Plan, chosen: Sequence[int], n_layers: int, *, tied: bool
     ) -> None:
-        assert plan.split is not None
-        self._split, self._memory = plan.split, plan.memory
-        pools = Pools((SplitRoom(self._split, None, None),), n_layers, tied, plan.split.cpu_formats)
+        assert plan.division is not None
+        self._division, self._memory = plan.division, plan.memory
+        pools = Pools(
+            (DivisionRoom(self._division, None, None),), n_layers, tied, plan.division.cpu_formats
+        )
         self._pooled, self._chosen = PooledProblem(problem, pools), list(chosen)
-        self._allowed = self._pooled.allowed(self._split)
-        self._on_cpu = self._pooled.on_cpu(self._split)
+        self._allowed = self._pooled.allowed(self._division)
+        self._on_cpu = self._pooled.on_cpu(self._division)
         self._grown = np.zeros(2, np.int64)
         # Of what the CPU multiplies, the GPU copies one tensor at a time: none may become larger.
         self._largest = max(
@@ -31,7 +33,7 @@ class DividedPlan:
         )
 
     def _taken(self, group: int, choice: int) -> tuple[int, int]:
-        return self._pooled.taken(self._split, group, choice)
+        return self._pooled.taken(self._division, group, choice)
 
     def _change(self, changes: Changes) -> NDArray[np.int64]:
         return np.array(

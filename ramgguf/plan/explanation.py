@@ -80,7 +80,7 @@ class PlanExplanation:
             said.append("nothing larger would help")
         if self.plan.speed is not None:
             said.append("these are prices of bytes, and the plan is bound by speed, too")
-        if self.plan.split is not None:
+        if self.plan.division is not None:
             said.append("these are prices of bytes in all, and the plan fits two memories")
         return "; ".join(said) or "the budget allows everything its best"
 

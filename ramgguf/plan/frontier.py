@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from ramgguf.core.errors import BudgetError, PlanError
 from ramgguf.core.units import format_bytes
 from ramgguf.measure.result import Measurement
+from ramgguf.plan.division import Sites
 from ramgguf.plan.frontier_result import (
     Frontier,
     FrontierChoice,
@@ -26,8 +27,7 @@ from ramgguf.plan.objectives import Costing
 from ramgguf.plan.pools import UNLIMITED, Pools
 from ramgguf.plan.prediction import predicted_kld
 from ramgguf.plan.problem import Group, Problem, notes
-from ramgguf.plan.result import Assignment, Constraints, Plan, PredictedKLD, Split
-from ramgguf.plan.split import Sites
+from ramgguf.plan.result import Assignment, Constraints, Division, Plan, PredictedKLD
 
 MAX_BPW = 8.5
 # A knee: over the KNEE_WINDOW of bytes before it, a byte lowered the cost, in relation to the
@@ -196,7 +196,7 @@ def plan_at(
         gap=gap,
         constraints=frontier.constraints,
         assignments=assignments,
-        split=None if divided is None else divided.split(),
+        division=None if divided is None else divided.division(),
         notes=frontier.notes,
     )
 
@@ -209,7 +209,7 @@ class _Divided:
         names = [t.name for t in frontier.tensors]
         sites = Sites.of(names, pools.n_layers, tied=pools.tied)
         self._lies = np.array(
-            [[sites.in_ram(r.split), sites.in_vram(r.split)] for r in pools.rooms], np.int64
+            [[sites.in_ram(r.division), sites.in_vram(r.division)] for r in pools.rooms], np.int64
         )
         n_weights = np.array([t.n_weights for t in frontier.tensors])
         self._n_offloaded = self._lies[:, 1] @ n_weights
@@ -245,10 +245,10 @@ class _Divided:
         self._left = left
         return True
 
-    def split(self) -> Split:
+    def division(self) -> Division:
         """Return the division that fits with the most weights on the GPU."""
         offloaded = np.where(self._fits(self._left), self._n_offloaded, -1)
-        return self._rooms[int(np.argmax(offloaded))].split
+        return self._rooms[int(np.argmax(offloaded))].division
 
 
 def _cost(frontier: Frontier, chosen: Sequence[int]) -> float:

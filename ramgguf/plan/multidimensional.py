@@ -2,9 +2,9 @@
 
 It is a multidimensional multiple-choice knapsack. Where the other limits do not bind, the knapsack
 of bytes alone is the answer. Else its linear relaxation gives a price for each limit: the
-Lagrangian at these prices bounds the cost from below. The relaxation divides few items; rounded
-and improved it bounds the cost from above. Branch and bound narrows the two, with as many nodes as
-take a few seconds; what is left between them is the gap. No clock and no random numbers: the same
+Lagrangian at these prices bounds the cost from below. Few of its items are fractional; rounded and
+improved it bounds the cost from above. Branch and bound narrows the two, with as many nodes as take
+a few seconds; what is left between them is the gap. No clock and no random numbers: the same
 problem has the same solution everywhere.
 """
 
@@ -142,7 +142,7 @@ class _Table:
                 break
             bound, _, node = heapq.heappop(open_)
             branches = self._branches(node)
-            if not branches:  # nothing is divided; what it was rounded to may cost a trifle more
+            if not branches:  # nothing is fractional; what it was rounded to may cost a trifle more
                 closed = min(closed, bound)
             for allowed in branches:
                 number += 1
@@ -189,13 +189,13 @@ class _Table:
         return None, node.value
 
     def _branches(self, node: "_Node") -> list[NDArray[np.bool_]]:
-        """Return what is allowed in the node's branches: a choice that it divides, or not that."""
+        """Return what is allowed in the node's branches: a fractional choice, or not that."""
         most = np.maximum.reduceat(node.shares, self.starts)
-        divided = most < 1 - _WHOLE
-        if not divided.any():
+        fractional = most < 1 - _WHOLE
+        if not fractional.any():
             return []
         spread = np.maximum.reduceat(node.shares * self.cost, self.starts)
-        item = int(np.argmax(np.where(divided, spread, -1)))
+        item = int(np.argmax(np.where(fractional, spread, -1)))
         own = self._position == item
         column = int(np.argmax(np.where(own, node.shares, -1)))
         taken, left = node.allowed & ~own, node.allowed.copy()

@@ -17,13 +17,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ramgguf.core.errors import BudgetError
+from ramgguf.core.units import format_count
 from ramgguf.gguf.layout import padded
+from ramgguf.plan.division import Sites
 from ramgguf.plan.envelope import Envelope, least_of_both
 from ramgguf.plan.knapsack import ROUNDING, Choice, Solution, efficient, solve
 from ramgguf.plan.multidimensional import Resource, solve_within
 from ramgguf.plan.problem import Group, Problem
-from ramgguf.plan.result import Split
-from ramgguf.plan.split import Sites
+from ramgguf.plan.result import Division
 
 UNLIMITED = 1 << 62
 _SAME = 1e-9  # relative: costs are sums of some thousand doubles
@@ -31,10 +32,10 @@ _RAM, _VRAM, _BOTH = 0, 1, 2
 
 
 @dataclass(frozen=True)
-class SplitRoom:
+class DivisionRoom:
     """A division of the model, and the bytes that it leaves for weights; None is no limit."""
 
-    split: Split
+    division: Division
     ram: int | None
     vram: int | None
 
@@ -47,7 +48,7 @@ class Pools:
     suits may have all others.
     """
 
-    rooms: tuple[SplitRoom, ...]
+    rooms: tuple[DivisionRoom, ...]
     n_layers: int
     tied: bool
     cpu_formats: tuple[str, ...] | None = None
@@ -77,7 +78,7 @@ class _Taken:
 
 
 @dataclass(frozen=True)
-class _Division:
+class _DividedGroups:
     """What a division makes of the groups.
 
     side is where each lies; on_cpu whether the CPU multiplies it; allowed the indices of choices
@@ -110,17 +111,17 @@ class PooledProblem:
         self._free = Envelope.of(items, self._any)
         self._bound = Envelope.of(items, self._fast)
 
-    def allowed(self, split: Split) -> list[tuple[int, ...]]:
+    def allowed(self, division: Division) -> list[tuple[int, ...]]:
         """Return the choices that each group may take in a division."""
-        on_cpu = self.on_cpu(split)
+        on_cpu = self.on_cpu(division)
         return [
             fast if bound else own
             for bound, fast, own in zip(on_cpu, self._fast, self._any, strict=True)
         ]
 
-    def on_cpu(self, split: Split) -> NDArray[np.bool_]:
+    def on_cpu(self, division: Division) -> NDArray[np.bool_]:
         """Return of which groups the CPU multiplies a tensor."""
-        return self._of_groups(self._sites.on_cpu(split))
+        return self._of_groups(self._sites.on_cpu(division))
 
     def _suited(self, group: Group) -> tuple[int, ...]:
         """Return the choices of a group whose members the CPU's formats suit."""
@@ -137,12 +138,12 @@ class PooledProblem:
             )
         )
 
-    def solved(self, capacity: int) -> tuple[Solution, Split]:
+    def solved(self, capacity: int) -> tuple[Solution, Division]:
         """Return the cheapest selection of at most so many bytes of file, and its division.
 
         Raises BudgetError, with the bytes of the smallest file, where none fits.
         """
-        divisions = [self._division(room) for room in self._pools.rooms]
+        divisions = [self._divided(room) for room in self._pools.rooms]
         cases = sorted(
             (case for k, d in enumerate(divisions) for case in self._cases(k, d, capacity)),
             key=lambda case: (case.bound, -case.n_offloaded, case.room),
@@ -171,57 +172,60 @@ class PooledProblem:
             raise self._too_small(divisions)
         solution, case = best
         gap = max(0.0, 1 - lower / solution.cost) if solution.cost > 0 else 0.0
-        split = self._pools.rooms[case.room].split
-        split = split.model_copy(update={"cpu_formats": self._pools.cpu_formats})
+        division = self._pools.rooms[case.room].division
+        division = division.model_copy(update={"cpu_formats": self._pools.cpu_formats})
         gap = gap if gap > 10 * _SAME else 0.0
-        return Solution(solution.chosen, solution.n_bytes, solution.cost, gap), split
+        return Solution(solution.chosen, solution.n_bytes, solution.cost, gap), division
 
-    def notes(self, split: Split) -> Iterator[str]:
+    def notes(self, division: Division) -> Iterator[str]:
         """Yield which formats the CPU's side was chosen from, and how many tensors none suits."""
-        on_cpu = self.on_cpu(split)
+        on_cpu = self.on_cpu(division)
         free = [
             g
             for g, group in enumerate(self._problem.groups)
             if on_cpu[g] and self._problem.candidates[group.members[0]].note is None
         ]
-        if split.cpu_formats is None or not free:
+        if division.cpu_formats is None or not free:
             return
-        names = ", ".join(split.cpu_formats)
+        names = ", ".join(division.cpu_formats)
         yield f"formats of what the CPU multiplies were chosen from {names} (--cpu-formats)"
         unsuited = [g for g in free if not self._suiting[g]]
         if n := sum(len(self._problem.groups[g].members) for g in unsuited):
-            yield f"{n} tensors on the CPU's side have other formats: none of these may be theirs"
+            yield (
+                f"none of these suits {format_count(n, 'tensor')} on the CPU's side: any format "
+                "was allowed"
+            )
 
     def _of_groups(self, tensors: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """Return which groups have one of the tensors."""
         found: NDArray[np.bool_] = np.logical_or.reduceat(tensors[self._members], self._starts)
         return found
 
-    def _division(self, room: SplitRoom) -> _Division:
-        split = room.split
-        vram, ram = self._sites.in_vram(split), self._sites.in_ram(split)
+    def _divided(self, room: DivisionRoom) -> _DividedGroups:
+        division = room.division
+        vram, ram = self._sites.in_vram(division), self._sites.in_ram(division)
         has_vram, has_ram = self._of_groups(vram), self._of_groups(ram)
         side = np.where(has_vram & has_ram, _BOTH, np.where(has_vram, _VRAM, _RAM)).astype(np.int8)
-        return _Division(
+        return _DividedGroups(
             side=side,
-            on_cpu=self.on_cpu(split),
-            allowed=self.allowed(split),
+            on_cpu=self.on_cpu(division),
+            allowed=self.allowed(division),
             crossing=tuple(np.flatnonzero(side == _BOTH).tolist()),
             n_offloaded=int(self._n_weights[vram].sum()),
             ram=UNLIMITED if room.ram is None else room.ram,
             vram=UNLIMITED if room.vram is None else room.vram,
         )
 
-    def taken(self, split: Split, g: int, j: int) -> tuple[int, int]:
+    def taken(self, division: Division, g: int, j: int) -> tuple[int, int]:
         """Return the bytes of RAM and of the GPU that a group's choice takes."""
         group, alignment = self._problem.groups[g], self._problem.measurement.alignment
         n_bytes = np.array([padded(p.n_bytes, alignment) for p in group.points[j]])
         members = list(group.members)
-        ram = self._sites.in_ram(split)[members]
-        vram = self._sites.in_vram(split)[members]
+        ram = self._sites.in_ram(division)[members]
+        vram = self._sites.in_vram(division)[members]
         return int(n_bytes[ram].sum()), int(n_bytes[vram].sum())
 
-    def _cases(self, k: int, division: _Division, capacity: int) -> Iterator[_Case]:
+    def _cases(self, k: int, divided: _DividedGroups, capacity: int) -> Iterator[_Case]:
         """Yield the division once, or with each choice of its one group that is in both memories.
 
         Those that fit by no means are left out.
@@ -229,36 +233,36 @@ class PooledProblem:
         ram, vram = (
             self._free.and_other(
                 self._bound,
-                (division.side == side) & ~division.on_cpu,
-                (division.side == side) & division.on_cpu,
+                (divided.side == side) & ~divided.on_cpu,
+                (divided.side == side) & divided.on_cpu,
             )
             for side in (_RAM, _VRAM)
         )
-        for fixed, taken in self._crossing(k, division):
+        for fixed, taken in self._crossing(k, divided):
             bound = taken.cost + least_of_both(
                 ram,
                 vram,
-                division.ram - taken.ram,
-                division.vram - taken.vram,
+                divided.ram - taken.ram,
+                divided.vram - taken.vram,
                 capacity - taken.n_bytes,
             )
             if np.isfinite(bound):
-                yield _Case(k, fixed, bound, division.n_offloaded)
+                yield _Case(k, fixed, bound, divided.n_offloaded)
 
-    def _crossing(self, k: int, division: _Division) -> Iterator[tuple[int | None, _Taken]]:
+    def _crossing(self, k: int, divided: _DividedGroups) -> Iterator[tuple[int | None, _Taken]]:
         """Yield what the groups in both memories take: each choice of one, or the least of many."""
-        room, groups = self._pools.rooms[k], division.crossing
+        room, groups = self._pools.rooms[k], divided.crossing
         if len(groups) == 1:
             (g,) = groups
-            own = self._allowed(division, g)
+            own = self._allowed(divided, g)
             for i in efficient(own):
-                j = division.allowed[g][i]
-                yield j, _Taken(*self.taken(room.split, g, j), own[i].n_bytes, own[i].cost)
+                j = divided.allowed[g][i]
+                yield j, _Taken(*self.taken(room.division, g, j), own[i].n_bytes, own[i].cost)
             return
         least = _Taken(0, 0, 0, 0.0)
         for g in groups:
-            own = self._allowed(division, g)
-            taken = [self.taken(room.split, g, j) for j in division.allowed[g]]
+            own = self._allowed(divided, g)
+            taken = [self.taken(room.division, g, j) for j in divided.allowed[g]]
             least = _Taken(
                 least.ram + min(ram for ram, _ in taken),
                 least.vram + min(vram for _, vram in taken),
@@ -268,63 +272,63 @@ class PooledProblem:
         yield None, least
 
     def _solved(
-        self, division: _Division, case: _Case, capacity: int
+        self, divided: _DividedGroups, case: _Case, capacity: int
     ) -> tuple[Solution | None, float]:
         """Return the cheapest selection of a case, and what no selection of it is cheaper than.
 
         None with an infinite bound where nothing fits; with a finite one where none was found.
         """
-        if len(division.crossing) < 2:
-            apart = self._apart(division, case)
+        if len(divided.crossing) < 2:
+            apart = self._apart(divided, case)
             if apart is None:
                 return None, np.inf
             if apart.n_bytes <= capacity:
                 return apart, apart.cost * (1 - apart.gap)
-        found = self._together(division, case, capacity)
+        found = self._together(divided, case, capacity)
         return found, case.bound if found is None else found.cost * (1 - found.gap)
 
-    def _apart(self, division: _Division, case: _Case) -> Solution | None:
+    def _apart(self, divided: _DividedGroups, case: _Case) -> Solution | None:
         """Return the cheapest selection with no limit of the file, one memory after the other."""
         items, room = self._problem.items, self._pools.rooms[case.room]
         chosen = [0] * len(items)
-        rooms = [division.ram, division.vram]
+        rooms = [divided.ram, divided.vram]
         n_bytes, cost, lower = 0, 0.0, 0.0
-        for g in division.crossing:
+        for g in divided.crossing:
             assert case.fixed is not None
             chosen[g] = case.fixed
             n_bytes, cost = items[g][case.fixed].n_bytes, items[g][case.fixed].cost
             lower = cost
-            taken = self.taken(room.split, g, case.fixed)
+            taken = self.taken(room.division, g, case.fixed)
             rooms = [n - t for n, t in zip(rooms, taken, strict=True)]
         for side, n in zip((_RAM, _VRAM), rooms, strict=True):
-            groups = np.flatnonzero(division.side == side).tolist()
+            groups = np.flatnonzero(divided.side == side).tolist()
             if not groups:
                 continue
             try:
-                found = solve([self._allowed(division, g) for g in groups], n)
+                found = solve([self._allowed(divided, g) for g in groups], n)
             except BudgetError:
                 return None
             for g, j in zip(groups, found.chosen, strict=True):
-                chosen[g] = division.allowed[g][j]
+                chosen[g] = divided.allowed[g][j]
             n_bytes, cost = n_bytes + found.n_bytes, cost + found.cost
             lower += found.cost * (1 - found.gap)
         return Solution(tuple(chosen), n_bytes, cost, 1 - lower / cost if cost > 0 else 0.0)
 
-    def _allowed(self, division: _Division, g: int) -> tuple[Choice, ...]:
-        return tuple(self._problem.items[g][j] for j in division.allowed[g])
+    def _allowed(self, divided: _DividedGroups, g: int) -> tuple[Choice, ...]:
+        return tuple(self._problem.items[g][j] for j in divided.allowed[g])
 
-    def _together(self, division: _Division, case: _Case, capacity: int) -> Solution | None:
+    def _together(self, divided: _DividedGroups, case: _Case, capacity: int) -> Solution | None:
         """Return a cheap selection within all limits, those of the file and both memories."""
         room = self._pools.rooms[case.room]
         allowed = [
-            (case.fixed,) if case.fixed is not None and g in division.crossing else own
-            for g, own in enumerate(division.allowed)
+            (case.fixed,) if case.fixed is not None and g in divided.crossing else own
+            for g, own in enumerate(divided.allowed)
         ]
         used: list[list[list[float]]] = [[], []]
-        for g, (side, own) in enumerate(zip(division.side, allowed, strict=True)):
+        for g, (side, own) in enumerate(zip(divided.side, allowed, strict=True)):
             sizes = [self._problem.items[g][j].n_bytes for j in own]
             both = (
-                [self.taken(room.split, g, j) for j in own]
+                [self.taken(room.division, g, j) for j in own]
                 if side == _BOTH
                 else [(n, 0) if side == _RAM else (0, n) for n in sizes]
             )
@@ -332,7 +336,7 @@ class PooledProblem:
                 used[s].append([float(taken[s]) for taken in both])
         resources = [
             Resource(u, float(limit))
-            for u, limit in zip(used, (division.ram, division.vram), strict=True)
+            for u, limit in zip(used, (divided.ram, divided.vram), strict=True)
             if limit != UNLIMITED and any(max(item) for item in u)
         ]
         items = [tuple(self._problem.items[g][j] for j in own) for g, own in enumerate(allowed)]
@@ -342,7 +346,7 @@ class PooledProblem:
         chosen = tuple(own[j] for own, j in zip(allowed, found.chosen, strict=True))
         return Solution(chosen, found.n_bytes, found.cost, found.gap)
 
-    def _too_small(self, divisions: Sequence[_Division]) -> BudgetError:
+    def _too_small(self, divisions: Sequence[_DividedGroups]) -> BudgetError:
         """Return the error of a problem that no division fits, with the smallest file's bytes."""
         overhead = self._problem.measurement.n_overhead_bytes
         smallest = overhead + min(

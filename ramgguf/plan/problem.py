@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ramgguf.core.errors import PlanError
+from ramgguf.core.units import format_count
 from ramgguf.gguf.identity import unsure
 from ramgguf.gguf.layout import padded
 from ramgguf.measure.result import Measurement, Point, TensorMeasurement
@@ -322,10 +323,12 @@ def notes(problem: Problem) -> list[str]:
             unsuited[(name, why)] += 1
     by_why: dict[str, list[str]] = {}
     for (name, why), n in unsuited.items():
-        by_why.setdefault(f"no candidate for {n} tensors, {why}", []).append(name)
+        by_why.setdefault(f"no candidate for {format_count(n, 'tensor')}, {why}", []).append(name)
     told.extend(f"{', '.join(names)}: {what}" for what, names in by_why.items())
     kept = Counter(c.tensor.kept for c in problem.candidates if c.tensor.kept is not None)
-    told.extend(f"kept as they are: {n} tensors, {why}" for why, n in kept.most_common())
+    told.extend(
+        f"kept as they are: {format_count(n, 'tensor')}, {why}" for why, n in kept.most_common()
+    )
     told.extend(n for n in problem.measurement.notes if n not in told)
     return told
 
@@ -339,8 +342,9 @@ def _not_run(problem: Problem, target: str) -> Iterator[str]:
     if stuck:
         first = stuck[0]
         yield (
-            f"{target} does not run the file: {len(stuck)} tensors have no format that it runs, "
-            f"{first.tensor.name} in {first.points[0].format} first"
+            f"{target} does not run the file: no format that it runs for "
+            f"{format_count(len(stuck), 'tensor')}, {first.tensor.name} in "
+            f"{first.points[0].format} first"
         )
 
 

@@ -145,7 +145,7 @@ class MemoryBudget(FrozenModel):
     beside: tuple[BesideUse, ...] = ()
 
 
-class Split(FrozenModel):
+class Division(FrozenModel):
     """How a model is divided between RAM and a GPU's memory: by llama.cpp's options.
 
     n_cpu_moe is the number of layers, from the first, whose experts stay in RAM. cpu_formats are
@@ -242,7 +242,7 @@ class Plan(Document):
     """
 
     KIND: ClassVar[str] = "plan"
-    VERSION: ClassVar[int] = 2  # 2: source.sample_sha256
+    VERSION: ClassVar[int] = 3  # 2: source.sample_sha256; 3: division, which was split
 
     ramgguf_version: str
     source: Source
@@ -262,18 +262,21 @@ class Plan(Document):
     next_percent: NextPercent | None = None
     refinement: Refinement | None = None
     memory: MemoryBudget | None = None
-    split: Split | None = None
+    division: Division | None = None
     speed: PlannedSpeed | None = None
     mmproj: "Plan | None" = None
     notes: tuple[str, ...] = ()
 
     @model_validator(mode="before")
     @classmethod
-    def _without_sampling_error(cls, data: Any) -> Any:
-        """Drop what older files said of the cost's error: that of α's tokens alone."""
-        if isinstance(data, dict):
-            return {k: v for k, v in data.items() if k != "total_cost_error"}
-        return data
+    def _of_older_versions(cls, data: Any) -> Any:
+        """Rename what older files call split; drop their cost's error, that of α's tokens alone."""
+        if not isinstance(data, dict):
+            return data
+        kept = {k: v for k, v in data.items() if k not in ("total_cost_error", "split")}
+        if "split" in data:
+            kept.setdefault("division", data["split"])
+        return kept
 
     @property
     def n_weights(self) -> int:

@@ -56,7 +56,7 @@ def _rate(cost: Cost, tensor: TensorMeasurement, shape: ModelShape) -> float:
     return cost(tensor, point) / (point.nmse * tensor.n_weights * prior(tensor, shape))
 
 
-def divided(
+def constraints_of_each(
     constraints: Constraints, model: Measurement, projector: Measurement
 ) -> tuple[Constraints, Constraints]:
     """Return the constraints of the model, and those of the projector.

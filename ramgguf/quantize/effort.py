@@ -730,7 +730,7 @@ class _Run:
             threads=self._threads, progress=self._progress,
         )  # fmt: skip
         if found.n_resumed:
-            self._announce(f"{found.n_resumed} of its tokens were met by a run that was killed")
+            self._announce(f"a run that was killed had read {found.n_resumed} of its tokens")
 
     def _massive(self) -> MassiveActivations:
         """Return what first tokens meet, measured now or before."""

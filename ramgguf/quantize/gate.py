@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from ramgguf.core.units import format_count
 from ramgguf.evaluate import HeldOutScore
 
 Floats = NDArray[np.float64]
@@ -45,8 +46,8 @@ class Verdict:
     def __str__(self) -> str:
         domain = max(self.ratios, key=lambda d: self.ratios[d])
         told = (
-            f"KLD × {self.ratio:.3f} on {self.n_windows} held-out windows "
-            f"(worst domain: {domain} × {self.ratios[domain]:.3f})"
+            f"KLD × {self.ratio:.3f} on {format_count(self.n_windows, 'held-out window')} (worst "
+            f"domain: {domain} × {self.ratios[domain]:.3f})"
         )
         if self.taken:
             return f"taken: {told}"

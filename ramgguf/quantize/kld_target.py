@@ -14,7 +14,7 @@ from ramgguf.core.errors import BudgetError, EngineError, GGUFError, PlanError
 from ramgguf.core.mix import Part
 from ramgguf.core.progress import Clock
 from ramgguf.core.scratch import scratch_folder
-from ramgguf.core.units import format_bytes
+from ramgguf.core.units import format_bytes, format_count
 from ramgguf.evaluate import SCORE_SECONDS, HeldOutScore, score_held_out
 from ramgguf.gguf.hub import beside
 from ramgguf.gguf.reader import open_gguf
@@ -129,7 +129,7 @@ class _Search:
     def _require_trials(self, n_bytes: int, kld: float) -> None:
         if self._n_trials >= MAX_TRIALS:
             raise PlanError(
-                f"after {self._n_trials} files the KLD is still {kld:.4g} at "
+                f"after {format_count(self._n_trials, 'file')} the KLD is still {kld:.4g} at "
                 f"{format_bytes(n_bytes)}, above {self._max_kld:g}; raise --max-kld, or give "
                 "--calibrate mix"
             )
@@ -202,8 +202,8 @@ class _Search:
         """Give the file its name."""
         options = self._options
         note = (
-            f"the smallest of {self._n_trials} files with a KLD of at most {self._max_kld:g} nats "
-            "per token on held-out text"
+            f"the smallest of {format_count(self._n_trials, 'file')} with a KLD of at most "
+            f"{self._max_kld:g} nats per token on held-out text"
         )
         planned = made.plan.model_copy(update={"notes": (*made.plan.notes, note)})
         with self._clock.stage("verify"):

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from ramgguf.core.errors import ImatrixError
+from ramgguf.core.units import format_count
 from ramgguf.gguf.architecture import is_multiplied, parse_name, same_columns
 from ramgguf.gguf.reader import GGUFFile, TensorInfo
 from ramgguf.quants.imatrix import Imatrix
@@ -29,30 +30,31 @@ class Coverage:
     def notes(self) -> tuple[str, ...]:
         """Return what a reader of the result must know; nothing where all is covered."""
         found = []
-        n = len(self.matrices)
+        matrices = format_count(len(self.matrices), "matrix")
         if self.missing:
             found.append(
-                f"the importance matrix has no entry for {len(self.missing)} of {n} matrices "
+                f"the importance matrix has no entry for {len(self.missing)} of {matrices} "
                 f"({_listed(self.missing)}): their errors are not weighed"
             )
         if self.shared:
             found.append(
-                f"{len(self.shared)} of {n} matrices ({_listed(self.shared)}) are weighed by the "
-                "entry of one that reads the same activations"
+                f"weighed by the entry of one that reads the same activations: {len(self.shared)} "
+                f"of {matrices} ({_listed(self.shared)})"
             )
         if self.alike:
             found.append(
-                f"{len(self.alike)} of {n} matrices ({_listed(self.alike)}) are weighed by the "
-                "entry of another factor of latent attention: its input has the same columns"
+                "weighed by the entry of another factor of latent attention, whose input has the "
+                f"same columns: {len(self.alike)} of {matrices} ({_listed(self.alike)})"
             )
         if self.n_unused:
             found.append(
-                f"{self.n_unused} experts of {self.n_unused_in} tensors saw no token when the "
-                "matrix was made: each has the mean of its tensor's others"
+                f"{format_count(self.n_unused, 'expert')} of "
+                f"{format_count(self.n_unused_in, 'tensor')} saw no token when the matrix was "
+                "made: each has the mean of its tensor's others"
             )
         if self.no_hessian:
             found.append(
-                f"there is no Hessian for {len(self.no_hessian)} of {n} matrices "
+                f"there is no Hessian for {len(self.no_hessian)} of {matrices} "
                 f"({_listed(self.no_hessian)}): their errors are not those of the output"
             )
         return tuple(found)
@@ -86,8 +88,9 @@ def coverage(file: GGUFFile, imatrix: Imatrix | None) -> Coverage | None:
     missing = tuple(name for name, entry in entries.items() if entry is None)
     if tensors and len(missing) == len(tensors):
         raise ImatrixError(
-            f"{imatrix.path} has entries for {len(imatrix.entries)} tensors, and none of them is "
-            f"one of the {len(tensors)} matrices of {model}; it was made with another model"
+            f"{imatrix.path} has entries for {format_count(len(imatrix.entries), 'tensor')}, and "
+            f"none of the {format_count(len(tensors), 'matrix')} of {model} is among them; it was "
+            "made with another model"
         )
     others = {n: e.name for n, e in entries.items() if e is not None and e.name != n}
     unused = [e.n_unused for e in entries.values() if e is not None and e.n_unused]
@@ -97,8 +100,8 @@ def coverage(file: GGUFFile, imatrix: Imatrix | None) -> Coverage | None:
         no_hessian = tuple(name for name in dense if hessians.owner(name) is None)
         if dense and len(no_hessian) == len(dense):
             raise ImatrixError(
-                f"{hessians.path} has a Hessian for none of the {len(dense)} matrices of {model}; "
-                "it was made with another model"
+                f"{hessians.path} has a Hessian for none of the "
+                f"{format_count(len(dense), 'matrix')} of {model}; it was made with another model"
             )
     return Coverage(
         matrices=tuple(entries),

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from ramgguf.core.documents import FrozenModel, NonNegative, Positive
 from ramgguf.core.errors import ImatrixError, PlanError
 from ramgguf.core.inputs import reading
+from ramgguf.core.units import format_count
 from ramgguf.gguf.architecture import same_columns, sharers
 from ramgguf.gguf.arrays import ArrayFile, Keys
 from ramgguf.gguf.header import Value, string, u32
@@ -374,7 +375,9 @@ def _read_legacy(path: Path, data: bytes) -> Imatrix:
     n_chunks = source.integer("the number of chunks") if source.left() else None
     dataset = source.text("the data set's name") if source.left() else ""
     if source.left():
-        raise ImatrixError(f"{path}: {source.left()} bytes follow the end of the matrix")
+        raise ImatrixError(
+            f"{path}: the matrix ends {format_count(source.left(), 'byte')} before the file"
+        )
     return Imatrix(path, _some(path, entries), (dataset,) if dataset else (), _count(n_chunks))
 
 
@@ -467,7 +470,7 @@ def write_imatrix(
             arrays[f"{name}.in_sum2"] = np.minimum(entry.sums, limit).astype(np.float32)
             arrays[f"{name}.counts"] = entry.counts.astype(np.float32)[:, None]
     if not arrays:
-        raise ImatrixError(f"{path}: no weight met any input; is it a language model?")
+        raise ImatrixError(f"{path}: no weight has any input; is it a language model?")
     keys: Keys = {
         "general.type": string("imatrix"),
         "imatrix.datasets": (dataset,),

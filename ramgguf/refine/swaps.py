@@ -80,7 +80,7 @@ def refine_plan(
         sets = [TokenSet(part, planned) for part in settings.sets]
         width = max(1, passes.n_workers // wanted.sizes[0])
         divided = None
-        if plan.split is not None:
+        if plan.division is not None:
             tied = file.has_tied_embedding
             divided = DividedPlan(problem, plan, chosen, file.n_layers or 0, tied=tied)
         run = _Run(problem, plan, chosen, costing, planned, sets, width, divided)

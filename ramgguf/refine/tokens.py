@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ramgguf.core.units import format_seconds
+from ramgguf.core.units import format_count, format_seconds
 from ramgguf.llama.forward import ForwardRunner
 from ramgguf.llama.sources import dataset_name, draw, draw_sets
 from ramgguf.llama.tokens import TokenRequest
@@ -38,9 +38,10 @@ def settle(
     )
     most = least + each * wanted.n_trials * accepting
     promise = (
-        f"{wanted.n_trials} swaps to try, proposed on {proposing} sequences of "
-        f"{wanted.request.n_ctx} tokens ({_told(wanted.request)}), accepted on {accepting} "
-        f"others, reported on {reporting} more: {format_seconds(least)} to {format_seconds(most)}"
+        f"{format_count(wanted.n_trials, 'swap')} to try, proposed on "
+        f"{format_count(proposing, 'sequence')} of {wanted.request.n_ctx} tokens "
+        f"({_told(wanted.request)}), accepted on {accepting} others, reported on {reporting} more: "
+        f"{format_seconds(least)} to {format_seconds(most)}"
     )
     announce(promise)
     sets = draw_sets(passes, wanted.request, wanted.sizes, FIRST_SEQUENCE)

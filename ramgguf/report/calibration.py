@@ -3,23 +3,26 @@
 from rich.console import Console
 
 from ramgguf.calibrate.activations import Calibration
-from ramgguf.core.units import format_bytes, format_seconds
+from ramgguf.core.units import format_bytes, format_count, format_seconds
 
 
 def print_calibration(found: Calibration, out: Console) -> None:
     """Print what was written, what it cost, and which weights met no input."""
     rate = (found.n_tokens - found.n_resumed) / found.seconds
     out.print(
-        f"{found.outputs.imatrix}: importance of {found.n_entries} weights' inputs from "
-        f"{found.n_tokens} tokens, in {format_seconds(found.seconds)} ({rate:,.0f} tokens/s)",
+        f"{found.outputs.imatrix}: importance of the inputs of "
+        f"{format_count(found.n_entries, 'weight')} from {format_count(found.n_tokens, 'token')}, "
+        f"in {format_seconds(found.seconds)} ({rate:,.0f} tokens/s)",
         soft_wrap=True,
     )
     if found.n_resumed:
-        out.print(f"{found.n_resumed} of the tokens were met by a run that was killed")
+        out.print(f"a run that was killed had read {found.n_resumed} of the tokens")
     if found.stand_in:
-        out.print(f"a stand-in in {found.stand_in} met the tokens, not the model itself")
+        out.print(f"a stand-in in {found.stand_in} read the tokens, not the model itself")
     if found.n_unused:
-        out.print(f"{found.n_unused} experts saw no token; they get the mean of the others")
+        out.print(
+            f"{format_count(found.n_unused, 'expert')} saw no token: given the mean of the others"
+        )
     if found.missed:
         first = ", ".join(found.missed[:3])
         more = f" and {len(found.missed) - 3} more" if len(found.missed) > 3 else ""
@@ -27,7 +30,7 @@ def print_calibration(found: Calibration, out: Console) -> None:
     path = found.outputs.hessian
     if path is not None:
         size = format_bytes(path.stat().st_size)
-        out.print(f"{path}: XᵀX of {found.n_grams} inputs ({size})", soft_wrap=True)
+        out.print(f"{path}: XᵀX of {format_count(found.n_grams, 'input')} ({size})", soft_wrap=True)
 
 
 def summary(found: Calibration) -> dict[str, object]:

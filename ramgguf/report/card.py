@@ -68,7 +68,7 @@ def _use(card: Card) -> str:
     if card.plan is None or card.plan.memory is None:
         return commands
     told = "\n".join(
-        f"- {markdown_text(line)}" for line in remarks(card.plan.memory, card.plan.split)
+        f"- {markdown_text(line)}" for line in remarks(card.plan.memory, card.plan.division)
     )
     return f"{commands}\n\n{told}"
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from rich.console import Console
 
-from ramgguf.core.units import format_bytes, format_seconds, format_threads
+from ramgguf.core.units import format_bytes, format_count, format_seconds
 from ramgguf.deploy.result import CheckResult, Spread
 from ramgguf.report.grid import Field, Grid, grid_of, to_markdown, to_rich
 
@@ -83,7 +83,9 @@ def conditions(result: CheckResult) -> str:
     """Return where and how the test was run."""
     cpu = f"{result.system.cpu}, llama.cpp {result.system.build}, " if result.system else ""
     cache = f"cache {result.type_k}/{result.type_v}"
-    return f"{cpu}{format_threads(result.n_threads)}, {cache}; limit by {result.limit_method}"
+    return (
+        f"{cpu}{format_count(result.n_threads, 'thread')}, {cache}; limit by {result.limit_method}"
+    )
 
 
 def print_check(result: CheckResult, console: Console, *, verbose: bool = False) -> None:

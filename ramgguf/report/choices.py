@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from ramgguf.core.units import format_bytes
+from ramgguf.core.units import format_bytes, format_count
 from ramgguf.plan.explanation import Explanation, PlanExplanation, Step
 from ramgguf.plan.recipes import Change, Difference, Recipe, RecipeTensor
 from ramgguf.report.grid import Field, grid_of, to_rich
@@ -68,7 +68,7 @@ def print_difference(difference: Difference, console: Console, *, verbose: bool)
     for side, recipe in (("A", difference.a), ("B", difference.b)):
         console.print(
             f"{side}: {recipe.path}: {recipe.n_bytes:,} bytes, {recipe.bpw:.3f} bpw, "
-            f"{len(recipe.tensors)} tensors"
+            f"{format_count(len(recipe.tensors), 'tensor')}"
         )
     fields: list[Field[tuple[str, list[Change]]]] = [
         Field("role", lambda x: x[0], number=False),
@@ -78,7 +78,9 @@ def print_difference(difference: Difference, console: Console, *, verbose: bool)
     if difference.changes:
         roles = grid_of("", fields, _by_role(difference.changes))
         console.print(to_rich(roles, header_style="bold"))
-    console.print(f"{len(difference.changes)} tensors differ, {difference.n_same} do not")
+    console.print(
+        f"{format_count(len(difference.changes), 'tensor')} changed, {difference.n_same} unchanged"
+    )
     if verbose:
         for c in difference.changes:
             console.print(f"  {c.name:<40} {_change(c)}  {c.n_bytes:+,}")

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from rich.console import Console
 
 from ramgguf.core.escape import markdown_text, printable
-from ramgguf.core.units import format_bytes
+from ramgguf.core.units import format_bytes, format_count
 from ramgguf.evaluate.eval_report import EvalReport
 from ramgguf.evaluate.intervals import Estimate
 from ramgguf.evaluate.leaderboard import LABELS, Leaderboard
@@ -167,12 +167,12 @@ def protocol_line(result: EvalResult) -> str:
     p, e = result.protocol, result.engine
     drawn = f"drawn with seed {p.seed} from {p.n_windows}" if p.seed is not None else "in order"
     n = n_units(losses(result))
-    units = "articles" if any(s.title for s in result.sequences) else "sequences"
+    unit = "article" if any(s.title for s in result.sequences) else "sequence"
     return (
-        f"Protocol {p.name}: {p.n_seq} windows of {p.n_ctx} tokens of {result.text.name}, {drawn},"
-        f" {p.n_scored} tokens scored in each, {_before(p)};"
-        f" llama.cpp {e.llama_cpp_build}{', safe kernels' if e.safe_kernels else ''};"
-        f" intervals over {n} {units}."
+        f"Protocol {p.name}: {format_count(p.n_seq, 'window')} of {p.n_ctx} tokens of "
+        f"{result.text.name}, {drawn}, {format_count(p.n_scored, 'token')} scored in each, "
+        f"{_before(p)}; llama.cpp {e.llama_cpp_build}{', safe kernels' if e.safe_kernels else ''}; "
+        f"intervals over {format_count(n, unit)}."
     )
 
 

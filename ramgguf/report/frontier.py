@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from rich.console import Console
 
 from ramgguf.core.escape import html_text
-from ramgguf.core.units import format_bytes
+from ramgguf.core.units import format_bytes, format_count
 from ramgguf.plan.frontier_result import Frontier
 from ramgguf.plan.result import Plan
 from ramgguf.report.grid import Field, Grid, grid_of, to_rich
@@ -74,7 +74,8 @@ def cost_at(frontier: Frontier, n_bytes: int) -> float | None:
 def remarks(frontier: Frontier, plans: Sequence[Plan] = ()) -> list[str]:
     """Return how many plans there are, how near the optimum those asked for, and the notes."""
     ends = f"{frontier.bpw(frontier.start_bytes):.2f} to {frontier.bpw(frontier.end_bytes):.2f} bpw"
-    told = [f"{len(frontier.steps) + 1} optimal plans of {len(frontier.tensors)} tensors, {ends}"]
+    plans_found = format_count(len(frontier.steps) + 1, "optimal plan")
+    told = [f"{plans_found} of {format_count(len(frontier.tensors), 'tensor')}, {ends}"]
     for plan in plans:
         gap = f"within {plan.gap:.1g} of the optimum" if plan.gap else "the optimum"
         told.append(f"asked for {plan.budget:,} bytes: {plan.n_bytes:,}, proven {gap}")

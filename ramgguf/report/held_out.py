@@ -2,7 +2,7 @@
 
 from rich.console import Console
 
-from ramgguf.core.units import format_seconds
+from ramgguf.core.units import format_count, format_seconds
 from ramgguf.evaluate.draft_agreement import DraftAgreement
 from ramgguf.evaluate.held_out import DomainScore, HeldOutScore
 from ramgguf.report.grid import Field, Grid, grid_of, to_rich
@@ -26,8 +26,8 @@ def print_held_out(score: HeldOutScore, console: Console) -> None:
     """Print what was measured, on what, and what its intervals are."""
     console.print(to_rich(held_out_grid(score), header_style="bold"))
     console.print(
-        f"measured against the source on {len(score.windows)} windows of {score.n_ctx} tokens that "
-        f"nothing else used, from token {score.first_target} on, in "
+        f"measured against the source on {format_count(len(score.windows), 'window')} of "
+        f"{score.n_ctx} tokens that nothing else used, from token {score.first_target} on, in "
         f"{format_seconds(score.seconds)}; intervals: 95 %, by bootstrap over windows",
         soft_wrap=True,
     )

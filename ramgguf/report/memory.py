@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from rich.console import Console
 
 from ramgguf.core.units import format_bytes
-from ramgguf.plan.result import MemoryBudget, MemoryUse, Split
+from ramgguf.plan.result import Division, MemoryBudget, MemoryUse
 from ramgguf.report.grid import Field, Grid, grid_of, to_rich
 
 # llama.cpp's options for what runs beside a model, and those that keep it in RAM.
@@ -59,26 +59,26 @@ def context(memory: MemoryBudget) -> str:
     )
 
 
-def print_memory(memory: MemoryBudget, split: Split | None, console: Console) -> None:
+def print_memory(memory: MemoryBudget, division: Division | None, console: Console) -> None:
     """Print the breakdown: weights, cache, compute, overhead and margin of RAM and the GPU."""
     console.print(to_rich(memory_grid(memory), header_style="bold"))
     console.print(context(memory), soft_wrap=True)
-    for line in remarks(memory, split):
+    for line in remarks(memory, division):
         console.print(f"note: {line}", soft_wrap=True)
 
 
-def remarks(memory: MemoryBudget, split: Split | None) -> list[str]:
+def remarks(memory: MemoryBudget, division: Division | None) -> list[str]:
     """Return how the sizes are known, and which options llama.cpp runs it with.
 
-    split is the plan's; plans of earlier versions have none.
+    division is the plan's; plans of earlier versions have none.
     """
     flags = f"-c {memory.n_ctx * memory.n_seq}"
     flags += f" -np {memory.n_seq}" if memory.n_seq > 1 else ""
     for option, name in (("-ctk", memory.type_k), ("-ctv", memory.type_v)):
         flags += f" {option} {name.lower()}" if name != "F16" else ""
-    if split is None and memory.n_gpu_layers is not None:
-        split = Split(n_gpu_layers=memory.n_gpu_layers)
-    flags += f" {split.options}" if split is not None else ""
+    if division is None and memory.n_gpu_layers is not None:
+        division = Division(n_gpu_layers=memory.n_gpu_layers)
+    flags += f" {division.options}" if division is not None else ""
     for other in memory.beside:
         flags += f" {_BESIDE[other.kind]} {shlex.quote(other.path)}"
         if memory.n_gpu_layers:

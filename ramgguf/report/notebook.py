@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from ramgguf.core.escape import html_text
-from ramgguf.core.units import format_bytes
+from ramgguf.core.units import format_bytes, format_count
 from ramgguf.deploy.result import Answer, CheckResult
 from ramgguf.evaluate.embedding_report import embedding_report
 from ramgguf.evaluate.embedding_result import EmbeddingResult
@@ -73,7 +73,7 @@ def _plan(plan: Plan) -> str:
         told.append(plans.refinement(plan.refinement))
     if plan.memory is not None:
         grids.append(memory.memory_grid(plan.memory))
-        told += [memory.context(plan.memory), *memory.remarks(plan.memory, plan.split)]
+        told += [memory.context(plan.memory), *memory.remarks(plan.memory, plan.division)]
     return _drawn(f"Plan of {_name(plan.source)}", grids, [*told, *plan.notes])
 
 
@@ -120,7 +120,7 @@ def _decibels(value: float) -> str:
 
 def _measurement(measured: Measurement) -> str:
     n_kept = sum(t.kept is not None for t in measured.tensors)
-    counts = f"{len(measured.tensors)} tensors, {measured.n_weights:,} weights"
+    counts = f"{format_count(len(measured.tensors), 'tensor')}, {measured.n_weights:,} weights"
     told = [f"{counts}; encoder {measured.encoder}; kept as they are: {n_kept}"]
     if measured.imatrix is not None:
         told.append(f"errors weighed by {measured.imatrix.path}")

@@ -10,7 +10,7 @@ from typing import Any
 from ramgguf.core.errors import ResultError
 from ramgguf.core.escape import html_text, json_text
 from ramgguf.core.files import write_atomically
-from ramgguf.core.units import format_bytes
+from ramgguf.core.units import format_bytes, format_count
 from ramgguf.evaluate.continuations import TrajectoryResult
 from ramgguf.evaluate.eval_report import EvalReport
 from ramgguf.evaluate.leaderboard import LABELS, Leaderboard
@@ -256,10 +256,10 @@ def _plans(plans: Sequence[tuple[str, Plan]]) -> Iterator[str]:
         yield f"<h3>{html_text(label)}</h3>\n"
         yield (
             f'<p class="soft">{format_bytes(plan.n_bytes)} of a budget of'
-            f" {format_bytes(plan.budget)}; {plan.bpw:.3f} bits per weight; objective"
-            f" {html_text(plan.objective)}, {gap}; kept as found:"
-            f" {len(kept)} of {len(plan.assignments)} tensors,"
-            f" {format_bytes(sum(a.n_bytes for a in kept))}.</p>\n"
+            f" {format_bytes(plan.budget)}; {plan.bpw:.3f} bits per weight; objective "
+            f"{html_text(plan.objective)}, {gap}; kept as found: {len(kept)} of "
+            f"{format_count(len(plan.assignments), 'tensor')}, "
+            f"{format_bytes(sum(a.n_bytes for a in kept))}.</p>\n"
         )
         yield _figure(plan_figures.bits_by_layer(plan), f"Bits per weight of {label}")
 

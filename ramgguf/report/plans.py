@@ -2,7 +2,7 @@
 
 from rich.console import Console
 
-from ramgguf.core.units import format_bytes, format_threads
+from ramgguf.core.units import format_bytes, format_count
 from ramgguf.gguf.architecture import PROJECTORS
 from ramgguf.plan.objectives import DEFAULT_OBJECTIVE
 from ramgguf.plan.result import Assignment, Plan, PlannedSpeed, PredictedKLD, Refinement
@@ -43,7 +43,7 @@ def print_plan(plan: Plan, console: Console, *, verbose: bool = False) -> None:
     console.print(to_rich(role_grid(plan), header_style="bold"))
     console.print(size(plan), soft_wrap=True)
     if plan.memory is not None:
-        print_memory(plan.memory, plan.split, console)
+        print_memory(plan.memory, plan.division, console)
     console.print(optimality(plan), soft_wrap=True)
     if plan.predicted_kld is not None:
         console.print(prediction(plan.predicted_kld), soft_wrap=True)
@@ -56,7 +56,7 @@ def print_plan(plan: Plan, console: Console, *, verbose: bool = False) -> None:
         saved = 1 - step.total_cost / plan.total_cost
         console.print(
             f"1 % more budget ({format_bytes(step.n_bytes)}) would lower the objective by "
-            f"{saved:.1%}, changing {step.n_changes} tensors",
+            f"{saved:.1%}, changing {format_count(step.n_changes, 'tensor')}",
             soft_wrap=True,
         )
     is_guessed = plan.objective == DEFAULT_OBJECTIVE and plan.total_cost > 0
@@ -90,7 +90,10 @@ def speed(found: PlannedSpeed) -> str:
     if found.least_prompt or not found.is_measured:
         both.append(one("prompts", found.prompt, found.least_prompt))
     how = "measured" if found.is_measured else "predicted from the speed of formats"
-    return f"speed: {', '.join(both)}, {how} with {format_threads(found.n_threads)} of {found.cpu}"
+    return (
+        f"speed: {', '.join(both)}, {how} with {format_count(found.n_threads, 'thread')} of "
+        f"{found.cpu}"
+    )
 
 
 def optimality(plan: Plan) -> str:
@@ -112,7 +115,8 @@ def refinement(found: Refinement) -> str:
     report = found.report
     change = report.after - report.before
     return (
-        f"refinement: {len(found.swaps)} of {found.n_tried} swaps tried were taken; KLD over "
-        f"{report.n_tokens} tokens that decided nothing ({found.tokens}) {report.before:.4f} → "
-        f"{report.after:.4f}, a change of {change:+.4f} ± {report.error:.4f} nats per token"
+        f"refinement: took {len(found.swaps)} of {format_count(found.n_tried, 'swap')} tried; KLD "
+        f"over {format_count(report.n_tokens, 'token')} that decided nothing ({found.tokens}) "
+        f"{report.before:.4f} → {report.after:.4f}, a change of {change:+.4f} ± {report.error:.4f} "
+        "nats per token"
     )

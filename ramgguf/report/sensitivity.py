@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from ramgguf.core.units import format_seconds
+from ramgguf.core.units import format_count, format_seconds
 from ramgguf.report.grid import Field, Grid, grid_of, to_rich
 from ramgguf.sensitivity.result import Sensitivity, TensorSensitivity
 
@@ -56,8 +56,9 @@ def remarks(found: Sensitivity) -> list[str]:
     tokens = found.tokens
     n_measured = sum(t.origin == "measured" for t in found.tensors)
     told = (
-        f"{tokens.n_tokens} tokens ({tokens.text or tokens.kind}, seed {tokens.seed}), "
-        f"{n_measured} of {len(found.tensors)} tensors measured in {format_seconds(found.seconds)}"
+        f"{format_count(tokens.n_tokens, 'token')} ({tokens.text or tokens.kind}, seed "
+        f"{tokens.seed}), {n_measured} of {format_count(len(found.tensors), 'tensor')} measured in "
+        f"{format_seconds(found.seconds)}"
     )
     return [told, *(f"note: {note}" for note in found.notes)]
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Sequence
 
+from ramgguf.core.units import format_count
 from ramgguf.evaluate.leaderboard import (
     LABELS,
     Disagreement,
@@ -90,7 +91,7 @@ def _pairs(found: Sequence[Disagreement]) -> list[str]:
     told = sorted(best.values(), key=lambda x: rank.index(x[1].verdict))
     said = [_pair(d, r) for d, r in told[:_MAX_NAMED]]
     if len(told) > _MAX_NAMED:
-        said.append(f"{len(told) - _MAX_NAMED} more pairs are reversed.")
+        said.append(f"Also reversed: {format_count(len(told) - _MAX_NAMED, 'pair')} more.")
     return said
 
 
@@ -102,8 +103,8 @@ def _pair(d: Disagreement, r: Reversal) -> str:
         (r.better, r.worse, s) if s.n_better >= s.n_worse else (r.worse, r.better, s.inverse())
     )
     counted = (
-        f"{a} is better than {b} on {s.n_better} of {s.n} sequences (sign test"
-        f" p = {p_value(s.p_sign)}; median ΔNLL {_delta(s.median_delta.value)}"
+        f"{a} is better than {b} on {s.n_better} of {format_count(s.n, 'sequence')} (sign test p = "
+        f"{p_value(s.p_sign)}; median ΔNLL {_delta(s.median_delta.value)}"
         + (
             f", {_delta(s.median_delta.low)} to {_delta(s.median_delta.high)})"
             if s.median_delta.low is not None and s.median_delta.high is not None
@@ -189,7 +190,7 @@ def _ties(ties: Sequence[Tie]) -> list[str]:
         for found in by_pair.values()
     ]
     if len(said) > _MAX_NAMED:
-        said = [*said[:_MAX_NAMED], f"{len(said) - _MAX_NAMED} more pairs"]
+        said = [*said[:_MAX_NAMED], f"{format_count(len(said) - _MAX_NAMED, 'more pair')}"]
     return [f"Unresolved (Holm-corrected): {listed(said, '; ')}."] if said else []
 
 

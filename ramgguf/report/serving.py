@@ -3,7 +3,7 @@
 import json
 import shlex
 
-from ramgguf.core.units import format_bytes
+from ramgguf.core.units import format_bytes, format_count
 from ramgguf.deploy.serving import Server
 
 _QUESTION = "Why is the sky blue?"
@@ -29,7 +29,7 @@ def conditions(server: Server) -> str:
     told = [
         f"context {shape.n_ctx}{beyond}",
         f"cache {shape.type_k}/{shape.type_v}",
-        f"{settings.n_threads} thread{'s' if settings.n_threads > 1 else ''}",
+        f"{format_count(settings.n_threads, 'thread')}",
         f"chat in {settings.chat_format or 'the file’s template'}",
         f"memory {format_bytes(settings.needed)} ({settings.needed_by})",
     ]

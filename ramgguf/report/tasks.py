@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from rich.console import Console
 
+from ramgguf.core.units import format_count
 from ramgguf.evaluate.intervals import Estimate
 from ramgguf.evaluate.multiple_choice import Flips, TaskResult
 from ramgguf.report.grid import Field, Grid, captioned_markdown, grid_of
@@ -73,9 +74,9 @@ def task_line(result: TaskResult) -> str:
     """Return how it was measured, and what is to be known of it."""
     cut = f"; {result.n_truncated} were cut to the context" if result.n_truncated else ""
     return (
-        f"{len(result.items)} items{cut}; the answer is the choice of largest log p (norm: per"
-        " byte). Lost and gained: right under one model only; p: exact McNemar test."
-        f" llama.cpp {result.llama_cpp_build}{', safe kernels' if result.safe_kernels else ''}."
+        f"{format_count(len(result.items), 'item')}{cut}; the answer is the choice of largest log "
+        "p (norm: per byte). Lost and gained: right under one model only; p: exact McNemar test. "
+        f"llama.cpp {result.llama_cpp_build}{', safe kernels' if result.safe_kernels else ''}."
     )
 
 

@@ -5,7 +5,7 @@ from typing import TypeVar
 
 from rich.console import Console
 
-from ramgguf.core.units import format_bytes
+from ramgguf.core.units import format_bytes, format_count
 from ramgguf.evaluate.continuations import SHORT, TrajectoryResult
 from ramgguf.evaluate.intervals import Estimate
 from ramgguf.report import figures
@@ -55,9 +55,10 @@ def trajectory_line(result: TrajectoryResult) -> str:
     """Return how it was measured."""
     n = len(set(result.documents))
     return (
-        f"{len(result.agreed)} prompts, {result.n_tokens} tokens each, {result.batch} side by"
-        f" side, against {result.reference.label}; llama.cpp {result.llama_cpp_build}"
-        f"{', safe kernels' if result.safe_kernels else ''}; intervals over {n} documents."
+        f"{format_count(len(result.agreed), 'prompt')}, {format_count(result.n_tokens, 'token')} "
+        f"each, {result.batch} side by side, against {result.reference.label}; llama.cpp "
+        f"{result.llama_cpp_build}{', safe kernels' if result.safe_kernels else ''}; intervals "
+        f"over {format_count(n, 'document')}."
     )
 
 

@@ -1,6 +1,6 @@
 """The first line of a comparison: which file to take and why; then what to distrust."""
 
-from ramgguf.core.units import format_bytes
+from ramgguf.core.units import format_bytes, format_count
 from ramgguf.evaluate.eval_report import EvalReport
 from ramgguf.evaluate.leaderboard import KLD_CRITERIA, LABELS, Leaderboard, Pair, Row
 from ramgguf.evaluate.recommendation import Recommendation, carried_criteria, recommend
@@ -49,8 +49,8 @@ def board_verdict(board: Leaderboard) -> tuple[str, ...]:
     if carried := carried_criteria(board):
         n = len({i for d in board.disagreements for r in d.reversals for i in r.influential})
         lines.append(
-            f"Distrust {listed([LABELS[c] for c in carried])}: {_sequences(n)} of"
-            f" {board.n_sequences} {'outweighs' if n == 1 else 'outweigh'} the rest."
+            f"Distrust {listed([LABELS[c] for c in carried])}: {format_count(n, 'sequence')} of "
+            f"{board.n_sequences} {'outweighs' if n == 1 else 'outweigh'} the rest."
         )
     return tuple(lines)
 
@@ -116,8 +116,8 @@ def better_on(pair: Pair) -> str:
     """Return on how many sequences the first model of a pair is better, or worse."""
     s = pair.sequences
     if s.n_better >= s.n_worse:
-        return f"better on {s.n_better} of {s.n} sequences"
-    return f"worse on {s.n_worse} of {s.n} sequences"
+        return f"better on {s.n_better} of {format_count(s.n, 'sequence')}"
+    return f"worse on {s.n_worse} of {format_count(s.n, 'sequence')}"
 
 
 def _known(row: Row) -> list[str]:
@@ -131,7 +131,3 @@ def _value(row: Row, criterion: str) -> str:
 
 def _size(row: Row) -> str:
     return "size unknown" if row.n_bytes is None else format_bytes(row.n_bytes)
-
-
-def _sequences(n: int) -> str:
-    return "one sequence" if n == 1 else f"{n} sequences"

@@ -2,6 +2,7 @@
 
 import html
 
+from ramgguf.core.units import format_count
 from ramgguf.evaluate.eval_report import EvalReport
 from ramgguf.evaluate.result import FIRST_TOKENS
 from ramgguf.evaluate.token_groups import by_position
@@ -38,9 +39,9 @@ def kld_by_position(report: EvalReport) -> Figure | None:
                 marker={**mark, "size": 8},
                 line={"width": 1.5, "color": mark["color"]},
                 hovertext=[
-                    f"{html.escape(s.label)}<br>positions {g.label}: KLD {kld(g.kld)},"
-                    f" {100 * g.share:.1f} % of all<br>same top {percent(g.same_top_p)},"
-                    f" {g.n:,} tokens"
+                    f"{html.escape(s.label)}<br>positions {g.label}: KLD {kld(g.kld)}, "
+                    f"{100 * g.share:.1f} % of all<br>same top {percent(g.same_top_p)}, "
+                    f"{format_count(g.n, 'token', ',')}"
                     for g in groups
                 ],
                 hoverinfo="text",

@@ -17,7 +17,7 @@ from typing import Literal
 from ramgguf.cluster.runners import opened
 from ramgguf.core.errors import EngineError, PlanError
 from ramgguf.core.progress import Progress, Silent
-from ramgguf.core.units import format_seconds
+from ramgguf.core.units import format_count, format_seconds
 from ramgguf.core.values import TokenKind
 from ramgguf.core.version import __version__
 from ramgguf.gguf.architecture import layer_of, never_quantized, role_of
@@ -76,7 +76,9 @@ def measure_alpha(
             settings = _settle(file, request, passes, tensors, coverage, announce, timer)
             journal.begin(settings)
         else:
-            announce(f"{settings.promise}; {len(journal.readings)} tensors are done")
+            announce(
+                f"{settings.promise}; {format_count(len(journal.readings), 'tensor')} done already"
+            )
             _check_resumed(settings, file, request, journal_path)
             require_same_logits(passes, settings.sequences, settings.fingerprint, journal_path)
         by_name = {t.name: t for t in tensors}
@@ -94,7 +96,10 @@ def measure_alpha(
         readings = dict(journal.readings)
         notes = settings.notes
         if len(readings) < len(settings.names):
-            said = f"the time was over after {len(readings)} of {len(settings.names)} tensors"
+            said = (
+                f"the time was over after {len(readings)} of "
+                f"{format_count(len(settings.names), 'tensor')}"
+            )
             notes += (f"{said}; the others are {_between(settings.carried)} within their role",)
         members = [_member(file, t) for t in file.tensors if _is_planned(file, t)]
         return Sensitivity(
@@ -167,8 +172,9 @@ def _settle(
     seconds += timer.spent
     kind, text = _told(request)
     promise = (
-        f"{len(names)} of {len(tensors)} tensors × {n_sequences} sequences of {request.n_ctx} "
-        f"tokens ({text if request.sources else kind}), about {format_seconds(seconds)}"
+        f"{len(names)} of {format_count(len(tensors), 'tensor')} × "
+        f"{format_count(n_sequences, 'sequence')} of {request.n_ctx} tokens "
+        f"({text if request.sources else kind}), about {format_seconds(seconds)}"
     )
     announce(promise)
     sequences = draw(passes, request, range(1))
@@ -181,8 +187,9 @@ def _settle(
         )
     if len(names) < len(tensors):
         notes.append(
-            f"to keep to {format_seconds(timer.limit)}, {len(names)} of {len(tensors)} tensors "
-            f"were measured; those between are {_between(work.carried)} within their role"
+            f"to keep to {format_seconds(timer.limit)}, α was read of {len(names)} of "
+            f"{format_count(len(tensors), 'tensor')}; those between are {_between(work.carried)} "
+            "within their role"
         )
     digest = hashlib.sha256(b"".join(ids.tobytes() for ids in sequences)).hexdigest()
     return Settings(

@@ -19,7 +19,7 @@ from ramgguf.core.errors import EngineError
 from ramgguf.core.parallel import default_threads
 from ramgguf.core.progress import Progress, Silent
 from ramgguf.core.scratch import scratch_folder
-from ramgguf.core.units import format_seconds
+from ramgguf.core.units import format_count, format_seconds
 from ramgguf.core.version import __version__
 from ramgguf.gguf.architecture import is_multiplied, layer_of, part_of
 from ramgguf.gguf.hub import local_path
@@ -193,8 +193,8 @@ def _read(
         passes.prepare(windows)
         seconds = len(windows) * passes.seconds(windows[0])
         announce(
-            f"{len(tensors)} tensors × {len(windows)} windows of {N_CTX} tokens, about "
-            f"{format_seconds(len(tensors) * seconds)}"
+            f"{format_count(len(tensors), 'tensor')} × {format_count(len(windows), 'window')} of "
+            f"{N_CTX} tokens, about {format_seconds(len(tensors) * seconds)}"
         )
         progress.start("first tokens", len(tensors), "tensors")
         try:

@@ -13,7 +13,7 @@ from ramgguf.cluster.executors import connected
 from ramgguf.core.errors import EngineError
 
 distributed = pytest.importorskip("distributed")
-import dask  # noqa: E402  # it comes with distributed
+dask = pytest.importorskip("dask")
 
 # Dask's connections are closed by its event loop, at times after they are collected.
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")

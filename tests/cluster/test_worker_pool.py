@@ -64,8 +64,10 @@ def pool() -> Iterator[ThreadPoolExecutor]:
 class Through(Executor):
     """An executor that performs tasks at once, through a function that may alter what it likes."""
 
-    def __init__(self, through: Callable[[Perform, Task], Done | Failed]) -> None:
-        self._through = through
+    def __init__(
+        self, through: Callable[[Perform, Task], Done | Failed], n_workers: int = 1
+    ) -> None:
+        self._through, self._max_workers = through, n_workers
 
     def submit(self, fn: Callable[..., Any], /, *arguments: Any, **_: Any) -> Future[Any]:
         future: Future[Any] = Future()
@@ -369,8 +371,7 @@ def test_idle_workers_look_ahead_and_change_nothing(
         n_passes += isinstance(task.request, Compare)
         return perform(task)
 
-    narrow, wide = Through(counting), Through(counting)
-    wide._max_workers = 8  # type: ignore[attr-defined]
+    narrow, wide = Through(counting), Through(counting, n_workers=8)
     alone = refined(model, made, tmp_path / "alone", narrow)
     n_alone, n_passes = n_passes, 0
     assert refined(model, made, tmp_path / "many", wide) == alone

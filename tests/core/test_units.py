@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from ramgguf.core.errors import BudgetError
 from ramgguf.core.units import (
     format_bytes,
+    format_count,
     format_seconds,
-    format_threads,
     parse_budget,
     parse_seconds,
     parse_size,
@@ -74,4 +74,7 @@ def test_times_are_understood_and_other_texts_refused() -> None:
 
 
 def test_threads_are_counted_in_words() -> None:
-    assert [format_threads(n) for n in (1, 2, 16)] == ["1 thread", "2 threads", "16 threads"]
+    assert [format_count(n, "thread") for n in (0, 1, 2)] == ["0 threads", "1 thread", "2 threads"]
+    assert [format_count(n, "own matrix") for n in (1, 3)] == ["1 own matrix", "3 own matrices"]
+    assert format_count(1280, "token", ",") == "1,280 tokens"
+    assert [format_count(n, "second", "g") for n in (1.0, 0.5)] == ["1 second", "0.5 seconds"]

@@ -416,7 +416,7 @@ def test_arrays_that_do_not_suit_are_refused_by_name() -> None:
     with pytest.raises(ValueError, match=r"encoder 'best' is unknown"):
         _core.encode("Q4_K", "F32", raw, out, encoder="best")
     with pytest.raises(ValueError, match=r"src has dtype float32, expected uint8"):
-        _core.encode("Q4_K", "F32", x, out)  # type: ignore[arg-type]
+        _core.encode("Q4_K", "F32", x, out)  # type: ignore[arg-type]  # that is the test
     with pytest.raises(ValueError, match=r"src has 1 dimensions, expected 2"):
         _core.encode("Q4_K", "F32", raw[0], out)
     with pytest.raises(ValueError, match=r"src is not C-contiguous"):

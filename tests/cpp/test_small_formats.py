@@ -298,4 +298,5 @@ def test_a_sampled_tensor_that_was_written_otherwise_is_found_out(tmp_path: Path
         pytest.raises(GGUFError, match=r"blk\.0\.ffn_up\.weight"),
     ):
         stage.verify(file, made.plan, written, threads=1, progress=Silent())
-    assert load_imatrix(imatrix).source.sha256 == made.plan.imatrix.sha256  # type: ignore[union-attr]
+    assert made.plan.imatrix is not None
+    assert load_imatrix(imatrix).source.sha256 == made.plan.imatrix.sha256

@@ -5,6 +5,7 @@ import os
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -16,8 +17,11 @@ from ramgguf.deploy.checking import CheckRequest, check_file
 from ramgguf.deploy.collapse_checks import KNOWN_TEXT, distinct_share, perplexity, signs
 from ramgguf.deploy.footprint_formula import ContextShape
 from ramgguf.deploy.result import CheckResult, Spread
+from ramgguf.llama import chat_template
+from ramgguf.llama.chat_template import Chats, RenderedChats, rendered
 from ramgguf.llama.child import Child
 from ramgguf.llama.limits import limiter
+from ramgguf.llama.trial import Deployed
 from ramgguf.llama.trial_protocol import Asked, Conversation, Load, Loaded, Scored, ScoreText, Talk
 from ramgguf.report.check import markdown, ratios, verdict
 
@@ -217,6 +221,25 @@ def test_prompts_are_put_as_the_files_template_has_it(folder: Path) -> None:
     )
     path = write_bigram_model(folder / "template.gguf", template=template)
     assert _talk(path).prompt_ids == (1, *(3 + byte for byte in b"[hi]>"))
+
+
+def test_all_prompts_are_put_by_one_child_process_each_alone(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests: list[Chats] = []
+
+    def by_child(request: Chats) -> RenderedChats:
+        requests.append(request)
+        return rendered(request)
+
+    monkeypatch.setattr(chat_template, "_by_child", by_child)
+    template = "{{ messages | length }}{{ messages[0]['content'] }}"
+    path = write_bigram_model(folder / "alone.gguf", template=template)
+    model = Deployed(Load(path=str(path), n_ctx=64, n_threads=1))
+    put = model.prompts(["hi", "ho"])
+    model.close()
+    assert [bytes(ids.astype(np.uint8) - 3) for ids in put] == [b"1hi", b"1ho"]
+    assert len(requests) == 1
 
 
 def test_without_a_template_prompts_are_plain_text(good: Path) -> None:

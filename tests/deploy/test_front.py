@@ -68,7 +68,7 @@ class StubModel:
 
     async def submit(self, message: Any) -> Job:
         self.asked.append(message)
-        job = Job(self, message)  # type: ignore[arg-type]
+        job = Job(self, message)  # type: ignore[arg-type]  # a stub, as far as a job asks
         for answer in self._answers(message):
             job.answers.put_nowait(answer)
         return job
@@ -82,7 +82,7 @@ class Fronted:
     ) -> None:
         self.model = StubModel(answers)
         serve = SERVE.model_copy(update={"api_key": key})
-        self.api = Api(Front(serve=serve, worker="w", limits=limits), self.model)  # type: ignore[arg-type]
+        self.api = Api(Front(serve=serve, worker="w", limits=limits), self.model)  # type: ignore[arg-type]  # the stub
         self._app = self.api.app()
 
     def ask(
@@ -338,7 +338,7 @@ def test_more_requests_than_may_wait_are_refused_with_a_time_to_come_back() -> N
         front.api._admit()
     status, text, headers = front.ask(COMPLETIONS, {})
     assert (status, headers["retry-after"]) == (429, "1")
-    assert "2 requests wait" in text
+    assert "too many requests wait (2 may)" in text
 
 
 def test_a_client_that_goes_away_takes_its_work_with_it() -> None:

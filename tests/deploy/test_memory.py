@@ -16,7 +16,7 @@ import ramgguf
 from ramgguf.cli.app import app
 from ramgguf.core.errors import BudgetError, EngineError, PlanError
 from ramgguf.deploy import MemoryLimit, MemoryRequest
-from ramgguf.deploy.division import DivisionRooms
+from ramgguf.deploy.division_rooms import DivisionRooms
 from ramgguf.deploy.footprint import CACHE_TYPES, Footprint, FootprintEstimator, parse_cache_types
 from ramgguf.deploy.footprint_formula import ContextShape, cache_bytes, compute_bytes
 from ramgguf.deploy.offload import place
@@ -26,7 +26,7 @@ from ramgguf.llama.child import Child, ChildDiedError
 from ramgguf.llama.sizes import Sizes, SizesOf
 from ramgguf.measure.result import Measurement
 from ramgguf.plan import PlanOptions, everything, plan
-from ramgguf.plan.result import MemoryUse, Plan, Split
+from ramgguf.plan.result import Division, MemoryUse, Plan
 from ramgguf.report.memory import remarks
 from small_models import (
     ARCHITECTURES,
@@ -261,23 +261,23 @@ FOOTPRINT = Footprint(
 )
 
 
-def _split(n_gpu_layers: int) -> Split:
-    return Split(n_gpu_layers=n_gpu_layers)
+def _division(n_gpu_layers: int) -> Division:
+    return Division(n_gpu_layers=n_gpu_layers)
 
 
 def test_layers_go_to_the_gpu_from_the_last_with_their_cache() -> None:
-    assert place(FOOTPRINT, _split(0)).ram == FOOTPRINT.use
-    assert place(FOOTPRINT, _split(0)).vram == MemoryUse()
-    one = place(FOOTPRINT, _split(1))
+    assert place(FOOTPRINT, _division(0)).ram == FOOTPRINT.use
+    assert place(FOOTPRINT, _division(0)).vram == MemoryUse()
+    one = place(FOOTPRINT, _division(1))
     assert (one.vram.weights, one.vram.cache) == (5 + 50, 0)  # the output layer
-    two = place(FOOTPRINT, _split(2))
+    two = place(FOOTPRINT, _division(2))
     assert (two.vram.weights, two.vram.cache) == (5 + 50 + 300, 30)
     assert (two.ram.weights, two.ram.cache) == (50 + 100 + 200, 10)
 
 
 def test_tied_embeddings_count_twice_when_everything_is_offloaded() -> None:
-    placed = place(FOOTPRINT, _split(99))
-    assert placed.split.n_gpu_layers == everything(FOOTPRINT.n_layers) == 4
+    placed = place(FOOTPRINT, _division(99))
+    assert placed.division.n_gpu_layers == everything(FOOTPRINT.n_layers) == 4
     assert placed.ram.weights + placed.vram.weights == FOOTPRINT.use.weights + 50
     assert placed.ram.weights == 50
 
@@ -305,18 +305,21 @@ def test_the_options_of_the_division_are_printed_and_those_of_old_plans_too(
     shape = ContextShape(1024)
     request = MemoryRequest(shape, _limit(llama, shape, 1_700_000), vram=508_500_000)
     made = plan(measurement, MemoryLimit(request), min_sqnr_db=0)
-    assert made.split is not None
+    assert made.division is not None
     assert made.memory is not None
     assert made.budget == made.n_bytes
-    told = remarks(made.memory, made.split)
-    assert told[0].endswith(f"-c 1024 -ngl {made.split.n_gpu_layers}")
+    told = remarks(made.memory, made.division)
+    assert told[0].endswith(f"-c 1024 -ngl {made.division.n_gpu_layers}")
     assert "the GPU's part is an estimate, not measured on a GPU" in told
     written = json.loads(made.to_json())
-    assert written["split"]["n_gpu_layers"] == made.split.n_gpu_layers
-    del written["split"]  # a file of an earlier version
+    assert written["division"]["n_gpu_layers"] == made.division.n_gpu_layers
+    written["schema"] = "ramgguf.plan/2"
+    written["split"] = written.pop("division")
+    assert Plan.from_json(json.dumps(written)) == made
+    del written["split"]  # as files were before that
     old = Plan.from_json(json.dumps(written))
     assert old.memory is not None
-    assert remarks(old.memory, old.split) == told
+    assert remarks(old.memory, old.division) == told
     nothing = old.memory.model_copy(update={"n_gpu_layers": 0})
     assert remarks(nothing, None)[0].endswith("-ngl 0 --device none")
 
@@ -335,7 +338,7 @@ def test_with_all_layers_on_the_gpu_experts_may_still_stay_in_ram(tmp_path: Path
             (both, None, [(3, 0), (3, 1), (3, 2), (2, 0), (1, 0), (0, 0)]),
         ):
             request = MemoryRequest(ContextShape(512), **limits, n_gpu_layers=n)
-            found = DivisionRooms(file, request).splits(footprint)
+            found = DivisionRooms(file, request).divisions(footprint)
             assert [(s.n_gpu_layers, s.n_cpu_moe) for s in found] == expected
 
 
@@ -349,7 +352,7 @@ def test_formats_of_the_cpu_s_side_that_do_not_fit_are_an_error_that_says_so(
         plan(measurement, MemoryLimit(request), min_sqnr_db=0)
     assert plan(
         measurement, MemoryLimit(replace(request, cpu_formats=None)), min_sqnr_db=0
-    ).split == Split(n_gpu_layers=1)
+    ).division == Division(n_gpu_layers=1)
 
 
 def test_a_frontier_with_a_gpu_says_the_division(

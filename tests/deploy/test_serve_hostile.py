@@ -295,7 +295,7 @@ def test_more_requests_than_may_wait_are_told_to_come_back(model: Path) -> None:
     assert statuses.count(200) >= 2
     refused = next(reply for reply in replies if reply.status == 429)
     assert refused.headers["retry-after"] == "1"
-    assert "1 requests wait" in refused.line
+    assert "too many requests wait (1 may)" in refused.line
 
 
 def test_an_answer_that_takes_too_long_ends_and_a_stream_says_so(model: Path) -> None:

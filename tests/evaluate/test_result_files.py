@@ -14,6 +14,7 @@ from ramgguf.cli.app import app
 from ramgguf.core.errors import RamggufError, ResultError
 from ramgguf.evaluate.common_sequences import check_comparable
 from ramgguf.evaluate.comparison import compare_published
+from ramgguf.evaluate.leaderboard import Aggregate
 from ramgguf.evaluate.result import quantiles
 from ramgguf.evaluate.result_files import read_material
 from ramgguf.llama.protocol import encode_float32
@@ -89,9 +90,11 @@ def test_every_kind_of_file_is_told_by_its_content(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "figures", [published.GLM_4_7_FLASH, published.QWEN3_30B_A3B, published.LLAMA_4_SCOUT]
 )
-def test_published_figures_survive_their_csv(tmp_path: Path, figures: tuple[object, ...]) -> None:
+def test_published_figures_survive_their_csv(
+    tmp_path: Path, figures: tuple[Aggregate, ...]
+) -> None:
     path = tmp_path / "figures.csv"
-    path.write_text(board_csv(compare_published(figures)))  # type: ignore[arg-type]
+    path.write_text(board_csv(compare_published(figures)))
     assert set(read_material([path]).aggregates) == set(figures)
 
 

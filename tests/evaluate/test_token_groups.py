@@ -17,7 +17,7 @@ from ramgguf.cli.app import app
 from ramgguf.core.errors import EngineError, ResultError
 from ramgguf.evaluate.comparison import compare_results
 from ramgguf.evaluate.eval_report import EvalReport, eval_report
-from ramgguf.evaluate.protocol import EvalProtocol, Tokens, ram_windows, warm_windows
+from ramgguf.evaluate.protocol import EvalProtocol, ProtocolName, Tokens, ram_windows, warm_windows
 from ramgguf.evaluate.recommendation import recommend
 from ramgguf.evaluate.result import EvalResult, TokenSums, kld_figures
 from ramgguf.evaluate.summary import summarize
@@ -360,7 +360,7 @@ def test_a_template_longer_than_half_a_window_is_refused() -> None:
 
 
 @pytest.mark.parametrize("name", ["warm", "llama"])
-def test_bos_is_an_option_of_ram_only(name: str) -> None:
-    protocol = replace(EvalProtocol(), protocol=name, bos=True, n_ctx=64)  # type: ignore[arg-type]
+def test_bos_is_an_option_of_ram_only(name: ProtocolName) -> None:
+    protocol = replace(EvalProtocol(), protocol=name, bos=True, n_ctx=64)
     with pytest.raises(EngineError, match="--bos is of the protocol ram"):
         protocol.windows(text_tokens())

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -39,13 +40,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(folder: Path, name: str = "near", **options: object) -> TrajectoryResult:
+def run(folder: Path, name: str = "near", **options: Any) -> TrajectoryResult:
     settings = {"n_prompts": 12, "n_tokens": 20, "domains": ["code", "prose"], "batch": 5}
     found = trajectories(
         [folder / f"{name}.gguf"],
         folder / "base.gguf",
         threads=1,
-        **{**settings, **options},  # type: ignore[arg-type]
+        **{**settings, **options},
     )
     return found.results[0]
 

@@ -180,7 +180,7 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12345678\
         ({"config.json": None, "model.safetensors": None}, "neither a .gguf file nor a checkpoint"),
         (
             {"model.safetensors.index.json": b'{"weight_map": {"a": "model-00002.safetensors"}}'},
-            "1 of 1 safetensors files are missing, model-00002.safetensors first",
+            "lacks 1 of 1 safetensors file, model-00002.safetensors first",
         ),
         ({"config.json": None, "adapter_config.json": b"{}"}, "is an adapter; .* --lora"),
         ({"config.json": b'{"quantization_config": {"quant_method": "awq"}}'}, "by AWQ, which"),

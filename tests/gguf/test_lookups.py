@@ -6,6 +6,7 @@ import sys
 import time
 import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -22,9 +23,9 @@ N = 2_000_000  # strings of no length: 16 MB
 HUGE = gguf_samples.array(STRING, N, bytes(8 * N))
 
 
-def _file(*keys: Key, name: str = "llama", **options: object) -> bytes:
+def _file(*keys: Key, name: str = "llama", **options: Any) -> bytes:
     architecture = Key("general.architecture", STRING, gguf_samples.text(name))
-    return File(keys=(architecture, *keys), **options).bytes()  # type: ignore[arg-type]
+    return File(keys=(architecture, *keys), **options).bytes()
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import ctypes
 import json
 from collections.abc import Iterator
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from pydantic import BaseModel
@@ -35,7 +35,7 @@ END = 9  # ends a text
 class StubLlama:
     """In the place of llama-cpp-python's model: a byte is a token."""
 
-    metadata: dict[str, str] = {"tokenizer.chat_template": "{{ messages }}"}  # noqa: RUF012
+    metadata: ClassVar[dict[str, str]] = {"tokenizer.chat_template": "{{ messages }}"}
 
     def __init__(self, *, bos: int = -1) -> None:
         self._bos = bos

@@ -1,5 +1,7 @@
 """Passes that begin at a later layer give what whole ones give, or are whole ones."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +13,7 @@ pytest.importorskip("llama_cpp")
 
 import small_models
 from ramgguf.core.errors import EngineError
-from ramgguf.gguf.reader import open_gguf
+from ramgguf.gguf.reader import GGUFFile, open_gguf
 from ramgguf.llama import residuals
 from ramgguf.llama.forward import ForwardRequest
 from ramgguf.llama.local_runner import LocalRunner
@@ -42,18 +44,29 @@ M_ROPE = Architecture(
 CAUSAL = [a for a in ARCHITECTURES if not a.embeds and not a.has_encoder] + [M_ROPE]
 
 
+def _deep(folder: Path, n_layers: int) -> Path:
+    return write_tiny_model(folder / "deep.gguf", weight_type="F16", n_layers=n_layers)
+
+
+@contextmanager
+def _runner(path: Path) -> Iterator[tuple[GGUFFile, LocalRunner]]:
+    """Open a model, and what runs passes over a copy beside it."""
+    with (
+        open_gguf(path) as file,
+        LocalRunner(
+            file, path.parent, n_ctx=64, threads=1, encoder="rtn", imatrix=None
+        ) as runner,
+    ):  # fmt: skip
+        yield file, runner
+
+
 @pytest.mark.parametrize("architecture", CAUSAL, ids=lambda a: a.name)
 def test_all_architectures_give_the_same_kld_bit_by_bit_wherever_passes_begin(
     architecture: Architecture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(small_models, "N_LAYERS", N_LAYERS)
     path = write_small_model(tmp_path / "model.gguf", architecture)
-    with (
-        open_gguf(path) as file,
-        LocalRunner(
-            file, tmp_path, n_ctx=64, threads=1, encoder="rtn", imatrix=None
-        ) as runner,
-    ):  # fmt: skip
+    with _runner(path) as (file, runner):
         last = [t for t in file.tensors if t.name.startswith("blk.7.") and t.type_name == "F16"]
         one = ForwardRequest(((last[0].name, "Q4_0"),), IDS)
         ((_, whole),) = runner.run([one])
@@ -74,7 +87,7 @@ def test_all_architectures_give_the_same_kld_bit_by_bit_wherever_passes_begin(
 def test_a_copy_gives_its_logits_from_every_layer_for_texts_in_several_chunks(
     tmp_path: Path, stand_in: str | None
 ) -> None:
-    path = write_tiny_model(tmp_path / "deep.gguf", weight_type="F16", n_layers=N_LAYERS)
+    path = _deep(tmp_path, N_LAYERS)
     long = np.random.default_rng(5).integers(0, 256, 700).astype(np.int32)
     with (
         open_gguf(path) as file,
@@ -90,11 +103,8 @@ def test_a_copy_gives_its_logits_from_every_layer_for_texts_in_several_chunks(
 
 
 def test_a_change_before_the_start_is_refused(tmp_path: Path) -> None:
-    path = write_tiny_model(tmp_path / "deep.gguf", weight_type="F16", n_layers=4)
-    with (
-        open_gguf(path) as file,
-        LocalRunner(file, tmp_path, n_ctx=64, threads=1, encoder="rtn", imatrix=None) as runner,
-    ):
+    path = _deep(tmp_path, 4)
+    with _runner(path) as (_, runner):
         for name, start in (("blk.1.ffn_up.weight", 2), ("token_embd.weight", 1)):
             with pytest.raises(EngineError, match="is after the changes"):
                 next(runner.run([ForwardRequest(((name, "Q4_0"),), IDS, start)]))
@@ -105,11 +115,8 @@ def test_a_change_before_the_start_is_refused(tmp_path: Path) -> None:
 def test_changes_of_a_pass_are_gone_before_the_next_layer_s_input_is_captured(
     tmp_path: Path,
 ) -> None:
-    path = write_tiny_model(tmp_path / "deep.gguf", weight_type="F16", n_layers=4)
-    with (
-        open_gguf(path) as file,
-        LocalRunner(file, tmp_path, n_ctx=64, threads=1, encoder="rtn", imatrix=None) as runner,
-    ):
+    path = _deep(tmp_path, 4)
+    with _runner(path) as (_, runner):
         one = ForwardRequest((("blk.3.ffn_up.weight", "Q4_0"),), IDS)
         first = ForwardRequest((("blk.1.ffn_up.weight", "Q4_0"),), IDS, 1)
         order = [one, first, replace(one, start=3), ForwardRequest((), IDS)]
@@ -134,12 +141,9 @@ def test_a_graph_without_the_node_is_an_error(tmp_path: Path) -> None:
 def test_a_pass_that_ends_at_a_layer_tells_the_error_there_wherever_it_begins(
     tmp_path: Path,
 ) -> None:
-    path = write_tiny_model(tmp_path / "deep.gguf", weight_type="F16", n_layers=6)
+    path = _deep(tmp_path, 6)
     change = ("blk.3.ffn_up.weight", "Q4_0")
-    with (
-        open_gguf(path) as file,
-        LocalRunner(file, tmp_path, n_ctx=64, threads=1, encoder="rtn", imatrix=None) as runner,
-    ):
+    with _runner(path) as (_, runner):
         wanted = [
             ForwardRequest((change,), IDS, 0, 4),
             ForwardRequest((), IDS, 0, 4),
@@ -185,12 +189,9 @@ def test_a_pass_that_ends_at_a_layer_tells_the_error_there_wherever_it_begins(
 def test_where_a_graph_does_not_name_its_layers_a_pass_that_ends_there_tells_no_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = write_tiny_model(tmp_path / "deep.gguf", weight_type="F16", n_layers=4)
+    path = _deep(tmp_path, 4)
     change = ("blk.1.ffn_up.weight", "Q4_0")
-    with (
-        open_gguf(path) as file,
-        LocalRunner(file, tmp_path, n_ctx=64, threads=1, encoder="rtn", imatrix=None) as runner,
-    ):
+    with _runner(path) as (_, runner):
         monkeypatch.setattr(residuals, "NODE", "out_of_layer-{}")
         asked = [ForwardRequest((change,), IDS, end=2), ForwardRequest((change,), IDS)]
         ended, whole = (result for _, result in runner.run(asked))

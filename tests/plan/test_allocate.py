@@ -170,7 +170,7 @@ def test_a_plan_survives_its_file(tmp_path: pytest.TempPathFactory) -> None:
     ("change", "message"),
     [
         (lambda text: text[: len(text) // 2], "cut short"),
-        (lambda text: text.replace("ramgguf.plan/2", "ramgguf.plan/3"), "ramgguf.plan/3"),
+        (lambda text: text.replace("ramgguf.plan/3", "ramgguf.plan/4"), "ramgguf.plan/4"),
         (lambda text: text.replace('"budget":', '"budgets":'), "budget"),
         (lambda text: re.sub(r'"n_bytes": ?\d+', '"n_bytes":-3', text, count=1), "n_bytes"),
     ],

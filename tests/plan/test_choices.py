@@ -4,6 +4,7 @@ import io
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -101,7 +102,7 @@ def test_what_vllm_does_not_run_and_nothing_replaces_is_said() -> None:
     made = MODEL.model_copy(
         update={"tensors": tuple(copied if t is first else t for t in MODEL.tensors)}
     )
-    said = "vllm does not run the file: 1 tensors have no format that it runs, "
+    said = "vllm does not run the file: no format that it runs for 1 tensor, "
     notes = ramgguf.plan(made, "1000%", target="vllm").notes
     assert [n for n in notes if n.startswith(said) and f"{first.name} in MXFP4 first" in n]
     pinned = ramgguf.plan(
@@ -149,11 +150,9 @@ def test_roles_can_be_tied_by_a_list() -> None:
         ({"min_formats": ["attn_w=Q4_K"]}, "there is no role 'attn_w'"),
     ],
 )
-def test_constraints_that_contradict_are_refused(
-    options: dict[str, list[str]], message: str
-) -> None:
+def test_constraints_that_contradict_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(PlanError, match=re.escape(message)):
-        ramgguf.plan(MODEL, BUDGET, **options)  # type: ignore[arg-type]
+        ramgguf.plan(MODEL, BUDGET, **options)
 
 
 @pytest.mark.parametrize(
@@ -167,9 +166,9 @@ def test_constraints_that_contradict_are_refused(
         ({"ties": ["qkv", "attn_q,attn_v"]}, "tie attn_q,attn_v has no effect: no layer has two"),
     ],
 )
-def test_options_that_bind_nothing_are_refused(options: dict[str, list[str]], message: str) -> None:
+def test_options_that_bind_nothing_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(PlanError, match=re.escape(message)):
-        ramgguf.plan(MODEL, "50%", **options)  # type: ignore[arg-type]
+        ramgguf.plan(MODEL, "50%", **options)
 
 
 @pytest.mark.parametrize(
@@ -180,8 +179,8 @@ def test_options_that_bind_nothing_are_refused(options: dict[str, list[str]], me
         ({"pins": ["attn_v=Q6_K"], "min_formats": ["attn_v=Q4_K"]}, "attn_v=Q4_K has no effect"),
     ],
 )
-def test_options_that_others_make_idle_are_noted(options: dict[str, list[str]], note: str) -> None:
-    found = ramgguf.plan(MODEL, "50%", **options)  # type: ignore[arg-type]
+def test_options_that_others_make_idle_are_noted(options: dict[str, Any], note: str) -> None:
+    found = ramgguf.plan(MODEL, "50%", **options)
     assert sum(note in n for n in found.notes) == 1
     plain = ramgguf.plan(MODEL, "50%", pins=["attn_q=Q4_K"], min_formats=["attn_v=Q4_K"])
     assert not any("no effect" in n for n in plain.notes)
@@ -344,7 +343,7 @@ def test_the_commands_print_what_the_functions_return(files: Path) -> None:
     assert "× the price" in _run(
         "explain", files / "a.json", "blk.1.attn_v.weight", "-m", files / "m.json"
     )
-    assert "tensors differ" in _run("diff", files / "a.json", files / "b.json", "-v")
+    assert " changed, " in _run("diff", files / "a.json", files / "b.json", "-v")
 
 
 def test_a_saved_frontier_answers_budgets_and_draws(files: Path) -> None:

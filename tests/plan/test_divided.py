@@ -4,13 +4,13 @@ import pytest
 
 import ramgguf
 from ramgguf.gguf.layout import padded
-from ramgguf.plan import Pools, SplitRoom
+from ramgguf.plan import DivisionRoom, Pools
 from ramgguf.plan.divided import DividedPlan
 from ramgguf.plan.problem import Problem
-from ramgguf.plan.result import Constraints, MemoryBudget, MemoryUse, Plan, Split
+from ramgguf.plan.result import Constraints, Division, MemoryBudget, MemoryUse, Plan
 from synthetic import measurement
 
-SPLIT = Split(n_gpu_layers=2)  # the output layer and blk.1 of two layers
+DIVISION = Division(n_gpu_layers=2)  # the output layer and blk.1 of two layers
 MADE = measurement(2)
 PROBLEM = Problem.of(MADE, Constraints(min_sqnr_db=-100), lambda t, p: t.n_weights * p.nmse)
 NAMES = [t.name for t in MADE.tensors]
@@ -19,7 +19,7 @@ IN_RAM, ON_GPU = NAMES.index("blk.0.attn_q.weight"), NAMES.index("blk.1.attn_q.w
 
 def _plan(ram: int, vram: int, cpu_formats: tuple[str, ...] | None) -> Plan:
     """Return a plan that leaves so many bytes of both memories."""
-    pools = Pools((SplitRoom(SPLIT, 600_000, 600_000),), 2, True, cpu_formats)
+    pools = Pools((DivisionRoom(DIVISION, 600_000, 600_000),), 2, True, cpu_formats)
     made = ramgguf.plan(MADE, 10**9, min_sqnr_db=-100, pools=pools)
     use = MemoryUse(weights=1000)
     memory = MemoryBudget(

@@ -4,6 +4,7 @@ import io
 import json
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -91,9 +92,9 @@ def test_priors_predict_no_kld(front: SpeedFront) -> None:
 
 
 def test_both_commands_show_the_same_front(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def made_up(*options: object, **more: object) -> SpeedLimit:
+    def made_up(*options: Any, **more: Any) -> SpeedLimit:
         more["profile"] = PROFILE
-        return speed_limit(*options, **more)  # type: ignore[arg-type]
+        return speed_limit(*options, **more)
 
     monkeypatch.setattr(plan_commands, "speed_limit", made_up)
     model = write_tiny_model(tmp_path / "m.gguf", weight_type="F16")

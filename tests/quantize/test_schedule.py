@@ -10,6 +10,7 @@ from ramgguf.quantize.schedule import (
     EFFORTS,
     SWAPS_LEFT_OUT,
     Costs,
+    Effort,
     Kept,
     Schedule,
     Step,
@@ -225,7 +226,7 @@ def test_swaps_are_tried_where_no_error_feedback_follows_the_plan() -> None:
     st.booleans(),
 )
 def test_a_schedule_never_takes_more_than_the_limit_nor_a_step_twice(
-    effort: str,
+    effort: Effort,
     limit: float,
     write: float,
     read: float,
@@ -235,7 +236,7 @@ def test_a_schedule_never_takes_more_than_the_limit_nor_a_step_twice(
     hessian: bool,
 ) -> None:
     costs = Costs(write, read, gram, feedback, 2 * feedback, 1000, read / 2)
-    found = schedule(effort, limit, costs, Kept(matrix, hessian and matrix > 0), "mix")  # type: ignore[arg-type]
+    found = schedule(effort, limit, costs, Kept(matrix, hessian and matrix > 0), "mix")
     assert found.seconds <= limit + 1e-6
     assert len(set(_names(found))) == len(found.steps)
     told = {line.split(":")[0] for line in found.left_out}

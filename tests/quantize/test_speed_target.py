@@ -55,11 +55,11 @@ def _timed(monkeypatch: pytest.MonkeyPatch, *factors: float) -> list[int]:
     return sizes
 
 
-def _quantize(tiny: Path, least: float, budget: str = "90%", **options: object) -> Plan:
+def _quantize(tiny: Path, least: float, budget: str = "90%", **options: Any) -> Plan:
     output = tiny.with_name("out.gguf")
     made = ramgguf.quantize(
         tiny, budget, output, min_speed=least, speeds=SPEEDS, effort="fast", min_sqnr_db=0,
-        threads=1, **options,  # type: ignore[arg-type]
+        threads=1, **options,
     )  # fmt: skip
     assert made.paths == (output,)
     assert made.worst_departure is not None
@@ -175,11 +175,11 @@ def test_an_embedding_model_has_a_least_speed_of_prompts_only(tmp_path: Path) ->
     ],
 )
 def test_what_a_least_speed_does_not_go_with_is_refused(
-    tiny: Path, options: dict[str, object], said: str
+    tiny: Path, options: dict[str, Any], said: str
 ) -> None:
     budget = "90%" if (len(options) == 1 and "expected" in said) or "nan" in said else None
     with pytest.raises(PlanError, match=said):
-        ramgguf.quantize(tiny, budget, effort="fast", speeds=SPEEDS, **options)  # type: ignore[arg-type]
+        ramgguf.quantize(tiny, budget, effort="fast", speeds=SPEEDS, **options)
 
 
 def test_a_least_speed_needs_llama_cpp(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -154,7 +154,7 @@ def test_a_malformed_gguf_matrix_is_refused_by_name(
         (legacy(*[legacy_entry(DENSE, 1, floats(1))] * 2), "is there twice"),
         (legacy(legacy_entry(DENSE, 1, floats(1, np.nan))), "holds nan at 1"),
         (legacy(legacy_entry(DENSE, 1, floats(-1))), "holds -1.0 at 0"),
-        (sound_legacy() + b"\0", "1 bytes follow the end"),
+        (sound_legacy() + b"\0", "the matrix ends 1 byte before the file"),
     ],
 )
 def test_a_malformed_legacy_matrix_is_refused(tmp_path: Path, data: bytes, message: str) -> None:

@@ -2,14 +2,13 @@
 
 import itertools
 
-import gguf
 import numpy as np
 import pytest
-from gguf.quants import dequantize
 from numpy.typing import NDArray
 
+from feedback_inputs import hessian_of, importance_of, weights
 from ramgguf import _core
-from ramgguf.quants.encoders import descent, gptq, libggml, points
+from ramgguf.quants.encoders import gptq, libggml, points
 from ramgguf.quants.encoders.decoding import decode_rows
 from ramgguf.quants.hessian import Hessian
 
@@ -21,53 +20,9 @@ NAMES = sorted(points.FORMATS)
 pytestmark = pytest.mark.skipif(not libggml.is_installed(), reason="needs llama-cpp-python")
 
 
-def _hessian(n: int, seed: int) -> Hessian:
-    """Return that of inputs of a low rank and some noise, as activations are."""
-    rng = np.random.default_rng(seed)
-    x = rng.standard_normal((4 * n, n // 8)) @ rng.standard_normal((n // 8, n))
-    x += 0.3 * rng.standard_normal(x.shape)
-    return Hessian.of((x.T @ x).astype(np.float32), len(x))
-
-
-def _weights(n_rows: int, n: int, seed: int) -> Floats:
-    return np.random.default_rng(seed).standard_t(5, (n_rows, n)).astype(np.float32)
-
-
-def _importance(hessian: Hessian) -> Floats:
-    return np.ascontiguousarray(np.diag(hessian.mean))
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_blocks_decode_alike_in_libggml_and_in_the_gguf_package(name: str) -> None:
-    hessian = _hessian(N, 1)
-    blocks = gptq.encode(name, _weights(9, N, 1), hessian, _importance(hessian))
-    values = dequantize(blocks, gguf.GGMLQuantizationType[name])
-    assert np.array_equal(decode_rows(name, blocks, N), values)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_what_is_handed_on_is_the_error_of_the_blocks(name: str) -> None:
-    """x less what each column's error makes of the later ones, so that blocks and errors agree."""
-    hessian, w = _hessian(256, 2), _weights(7, 256, 2)
-    x = w.copy()
-    blocks, errors = points.round_unit(name, x, hessian.units[0], _importance(hessian))
-    u = hessian.units[0].astype(np.float64)
-    expected = (w - decode_rows(name, blocks, 256)).astype(np.float64)
-    np.testing.assert_allclose(errors.astype(np.float64) @ u, expected, atol=2e-4)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_the_outputs_error_falls_far_below_that_of_libggml(name: str) -> None:
-    hessian, w = _hessian(N, 5), _weights(24, N, 5)
-    importance = _importance(hessian)
-    fed_back = decode_rows(name, gptq.encode(name, w, hessian, importance), N)
-    plain = decode_rows(name, libggml.encode(name, w, importance), N)
-    assert 0.01 < hessian.error(w - fed_back) / hessian.error(w - plain) < 0.5
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_without_correlation_the_points_are_no_worse_than_those_of_search(name: str) -> None:
-    w = _weights(16, N, 3)
+    w = weights(16, N, 3)
     importance = np.random.default_rng(4).uniform(0.5, 2, N).astype(np.float32)
     hessian = Hessian.of(np.diag(importance), 1, damping=0)
     found = decode_rows(name, gptq._swept(name, w, hessian, importance)[0], N)
@@ -87,7 +42,7 @@ def test_the_first_weights_take_nearly_the_best_of_all_points_and_signs(
     rng = np.random.default_rng(6)
     n_rows, n_points = 30, 16
     book = rng.uniform(0.2, 3, (group, n_points)).astype(np.float32)
-    u = _hessian(256, 6).units[0]
+    u = hessian_of(256, 6).units[0]
     w = rng.standard_normal((n_rows, 256)).astype(np.float32)
     numbers, signs = np.empty((n_rows, 256 // group), np.uint16), np.empty((n_rows, 32), np.uint8)
     errors, ones = np.empty((n_rows, 256), np.float32), np.ones((n_rows, 8), np.float32)
@@ -112,41 +67,16 @@ def test_the_first_weights_take_nearly_the_best_of_all_points_and_signs(
 
 @pytest.mark.parametrize("name", NAMES)
 def test_all_levels_choose_the_same_points(name: str) -> None:
-    hessian, w = _hessian(256, 8), _weights(5, 256, 8)
+    hessian, w = hessian_of(256, 8), weights(5, 256, 8)
     before = _core.isa()
     found = []
     try:
         for level in _core.supported_isas():
             _core.set_isa(level)
-            found.append(gptq.encode(name, w, hessian, _importance(hessian)))
+            found.append(gptq.encode(name, w, hessian, importance_of(hessian)))
     finally:
         _core.set_isa(before)
     assert all(np.array_equal(blocks, found[0]) for blocks in found)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_rows_are_independent_and_runs_repeat(name: str) -> None:
-    hessian, w = _hessian(256, 7), _weights(9, 256, 7)
-    whole = gptq.encode(name, w, hessian, _importance(hessian))
-    assert np.array_equal(whole, gptq.encode(name, w, hessian, _importance(hessian)))
-    assert np.array_equal(whole[4:7], gptq.encode(name, w[4:7], hessian, _importance(hessian)))
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_rows_of_zeros_stay_zeros(name: str) -> None:
-    hessian, w = _hessian(256, 9), _weights(3, 256, 9)
-    w[1] = 0
-    values = decode_rows(name, gptq.encode(name, w, hessian, _importance(hessian)), 256)
-    assert not values[1].any()
-    assert values[0].any()
-    assert np.isfinite(values).all()
-
-
-def test_descent_leaves_points_as_error_feedback_made_them() -> None:
-    hessian, w = _hessian(256, 10), _weights(3, 256, 10)
-    importance = _importance(hessian)
-    fed_back = gptq.encode("IQ3_S", w, hessian, importance)
-    assert np.array_equal(descent.encode("IQ3_S", w, hessian, importance), fed_back)
 
 
 def test_what_does_not_fit_is_refused() -> None:

@@ -113,7 +113,7 @@ def test_where_memory_is_unknown_passes_run_on_the_model(
 def test_other_words_and_coarse_stand_ins_are_refused(model: Path) -> None:
     with open_gguf(model) as file:
         with pytest.raises(EngineError, match="'q2_k' is none of auto, none, q8_0"):
-            chosen_stand_in("q2_k", file)  # type: ignore[arg-type]
+            chosen_stand_in("q2_k", file)  # type: ignore[arg-type]  # that is the test
         with pytest.raises(EngineError, match="Q4_K is too coarse to read sensitivities on"):
             chosen_stand_in("q4_k", file, allowed=FINE)
 

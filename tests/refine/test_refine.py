@@ -19,11 +19,11 @@ from ramgguf.gguf.reader import open_gguf
 from ramgguf.llama.model import LlamaModel
 from ramgguf.llama.tokens import TokenRequest, draw_sets, parse_tokens
 from ramgguf.measure.result import Measurement
-from ramgguf.plan import Pools, SplitRoom
+from ramgguf.plan import DivisionRoom, Pools
+from ramgguf.plan.division import Sites
 from ramgguf.plan.knapsack import Choice
 from ramgguf.plan.objectives import costing
-from ramgguf.plan.result import Plan, Split
-from ramgguf.plan.split import Sites
+from ramgguf.plan.result import Division, Plan
 from ramgguf.quants.roundtrip import simulated
 from ramgguf.refine.journal import RefineJournal
 from ramgguf.refine.posterior import Move, Posterior, improvement
@@ -102,27 +102,27 @@ def test_swaps_of_a_plan_for_two_memories_keep_to_both(
 ) -> None:
     with open_gguf(model) as file:
         n_layers, tied = file.n_layers or 0, file.has_tied_embedding
-    split = Split(n_gpu_layers=n_layers // 2 + 1)
+    division = Division(n_gpu_layers=n_layers // 2 + 1)
     sites = Sites.of([a.name for a in plan.assignments], n_layers, tied=tied)
-    lies = sites.in_ram(split), sites.in_vram(split)
+    lies = sites.in_ram(division), sites.in_vram(division)
 
     def used(made: Plan) -> list[int]:
         sizes = np.array([padded(a.n_bytes, curves.alignment) for a in made.assignments])
         return [int(sizes[mask].sum()) for mask in lies]
 
     ram, vram = used(plan)
-    rooms = (SplitRoom(split, ram, vram),)
+    rooms = (DivisionRoom(division, ram, vram),)
     formats = ("Q4_0", "Q4_1", "Q8_0")
     pools = Pools(rooms, n_layers, tied, formats)
     divided = ramgguf.plan(curves, plan.budget, objective="ram", pools=pools, min_sqnr_db=0)
-    assert divided.split is not None
+    assert divided.division is not None
     after = _refined(model, divided, curves, tmp_path)
     assert after.refinement is not None
     assert after.refinement.n_tried
-    assert after.split == divided.split
+    assert after.division == divided.division
     # Without a record of memory, both take what they took, at most.
     assert all(a <= b for a, b in zip(used(after), used(divided), strict=True))
-    on_cpu = sites.on_cpu(split)
+    on_cpu = sites.on_cpu(division)
     chosen = {a.format for a, cpu in zip(after.assignments, on_cpu, strict=True)
               if cpu and a.note is None}  # fmt: skip
     assert chosen

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -45,7 +46,11 @@ def three_models() -> list[EvalResult]:
     rng = np.random.default_rng(2)
     wild = base * np.exp(rng.normal(0.05, 0.02, 128))
     wild[[7, 80]] = (300.0, 25_000.0)
-    kept = {"titles": titles, "reference": ("f16", base), "reference_bytes": 4_000_000}
+    kept: dict[str, Any] = {
+        "titles": titles,
+        "reference": ("f16", base),
+        "reference_bytes": 4_000_000,
+    }
     return [
         eval_result("f16", base, titles=titles, n_bytes=4_000_000),
         eval_result(
@@ -53,9 +58,9 @@ def three_models() -> list[EvalResult]:
             base * 1.01,
             n_bytes=2_000_000,
             kld=rng.gamma(2, 0.004, 128),
-            **kept,  # type: ignore[arg-type]
+            **kept,
         ),
-        eval_result("wild", wild, n_bytes=1_000_000, kld=rng.gamma(2, 0.03, 128), **kept),  # type: ignore[arg-type]
+        eval_result("wild", wild, n_bytes=1_000_000, kld=rng.gamma(2, 0.03, 128), **kept),
     ]
 
 
@@ -531,8 +536,8 @@ def test_grids_are_escaped_in_html() -> None:
 
 def test_no_line_of_the_chart_is_wider_than_the_terminal_whatever_a_model_is_called() -> None:
     base, long = ordinary_ppl(1), "m" * 70
-    kept = {"reference": (long, base), "kld": np.full(128, 0.01)}
-    results = [eval_result(f"{i}{long}", base * 1.01, n_bytes=10**i, **kept) for i in (6, 7)]  # type: ignore[arg-type]
+    kept: dict[str, Any] = {"reference": (long, base), "kld": np.full(128, 0.01)}
+    results = [eval_result(f"{i}{long}", base * 1.01, n_bytes=10**i, **kept) for i in (6, 7)]
     made = eval_report(results)
     assert made.board is not None
     lines = board_chart(made.board, 60)

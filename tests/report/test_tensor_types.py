@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -72,8 +73,8 @@ def test_llama_cpp_gives_every_tensor_the_planned_format(
 def test_what_the_source_had_quantized_is_left_as_it_is(tmp_path: Path) -> None:
     model = write_small_model(tmp_path / "f16.gguf", LLAMA)
     mixed = ["blk.0.ffn_up=Q4_K", "blk.0.attn_q=Q8_0", "^(?!blk.0.(ffn_up|attn_q)).*=F16"]
-    kwargs = {"formats": ["Q4_K", "Q8_0"], "threads": 1}
-    made = ramgguf.quantize(model, 10**9, tmp_path / "m.gguf", pins=mixed, **kwargs, effort="fast")  # type: ignore[arg-type]
+    kwargs: dict[str, Any] = {"formats": ["Q4_K", "Q8_0"], "threads": 1}
+    made = ramgguf.quantize(model, 10**9, tmp_path / "m.gguf", pins=mixed, **kwargs, effort="fast")
     plan = _plan(made.paths[0], ["Q4_0", "Q5_K"])
     planned = {a.name: a.format for a in plan.assignments}
     assert planned["blk.0.ffn_up.weight"] == "Q4_K"

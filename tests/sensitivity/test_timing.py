@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -136,13 +137,13 @@ def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _run(
-    model: Path, folder: Path, seconds: float, **costs: float | None
+    model: Path, folder: Path, seconds: float, **costs: Any
 ) -> tuple[Sensitivity, Passes, list[str]]:
     said: list[str] = []
     request = TokenRequest(encoder="search", n_ctx=N_CTX, seconds=seconds)
     with open_gguf(model) as file:
         given = {"loading": 1.0, "drawing": 0.01, "each": 0.05, "encoding": 1e-6, **costs}
-        passes = Passes(file, **given)  # type: ignore[arg-type]
+        passes = Passes(file, **given)
         found = measure_alpha(
             file,
             request,

@@ -14,22 +14,15 @@ namespace ramgguf::RAMGGUF_ISA {
 
 // block: weights of a scale
 template <int block, int divisor>
-struct PointFit {
+struct PointFit : OddFields {
     static constexpr int kBlock = block;
-    static constexpr float kDivisor = (float)divisor, kLargestField = 31.0f;
+    static constexpr float kDivisor = (float)divisor;
 
     PerBlock scale;   // d * (1 + 2 scale[b]) / divisor
     PerBlock fields;  // 1 + 2 scale[b]
     uint16_t d;       // F16
     bool overflow;
     int8_t levels[kUnit];  // with signs
-
-    // The nearest of 1, 3 .. 31.
-    static RAMGGUF_INLINE Lanes nearest_field(Lanes v) {
-        const Lanes rank =
-            round_even((clamp(v, 1.0f, kLargestField) - broadcast(1.0f)) * broadcast(0.5f));
-        return rank + rank + broadcast(1.0f);
-    }
 
     // All products are exact: d has 11 bits, a field 5 and a level 6.
     RAMGGUF_INLINE void set(uint16_t d_, Lanes fields_) {

@@ -22,6 +22,18 @@ RAMGGUF_INLINE Lanes nearest_integer(Lanes v) {
     return round_even(clamp(v, (float)low, (float)high));
 }
 
+// The integers of formats of points are odd: 1 + 2 scale, with a scale of four bits.
+struct OddFields {
+    static constexpr float kLargestField = 31.0f;
+
+    // The nearest of 1, 3 .. 31.
+    static RAMGGUF_INLINE Lanes nearest_field(Lanes v) {
+        const Lanes rank =
+            round_even((clamp(v, 1.0f, kLargestField) - broadcast(1.0f)) * broadcast(0.5f));
+        return rank + rank + broadcast(1.0f);
+    }
+};
+
 // For each group of lanes the best of 16 steps: the one that makes
 // sum(curvature * (value - step * nearest(value / step))^2) smallest. Step i puts the value of
 // largest magnitude at the integer end * (1 - i / 64).

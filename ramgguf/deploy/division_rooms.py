@@ -12,8 +12,8 @@ from ramgguf.deploy.footprint_formula import ContextShape
 from ramgguf.deploy.offload import place
 from ramgguf.gguf.layout import encoded_bytes, padded
 from ramgguf.gguf.reader import GGUFFile
-from ramgguf.plan import Pools, Sites, SplitRoom, divisions, everything
-from ramgguf.plan.result import Split
+from ramgguf.plan import DivisionRoom, Pools, Sites, divisions, everything
+from ramgguf.plan.result import Division
 from ramgguf.quants.formats import expand
 
 CPU_FORMATS = ("cpu-fast",)  # of what a GPU leaves to the CPU
@@ -52,7 +52,7 @@ class DivisionRooms:
             (t.name for t in file.tensors), file.n_layers or 0, tied=file.has_tied_embedding
         )
 
-    def splits(self, footprint: Footprint) -> list[Split]:
+    def divisions(self, footprint: Footprint) -> list[Division]:
         """Return the divisions that the request allows, the most on the GPU first."""
         request = self._request
         found = list(divisions(footprint.n_layers, footprint.expert_layers))
@@ -65,15 +65,15 @@ class DivisionRooms:
 
     def of(
         self, footprint: Footprint, tensor_types: Mapping[str, str], share: float = 1.0
-    ) -> list[SplitRoom]:
+    ) -> list[DivisionRoom]:
         """Return what each division leaves: what a footprint has besides its tensors is taken.
 
         The footprint is of these types, or scaled by a share.
         """
         request, rooms, sizes = self._request, [], share * self._sizes(tensor_types)
-        for split in self.splits(footprint):
-            placed = place(footprint, split)
-            in_ram, in_vram = self._sites.in_ram(split), self._sites.in_vram(split)
+        for division in self.divisions(footprint):
+            placed = place(footprint, division)
+            in_ram, in_vram = self._sites.in_ram(division), self._sites.in_vram(division)
             left = [
                 None if limit is None else limit - use.total + int(sizes[mask].sum())
                 for limit, use, mask in (
@@ -81,7 +81,7 @@ class DivisionRooms:
                     (request.vram, placed.vram, in_vram),
                 )
             ]
-            rooms.append(SplitRoom(split, *left))
+            rooms.append(DivisionRoom(division, *left))
         return rooms
 
     def _sizes(self, tensor_types: Mapping[str, str]) -> NDArray[np.float64]:
@@ -96,20 +96,20 @@ class DivisionRooms:
             np.float64,
         )
 
-    def pools(self, rooms: Sequence[SplitRoom], *, any_format: bool = False) -> Pools:
+    def pools(self, rooms: Sequence[DivisionRoom], *, any_format: bool = False) -> Pools:
         """Return the pools of a plan; with any_format, the CPU's side has no formats of its own."""
         names = None if any_format else self._request.cpu_formats
         formats = None if names is None else expand(names)
         return Pools(tuple(rooms), self._sites.n_layers, self._file.has_tied_embedding, formats)
 
 
-def smaller_rooms(a: Sequence[SplitRoom], b: Sequence[SplitRoom]) -> list[SplitRoom]:
+def smaller_rooms(a: Sequence[DivisionRoom], b: Sequence[DivisionRoom]) -> list[DivisionRoom]:
     """Return what both leave of each memory."""
 
     def less(x: int | None, y: int | None) -> int | None:
         return x if y is None else y if x is None else min(x, y)
 
     return [
-        SplitRoom(one.split, less(one.ram, other.ram), less(one.vram, other.vram))
+        DivisionRoom(one.division, less(one.ram, other.ram), less(one.vram, other.vram))
         for one, other in zip(a, b, strict=True)
     ]

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ramgguf.gguf.architecture import TOKEN_EMBEDDING, is_input, is_kept_by_cpu_moe, layer_of
-from ramgguf.plan.result import Split
+from ramgguf.plan.result import Division
 
 _INPUT = -1
 
@@ -26,17 +26,17 @@ def everything(n_layers: int) -> int:
     return n_layers + 1
 
 
-def divisions(n_layers: int, expert_layers: Iterable[int] = ()) -> Iterator[Split]:
+def divisions(n_layers: int, expert_layers: Iterable[int] = ()) -> Iterator[Division]:
     """Yield every division that llama.cpp's options can say, the most on the GPU first.
 
     Of the layers with experts, those of the first stay in RAM, or whole layers do.
     """
     most = everything(n_layers)
-    yield Split(n_gpu_layers=most)
+    yield Division(n_gpu_layers=most)
     for layer in expert_layers:
-        yield Split(n_gpu_layers=most, n_cpu_moe=layer + 1)
+        yield Division(n_gpu_layers=most, n_cpu_moe=layer + 1)
     for n in range(most - 1, -1, -1):
-        yield Split(n_gpu_layers=n)
+        yield Division(n_gpu_layers=n)
 
 
 @dataclass(frozen=True)
@@ -52,10 +52,10 @@ class Offloaded:
     experts: int
 
     @classmethod
-    def of(cls, split: Split, n_layers: int) -> "Offloaded":
+    def of(cls, division: Division, n_layers: int) -> "Offloaded":
         """Return those of a division; more layers than there are is all of them."""
-        first = max(0, everything(n_layers) - split.n_gpu_layers)
-        return cls(n_layers, first, max(first, split.n_cpu_moe))
+        first = max(0, everything(n_layers) - division.n_gpu_layers)
+        return cls(n_layers, first, max(first, division.n_cpu_moe))
 
     @property
     def without_experts(self) -> range:
@@ -93,20 +93,20 @@ class Sites:
             np.array([tied and n == TOKEN_EMBEDDING for n in names], bool),
         )
 
-    def in_vram(self, split: Split) -> Mask:
+    def in_vram(self, division: Division) -> Mask:
         """Return which tensors the GPU has, the copy of a tied embedding among them."""
-        offloaded = Offloaded.of(split, self.n_layers)
+        offloaded = Offloaded.of(division, self.n_layers)
         kept = self.is_expert & (self.layer < offloaded.experts)
         found: Mask = (self.layer >= offloaded.first) & ~kept
-        return found | (self.is_tied & (split.n_gpu_layers > 0))
+        return found | (self.is_tied & (division.n_gpu_layers > 0))
 
-    def in_ram(self, split: Split) -> Mask:
+    def in_ram(self, division: Division) -> Mask:
         """Return which tensors RAM has; what is looked up always."""
-        found: Mask = ~self.in_vram(split) | (self.layer == _INPUT)
+        found: Mask = ~self.in_vram(division) | (self.layer == _INPUT)
         return found
 
-    def on_cpu(self, split: Split) -> Mask:
+    def on_cpu(self, division: Division) -> Mask:
         """Return which tensors the CPU multiplies: those in RAM that are not only looked up."""
-        looked_up = (self.layer == _INPUT) & ~(self.is_tied & (split.n_gpu_layers == 0))
-        found: Mask = self.in_ram(split) & ~looked_up
+        looked_up = (self.layer == _INPUT) & ~(self.is_tied & (division.n_gpu_layers == 0))
+        found: Mask = self.in_ram(division) & ~looked_up
         return found

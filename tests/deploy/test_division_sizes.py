@@ -20,7 +20,7 @@ from ramgguf.gguf.architecture import is_kept_by_cpu_moe
 from ramgguf.gguf.layout import padded
 from ramgguf.gguf.reader import open_gguf
 from ramgguf.plan import divisions
-from ramgguf.plan.result import Split
+from ramgguf.plan.result import Division
 from ramgguf.quants import formats
 from small_models import (
     ARCHITECTURES,
@@ -80,25 +80,25 @@ def _drafting_layer(layer: int) -> Shapes:
 DRAFTING = Architecture("glm4moe", _drafting, _drafting_layer, UNTIED)
 
 
-def _divisions(footprint: Footprint) -> list[Split]:
+def _divisions(footprint: Footprint) -> list[Division]:
     return list(divisions(footprint.n_layers, footprint.expert_layers))
 
 
 def _planned_by_llama(
-    path: Path, divisions: Sequence[Split], shape: ContextShape
+    path: Path, divisions: Sequence[Division], shape: ContextShape
 ) -> list[dict[str, list[int]]]:
     """Return weights, cache and compute in both memories, for each division."""
     requests = [
         {
             "path": str(path),
-            "n_gpu_layers": split.n_gpu_layers,
-            "n_cpu_moe": split.n_cpu_moe,
+            "n_gpu_layers": division.n_gpu_layers,
+            "n_cpu_moe": division.n_cpu_moe,
             "n_ctx": shape.n_ctx * shape.n_seq,
             "n_seq": shape.n_seq,
             "type_k": shape.type_k,
             "type_v": shape.type_v,
         }
-        for split in divisions
+        for division in divisions
     ]
     done = subprocess.run(
         [sys.executable, gpu_stand_in.__file__],
@@ -174,16 +174,16 @@ def test_weights_and_cache_of_every_division_are_those_of_llama_cpp(
     divisions = [s for s in _divisions(footprint) if s.n_gpu_layers > 0]
     assert len(divisions) >= 3
     real = _planned_by_llama(target, divisions, SHAPE)
-    for split, found in zip(divisions, real, strict=True):
-        placed = place(footprint, split)
+    for division, found in zip(divisions, real, strict=True):
+        placed = place(footprint, division)
         for name, use in (("ram", placed.ram), ("vram", placed.vram)):
             weights, cache, compute = found[name]
             # An encoder of texts has no head; its embedding is not kept twice, as is planned.
             more = footprint.output_copy if architecture.embeds and name == "vram" else 0
-            assert use.weights - more == pytest.approx(weights, rel=0.001, abs=2048), split
-            assert use.cache == pytest.approx(cache, rel=0.001), split
+            assert use.weights - more == pytest.approx(weights, rel=0.001, abs=2048), division
+            assert use.cache == pytest.approx(cache, rel=0.001), division
             # T5's two graphs hand over more.
-            assert architecture.has_encoder or use.compute > 0.8 * compute, split
+            assert architecture.has_encoder or use.compute > 0.8 * compute, division
 
 
 def test_experts_that_stay_in_ram_are_those_of_llama_cpp_and_one_is_copied(tmp_path: Path) -> None:
@@ -194,23 +194,23 @@ def test_experts_that_stay_in_ram_are_those_of_llama_cpp_and_one_is_copied(tmp_p
     assert [s.n_cpu_moe for s in divisions[:5]] == [0, 1, 2, 3, 4]
     expert = 2 * 32 * 512 * 1024
     real = _planned_by_llama(path, divisions, SHAPE)
-    for split, found in zip(divisions, real, strict=True):
-        placed = place(footprint, split)
+    for division, found in zip(divisions, real, strict=True):
+        placed = place(footprint, division)
         for name, use in (("ram", placed.ram), ("vram", placed.vram)):
             weights, cache, compute = found[name]
-            assert use.weights == pytest.approx(weights, rel=1e-4), split
-            assert use.cache == cache, split
-            assert use.compute > 0.95 * compute, split
-        copied = 0 if split == Split(n_gpu_layers=5) else expert
-        assert copied < found["vram"][2] < copied + 60_000_000, split
-        assert placed.vram.compute < 1.6 * found["vram"][2], split
+            assert use.weights == pytest.approx(weights, rel=1e-4), division
+            assert use.cache == cache, division
+            assert use.compute > 0.95 * compute, division
+        copied = 0 if division == Division(n_gpu_layers=5) else expert
+        assert copied < found["vram"][2] < copied + 60_000_000, division
+        assert placed.vram.compute < 1.6 * found["vram"][2], division
 
 
 def test_a_plan_for_experts_in_ram_fits_both_memories_of_llama_cpp(tmp_path: Path) -> None:
     moe = next(a for a in ARCHITECTURES if a.name == "qwen3moe")
     source = write_small_model(tmp_path / "source.gguf", moe)
     with open_gguf(source) as file, FootprintEstimator(file) as estimator:
-        most = place(estimator.footprint(SHAPE, {}), Split(n_gpu_layers=3))
+        most = place(estimator.footprint(SHAPE, {}), Division(n_gpu_layers=3))
     measurement = ramgguf.measure(source, threads=1)
     experts = sum(t.n_bytes for t in measurement.tensors if "_exps" in t.name)
     limits = {  # RAM takes experts, but not a layer's cache
@@ -223,12 +223,12 @@ def test_a_plan_for_experts_in_ram_fits_both_memories_of_llama_cpp(tmp_path: Pat
         source, ramgguf.MemoryLimit(request), target,
         min_sqnr_db=0, threads=1, verify=False, effort="fast",
     )  # fmt: skip
-    split, memory = made.plan.split, made.plan.memory
-    assert split is not None
+    division, memory = made.plan.division, made.plan.memory
+    assert division is not None
     assert memory is not None
     assert memory.vram is not None
-    assert memory.n_gpu_layers == split.n_gpu_layers
-    (found,) = _planned_by_llama(target, [split], SHAPE)
+    assert memory.n_gpu_layers == division.n_gpu_layers
+    (found,) = _planned_by_llama(target, [division], SHAPE)
     for name, use in (("ram", memory.ram), ("vram", memory.vram)):
         assert use.total <= limits[name]
         assert use.weights == pytest.approx(found[name][0], rel=0.001)
@@ -237,7 +237,7 @@ def test_a_plan_for_experts_in_ram_fits_both_memories_of_llama_cpp(tmp_path: Pat
     in_ram = [
         a.format
         for a in made.plan.assignments
-        if is_kept_by_cpu_moe(a.name) and int(a.name.split(".")[1]) < split.n_cpu_moe
+        if is_kept_by_cpu_moe(a.name) and int(a.name.split(".")[1]) < division.n_cpu_moe
     ]
-    assert split.n_cpu_moe > 0
+    assert division.n_cpu_moe > 0
     assert set(in_ram) <= cpu_fast

@@ -117,13 +117,13 @@ def loaded(path: Path, tap: Tap | None = None) -> LlamaModel:
     )  # fmt: skip
 
 
-def sequences(source: GGUFFile, n: int) -> Iterator[Any]:
-    """Yield n sequences of the mix's calibration part."""
+def sequences(source: GGUFFile, n: int, first: int = 0) -> Iterator[Any]:
+    """Yield n sequences of the mix's calibration part, of each domain from number `first` on."""
     sources = parse_sources("mix", source)
     with loaded(source.paths[0]) as model:
         for one, count in zip(sources, shares(sources, n), strict=True):
             request = TokenRequest("rtn", tokens=one.kind, corpus=one.corpus, n_ctx=N_CTX)
-            yield from draw_sequences(model, request, range(count))
+            yield from draw_sequences(model, request, range(first, first + count))
 
 
 @contextmanager

@@ -3,15 +3,17 @@
     python bench/token_weights.py models/smol135d-f16.gguf --format Q4_0 --sequences 24
 
 H = Σ w xxᵀ over the inputs x of a weight on tokens of the mix, with weights w by the rule:
-`all` is 1; `after 8` is 0 for the first 8 tokens of a sequence; `norm 1` is at most the median of
+`all` is 1; `after 8` is 0 for the first 8 tokens of a sequence; `first 10` is 10 for its first
+token and 1 for others; `norm 1` is at most the median of
 |x|² of the sequence over |x|²; `norm 4` four times that; `half` is 1 / |x|,
 `unit` 1 / |x|², `over` 1 / |x|³. `attention 0.01` is the attention that the token receives in the
 layer, summed over heads and queries, brought to 0.01 … 1 in each sequence and then to a mean of 1:
 RSQ (Sung et al. 2025, arXiv 2503.01820), as in its authors' code. `seen 0.01` is the same of that
-attention over the number of queries that see the token. With `--dampings`, each rule is tried with
-each share of the diagonal's mean that is added to H. Every matrix of a layer is rounded by GPTQ in
-the format, decoded and put in the model's place. Prints the KLD on held-out windows of every
-domain, as a ratio to that of the first rule and damping, and adds a row for each to
+attention over the number of queries that see the token. With `--scales`, matrices are rounded with
+columns scaled, and those of the rules in `--plain` without, too; with `--dampings`, each rule is
+tried with each share of the diagonal's mean that is added to H. Every matrix of a layer is rounded
+by GPTQ in the format, decoded and put in the model's place. Prints the KLD on held-out windows of
+every domain, as a ratio to that of the first rule and damping, and adds a row for each to
 bench/results/token_weights.jsonl.
 """
 
@@ -19,6 +21,7 @@ import argparse
 import json
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -77,6 +80,10 @@ def _attention(least: float, *, per_query: bool = False) -> Rule:
     return weights
 
 
+def _first(times: float) -> Rule:
+    return lambda squares, _: np.where(np.arange(len(squares)) == 0, times, 1).astype(np.float32)
+
+
 RULES: dict[str, Rule] = {
     "all": lambda squares, _: np.ones_like(squares),
     "after 8": lambda squares, _: (np.arange(len(squares)) >= 8).astype(np.float32),
@@ -85,6 +92,8 @@ RULES: dict[str, Rule] = {
     "half": _power(0.5),
     "unit": _power(1.0),
     "over": _power(1.5),
+    "first 10": _first(10),
+    "first 100": _first(100),
     "attention 0.01": _attention(0.01),
     "attention 0.1": _attention(0.1),
     "seen 0.01": _attention(0.01, per_query=True),
@@ -120,14 +129,28 @@ def grams(
     return dict(tap.taken.owners), sums
 
 
+@dataclass(frozen=True)
+class Try:
+    """How Hessians are weighed and damped, and whether columns are scaled."""
+
+    rule: str
+    damping: float
+    scales: Scales | None
+
+    @property
+    def name(self) -> str:
+        """What is printed, and the name of the file."""
+        scaled = "" if self.scales is None else ", with scales"
+        return f"{self.rule}, damped by {self.damping:g}{scaled}"
+
+
 def rounded(
     source: GGUFFile,
     output: Path,
     format_: str,
     owners: dict[str, str],
     found: dict[str, Floats],
-    scales: Scales | None,
-    damping: float,
+    how: Try,
 ) -> None:
     """Write the model with its matrices rounded in the format under these Hessians, damped so.
 
@@ -139,8 +162,8 @@ def rounded(
             readers.setdefault(owner, []).append(name)
 
     def round_inputs(owner: str, data: Data) -> None:
-        columns = None if scales is None else scales.of_inputs(owner)
-        hessian = Hessian.of(found[owner], 1, damping, columns)
+        columns = None if how.scales is None else how.scales.of_inputs(owner)
+        hessian = Hessian.of(found[owner], 1, how.damping, columns)
         importance = np.ascontiguousarray(hessian.mean.diagonal())
         for name in readers[owner]:
             put_rounded(
@@ -159,6 +182,7 @@ def main() -> None:
     parser.add_argument("--rules", nargs="+", choices=RULES, default=list(RULES))
     parser.add_argument("--dampings", type=float, nargs="+", default=[DAMPING])
     parser.add_argument("--scales", type=Path, help="a file of transform: columns are scaled")
+    parser.add_argument("--plain", nargs="*", choices=RULES, default=[], help="without them, too")
     parser.add_argument("--sequences", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=4, help="windows per domain")
     parser.add_argument("--n-ctx", type=int, default=256, help="tokens of a window")
@@ -167,28 +191,30 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.source.parent) as folder:
         with open_gguf(options.source) as source:
             matrices = layer_matrices(source)
-            owners, sums = grams(source, matrices, options.sequences, options.rules)
+            wanted = list(dict.fromkeys([*options.rules, *options.plain]))
+            owners, sums = grams(source, matrices, options.sequences, wanted)
             scales = load_scales(options.scales) if options.scales else None
-            files = {
-                (rule, damping): Path(folder) / f"{rule} {damping:g}.gguf"
-                for rule in options.rules
+            tries = [
+                Try(rule, damping, columns)
+                for rules, columns in ((options.rules, scales), (options.plain, None))
+                for rule in rules
                 for damping in options.dampings
-            }
-            for (rule, damping), path in files.items():
-                rounded(source, path, options.format, owners, sums[rule], scales, damping)
-        named = {f"{rule}, damped by {damping:g}": path for (rule, damping), path in files.items()}
-        found = print_klds(named, options.source, n_ctx=options.n_ctx, rounds=options.rounds)
+            ]
+            files = {one.name: Path(folder) / f"{one.name}.gguf" for one in tries}
+            for one in tries:
+                rounded(source, files[one.name], options.format, owners, sums[one.rule], one)
+        found = print_klds(files, options.source, n_ctx=options.n_ctx, rounds=options.rounds)
     with options.out.open("a") as out:
-        for (rule, damping), row in zip(files, found.values(), strict=True):
+        for one in tries:
             told = {
                 "model": options.source.stem,
                 "format": options.format,
-                "rule": rule,
-                "damping": damping,
-                "with_scales": scales is not None,
+                "rule": one.rule,
+                "damping": one.damping,
+                "with_scales": one.scales is not None,
                 "n_sequences": options.sequences,
                 "n_ctx": options.n_ctx,
-                **row,
+                **found[one.name],
                 **provenance(),
             }
             out.write(json.dumps(told) + "\n")

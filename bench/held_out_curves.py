@@ -40,7 +40,7 @@ from ramgguf.quants.encoders.points import searched
 from ramgguf.quants.hessian import Hessians, add_grams, load_hessians, mirror
 from ramgguf.quants.imatrix import load_imatrix
 from ramgguf.quants.output_metadata import overhead_bytes
-from ramgguf.sensitivity.result import Reading, Sensitivity
+from ramgguf.sensitivity.result import Sensitivity, TensorSensitivity
 from rounded import (
     Floats,
     Inputs,
@@ -75,10 +75,18 @@ def other_grams(source: GGUFFile, n: int, first: int) -> dict[str, Floats]:
 
 
 def curves(
-    source: GGUFFile, reading: Reading, names: list[str], theirs: Hessians, other: Floats, n: int
+    source: GGUFFile,
+    t: TensorSensitivity,
+    names: list[str],
+    theirs: Hessians,
+    other: Floats,
+    n: int,
 ) -> Curves:
-    """Return the errors of a matrix in the formats, by curve, from n of its rows."""
-    tensor = source.tensor(reading.name)
+    """Return the errors of a matrix in the formats, by curve, from n of its rows.
+
+    Where α was not read on it, it is per unit of search's error in Q4_K on these rows.
+    """
+    tensor = source.tensor(t.name)
     data = source.read_rows(tensor, 0, tensor.n_rows)
     if tensor.n_rows > n:
         data = data[np.sort(np.random.default_rng(0).choice(tensor.n_rows, n, replace=False))]
@@ -99,11 +107,16 @@ def curves(
             "searched here": _squares(by_search, hessian.mean),
         }
 
-    each = {format_: errors(format_) for format_ in {*names, reading.format}}
+    read_in = "Q4_K" if t.reading is None else t.reading.format
+    each = {format_: errors(format_) for format_ in {*names, read_in}}
+    read = each[read_in]
+    if t.reading is None:
+        nmse = read["search"] / float(np.square(weights).sum(axis=0) @ importance)
+    else:
+        nmse = t.reading.nmse
     unit = {"own": "searched here", "held out": "searched output"}  # what α is per unit of
-    read = each[reading.format]
     return {
-        curve: {f: reading.nmse * each[f][curve] / read[unit.get(curve, curve)] for f in names}
+        curve: {f: nmse * each[f][curve] / read[unit.get(curve, curve)] for f in names}
         for curve in CURVES
     }
 
@@ -150,14 +163,14 @@ def main() -> None:
             threads=default_threads(), progress=Silent(),
         )  # fmt: skip
         others = other_grams(source, options.sequences, options.first)
-        readings = {t.name: t.reading for t in sensitivity.tensors if t.reading is not None}
+        alphas = {t.name: t for t in sensitivity.tensors}
         names = {
             t.name: [p.format for p in t.points if p.format in options.formats]
             for t in measured.tensors
-            if t.kept is None and t.name in others and t.name in readings
+            if t.kept is None and t.name in others
         }
         each = in_threads(
-            lambda n: curves(source, readings[n], names[n], theirs, others[n], options.n_rows),
+            lambda n: curves(source, alphas[n], names[n], theirs, others[n], options.n_rows),
             names,
         )
     print(f"curves of {len(names)} of {sum(t.kept is None for t in measured.tensors)} tensors")

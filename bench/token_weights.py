@@ -1,50 +1,59 @@
-"""Which tokens count in a Hessian: all alike, first tokens left out, or large inputs clipped.
+"""Which tokens count in a Hessian: all alike, none of the first, no large ones, or by attention.
 
     python bench/token_weights.py models/smol135d-f16.gguf --format Q4_0 --sequences 24
 
 H = Σ w xxᵀ over the inputs x of a weight on tokens of the mix, with weights w by the rule:
-`all` is 1; `after 8` is 0 for the first 8 tokens of a sequence; `norm 1` is at most the median of
+`all` is 1; `after 8` is 0 for the first 8 tokens of a sequence; `first 10` is 10 for its first
+token and 1 for others; `norm 1` is at most the median of
 |x|² of the sequence over |x|²; `norm 4` four times that; `half` is 1 / |x|,
-`unit` 1 / |x|², `over` 1 / |x|³. With `--dampings`, each rule is tried with each share of the
-diagonal's mean that is added to H. Every matrix of a layer is rounded by GPTQ in the format,
-decoded and put in the model's place. Prints the KLD on held-out windows of every domain, as a ratio
-to that of the first rule and damping, and adds a row for each to bench/results/token_weights.jsonl.
+`unit` 1 / |x|², `over` 1 / |x|³. `attention 0.01` is the attention that the token receives in the
+layer, summed over heads and queries, brought to 0.01 … 1 in each sequence and then to a mean of 1:
+RSQ (Sung et al. 2025, arXiv 2503.01820), as in its authors' code. `seen 0.01` is the same of that
+attention over the number of queries that see the token. With `--scales`, matrices are rounded with
+columns scaled, and those of the rules in `--plain` without, too; with `--dampings`, each rule is
+tried with each share of the diagonal's mean that is added to H. Every matrix of a layer is rounded
+by GPTQ in the format, decoded and put in the model's place. Prints the KLD on held-out windows of
+every domain, as a ratio to that of the first rule and damping, and adds a row for each to
+bench/results/token_weights.jsonl.
 """
 
 import argparse
 import json
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from provenance import provenance
-from ramgguf.evaluate import score_held_out
+from ramgguf.core.parallel import default_threads
+from ramgguf.gguf.architecture import layer_of
 from ramgguf.gguf.reader import GGUFFile, open_gguf
 from ramgguf.quants import formats
 from ramgguf.quants.encoders import gptq
-from ramgguf.quants.encoders.decoding import decode_rows, in_type
-from ramgguf.quants.hessian import DAMPING, Hessian
+from ramgguf.quants.hessian import DAMPING, Hessian, add_grams, mirror
 from ramgguf.quants.scales import Scales, load_scales
 from rounded import (
+    Attention,
     Data,
-    Inputs,
     in_threads,
     layer_matrices,
     loaded,
+    print_klds,
+    put_rounded,
     rounded_copies,
     sequences,
 )
 
 Floats = NDArray[np.float32]
-Rule = Callable[[Floats], Floats]
+Rule = Callable[[Floats, Floats], Floats]  # of |x|² and of the attention received
 RESULTS = Path(__file__).parent / "results" / "token_weights.jsonl"
 
 
 def _clipped(times: float) -> Rule:
-    def weights(squares: Floats) -> Floats:
+    def weights(squares: Floats, _: Floats) -> Floats:
         most = times * np.median(squares)
         found: Floats = np.minimum(1, most / np.maximum(squares, np.finfo(np.float32).tiny))
         return found
@@ -53,7 +62,7 @@ def _clipped(times: float) -> Rule:
 
 
 def _power(exponent: float) -> Rule:
-    def weights(squares: Floats) -> Floats:
+    def weights(squares: Floats, _: Floats) -> Floats:
         tiny = np.finfo(np.float32).tiny
         found: Floats = np.power(np.maximum(squares, tiny), np.float32(-exponent))
         return found
@@ -61,14 +70,34 @@ def _power(exponent: float) -> Rule:
     return weights
 
 
+def _attention(least: float, *, per_query: bool = False) -> Rule:
+    def weights(_: Floats, received: Floats) -> Floats:
+        found = received / np.arange(len(received), 0, -1) if per_query else received
+        found = least + (1 - least) * (found - found.min()) / (found.max() - found.min())
+        of_mean_one: Floats = (found / found.mean()).astype(np.float32)
+        return of_mean_one
+
+    return weights
+
+
+def _first(times: float) -> Rule:
+    return lambda squares, _: np.where(np.arange(len(squares)) == 0, times, 1).astype(np.float32)
+
+
 RULES: dict[str, Rule] = {
-    "all": np.ones_like,
-    "after 8": lambda squares: (np.arange(len(squares)) >= 8).astype(np.float32),
+    "all": lambda squares, _: np.ones_like(squares),
+    "after 8": lambda squares, _: (np.arange(len(squares)) >= 8).astype(np.float32),
     "norm 4": _clipped(4.0),
     "norm 1": _clipped(1.0),
     "half": _power(0.5),
     "unit": _power(1.0),
     "over": _power(1.5),
+    "first 10": _first(10),
+    "first 100": _first(100),
+    "attention 0.01": _attention(0.01),
+    "attention 0.1": _attention(0.1),
+    "seen 0.01": _attention(0.01, per_query=True),
+    "seen 0.1": _attention(0.1, per_query=True),
 }
 
 
@@ -76,7 +105,7 @@ def grams(
     source: GGUFFile, names: list[str], n: int, rules: list[str]
 ) -> tuple[dict[str, str], dict[str, dict[str, Floats]]]:
     """Return the owner of each weight's input, and Σ w xxᵀ by rule and owner; Σ w is 1."""
-    tap = Inputs(names)
+    tap = Attention(names)
     sums: dict[str, dict[str, Floats]] = {rule: {} for rule in rules}
     total: dict[tuple[str, str], float] = {}
     with loaded(source.paths[0], tap) as model:
@@ -84,17 +113,35 @@ def grams(
             model.clear()
             model.decode(ids)
             tap.check()
+            tap.check_attention(source.n_trunk_layers or 0)
             for owner, x in tap.last.items():
-                squares = np.einsum("ij,ij->i", x, x)
+                squares, layer = np.einsum("ij,ij->i", x, x), layer_of(owner)
+                assert layer is not None
                 for rule in rules:
-                    w = RULES[rule](squares)
+                    w = RULES[rule](squares, tap.received[layer])
                     gram = sums[rule].setdefault(owner, np.zeros((x.shape[1],) * 2, np.float32))
-                    gram += (x * w[:, None]).T @ x
+                    add_grams([(x * np.sqrt(w)[:, None], gram)], default_threads())
                     total[rule, owner] = total.get((rule, owner), 0.0) + float(w.sum())
     for rule, by_owner in sums.items():
         for owner, gram in by_owner.items():
+            mirror(gram)
             gram /= np.float32(total[rule, owner])
     return dict(tap.taken.owners), sums
+
+
+@dataclass(frozen=True)
+class Try:
+    """How Hessians are weighed and damped, and whether columns are scaled."""
+
+    rule: str
+    damping: float
+    scales: Scales | None
+
+    @property
+    def name(self) -> str:
+        """What is printed, and the name of the file."""
+        scaled = "" if self.scales is None else ", with scales"
+        return f"{self.rule}, damped by {self.damping:g}{scaled}"
 
 
 def rounded(
@@ -103,8 +150,7 @@ def rounded(
     format_: str,
     owners: dict[str, str],
     found: dict[str, Floats],
-    scales: Scales | None,
-    damping: float,
+    how: Try,
 ) -> None:
     """Write the model with its matrices rounded in the format under these Hessians, damped so.
 
@@ -116,21 +162,14 @@ def rounded(
             readers.setdefault(owner, []).append(name)
 
     def round_inputs(owner: str, data: Data) -> None:
-        columns = None if scales is None else scales.of_inputs(owner)
-        hessian = Hessian.of(found[owner], 1, damping, columns)
+        columns = None if how.scales is None else how.scales.of_inputs(owner)
+        hessian = Hessian.of(found[owner], 1, how.damping, columns)
         importance = np.ascontiguousarray(hessian.mean.diagonal())
         for name in readers[owner]:
-            tensor = source.tensor(name)
-            rows = source.read_rows(tensor, 0, tensor.n_rows)
-            weights = decode_rows(tensor.type_name, rows, tensor.row_length)
-            if columns is not None:
-                weights *= columns
-            blocks = gptq.encode(format_, weights, hessian, importance)
-            decoded = decode_rows(format_, blocks, tensor.row_length)
-            if columns is not None:
-                decoded /= columns
-            after = in_type(tensor.type_name, decoded)
-            data[name][:] = after.view(data[name].dtype).reshape(data[name].shape)
+            put_rounded(
+                source, data, name, format_,
+                lambda weights: gptq.encode(format_, weights, hessian, importance), columns,
+            )  # fmt: skip
 
     with rounded_copies(source.paths[0], [output]) as (data,):
         in_threads(lambda owner: round_inputs(owner, data), readers)
@@ -143,6 +182,7 @@ def main() -> None:
     parser.add_argument("--rules", nargs="+", choices=RULES, default=list(RULES))
     parser.add_argument("--dampings", type=float, nargs="+", default=[DAMPING])
     parser.add_argument("--scales", type=Path, help="a file of transform: columns are scaled")
+    parser.add_argument("--plain", nargs="*", choices=RULES, default=[], help="without them, too")
     parser.add_argument("--sequences", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=4, help="windows per domain")
     parser.add_argument("--n-ctx", type=int, default=256, help="tokens of a window")
@@ -151,46 +191,33 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.source.parent) as folder:
         with open_gguf(options.source) as source:
             matrices = layer_matrices(source)
-            owners, sums = grams(source, matrices, options.sequences, options.rules)
+            wanted = list(dict.fromkeys([*options.rules, *options.plain]))
+            owners, sums = grams(source, matrices, options.sequences, wanted)
             scales = load_scales(options.scales) if options.scales else None
-            files = {
-                (rule, damping): Path(folder) / f"{rule} {damping:g}.gguf"
-                for rule in options.rules
+            tries = [
+                Try(rule, damping, columns)
+                for rules, columns in ((options.rules, scales), (options.plain, None))
+                for rule in rules
                 for damping in options.dampings
+            ]
+            files = {one.name: Path(folder) / f"{one.name}.gguf" for one in tries}
+            for one in tries:
+                rounded(source, files[one.name], options.format, owners, sums[one.rule], one)
+        found = print_klds(files, options.source, n_ctx=options.n_ctx, rounds=options.rounds)
+    with options.out.open("a") as out:
+        for one in tries:
+            told = {
+                "model": options.source.stem,
+                "format": options.format,
+                "rule": one.rule,
+                "damping": one.damping,
+                "with_scales": one.scales is not None,
+                "n_sequences": options.sequences,
+                "n_ctx": options.n_ctx,
+                **found[one.name],
+                **provenance(),
             }
-            for (rule, damping), path in files.items():
-                rounded(source, path, options.format, owners, sums[rule], scales, damping)
-        scores = score_held_out(
-            list(files.values()), options.source, part="gate", n_ctx=options.n_ctx,
-            max_rounds=options.rounds, seconds=None,
-        )  # fmt: skip
-    klds = [np.array([w.kld_sum / w.n_tokens for w in s.windows]) for s in scores]
-    domains = [w.domain for w in scores[0].windows]
-    for (rule, damping), kld in zip(files, klds, strict=True):
-        logs = np.log(kld / klds[0])
-        each = ", ".join(
-            f"{d} {np.exp(np.mean([x for x, e in zip(logs, domains, strict=True) if e == d])):.2f}"
-            for d in dict.fromkeys(domains)
-        )
-        print(
-            f"{rule}, damped by {damping:g}: KLD {kld.mean():.4f}, "
-            f"mean log ratio {logs.mean():+.3f} ± "
-            f"{logs.std(ddof=1) / np.sqrt(len(logs)):.3f} ({each})"
-        )
-        row = {
-            "model": options.source.stem,
-            "format": options.format,
-            "rule": rule,
-            "damping": damping,
-            "with_scales": scales is not None,
-            "n_sequences": options.sequences,
-            "n_ctx": options.n_ctx,
-            "domains": domains,
-            "kld": [round(k, 6) for k in kld.tolist()],
-            **provenance(),
-        }
-        with options.out.open("a") as out:
-            out.write(json.dumps(row) + "\n")
+            out.write(json.dumps(told) + "\n")
 
 
 if __name__ == "__main__":

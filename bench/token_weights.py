@@ -12,7 +12,8 @@ RSQ (Sung et al. 2025, arXiv 2503.01820), as in its authors' code. `seen 0.01` i
 attention over the number of queries that see the token. With `--scales`, matrices are rounded with
 columns scaled, and those of the rules in `--plain` without, too; with `--dampings`, each rule is
 tried with each share of the diagonal's mean that is added to H. Every matrix of a layer is rounded
-by GPTQ in the format, decoded and put in the model's place. Prints the KLD on held-out windows of
+in the format by `--encoder`, decoded and put in the model's place; `search` weighs errors by the
+diagonal of H alone. Prints the KLD on held-out windows of
 every domain, as a ratio to that of the first rule and damping, and adds a row for each to
 bench/results/token_weights.jsonl.
 """
@@ -32,7 +33,7 @@ from ramgguf.core.parallel import default_threads
 from ramgguf.gguf.architecture import layer_of
 from ramgguf.gguf.reader import GGUFFile, open_gguf
 from ramgguf.quants import formats
-from ramgguf.quants.encoders import gptq
+from ramgguf.quants.encoders import descent, gptq, points
 from ramgguf.quants.hessian import DAMPING, Hessian, add_grams, mirror
 from ramgguf.quants.scales import Scales, load_scales
 from rounded import (
@@ -48,6 +49,7 @@ from rounded import (
 )
 
 Floats = NDArray[np.float32]
+Encode = Callable[[str, Floats, Hessian, Floats], NDArray[np.uint8]]
 Rule = Callable[[Floats, Floats], Floats]  # of |x|² and of the attention received
 RESULTS = Path(__file__).parent / "results" / "token_weights.jsonl"
 
@@ -94,7 +96,9 @@ RULES: dict[str, Rule] = {
     "over": _power(1.5),
     "first 10": _first(10),
     "first 100": _first(100),
+    "attention 0.003": _attention(0.003),
     "attention 0.01": _attention(0.01),
+    "attention 0.03": _attention(0.03),
     "attention 0.1": _attention(0.1),
     "seen 0.01": _attention(0.01, per_query=True),
     "seen 0.1": _attention(0.1, per_query=True),
@@ -129,6 +133,13 @@ def grams(
     return dict(tap.taken.owners), sums
 
 
+ENCODERS: dict[str, Encode] = {
+    "search": lambda format_, rows, _, weights: points.searched(format_, rows, weights),
+    "gptq": gptq.encode,
+    "descent": descent.encode,
+}
+
+
 @dataclass(frozen=True)
 class Try:
     """How Hessians are weighed and damped, and whether columns are scaled."""
@@ -151,6 +162,7 @@ def rounded(
     owners: dict[str, str],
     found: dict[str, Floats],
     how: Try,
+    encode: Encode,
 ) -> None:
     """Write the model with its matrices rounded in the format under these Hessians, damped so.
 
@@ -168,7 +180,7 @@ def rounded(
         for name in readers[owner]:
             put_rounded(
                 source, data, name, format_,
-                lambda weights: gptq.encode(format_, weights, hessian, importance), columns,
+                lambda weights: encode(format_, weights, hessian, importance), columns,
             )  # fmt: skip
 
     with rounded_copies(source.paths[0], [output]) as (data,):
@@ -179,6 +191,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("source", type=Path)
     parser.add_argument("--format", default="Q4_0")
+    parser.add_argument("--encoder", default="gptq", choices=ENCODERS)
     parser.add_argument("--rules", nargs="+", choices=RULES, default=list(RULES))
     parser.add_argument("--dampings", type=float, nargs="+", default=[DAMPING])
     parser.add_argument("--scales", type=Path, help="a file of transform: columns are scaled")
@@ -202,13 +215,17 @@ def main() -> None:
             ]
             files = {one.name: Path(folder) / f"{one.name}.gguf" for one in tries}
             for one in tries:
-                rounded(source, files[one.name], options.format, owners, sums[one.rule], one)
+                rounded(
+                    source, files[one.name], options.format, owners, sums[one.rule], one,
+                    ENCODERS[options.encoder],
+                )  # fmt: skip
         found = print_klds(files, options.source, n_ctx=options.n_ctx, rounds=options.rounds)
     with options.out.open("a") as out:
         for one in tries:
             told = {
                 "model": options.source.stem,
                 "format": options.format,
+                "encoder": options.encoder,
                 "rule": one.rule,
                 "damping": one.damping,
                 "with_scales": one.scales is not None,

@@ -503,7 +503,7 @@ def calibrate(
     model: str | Path,
     output: str | Path,
     *,
-    tokens: str = "self",
+    tokens: str = "mix",
     n_sequences: int = N_SEQUENCES,
     n_ctx: int = N_CTX,
     seed: int = 0,

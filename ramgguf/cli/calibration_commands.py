@@ -36,7 +36,7 @@ def register(app: typer.Typer) -> None:
 def calibrate(
     model: opt.Model,
     output: opt.Output = None,
-    tokens: opt.TokenSources = "self",
+    tokens: opt.TokenSources = "mix",
     sequences: Annotated[
         int, typer.Option("--sequences", min=1, help="How many sequences are read.")
     ] = N_SEQUENCES,
@@ -67,7 +67,8 @@ def calibrate(
 ) -> None:
     """Measure how much each input column counts: an importance matrix in llama.cpp's format.
 
-    With tokens drawn from the model itself no data are needed. llama-quantize takes the file, too.
+    The texts come with the package; --tokens self lets the model draw its own. llama-quantize takes
+    the file, too.
     """
     terminal = opt.Terminal.make(quiet=quiet, as_json=as_json)
     if hessian is None:

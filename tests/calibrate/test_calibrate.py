@@ -327,7 +327,7 @@ def test_an_error_in_the_callback_is_raised_after_the_decode(
 def test_the_file_is_read_back_by_us_and_by_gguf(tiny: Path, tmp_path: Path) -> None:
     path, hessian = tmp_path / "i.gguf", tmp_path / "h.gguf"
     found = ramgguf.calibrate(
-        tiny, path, n_sequences=2, n_ctx=32, seed=3, hessian=hessian, threads=1
+        tiny, path, tokens="self", n_sequences=2, n_ctx=32, seed=3, hessian=hessian, threads=1
     )
     assert (found.n_entries, found.n_tokens, found.missed) == (
         15,
@@ -409,7 +409,7 @@ def test_llama_cpp_quantizes_with_the_matrix_as_we_read_it(tiny: Path, tmp_path:
 def test_an_interrupted_run_leaves_no_file(tiny: Path, tmp_path: Path) -> None:
     command = [RAMGGUF, "calibrate", str(tiny), "-o", str(tmp_path / "i.gguf")]
     child = subprocess.Popen(
-        [*command, "--sequences", "4000", "-t", "1"],
+        [*command, "--tokens", "self", "--sequences", "4000", "-t", "1"],
         stderr=subprocess.PIPE,
         text=True,
         env=unwatched(),
@@ -455,7 +455,9 @@ def test_the_command_says_what_it_found(tiny: Path, tmp_path: Path) -> None:
 def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     path = write_tiny_model(tmp_path / "nan.gguf", nan_in_output=True)
     with pytest.raises(EngineError, match="logits are NaN"):
-        ramgguf.calibrate(path, tmp_path / "i.gguf", n_sequences=1, n_ctx=32, threads=1)
+        ramgguf.calibrate(
+            path, tmp_path / "i.gguf", tokens="self", n_sequences=1, n_ctx=32, threads=1
+        )
 
 
 def test_a_request_before_a_tap_is_an_error(tiny: Path) -> None:

@@ -19,6 +19,7 @@ from ramgguf.gguf.layout import Layout, metadata_records, plan_shard, sized
 from ramgguf.gguf.reader import GGUFFile, TensorInfo
 from ramgguf.gguf.writer import GGUFOutput
 from ramgguf.quants.encoders.decoding import decode_rows, in_type
+from ramgguf.quants.hessian import Hessians, gram_name, new_hessians
 from ramgguf.quants.imatrix import Imatrix, InputSquares, write_imatrix
 from ramgguf.transform import EXACT, departure
 
@@ -166,6 +167,27 @@ def write_matrix(model: Model, imatrix: Imatrix, path: Path) -> Path:
         entries[name] = InputSquares(squares[None].astype(np.float64), np.ones(1, np.int64))
     write_imatrix(path, entries, dataset="turned", n_chunks=1, chunk_size=1, force=True)
     return path
+
+
+def write_hessians(model: Model, hessians: Hessians, path: Path) -> Path:
+    """Write the Hessians of a model that has changed, T (Σxxᵀ) Tᵀ, by those of it as it was."""
+    width = {name: model.weights[name].shape[1] for name in hessians.owners}
+    sizes = {owner: width[owner] for owner in hessians.owners.values()}
+    n_tokens = hessians.n_tokens
+    with new_hessians(path, hessians.owners, sizes, n_tokens, force=True) as out:
+        for owner in sizes:
+            turn = model.turns.get(owner)
+            gram = hessians.get(owner, width[owner] if turn is None else turn.shape[1])
+            assert gram is not None  # there is an owner
+            out.write(gram_name(owner), gram if turn is None else _congruent(turn, gram))
+        out.commit()
+    return path
+
+
+def _congruent(turn: Floats, gram: Floats) -> Floats:
+    product = turn @ gram @ turn.T
+    found: Floats = np.add(product, product.T, dtype=np.float32)  # symmetric to the last bit
+    return found / np.float32(2)
 
 
 def _turned(turn: Floats, moments: Floats) -> Floats:

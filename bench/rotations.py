@@ -16,9 +16,10 @@
 
 (QuaRot, arXiv 2404.00456, and SpinQuant, arXiv 2405.16406.) Each is written, run and compared with
 the model. Then the matrices of every n-th layer are rounded by `search`, without an importance
-matrix and with that of the variant's own inputs, and decoded; all else stays F16, so that nothing
-but these matrices differs. n_bytes is what a file takes with all layers in the format, embedding
-and head in Q8_0: a rotated model of a tied embedding has a head beside it. Rows are added to
+matrix and with that of the variant's own inputs, or by `gptq` with its Hessians, and decoded; all
+else stays F16, so that nothing but these matrices differs. n_bytes is what a file takes with all
+layers in the format, embedding and head in Q8_0: a rotated model of a tied embedding has a head
+beside it. Rows are added to
 bench/results/rotations.jsonl; `--table` prints them: KLD over that of `plain`, 95 % intervals by
 bootstrap over windows. `--folder` keeps variants for the next call.
 """
@@ -40,6 +41,7 @@ from equivalents import (
     read_model,
     rotate_residual,
     rotate_values,
+    write_hessians,
     write_matrix,
     write_model,
 )
@@ -70,11 +72,15 @@ def change(model: Model, variant: str, seed: int) -> None:
 
 def made(
     source: Path, imatrix: Imatrix, variant: str, seed: int, folder: Path, *, padded: bool
-) -> tuple[Path, Path, float]:
-    """Return the variant, its importance matrix and its KLD to the source, made now or before."""
+) -> tuple[Path, Imatrix, float]:
+    """Return the variant, its importance matrix with Hessians, and its KLD to the source.
+
+    They are made now or before.
+    """
     stem = folder / f"{source.stem}{'-padded' if padded else ''}-{variant}-{seed}"
-    path, matrix, said = (
-        stem.with_name(f"{stem.name}.{end}") for end in ("gguf", "imatrix.gguf", "json")
+    path, matrix, hessian, said = (
+        stem.with_name(f"{stem.name}.{end}")
+        for end in ("gguf", "imatrix.gguf", "hessian.gguf", "json")
     )
     if not said.exists():
         with open_gguf(source) as file:
@@ -84,12 +90,15 @@ def made(
             change(model, variant, seed)
             write_model(model, file, path)
         write_matrix(model, imatrix, matrix)
+        if imatrix.hessians is not None:
+            write_hessians(model, imatrix.hessians, hessian)
         said.write_text(json.dumps(exactness(path, source)))
-    return path, matrix, json.loads(said.read_text())
+    found = load_imatrix(matrix, hessian if hessian.exists() else None)
+    return path, found, json.loads(said.read_text())
 
 
 def round_layers(
-    path: Path, output: Path, format_: str, every: int, imatrix: Imatrix | None
+    path: Path, output: Path, format_: str, every: int, imatrix: Imatrix | None, encoder: str
 ) -> None:
     """Write the model with the matrices of every n-th layer rounded in the format, and decoded."""
     with open_gguf(path) as file, rounded_copies(path, [output]) as (data,):
@@ -102,7 +111,7 @@ def round_layers(
             tensor = file.tensor(name)
             rows = file.read_rows(tensor, 0, tensor.n_rows)
             weights = ErrorWeights.of(tensor, imatrix)
-            blocks = weights.encode(format_, tensor.type_name, rows, 0, tensor.row_length, "search")
+            blocks = weights.encode(format_, tensor.type_name, rows, 0, tensor.row_length, encoder)
             after = in_type(tensor.type_name, decode_rows(format_, blocks, tensor.row_length))
             data[name][:] = after.view(data[name].dtype).reshape(data[name].shape)
 
@@ -123,15 +132,15 @@ def table(rows: Sequence[Row]) -> Iterator[str]:
     """Yield a line for each file: its KLD, and that over the unrotated one's."""
 
     def kind(row: Mapping[str, object]) -> list[object]:
-        return [row[k] for k in ("model", "format", "every", "with_matrix", "n_ctx")]
+        return [row[k] for k in ("model", "format", "every", "encoder", "with_matrix", "n_ctx")]
 
     for row in sorted(rows, key=lambda row: str(kind(row))):
         theirs = next((r for r in rows if r["variant"] == "plain" and kind(r) == kind(row)), None)
         against = "" if theirs is None or theirs is row else f", × {ratio(row, theirs)}"
-        matrix = "with" if row["with_matrix"] else "without"
+        how = f"{row['encoder']} {'with' if row['with_matrix'] else 'without'} matrix"
         yield (
-            f"{row['model']}, {row['format']} in every {row['every']}, {matrix} matrix: "
-            f"{row['variant']} {row['n_bytes']:,} bytes, KLD {np.mean(row['kld']):.4f}{against}"
+            f"{row['model']}, {row['format']} in every {row['every']}, {how}: {row['variant']} "
+            f"{row['n_bytes']:,} bytes, KLD {np.mean(row['kld']):.4f}{against}"
         )
 
 
@@ -140,7 +149,7 @@ def measure(options: argparse.Namespace, folder: Path) -> list[Row]:
     imatrix = load_imatrix(options.imatrix, options.hessian)
     files: list[tuple[Row, Path]] = []
     for variant in options.variants:
-        path, matrix, kld = made(
+        path, own, kld = made(
             options.source, imatrix, variant, options.seed, folder, padded=options.pad
         )
         print(f"{variant}: KLD {kld:.2g}", flush=True)
@@ -149,8 +158,8 @@ def measure(options: argparse.Namespace, folder: Path) -> list[Row]:
                 n_bytes = file_bytes(file, format_)
             for with_matrix in (w == "with" for w in options.matrix):
                 output = folder / f"{variant}-{format_}-{with_matrix}.rounded.gguf"
-                own = load_imatrix(matrix) if with_matrix else None
-                round_layers(path, output, format_, options.every, own)
+                found = own if with_matrix else None
+                round_layers(path, output, format_, options.every, found, options.encoder)
                 row = {
                     "model": options.source.stem + (", padded" if options.pad else ""),
                     "variant": variant,
@@ -158,6 +167,7 @@ def measure(options: argparse.Namespace, folder: Path) -> list[Row]:
                     "exactness": kld,
                     "format": format_,
                     "every": options.every,
+                    "encoder": options.encoder,
                     "with_matrix": with_matrix,
                     "n_bytes": n_bytes,
                 }
@@ -180,6 +190,7 @@ def main() -> None:
     parser.add_argument("--formats", nargs="*", default=["Q2_K", "IQ3_S"], help="none: only check")
     parser.add_argument("--matrix", nargs="+", choices=["with", "without"], default=["with"])
     parser.add_argument("--pad", action="store_true", help="rows to multiples of 256, before")
+    parser.add_argument("--encoder", choices=["search", "gptq"], default="search")
     parser.add_argument("--every", type=int, default=1, help="round every n-th layer")
     parser.add_argument("--seed", type=int, default=0, help="of the rotations")
     parser.add_argument("--rounds", type=int, default=3, help="windows per domain")
@@ -193,7 +204,7 @@ def main() -> None:
             folder = options.folder or Path(temporary)
             folder.mkdir(parents=True, exist_ok=True)
             add_rows(options.out, measure(options, folder))
-    keys = ("model", "variant", "format", "every", "with_matrix", "n_ctx", "seed")
+    keys = ("model", "variant", "format", "every", "encoder", "with_matrix", "n_ctx", "seed")
     print("\n".join(table(read_rows(options.out, *keys))))
 
 

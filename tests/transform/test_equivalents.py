@@ -147,7 +147,7 @@ def _met(
 
 
 @pytest.mark.parametrize("change", [_pad, _values, _both, _rotate_padded])
-def test_the_matrix_is_that_of_the_inputs_with_which_the_outputs_are_the_same(
+def test_matrix_and_hessians_are_those_of_the_inputs_with_which_the_outputs_are_the_same(
     change: Callable[[Model], None], tmp_path: Path
 ) -> None:
     with open_gguf(_small(tmp_path / "m.gguf", "llama")) as file:
@@ -156,6 +156,9 @@ def test_the_matrix_is_that_of_the_inputs_with_which_the_outputs_are_the_same(
     imatrix, met = _met(tmp_path / "h.gguf", model, np.random.default_rng(2))
     change(model)
     equivalents.write_matrix(model, imatrix, tmp_path / "i.gguf")
+    assert imatrix.hessians is not None
+    equivalents.write_hessians(model, imatrix.hessians, tmp_path / "new.gguf")
+    hessians = load_hessians(tmp_path / "new.gguf")
     found = load_imatrix(tmp_path / "i.gguf").entries
     assert found.keys() == met.keys()
     for name, x in met.items():
@@ -163,6 +166,9 @@ def test_the_matrix_is_that_of_the_inputs_with_which_the_outputs_are_the_same(
         inputs = x @ turn.T
         expected = np.square(inputs).mean(axis=0)
         assert np.allclose(found[name].values[0], expected, rtol=1e-3, atol=1e-4 * expected.mean())
+        gram = hessians.get(name, inputs.shape[1])
+        assert gram is not None
+        assert np.allclose(gram, inputs.T @ inputs, rtol=1e-3, atol=0.04 * expected.mean())
         outputs, now = x @ before[name].T, inputs @ model.weights[name].T
         if name.split(".")[2] in ("ffn_gate", "ffn_up", "attn_k"):
             assert np.allclose(outputs, now, atol=1e-3 * np.abs(outputs).max())

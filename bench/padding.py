@@ -16,6 +16,7 @@ import argparse
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -92,8 +93,9 @@ def files(
 
 def table(rows: Sequence[Row]) -> Iterator[str]:
     """Yield a line for each file: its KLD, and that over the original's at the same bytes."""
+    alike = itemgetter("model", "budget", "formats", "n_ctx")
     for row in rows:
-        same = (r for r in rows if (r["model"], r["budget"]) == (row["model"], row["budget"]))
+        same = (r for r in rows if alike(r) == alike(row))
         theirs = next((r for r in same if r["variant"] == "original"), None)
         against = "" if theirs is None or theirs is row else f", × {ratio(row, theirs)}"
         mixture = ", ".join(f"{k} {share:.0%}" for k, share in row["shares"].items())
@@ -117,7 +119,12 @@ def measure(options: argparse.Namespace, folder: Path) -> list[Row]:
     write_matrix(model, load_imatrix(options.imatrix), imatrix)
     del model
     models = {"original": (options.source, options.imatrix), name: (path, imatrix)}
-    shared = {"model": options.source.stem, "n_weights": n_weights, "exactness": kld}
+    shared = {
+        "model": options.source.stem,
+        "n_weights": n_weights,
+        "exactness": kld,
+        "formats": " ".join(options.formats),
+    }
     return scored(
         [
             ({**shared, **row}, file)
@@ -142,7 +149,9 @@ def main() -> None:
     if not options.table:
         with tempfile.TemporaryDirectory(dir=options.source.parent) as folder:
             add_rows(options.out, measure(options, Path(folder)))
-    print("\n".join(table(read_rows(options.out, "model", "variant", "budget", "n_ctx"))))
+    print(
+        "\n".join(table(read_rows(options.out, "model", "variant", "budget", "formats", "n_ctx")))
+    )
 
 
 if __name__ == "__main__":

@@ -50,6 +50,7 @@ from ramgguf.gguf.architecture import layer_of
 from ramgguf.gguf.reader import GGUFFile, open_gguf
 from ramgguf.quants import formats
 from ramgguf.quants.codec import ErrorWeights
+from ramgguf.quants.encoders import ENCODERS
 from ramgguf.quants.encoders.decoding import decode_rows, in_type
 from ramgguf.quants.imatrix import Imatrix, load_imatrix
 from rounded import in_threads, layer_matrices, rounded_copies
@@ -71,18 +72,20 @@ def change(model: Model, variant: str, seed: int) -> None:
 
 
 def made(
-    source: Path, imatrix: Imatrix, variant: str, seed: int, folder: Path, *, padded: bool
+    options: argparse.Namespace, imatrix: Imatrix, variant: str, folder: Path
 ) -> tuple[Path, Imatrix, float]:
-    """Return the variant, its importance matrix with Hessians, and its KLD to the source.
+    """Return the variant, its importance matrix, and its KLD to the source.
 
-    They are made now or before.
+    They are made now or before; with the Hessians, where the encoder takes them.
     """
+    source, seed, padded = options.source, options.seed, options.pad
     stem = folder / f"{source.stem}{'-padded' if padded else ''}-{variant}-{seed}"
     path, matrix, hessian, said = (
         stem.with_name(f"{stem.name}.{end}")
         for end in ("gguf", "imatrix.gguf", "hessian.gguf", "json")
     )
-    if not said.exists():
+    with_hessian = ENCODERS[options.encoder].needs_hessian
+    if not said.exists() or (with_hessian and not hessian.exists()):
         with open_gguf(source) as file:
             model = read_model(file)
             if padded:
@@ -90,10 +93,10 @@ def made(
             change(model, variant, seed)
             write_model(model, file, path)
         write_matrix(model, imatrix, matrix)
-        if imatrix.hessians is not None:
+        if with_hessian and imatrix.hessians is not None:
             write_hessians(model, imatrix.hessians, hessian)
         said.write_text(json.dumps(exactness(path, source)))
-    found = load_imatrix(matrix, hessian if hessian.exists() else None)
+    found = load_imatrix(matrix, hessian if with_hessian else None)
     return path, found, json.loads(said.read_text())
 
 
@@ -149,9 +152,7 @@ def measure(options: argparse.Namespace, folder: Path) -> list[Row]:
     imatrix = load_imatrix(options.imatrix, options.hessian)
     files: list[tuple[Row, Path]] = []
     for variant in options.variants:
-        path, own, kld = made(
-            options.source, imatrix, variant, options.seed, folder, padded=options.pad
-        )
+        path, own, kld = made(options, imatrix, variant, folder)
         print(f"{variant}: KLD {kld:.2g}", flush=True)
         for format_ in options.formats:
             with open_gguf(path) as file:

@@ -26,21 +26,20 @@ from equivalents import exactness, pad, read_model, write_matrix, write_model
 from paired import Row, add_rows, ratio, read_rows, scored
 from ramgguf.core.errors import BudgetError
 from ramgguf.gguf.reader import open_gguf
-from ramgguf.measure.result import Measurement
 from ramgguf.quants.imatrix import load_imatrix
 
 RESULTS = Path(__file__).parent / "results" / "padding.jsonl"
-# Points take 300 ns a weight and more to measure: not by default.
+# Points take 300 ns a weight and more: not by default.
 FORMATS = (
     *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS"),
     *("MXFP4", "IQ4_NL", "Q4_0", "Q5_0", "Q8_0"),
 )
 
 
-def least_bytes(source: Path, measured: Measurement) -> int:
+def least_bytes(source: Path, imatrix: Path, formats: Sequence[str]) -> int:
     """Return the bytes of the smallest file that the model can have."""
     try:
-        ramgguf.plan(measured, 1)
+        ramgguf.plan(ramgguf.measure(source, imatrix=imatrix, formats=formats), 1)
     except BudgetError as e:
         if e.smallest is not None:
             return e.smallest
@@ -61,16 +60,15 @@ def files(
     """
     budgets: dict[str, int] = {}
     for name, (path, imatrix) in models.items():
-        measured = ramgguf.measure(path, imatrix=imatrix, formats=formats)
         if not budgets:
-            least = least_bytes(path, measured)
+            least = least_bytes(path, imatrix, formats) if "min" in bpw else 0
             budgets = {b: least if b == "min" else int(float(b) * n_weights / 8) for b in bpw}
         for asked, n_bytes in budgets.items():
             output = folder / f"{name}-{asked}.gguf"
             try:
                 ramgguf.quantize(
                     path, n_bytes, output, effort="fast", imatrix=imatrix, verify=False,
-                    measurement=measured, force=True,
+                    formats=formats, force=True,
                 )  # fmt: skip
             except BudgetError as e:
                 print(f"{name} at {n_bytes:,} bytes: {e}")
@@ -143,11 +141,12 @@ def main() -> None:
     parser.add_argument("--keep-heads", action="store_true")
     parser.add_argument("--rounds", type=int, default=3, help="windows per domain")
     parser.add_argument("--n-ctx", type=int, default=128, help="tokens of a window")
+    parser.add_argument("--folder", type=Path, help="where files are made, and removed")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--table", action="store_true", help="only print what is there")
     options = parser.parse_args()
     if not options.table:
-        with tempfile.TemporaryDirectory(dir=options.source.parent) as folder:
+        with tempfile.TemporaryDirectory(dir=options.folder) as folder:
             add_rows(options.out, measure(options, Path(folder)))
     print(
         "\n".join(table(read_rows(options.out, "model", "variant", "budget", "formats", "n_ctx")))

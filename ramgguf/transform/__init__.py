@@ -2,11 +2,22 @@
 
 from ramgguf.transform.scaling import (
     CHECK_CTX,
+    EXACT,
     STRENGTH,
     Transformed,
     can_scale,
+    departure,
     most_checks,
     transform,
 )
 
-__all__ = ["CHECK_CTX", "STRENGTH", "Transformed", "can_scale", "most_checks", "transform"]
+__all__ = [
+    "CHECK_CTX",
+    "EXACT",
+    "STRENGTH",
+    "Transformed",
+    "can_scale",
+    "departure",
+    "most_checks",
+    "transform",
+]

@@ -260,8 +260,16 @@ def _departure(file: GGUFFile, scales: Scales, threads: int, progress: Progress)
         path = rewrite(
             layout, scaled, lambda _, rows: rows, stage="scale", threads=threads, progress=progress
         )
-        (score,) = score_held_out(
-            [path], file.paths[0], part="gate", n_ctx=CHECK_CTX, max_rounds=1, seconds=None,
-            threads=threads, progress=progress,
-        )  # fmt: skip
+        return departure(path, file.paths[0], threads=threads, progress=progress)
+
+
+def departure(changed: Path, model: Path, *, threads: int, progress: Progress) -> float:
+    """Return the KLD of a changed model to the model, in nats per token of short windows.
+
+    EXACT is what rounding alone stays below. Raises EngineError, GGUFError.
+    """
+    (score,) = score_held_out(
+        [changed], model, part="gate", n_ctx=CHECK_CTX, max_rounds=1, seconds=None,
+        threads=threads, progress=progress,
+    )  # fmt: skip
     return score.overall().kld.value

@@ -17,9 +17,7 @@ Floats = NDArray[np.float64]
 
 @dataclass
 class Forward:
-    """One pass over a sequence; inputs are rows by weight, for experts by weight and number;
-    received is the attention that each token gets, (tokens,), by layer.
-    """
+    """One pass over a sequence; inputs are rows by weight, for experts by weight and number."""
 
     path: Path
     n_heads: int
@@ -28,7 +26,6 @@ class Forward:
     n_chosen: int = 0
     inputs: dict[str, Floats] = field(default_factory=dict)
     expert_inputs: dict[tuple[str, int], Floats] = field(default_factory=dict)
-    received: dict[int, Floats] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         tensors = GGUFReader(self.path).tensors
@@ -86,7 +83,6 @@ class Forward:
         scores += np.triu(np.full((n_tokens, n_tokens), -np.inf), 1)
         p = np.exp(scores - scores.max(axis=-1, keepdims=True))
         p /= p.sum(axis=-1, keepdims=True)
-        self.received[int(block.split(".")[1])] = p.sum(axis=(0, 1))
         mixed = np.einsum("hij,jhd->ihd", p, v).reshape(n_tokens, -1)
         return self._times(block + "attn_output", mixed)
 

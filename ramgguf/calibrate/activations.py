@@ -30,7 +30,6 @@ from ramgguf.gguf.architecture import HEAD, TOKEN_EMBEDDING, is_multiplied, laye
 from ramgguf.gguf.hub import local_path
 from ramgguf.gguf.identity import FileIdentity
 from ramgguf.gguf.reader import GGUFFile, TensorInfo, open_gguf
-from ramgguf.llama import attention
 from ramgguf.llama.client import Engine
 from ramgguf.llama.kept import KeptFile
 from ramgguf.llama.protocol import (
@@ -202,7 +201,7 @@ def _settings(
     parts = (
         __version__, model.n_bytes, model.header_sha256, model.sample_sha256, request.stand_in,
         request.n_sequences, request.n_ctx, request.seed, texts, outputs.pattern,
-        outputs.max_gram_bytes, system.model_dump(), threads, drafts, attention.LEAST,
+        outputs.max_gram_bytes, system.model_dump(), threads, drafts,
     )  # fmt: skip
     return json.dumps(parts)
 
@@ -283,7 +282,7 @@ class _Run:
         self._drafts = drafts  # layers that every sequence is read by, after the trunk
         self._progress = progress
         self._announce = announce
-        self._sequences: list[Observe] = []
+        self._sequences: list[str] = []
         self.n_resumed = 0  # of the tokens that were met, those by an earlier run
         self.partial = Partial(folder, is_kept=False)
         self._n_passes = 0
@@ -317,17 +316,15 @@ class _Run:
         for source, n_sequences in quotas:
             if n_sequences == 0:
                 continue
-            is_own = source.kind == "self"
-            is_read = not is_own or bool(self._drafts)
-            if not is_read and (whole is not None or self._skips()):
+            if source.kind != "self" or self._drafts:
+                drawn = self._draw(source, n_sequences)
+                if whole is None:
+                    self._read(drawn)
+            elif whole is not None or self._skips():
                 drawn = list(next(draws))
             else:
                 drawn = self._draw(source, n_sequences)
-            # While tokens are drawn, nobody knows yet what attention they will receive.
-            found = [Observe(ids=ids, weighs=not is_own) for ids in drawn]
-            if is_read and whole is None:
-                self._read(found)
-            self._sequences += found
+            self._sequences += drawn
         n_met = resumed.n_events - len(resumed.draws) + sum(map(len, resumed.draws))
         self.n_resumed = n_met * self._request.n_ctx + resumed.n_drawn
         if whole is not None:
@@ -410,16 +407,16 @@ class _Run:
         finally:
             self._progress.finish()
 
-    def _read(self, sequences: Sequence[Observe], what: str = "") -> None:
+    def _read(self, sequences: Sequence[str], what: str = "") -> None:
         """Decode the sequences under the tap."""
         n_ctx = self._request.n_ctx
-        left = [sequence for sequence in sequences if not self._skips()]
+        left = [ids for ids in sequences if not self._skips()]
         if not left:
             return
         self._progress.start("calibrate", len(left) * n_ctx, "tokens")
         try:
-            for number, sequence in enumerate(left):
-                seconds = self._engine.ask(sequence, Observed).seconds
+            for number, ids in enumerate(left):
+                seconds = self._engine.ask(Observe(ids=ids), Observed).seconds
                 if number == 0:
                     about = format_seconds(len(left) * seconds)
                     self._announce(f"about {about} to read them{what}")

@@ -6,8 +6,6 @@ input is added up: Σx² per column, per expert where a router chooses, and on r
 
 Rows for XᵀX are kept until there are a few hundred, and added after the decode by all threads:
 adding few rows costs nearly as much. A pass that needs no logits ends before the head.
-
-In XᵀX, tokens count by the attention that they receive in the layer, where a tap sees it.
 """
 
 import ctypes
@@ -21,7 +19,6 @@ from numpy.typing import NDArray
 
 from ramgguf.gguf.architecture import layer_of
 from ramgguf.llama import ggml
-from ramgguf.llama.attention import attending_layer, received, token_weights
 from ramgguf.llama.system import llama_module
 from ramgguf.quants.hessian import add_grams, mirror
 
@@ -75,9 +72,6 @@ class Tap:
     draft_layers are those that draft tokens; while is_drafting is set, no other weights are seen:
     what they read then is not the text.
 
-    While weighs is set, decodes are whole sequences, and tokens count in XᵀX by the attention that
-    they receive; in layers in which none is seen, all count alike.
-
     head is the weight that makes the logits: while skips_head is set, a graph ends once the head's
     input is computed, and what is read of its logits is no number.
     """
@@ -99,9 +93,6 @@ class Tap:
         self._failure: Exception | None = None
         self._seen: dict[int, str] = {}  # by the input's address in this graph, its first weight
         self._squares: dict[int, NDArray[np.float64]] = {}  # by the same, Σx²
-        self.weighs = False
-        self._received: dict[int, Floats | None] = {}  # attention in this graph, by layer
-        self._unweighed: list[tuple[str, Floats]] = []  # rows of this graph
         self._rows: dict[str, list[Floats]] = {}
         self._taken = Taken()
         self._head = _Head(head)
@@ -134,26 +125,7 @@ class Tap:
         self._head.graph_ended()
         if self._failure is not None:
             raise self._failure
-        self._weigh()
         self._add_grams(_GRAM_ROWS)
-
-    def forget(self) -> None:
-        """Begin anew; which node is the head's input stays known."""
-        head = {n: sums for n, sums in self._taken.sums.items() if n == self._head.name}
-        for sums in head.values():
-            sums.squares[:], sums.counts[:] = 0, 0
-        self._taken, self._rows = Taken(sums=head), {}
-
-    def _weigh(self) -> None:
-        weights = {k: token_weights(a) for k, a in self._received.items() if a is not None}
-        for name, rows in self._unweighed:
-            layer = layer_of(name)
-            of_tokens = None if layer is None else weights.get(layer)
-            if of_tokens is not None and len(of_tokens) == len(rows):
-                rows *= np.sqrt(of_tokens)[:, None]
-            self._rows.setdefault(name, []).append(rows)
-        self._received.clear()
-        self._unweighed.clear()
 
     def _add_grams(self, n_rows: int) -> None:
         """Add the rows that are kept to XᵀX where there are n_rows of them."""
@@ -170,19 +142,16 @@ class Tap:
             node = tensor.contents
             ends = self.skips_head and self._head.is_input(node)
             name = self._wanted(node)
-            attends = attending_layer(node.name) if self.weighs else None
             if ask:
                 self._head.asked(node)
             elif name is not None:
                 self._take(name, node)
-            elif attends is not None:
-                self._received[attends] = received(node)
             if ends and not ask:
                 self._take_head(tensor)
         except Exception as e:
             self._failure = self._failure or e
             return False
-        wanted = ends or name is not None or attends is not None
+        wanted = ends or name is not None
         return wanted if ask else not ends
 
     def _wanted(self, node: Any) -> str | None:
@@ -232,7 +201,7 @@ class Tap:
             self._taken.owners[name] = name  # they part in some graphs
         if name in self._grams:
             self._taken.grams.setdefault(name, np.zeros((n, n), np.float32))
-            self._unweighed.append((name, np.ascontiguousarray(x.reshape(-1, n))))
+            self._rows.setdefault(name, []).append(np.ascontiguousarray(x.reshape(-1, n)))
 
 
 class _Head:

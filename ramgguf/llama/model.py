@@ -14,7 +14,6 @@ import numpy.typing as npt
 
 from ramgguf.core.closing import Closing
 from ramgguf.core.errors import EngineError
-from ramgguf.llama.attention import MAX_TOKENS
 from ramgguf.llama.kind import POOLINGS, KindError, ModelKind, kind_of
 from ramgguf.llama.protocol import ModelInfo, TokenIds, VocabInfo
 from ramgguf.llama.system import llama_module, nextn_module
@@ -108,9 +107,8 @@ class LlamaModel(Closing):
     model that predicts no next token, unless any_kind: its logits are zeros, or another model's
     input. shards are loaded instead of the file at path, which then only names the model.
     takes_rows: decode takes rows of the first layer's input, of input_width numbers each, in place
-    of tokens. drafts: blocks that draft tokens are loaded, too, and states tells what they read.
-    sees_attention: the callback sees the attention of a sequence, which is decoded at once where
-    its square is not too large.
+    of tokens. drafts: blocks that draft tokens are loaded, too, and states tells
+    what they read.
     """
 
     runs: ModelKind = "causal"
@@ -128,7 +126,6 @@ class LlamaModel(Closing):
         shards: Sequence[Path] = (),
         takes_rows: bool = False,
         drafts: bool = False,
-        sees_attention: bool = False,
     ) -> None:
         self.path = path
         self.n_ctx = n_ctx
@@ -160,7 +157,6 @@ class LlamaModel(Closing):
         self.vocab = Vocab(llama, self._model)
         self.input_width: int = llama.llama_model_n_embd_inp(self._model)
         self._takes_rows = takes_rows
-        self.sees_attention = sees_attention and n_ctx <= MAX_TOKENS
         self.n_batch = self._batch_size()
         self.decode_seconds = 0.0
         self._n_past = 0
@@ -176,8 +172,6 @@ class LlamaModel(Closing):
 
     def _batch_size(self) -> int:
         """Return how many tokens are decoded at a time."""
-        if self.sees_attention:
-            return self.n_ctx
         return chunk_size(self.n_ctx, self.vocab.n_tokens)
 
     def _parameters(self) -> Any:
@@ -215,8 +209,7 @@ class LlamaModel(Closing):
 
     def _open_context(self) -> None:
         llama = self._llama
-        plain = {"flash_attn_type": llama.LLAMA_FLASH_ATTN_TYPE_DISABLED}
-        self._held = self.new_context(**(plain if self.sees_attention else {}))
+        self._held = self.new_context()
         if not self._held:
             raise EngineError(f"{self.path}: llama.cpp cannot make a context of {self.n_ctx}")
         if self._nextn is not None:

@@ -4,8 +4,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-
 from ramgguf.core.documents import FrozenModel
 from ramgguf.core.errors import EngineError
 from ramgguf.llama.capture import Tap
@@ -39,9 +37,7 @@ class Observer:
     """
 
     def __init__(
-        self,
-        send: Callable[[FrozenModel], None],
-        open_model: Callable[[Tap, bool, bool], LlamaModel],
+        self, send: Callable[[FrozenModel], None], open_model: Callable[[Tap, bool], LlamaModel]
     ) -> None:
         self._send = send
         self._open_model = open_model
@@ -65,7 +61,7 @@ class Observer:
         keeper: Keeper | None = None
         if request.is_tapped:
             model, tap = self._tapped()
-            tap.skips_head = tap.weighs = False
+            tap.skips_head = False
             keeper = self._keeper
         model.rest()  # sequences are drawn in a context for all of them
         report = _Report(self._send)
@@ -85,13 +81,8 @@ class Observer:
         self.close()
         layers = request.draft_layers
         self._tap = Tap(request.names, request.grams, head=request.head, draft_layers=layers)
-        self._model = self._open_model(self._tap, bool(layers), bool(request.grams))
+        self._model = self._open_model(self._tap, bool(layers))
         self._tap.n_threads = self._model.n_threads
-        if self._model.sees_attention:
-            # The first graph has the head's logits: they are large for a whole sequence.
-            self._model.decode(np.zeros(2, np.int32))
-            self._tap.check()
-            self._tap.forget()
         if layers:
             self._drafts = DraftLayers(self._model)
         self._send(Tapped())
@@ -105,7 +96,6 @@ class Observer:
         if self._drafts is not None:
             self._drafts.clear()
         ids = unpack_ids(request.ids)
-        tap.weighs = request.weighs and model.sees_attention
         for begin, end in model.chunks(len(ids)):
             model.decode(ids[begin:end])
             tap.check()

@@ -123,14 +123,10 @@ class TapWeights(FrozenModel):
 
 
 class Observe(FrozenModel):
-    """Decode a sequence under the tap; answered by Observed.
-
-    weighs: its tokens count by the attention that they receive (attention.py).
-    """
+    """Decode a sequence under the tap; answered by Observed."""
 
     kind: Literal["observe"] = "observe"
     ids: str
-    weighs: bool = True
 
 
 class Keep(FrozenModel):

@@ -95,14 +95,7 @@ class Session:
             )
         )
 
-    def _load(
-        self,
-        number: int,
-        tap: Tap | None = None,
-        *,
-        drafts: bool = False,
-        sees_attention: bool = False,
-    ) -> LlamaModel:
+    def _load(self, number: int, tap: Tap | None = None, *, drafts: bool = False) -> LlamaModel:
         request = self._request
         loaded = EmbeddingModel if request.embeds else LlamaModel
         return loaded(
@@ -113,12 +106,11 @@ class Session:
             verbose=request.verbose,
             eval_callback=tap.callback if tap else None,
             drafts=drafts,
-            sees_attention=sees_attention,
         )
 
-    def _under_tap(self, tap: Tap, drafts: bool, sees_attention: bool) -> LlamaModel:
+    def _under_tap(self, tap: Tap, drafts: bool) -> LlamaModel:
         self._models[0].rest()  # its logits and graphs would be held beside the tap's
-        return self._load(0, tap, drafts=drafts, sees_attention=sees_attention)
+        return self._load(0, tap, drafts=drafts)
 
     def draw(self, request: Draw) -> None:
         """Answer sequences that the first model draws."""

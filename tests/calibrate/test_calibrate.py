@@ -18,7 +18,7 @@ from interruptible import unwatched
 from numpy_llama import Forward
 from ramgguf.core.corpus import Corpus
 from ramgguf.core.errors import EngineError
-from ramgguf.gguf.architecture import is_looked_up, layer_of, sharers
+from ramgguf.gguf.architecture import is_looked_up, sharers
 from ramgguf.gguf.reader import open_gguf
 from ramgguf.llama import ggml
 from ramgguf.llama.capture import Sums, Taken, Tap, add_dense, add_routed
@@ -97,35 +97,6 @@ def test_grams_are_those_of_a_forward_pass_and_shared_where_the_input_is(tiny: P
     for name, gram in taken.grams.items():
         x = forward.inputs[name]
         np.testing.assert_allclose(gram, x.T @ x, rtol=0.03, atol=0.01 * np.abs(x.T @ x).max())
-
-
-def test_tokens_count_in_grams_by_the_attention_that_they_receive_in_the_layer(
-    tiny: Path,
-) -> None:
-    ids = np.random.default_rng(1).integers(3, 250, size=33, dtype=np.int32)
-    forward = Forward(tiny, N_HEADS, N_HEADS)
-    forward.logits(ids)
-    owners = set(_taken(tiny, ids).owners.values())
-    tap = Tap(_weights(tiny), owners)
-    with LlamaModel(
-        tiny, n_ctx=64, n_threads=1, eval_callback=tap.callback, sees_attention=True
-    ) as model:
-        for tap.weighs in (False, True):
-            model.clear()
-            model.decode(ids)
-            tap.check()
-            if not tap.weighs:
-                tap.forget()
-    for name, gram in tap.taken.grams.items():
-        x, layer = forward.inputs[name], layer_of(name)
-        weights = np.ones(33)
-        if layer is not None:
-            received = forward.received[layer]
-            weights = 0.01 + 0.99 * (received - received.min()) / np.ptp(received)
-            weights /= weights.mean()
-            assert weights.max() > 3
-        expected = (x * weights[:, None]).T @ x
-        np.testing.assert_allclose(gram, expected, rtol=0.03, atol=0.01 * np.abs(expected).max())
 
 
 def test_every_expert_has_the_sums_of_the_tokens_it_saw(tmp_path: Path) -> None:

@@ -2,8 +2,8 @@
 
     python bench/memory_limit.py models/qwen05-f16.gguf
 
-Calibration that draws, and that reads; Hessians; sensitivities; reference logits; scores: each is a
-command of its own. It and its children run under RLIMIT_DATA (a limit on memory of their own,
+Calibration that draws, and that reads; Hessians; sensitivities; swaps; reference logits; scores:
+each is a command of its own. It and its children run under RLIMIT_DATA (a limit on memory of their own,
 as `ulimit -d` sets it) of half the source's bytes each, after the source's pages were dropped from
 the page cache. The model itself is mapped: its pages are not memory of the process's own, and the
 kernel drops them when memory is short.
@@ -58,14 +58,17 @@ def actions(model: Path, folder: Path, small: Path) -> Iterator[tuple[str, int, 
     """Yield the name of each action, the bytes of Hessians that it holds, and its command."""
     out = [str(folder / "out"), "--force", "--threads", "1"]
     read = ["calibrate", str(model), "--tokens", "mix", "--sequences", "2", "--context", "256"]
-    drawn = ["calibrate", str(model), "--sequences", "64", "--context", "16"]
+    drawn = ["calibrate", str(model), "--tokens", "self", "--sequences", "64", "--context", "16"]
     alpha = ["sensitivity", str(model), "--sequences", "1", "--context", "16"]
     yield "draw and capture", 0, [*drawn, "-o", *out]
     yield "read and capture", 0, [*read, "-o", *out]
     hessian = ["--hessian", str(folder / "h"), "--hessian-memory", HESSIANS]
     hessian += ["--hessian-tensors", r"blk\.[0-3]\.attn_q"]
     yield "read, with Hessians", parse_size(HESSIANS), [*read, *hessian, "-o", *out]
-    yield "sensitivities", 0, [*alpha, "-o", *out]
+    alphas = [str(folder / "alphas"), *out[1:]]
+    yield "sensitivities", 0, [*alpha, "-o", *alphas]
+    refine = ["quantize", str(model), "--budget", "5bpw", "--refine", "2"]
+    yield "swaps", 0, [*refine, "--sensitivity", alphas[0], "-o", *out]
     windows = ["--seq-len", "256", "--n-seq", "1", "--threads", "1"]
     logits = str(folder / "logits")  # with them, one model is held at a time
     yield "reference logits", 0, ["eval", str(model), "--save-logits", logits, *windows]

@@ -3,10 +3,10 @@
     python bench/memory_limit.py models/qwen05-f16.gguf
 
 Calibration that draws, and that reads; Hessians; sensitivities; swaps; reference logits; scores:
-each is a command of its own. It and its children run under RLIMIT_DATA (a limit on memory of their own,
-as `ulimit -d` sets it) of half the source's bytes each, after the source's pages were dropped from
-the page cache. The model itself is mapped: its pages are not memory of the process's own, and the
-kernel drops them when memory is short.
+each is a command of its own. It and its children run under RLIMIT_DATA (a limit on memory of their
+own, as `ulimit -d` sets it) of half the source's bytes each, after the source's pages were dropped
+from the page cache. The model itself is mapped: its pages are not memory of the process's own, and
+the kernel drops them when memory is short.
 
 Recorded are the peaks of RssAnon (20 ms apart) of the largest process and of all together, and the
 same of a run without the limit. Planned is what the choice of a stand-in keeps free beside the

@@ -10,6 +10,7 @@ import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 from ramgguf.core.errors import RamggufError
 
@@ -79,6 +80,7 @@ def mode_of_new() -> int:
 
 
 MOST_DOCUMENT_BYTES = 1 << 30
+_PIECE_BYTES = 1 << 20
 
 
 def read_bytes(path: Path, *, error: type[RamggufError], most: int = MOST_DOCUMENT_BYTES) -> bytes:
@@ -87,13 +89,21 @@ def read_bytes(path: Path, *, error: type[RamggufError], most: int = MOST_DOCUME
         with path.open("rb") as file:
             if stat.S_ISCHR(os.fstat(file.fileno()).st_mode) and not file.isatty():
                 raise error(f"{path}: is a device; name a file")
-            data = file.read(most + 1)
+            data = _read(file, most + 1)
     except (OSError, ValueError) as e:
         raise error(f"{path}: cannot be read: {getattr(e, 'strerror', None) or e}") from None
     if len(data) > most:
         raise error(f"{path}: has more than {most} bytes, too many for a document")
     reading(path)
     return data
+
+
+def _read(file: BinaryIO, most: int) -> bytes:
+    """Return at most so many bytes; memory is taken for what is there, not for what might be."""
+    data = bytearray()
+    while piece := file.read(min(_PIECE_BYTES, most - len(data))):
+        data += piece
+    return bytes(data)
 
 
 def read_text(path: Path, *, error: type[RamggufError]) -> str:

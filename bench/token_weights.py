@@ -13,9 +13,8 @@ attention over the number of queries that see the token. With `--scales`, matric
 columns scaled, and those of the rules in `--plain` without, too; with `--dampings`, each rule is
 tried with each share of the diagonal's mean that is added to H. Every matrix of a layer is rounded
 in the format by `--encoder`, decoded and put in the model's place; `search` weighs errors by the
-diagonal of H alone. Prints the KLD on held-out windows of
-every domain, as a ratio to that of the first rule and damping, and adds a row for each to
-bench/results/token_weights.jsonl.
+diagonal of H alone. Prints the KLD on held-out windows of every domain, as a ratio to that of the
+first rule and damping, and adds a row for each to bench/results/token_weights.jsonl.
 """
 
 import argparse

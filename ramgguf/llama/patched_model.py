@@ -28,6 +28,7 @@ from ramgguf.llama.model import LlamaModel, Logits
 from ramgguf.llama.protocol import TokenIds
 from ramgguf.llama.residuals import ResidualWatch, Rows, layer_outputs
 from ramgguf.llama.scoring import RowPass
+from ramgguf.llama.tokens import TokenRequest, draw_sequences
 from ramgguf.quants.roundtrip import stored
 from ramgguf.quants.stand_in import stand_in_metadata, stored_rows, types_for_passes
 
@@ -76,9 +77,8 @@ class PatchedModel:
             return False
         watch = InputRange()
         with self._load(watch.callback) as model:
-            first = max(model.vocab.info.bos, 0)
-            others = np.random.default_rng(0).integers(model.vocab.n_tokens, size=_RANGE_TOKENS - 1)
-            ids = np.array([first, *others], np.int32)[: self._n_ctx]
+            n_ctx = min(_RANGE_TOKENS, self._n_ctx)
+            (ids,) = draw_sequences(model, TokenRequest("rtn", "random", n_ctx=n_ctx), range(1))
             return watch.read(model, ids) > _LARGEST_INPUT
 
     def _load(self, callback: Any) -> LlamaModel:

@@ -9,12 +9,18 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import math
 import os
 import shutil
 import stat
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
 
 from ramgguf.core import inputs
 from ramgguf.core.errors import RamggufError
@@ -231,6 +237,21 @@ class AtomicFile:
                 self._temporary.unlink()
             os.close(self._fd)
             self._fd = -1
+
+
+def mapped_array(
+    folder: Path, shape: tuple[int, ...], dtype: DTypeLike, *, error: type[RamggufError]
+) -> NDArray[Any]:
+    """Return an array of zeros in a file of its own in the folder, which has no name.
+
+    It is freed with the array. Raises `error` where the file system has no room for it.
+    """
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            _reserve(file.fileno(), np.dtype(dtype).itemsize * math.prod(shape))
+            return np.memmap(file, dtype, "r+", shape=shape)
+    except OSError as e:
+        raise error(f"{folder}: no array can be kept there: {e.strerror}") from None
 
 
 def _reserve(fd: int, n_bytes: int) -> None:

@@ -22,13 +22,11 @@ from ramgguf.llama.model import Logits
 from ramgguf.llama.patched_model import PatchedModel
 from ramgguf.llama.patched_weights import Floats, PatchedWeights
 from ramgguf.llama.protocol import TokenIds
+from ramgguf.llama.reference_logits import ReferenceLogits
 from ramgguf.llama.residuals import Rows
 from ramgguf.llama.system import cpu_name, system_info
 from ramgguf.llama.tokens import TokenRequest, draw_sequences, draw_sets
 from ramgguf.quants.imatrix import Imatrix
-
-# Logits of the original that are kept; more are computed again when they are needed.
-KEPT_LOGITS_BYTES = 8 << 30
 
 
 class LocalRunner:
@@ -57,7 +55,7 @@ class LocalRunner:
         self._weights = PatchedWeights(file, self._probe, encoder, imatrix, threads)
         self._formats: dict[str, str] = {}
         self._nmse: dict[Change, float] = {}
-        self._references: dict[bytes, Logits] = {}
+        self._references = ReferenceLogits(folder)
         self._residual_layer: int | None = None
         self._kept_residuals: dict[bytes, Rows] = {}
         self._refused: dict[int, str] = {}  # layers at which passes cannot begin, and why
@@ -69,6 +67,7 @@ class LocalRunner:
         self, kind: type[BaseException] | None, e: BaseException | None, at: TracebackType | None
     ) -> None:
         self._probe.__exit__(kind, e, at)
+        self._references.clear()
 
     @property
     def n_vocab(self) -> int:
@@ -176,8 +175,7 @@ class LocalRunner:
             self._make(())
             try:
                 self._probe.start_at(layer, sequences)
-                logits = self._probe.logits(sequences[0])
-                if np.array_equal(logits, self._reference(sequences[0])):
+                if self._probe.has_logits(sequences[0], self._reference(sequences[0])):
                     return None
                 self._refused[layer] = f"from layer {layer} on it computes other logits"
             except EngineError as e:
@@ -204,9 +202,8 @@ class LocalRunner:
             self._make(())
             if not self._probe.can_read(ids):
                 self._probe.start_at(0)
-            self._references[key] = logits = self._probe.logits(ids)
-            while len(self._references) * logits.nbytes > max(KEPT_LOGITS_BYTES, logits.nbytes):
-                del self._references[next(iter(self._references))]
+            logits = self._references.add(key, (len(ids), self.n_vocab))
+            self._probe.logits_into(logits, ids)
         return self._references[key]
 
 

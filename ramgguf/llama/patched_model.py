@@ -181,12 +181,25 @@ class PatchedModel:
 
     def logits(self, ids: TokenIds) -> Logits:
         """Return a copy of the logits (tokens, vocabulary) of a sequence."""
+        out = np.empty((len(ids), self.model.vocab.n_tokens), np.float32)
+        self.logits_into(out, ids)
+        return out
+
+    def logits_into(self, out: Logits, ids: TokenIds) -> None:
+        """Fill `out`, (tokens, vocabulary), with the logits of a sequence."""
+        for start, end, logits in self._decoded(ids):
+            out[start:end] = logits
+
+    def has_logits(self, ids: TokenIds, logits: Logits) -> bool:
+        """Return whether the sequence's logits are these, bit by bit."""
+        return all(np.array_equal(logits[a:b], found) for a, b, found in self._decoded(ids))
+
+    def _decoded(self, ids: TokenIds) -> Iterator[tuple[int, int, Logits]]:
+        """Yield the logits of the tokens from start to end, valid until the next are asked for."""
         self.model.clear()
         given = self._given(ids)
-        out = np.empty((len(ids), self.model.vocab.n_tokens), np.float32)
         for start, end in self.model.chunks(len(ids)):
-            out[start:end] = self.model.decode(given[start:end])
-        return out
+            yield start, end, self.model.decode(given[start:end])
 
     def residuals(self, ids: TokenIds, layer: int) -> Rows:
         """Return the residual stream after the layer, (tokens, columns); no later one is computed.
@@ -200,12 +213,9 @@ class PatchedModel:
 
         Raises EngineError when logits are not finite.
         """
-        self.model.clear()
-        given = self._given(ids)
         unused = np.zeros(self.model.n_batch, np.int32)  # targets, of which KLD needs none
         parts = []
-        for start, end in self.model.chunks(len(ids)):
-            logits = self.model.decode(given[start:end])
+        for start, end, logits in self._decoded(ids):
             found = self._rows.compare(reference[start:end], logits, unused[: end - start])
             if found["broken"].any():
                 raise EngineError(f"{self._file.paths[0]}: logits are NaN or infinite")

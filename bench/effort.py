@@ -24,9 +24,9 @@ import numpy as np
 
 from llama_quantize import NEED_MATRIX
 from llama_quantize import quantize as llama_quantize
+from paired import kld_ratio
 from provenance import provenance
 from ramgguf.evaluate import HeldOutScore, score_held_out
-from ramgguf.evaluate.held_out import resamples
 
 MIXES = ("Q3_K_M", "Q4_K_M", "Q5_K_M", "Q6_K")
 BASE = "mix with matrix"
@@ -162,15 +162,13 @@ def table(found: Sequence[Row]) -> Iterator[str]:
 def ratio(row: Row, base: Row, domain: str | None) -> str:
     """Return the mean KLD over the base's, and its interval; of the base, the KLD itself."""
     wanted = [i for i, d in enumerate(base.domains) if domain in (d, None)]
-    mine, theirs = np.array(row.kld)[wanted], np.array(base.kld)[wanted]
+    mine, theirs = [row.kld[i] for i in wanted], [base.kld[i] for i in wanted]
     if row.contender == BASE:
-        return f"1 ({theirs.mean():.4f})"
-    value = f"{mine.mean() / theirs.mean():.2f}"
+        return f"1 ({np.mean(theirs):.4f})"
+    value, low, high = kld_ratio(mine, theirs, [base.domains[i] for i in wanted])
     if min(base.domains.count(d) for d in base.domains) < LEAST_WINDOWS:
-        return value
-    counts = resamples([base.domains[i] for i in wanted])
-    low, high = np.quantile(counts @ mine / (counts @ theirs), (0.025, 0.975))
-    return f"{value} ({low:.2f}–{high:.2f})"
+        return f"{value:.2f}"
+    return f"{value:.2f} ({low:.2f}–{high:.2f})"
 
 
 def main() -> None:

@@ -49,18 +49,30 @@ def read_rows(path: Path, *keys: str) -> list[Row]:
     return list({tuple(str(row[k]) for k in keys): row for row in rows}.values())
 
 
-def ratio(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
-    """Return the ratio of the mean KLDs, its 95 % interval by bootstrap over windows, paired within
-    domains, and the ratio within each domain.
+def kld_ratio(
+    mine: Sequence[float], theirs: Sequence[float], domains: Sequence[str]
+) -> tuple[float, float, float]:
+    """Return the ratio of the mean KLDs, and its 95 % interval by bootstrap over windows, paired
+    within domains.
     """
+    a, b = np.array(mine), np.array(theirs)
+    counts = resamples(domains)
+    low, high = np.quantile(counts @ a / (counts @ b), (0.025, 0.975))
+    return float(a.mean() / b.mean()), float(low), float(high)
+
+
+def domain_ratios(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, float]:
+    """Return the ratio of two rows' mean KLDs within each domain."""
     domains = mine["domains"]
     if domains != theirs["domains"]:
         raise ValueError("the files were scored on other windows")
     a, b = np.array(mine["kld"]), np.array(theirs["kld"])
-    counts = resamples(domains)
-    low, high = np.quantile(counts @ a / (counts @ b), (0.025, 0.975))
-    each = []
-    for domain in dict.fromkeys(domains):
-        at = [i for i, d in enumerate(domains) if d == domain]
-        each.append(f"{domain} {a[at].mean() / b[at].mean():.2f}")
-    return f"{a.mean() / b.mean():.3f} ({low:.3f}–{high:.3f}) [{', '.join(each)}]"
+    within = {domain: np.array([d == domain for d in domains]) for domain in domains}
+    return {domain: float(a[at].mean() / b[at].mean()) for domain, at in within.items()}
+
+
+def ratio(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
+    """Return the ratio of two rows' mean KLDs, its interval, and the ratio within each domain."""
+    each = ", ".join(f"{domain} {r:.2f}" for domain, r in domain_ratios(mine, theirs).items())
+    value, low, high = kld_ratio(mine["kld"], theirs["kld"], mine["domains"])
+    return f"{value:.3f} ({low:.3f}–{high:.3f}) [{each}]"

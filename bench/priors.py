@@ -26,13 +26,14 @@ from typing import cast
 import numpy as np
 
 import ramgguf
+from paired import kld_ratio
 from provenance import provenance
 from ramgguf.cluster.runners import opened
 from ramgguf.core.corpus import text_file
 from ramgguf.core.mix import Document, by_domain
 from ramgguf.core.progress import Silent
 from ramgguf.core.version import __version__
-from ramgguf.evaluate.held_out import resamples, score_held_out
+from ramgguf.evaluate.held_out import score_held_out
 from ramgguf.gguf.architecture import layer_of, role_of
 from ramgguf.gguf.reader import open_gguf
 from ramgguf.llama.forward import ForwardRequest, ForwardResult, ForwardRunner
@@ -222,9 +223,8 @@ def compare_files(source: Path, plans: list[Path], folder: Path) -> None:
     )  # fmt: skip
     for path in paths:
         path.unlink()
-    sums = np.array([[w.kld_sum for w in score.windows] for score in scores])
-    drawn = resamples([w.domain for w in scores[0].windows]) @ sums.T
-    low, high = np.quantile(drawn[:, 1] / drawn[:, 0], (0.025, 0.975))
+    base, other = ([w.kld_sum for w in score.windows] for score in scores[:2])
+    value, low, high = kld_ratio(other, base, [w.domain for w in scores[0].windows])
     row = {
         "bench": "priors",
         "part": "files",
@@ -233,9 +233,9 @@ def compare_files(source: Path, plans: list[Path], folder: Path) -> None:
         "n_bytes": [plan.n_bytes for plan in made],
         "bpw": round(made[1].bpw, 3),
         "kld": [score.overall().kld.value for score in scores],
-        "ratio": round(float(sums[1].sum() / sums[0].sum()), 4),
-        "ratio_low": round(float(low), 4),
-        "ratio_high": round(float(high), 4),
+        "ratio": round(value, 4),
+        "ratio_low": round(low, 4),
+        "ratio_high": round(high, 4),
         "n_windows": len(scores[0].windows),
         **provenance(),
     }

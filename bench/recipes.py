@@ -26,9 +26,9 @@ import numpy as np
 import ramgguf
 from llama_quantize import NEED_MATRIX
 from llama_quantize import quantize as llama_quantize
+from paired import domain_ratios, kld_ratio
 from provenance import provenance
 from ramgguf.evaluate import score_held_out
-from ramgguf.evaluate.held_out import resamples
 from ramgguf.quants.encoders import EncoderName
 
 BASE = "gptq 12"
@@ -139,16 +139,11 @@ def table(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
         yield f"\n{key[0]} at {base['n_bytes']:,} bytes ({key[1]}), windows of {key[2]}:\n"
         yield f"| | {' | '.join(dict.fromkeys(domains))} | all | KLD |"
         yield "|---" * (len(set(domains)) + 3) + "|"
-        theirs = np.array(base["kld"])
         for row in group:
-            mine, cells = np.array(row["kld"]), []
-            for domain in dict.fromkeys(domains):
-                at = [i for i, d in enumerate(domains) if d == domain]
-                cells.append(f"{mine[at].mean() / theirs[at].mean():.2f}")
-            counts = resamples(domains)
-            low, high = np.quantile(counts @ mine / (counts @ theirs), (0.025, 0.975))
-            cells.append(f"{mine.mean() / theirs.mean():.2f} ({low:.2f}–{high:.2f})")
-            yield f"| {row['recipe']} | {' | '.join(cells)} | {mine.mean():.4f} |"
+            cells = [f"{r:.2f}" for r in domain_ratios(row, base).values()]
+            value, low, high = kld_ratio(row["kld"], base["kld"], domains)
+            cells.append(f"{value:.2f} ({low:.2f}–{high:.2f})")
+            yield f"| {row['recipe']} | {' | '.join(cells)} | {np.mean(row['kld']):.4f} |"
 
 
 def main() -> None:

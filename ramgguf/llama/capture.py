@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from ramgguf.gguf.architecture import layer_of
 from ramgguf.llama import ggml
-from ramgguf.llama.system import llama_module
+from ramgguf.llama.eval_callback import EvalCallback
 from ramgguf.quants.hessian import add_grams, mirror
 
 Floats = NDArray[np.float32]
@@ -62,12 +62,11 @@ class TapState:
     head_input: bytes | None
 
 
-class Tap:
+class Tap(EvalCallback):
     """An evaluation callback for llama.cpp, and what it has added up.
 
     It sees the weights of these names; of those in grams, owners of their inputs, XᵀX, too, added
-    by n_threads threads. Hand `callback` to a context, and call check after each decode: an
-    exception cannot pass through llama.cpp, so it is kept until then.
+    by n_threads threads. Call check after each decode.
 
     draft_layers are those that draft tokens; while is_drafting is set, no other weights are seen:
     what they read then is not the text.
@@ -84,20 +83,18 @@ class Tap:
         head: str | None = None,
         draft_layers: Collection[int] = (),
     ) -> None:
-        self._operations = ggml.check_layout()
+        super().__init__()
         self._names = {name.encode(): name for name in names}
         self._grams = frozenset(grams)
         self._drafts = frozenset(n for n in names if layer_of(n) in draft_layers)
         self.is_drafting = False
         self.n_threads = 1
-        self._failure: Exception | None = None
         self._seen: dict[int, str] = {}  # by the input's address in this graph, its first weight
         self._squares: dict[int, NDArray[np.float64]] = {}  # by the same, Σx²
         self._rows: dict[str, list[Floats]] = {}
         self._taken = Taken()
         self._head = _Head(head)
         self.skips_head = False
-        self.callback: Any = llama_module().ggml_backend_sched_eval_callback(self._called)
 
     @property
     def taken(self) -> Taken:
@@ -123,8 +120,7 @@ class Tap:
         self._seen.clear()
         self._squares.clear()
         self._head.graph_ended()
-        if self._failure is not None:
-            raise self._failure
+        self.raise_failure()
         self._add_grams(_GRAM_ROWS)
 
     def _add_grams(self, n_rows: int) -> None:
@@ -135,28 +131,21 @@ class Tap:
             pairs = ((np.concatenate(self._rows.pop(name)), grams[name]) for name in ready)
             add_grams(pairs, self.n_threads)
 
-    def _called(self, pointer: int, ask: bool, _user_data: object) -> bool:
-        """Answer llama.cpp: whether the node is wanted, or, once it is computed, to go on."""
-        try:
-            tensor = ctypes.cast(pointer, ggml.TensorPointer)
-            node = tensor.contents
-            ends = self.skips_head and self._head.is_input(node)
-            name = self._wanted(node)
-            if ask:
-                self._head.asked(node)
-            elif name is not None:
-                self._take(name, node)
-            if ends and not ask:
-                self._take_head(tensor)
-        except Exception as e:
-            self._failure = self._failure or e
-            return False
-        wanted = ends or name is not None
-        return wanted if ask else not ends
+    def _sees(self, tensor: Any, *, ask: bool) -> bool:
+        node = tensor.contents
+        ends = self.skips_head and self._head.is_input(node)
+        name = self._wanted(node)
+        if ask:
+            self._head.asked(node)
+            return ends or name is not None
+        if name is not None:
+            self._take(name, node)
+        if ends:
+            self._take_head(tensor)
+        return not ends
 
     def _wanted(self, node: Any) -> str | None:
-        operations = (self._operations.mul_mat, self._operations.mul_mat_id)
-        if self._failure is not None or node.op not in operations:
+        if node.op not in self._multiplications:
             return None
         weight: bytes = node.src[0].contents.name
         name = self._names.get(weight)
@@ -175,7 +164,7 @@ class Tap:
     def _take(self, name: str, node: Any) -> None:
         weight, x = node.src[0].contents, ggml.read_array(node.src[1], np.float32)
         n_matrices = weight.ne[2] * weight.ne[3]
-        routed = node.op == self._operations.mul_mat_id
+        routed = node.op == self._routed
         if name not in self._taken.sums:
             shape = (n_matrices, weight.ne[0])
             counts = np.zeros(n_matrices if routed else 1, np.int64)

@@ -30,7 +30,7 @@ from ramgguf.llama.residuals import ResidualWatch, Rows, layer_outputs
 from ramgguf.llama.scoring import RowPass
 from ramgguf.llama.tokens import TokenRequest, draw_sequences
 from ramgguf.quants.roundtrip import stored
-from ramgguf.quants.stand_in import stand_in_metadata, stored_rows, types_for_passes
+from ramgguf.quants.stand_in import fits_f16, stand_in_metadata, stored_rows, types_for_passes
 
 _RANGE_TOKENS = 32
 _LARGEST_INPUT = 8192.0  # F16 ends at 65504; what other tokens bring is left room
@@ -58,9 +58,7 @@ class PatchedModel:
         self._rows = RowPass(n_threads)
         self._watch = ResidualWatch()
         self._inputs: dict[bytes, NDArray[np.float32]] = {}  # of the layer where the copy starts
-        types = types_for_passes(file, stand_in, threads=n_threads)
-        overrides = {} if stand_in is None else stand_in_metadata(stand_in)
-        self._copy = LayeredCopy(file, folder, types, overrides, stored, threads=n_threads)
+        self._copy = self._written(folder, stand_in)
         try:
             if stand_in is None and self._is_out_of_range():
                 self._copy.close()
@@ -70,6 +68,25 @@ class PatchedModel:
             self._copy.close()
             raise
         self._copy.unlink()
+
+    def _written(self, folder: Path, stand_in: str | None) -> LayeredCopy:
+        """Return the copy; matrices that do not fit F16 are BF16 as in the source."""
+        file, too_large = self._file, set[str]()
+        types = types_for_passes(file, stand_in)
+
+        def convert(tensor: TensorInfo, rows: NDArray[np.uint8], to: str) -> NDArray[np.uint8]:
+            if (tensor.type_name, to) == ("BF16", "F16") and not fits_f16(rows):
+                too_large.add(tensor.name)
+                return rows  # as long; the copy is written anew
+            return stored(tensor, rows, to)
+
+        overrides = {} if stand_in is None else stand_in_metadata(stand_in)
+        copy = LayeredCopy(file, folder, types, overrides, convert, threads=self._n_threads)
+        if not too_large:
+            return copy
+        copy.close()
+        types |= dict.fromkeys(too_large, "BF16")
+        return LayeredCopy(file, folder, types, overrides, stored, threads=self._n_threads)
 
     def _is_out_of_range(self) -> bool:
         """Return whether matrices that are BF16 in the source meet inputs near the end of F16."""

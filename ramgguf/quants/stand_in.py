@@ -110,32 +110,28 @@ def stored_type(tensor: TensorInfo, form: str) -> str:
     return next(fitting, tensor.type_name)
 
 
-def types_for_passes(file: GGUFFile, form: str | None, *, threads: int) -> dict[str, str]:
+def types_for_passes(file: GGUFFile, form: str | None) -> dict[str, str]:
     """Return the formats of a copy of the model on which sensitivities are read.
 
     form is that of a stand-in, None for the model itself. Its matrices in BF16 are then taken as
-    F16, which holds the same weights to 2⁻²⁵, where none is too large for it: kernels round inputs
-    to the type of the weights, of which BF16 keeps 8 bits and F16 11.
+    F16, which holds the same weights to 2⁻²⁵ where they fit it (fits_f16): kernels round inputs to
+    the type of the weights, of which BF16 keeps 8 bits and F16 11.
     """
     if form is not None:
         return {t.name: stored_type(t, form) for t in file.tensors}
-    types = {t.name: t.type_name for t in file.tensors}
-    matrices = [
-        t
-        for t in file.tensors
-        if t.type_name == "BF16" and never_quantized(t.name, t.shape) is None
-    ]
-    types |= {t.name: "F16" for t in matrices}
 
-    def look(chunk: Chunk) -> None:
-        tensor = matrices[chunk.index]
-        bits = file.read_rows(tensor, chunk.start, chunk.stop).view(np.uint16)
-        if (bits & 0x7FFF).max(initial=0) > _LARGEST_BF16_IN_F16:
-            types[tensor.name] = "BF16"
+    def kept(tensor: TensorInfo) -> str:
+        if tensor.type_name == "BF16" and never_quantized(tensor.name, tensor.shape) is None:
+            return "F16"
+        return tensor.type_name
 
-    for _ in map_chunks(look, runs(matrices), threads):
-        pass
-    return types
+    return {t.name: kept(t) for t in file.tensors}
+
+
+def fits_f16(rows: Rows) -> bool:
+    """Return whether no weight of these rows in BF16 is near F16's largest."""
+    bits = rows.view(np.uint16)
+    return bool((bits & 0x7FFF).max(initial=0) <= _LARGEST_BF16_IN_F16)
 
 
 def stand_in_metadata(form: str) -> Overrides:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from provenance import provenance
+from ramgguf.core.mix import Part
 from ramgguf.evaluate import score_held_out
 from ramgguf.evaluate.held_out import resamples
 
@@ -15,14 +16,20 @@ Row = dict[str, Any]
 
 
 def scored(
-    files: Sequence[tuple[Row, Path]], source: Path, *, n_ctx: int, rounds: int, logits: Path
+    files: Sequence[tuple[Row, Path]],
+    source: Path,
+    *,
+    n_ctx: int,
+    rounds: int,
+    logits: Path,
+    part: Part = "gate",
 ) -> list[Row]:
-    """Return each file's row with the KLD to the source of every window of the `gate` part.
+    """Return each file's row with the KLD to the source of every window of a part of the mix.
 
     logits keeps what the source says of these windows, for the next call.
     """
     scores = score_held_out(
-        [path for _, path in files], source, part="gate", n_ctx=n_ctx, max_rounds=rounds,
+        [path for _, path in files], source, part=part, n_ctx=n_ctx, max_rounds=rounds,
         seconds=None, reference_logits=logits,
     )  # fmt: skip
     return [

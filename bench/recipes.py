@@ -151,7 +151,9 @@ def main() -> None:
     parser.add_argument("source", type=Path, nargs="?")
     parser.add_argument("--mixes", default="Q2_K,Q3_K_M,Q4_K_M,Q5_K_M")
     parser.add_argument("--n-ctx", type=int, nargs="+", default=[512])
-    parser.add_argument("--rounds", type=int, default=3, help="windows per domain")
+    parser.add_argument(
+        "--rounds", type=int, nargs="+", default=[3], help="windows per domain, of each --n-ctx"
+    )
     parser.add_argument("--gptq", nargs="+", help="sources and sequences, as mix:48 or self:12")
     parser.add_argument("--llama", action="store_true", help="llama.cpp's mixes beside them")
     parser.add_argument("--calibration-ctx", type=int, default=512, help="tokens of a sequence")
@@ -159,6 +161,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("bench/results/recipes.jsonl"))
     parser.add_argument("--table", action="store_true", help="only print what is there")
     options = parser.parse_args()
+    if len(options.rounds) not in (1, len(options.n_ctx)):
+        parser.error("--rounds: give one, or one for each --n-ctx")
+    rounds = options.rounds * len(options.n_ctx) if len(options.rounds) == 1 else options.rounds
     if not options.table:
         options.folder.mkdir(parents=True, exist_ok=True)
         wanted = list(token_recipes(options.gptq)) if options.gptq else list(RECIPES)
@@ -168,10 +173,10 @@ def main() -> None:
             files = list(
                 made(options.source, options.folder, mix, recipes, options.calibration_ctx)
             )
-            for n_ctx in options.n_ctx:
+            for n_ctx, n_rounds in zip(options.n_ctx, rounds, strict=True):
                 scores = score_held_out(
                     [path for _, path in files], options.source, n_ctx=n_ctx,
-                    max_rounds=options.rounds, seconds=None,
+                    max_rounds=n_rounds, seconds=None,
                 )  # fmt: skip
                 with options.out.open("a") as out:
                     for (recipe, path), score in zip(files, scores, strict=True):

@@ -1,5 +1,6 @@
 """Forward passes in this process, by a loaded copy of the model whose tensors are patched."""
 
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Self
 import numpy as np
 
 from ramgguf.core.errors import EngineError
+from ramgguf.core.scratch import scratch_folder
 from ramgguf.gguf.architecture import first_layer
 from ramgguf.gguf.reader import GGUFFile
 from ramgguf.llama.forward import (
@@ -32,7 +34,9 @@ from ramgguf.quants.imatrix import Imatrix
 class LocalRunner:
     """Forward passes over a copy of the file in `folder`, on `threads` threads; a context manager.
 
-    With a stand-in, the copy is one of that format, and all that is said of the original is of it.
+    folder is by default the system's for temporary files. What is there has no name: nothing is
+    left of it however this process ends. With a stand-in, the copy is one of that format, and all
+    that is said of the original is of it.
 
     Raises EngineError when llama.cpp fails, GGUFError when the file is changed meanwhile.
     """
@@ -42,7 +46,7 @@ class LocalRunner:
     def __init__(
         self,
         file: GGUFFile,
-        folder: Path,
+        folder: Path | None,
         *,
         n_ctx: int,
         threads: int,
@@ -51,11 +55,14 @@ class LocalRunner:
         stand_in: str | None = None,
     ) -> None:
         self._file = file
-        self._probe = PatchedModel(file, folder, n_ctx=n_ctx, n_threads=threads, stand_in=stand_in)
+        with scratch_folder(folder, error=EngineError) as scratch:  # the copy loses its names
+            self._probe = PatchedModel(
+                file, scratch, n_ctx=n_ctx, n_threads=threads, stand_in=stand_in
+            )
         self._weights = PatchedWeights(file, self._probe, encoder, imatrix, threads)
         self._formats: dict[str, str] = {}
         self._nmse: dict[Change, float] = {}
-        self._references = ReferenceLogits(folder)
+        self._references = ReferenceLogits(folder or Path(tempfile.gettempdir()))
         self._residual_layer: int | None = None
         self._kept_residuals: dict[bytes, Rows] = {}
         self._refused: dict[int, str] = {}  # layers at which passes cannot begin, and why

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from ramgguf.core.documents import FrozenModel
 from ramgguf.core.errors import EngineError
-from ramgguf.core.scratch import scratch_folder
 from ramgguf.gguf.reader import open_gguf
 from ramgguf.llama.child import answer_requests
 from ramgguf.llama.forward import ForwardRequest
@@ -57,20 +56,18 @@ class RunnerSession:
 
     def _open(self, request: OpenRunner) -> RunnerOpened:
         file = self._stack.enter_context(open_gguf(Path(request.path), kind_check=True))
-        parent = Path(request.folder) if request.folder is not None else None
-        # The copy has no name any more when the folder goes.
-        with scratch_folder(parent, error=EngineError) as folder:
-            self._runner = self._stack.enter_context(
-                LocalRunner(
-                    file,
-                    folder,
-                    n_ctx=request.n_ctx,
-                    threads=request.n_threads,
-                    encoder=request.encoder,
-                    imatrix=planned_imatrix(request.imatrix),
-                    stand_in=request.stand_in,
-                )
+        folder = Path(request.folder) if request.folder is not None else None
+        self._runner = self._stack.enter_context(
+            LocalRunner(
+                file,
+                folder,
+                n_ctx=request.n_ctx,
+                threads=request.n_threads,
+                encoder=request.encoder,
+                imatrix=planned_imatrix(request.imatrix),
+                stand_in=request.stand_in,
             )
+        )
         return _about(self._runner)
 
 

@@ -4,6 +4,7 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -69,6 +70,29 @@ def test_they_are_no_memory_of_the_process(tmp_path: Path) -> None:
     command = [sys.executable, "-c", MANY, str(tmp_path)]
     done = subprocess.run(command, preexec_fn=limited, capture_output=True, text=True, check=False)
     assert done.stdout.strip() == str([float(n) for n in range(12)]), done.stderr
+
+
+def test_passes_keep_them_in_the_folder_of_the_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_tiny_model(tmp_path / "tiny.gguf")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    made: list[Path] = []
+
+    def recorded(where: Path, *arguments: Any, **options: Any) -> Any:
+        array = mapped_array(where, *arguments, **options)
+        made.append(where)
+        return array
+
+    monkeypatch.setattr(reference_logits, "mapped_array", recorded)
+    with (
+        open_gguf(path) as file,
+        LocalRunner(file, folder, n_ctx=64, threads=1, encoder="search", imatrix=None) as runner,
+    ):
+        runner.prepare([np.arange(32, dtype=np.int32)])
+        assert not list(folder.iterdir())
+    assert made == [folder]
 
 
 def test_an_array_without_room_is_an_error(tmp_path: Path) -> None:

@@ -198,6 +198,7 @@ class LocalRunner:
             del self._formats[name]
         for name, format_name in wanted.items():
             if self._formats.get(name) != format_name:
+                self._formats[name] = ""  # whatever is there, should this fail
                 nmse = self._weights.put(name, format_name)
                 self._nmse[name, format_name] = nmse
                 self._formats[name] = format_name
@@ -209,8 +210,8 @@ class LocalRunner:
             self._make(())
             if not self._probe.can_read(ids):
                 self._probe.start_at(0)
-            logits = self._references.add(key, (len(ids), self.n_vocab))
-            self._probe.logits_into(logits, ids)
+            shape = len(ids), self.n_vocab
+            self._references.add(key, shape, lambda out: self._probe.logits_into(out, ids))
         return self._references[key]
 
 

@@ -186,11 +186,20 @@ class PatchedModel:
 
         data is in the format that the copy has the tensor in (stored_as).
         """
+        rows = self.rows(tensor)
+        if data is not None:
+            rows[:] = data.reshape(rows.shape)
+            return
+        type_name = self.stored_as(tensor.name)
+        stored_rows(self._file, tensor, type_name, threads=self._n_threads, out=rows)
+
+    def rows(self, tensor: TensorInfo) -> NDArray[np.uint8]:
+        """Return the tensor's rows, uint8 (n_rows, bytes), in the model's own pages: what is
+        written there is what the next decode reads.
+        """
         place = self._copy.places[tensor.name]
-        if data is None:
-            data = stored_rows(self._file, tensor, place.type_name, threads=self._n_threads)
         whole = self._copy.maps[place.shard][place.offset : place.offset + place.n_bytes]
-        whole[:] = data.reshape(-1)
+        return whole.reshape(tensor.n_rows, -1)
 
     def stored_as(self, name: str) -> str:
         """Return the format that the copy has the tensor in."""

@@ -37,7 +37,7 @@ class PatchedWeights:
             raise PlanError(
                 f"{name} is {tensor.type_name}; refinement needs a model in F32, F16 or BF16"
             )
-        data, nmse = simulated(
+        _, nmse = simulated(
             self.file,
             tensor,
             format_name,
@@ -45,6 +45,6 @@ class PatchedWeights:
             imatrix=self.imatrix,
             threads=self.threads,
             store_as=self.probe.stored_as(name),
+            out=self.probe.rows(tensor),
         )
-        self.probe.put(tensor, data)
         return nmse

@@ -5,7 +5,7 @@ process's own: they are mapped from files, whose pages the kernel writes out and
 """
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -39,12 +39,14 @@ class ReferenceLogits:
         """Give all up."""
         self._kept.clear()
 
-    def add(self, key: bytes, shape: Sequence[int]) -> Logits:
-        """Return what becomes the logits of the key, (tokens, vocabulary), to be filled in."""
+    def add(self, key: bytes, shape: Sequence[int], fill: Callable[[Logits], None]) -> Logits:
+        """Return the logits of the key, (tokens, vocabulary), which fill has filled in."""
         n_bytes = np.dtype(np.float32).itemsize * int(np.prod(shape))
         while self._kept and self._n_bytes + n_bytes > self._room():
             del self._kept[next(iter(self._kept))]
-        self._kept[key] = logits = self._array(tuple(shape), n_bytes)
+        logits = self._array(tuple(shape), n_bytes)
+        fill(logits)
+        self._kept[key] = logits
         return logits
 
     @property

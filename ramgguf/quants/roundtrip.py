@@ -28,27 +28,33 @@ def simulated(
     imatrix: Imatrix | None = None,
     threads: int = 1,
     store_as: str | None = None,
+    out: Rows | None = None,
 ) -> tuple[Rows, float]:
     """Return the tensor quantized to a format and decoded again, and the NMSE of that.
 
     The rows, uint8 (n_rows, bytes), are of the source's type, one of SOURCES, or encoded once more
     (RTN) in the format store_as, that of a stand-in; the NMSE is then against the source as that
-    stores it. It is weighed by the tensor's importance, where the matrix has some. Raises
-    ImatrixError when that is for another shape.
+    stores it. It is weighed by the tensor's importance, where the matrix has some. The rows are
+    written to `out`, if it is given. Raises ImatrixError when the matrix is for another shape.
     """
     scale = ErrorWeights.of(tensor, imatrix)
     kept = store_as or tensor.type_name
-    out = np.empty((tensor.n_rows, formats.row_bytes(kept, tensor.row_length)), np.uint8)
+    made = empty_rows(tensor, kept) if out is None else out
 
     def convert(chunk: Chunk) -> _core.RowStats:
         rows = file.read_rows(tensor, chunk.start, chunk.stop)
         blocks = scale.encode(to, tensor.type_name, rows, chunk.start, tensor.row_length, encoder)
-        out[chunk.start : chunk.stop] = after = _decoded(blocks, to, tensor, kept)
+        made[chunk.start : chunk.stop] = after = _decoded(blocks, to, tensor, kept)
         return scale.compare(kept, stored(tensor, rows, kept), kept, after, chunk.start)
 
     stats = _core.RowStats.merged(list(map_chunks(convert, runs([tensor]), threads)))
     squares = scale.squares(stats)
-    return out, scale.error(stats.errors[0]) / squares if squares else 0.0
+    return made, scale.error(stats.errors[0]) / squares if squares else 0.0
+
+
+def empty_rows(tensor: TensorInfo, to: str) -> Rows:
+    """Return room for all rows of the tensor in a format, uint8 (n_rows, bytes)."""
+    return np.empty((tensor.n_rows, formats.row_bytes(to, tensor.row_length)), np.uint8)
 
 
 def stored(tensor: TensorInfo, rows: Rows, to: str) -> Rows:

@@ -26,7 +26,7 @@ from ramgguf.gguf.layout import Layout, Overrides, plan_layout
 from ramgguf.gguf.reader import GGUFFile, TensorInfo
 from ramgguf.gguf.writer import rewrite
 from ramgguf.quants import formats
-from ramgguf.quants.roundtrip import SOURCES, Rows, stored
+from ramgguf.quants.roundtrip import SOURCES, Rows, empty_rows, stored
 
 StandIn = Literal["auto", "none", "q8_0", "q6_k", "q4_k"]
 STAND_INS: tuple[StandIn, ...] = get_args(StandIn)
@@ -167,16 +167,16 @@ def write_stand_in(
     )
 
 
-def stored_rows(file: GGUFFile, tensor: TensorInfo, to: str, *, threads: int) -> Rows:
-    """Return all rows of a tensor as a stand-in has them in the format `to`."""
-    if to == tensor.type_name:
-        return file.read_rows(tensor, 0, tensor.n_rows)
-    out = np.empty((tensor.n_rows, formats.row_bytes(to, tensor.row_length)), np.uint8)
+def stored_rows(
+    file: GGUFFile, tensor: TensorInfo, to: str, *, threads: int, out: Rows | None = None
+) -> Rows:
+    """Return all rows of a tensor as a stand-in has them in the format `to`, in `out` if given."""
+    made = empty_rows(tensor, to) if out is None else out
 
     def encode(chunk: Chunk) -> None:
         rows = file.read_rows(tensor, chunk.start, chunk.stop)
-        out[chunk.start : chunk.stop] = stored(tensor, rows, to)
+        made[chunk.start : chunk.stop] = stored(tensor, rows, to)
 
     for _ in map_chunks(encode, runs([tensor]), threads):
         pass
-    return out
+    return made

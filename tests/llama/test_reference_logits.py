@@ -3,6 +3,7 @@
 import resource
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from ramgguf.gguf.reader import open_gguf
 from ramgguf.llama import local_runner, reference_logits
 from ramgguf.llama.forward import ForwardRequest
 from ramgguf.llama.local_runner import LocalRunner
+from ramgguf.llama.model import Logits
 from ramgguf.llama.reference_logits import ReferenceLogits
 from tiny_models import write_tiny_model
 
@@ -25,11 +27,12 @@ N_BYTES = 16_000
 MANY = """
 import sys
 from pathlib import Path
+from ramgguf.llama.model import Logits
 from ramgguf.llama.reference_logits import ReferenceLogits
 
 kept = ReferenceLogits(Path(sys.argv[1]))
 for number in range(12):
-    kept.add(b"%d" % number, (512, 20_000))[:] = number
+    kept.add(b"%d" % number, (512, 20_000), lambda out: out.fill(number))
 print([float(kept[b"%d" % number][-1, -1]) for number in range(12)])
 """
 
@@ -37,7 +40,7 @@ print([float(kept[b"%d" % number][-1, -1]) for number in range(12)])
 def _with(folder: Path, n: int, **options: int) -> ReferenceLogits:
     kept = ReferenceLogits(folder, **options)
     for number in range(n):
-        kept.add(b"%d" % number, SHAPE)[:] = number
+        kept.add(b"%d" % number, SHAPE, partial(np.ndarray.fill, value=number))
     return kept
 
 
@@ -59,6 +62,16 @@ def test_the_newest_are_kept_where_the_disk_is_full(
     kept = _with(tmp_path, 2)
     assert b"0" not in kept
     assert kept[b"1"].mean() == 1
+
+
+def test_what_could_not_be_computed_is_not_kept(tmp_path: Path) -> None:
+    def failing(_: Logits) -> None:
+        raise EngineError("a decode failed")
+
+    kept = ReferenceLogits(tmp_path)
+    with pytest.raises(EngineError):
+        kept.add(b"0", SHAPE, failing)
+    assert b"0" not in kept
 
 
 def test_they_are_no_memory_of_the_process(tmp_path: Path) -> None:

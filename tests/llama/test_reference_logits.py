@@ -40,7 +40,7 @@ print([float(kept[b"%d" % number][-1, -1]) for number in range(12)])
 def _with(folder: Path, n: int, **options: int) -> ReferenceLogits:
     kept = ReferenceLogits(folder, **options)
     for number in range(n):
-        kept.add(b"%d" % number, SHAPE, partial(np.ndarray.fill, value=number))
+        kept.add(b"%d" % number, SHAPE, partial(np.copyto, src=number))
     return kept
 
 

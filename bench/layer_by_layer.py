@@ -13,7 +13,6 @@ plain's, and adds a row per file to bench/results/layer_by_layer.jsonl.
 """
 
 import argparse
-import ctypes
 import json
 import shutil
 import tempfile
@@ -54,18 +53,17 @@ class InputWatch(ResidualWatch):
 
     def __init__(self) -> None:
         super().__init__()
-        self._operation = ggml.check_layout().mul_mat
         self.weight: bytes | None = None
         self.inputs: list[Floats] = []
 
-    def _called(self, pointer: int, ask: bool, user_data: object) -> bool:
-        node = ctypes.cast(pointer, ggml.TensorPointer).contents
-        if node.op == self._operation and node.src[0].contents.name == self.weight:
+    def _sees(self, tensor: Any, *, ask: bool) -> bool:
+        node = tensor.contents
+        if node.op in self._multiplications and node.src[0].contents.name == self.weight:
             if not ask:
                 x = ggml.read_array(node.src[1], np.float32)
                 self.inputs.append(x.reshape(-1, x.shape[-1]).copy())
             return True
-        return super()._called(pointer, ask, user_data)
+        return super()._sees(tensor, ask=ask)
 
 
 class Layers:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from ramgguf.core.errors import PlanError
 from ramgguf.gguf.identity import require_model, unsure
 from ramgguf.measure.result import Measurement, Point, TensorMeasurement
+from ramgguf.plan.input_rounding import added_nmse
 from ramgguf.plan.prediction import predicted_kld
 from ramgguf.plan.priors import ModelShape, prior
 from ramgguf.plan.result import Assignment, PredictedKLD
@@ -26,8 +27,11 @@ Objective = Callable[[TensorMeasurement, Point, ModelShape], float]
 
 
 def weighted_nmse(tensor: TensorMeasurement, point: Point, shape: ModelShape) -> float:
-    """n · π · NMSE: the soft prior of the tensor's role and depth, times its number of weights."""
-    return tensor.n_weights * prior(tensor, shape) * point.unweighted
+    """n · π · NMSE: the soft prior of the tensor's role and depth, times its number of weights.
+
+    The NMSE is that of the weights, and what rounding their inputs comes to.
+    """
+    return tensor.n_weights * prior(tensor, shape) * (point.unweighted + added_nmse(tensor, point))
 
 
 def plain_nmse(tensor: TensorMeasurement, point: Point, shape: ModelShape) -> float:
@@ -50,8 +54,11 @@ def ram(tensor: TensorMeasurement, point: Point, shape: ModelShape) -> float:
 
 
 def activation_nmse(tensor: TensorMeasurement, point: Point, shape: ModelShape) -> float:
-    """n · π · NMSE weighed by importance: the output's relative error, for uncorrelated inputs."""
-    return tensor.n_weights * prior(tensor, shape) * point.nmse
+    """n · π · NMSE weighed by importance: the output's relative error, for uncorrelated inputs.
+
+    What rounding the inputs comes to is added.
+    """
+    return tensor.n_weights * prior(tensor, shape) * (point.nmse + added_nmse(tensor, point))
 
 
 def output_error(tensor: TensorMeasurement, point: Point, shape: ModelShape) -> float:
@@ -132,7 +139,9 @@ def costing(
 
 
 def _by_sensitivity(measurement: Measurement, sensitivity: Sensitivity | None) -> Costing:
-    """Return α · NMSE: the KLD, in nats per token, that a tensor's quantization alone causes."""
+    """Return α times the NMSE, with that of rounded inputs: the KLD, in nats per token, that a
+    tensor's quantization alone causes.
+    """
     if sensitivity is None:
         raise PlanError("the objective sensitivity needs a file; give it with --sensitivity")
     theirs = sensitivity.source
@@ -148,7 +157,7 @@ def _by_sensitivity(measurement: Measurement, sensitivity: Sensitivity | None) -
             raise PlanError(f"{theirs.path}: {tensor.name} has no sensitivity; measure it again")
     return Costing(
         SENSITIVITY,
-        lambda tensor, point: alpha[tensor.name] * point.nmse,
+        lambda tensor, point: alpha[tensor.name] * (point.nmse + added_nmse(tensor, point)),
         {t.name: t.relative_error for t in sensitivity.tensors},
         sensitivity.late_shares(),
         sensitivity.sha256(),

@@ -2,7 +2,8 @@
 
 KLD ≈ Σ α (NMSE + KERNEL_NMSE) over the tensors that are quantized, where α is of the tokens that
 scores count (Sensitivity.late_shares). llama.cpp's kernels round activations to 8 bits, which errs
-as an NMSE of the weights would, whatever their format. What is left is taken to be lognormal: what
+as an NMSE of the weights would; here it is taken to be the same in all formats, as when the figures
+were fitted. What is left is taken to be lognormal: what
 α is uncertain by, and a spread between models and texts.
 
 docs/allocation.md has the plans of two families that the figures come from; fitted to either
@@ -13,6 +14,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from ramgguf.plan.input_rounding import rounding_nmse
 from ramgguf.plan.result import Assignment, PredictedKLD
 from ramgguf.quants.encoders import EncoderName
 
@@ -38,7 +40,7 @@ def predicted_kld(
     late: Mapping[str, float],
     encoder: EncoderName,
 ) -> PredictedKLD | None:
-    """Return the KLD of a plan whose tensors' cost is α · NMSE, in nats per token.
+    """Return the KLD of a plan by sensitivities, in nats per token.
 
     errors are the relative standard errors of α, late the shares of it that scores count. None for
     an encoder that was not compared, and where no shares are known.
@@ -48,10 +50,10 @@ def predicted_kld(
     alpha_nmse = alpha = error = 0.0
     for a in assignments:
         if a.nmse > 0:
-            cost = a.cost * late.get(a.name, 1.0)
-            alpha_nmse += cost
-            alpha += cost / a.nmse
-            error += cost * errors.get(a.name, 0.0)
+            per_nmse = late.get(a.name, 1.0) * a.cost / (a.nmse + rounding_nmse(a.role, a.format))
+            alpha_nmse += per_nmse * a.nmse
+            alpha += per_nmse
+            error += per_nmse * a.nmse * errors.get(a.name, 0.0)
     return interval(alpha_nmse, alpha, error)
 
 

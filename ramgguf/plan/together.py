@@ -13,6 +13,7 @@ from dataclasses import replace
 from ramgguf.core.errors import PlanError
 from ramgguf.gguf.architecture import PROJECTORS
 from ramgguf.measure.result import Measurement, Point, TensorMeasurement
+from ramgguf.plan.input_rounding import added_nmse
 from ramgguf.plan.objectives import OBJECTIVES, SENSITIVITY, WEIGHED, Cost, Costing, weighted_nmse
 from ramgguf.plan.priors import ModelShape, prior
 from ramgguf.plan.problem import Problem
@@ -53,7 +54,8 @@ def _rate(cost: Cost, tensor: TensorMeasurement, shape: ModelShape) -> float:
     point: Point | None = next((p for p in tensor.points if p.nmse > 0), None)
     if tensor.kept is not None or point is None:
         return 0.0
-    return cost(tensor, point) / (point.nmse * tensor.n_weights * prior(tensor, shape))
+    loss = point.nmse + added_nmse(tensor, point)
+    return cost(tensor, point) / (loss * tensor.n_weights * prior(tensor, shape))
 
 
 def constraints_of_each(

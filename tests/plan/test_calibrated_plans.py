@@ -11,6 +11,7 @@ import ramgguf
 from ramgguf import _core
 from ramgguf.core.errors import ImatrixError, PlanError
 from ramgguf.gguf.reader import GGUFFile, open_gguf
+from ramgguf.plan.input_rounding import added_nmse
 from ramgguf.plan.priors import ModelShape, prior
 from ramgguf.plan.result import Plan
 from ramgguf.quants import formats
@@ -284,7 +285,9 @@ def test_priors_get_the_errors_of_the_weights_by_themselves(
     tensors = {t.name: t for t in found.tensors}
     shape = ModelShape.of(found)
     for a in relative.assignments:
-        assert a.cost == pytest.approx(a.n_weights * prior(tensors[a.name], shape) * a.nmse)
+        tensor = tensors[a.name]
+        loss = a.nmse + added_nmse(tensor, points[a.name, a.format])
+        assert a.cost == pytest.approx(a.n_weights * prior(tensor, shape) * loss)
 
 
 def test_gptq_asks_for_hessians(model: Path, files: tuple[Path, Path]) -> None:

@@ -43,7 +43,7 @@ class FrontPlan(FrozenModel):
 class SpeedFront(Document):
     """Plans of which none is smaller, better and faster than another, by ascending bytes.
 
-    cost is in the objective's units: Σ α · NMSE, in nats per token, if that is sensitivity.
+    cost is in the objective's units: Σ α · (NMSE + ρ), in nats per token, if that is sensitivity.
     """
 
     KIND: ClassVar[str] = "speed_front"

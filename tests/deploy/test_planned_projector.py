@@ -22,6 +22,7 @@ from ramgguf.deploy.footprint_formula import ContextShape
 from ramgguf.gguf.layout import padded
 from ramgguf.measure.result import Measurement
 from ramgguf.plan import ByteLimit, JointLimit
+from ramgguf.plan.input_rounding import added_nmse
 from ramgguf.plan.priors import ModelShape, prior
 from ramgguf.plan.result import MemoryBudget, Plan
 from small_projector import POSITIONS, projector_tensors, write_projector
@@ -75,7 +76,7 @@ def _least_cost(measured: list[Measurement], n_bytes: int) -> float:
         for t in measurement.tensors:
             rows += [
                 (item, padded(p.n_bytes, 32),
-                 0.0 if t.kept else t.n_weights * prior(t, shape) * p.nmse)
+                 0.0 if t.kept else t.n_weights * prior(t, shape) * (p.nmse + added_nmse(t, p)))
                 for p in t.points if t.kept or p.format in ("Q8_0", "Q4_0", "F16")
             ]  # fmt: skip
             item += 1

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from predictions import covered, fitted
+from ramgguf.plan.input_rounding import rounding_nmse
 from ramgguf.plan.prediction import SHIPPED, interval, predicted_kld
 from ramgguf.plan.result import Assignment
 
@@ -32,7 +33,7 @@ def _assignment(name: str, alpha: float, nmse: float) -> Assignment:
         n_weights=256,
         n_bytes=144,
         nmse=nmse,
-        cost=alpha * nmse,
+        cost=alpha * (nmse + rounding_nmse("ffn_up", "Q4_K")),
     )
 
 

@@ -14,7 +14,7 @@ from made_speeds import made_speeds
 from ramgguf.cli import plan_commands
 from ramgguf.cli.app import app
 from ramgguf.plan import Costing, SpeedFront, SpeedLimit, TokenWork, speed_front
-from ramgguf.plan.prediction import SHIPPED
+from ramgguf.plan.input_rounding import added_nmse, rounding_nmse
 from ramgguf.plan.result import Constraints
 from ramgguf.plan.speed_front import speed_front as front_of
 from ramgguf.quantize.speed_target import speed_limit
@@ -65,16 +65,18 @@ def test_sensitivities_give_each_plan_the_kld_that_they_predict() -> None:
     made = measurement()
     alpha = {t.name: 1e-7 * t.n_weights for t in made.tensors}
     late = dict.fromkeys(alpha, 0.9)
-    by_alpha = Costing("sensitivity", lambda t, p: alpha[t.name] * p.nmse, {}, late)
+    by_alpha = Costing(
+        "sensitivity", lambda t, p: alpha[t.name] * (p.nmse + added_nmse(t, p)), {}, late
+    )
     constraints = Constraints(min_sqnr_db=0)
     found = front_of(made, LIMIT, costing=by_alpha, constraints=constraints)
     known = [p for p in found.plans if p.kld is not None]
     assert len(known) >= len(found.plans) - 1  # one plan loses nothing
     for p in known[:: len(known) // 6]:
         assert p.kld is not None
-        # Σ 0.9 α · NMSE, and what kernels round, in proportion to Σ α of what is quantized.
-        rounding = SHIPPED.kernel_nmse * sum(alpha.values())
-        assert 0.9 * p.cost < p.kld.kld <= 0.9 * (p.cost + rounding) * (1 + 1e-9)
+        # Σ 0.9 α · NMSE; what kernels round is less than the largest that costs count.
+        rounding = rounding_nmse("head", "Q4_K") * sum(alpha.values())
+        assert p.kld.kld == pytest.approx(0.9 * p.cost, abs=0.9 * rounding)
         assert p.kld.low < p.kld.kld < p.kld.high
     console = PlainConsole(record=True, file=io.StringIO(), width=200)
     print_speed_front(found, console)

@@ -45,8 +45,8 @@ def rounding_nmse(role: str, format_name: str) -> float:
 def added_nmse(tensor: TensorMeasurement, point: Point) -> float:
     """Return what rounding inputs adds to the point's NMSE.
 
-    Nothing where the source computes in this format, too, or lies on its grid: that is kept.
+    Nothing where the format holds the weights exactly: they are kept at its bytes.
     """
-    if point.format in (tensor.source_format, tensor.grid):
+    if point.unweighted == 0 or point.format == tensor.grid:
         return 0.0
     return rounding_nmse(tensor.role, point.format)

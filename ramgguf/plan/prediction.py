@@ -50,7 +50,8 @@ def predicted_kld(
     alpha_nmse = alpha = error = 0.0
     for a in assignments:
         if a.nmse > 0:
-            per_nmse = late.get(a.name, 1.0) * a.cost / (a.nmse + rounding_nmse(a.role, a.format))
+            rounded = 0.0 if a.is_exact else rounding_nmse(a.role, a.format)
+            per_nmse = late.get(a.name, 1.0) * a.cost / (a.nmse + rounded)
             alpha_nmse += per_nmse * a.nmse
             alpha += per_nmse
             error += per_nmse * a.nmse * errors.get(a.name, 0.0)

@@ -8,7 +8,7 @@ import pytest
 
 import ramgguf
 from made_plans import made_measurement
-from ramgguf.measure.result import Measurement
+from ramgguf.measure.result import Measurement, Point
 from ramgguf.plan.input_rounding import added_nmse, rounding_nmse
 from ramgguf.quants import formats
 
@@ -80,14 +80,14 @@ def test_where_weights_lose_alike_a_plan_takes_the_format_that_rounds_less() -> 
     assert "Q8_0" not in {a.format for a in by_weights.assignments}
 
 
-def test_the_sources_own_format_and_its_grid_are_kept_at_no_cost() -> None:
+def test_what_holds_the_weights_exactly_is_kept_at_no_cost() -> None:
     tensor = next(t for t in _same_errors("Q4_K", "Q8_0").tensors if t.role == "ffn_down")
     points = {p.format: p for p in tensor.points}
-    assert added_nmse(tensor, points["F16"]) == 0
+    exact = Point("Q4_K", points["Q4_K"].n_bytes, 0.0, 0.0)
+    assert added_nmse(tensor, points["F16"]) == added_nmse(tensor, exact) == 0
     assert added_nmse(tensor, points["Q4_K"]) > 0
-    of_q4 = tensor.model_copy(update={"source_format": "Q4_K"})
     on_grid = tensor.model_copy(update={"grid": "Q4_K"})
-    assert added_nmse(of_q4, points["Q4_K"]) == added_nmse(on_grid, points["Q4_K"]) == 0
+    assert added_nmse(on_grid, points["Q4_K"]) == 0
 
 
 @pytest.mark.parametrize("block", [32, 256])

@@ -28,6 +28,7 @@ from ramgguf.llama.model import LlamaModel
 from ramgguf.llama.sources import in_turn
 from ramgguf.llama.token_statistics import standard_error
 from ramgguf.llama.tokens import TokenRequest, TokenSource
+from ramgguf.plan.input_rounding import rounding_nmse
 from ramgguf.quants.encoders import EncoderName
 from ramgguf.sensitivity import timing
 from ramgguf.sensitivity.alpha import measure_alpha
@@ -267,7 +268,11 @@ def test_plans_by_sensitivity_predict_the_kld_that_the_readings_add_up_to(
     measurement = ramgguf.measure(model, formats=["Q4_0", "Q5_0", "Q8_0"])
     plan = ramgguf.plan(measurement, "35%", sensitivity=measured)
     alpha = {t.name: t.alpha for t in measured.tensors}
-    expected = [alpha.get(a.name, 0.0) * a.nmse for a in plan.assignments]
+    expected = [
+        alpha[a.name] * (a.nmse + rounding_nmse(a.role, a.format))
+        for a in plan.assignments
+        if a.nmse > 0
+    ]
     assert plan.objective == "sensitivity"
     assert plan.total_cost == pytest.approx(sum(expected))
     assert plan.predicted_kld is not None

@@ -42,27 +42,23 @@ class ReferenceLogits:
     def add(self, key: bytes, shape: Sequence[int], fill: Callable[[Logits], None]) -> Logits:
         """Return the logits of the key, (tokens, vocabulary), which fill has filled in."""
         n_bytes = np.dtype(np.float32).itemsize * int(np.prod(shape))
-        while self._kept and self._n_bytes + n_bytes > self._room():
+        while self._kept and not self._has_room(n_bytes):
             del self._kept[next(iter(self._kept))]
         logits = self._array(tuple(shape), n_bytes)
         fill(logits)
         self._kept[key] = logits
         return logits
 
-    @property
-    def _n_bytes(self) -> int:
-        return sum(logits.nbytes for logits in self._kept.values())
-
-    def _room(self) -> int:
-        """Return the bytes that all may take: what they have already is theirs."""
+    def _has_room(self, n_bytes: int) -> bool:
         try:
             free = free_bytes(self._folder)
         except OSError:
-            return 0
-        return min(self._most_bytes, self._n_bytes + int(_SHARE_OF_DISK * free))
+            return False
+        kept = sum(logits.nbytes for logits in self._kept.values())
+        return n_bytes <= min(self._most_bytes - kept, _SHARE_OF_DISK * free)
 
     def _array(self, shape: tuple[int, ...], n_bytes: int) -> Logits:
-        if n_bytes <= self._room():
+        if self._has_room(n_bytes):
             with contextlib.suppress(EngineError):
                 return mapped_array(self._folder, shape, np.float32, error=EngineError)
         return np.empty(shape, np.float32)

@@ -3,8 +3,8 @@
 KLD ≈ Σ α (NMSE + KERNEL_NMSE) over the tensors that are quantized, where α is of the tokens that
 scores count (Sensitivity.late_shares). llama.cpp's kernels round activations to 8 bits, which errs
 as an NMSE of the weights would; here it is taken to be the same in all formats, as when the figures
-were fitted. What is left is taken to be lognormal: what
-α is uncertain by, and a spread between models and texts.
+were fitted. What is left is taken to be lognormal: what α is uncertain by, and a spread between
+models and texts.
 
 docs/allocation.md has the plans of two families that the figures come from; fitted to either
 family alone, the intervals hold on the other.

@@ -172,7 +172,10 @@ def test_the_projector_takes_bytes_and_no_time_under_a_least_speed() -> None:
     made = ramgguf.plan(model, capacity + 6144, min_sqnr_db=0, projector=projector, speed=timed)
     best, free = _exhaustive(items, capacity, most), _exhaustive(items, capacity)
     assert free < best
-    assert best * (1 - 1e-9) <= _cost_of(made) <= best / (1 - made.gap) * (1 + 1e-9)
+    assert made.mmproj is not None
+    # Added up in the order of the items: to the last bit.
+    assert best <= sum(a.cost for p in (made, made.mmproj) for a in p.assignments)
+    assert _cost_of(made) <= best / (1 - made.gap) * (1 + 1e-9)
     assert made.speed is not None
     assert made.speed.generation >= 1 / most
 

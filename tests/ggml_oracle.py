@@ -24,6 +24,16 @@ class _TypeTraits(ctypes.Structure):
     )
 
 
+class _CPUTypeTraits(ctypes.Structure):
+    # struct ggml_type_traits_cpu of ggml-cpu.h (ggml 0.25)
+    _fields_ = (
+        ("from_float", ctypes.c_void_p),
+        ("vec_dot", ctypes.c_void_p),
+        ("vec_dot_type", ctypes.c_int),
+        ("nrows", ctypes.c_int64),
+    )
+
+
 @cache
 def library() -> ctypes.CDLL:
     """Return libggml-base; skips the test where llama-cpp-python is not installed."""
@@ -33,6 +43,15 @@ def library() -> ctypes.CDLL:
     lib.ggml_get_type_traits.argtypes = [ctypes.c_int]
     lib.ggml_quantize_chunk.restype = ctypes.c_size_t
     return lib
+
+
+def inputs_block_size(type_name: str) -> int:
+    """Return how many inputs the CPU's kernels of the type round together; 1 where they do not."""
+    base = library()
+    cpu = ctypes.CDLL(str(Path(base._name).with_name("libggml-cpu.so")))
+    cpu.ggml_get_type_traits_cpu.restype = ctypes.POINTER(_CPUTypeTraits)
+    of_inputs = cpu.ggml_get_type_traits_cpu(formats.get(type_name).type_id).contents.vec_dot_type
+    return int(base.ggml_get_type_traits(of_inputs).contents.blck_size)
 
 
 def decoding_types() -> set[str]:

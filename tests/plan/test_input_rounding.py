@@ -1,11 +1,9 @@
 """Plans count that llama.cpp's kernels round the inputs of quantized weights to 8 bits."""
 
-import ctypes
-from pathlib import Path
-
 import numpy as np
 import pytest
 
+import ggml_oracle
 import ramgguf
 from made_plans import made_measurement
 from ramgguf.measure.result import Measurement, Point
@@ -15,26 +13,9 @@ from ramgguf.quants import formats
 SOME_ROLES = ("attn_q", "attn_output", "ffn_up", "ffn_down", "ffn_down_exps", "head", "ssm_in")
 
 
-class _Traits(ctypes.Structure):
-    """struct ggml_type_traits_cpu of ggml-cpu.h."""
-
-    _fields_ = (
-        ("from_float", ctypes.c_void_p),
-        ("vec_dot", ctypes.c_void_p),
-        ("vec_dot_type", ctypes.c_int),
-        ("nrows", ctypes.c_int64),
-    )
-
-
 def test_large_blocks_are_those_whose_kernels_in_ggml_round_256_inputs_together() -> None:
-    llama_cpp = pytest.importorskip("llama_cpp")
-    (path,) = (Path(llama_cpp.__file__).parent / "lib").glob("libggml-cpu.*o")
-    library = ctypes.CDLL(str(path))
-    library.ggml_get_type_traits_cpu.restype = ctypes.POINTER(_Traits)
-    library.ggml_blck_size.restype = ctypes.c_int64
     for name in formats.known():
-        of_inputs = library.ggml_get_type_traits_cpu(formats.get(name).type_id).contents
-        n = library.ggml_blck_size(of_inputs.vec_dot_type)
+        n = ggml_oracle.inputs_block_size(name)
         if name in formats.FLOAT_FORMATS:
             assert n == 1
             assert rounding_nmse("ffn_down", name) == 0

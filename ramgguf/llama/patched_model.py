@@ -30,7 +30,7 @@ from ramgguf.llama.residuals import ResidualWatch, Rows, layer_outputs
 from ramgguf.llama.scoring import RowPass
 from ramgguf.llama.tokens import TokenRequest, draw_sequences
 from ramgguf.quants.roundtrip import stored
-from ramgguf.quants.stand_in import fits_f16, stand_in_metadata, stored_rows, types_for_passes
+from ramgguf.quants.stand_in import fits_f16, stand_in_metadata, store_rows, types_for_passes
 
 _RANGE_TOKENS = 32
 _LARGEST_INPUT = 8192.0  # F16 ends at 65504; what other tokens bring is left room
@@ -191,7 +191,7 @@ class PatchedModel:
             rows[:] = data.reshape(rows.shape)
             return
         type_name = self.stored_as(tensor.name)
-        stored_rows(self._file, tensor, type_name, threads=self._n_threads, out=rows)
+        store_rows(self._file, tensor, type_name, threads=self._n_threads, out=rows)
 
     def rows(self, tensor: TensorInfo) -> NDArray[np.uint8]:
         """Return the tensor's rows, uint8 (n_rows, bytes), in the model's own pages: what is

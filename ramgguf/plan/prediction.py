@@ -50,7 +50,7 @@ def predicted_kld(
     alpha_nmse = alpha = error = 0.0
     for a in assignments:
         if a.nmse > 0:
-            rounded = 0.0 if a.is_exact else rounding_nmse(a.role, a.format)
+            rounded = rounding_nmse(a.role, a.format, is_exact=a.is_exact)
             per_nmse = late.get(a.name, 1.0) * a.cost / (a.nmse + rounded)
             alpha_nmse += per_nmse * a.nmse
             alpha += per_nmse

@@ -26,7 +26,7 @@ from ramgguf.gguf.layout import Layout, Overrides, plan_layout
 from ramgguf.gguf.reader import GGUFFile, TensorInfo
 from ramgguf.gguf.writer import rewrite
 from ramgguf.quants import formats
-from ramgguf.quants.roundtrip import SOURCES, Rows, empty_rows, stored
+from ramgguf.quants.roundtrip import SOURCES, Rows, stored
 
 StandIn = Literal["auto", "none", "q8_0", "q6_k", "q4_k"]
 STAND_INS: tuple[StandIn, ...] = get_args(StandIn)
@@ -167,16 +167,12 @@ def write_stand_in(
     )
 
 
-def stored_rows(
-    file: GGUFFile, tensor: TensorInfo, to: str, *, threads: int, out: Rows | None = None
-) -> Rows:
-    """Return all rows of a tensor as a stand-in has them in the format `to`, in `out` if given."""
-    made = empty_rows(tensor, to) if out is None else out
+def store_rows(file: GGUFFile, tensor: TensorInfo, to: str, *, threads: int, out: Rows) -> None:
+    """Put all rows of a tensor into `out`, as a stand-in has them in the format `to`."""
 
     def encode(chunk: Chunk) -> None:
         rows = file.read_rows(tensor, chunk.start, chunk.stop)
-        made[chunk.start : chunk.stop] = stored(tensor, rows, to)
+        out[chunk.start : chunk.stop] = stored(tensor, rows, to)
 
     for _ in map_chunks(encode, runs([tensor]), threads):
         pass
-    return made

@@ -1,12 +1,12 @@
-"""How much of a file's KLD its weights make, and how much its kernels, which round activations.
+"""How much of a file's KLD its weights make, and how much its kernels, which round inputs.
 
-    python bench/activation_rounding.py models/qwen05d-f16.gguf mix.gguf ours.gguf
-    python bench/activation_rounding.py --table
+    python bench/weights_alone.py models/qwen05d-f16.gguf mix.gguf ours.gguf
+    python bench/weights_alone.py --table
 
-llama.cpp multiplies quantized weights with activations rounded to 8 bits, in blocks. So each file
+llama.cpp multiplies quantized weights with inputs rounded to 8 bits, in blocks. So each file
 is scored as it is, and decoded into the source's types, whose kernels round them to F16 only. The
 windows are those of the mix's `score` part. Rows are added to
-bench/results/activation_rounding.jsonl; `--table` prints KLDs, and their ratios to the first file
+bench/results/weights_alone.jsonl; `--table` prints KLDs, and their ratios to the first file
 of each run as the file is and decoded, with 95 % intervals by bootstrap over windows, paired.
 """
 
@@ -21,7 +21,7 @@ from paired import Row, add_rows, kld_ratio, read_rows, scored
 from ramgguf.gguf.reader import open_gguf
 from ramgguf.quants.decoded import write_decoded
 
-RESULTS = Path(__file__).parent / "results" / "activation_rounding.jsonl"
+RESULTS = Path(__file__).parent / "results" / "weights_alone.jsonl"
 
 
 def rows(source: Path, files: Sequence[Path], folder: Path, n_ctx: int, rounds: int) -> list[Row]:

@@ -3,6 +3,7 @@
     python bench/recipes.py models/smol135d-f16.gguf --mixes Q3_K_M,Q4_K_M --n-ctx 512 --rounds 3
     python bench/recipes.py models/smol135d-f16.gguf --mixes Q4_K_M --gptq mix:12 mix:48 self:48
     python bench/recipes.py models/smol768-f16.gguf --mixes IQ2_M,IQ3_XXS --llama
+    python bench/recipes.py models/qwen05d-f16.gguf --mixes Q4_K_M --recipes "gptq 12" "gptq 48"
 
 All files plan by priors, with the matrix of their tokens, of the mix where nothing else is said, at
 the bytes of llama.cpp's mixes (without a matrix, or with it where llama.cpp asks for one).
@@ -155,6 +156,7 @@ def main() -> None:
         "--rounds", type=int, nargs="+", default=[3], help="windows per domain, of each --n-ctx"
     )
     parser.add_argument("--gptq", nargs="+", help="sources and sequences, as mix:48 or self:12")
+    parser.add_argument("--recipes", nargs="+", choices=[r.name for r in RECIPES], help="not all")
     parser.add_argument("--llama", action="store_true", help="llama.cpp's mixes beside them")
     parser.add_argument("--calibration-ctx", type=int, default=512, help="tokens of a sequence")
     parser.add_argument("--folder", type=Path, default=Path("models/recipes"))
@@ -166,7 +168,8 @@ def main() -> None:
     rounds = options.rounds * len(options.n_ctx) if len(options.rounds) == 1 else options.rounds
     if not options.table:
         options.folder.mkdir(parents=True, exist_ok=True)
-        wanted = list(token_recipes(options.gptq)) if options.gptq else list(RECIPES)
+        chosen = [r for r in RECIPES if options.recipes is None or r.name in options.recipes]
+        wanted = list(token_recipes(options.gptq)) if options.gptq else chosen
         most = max((r.n_sequences for r in wanted if r.tokens == "mix"), default=FEW)
         for mix in options.mixes.split(","):
             recipes = [*(llama_recipes(mix, most) if options.llama else ()), *wanted]

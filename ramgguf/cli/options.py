@@ -110,7 +110,8 @@ Objective = Annotated[
     str | None,
     typer.Option(
         "--objective",
-        help=f"What is minimised: {', '.join(OBJECTIVE_NAMES)}; default: sensitivity, if given.",
+        help=f"What is minimised: {', '.join(OBJECTIVE_NAMES)}; default: weighted, with "
+        "sensitivities posterior.",
     ),
 ]
 SensitivityFile = Annotated[

@@ -66,6 +66,7 @@ def frontier(
                 source_format=c.tensor.source_format,
                 n_weights=c.tensor.n_weights,
                 note=c.note,
+                alpha=costing.alpha.get(c.tensor.name),
                 relative_error=costing.errors.get(c.tensor.name),
                 late=costing.late.get(c.tensor.name),
             )
@@ -256,11 +257,12 @@ def _cost(frontier: Frontier, chosen: Sequence[int]) -> float:
 
 
 def _predicted_kld(frontier: Frontier, assignments: Sequence[Assignment]) -> PredictedKLD | None:
-    if frontier.sensitivity_sha256 is None:
+    alpha = {t.name: t.alpha for t in frontier.tensors if t.alpha is not None}
+    if not alpha:  # by priors, or of an older version
         return None
     errors = {t.name: t.relative_error or 0.0 for t in frontier.tensors}
     late = {t.name: t.late for t in frontier.tensors if t.late is not None}
-    return predicted_kld(assignments, errors, late, frontier.encoder)
+    return predicted_kld(assignments, alpha, errors, late, frontier.encoder)
 
 
 def _assignments(frontier: Frontier, chosen: Sequence[int]) -> tuple[Assignment, ...]:

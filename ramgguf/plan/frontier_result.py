@@ -14,8 +14,8 @@ from ramgguf.quants.imatrix import ImportanceSource
 class FrontierTensor(FrozenModel):
     """What a plan repeats of a tensor; note says why there is no choice.
 
-    relative_error is that of its sensitivity, if that is the objective, and late the share of it
-    on tokens that scores count.
+    alpha is its sensitivity, if plans go by these, relative_error that of α, and late the share of
+    it on tokens that scores count.
     """
 
     name: str
@@ -23,6 +23,7 @@ class FrontierTensor(FrozenModel):
     source_format: str
     n_weights: Positive
     note: str | None = None
+    alpha: NonNegativeFloat | None = None
     relative_error: NonNegativeFloat | None = None
     late: NonNegativeFloat | None = None
 

@@ -22,6 +22,8 @@ from ramgguf.sensitivity.result import Sensitivity
 
 DEFAULT_OBJECTIVE = "weighted"
 SENSITIVITY = "sensitivity"
+POSTERIOR = "posterior"
+MEASURED = (POSTERIOR, SENSITIVITY)  # objectives that need sensitivities; the first is the default
 
 Objective = Callable[[TensorMeasurement, Point, ModelShape], float]
 
@@ -82,7 +84,7 @@ OBJECTIVES: dict[str, Objective] = {
 # Objectives that need errors weighted by an importance matrix.
 WEIGHED: dict[str, Objective] = {"output": output_error, "activation": activation_nmse}
 
-OBJECTIVE_NAMES = (SENSITIVITY, *OBJECTIVES, *WEIGHED)
+OBJECTIVE_NAMES = (*MEASURED, *OBJECTIVES, *WEIGHED)
 
 
 Cost = Callable[[TensorMeasurement, Point], float]
@@ -92,13 +94,14 @@ Cost = Callable[[TensorMeasurement, Point], float]
 class Costing:
     """An objective made ready for one model.
 
-    errors are the relative standard errors of the tensors' costs, late the shares of them on tokens
-    that scores count; both are known for sensitivities only. sensitivity_sha256 tells which were
+    alpha, errors and late are known for sensitivities only: α by tensor, its relative standard
+    error, and the share of it on tokens that scores count. sensitivity_sha256 tells which were
     used, notes what a plan made with them should say.
     """
 
     name: str
     cost: Cost
+    alpha: Mapping[str, float] = field(default_factory=dict)
     errors: Mapping[str, float] = field(default_factory=dict)
     late: Mapping[str, float] = field(default_factory=dict)
     sensitivity_sha256: str | None = None
@@ -108,9 +111,7 @@ class Costing:
         self, assignments: Iterable[Assignment], encoder: EncoderName
     ) -> PredictedKLD | None:
         """Return the KLD that sensitivities predict; None where none were measured."""
-        if self.name != SENSITIVITY:
-            return None
-        return predicted_kld(assignments, self.errors, self.late, encoder)
+        return predicted_kld(assignments, self.alpha, self.errors, self.late, encoder)
 
 
 def costing(
@@ -118,13 +119,13 @@ def costing(
 ) -> Costing:
     """Return the objective of this name for the model; None takes the best that is known.
 
-    That is `sensitivity` where there is one, else DEFAULT_OBJECTIVE. Raises PlanError for names
-    that are not known, and for a sensitivity that is missing, of another model or not used.
+    That is POSTERIOR where there is a sensitivity, else DEFAULT_OBJECTIVE. Raises PlanError for
+    names that are not known, and for a sensitivity that is missing, of another model or not used.
     """
     if name is None:
-        name = DEFAULT_OBJECTIVE if sensitivity is None else SENSITIVITY
-    if name == SENSITIVITY:
-        return _by_sensitivity(measurement, sensitivity)
+        name = DEFAULT_OBJECTIVE if sensitivity is None else POSTERIOR
+    if name in MEASURED:
+        return _by_sensitivity(name, measurement, sensitivity)
     try:
         objective = (OBJECTIVES | WEIGHED)[name]
     except KeyError:
@@ -138,12 +139,14 @@ def costing(
     return Costing(name, lambda tensor, point: objective(tensor, point, shape))
 
 
-def _by_sensitivity(measurement: Measurement, sensitivity: Sensitivity | None) -> Costing:
+def _by_sensitivity(
+    name: str, measurement: Measurement, sensitivity: Sensitivity | None
+) -> Costing:
     """Return α times the NMSE, with that of rounded inputs: the KLD, in nats per token, that a
-    tensor's quantization alone causes.
+    tensor's quantization alone causes. For POSTERIOR, its geometric mean with the cost by priors.
     """
     if sensitivity is None:
-        raise PlanError("the objective sensitivity needs a file; give it with --sensitivity")
+        raise PlanError(f"the objective {name} needs a file; give it with --sensitivity")
     theirs = sensitivity.source
     require_model("the sensitivity", theirs, measurement.source)
     if _matrix(measurement.imatrix) != _matrix(sensitivity.imatrix):
@@ -155,13 +158,37 @@ def _by_sensitivity(measurement: Measurement, sensitivity: Sensitivity | None) -
     for tensor in measurement.tensors:
         if tensor.kept is None and tensor.name not in alpha:
             raise PlanError(f"{theirs.path}: {tensor.name} has no sensitivity; measure it again")
+
+    def by_alpha(tensor: TensorMeasurement, point: Point) -> float:
+        return alpha[tensor.name] * (point.nmse + added_nmse(tensor, point))
+
     return Costing(
-        SENSITIVITY,
-        lambda tensor, point: alpha[tensor.name] * (point.nmse + added_nmse(tensor, point)),
+        name,
+        by_alpha if name == SENSITIVITY else _with_priors(by_alpha, measurement),
+        alpha,
         {t.name: t.relative_error for t in sensitivity.tensors},
         sensitivity.late_shares(),
         sensitivity.sha256(),
         (*_other_encoder(measurement, sensitivity), *unsure("the sensitivity", theirs)),
+    )
+
+
+def _with_priors(cost: Cost, measurement: Measurement) -> Cost:
+    """Return the geometric mean of a cost and the cost by priors, in the unit of the first.
+
+    α is read from few tokens, one tensor at a time; priors are of other networks. Each errs in a
+    way of its own, and plans by both are better than plans by either (docs/allocation.md).
+    """
+    shape = ModelShape.of(measurement)
+    ratios = []
+    for tensor in measurement.tensors:
+        if tensor.kept is None:
+            costs = [(cost(tensor, p), weighted_nmse(tensor, p, shape)) for p in tensor.points]
+            logs = [math.log(a / b) for a, b in costs if a > 0 and b > 0]
+            ratios += [math.fsum(logs) / len(logs)] if logs else []
+    unit = math.exp(math.fsum(ratios) / len(ratios)) if ratios else 1.0
+    return lambda tensor, point: math.sqrt(
+        cost(tensor, point) * unit * weighted_nmse(tensor, point, shape)
     )
 
 

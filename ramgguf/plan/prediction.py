@@ -14,7 +14,6 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from ramgguf.plan.input_rounding import rounding_nmse
 from ramgguf.plan.result import Assignment, PredictedKLD
 from ramgguf.quants.encoders import EncoderName
 
@@ -36,26 +35,27 @@ SHIPPED = Calibration(kernel_nmse=1.6e-4, spread=0.4)
 
 def predicted_kld(
     assignments: Iterable[Assignment],
+    alpha: Mapping[str, float],
     errors: Mapping[str, float],
     late: Mapping[str, float],
     encoder: EncoderName,
 ) -> PredictedKLD | None:
-    """Return the KLD of a plan by sensitivities, in nats per token.
+    """Return the KLD of a plan, in nats per token.
 
-    errors are the relative standard errors of α, late the shares of it that scores count. None for
-    an encoder that was not compared, and where no shares are known.
+    alpha are the tensors' sensitivities, errors their relative standard errors, late the shares of
+    them that scores count. None for an encoder that was not compared, and where no shares are
+    known.
     """
     if encoder not in ENCODERS or not late:
         return None
-    alpha_nmse = alpha = error = 0.0
+    alpha_nmse = total = error = 0.0
     for a in assignments:
         if a.nmse > 0:
-            rounded = rounding_nmse(a.role, a.format, is_exact=a.is_exact)
-            per_nmse = late.get(a.name, 1.0) * a.cost / (a.nmse + rounded)
-            alpha_nmse += per_nmse * a.nmse
-            alpha += per_nmse
-            error += per_nmse * a.nmse * errors.get(a.name, 0.0)
-    return interval(alpha_nmse, alpha, error)
+            counted = late.get(a.name, 1.0) * alpha.get(a.name, 0.0)
+            alpha_nmse += counted * a.nmse
+            total += counted
+            error += counted * a.nmse * errors.get(a.name, 0.0)
+    return interval(alpha_nmse, total, error)
 
 
 def interval(

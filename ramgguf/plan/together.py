@@ -14,7 +14,7 @@ from ramgguf.core.errors import PlanError
 from ramgguf.gguf.architecture import PROJECTORS
 from ramgguf.measure.result import Measurement, Point, TensorMeasurement
 from ramgguf.plan.input_rounding import added_nmse
-from ramgguf.plan.objectives import OBJECTIVES, SENSITIVITY, WEIGHED, Cost, Costing, weighted_nmse
+from ramgguf.plan.objectives import MEASURED, OBJECTIVES, WEIGHED, Cost, Costing, weighted_nmse
 from ramgguf.plan.priors import ModelShape, prior
 from ramgguf.plan.problem import Problem
 from ramgguf.plan.result import Constraints
@@ -26,7 +26,7 @@ def projector_cost(costing: Costing, model: Measurement, projector: Measurement)
     Raises PlanError for an objective that no projector has: errors of outputs on texts.
     """
     shape = ModelShape.of(projector)
-    if costing.name == SENSITIVITY:
+    if costing.name in MEASURED:
         scale = _per_prior(costing.cost, model)
         return lambda tensor, point: scale * weighted_nmse(tensor, point, shape)
     if costing.name in OBJECTIVES:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from rich.console import Console
 
 from ramgguf.core.units import format_bytes, format_count
+from ramgguf.plan.objectives import MEASURED
 from ramgguf.plan.speed_front import FrontPlan, SpeedFront
 from ramgguf.report.grid import Field, Grid, grid_of, to_rich
 from ramgguf.report.numbers import kld
@@ -38,7 +39,7 @@ def remarks(front: SpeedFront) -> Iterator[str]:
         f"{shown} of {format_count(len(front.plans), 'plan')} of which none is smaller, better and "
         f"faster than another; speeds are predicted for {format_count(front.n_threads, 'thread')} "
         f"of {front.cpu}, "
-        + ("cost by sensitivities" if front.objective == "sensitivity" else "cost by priors")
+        + ("cost by sensitivities" if front.objective in MEASURED else "cost by priors")
         + ("; KLD is predicted, with its 95 % interval" if _predicts(front) else "")
     )
     yield (

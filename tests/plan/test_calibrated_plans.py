@@ -209,7 +209,7 @@ def test_sensitivities_follow_the_error_that_is_weighed(
     ratios = np.array([errors[n] / expected[n] for n in errors if n != "token_embd.weight"])
     assert 1.0 < np.median(ratios) < 1.3
     plan = ramgguf.plan(found, "8bpw", sensitivity=weighed, min_sqnr_db=0)
-    assert plan.objective == "sensitivity"
+    assert plan.objective == "posterior"
     with pytest.raises(PlanError, match="errors weighed differently"):
         ramgguf.plan(found, "8bpw", sensitivity=measured, min_sqnr_db=0)
 

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from predictions import covered, fitted
-from ramgguf.plan.input_rounding import rounding_nmse
 from ramgguf.plan.prediction import SHIPPED, interval, predicted_kld
 from ramgguf.plan.result import Assignment
 
@@ -24,7 +23,7 @@ def _rows() -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-def _assignment(name: str, alpha: float, nmse: float) -> Assignment:
+def _assignment(name: str, nmse: float) -> Assignment:
     return Assignment(
         name=name,
         role="ffn_up",
@@ -33,7 +32,7 @@ def _assignment(name: str, alpha: float, nmse: float) -> Assignment:
         n_weights=256,
         n_bytes=144,
         nmse=nmse,
-        cost=alpha * (nmse + rounding_nmse("ffn_up", "Q4_K")),
+        cost=1.0,
     )
 
 
@@ -69,23 +68,23 @@ def test_intervals_are_narrow_enough_to_choose_by() -> None:
 
 
 def test_the_prediction_adds_up_the_tensors_that_lose_something() -> None:
-    tensors = [_assignment("a", 2.0, 0.01), _assignment("b", 3.0, 0.02), _assignment("c", 5.0, 0.0)]
-    late = {"a": 1.0, "b": 0.5, "c": 1.0}
-    found = predicted_kld(tensors, {"a": 0.1, "b": 0.3}, late, "search")
+    tensors = [_assignment("a", 0.01), _assignment("b", 0.02), _assignment("c", 0.0)]
+    alpha, late = {"a": 2.0, "b": 3.0, "c": 5.0}, {"a": 1.0, "b": 0.5, "c": 1.0}
+    found = predicted_kld(tensors, alpha, {"a": 0.1, "b": 0.3}, late, "search")
     assert found is not None
     assert found == interval(2 * 0.01 + 1.5 * 0.02, 2.0 + 1.5, 0.1 * 2 * 0.01 + 0.3 * 1.5 * 0.02)
     expected = 0.05 + 3.5 * SHIPPED.kernel_nmse
     assert found.kld == pytest.approx(expected)
     assert math.sqrt(found.low * found.high) == pytest.approx(expected)
-    certain = predicted_kld(tensors, {}, late, "search")
+    certain = predicted_kld(tensors, alpha, {}, late, "search")
     assert certain is not None
     assert certain.low > found.low
     assert certain.high < found.high
 
 
 def test_nothing_is_predicted_of_what_was_not_compared() -> None:
-    lossy, late = [_assignment("a", 2.0, 0.01)], {"a": 1.0}
-    assert predicted_kld(lossy, {}, late, "search") is not None
-    assert predicted_kld([_assignment("a", 2.0, 0.0)], {}, late, "search") is None
-    assert predicted_kld(lossy, {}, late, "gptq") is None
-    assert predicted_kld(lossy, {}, {}, "search") is None  # an older file's α
+    lossy, alpha, late = [_assignment("a", 0.01)], {"a": 2.0}, {"a": 1.0}
+    assert predicted_kld(lossy, alpha, {}, late, "search") is not None
+    assert predicted_kld([_assignment("a", 0.0)], alpha, {}, late, "search") is None
+    assert predicted_kld(lossy, alpha, {}, late, "gptq") is None
+    assert predicted_kld(lossy, alpha, {}, {}, "search") is None  # an older file's α

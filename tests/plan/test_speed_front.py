@@ -67,7 +67,7 @@ def test_sensitivities_give_each_plan_the_kld_that_they_predict() -> None:
     alpha = {t.name: 1e-7 * t.n_weights for t in made.tensors}
     late = dict.fromkeys(alpha, 0.9)
     by_alpha = Costing(
-        "sensitivity", lambda t, p: alpha[t.name] * (p.nmse + added_nmse(t, p)), {}, late
+        "sensitivity", lambda t, p: alpha[t.name] * (p.nmse + added_nmse(t, p)), alpha, {}, late
     )
     constraints = Constraints(min_sqnr_db=0)
     found = front_of(made, LIMIT, costing=by_alpha, constraints=constraints)

@@ -1,7 +1,9 @@
 """Sensitivity by forward passes: against one's own files, repeated, killed and resumed."""
 
 import importlib
+import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -29,6 +31,7 @@ from ramgguf.llama.sources import in_turn
 from ramgguf.llama.token_statistics import standard_error
 from ramgguf.llama.tokens import TokenRequest, TokenSource
 from ramgguf.plan.input_rounding import rounding_nmse
+from ramgguf.plan.objectives import costing
 from ramgguf.quants.encoders import EncoderName
 from ramgguf.sensitivity import timing
 from ramgguf.sensitivity.alpha import measure_alpha
@@ -266,7 +269,7 @@ def test_plans_by_sensitivity_predict_the_kld_that_the_readings_add_up_to(
     model: Path, measured: Sensitivity
 ) -> None:
     measurement = ramgguf.measure(model, formats=["Q4_0", "Q5_0", "Q8_0"])
-    plan = ramgguf.plan(measurement, "35%", sensitivity=measured)
+    plan = ramgguf.plan(measurement, "35%", sensitivity=measured, objective="sensitivity")
     alpha = {t.name: t.alpha for t in measured.tensors}
     expected = [
         alpha[a.name] * (a.nmse + rounding_nmse(a.role, a.format))
@@ -279,13 +282,46 @@ def test_plans_by_sensitivity_predict_the_kld_that_the_readings_add_up_to(
     assert 0 < plan.predicted_kld.low < plan.predicted_kld.kld < plan.predicted_kld.high
     explained = ramgguf.explain(plan, measurement, measured)
     assert len(explained.tensors) == len(plan.assignments)
-    on_curve = ramgguf.plan(ramgguf.curve(measurement, sensitivity=measured), plan.n_bytes)
+    curve = ramgguf.curve(measurement, sensitivity=measured, objective="sensitivity")
+    on_curve = ramgguf.plan(curve, plan.n_bytes)
     assert on_curve.sensitivity_sha256 == plan.sensitivity_sha256 == measured.sha256()
     assert on_curve.total_cost >= plan.total_cost * (1 - 1e-9)
     assert on_curve.predicted_kld is not None
     if on_curve.sha256() == plan.sha256():
         assert on_curve.predicted_kld.kld == pytest.approx(plan.predicted_kld.kld)
     assert ramgguf.plan(measurement, "35%").predicted_kld is None
+
+
+def test_by_default_costs_are_the_geometric_mean_of_measured_ones_and_priors(
+    model: Path, measured: Sensitivity
+) -> None:
+    measurement = ramgguf.measure(model, formats=["Q4_0", "Q5_0", "Q8_0"])
+    plan = ramgguf.plan(measurement, "35%", sensitivity=measured)
+    assert plan.objective == "posterior"
+    own, by_alpha, by_priors = (
+        costing(name, measurement, measured if name != "weighted" else None).cost
+        for name in ("posterior", "sensitivity", "weighted")
+    )
+    logs = []
+    for tensor in measurement.tensors:
+        if tensor.kept is not None:
+            continue
+        for point in (p for p in tensor.points if p.nmse > 0):
+            a, b = by_alpha(tensor, point), by_priors(tensor, point)
+            logs.append((math.log(own(tensor, point)), math.log(a), math.log(b)))
+    found, alphas, priors = np.array(logs).T
+    assert np.ptp(2 * found - alphas - priors) < 1e-9  # but for one unit
+    assert np.mean(found - alphas) == pytest.approx(0, abs=1e-9)  # which is that of the KLD
+    assert np.ptp(found - alphas) > 0.1  # the test tells the two apart
+    # What it predicts are the readings alone.
+    fixed = ramgguf.plan(
+        measurement, "35%", sensitivity=measured, objective="sensitivity",
+        pins=[f"^{re.escape(a.name)}$={a.format}" for a in plan.assignments if a.nmse > 0],
+    )  # fmt: skip
+    assert [a.format for a in fixed.assignments] == [a.format for a in plan.assignments]
+    assert fixed.predicted_kld == plan.predicted_kld
+    with pytest.raises(PlanError, match="objective posterior needs a file"):
+        ramgguf.plan(measurement, "35%", objective="posterior")
 
 
 def test_a_plan_says_when_its_errors_are_of_another_encoder_than_its_sensitivities(
@@ -345,7 +381,7 @@ def test_quantize_measures_first_when_asked_and_uses_what_it_measured(
         application, ["quantize", str(own), *arguments, "-o", str(tmp_path / "out.gguf")]
     )
     assert done.exit_code == 0, done.output
-    assert "objective sensitivity" in done.stdout
+    assert "objective posterior" in done.stdout
     assert "tensors × " in done.stderr  # the cost, said before it is spent
     kept = Sensitivity.load(tmp_path / "own.sens.json")
     assert {p.name for p in tmp_path.iterdir()} == {"own.gguf", "own.sens.json", "out.gguf"}

@@ -99,7 +99,8 @@ def make(arguments: argparse.Namespace, recipe: Recipe, budgets: dict[str, int])
         if not paths[mix].exists():
             ramgguf.quantize(
                 arguments.source, n_bytes, paths[mix], measurement=measured, sensitivity=alpha,
-                objective=recipe.objective, verify=False, threads=arguments.threads,
+                objective="sensitivity" if alpha else recipe.objective, verify=False,
+                threads=arguments.threads,
             )  # fmt: skip
     return list(paths.values())
 
@@ -114,7 +115,8 @@ def feed_back(
         if not paths[mix].exists():
             ramgguf.quantize(
                 arguments.source, n_bytes, paths[mix], encoder="gptq", imatrix=recipe.imatrix,
-                hessian=recipe.hessian, sensitivity=alpha, verify=False, threads=arguments.threads,
+                hessian=recipe.hessian, sensitivity=alpha, objective="sensitivity", verify=False,
+                threads=arguments.threads,
             )  # fmt: skip
     return list(paths.values())
 

@@ -158,7 +158,8 @@ def plans(arguments: argparse.Namespace, text: Path) -> Iterator[dict[str, objec
             files.append(folder / f"{arguments.model.stem}-{size}-{name.split()[0]}.gguf")
             ramgguf.quantize(
                 arguments.model, size, files[-1], imatrix=arguments.imatrix, verify=False,
-                sensitivity=sensitivity, threads=arguments.threads, force=True,
+                objective="sensitivity", sensitivity=sensitivity,
+                threads=arguments.threads, force=True,
             )  # fmt: skip
         results = ramgguf.evaluate(
             files, arguments.model, n_ctx=256, n_seq=arguments.windows, threads=arguments.threads

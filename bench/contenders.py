@@ -13,6 +13,7 @@ from baselines import Flags, all_flags
 from llama_quantize import quantize
 from ramgguf.core.errors import PlanError
 from ramgguf.measure.result import Measurement, TensorMeasurement
+from ramgguf.plan.objectives import SENSITIVITY
 from ramgguf.plan.result import Plan
 from ramgguf.sensitivity.result import Sensitivity
 
@@ -66,12 +67,12 @@ class Field:
         for objective in ("ram", "weighted"):
             plan = ramgguf.plan(self.measurement, budget, objective=objective, min_sqnr_db=0)
             yield self._planned(objective, plan)
-        plan = ramgguf.plan(self.measurement, budget, sensitivity=self.sensitivity, min_sqnr_db=0)
+        plan = plan_by_alpha(self.measurement, budget, self.sensitivity)
         yield self._planned("sensitivity", plan)
         yield self._refined(plan)
         if self.calibrated is not None:
             curves, alphas = self.calibrated
-            plan = ramgguf.plan(curves, budget, sensitivity=alphas, min_sqnr_db=0)
+            plan = plan_by_alpha(curves, budget, alphas)
             yield self._planned("calibrated", plan, known=self.calibrated)
         for seed in range(self.n_random):
             yield self._planned(f"random {seed}", self._random(budget, seed), self.n_seq_random)
@@ -145,7 +146,7 @@ class Field:
             for t in self.sensitivity.tensors
         )
         blind = self.sensitivity.model_copy(update={"tensors": drawn})
-        return ramgguf.plan(self.measurement, budget, sensitivity=blind, min_sqnr_db=0)
+        return plan_by_alpha(self.measurement, budget, blind)
 
     def _llama(self, file_type: str, embedding: str | None) -> Path:
         name = f"{self.source.stem}-{file_type}-{embedding or 'default'}"
@@ -180,6 +181,15 @@ class Field:
         ).results
         best = min(scored, key=lambda r: r.kld_mean)
         return self.folder / Path(best.model.path).name
+
+
+def plan_by_alpha(
+    measurement: Measurement, budget: int | str, sensitivity: Sensitivity | None
+) -> Plan:
+    """Return the plan by measured α alone, without priors."""
+    return ramgguf.plan(
+        measurement, budget, objective=SENSITIVITY, sensitivity=sensitivity, min_sqnr_db=0
+    )
 
 
 def predicted_kld(

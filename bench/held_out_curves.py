@@ -186,7 +186,11 @@ def main() -> None:
     for budget in options.budgets:
         plans = {
             curve: ramgguf.plan(
-                by(measured, found, curve), budget, sensitivity=sensitivity, min_sqnr_db=0
+                by(measured, found, curve),
+                budget,
+                objective="sensitivity",
+                sensitivity=sensitivity,
+                min_sqnr_db=0,
             )
             for curve in options.curves
         }

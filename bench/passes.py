@@ -281,7 +281,7 @@ def quality(arguments: argparse.Namespace) -> list[dict[str, object]]:
         if arguments.alpha:
             start = time.perf_counter()
             alphas[stand_in, seed] = alpha_of(arguments, stand_in, matrix, seed)
-            options["sensitivity"] = alphas[stand_in, seed]
+            options |= {"objective": "sensitivity", "sensitivity": alphas[stand_in, seed]}
             took["alpha"] = round(time.perf_counter() - start, 1)
         for size in arguments.sizes:
             path = file_of(matrix, encoder, size)

@@ -39,7 +39,7 @@ def done(model: str, plan: str) -> bool:
 
 def plans(measurement: Measurement, sensitivity: Sensitivity) -> Iterator[tuple[str, Plan]]:
     """Yield plans from 3.3 bpw or nearly the smallest to 7 bpw, by several objectives."""
-    frontier = ramgguf.curve(measurement, sensitivity=sensitivity)
+    frontier = ramgguf.curve(measurement, objective="sensitivity", sensitivity=sensitivity)
     least = max(LEAST_BPW, 8.3 * frontier.start_bytes / frontier.n_weights)
     sizes = np.geomspace(least, MOST_BPW, 11)
 
@@ -47,12 +47,17 @@ def plans(measurement: Measurement, sensitivity: Sensitivity) -> Iterator[tuple[
         return f"{sizes[i]:.2f}bpw"
 
     for i in (0, 2, 4, 6, 8, 10):
-        yield f"sensitivity {at(i)}", ramgguf.plan(measurement, at(i), sensitivity=sensitivity)
+        yield (
+            f"sensitivity {at(i)}",
+            ramgguf.plan(measurement, at(i), objective="sensitivity", sensitivity=sensitivity),
+        )
     for objective, i in (("weighted", 1), ("weighted", 5), ("weighted", 9), ("nmse", 3)):
         plan = ramgguf.plan(measurement, at(i), objective=objective)
         yield f"{objective} {at(i)}", plan
     for formats, i in (("cpu-fast", 5), ("linear", 7), ("linear", 6)):
-        plan = ramgguf.plan(measurement, at(i), sensitivity=sensitivity, formats=[formats])
+        plan = ramgguf.plan(
+            measurement, at(i), objective="sensitivity", sensitivity=sensitivity, formats=[formats]
+        )
         yield f"sensitivity, {formats} {at(i)}", plan
 
 

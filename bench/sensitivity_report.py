@@ -28,6 +28,7 @@ from scipy.special import log_softmax
 from scipy.stats import spearmanr
 
 import ramgguf
+from contenders import plan_by_alpha
 from provenance import provenance
 from ramgguf.gguf.reader import GGUFFile, open_gguf
 from ramgguf.llama.model import LlamaModel, Logits
@@ -123,8 +124,8 @@ def enough(source: Path, paths: list[Path]) -> None:
         excess = []
         for bpw in BUDGETS_BPW:
             budget = f"{bpw}bpw"
-            known = ramgguf.plan(measurement, budget, sensitivity=best, min_sqnr_db=0)
-            plan = ramgguf.plan(measurement, budget, sensitivity=fewer, min_sqnr_db=0)
+            known = plan_by_alpha(measurement, budget, best)
+            plan = plan_by_alpha(measurement, budget, fewer)
             excess.append(predicted(plan, best) / predicted(known, best) - 1)
         add(
             "enough",
@@ -166,7 +167,7 @@ def whole_plans(measurement: Measurement, sensitivity: Sensitivity) -> Iterator[
     """Yield plans of many sizes: by sensitivity, priors, error alone, and blindly."""
     for k, bpw in enumerate(BUDGETS_BPW):
         budget = f"{bpw}bpw"
-        known = ramgguf.plan(measurement, budget, sensitivity=sensitivity, min_sqnr_db=0)
+        known = plan_by_alpha(measurement, budget, sensitivity)
         yield f"sensitivity {budget}", known
         for objective in ("weighted", "nmse"):
             plan = ramgguf.plan(measurement, budget, objective=objective, min_sqnr_db=0)
@@ -177,7 +178,7 @@ def whole_plans(measurement: Measurement, sensitivity: Sensitivity) -> Iterator[
             for t in sensitivity.tensors
         )
         blind = sensitivity.model_copy(update={"tensors": drawn})
-        plan = ramgguf.plan(measurement, budget, sensitivity=blind, min_sqnr_db=0)
+        plan = plan_by_alpha(measurement, budget, blind)
         yield f"random {budget}", plan
 
 

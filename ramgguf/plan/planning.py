@@ -30,8 +30,8 @@ from ramgguf.sensitivity.result import Sensitivity
 class PlanOptions(TypedDict, total=False):
     """What is minimised, and what a plan must respect.
 
-    objective None is the best known: sensitivity where one is given (a value or its file), else
-    weighted. formats are those to choose from, or sets of them (None: all measured); pins are
+    objective None is the best known: posterior where a sensitivity is given (a value or its file),
+    else weighted. formats are those to choose from, or sets of them (None: all measured); pins are
     'regex=FORMAT', min_formats 'role=FORMAT'; a tie is 'qkv', 'gate-up' or a list 'role,role'.
     target is a program that runs the file (TARGETS): 'vllm' ties what it fuses. speed is how fast
     a plan must be on a machine whose formats were timed. pools, and a projector that is planned as

@@ -5,7 +5,8 @@
 At the bytes of each of llama.cpp's mixes, `ramgguf quantize` runs with each effort in a process of
 its own and is timed. llama.cpp's mix gets the importance matrix that auto made: the same tokens for
 both. All files are then scored side by side on the package's `score` texts of every domain, which
-nothing else has read, from the 8th token of a window on. Rows are added to the results file; what
+nothing else has read, from the 8th token of a window on. `--flags` adds another of llama.cpp's
+types and its embedding's, with that matrix. Rows are added to the results file; what
 is there is not done again. `--table` prints the results, ratios to the mix with a matrix, 95 %
 intervals by bootstrap over windows, paired.
 """
@@ -30,7 +31,8 @@ from ramgguf.evaluate import HeldOutScore, score_held_out
 
 MIXES = ("Q3_K_M", "Q4_K_M", "Q5_K_M", "Q6_K")
 BASE = "mix with matrix"
-ORDER = ("mix", BASE, "fast", "matrix step", "auto", "best")
+FLAGS = "flags with matrix"
+ORDER = ("mix", BASE, FLAGS, "fast", "matrix step", "auto", "best")
 LEAST_WINDOWS = 3  # per domain, for an interval
 
 
@@ -105,6 +107,14 @@ def rows(
         path = folder / f"{source.stem}-{mix}-matrix.gguf"
         written = llama_quantize(source, path, mix, imatrix=matrix)
         made[BASE] = written, {"seconds": 0.0, "notes": [matrix.name]}
+    if options.flags and FLAGS not in done and matrix is not None:
+        file_type, _, embedding = options.flags.partition(":")
+        path = folder / f"{source.stem}-{mix}-flags.gguf"
+        path.unlink(missing_ok=True)
+        llama_quantize(source, path, file_type, token_embedding=embedding or None, imatrix=matrix)
+        if path.stat().st_size > budget:
+            raise SystemExit(f"{options.flags} takes {path.stat().st_size} bytes, not {budget}")
+        made[FLAGS] = path, {"seconds": 0.0, "notes": [options.flags, matrix.name]}
     if not made or options.make:
         return
     files = [path for path, _ in made.values()]
@@ -176,6 +186,7 @@ def main() -> None:
     parser.add_argument("source", type=Path, nargs="?")
     parser.add_argument("--mixes", default=",".join(MIXES))
     parser.add_argument("--efforts", default="fast,auto,best")
+    parser.add_argument("--flags", help="llama.cpp's others at these bytes: IQ4_XS:Q4_K")
     parser.add_argument("--time", help="what each of auto and best may take: 10m")
     parser.add_argument("--n-ctx", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=8, help="windows per domain")

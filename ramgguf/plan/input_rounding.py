@@ -34,18 +34,19 @@ _OTHERS = (7e-5, 3e-4)
 _LARGE_BLOCK = 256
 
 
-def rounding_nmse(role: str, format_name: str, *, is_exact: bool = False) -> float:
-    """Return the NMSE of the weights that rounding the inputs of a matrix comes to.
-
-    Nothing where the format holds the weights exactly: they are kept at its bytes.
-    """
-    if is_exact or format_name in formats.FLOAT_FORMATS:
+def rounding_nmse(role: str, format_name: str) -> float:
+    """Return the NMSE of the weights that rounding the inputs of a matrix comes to."""
+    if format_name in formats.FLOAT_FORMATS:
         return 0.0
     of_32, of_256 = _BY_ROLE.get(role.removesuffix("_shexp").removesuffix("_exps"), _OTHERS)
     return of_256 if formats.get(format_name).block_size == _LARGE_BLOCK else of_32
 
 
 def added_nmse(tensor: TensorMeasurement, point: Point) -> float:
-    """Return what rounding inputs adds to the point's NMSE."""
-    is_exact = point.unweighted == 0 or point.format == tensor.grid
-    return rounding_nmse(tensor.role, point.format, is_exact=is_exact)
+    """Return what rounding inputs adds to the point's NMSE.
+
+    Nothing where the format holds the weights exactly: they are kept at its bytes.
+    """
+    if point.unweighted == 0 or point.format == tensor.grid:
+        return 0.0
+    return rounding_nmse(tensor.role, point.format)

@@ -235,11 +235,12 @@ class Plan(Document):
     """A format for every tensor, with what it costs, what it loses and how near the optimum it is.
 
     n_bytes is the whole output file; gap is the proven relative optimality gap of the objective.
-    Under the objective sensitivity, total_cost is Σ α · (NMSE + ρ), with ρ of rounded inputs,
-    predicted_kld what that makes one expect (plan/prediction.py), and sensitivity_sha256 names the
-    sensitivities. imatrix_used tells whether the importance matrix weighs any tensor that is
-    encoded; if not, the output does not name it. mmproj is the plan of a vision projector that was
-    made together with this one.
+    Under the objective sensitivity, total_cost is Σ α · (NMSE + ρ), with ρ of rounded inputs; under
+    posterior each term is the geometric mean of that and of the cost by priors. With either,
+    predicted_kld is what the sensitivities make one expect (plan/prediction.py), and
+    sensitivity_sha256 names these. imatrix_used tells whether the importance matrix weighs any
+    tensor that is encoded; if not, the output does not name it. mmproj is the plan of a vision
+    projector that was made together with this one.
     """
 
     KIND: ClassVar[str] = "plan"

@@ -114,6 +114,10 @@ def _sampled(
     measure: Measure, plan: Callable[[Measurement], Plan], options: PlanOptions
 ) -> tuple[Measurement, Plan]:
     """Return a sample of every tensor in the formats that may suit, and the plan by it."""
+    pinned = {pin.rpartition("=")[2] for pin in options.get("pins", ())}
+    if pinned.intersection(formats.with_importance()):
+        found = measure(sampled=True)
+        return found, plan(found)
     found = measure(sampled=True, slow=False)
     slow = [name for name in found.formats if name in formats.with_importance()]
     if not slow:

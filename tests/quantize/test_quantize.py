@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 import llama_quantize
 import ramgguf
 from gguf_samples import finish_gguf, write_model
+from imatrix_samples import write_gguf as write_imatrix
 from ramgguf.core import files, parallel
 from ramgguf.core.errors import BudgetError, FormatError, GGUFError, PlanError
 from ramgguf.core.progress import Silent
@@ -492,3 +493,26 @@ def test_everything_is_measured_when_what_the_sample_chose_does_not_fit(
     assert "F16" not in {a.format for a in made.plan.assignments}
     with pytest.raises(BudgetError, match="below the smallest plan"):
         ramgguf.quantize(source, "1bpw", tmp_path / "c.gguf", encoder="search", effort="fast")
+
+
+def test_a_pin_to_a_slow_format_is_sampled_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "MANY_WEIGHTS", 0)
+    source = _large(tmp_path / "a.gguf")
+    with open_gguf(source) as file:
+        names = [t.name for t in file.tensors if t.name.endswith("ffn_up.weight")]
+        entries = {
+            f"{t.name}.{kind}": np.ones((1, t.row_length if kind == "in_sum2" else 1), np.float32)
+            for t in file.tensors
+            for kind in ("in_sum2", "counts")
+        }
+    imatrix = write_imatrix(tmp_path / "i.gguf", entries)
+    made = ramgguf.quantize(
+        source, "8bpw", tmp_path / "b.gguf", encoder="search", imatrix=imatrix, min_sqnr_db=0,
+        effort="fast", pins=[r"ffn_up\.weight$=IQ1_M"],
+    )  # fmt: skip
+    formats_of = {a.name: a.format for a in made.plan.assignments}
+    assert names
+    assert {formats_of[name] for name in names} == {"IQ1_M"}
+    assert any("sample" in note for note in made.plan.notes)

@@ -28,6 +28,7 @@ from pathlib import Path
 import numpy as np
 
 import ramgguf
+from contenders import plan_by_alpha
 from provenance import provenance
 from ramgguf.core.parallel import default_threads
 from ramgguf.core.progress import Silent
@@ -185,13 +186,7 @@ def main() -> None:
         print(f"{curve}: of the errors of search", np.quantile(less, (0.05, 0.5, 0.95)).round(3))
     for budget in options.budgets:
         plans = {
-            curve: ramgguf.plan(
-                by(measured, found, curve),
-                budget,
-                objective="sensitivity",
-                sensitivity=sensitivity,
-                min_sqnr_db=0,
-            )
+            curve: plan_by_alpha(by(measured, found, curve), budget, sensitivity)
             for curve in options.curves
         }
         with tempfile.TemporaryDirectory(dir=options.folder) as folder:

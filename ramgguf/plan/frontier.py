@@ -258,8 +258,6 @@ def _cost(frontier: Frontier, chosen: Sequence[int]) -> float:
 
 def _predicted_kld(frontier: Frontier, assignments: Sequence[Assignment]) -> PredictedKLD | None:
     alpha = {t.name: t.alpha for t in frontier.tensors if t.alpha is not None}
-    if not alpha:  # by priors, or of an older version
-        return None
     errors = {t.name: t.relative_error or 0.0 for t in frontier.tensors}
     late = {t.name: t.late for t in frontier.tensors if t.late is not None}
     return predicted_kld(assignments, alpha, errors, late, frontier.encoder)

@@ -18,7 +18,7 @@ import numpy as np
 from ramgguf.core.errors import BudgetError
 from ramgguf.measure.result import Measurement, Point, TensorMeasurement
 from ramgguf.plan import DEFAULT_MIN_SQNR_DB, PlanOptions, price, problem, smallest
-from ramgguf.plan.result import Plan
+from ramgguf.plan.result import Pin, Plan
 from ramgguf.quants import formats
 
 MANY_WEIGHTS = 1 << 26  # below this, measuring everything takes a second or less
@@ -114,13 +114,11 @@ def _sampled(
     measure: Measure, plan: Callable[[Measurement], Plan], options: PlanOptions
 ) -> tuple[Measurement, Plan]:
     """Return a sample of every tensor in the formats that may suit, and the plan by it."""
-    pinned = {pin.rpartition("=")[2] for pin in options.get("pins", ())}
-    if pinned.intersection(formats.with_importance()):
-        found = measure(sampled=True)
-        return found, plan(found)
-    found = measure(sampled=True, slow=False)
+    pinned = {Pin.parse(pin).format for pin in options.get("pins", ())}
+    is_pinned = not pinned.isdisjoint(formats.with_importance())
+    found = measure(sampled=True, slow=is_pinned)
     slow = [name for name in found.formats if name in formats.with_importance()]
-    if not slow:
+    if is_pinned or not slow:
         return found, plan(found)
     try:
         made = plan(found)

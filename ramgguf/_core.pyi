@@ -134,7 +134,11 @@ class Header:
 
 def scan_header(
     buffer: bytes | bytearray | memoryview, n_file: int, types: list[tuple[int, int, int, int]]
-) -> Header | None: ...
+) -> Header | int:
+    """Return the header, or, where it goes on beyond the buffer, the bytes that it has at least.
+
+    Raises HeaderError for a header that is malformed, ValueError for arguments that do not fit.
+    """
 
 # --- logits ---
 def score_logits(

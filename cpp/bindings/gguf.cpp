@@ -1,8 +1,8 @@
 // The GGUF header scanner in Python: takes a buffer, returns spans.
 #include <pybind11/stl.h>
 
-#include <optional>
 #include <tuple>
+#include <variant>
 
 #include "bindings/bindings.h"
 #include "gguf/header.h"
@@ -14,7 +14,7 @@ namespace {
 
 using TypeRow = std::tuple<uint32_t, uint32_t, uint32_t, uint32_t>;
 
-std::optional<Header> scan(const py::buffer& buffer, uint64_t n_file,
+std::variant<Header, uint64_t> scan(const py::buffer& buffer, uint64_t n_file,
                            const std::vector<TypeRow>& rows) {
     const py::buffer_info info = buffer.request();
     if (info.ndim != 1 || info.itemsize != 1 || info.strides[0] != 1) {
@@ -29,8 +29,8 @@ std::optional<Header> scan(const py::buffer& buffer, uint64_t n_file,
     try {
         return scan_header(static_cast<const uint8_t*>(info.ptr), static_cast<uint64_t>(info.size),
                            n_file, types);
-    } catch (const NeedMoreBytes&) {
-        return std::nullopt;
+    } catch (const NeedMoreBytes& more) {
+        return more.end;
     }
 }
 
@@ -66,7 +66,7 @@ void bind_gguf(py::module_& m) {
         .def_property_readonly("keys", &key_rows)
         .def_property_readonly("tensors", &tensor_rows);
     m.def("scan_header", &scan, py::arg("buffer"), py::arg("n_file"), py::arg("types"),
-          "Scan a GGUF header; None when it goes on beyond the buffer.");
+          "Scan a GGUF header; where it goes on beyond the buffer, the bytes that it has at least.");
 }
 
 }  // namespace ramgguf

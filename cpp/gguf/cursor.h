@@ -61,7 +61,7 @@ class Cursor {
             fail(position_, what + " runs past the end of the file: it needs " + std::to_string(n) +
                                 " bytes and " + std::to_string(n_file_ - position_) + " are left");
         }
-        if (n > n_data_ - position_) throw NeedMoreBytes{};
+        if (n > n_data_ - position_) throw NeedMoreBytes{position_ + n};
         const uint8_t* begin = data_ + position_;
         position_ += n;
         return begin;

@@ -71,8 +71,10 @@ struct HeaderError : std::runtime_error {
     using std::runtime_error::runtime_error;
 };
 
-// The bytes at hand are sound, but the header is longer: scan again with more of them.
-struct NeedMoreBytes {};
+// The bytes at hand are sound, but the header goes on to byte `end` at least: scan again with those.
+struct NeedMoreBytes {
+    uint64_t end;
+};
 
 // Scans a header from the first n_data bytes of a file of n_file bytes; throws HeaderError or
 // NeedMoreBytes. `types` lists the ggml types that are known.

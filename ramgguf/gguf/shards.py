@@ -89,16 +89,19 @@ class Shard:
 
     def _read_header(self) -> tuple[bytes, Header]:
         """Return the file's first bytes, the whole header among them, and what they say."""
-        for length in (_FIRST_READ, 8 * _FIRST_READ, _LONGEST_HEADER):
-            data, header = self._scan(min(length, self.n_bytes))
-            if header is not None:
+        length = at_least = _FIRST_READ
+        while at_least <= _LONGEST_HEADER:
+            length = min(max(length, at_least), _LONGEST_HEADER, self.n_bytes)
+            data, header = self._scan(length)
+            if isinstance(header, Header):
                 return data, header
             del data  # before more is read
+            length, at_least = 8 * length, header
         raise GGUFError(
             f"{self.path}: the header goes on beyond {_LONGEST_HEADER} bytes; is the file damaged?"
         )
 
-    def _scan(self, length: int) -> tuple[bytes, Header | None]:
+    def _scan(self, length: int) -> tuple[bytes, Header | int]:
         try:
             data = os.pread(self.fd, length, 0)
             header = scan_header(data, self.n_bytes, _TYPE_ROWS)
@@ -106,7 +109,7 @@ class Shard:
             raise GGUFError(f"{self.path}: cannot be read: {e.strerror}") from None
         except HeaderError as e:
             raise GGUFError(f"{self.path}: {other_files.not_gguf(data) or e}") from None
-        if header is None and len(data) < length:
+        if isinstance(header, int) and len(data) < length:
             raise GGUFError(f"{self.path}: was cut short while it was being opened")
         return data, header
 

@@ -23,8 +23,8 @@ bool scans(const uint8_t* data, uint64_t n_data, uint64_t n_file, Header& header
         return true;
     } catch (const HeaderError& e) {
         require(e.what()[0] != '\0');
-    } catch (const NeedMoreBytes&) {
-        require(n_data < n_file);
+    } catch (const NeedMoreBytes& more) {
+        require(n_data < more.end && more.end <= n_file);
     }
     return false;
 }

@@ -52,11 +52,12 @@ class PatchedModel:
         n_threads: int,
         verbose: bool = False,
         stand_in: str | None = None,
+        watch: ResidualWatch | None = None,
     ) -> None:
         self._file = file
         self._n_ctx, self._n_threads, self._verbose = n_ctx, n_threads, verbose
         self._rows = RowPass(n_threads)
-        self._watch = ResidualWatch()
+        self._watch = watch or ResidualWatch()
         self._inputs: dict[bytes, NDArray[np.float32]] = {}  # of the layer where the copy starts
         self._copy = self._written(folder, stand_in)
         try:
@@ -119,6 +120,10 @@ class PatchedModel:
     def __exit__(
         self, kind: type[BaseException] | None, e: BaseException | None, at: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the model and remove its copy."""
         self.model.close()
         self._copy.close()
 
@@ -148,21 +153,22 @@ class PatchedModel:
         if self.starts_there(layer, sequences):
             return
         if layer < self.start or not all(map(self.can_read, sequences)):
-            self._reload(0)
+            self.reload(0)
         if layer == self.start:
             return
         try:
             rows = [self.residuals(ids, layer - 1) for ids in sequences]
-            self._reload(layer)
+            self.reload(layer)
             width = self.model.input_width
             if any(r.shape[1] != width for r in rows):
                 raise EngineError(f"a layer's input has other columns than the {width} expected")
         except EngineError:
-            self._reload(0)
+            self.reload(0)
             raise
         self._inputs = {ids.tobytes(): r for ids, r in zip(sequences, rows, strict=True)}
 
-    def _reload(self, layer: int) -> None:
+    def reload(self, layer: int) -> None:
+        """Load the model from the layer on, for any rows: what enters there. Weights stay."""
         self.model.close()
         self._inputs = {}
         self._copy.start_at(layer)

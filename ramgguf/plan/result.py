@@ -231,6 +231,21 @@ class Refinement(FrozenModel):
     cpus: tuple[str, ...] = ()
 
 
+class QuantizedInputs(FrozenModel):
+    """Weights were rounded for the inputs that the quantized layers before theirs put out.
+
+    strength is the share of the correction that was taken; the tokens are n_sequences of n_ctx.
+    """
+
+    strength: Annotated[Number, Field(ge=0, le=1)]
+    tokens: str
+    n_sequences: Positive
+    n_ctx: Positive
+
+    def __str__(self) -> str:
+        return f"{self.strength:g} {self.tokens} {self.n_sequences}x{self.n_ctx}"
+
+
 class Plan(Document):
     """A format for every tensor, with what it costs, what it loses and how near the optimum it is.
 
@@ -263,6 +278,7 @@ class Plan(Document):
     assignments: Annotated[tuple[Assignment, ...], Field(min_length=1)]
     next_percent: NextPercent | None = None
     refinement: Refinement | None = None
+    quantized_inputs: QuantizedInputs | None = None
     memory: MemoryBudget | None = None
     division: Division | None = None
     speed: PlannedSpeed | None = None
@@ -297,5 +313,7 @@ class Plan(Document):
     def sha256(self) -> str:
         """Return the hash of what decides the output's bytes: encoder and tensor–format pairs."""
         encoder = f"{self.encoder} {self.imatrix.encoding}" if self.imatrix else self.encoder
+        if self.quantized_inputs is not None:
+            encoder += f" for quantized inputs {self.quantized_inputs}"
         text = "\n".join([encoder, *(f"{a.name}={a.format}" for a in self.assignments)])
         return hashlib.sha256(text.encode()).hexdigest()

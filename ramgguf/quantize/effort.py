@@ -3,8 +3,10 @@
 fast plans by priors and searches scales. auto adds what calibration brings: an importance matrix,
 error feedback (GPTQ, and coordinate descent after it) if its Hessians fit the time, then formats
 for tensors that meet massive activations. best adds measured sensitivities and swaps by forward
-passes. Each step writes a candidate; it replaces the one before only if its KLD on held-out
-text of every domain says so. What a step has measured is kept beside the model (docs/effort.md).
+passes. Where time is left, weights are then rounded anew, layer by layer, for the inputs that
+quantized layers leave. Each step writes a candidate; it replaces the one before only if its KLD on
+held-out text of every domain says so. What a step has measured is kept beside the model
+(docs/effort.md).
 """
 
 import time
@@ -46,7 +48,7 @@ from ramgguf.plan import (
     SpeedLimit,
     size_limit,
 )
-from ramgguf.plan.result import Plan
+from ramgguf.plan.result import Plan, QuantizedInputs
 from ramgguf.quantize.gate import Verdict, judge
 from ramgguf.quantize.kld_target import smallest_within
 from ramgguf.quantize.modelfile import modelfile_path, write_modelfile
@@ -55,6 +57,7 @@ from ramgguf.quantize.pipeline import Quantized, QuantizeOptions, quantize_once
 from ramgguf.quantize.placing import placed
 from ramgguf.quantize.projector import check_projector, with_projector
 from ramgguf.quantize.protection import protected_formats
+from ramgguf.quantize.quantized_inputs import STRENGTH, Rounding, forget, round_layers
 from ramgguf.quantize.schedule import (
     DISK_SHARE,
     EFFORTS,
@@ -667,6 +670,14 @@ class _Run:
                 hessian = self._hessian()
                 encoder = self._schedule.encoder
                 return self._candidate(replace(now, encoder=encoder, hessian=hessian))
+            case "quantized inputs" if self._stand_in is not None:
+                self._log.add(f"{step.name}: left out, layers are of the model, which does not fit")
+                return None
+            case "quantized inputs" if now.hessian is None:
+                self._log.add(f"{step.name}: left out, error feedback was not taken")
+                return None
+            case "quantized inputs":
+                return self._for_quantized_inputs(best)
             case "swaps" if self._stand_in is not None:
                 self._log.add("swaps: left out, they run on the model, which does not fit")
                 return None
@@ -775,6 +786,25 @@ class _Run:
             choice, self._once(choice, path, split_max_bytes=None, verify=False, before=before)
         )
 
+    def _for_quantized_inputs(self, best: _Candidate) -> _Candidate:
+        """Write the best file with its weights rounded layer by layer."""
+        inputs = QuantizedInputs(
+            strength=STRENGTH, tokens=TOKENS, n_sequences=self._schedule.n_sequences, n_ctx=N_CTX
+        )
+        partial = self._cache.rounding
+        rounding = Rounding(inputs, partial, self._scratch, self._threads, self._progress)
+        try:
+            rounded = round_layers(self._model, best.made, rounding)
+            self._n_candidates += 1
+            path = self._scratch / f"candidate-{self._n_candidates}.gguf"
+            options = replace(self._options, before=rounded, split_max_bytes=None, verify=False)
+            made = quantize_once(self._model, None, path, options, from_plan=rounded.plan)
+        except Exception:
+            forget(partial)  # only a run that is killed is gone on with
+            raise
+        forget(partial)
+        return _Candidate(best.choice, replace(made, measurement=rounded.measurement))
+
     def _once(self, choice: Choice, output: Path | None, **changed: Any) -> Quantized:
         """Write the file of a choice, with some of the options changed."""
         plan: PlanOptions = {**self._options.plan}
@@ -843,4 +873,5 @@ class _Run:
         done = placed(self._model, made, self._output, self._options)
         if self._blocks is not None:
             self._blocks.unlink(missing_ok=True)
+            forget(self._cache.rounding)
         return replace(done, seconds={"effort": clock() - self._start})

@@ -35,6 +35,11 @@ from ramgguf.quants.scales import ScaledFile, load_scales
 from ramgguf.refine import refine as refine_plan
 from ramgguf.refine import refinement_journal
 
+NOT_CORRECTED = (
+    "weights are not corrected for quantized inputs again: the plan has formats and encoder, and "
+    "only a run of the effort has the layers' outputs"
+)
+
 
 @dataclass(frozen=True)
 class Quantized:
@@ -103,7 +108,11 @@ def quantize_once(
         output = None if output is None else Path(output)
         run = _Run(model, file, output, options)
         if from_plan is not None:
-            return run.written(from_plan, None)
+            if from_plan.quantized_inputs is None or options.before is not None:
+                return run.written(from_plan, None)
+            options.announce(NOT_CORRECTED)
+            plain_plan = from_plan.model_copy(update={"quantized_inputs": None})
+            return run.written(plain_plan, None, measures=True)
         assert budget is not None
         measurement, plan = run.planned(size_limit(budget), measurement)
         plan, journal = run.refined(plan, measurement)
@@ -234,8 +243,12 @@ class _Run:
             return nullcontext()
         return KeptBlocks(path, f"{__version__} {self._file.sample_sha256} {plan.sha256()}")
 
-    def written(self, plan: Plan, measurement: Measurement | None) -> Quantized:
-        """Write and verify the planned output."""
+    def written(
+        self, plan: Plan, measurement: Measurement | None, *, measures: bool = False
+    ) -> Quantized:
+        """Write and verify the planned output; its errors are measured after error feedback, or
+        if it measures.
+        """
         path = self._output or default_output(self._model, plan)
         options = self._options
         destination = Destination(path, options.force, options.split_max_bytes)
@@ -248,8 +261,8 @@ class _Run:
                 self._kept(plan) as kept,
             ):  # fmt: skip
                 plan = write(
-                    self._file, plan, out, measures=self._feed_back is not None, before=before,
-                    kept=kept, threads=self._threads, progress=shown,
+                    self._file, plan, out, measures=measures or self._feed_back is not None,
+                    before=before, kept=kept, threads=self._threads, progress=shown,
                 )  # fmt: skip
             if options.verify:
                 with clock.stage("verify"), out.written() as written:

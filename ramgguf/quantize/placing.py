@@ -22,7 +22,8 @@ def placed(
     """
     path = output or default_output(model, made.plan)
     if options.split_max_bytes is not None:
-        again = quantize_once(model, None, path, options, from_plan=made.plan)
+        copied = replace(options, before=made)  # error feedback is not done again
+        again = quantize_once(model, None, path, copied, from_plan=made.plan)
         return replace(again, measurement=made.measurement, score=made.score)
     refuse_existing(path, force=options.force, error=GGUFError)
     worst = verified(model, made, options) if options.verify else None

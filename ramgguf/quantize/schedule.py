@@ -14,7 +14,12 @@ from ramgguf.quants.encoders import EncoderName
 Effort = Literal["fast", "auto", "best"]
 EFFORTS: tuple[Effort, ...] = get_args(Effort)
 StepName = Literal[
-    "importance matrix", "massive activations", "sensitivities", "error feedback", "swaps"
+    "importance matrix",
+    "massive activations",
+    "sensitivities",
+    "error feedback",
+    "quantized inputs",
+    "swaps",
 ]
 
 N_CTX = 512  # tokens of a sequence that is calibrated on
@@ -35,6 +40,10 @@ READING_SHARE = 0.5
 SENSITIVITY_SECONDS = 1200.0
 SENSITIVITY_SHARE = 0.4
 N_TRIALS = 32
+# Rounding layer by layer reads the tokens with the model, and in each layer up to every input and
+# to its end with what is rounded; for each input it adds up two products of inputs, one of them
+# square, instead of half of a square.
+LAYER_READS, LAYER_GRAMS = 4.0, 3.0
 PROBE_READS = 8  # what a few dozen passes over a few tokens take, in sequences read
 CHANGED_SHARE = 0.3  # of the weights: those whose format changes after a few pins, at most
 DISK_SHARE = 0.5
@@ -261,6 +270,7 @@ class _Try:
             makers = [self.matrix, self.feedback, self.massive]
         else:
             makers = [self.matrix, self.massive, self.sensitivities, self.feedback, self.swaps]
+        makers.append(self.quantized_inputs)
         yielding = [(self.with_massive, "massive activations", self.massive)]
         if self.effort == "best":
             yielding.append((self.with_sensitivities, "sensitivities", self.sensitivities))
@@ -271,6 +281,8 @@ class _Try:
         for make in makers:
             if make == self.swaps and self.has("error feedback"):
                 self.left_out.append(SWAPS_LEFT_OUT)
+                continue
+            if make == self.quantized_inputs and not self.has("error feedback"):
                 continue
             step = make()
             if why := self._obstacle(step):
@@ -349,6 +361,17 @@ class _Try:
             "error feedback",
             f"{sweep}, with Hessians of {self.hessian_size}",
             reading + self.sweeping + self.costs.write + self.gate,
+            reading,
+        )
+
+    def quantized_inputs(self) -> Step:
+        """The formats stay; a copy of the model is written, and loaded from each layer on."""
+        costs, n = self.costs, self.n_read
+        reading = n * (LAYER_READS * costs.read + LAYER_GRAMS * costs.gram)
+        return Step(
+            "quantized inputs",
+            "weights for what the rounded layers before theirs put out",
+            reading + self.sweeping + 2 * costs.write + self.gate,
             reading,
         )
 

@@ -110,6 +110,11 @@ class StepCache:
         """What error feedback has encoded, until the run ends."""
         return self.folder / f"{self.identity}.blocks.partial"
 
+    @property
+    def rounding(self) -> Path:
+        """The file that is rounded layer by layer, until that is done."""
+        return self.folder / f"{self.identity}.layers.partial.gguf"
+
     def sensitivity(self, n_sequences: int | None) -> Sensitivity | None:
         """Return those under the matrix of so many sequences (None: no matrix), if they are there.
 

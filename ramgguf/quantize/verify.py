@@ -33,6 +33,33 @@ def verify(
             f"{written.paths[0]} has {written.n_bytes} bytes, the plan {plan.n_bytes}; "
             "please report it"
         )
+    compare, found = _compared(file, plan, written, threads=threads, progress=progress)
+    for i, planned in enumerate(plan.assignments):
+        if planned.format != planned.source_format and compare.is_sampled(i, planned):
+            found[i] = _sampled_nmse(compare, i, found[i])
+    return max(map(_departure, plan.assignments, found), default=0.0)
+
+
+def with_written_errors(
+    file: GGUFFile, plan: Plan, written: GGUFFile, *, threads: int, progress: Progress
+) -> Plan:
+    """Return the plan with the errors of what was written; those of formats that are measured on a
+    sample of the rows stay. Raises GGUFError as verify does.
+    """
+    compare, found = _compared(file, plan, written, threads=threads, progress=progress)
+    assignments = tuple(
+        a
+        if a.format == a.source_format or compare.is_sampled(i, a)
+        else a.model_copy(update={"nmse": found[i]})
+        for i, a in enumerate(plan.assignments)
+    )
+    return plan.model_copy(update={"assignments": assignments})
+
+
+def _compared(
+    file: GGUFFile, plan: Plan, written: GGUFFile, *, threads: int, progress: Progress
+) -> tuple["_Comparison", list[float]]:
+    """Return what compares, and each tensor's NMSE as it was written."""
     squared, total = [0.0] * len(file.tensors), [0.0] * len(file.tensors)
     compare = _Comparison(
         file, plan, written, tensor_weights(file, plan.imatrix, plan.encoded), Buffers()
@@ -46,12 +73,8 @@ def verify(
             progress.advance(sum(part.n_bytes for part in parts))
     finally:
         progress.finish()
-    for i, planned in enumerate(plan.assignments):
-        sampled = is_sampled(planned.format, compare.scales[i])
-        if planned.format != planned.source_format and sampled:
-            whole = squared[i] / total[i] if total[i] else 0.0
-            squared[i], total[i] = _sampled_nmse(compare, i, whole), 1.0
-    return max(map(_departure, plan.assignments, squared, total), default=0.0)
+    nmse = [s / t if t else 0.0 for s, t in zip(squared, total, strict=True)]
+    return compare, nmse
 
 
 def _sampled_nmse(compared: "_Comparison", index: int, whole_nmse: float) -> float:
@@ -66,8 +89,7 @@ def _sampled_nmse(compared: "_Comparison", index: int, whole_nmse: float) -> flo
     return found.nmse
 
 
-def _departure(planned: Assignment, squared_error: float, squares: float) -> float:
-    nmse = squared_error / squares if squares else 0.0
+def _departure(planned: Assignment, nmse: float) -> float:
     departure = abs(nmse - planned.nmse) / planned.nmse if planned.nmse else nmse
     if departure > NMSE_TOLERANCE:
         raise GGUFError(
@@ -95,6 +117,10 @@ class _Comparison:
     written: GGUFFile
     scales: Sequence[ErrorWeights]
     buffers: Buffers
+
+    def is_sampled(self, index: int, planned: Assignment) -> bool:
+        """Return whether the planned error is that of a sample of the tensor's rows."""
+        return is_sampled(planned.format, self.scales[index])
 
     def __call__(self, run: Run) -> list[_Compared]:
         targets = [self._target(chunk) for chunk in run]

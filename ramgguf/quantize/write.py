@@ -131,9 +131,13 @@ class Before:
     def same(self, plan: Plan) -> list[Assignment | None]:
         """Return for each tensor the assignment in this file, where the plan's has its bytes."""
         mine, others = self.plan.imatrix, plan.imatrix
-        is_alike = self.plan.encoder == plan.encoder and (
-            mine is others is None
-            or (mine is not None and others is not None and mine.encoding == others.encoding)
+        is_alike = (
+            self.plan.encoder == plan.encoder
+            and self.plan.quantized_inputs == plan.quantized_inputs
+            and (
+                mine is others is None
+                or (mine is not None and others is not None and mine.encoding == others.encoding)
+            )
         )
         pairs = zip(self.plan.assignments, plan.assignments, plan.encoded, strict=True)
         return [

@@ -8,7 +8,6 @@
 All files plan by priors, with the matrix of their tokens, of the mix where nothing else is said, at
 the bytes of llama.cpp's mixes (without a matrix, or with it where llama.cpp asks for one).
 `--gptq` compares sources and numbers of tokens (sequences of 512) instead, without scales;
-`--strengths` shares of the correction for quantized inputs (GPTAQ), layer by layer, without scales;
 `--llama` adds llama.cpp's mix, without a matrix and with that of the most tokens. Matrices and
 Hessians are made in the folder once. Files of a size are scored side by side on the package's
 `score` texts, which nothing else has read. Rows are added to bench/results/recipes.jsonl; `--table`
@@ -35,8 +34,7 @@ from provenance import provenance
 from ramgguf.evaluate import score_held_out
 from ramgguf.plan.result import QuantizedInputs
 from ramgguf.quantize import Quantized
-from ramgguf.quantize.quantized_inputs import STRENGTH, Rounding, forget, round_layers
-from ramgguf.quantize.schedule import FEEDBACK
+from ramgguf.quantize.quantized_inputs import Rounding, forget, round_layers
 from ramgguf.quants.encoders import EncoderName
 
 BASE, ALL = "gptq 12", "descent 48, scales, quantized inputs"
@@ -47,9 +45,8 @@ FEW, MANY = 12, 48  # sequences of 512 tokens
 class Recipe:
     """An encoder, the sequences that it has met, and whether the model has scales.
 
-    Without an encoder it is llama.cpp's mix, with a matrix where it has met sequences. With a
-    strength, weights are rounded layer by layer, with this share of the correction for quantized
-    inputs.
+    Without an encoder it is llama.cpp's mix, with a matrix where it has met sequences. For
+    quantized inputs, weights are rounded anew, layer by layer.
     """
 
     name: str
@@ -57,7 +54,7 @@ class Recipe:
     n_sequences: int
     is_scaled: bool = False
     tokens: str = "mix"
-    strength: float | None = None
+    for_quantized_inputs: bool = False
 
 
 RECIPES = (
@@ -65,10 +62,12 @@ RECIPES = (
     Recipe(BASE, "gptq", FEW),
     Recipe("gptq 48", "gptq", MANY),
     Recipe("descent 48", "descent", MANY),
+    Recipe("gptq 12, quantized inputs", "gptq", FEW, for_quantized_inputs=True),
+    Recipe("descent 48, quantized inputs", "descent", MANY, for_quantized_inputs=True),
     Recipe("search 48, scales", "search", MANY, is_scaled=True),
     Recipe("gptq 48, scales", "gptq", MANY, is_scaled=True),
     Recipe("descent 48, scales", "descent", MANY, is_scaled=True),
-    Recipe(ALL, "descent", MANY, is_scaled=True, strength=STRENGTH),
+    Recipe(ALL, "descent", MANY, is_scaled=True, for_quantized_inputs=True),
 )
 
 
@@ -126,7 +125,7 @@ def made(
                 hessian=None if recipe.encoder == "search" else hessian,
                 scales=scales if recipe.is_scaled else None, verify=False, force=True,
             )  # fmt: skip
-            if recipe.strength is not None:
+            if recipe.for_quantized_inputs:
                 began = time.perf_counter()
                 rounded(source, plain, recipe, n_ctx).replace(path)
                 print(f"{recipe.name}: {time.perf_counter() - began:.0f} s", flush=True)
@@ -135,22 +134,12 @@ def made(
 
 def rounded(source: Path, plain: Quantized, recipe: Recipe, n_ctx: int) -> Path:
     """Return the file, rounded anew for its quantized inputs."""
-    assert recipe.strength is not None
-    inputs = QuantizedInputs(
-        strength=recipe.strength, tokens=recipe.tokens, n_sequences=recipe.n_sequences, n_ctx=n_ctx
-    )
+    inputs = QuantizedInputs(tokens=recipe.tokens, n_sequences=recipe.n_sequences, n_ctx=n_ctx)
     path = plain.paths[0].with_suffix(".layers.gguf")
     forget(path)
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         round_layers(source, plain, Rounding(inputs, path, Path(scratch)))
     return path
-
-
-def strength_recipes(strengths: Sequence[float], encoder: EncoderName, n: int) -> Iterator[Recipe]:
-    """Yield error feedback, then the same with each share of the correction."""
-    yield Recipe(f"{encoder} {n}", encoder, n)
-    for one in strengths:
-        yield Recipe(f"{encoder} {n}, strength {one:g}", encoder, n, strength=one)
 
 
 def _reference(mix: str, recipes: Sequence[Recipe]) -> Recipe:
@@ -191,11 +180,6 @@ def main() -> None:
         "--rounds", type=int, nargs="+", default=[3], help="windows per domain, of each --n-ctx"
     )
     parser.add_argument("--gptq", nargs="+", help="sources and sequences, as mix:48 or self:12")
-    parser.add_argument(
-        "--strengths", nargs="+", type=float, help="of the correction, without scales"
-    )
-    parser.add_argument("--encoder", choices=FEEDBACK, default="gptq", help="of --strengths")
-    parser.add_argument("--sequences", type=int, default=FEW, help="of --strengths")
     parser.add_argument("--recipes", nargs="+", choices=[r.name for r in RECIPES], help="not all")
     parser.add_argument("--llama", action="store_true", help="llama.cpp's mixes beside them")
     parser.add_argument("--calibration-ctx", type=int, default=512, help="tokens of a sequence")
@@ -210,9 +194,6 @@ def main() -> None:
         options.folder.mkdir(parents=True, exist_ok=True)
         chosen = [r for r in RECIPES if options.recipes is None or r.name in options.recipes]
         wanted = list(token_recipes(options.gptq)) if options.gptq else chosen
-        if options.strengths:
-            n = options.sequences
-            wanted = list(strength_recipes(options.strengths, options.encoder, n))
         most = max((r.n_sequences for r in wanted if r.tokens == "mix"), default=FEW)
         for mix in options.mixes.split(","):
             recipes = [*(llama_recipes(mix, most) if options.llama else ()), *wanted]

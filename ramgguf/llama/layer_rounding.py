@@ -53,7 +53,6 @@ class LayerRounding(Closing):
         names: Sequence[str],
         *,
         encoder_name: str,
-        strength: float,
         scales: Scales | None,
         tokens: str,
         n_sequences: int,
@@ -62,15 +61,15 @@ class LayerRounding(Closing):
     ) -> None:
         self._source, self._quantized, self._folder = source, quantized, folder
         self._names, self._encoder = frozenset(names), encoder(encoder_name)
-        self._strength, self._scales, self._threads = strength, scales, threads
+        self._scales, self._threads = scales, threads
         self._maps = [np.memmap(path, np.uint8, "r+") for path in quantized.paths]
         self._watch = InputWatch()
         self._model = PatchedModel(
             source, folder, n_ctx=n_ctx, n_threads=threads, watch=self._watch
         )
-        if self.n_layers < 2:
+        if self.n_layers < 2 or n_sequences < 2:
             self._model.close()
-            raise EngineError("its layers cannot be loaded by themselves")
+            raise EngineError("it takes layers that can be loaded by themselves, and two sequences")
         self._next = 0
         self._x: list[NDArray[Any]] = list(self._drawn(tokens, n_sequences, n_ctx))
         self._x_hat = self._x
@@ -183,15 +182,16 @@ class LayerRounding(Closing):
     def _changed(self, name: str, of_model: Rows) -> ChangedInputs:
         """Return what rounding needs of a weight's inputs; of_model are those of the model."""
         sums = InputSums(self._source.tensor(name).row_length, self._threads)
-        waiting: list[Rows] = []
-        at = 0
-        for ids in self._x_hat:
-            in_graph = self._in_graph(name)
-            waiting += read_inputs(self._model.model, self._watch, in_graph, ids)
-            n = sum(map(len, waiting))
-            if n >= _ADDED_ROWS or ids is self._x_hat[-1]:
-                sums.add(of_model[at : at + n], np.concatenate(waiting))
-                waiting, at = [], at + n
+        in_graph, ends = self._in_graph(name), np.cumsum([len(ids) for ids in self._x_hat])
+        for half in range(2):  # every other sequence, so that each half has all kinds of text
+            mine: list[Rows] = []
+            theirs: list[Rows] = []
+            for ids, end in zip(self._x_hat[half::2], ends[half::2], strict=True):
+                mine += read_inputs(self._model.model, self._watch, in_graph, ids)
+                theirs.append(of_model[end - len(ids) : end])
+                if sum(map(len, mine)) >= _ADDED_ROWS or end >= ends[-2]:
+                    sums.add(half, np.concatenate(theirs), np.concatenate(mine))
+                    mine, theirs = [], []
         return sums.changed_inputs(self._scales.of_inputs(name) if self._scales else None)
 
     def _round(self, tensor: TensorInfo, changed: ChangedInputs) -> None:
@@ -204,7 +204,7 @@ class LayerRounding(Closing):
         _ = hessian.units, hessian.damped  # made once, before threads ask for them
         rows = self._source.read_rows(tensor, 0, n_rows)
         weights = decode_rows(tensor.type_name, rows, tensor.row_length)
-        aims = changed.corrector(n_rows, self._strength)(weights)
+        aims = changed.corrected(weights)
 
         def work(part: slice) -> None:
             blocks[part] = encode(format_name, aims[part], hessian, importance)

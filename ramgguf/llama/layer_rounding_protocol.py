@@ -20,7 +20,6 @@ class OpenRounding(FrozenModel):
     folder: str
     names: tuple[str, ...]
     encoder: str
-    strength: float
     tokens: str
     n_sequences: int
     n_ctx: int

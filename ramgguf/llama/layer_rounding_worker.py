@@ -61,7 +61,6 @@ class RoundingSession:
                 Path(request.folder),
                 request.names,
                 encoder_name=request.encoder,
-                strength=request.strength,
                 scales=scales,
                 tokens=request.tokens,
                 n_sequences=request.n_sequences,

@@ -234,16 +234,15 @@ class Refinement(FrozenModel):
 class QuantizedInputs(FrozenModel):
     """Weights were rounded for the inputs that the quantized layers before theirs put out.
 
-    strength is the share of the correction that was taken; the tokens are n_sequences of n_ctx.
+    The tokens that show these are n_sequences of n_ctx.
     """
 
-    strength: Annotated[Number, Field(ge=0, le=1)]
     tokens: str
     n_sequences: Positive
     n_ctx: Positive
 
     def __str__(self) -> str:
-        return f"{self.strength:g} {self.tokens} {self.n_sequences}x{self.n_ctx}"
+        return f"{self.tokens} {self.n_sequences}x{self.n_ctx}"
 
 
 class Plan(Document):

@@ -57,7 +57,7 @@ from ramgguf.quantize.pipeline import Quantized, QuantizeOptions, quantize_once
 from ramgguf.quantize.placing import placed
 from ramgguf.quantize.projector import check_projector, with_projector
 from ramgguf.quantize.protection import protected_formats
-from ramgguf.quantize.quantized_inputs import STRENGTH, Rounding, forget, round_layers
+from ramgguf.quantize.quantized_inputs import Rounding, forget, round_layers
 from ramgguf.quantize.schedule import (
     DISK_SHARE,
     EFFORTS,
@@ -788,9 +788,7 @@ class _Run:
 
     def _for_quantized_inputs(self, best: _Candidate) -> _Candidate:
         """Write the best file with its weights rounded layer by layer."""
-        inputs = QuantizedInputs(
-            strength=STRENGTH, tokens=TOKENS, n_sequences=self._schedule.n_sequences, n_ctx=N_CTX
-        )
+        inputs = QuantizedInputs(tokens=TOKENS, n_sequences=self._schedule.n_sequences, n_ctx=N_CTX)
         partial = self._cache.rounding
         rounding = Rounding(inputs, partial, self._scratch, self._threads, self._progress)
         try:

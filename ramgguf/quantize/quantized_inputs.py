@@ -1,7 +1,7 @@
 """A file whose weights are rounded anew, layer by layer, for what the rounded ones before put out.
 
-The formats are those of the file. Half of the correction is taken: all of it fits the calibration
-tokens too closely (docs/findings.md). What a killed run has done is gone on with.
+The formats are those of the file (quants/correction.py says how its weights change). What a killed
+run has done is gone on with.
 """
 
 import hashlib
@@ -32,7 +32,6 @@ from ramgguf.quantize.verify import with_written_errors
 from ramgguf.quants.encoders import encoder
 from ramgguf.quants.imatrix import planned_imatrix
 
-STRENGTH = 0.5
 _WORKER = "ramgguf.llama.layer_rounding_worker"
 
 
@@ -131,7 +130,7 @@ def _run(
     opening = OpenRounding(
         path=str(model), scales=None if scales is None else str(scales),
         quantized=str(rounding.partial), folder=str(rounding.scratch), names=tuple(names),
-        encoder=plan.encoder, strength=inputs.strength, tokens=inputs.tokens,
+        encoder=plan.encoder, tokens=inputs.tokens,
         n_sequences=inputs.n_sequences, n_ctx=inputs.n_ctx,
         n_threads=rounding.threads or default_threads(),
     )  # fmt: skip

@@ -35,6 +35,7 @@ from ramgguf.evaluate import score_held_out
 from ramgguf.plan.result import QuantizedInputs
 from ramgguf.quantize import Quantized
 from ramgguf.quantize.quantized_inputs import Rounding, forget, round_layers
+from ramgguf.quantize.schedule import LAYER_SEQUENCES
 from ramgguf.quants.encoders import EncoderName
 
 BASE, ALL = "gptq 12", "descent 48, scales, quantized inputs"
@@ -95,7 +96,7 @@ def inputs(source: Path, folder: Path, recipe: Recipe, n_ctx: int) -> tuple[Path
     )
     if not hessian.exists():
         ramgguf.calibrate(
-            source, imatrix, tokens=recipe.tokens, n_sequences=recipe.n_sequences, n_ctx=n_ctx,
+            source, imatrix, tokens=recipe.tokens, n_sequences=min(recipe.n_sequences, LAYER_SEQUENCES), n_ctx=n_ctx,
             hessian=hessian, force=True,
         )  # fmt: skip
     if recipe.is_scaled and not scales.exists():
@@ -134,7 +135,9 @@ def made(
 
 def rounded(source: Path, plain: Quantized, recipe: Recipe, n_ctx: int) -> Path:
     """Return the file, rounded anew for its quantized inputs."""
-    inputs = QuantizedInputs(tokens=recipe.tokens, n_sequences=recipe.n_sequences, n_ctx=n_ctx)
+    inputs = QuantizedInputs(
+        tokens=recipe.tokens, n_sequences=min(recipe.n_sequences, LAYER_SEQUENCES), n_ctx=n_ctx
+    )
     path = plain.paths[0].with_suffix(".layers.gguf")
     forget(path)
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:

@@ -26,10 +26,11 @@ from ramgguf.llama.patched_model import PatchedModel
 from ramgguf.llama.residuals import layer_outputs
 from ramgguf.llama.sources import parse_sources, shares
 from ramgguf.llama.tokens import TokenRequest, draw_sequences
+from ramgguf.quants.codec import ErrorWeights
 from ramgguf.quants.correction import ChangedInputs, InputSums
 from ramgguf.quants.encoders import encoder
 from ramgguf.quants.encoders.decoding import decode_rows, in_type
-from ramgguf.quants.scales import Scales
+from ramgguf.quants.imatrix import Imatrix
 
 _ADDED_ROWS = 2048  # inputs added to the sums at a time: with few, the sums' own memory is the cost
 _ROUNDED_WEIGHTS = 1 << 20  # what a thread rounds at a time
@@ -40,9 +41,9 @@ class LayerRounding(Closing):
     """The source, loaded layer by layer, and a quantized file of it whose blocks become others.
 
     names are the tensors to be rounded anew, by the encoder, in the formats that they have in the
-    file. Layers come in order, from the first. Needs as much disk in `folder` as the source takes,
-    and the inputs of one layer. Raises EngineError where llama.cpp cannot start at a layer, or
-    computes something else there.
+    file, by the matrix and its Hessians. Layers come in order, from the first. Needs as much disk
+    in `folder` as the source takes, and the inputs of one layer. Raises EngineError where llama.cpp
+    cannot start at a layer, or computes something else there.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class LayerRounding(Closing):
         names: Sequence[str],
         *,
         encoder_name: str,
-        scales: Scales | None,
+        imatrix: Imatrix,
         tokens: str,
         n_sequences: int,
         n_ctx: int,
@@ -61,7 +62,7 @@ class LayerRounding(Closing):
     ) -> None:
         self._source, self._quantized, self._folder = source, quantized, folder
         self._names, self._encoder = frozenset(names), encoder(encoder_name)
-        self._scales, self._threads = scales, threads
+        self._imatrix, self._threads = imatrix, threads
         self._maps = [np.memmap(path, np.uint8, "r+") for path in quantized.paths]
         self._watch = InputWatch()
         self._model = PatchedModel(
@@ -192,17 +193,18 @@ class LayerRounding(Closing):
                 if sum(map(len, mine)) >= _ADDED_ROWS or end >= ends[-2]:
                     sums.add(half, np.concatenate(theirs), np.concatenate(mine))
                     mine, theirs = [], []
-        return sums.changed_inputs(self._scales.of_inputs(name) if self._scales else None)
+        return sums.changed_inputs()
 
     def _round(self, tensor: TensorInfo, changed: ChangedInputs) -> None:
         """Write the tensor's new blocks into the file, and what they stand for into the model."""
         format_name = self._quantized.tensor(tensor.name).type_name
-        hessian, n_rows = changed.hessian, tensor.n_rows
-        assert self._encoder.encode_output is not None
-        encode, blocks = self._encoder.encode_output, self._blocks(tensor.name)
-        importance = np.ascontiguousarray(hessian.mean.diagonal())
+        weighed, encode = ErrorWeights.of(tensor, self._imatrix), self._encoder.encode_output
+        if weighed.hessian is None or weighed.importance is None or encode is None:
+            raise EngineError(f"{tensor.name} has no Hessian; this is a bug of ramgguf")
+        hessian, importance = weighed.hessian(), weighed.importance[0]
+        blocks = self._blocks(tensor.name)
         _ = hessian.units, hessian.damped  # made once, before threads ask for them
-        rows = self._source.read_rows(tensor, 0, n_rows)
+        rows = self._source.read_rows(tensor, 0, tensor.n_rows)
         weights = decode_rows(tensor.type_name, rows, tensor.row_length)
         aims = changed.corrected(weights)
 

@@ -5,17 +5,19 @@ from typing import Annotated, Literal
 from pydantic import Field, TypeAdapter
 
 from ramgguf.core.documents import FrozenModel
+from ramgguf.quants.imatrix import ImportanceSource
 
 
 class OpenRounding(FrozenModel):
     """Load the model, to round these tensors of a quantized file; answered by RoundingOpened.
 
-    folder takes a copy of the model. tokens, n_sequences of n_ctx each, are named as in sources.py.
+    folder takes a copy of the model. imatrix names Hessians, and scales where the model is rounded
+    with these in it. tokens, n_sequences of n_ctx each, are named as in sources.py.
     """
 
     kind: Literal["open"] = "open"
     path: str
-    scales: str | None
+    imatrix: ImportanceSource
     quantized: str
     folder: str
     names: tuple[str, ...]

@@ -17,6 +17,7 @@ from ramgguf.llama.layer_rounding_protocol import (
     RoundLayer,
     SkipLayer,
 )
+from ramgguf.quants.imatrix import planned_imatrix
 from ramgguf.quants.scales import ScaledFile, load_scales
 
 
@@ -51,9 +52,10 @@ class RoundingSession:
     def _open(self, request: OpenRounding) -> RoundingOpened:
         enter = self._stack.enter_context
         source: GGUFFile = enter(open_gguf(Path(request.path), kind_check=True))
-        scales = None if request.scales is None else load_scales(Path(request.scales))
-        if scales is not None:
-            source = ScaledFile(source, scales)
+        imatrix = planned_imatrix(request.imatrix)
+        assert imatrix is not None  # one is named
+        if request.imatrix.scales_path is not None:
+            source = ScaledFile(source, load_scales(Path(request.imatrix.scales_path)))
         self._rounding = enter(
             LayerRounding(
                 source,
@@ -61,7 +63,7 @@ class RoundingSession:
                 Path(request.folder),
                 request.names,
                 encoder_name=request.encoder,
-                scales=scales,
+                imatrix=imatrix,
                 tokens=request.tokens,
                 n_sequences=request.n_sequences,
                 n_ctx=request.n_ctx,

@@ -62,6 +62,7 @@ from ramgguf.quantize.schedule import (
     DISK_SHARE,
     EFFORTS,
     GATE_CTX,
+    LAYER_SEQUENCES,
     MOST_ROUNDS,
     N_CTX,
     N_DOMAINS,
@@ -788,7 +789,8 @@ class _Run:
 
     def _for_quantized_inputs(self, best: _Candidate) -> _Candidate:
         """Write the best file with its weights rounded layer by layer."""
-        inputs = QuantizedInputs(tokens=TOKENS, n_sequences=self._schedule.n_sequences, n_ctx=N_CTX)
+        n = min(self._schedule.n_sequences, LAYER_SEQUENCES)
+        inputs = QuantizedInputs(tokens=TOKENS, n_sequences=n, n_ctx=N_CTX)
         partial = self._cache.rounding
         rounding = Rounding(inputs, partial, self._scratch, self._threads, self._progress)
         try:

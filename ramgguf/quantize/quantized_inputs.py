@@ -125,10 +125,10 @@ def _run(
     rounding: Rounding,
     journal: LineJournal[_Settings, LayerRounded],
 ) -> None:
-    scales = plan.imatrix.scales_path if plan.imatrix else None
+    assert plan.imatrix is not None  # names have Hessians
     inputs, shown = rounding.inputs, rounding.progress or Silent()
     opening = OpenRounding(
-        path=str(model), scales=None if scales is None else str(scales),
+        path=str(model), imatrix=plan.imatrix,
         quantized=str(rounding.partial), folder=str(rounding.scratch), names=tuple(names),
         encoder=plan.encoder, tokens=inputs.tokens,
         n_sequences=inputs.n_sequences, n_ctx=inputs.n_ctx,

@@ -40,10 +40,10 @@ READING_SHARE = 0.5
 SENSITIVITY_SECONDS = 1200.0
 SENSITIVITY_SHARE = 0.4
 N_TRIALS = 32
-# Rounding layer by layer reads the tokens with the model, and in each layer up to every input and
-# to its end with what is rounded; for each input it adds up two products of inputs, one of them
-# square, instead of half of a square.
-LAYER_READS, LAYER_GRAMS = 4.0, 3.0
+# Rounding layer by layer reads tokens with the model, and in each layer up to every input and to
+# its end with what is rounded; of each input it adds up two products, of which a Hessian takes half
+# of one.
+LAYER_SEQUENCES, LAYER_READS, LAYER_GRAMS = 24, 4.0, 3.0
 PROBE_READS = 8  # what a few dozen passes over a few tokens take, in sequences read
 CHANGED_SHARE = 0.3  # of the weights: those whose format changes after a few pins, at most
 DISK_SHARE = 0.5
@@ -366,7 +366,7 @@ class _Try:
 
     def quantized_inputs(self) -> Step:
         """The formats stay; a copy of the model is written, and loaded from each layer on."""
-        costs, n = self.costs, self.n_read
+        costs, n = self.costs, min(self.n_read, LAYER_SEQUENCES)
         reading = n * (LAYER_READS * costs.read + LAYER_GRAMS * costs.gram)
         return Step(
             "quantized inputs",

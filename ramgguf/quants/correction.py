@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ramgguf.quants.hessian import Hessian, add_grams, mirror
+from ramgguf.quants.hessian import add_grams, mirror
 
 RIDGE = 1.0  # of the mean of Σx̂x̂ᵀ's diagonal (docs/findings.md)
 _MEASURED_ROWS = 256  # of a weight that tell its strength
@@ -57,32 +57,24 @@ class InputSums:
             sgemm(1.0, x_hat.T, lost.T, beta=1.0, c=sums.cross.T, trans_b=1, overwrite_c=1)
         self._n_tokens[half] += len(x)
 
-    def changed_inputs(self, scales: Floats | None = None) -> "ChangedInputs":
-        """Return what rounding needs of the inputs; scales are what these were divided by.
+    def changed_inputs(self) -> "ChangedInputs":
+        """Return what the sums tell of the inputs; they are used up.
 
-        The sums are used up. Raises ValueError where there are no tokens in a half, or inputs are
-        not finite.
+        Raises ValueError where there are no tokens in a half.
         """
         if not all(self._n_tokens):
             raise ValueError("there are no tokens in a half of them")
-        for sums in self._halves:
-            mirror(sums.gram)
-        gram = self._halves[0].gram + self._halves[1].gram
-        if scales is not None:  # of the inputs themselves, as Hessian.of takes it
-            gram *= scales
-            gram *= scales[:, None]
-        hessian = Hessian.of(gram, sum(self._n_tokens), scales=scales)
         for sums, n_tokens in zip(self._halves, self._n_tokens, strict=True):
+            mirror(sums.gram)
             for array in (sums.gram, sums.cross):
                 array /= np.float32(n_tokens)
-        return ChangedInputs(hessian, tuple(self._halves), tuple(self._n_tokens), self._threads)
+        return ChangedInputs(tuple(self._halves), tuple(self._n_tokens), self._threads)
 
 
 @dataclass(frozen=True)
 class ChangedInputs:
-    """The Hessian of inputs x̂, and both halves of what they are and what they lost."""
+    """Of both halves of the tokens: what inputs x̂ are, and what they have lost."""
 
-    hessian: Hessian
     halves: tuple[_Half, ...]
     n_tokens: tuple[int, ...]
     threads: int
@@ -92,8 +84,10 @@ class ChangedInputs:
         strength = self.strength(weights)
         if strength == 0:
             return weights
-        cross = np.average([h.cross for h in self.halves], axis=0, weights=self.n_tokens)
-        change = self._change(weights, self.hessian.mean, cross.astype(np.float32))
+        shares = [np.float32(n / sum(self.n_tokens)) for n in self.n_tokens]
+        gram = sum(s * h.gram for s, h in zip(shares, self.halves, strict=True))
+        cross = sum(s * h.cross for s, h in zip(shares, self.halves, strict=True))
+        change = self._change(weights, np.asarray(gram), np.asarray(cross))
         change *= np.float32(strength)
         change += weights
         return change

@@ -8,6 +8,9 @@ from hypothesis import strategies as st
 
 from ramgguf.quantize.schedule import (
     EFFORTS,
+    LAYER_GRAMS,
+    LAYER_READS,
+    LAYER_SEQUENCES,
     SWAPS_LEFT_OUT,
     Costs,
     Effort,
@@ -56,7 +59,7 @@ def test_on_an_idle_machine_auto_has_all_its_steps_within_five_minutes() -> None
     assert _names(found) == ["importance matrix", "error feedback", "massive activations"]
     assert found.n_sequences >= 32
     assert found.seconds <= 300
-    assert found.left_out == ()
+    assert [line.split(":")[0] for line in found.left_out] == ["quantized inputs"]
 
 
 @pytest.mark.parametrize("factor", [2, 4, 6, 8, 10])
@@ -110,7 +113,10 @@ def test_what_is_kept_costs_nothing_and_only_that() -> None:
     assert _step(both, "error feedback").measuring == 0
     kept = Kept(matrix=64, hessian=True, sensitivity=True, massive=True)
     everything = schedule("best", 1e9, IDLE, kept, "mix")
-    assert [s.measuring for s in everything.steps] == [0, 0, 0, 0]
+    assert [s.measuring for s in everything.steps[:-1]] == [0, 0, 0, 0]
+    layers = everything.steps[-1]  # of each file anew
+    assert layers.name == "quantized inputs"
+    assert layers.measuring > 0
 
 
 def test_a_kept_matrix_serves_where_the_time_allows_up_to_twice_its_tokens() -> None:
@@ -144,7 +150,7 @@ def test_massive_activations_yield_to_error_feedback_where_both_do_not_fit() -> 
     matrix = 16 * (costs.read + costs.gram) + costs.write + 9 * costs.round
     found = schedule("auto", matrix + feedback + 1, costs, Kept(), "mix")
     assert _names(found) == ["importance matrix", "error feedback"]
-    (line,) = found.left_out
+    line = found.left_out[0]
     assert line.startswith("massive activations: left out")
 
 
@@ -158,6 +164,7 @@ def test_best_has_every_step_and_gives_sensitivities_a_share_of_a_given_time() -
     free = schedule("best", 1e9, IDLE, Kept(), "mix")
     assert _names(free) == [
         "importance matrix", "massive activations", "sensitivities", "error feedback",
+        "quantized inputs",
     ]  # fmt: skip
     assert free.left_out == (SWAPS_LEFT_OUT,)
     assert _step(free, "sensitivities").measuring == 1200
@@ -243,7 +250,7 @@ def test_a_schedule_never_takes_more_than_the_limit_nor_a_step_twice(
     assert told.isdisjoint(_names(found))
     assert _names(found)[:1] in ([], ["importance matrix"])
     if found.steps:
-        every = 3 if effort == "auto" else 5
+        every = (3 if effort == "auto" else 5) + ("error feedback" in _names(found))
         assert len(found.steps) + len(told) == every
 
 
@@ -255,3 +262,20 @@ def test_gates_after_the_first_read_the_candidate_alone_where_the_reference_is_k
     for name, saved in (("importance matrix", 0), ("error feedback", a_model)):
         saving = _step(both, name).seconds - _step(kept, name).seconds
         assert saving == pytest.approx(saved)
+
+
+def test_quantized_inputs_come_last_and_only_after_error_feedback_with_its_tokens() -> None:
+    found = schedule("auto", 1e9, IDLE, Kept(), "mix")
+    assert _names(found)[-1] == "quantized inputs"
+    step = _step(found, "quantized inputs")
+    tokens = LAYER_SEQUENCES * (LAYER_READS * IDLE.read + LAYER_GRAMS * IDLE.gram)
+    assert step.measuring == tokens
+    assert step.seconds > tokens + IDLE.descent
+    # Other steps, and their tokens, are those of a time in which it does not fit.
+    short = schedule("auto", found.seconds - 1, IDLE, Kept(), "mix")
+    assert _names(short) == _names(found)[:-1]
+    assert short.n_sequences == found.n_sequences
+    assert any(line.startswith("quantized inputs: left out") for line in short.left_out)
+    without = schedule("auto", 1e9, IDLE, Kept(free_bytes=600_000_000), "mix")
+    assert "error feedback" not in _names(without)
+    assert not any("quantized inputs" in line for line in (*_names(without), *without.left_out))

@@ -1,0 +1,146 @@
+"""Files rounded anew for their quantized inputs: better, of the same bytes, and resumable."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("llama_cpp")
+
+import ramgguf
+from ramgguf.core.errors import EngineError
+from ramgguf.core.progress import Silent
+from ramgguf.evaluate import score_held_out
+from ramgguf.gguf.reader import open_gguf
+from ramgguf.llama.child import Child
+from ramgguf.llama.layer_rounding_protocol import RoundLayer, SkipLayer
+from ramgguf.plan.result import Plan, QuantizedInputs
+from ramgguf.quantize import Quantized
+from ramgguf.quantize.pipeline import NOT_CORRECTED, QuantizeOptions, as_planned, quantize_once
+from ramgguf.quantize.placing import placed
+from ramgguf.quantize.quantized_inputs import Rounding, forget, round_layers
+from ramgguf.quantize.verify import verify
+from tiny_models import write_tiny_model
+
+INPUTS = QuantizedInputs(tokens="mix", n_sequences=15, n_ctx=128)
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    return write_tiny_model(tmp_path / "tiny-f16.gguf", weight_type="F16")
+
+
+def _made(model: Path, *, scaled: bool = False, budget: str = "35%") -> Quantized:
+    """Return the model with error feedback from the tokens of INPUTS."""
+    matrix, hessian, scales = (
+        model.with_name(f"{model.stem}.{kind}.gguf") for kind in ("imatrix", "hessian", "scales")
+    )
+    ramgguf.calibrate(
+        model, matrix, tokens=INPUTS.tokens, n_sequences=INPUTS.n_sequences, n_ctx=INPUTS.n_ctx,
+        hessian=hessian, force=True,
+    )  # fmt: skip
+    if scaled:
+        ramgguf.transform(model, scales, matrix, force=True)
+    return ramgguf.quantize(
+        model, budget, model.with_name(f"{model.stem}-fed.gguf"), effort="fast", encoder="gptq",
+        imatrix=matrix, hessian=hessian, scales=scales if scaled else None, min_sqnr_db=0,
+        force=True,
+    )  # fmt: skip
+
+
+def _rounding(model: Path) -> Rounding:
+    return Rounding(INPUTS, model.with_suffix(".partial.gguf"), model.parent, 2)
+
+
+def _klds(model: Path, *files: Path) -> list[float]:
+    scores = score_held_out(list(files), model, n_ctx=128, max_rounds=4, seconds=None)
+    return [sum(w.kld_sum for w in s.windows) / sum(w.n_tokens for w in s.windows) for s in scores]
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_the_file_loses_less_at_the_same_bytes_and_its_plan_has_its_errors(
+    tiny: Path, *, scaled: bool
+) -> None:
+    made = _made(tiny, scaled=scaled)
+    rounded = round_layers(tiny, made, _rounding(tiny))
+    before, after = _klds(tiny, made.paths[0], rounded.paths[0])
+    assert after < 0.85 * before
+    assert rounded.n_bytes == made.n_bytes
+    plan = rounded.plan
+    assert plan.quantized_inputs == INPUTS
+    assert plan.sha256() != made.plan.sha256()
+    assert [a.format for a in plan.assignments] == [a.format for a in made.plan.assignments]
+    assert Plan.model_validate_json(plan.model_dump_json()) == plan
+    with open_gguf(tiny) as source, open_gguf(rounded.paths[0]) as written:
+        file = as_planned(source, plan)
+        assert verify(file, plan, written, threads=2, progress=Silent()) < 1e-9
+
+
+def test_shards_are_copied_from_the_file_and_a_plan_alone_says_that_it_is_not_corrected(
+    tiny: Path, tmp_path: Path
+) -> None:
+    rounded = round_layers(tiny, _made(tiny), _rounding(tiny))
+    said: list[str] = []
+    options = QuantizeOptions(announce=said.append, split_max_bytes=60_000)
+    split = placed(tiny, rounded, tmp_path / "s.gguf", options)
+    assert len(split.paths) > 1
+    with open_gguf(split.paths[0]) as shards, open_gguf(rounded.paths[0]) as whole:
+        for a, b in zip(shards.tensors, whole.tensors, strict=True):
+            assert np.array_equal(shards.read_rows(a, 0, a.n_rows), whole.read_rows(b, 0, b.n_rows))
+    assert not said
+    plain = quantize_once(
+        tiny, None, tmp_path / "plain.gguf", replace(options, split_max_bytes=None),
+        from_plan=rounded.plan,
+    )  # fmt: skip
+    assert said == [NOT_CORRECTED]
+    assert plain.plan.quantized_inputs is None
+    assert plain.paths[0].read_bytes() == _made(tiny).paths[0].read_bytes()
+
+
+@pytest.mark.parametrize("damage", [False, True])
+def test_a_killed_run_is_gone_on_with_unless_its_blocks_have_changed(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, *, damage: bool
+) -> None:
+    made, rounding = _made(tiny), _rounding(tiny)
+    whole = round_layers(tiny, made, rounding).paths[0].read_bytes()
+    forget(rounding.partial)
+    assert not list(tiny.parent.glob("*.partial.gguf*"))
+    ask, asked = Child.ask, []
+
+    def first_layer_only(self: Child, request: object, expected: type) -> object:
+        asked.append(request)
+        if isinstance(request, RoundLayer) and request.layer == 1 and len(asked) < 4:
+            raise KeyboardInterrupt
+        return ask(self, request, expected)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Child, "ask", first_layer_only)
+    with pytest.raises(KeyboardInterrupt):
+        round_layers(tiny, made, rounding)
+    if damage:
+        with open_gguf(rounding.partial) as file:
+            at = file.tensor("blk.0.attn_q.weight").offset
+        with rounding.partial.open("r+b") as out:
+            out.seek(at)
+            out.write(bytes(32))
+    del asked[:]
+    asked += [None] * 4
+    again = round_layers(tiny, made, rounding)
+    assert [type(r) for r in asked[5:]] == [SkipLayer, RoundLayer]
+    assert again.paths[0].read_bytes() == whole
+
+
+def test_another_plan_begins_anew(tiny: Path) -> None:
+    rounding = _rounding(tiny)
+    round_layers(tiny, _made(tiny), rounding)
+    made = _made(tiny, budget="45%")
+    rounded = round_layers(tiny, made, rounding)
+    assert rounded.n_bytes == made.n_bytes
+    assert [a.format for a in rounded.plan.assignments] == [a.format for a in made.plan.assignments]
+
+
+def test_a_file_without_error_feedback_has_nothing_to_round(tiny: Path, tmp_path: Path) -> None:
+    made = ramgguf.quantize(tiny, "50%", tmp_path / "s.gguf", effort="fast")
+    with pytest.raises(EngineError, match="no weight is rounded with error feedback"):
+        round_layers(tiny, made, _rounding(tiny))
+    assert not list(tmp_path.glob("*.partial.gguf*"))

@@ -96,7 +96,7 @@ def inputs(source: Path, folder: Path, recipe: Recipe, n_ctx: int) -> tuple[Path
     )
     if not hessian.exists():
         ramgguf.calibrate(
-            source, imatrix, tokens=recipe.tokens, n_sequences=min(recipe.n_sequences, LAYER_SEQUENCES), n_ctx=n_ctx,
+            source, imatrix, tokens=recipe.tokens, n_sequences=recipe.n_sequences, n_ctx=n_ctx,
             hessian=hessian, force=True,
         )  # fmt: skip
     if recipe.is_scaled and not scales.exists():

@@ -21,9 +21,12 @@ from ramgguf.core.machine import Available
 from ramgguf.evaluate import held_out
 from ramgguf.evaluate.held_out import HeldOutScore, WindowScore, resamples, score_held_out
 from ramgguf.gguf.reader import open_gguf
+from ramgguf.llama.child import Child
 from ramgguf.llama.client import Engine
+from ramgguf.llama.layer_rounding_protocol import RoundLayer, SkipLayer
 from ramgguf.quantize import default_effort
 from ramgguf.quantize import effort as effort_module
+from ramgguf.quantize import quantized_inputs as quantized_inputs_module
 from ramgguf.quantize import schedule as schedule_module
 from ramgguf.quantize import step_costs as step_costs_module
 from ramgguf.quantize.gate import judge
@@ -225,10 +228,10 @@ def test_auto_gates_each_step_keeps_what_it_measured_and_uses_it_again(
     assert made.n_bytes <= made.plan.budget
     assert made.worst_departure is not None
     assert said[0].startswith("measured here: ")
-    assert said[1].startswith("effort auto: 3 steps, about")
+    assert said[1].startswith("effort auto: 4 steps, about")
     notes = [n for n in made.plan.notes if n.startswith("effort auto: ")]
     assert [n.split(": ")[1] for n in notes] == [
-        "importance matrix", "error feedback", "massive activations",
+        "importance matrix", "error feedback", "massive activations", "quantized inputs",
     ]  # fmt: skip
     assert "held-out windows" in notes[0]
     assert "no tensor needs more" in notes[2]
@@ -268,6 +271,62 @@ def test_the_matrix_brings_scales_which_all_later_steps_use_and_the_next_run_tak
     said.clear()
     ramgguf.quantize(tiny, "50%", tmp_path / "b.gguf", announce=said.append)
     assert f"taking {scales}" in said
+
+
+@pytest.mark.usefixtures("quick", "always_taken")
+def test_the_last_step_rounds_layer_by_layer_and_a_killed_one_is_gone_on_with(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask, requests = Child.ask, list[object]()
+
+    def until_layer_one(self: Child, request: Any, expected: Any) -> Any:
+        requests.append(request)
+        if isinstance(request, RoundLayer) and request.layer == 1:
+            raise KeyboardInterrupt
+        return ask(self, request, expected)
+
+    monkeypatch.setattr(Child, "ask", until_layer_one)
+    out, folder = tmp_path / "a.gguf", tmp_path / "tiny-f16.effort"
+    with pytest.raises(KeyboardInterrupt):
+        ramgguf.quantize(tiny, "45%", out)
+    assert len(list(folder.glob("*.layers.partial.gguf*"))) == 2
+    assert not out.exists()
+
+    def counted(self: Child, request: Any, expected: Any) -> Any:
+        requests.append(request)
+        return ask(self, request, expected)
+
+    monkeypatch.setattr(Child, "ask", counted)
+    requests.clear()
+    shown = ShownStages()
+    made = ramgguf.quantize(tiny, "45%", out, progress=shown)
+    assert [r.layer for r in requests if isinstance(r, SkipLayer)] == [0]
+    assert [r.layer for r in requests if isinstance(r, RoundLayer)] == [1]
+    assert ("layers", "gate", "verify") in shown.stages
+    assert made.plan.quantized_inputs is not None
+    assert made.plan.quantized_inputs.n_sequences == 2
+    assert "quantized inputs: taken" in made.plan.notes[-1]
+    assert made.worst_departure is not None
+    assert made.worst_departure < 1e-9
+    assert made.measurement is not None
+    assert not list(folder.glob("*.partial*"))
+    with open_gguf(out) as file:
+        assert file.metadata.string("ramgguf.plan_sha256") == made.plan.sha256()
+
+
+@pytest.mark.usefixtures("quick", "always_taken")
+def test_layers_that_llama_cpp_cannot_run_alone_leave_the_file_as_it_was(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quantized_inputs_module, "_WORKER", "crashing_worker")
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+    made = ramgguf.quantize(tiny, "45%", tmp_path / "a.gguf")
+    assert made.plan.encoder == "descent"
+    assert made.plan.quantized_inputs is None
+    assert made.plan.notes[-1].startswith(
+        "effort auto: quantized inputs: left out, llama.cpp ended"
+    )
+    assert not list((tmp_path / "tiny-f16.effort").glob("*.partial*"))
 
 
 @pytest.mark.usefixtures("quick", "always_taken")
@@ -359,7 +418,7 @@ def test_a_step_that_would_end_late_is_left_out_and_the_log_says_so(
     monkeypatch.setattr(effort_module, "clock", lambda: leaps[0])
     made = ramgguf.quantize(tiny, "45%", tmp_path / "a.gguf", effort="auto")
     late = [note for note in made.plan.notes if "are spent" in note]
-    assert len(late) == 2
+    assert len(late) == 3
     assert "error feedback: left out, 6 min 40 s of 5 min 0 s are spent" in late[0]
     assert "massive activations: left out, 6 min 40 s of 5 min 0 s are spent" in late[1]
 

@@ -11,8 +11,8 @@ STAMP  := $(VENV)/.installed
 CPP_SOURCES := $(shell find cpp -name "*.cpp" -o -name "*.h")
 
 # What computes with the kernels: run once more at the lowest level of instructions.
-KERNEL_TESTS := tests/cpp tests/quants tests/quantize tests/calibrate tests/sensitivity tests/refine tests/cli \
-	tests/plan/test_calibrated_plans.py tests/evaluate/test_evaluate.py tests/llama/test_engine.py
+KERNEL_TESTS := tests/cpp tests/quants tests/plan/test_calibrated_plans.py tests/evaluate/test_evaluate.py \
+	$(addprefix tests/quantize/test_,quantize.py written_bytes.py copied_tensors.py end_to_end.py quantized_sources.py)
 
 # Two files of tests at a time: much of what they do waits for a child or uses one core.
 PARALLEL := -n 2 --dist loadfile

@@ -15,7 +15,7 @@ namespace {
 using TypeRow = std::tuple<uint32_t, uint32_t, uint32_t, uint32_t>;
 
 std::variant<Header, uint64_t> scan(const py::buffer& buffer, uint64_t n_file,
-                           const std::vector<TypeRow>& rows) {
+                                    const std::vector<TypeRow>& rows) {
     const py::buffer_info info = buffer.request();
     if (info.ndim != 1 || info.itemsize != 1 || info.strides[0] != 1) {
         throw py::value_error("the header must be a contiguous buffer of bytes");
@@ -65,8 +65,9 @@ void bind_gguf(py::module_& m) {
         .def_readonly("data_offset", &Header::data_offset)
         .def_property_readonly("keys", &key_rows)
         .def_property_readonly("tensors", &tensor_rows);
-    m.def("scan_header", &scan, py::arg("buffer"), py::arg("n_file"), py::arg("types"),
-          "Scan a GGUF header; where it goes on beyond the buffer, the bytes that it has at least.");
+    m.def(
+        "scan_header", &scan, py::arg("buffer"), py::arg("n_file"), py::arg("types"),
+        "Scan a GGUF header; where it goes on beyond the buffer, the bytes that it has at least.");
 }
 
 }  // namespace ramgguf

@@ -71,7 +71,8 @@ struct HeaderError : std::runtime_error {
     using std::runtime_error::runtime_error;
 };
 
-// The bytes at hand are sound, but the header goes on to byte `end` at least: scan again with those.
+// The bytes at hand are sound, but the header goes on to byte `end` at least: scan again with
+// those.
 struct NeedMoreBytes {
     uint64_t end;
 };

@@ -12,7 +12,7 @@ from ramgguf.report.card_sources import Card, CardFile
 from ramgguf.report.check import markdown as check_markdown
 from ramgguf.report.grid import Field, grid_of, to_markdown
 from ramgguf.report.memory import remarks
-from ramgguf.report.plans import optimality, refinement
+from ramgguf.report.plans import after_planning, optimality
 from ramgguf.report.results import eval_markdown
 from ramgguf.report.roles import RoleTensors, largest_first
 from ramgguf.report.tensor_types import imatrix_note, recipe_types
@@ -94,8 +94,7 @@ def _plan(plan: Plan) -> str:
         f"Budget {plan.budget:,} bytes, file {plan.n_bytes:,} bytes; encoder {plan.encoder}.",
         f"{optimality(plan)}.",
     ]
-    if plan.refinement is not None:
-        said.append(f"{refinement(plan.refinement)}.")
+    said += [f"{line}." for line in after_planning(plan)]
     said += [f"{note}." for note in plan.notes]
     return "\n".join(f"- {markdown_text(line)}" for line in said)
 

@@ -69,8 +69,7 @@ def drawing(value: object) -> str | None:
 def _plan(plan: Plan) -> str:
     grids = [plans.role_grid(plan)]
     told = [plans.size(plan), plans.optimality(plan)]
-    if plan.refinement is not None:
-        told.append(plans.refinement(plan.refinement))
+    told += plans.after_planning(plan)
     if plan.memory is not None:
         grids.append(memory.memory_grid(plan.memory))
         told += [memory.context(plan.memory), *memory.remarks(plan.memory, plan.division)]

@@ -1,5 +1,7 @@
 """Plans for the terminal: formats by role, size, how near the optimum, what more would buy."""
 
+from collections.abc import Iterator
+
 from rich.console import Console
 
 from ramgguf.core.units import format_bytes, format_count
@@ -49,8 +51,8 @@ def print_plan(plan: Plan, console: Console, *, verbose: bool = False) -> None:
         console.print(prediction(plan.predicted_kld), soft_wrap=True)
     if plan.speed is not None:
         console.print(speed(plan.speed), soft_wrap=True)
-    if plan.refinement is not None:
-        console.print(refinement(plan.refinement), soft_wrap=True)
+    for line in after_planning(plan):
+        console.print(line, soft_wrap=True)
     if plan.next_percent is not None and plan.total_cost > 0:
         step = plan.next_percent
         saved = 1 - step.total_cost / plan.total_cost
@@ -108,6 +110,17 @@ def prediction(found: PredictedKLD) -> str:
         f"predicted KLD {kld(found.kld)} nats per token ({kld(found.low)}–{kld(found.high)}, 95 %) "
         "on text of several domains; `--score` measures it"
     )
+
+
+def after_planning(plan: Plan) -> Iterator[str]:
+    """Yield a sentence for each thing that was done once the formats were chosen."""
+    if plan.refinement is not None:
+        yield refinement(plan.refinement)
+    if (found := plan.quantized_inputs) is not None:
+        yield (
+            "rounded layer by layer for the inputs that quantized layers leave, on "
+            f"{found.n_sequences} × {found.n_ctx} tokens of {found.tokens}"
+        )
 
 
 def refinement(found: Refinement) -> str:

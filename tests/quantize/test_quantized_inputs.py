@@ -21,6 +21,7 @@ from ramgguf.quantize.pipeline import NOT_CORRECTED, QuantizeOptions, as_planned
 from ramgguf.quantize.placing import placed
 from ramgguf.quantize.quantized_inputs import Rounding, forget, round_layers
 from ramgguf.quantize.verify import verify
+from small_models import ARCHITECTURES, write_small_model
 from tiny_models import write_tiny_model
 
 INPUTS = QuantizedInputs(tokens="mix", n_sequences=15, n_ctx=128)
@@ -144,3 +145,37 @@ def test_a_file_without_error_feedback_has_nothing_to_round(tiny: Path, tmp_path
     with pytest.raises(EngineError, match="no weight is rounded with error feedback"):
         round_layers(tiny, made, _rounding(tiny))
     assert not list(tmp_path.glob("*.partial.gguf*"))
+
+
+def _small(tmp_path: Path, name: str) -> tuple[Path, Quantized, Rounding]:
+    """Return a small model of the architecture, what error feedback makes of it, and a rounding."""
+    architecture = next(a for a in ARCHITECTURES if a.name == name)
+    model = write_small_model(tmp_path / f"{name}.gguf", architecture, tokenizer=True)
+    matrix, hessian = tmp_path / "i.gguf", tmp_path / "h.gguf"
+    ramgguf.calibrate(model, matrix, tokens="random", n_sequences=6, n_ctx=64, hessian=hessian)
+    made = ramgguf.quantize(
+        model, "35%", tmp_path / "q.gguf", effort="fast", encoder="gptq", imatrix=matrix,
+        hessian=hessian, min_sqnr_db=0,
+    )  # fmt: skip
+    inputs = QuantizedInputs(tokens="random", n_sequences=6, n_ctx=64)
+    return model, made, Rounding(inputs, tmp_path / "p.gguf", tmp_path)
+
+
+def test_experts_stay_as_they_are(tmp_path: Path) -> None:
+    model, made, rounding = _small(tmp_path, "qwen3moe")
+    rounded = round_layers(model, made, rounding)
+    with open_gguf(made.paths[0]) as before, open_gguf(rounded.paths[0]) as after:
+        changed = {
+            t.name
+            for t in before.tensors
+            if not np.array_equal(before.read_rows(t, 0, t.n_rows), after.read_rows(t, 0, t.n_rows))
+        }
+    assert {f"blk.{k}.attn_output.weight" for k in range(2)} <= changed
+    assert not any("_exps" in name or "norm" in name for name in changed)
+
+
+def test_layers_that_compute_something_else_by_themselves_are_refused(tmp_path: Path) -> None:
+    """GPT-2 adds the positions before its first layer."""
+    model, made, rounding = _small(tmp_path, "gpt2")
+    with pytest.raises(EngineError, match="layer 1 by itself computes something else"):
+        round_layers(model, made, rounding)

@@ -34,7 +34,7 @@ from provenance import provenance
 from ramgguf.evaluate import score_held_out
 from ramgguf.plan.result import QuantizedInputs
 from ramgguf.quantize import Quantized
-from ramgguf.quantize.quantized_inputs import Rounding, forget, round_layers
+from ramgguf.quantize.quantized_inputs import Rounding, rounded_layers
 from ramgguf.quantize.schedule import LAYER_SEQUENCES
 from ramgguf.quants.encoders import EncoderName
 
@@ -128,21 +128,20 @@ def made(
             )  # fmt: skip
             if recipe.for_quantized_inputs:
                 began = time.perf_counter()
-                rounded(source, plain, recipe, n_ctx).replace(path)
+                round_anew(source, plain, recipe, n_ctx)
                 print(f"{recipe.name}: {time.perf_counter() - began:.0f} s", flush=True)
         yield recipe, path
 
 
-def rounded(source: Path, plain: Quantized, recipe: Recipe, n_ctx: int) -> Path:
-    """Return the file, rounded anew for its quantized inputs."""
-    inputs = QuantizedInputs(
-        tokens=recipe.tokens, n_sequences=min(recipe.n_sequences, LAYER_SEQUENCES), n_ctx=n_ctx
-    )
-    path = plain.paths[0].with_suffix(".layers.gguf")
-    forget(path)
-    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-        round_layers(source, plain, Rounding(inputs, path, Path(scratch)))
-    return path
+def round_anew(source: Path, plain: Quantized, recipe: Recipe, n_ctx: int) -> None:
+    """Round the file anew for its quantized inputs."""
+    n = min(recipe.n_sequences, LAYER_SEQUENCES)
+    inputs = QuantizedInputs(tokens=recipe.tokens, n_sequences=n, n_ctx=n_ctx)
+    (path,) = plain.paths
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        rounding = Rounding(inputs, Path(folder) / "layers.gguf", Path(folder))
+        with rounded_layers(source, plain, rounding) as made:
+            made.paths[0].replace(path)
 
 
 def _reference(mix: str, recipes: Sequence[Recipe]) -> Recipe:

@@ -66,6 +66,14 @@ class LineFile:
             raise self._error(f"{self.path}: cannot be written: {e.strerror}") from None
         self._end += n_bytes
 
+    def clear(self) -> None:
+        """Take all lines away."""
+        try:
+            os.ftruncate(self._fd, 0)
+        except OSError as e:
+            raise self._error(f"{self.path}: cannot be written: {e.strerror}") from None
+        self.lines, self._end = [], 0
+
     def close(self) -> None:
         """Close the file, which frees it for others; one that it made and left empty is removed."""
         if self._fd >= 0:

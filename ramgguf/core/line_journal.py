@@ -44,7 +44,10 @@ class LineJournal(Generic[S, T]):
         self._file.close()
 
     def begin(self, settings: S) -> None:
-        """Record what the run does."""
+        """Record what the run does; what another one has left is forgotten."""
+        if self.settings is not None:
+            self._file.clear()
+            self.steps = []
         self.settings = settings
         self._write(settings)
 

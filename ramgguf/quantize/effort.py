@@ -57,7 +57,7 @@ from ramgguf.quantize.pipeline import Quantized, QuantizeOptions, quantize_once
 from ramgguf.quantize.placing import placed
 from ramgguf.quantize.projector import check_projector, with_projector
 from ramgguf.quantize.protection import protected_formats
-from ramgguf.quantize.quantized_inputs import Rounding, forget, round_layers
+from ramgguf.quantize.quantized_inputs import Rounding, rounded_layers
 from ramgguf.quantize.schedule import (
     DISK_SHARE,
     EFFORTS,
@@ -791,18 +791,14 @@ class _Run:
         """Write the best file with its weights rounded layer by layer."""
         n = min(self._schedule.n_sequences, LAYER_SEQUENCES)
         inputs = QuantizedInputs(tokens=TOKENS, n_sequences=n, n_ctx=N_CTX)
-        partial = self._cache.rounding
-        rounding = Rounding(inputs, partial, self._scratch, self._threads, self._progress)
-        try:
-            rounded = round_layers(self._model, best.made, rounding)
+        rounding = Rounding(
+            inputs, self._cache.rounding, self._scratch, self._threads, self._progress
+        )
+        with rounded_layers(self._model, best.made, rounding) as rounded:
             self._n_candidates += 1
             path = self._scratch / f"candidate-{self._n_candidates}.gguf"
             options = replace(self._options, before=rounded, split_max_bytes=None, verify=False)
             made = quantize_once(self._model, None, path, options, from_plan=rounded.plan)
-        except Exception:
-            forget(partial)  # only a run that is killed is gone on with
-            raise
-        forget(partial)
         return _Candidate(best.choice, replace(made, measurement=rounded.measurement))
 
     def _once(self, choice: Choice, output: Path | None, **changed: Any) -> Quantized:
@@ -873,5 +869,4 @@ class _Run:
         done = placed(self._model, made, self._output, self._options)
         if self._blocks is not None:
             self._blocks.unlink(missing_ok=True)
-            forget(self._cache.rounding)
         return replace(done, seconds={"effort": clock() - self._start})

@@ -6,8 +6,8 @@ run has done is gone on with.
 
 import hashlib
 import shutil
-from collections.abc import Sequence
-from contextlib import closing, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,6 +41,9 @@ class _Settings(FrozenModel):
     key: str
 
 
+_Journal = LineJournal[_Settings, LayerRounded]
+
+
 @dataclass(frozen=True)
 class Rounding:
     """How layers are rounded: for the tokens of a matrix, at `partial` until it is done, with a
@@ -54,40 +57,50 @@ class Rounding:
     progress: Progress | None = None
 
 
-def round_layers(model: Path, made: Quantized, rounding: Rounding) -> Quantized:
-    """Return the file at rounding.partial: as what was made, rounded for its quantized inputs.
+@contextmanager
+def rounded_layers(model: Path, made: Quantized, rounding: Rounding) -> Iterator[Quantized]:
+    """Yield what was made, rounded for its quantized inputs: the file at rounding.partial.
 
-    What was made must be by error feedback, in one file. The plan of what is returned says what was
-    done, and has the errors of what was written. Raises EngineError where llama.cpp cannot run the
-    layers one by one, or where no tensor would be rounded.
+    What was made must be by error feedback, in one file. The plan of what is yielded says what was
+    done, and has the errors of what was written. The file is removed at the end, and kept if this
+    process is killed or interrupted. Raises EngineError where llama.cpp cannot run the layers one
+    by one, or where no tensor would be rounded, PlanError where another process does the same.
     """
+    path = rounding.partial
+    journal_path = path.with_name(f"{path.name}.journal")
+    journal: _Journal
+    with (
+        open_gguf(model) as plain,
+        LineJournal(journal_path, _Settings, LayerRounded, "rounding") as journal,
+    ):
+        try:
+            yield _rounded(as_planned(plain, made.plan), made, rounding, journal)
+        except Exception:
+            _remove(path, journal_path)
+            raise
+        _remove(path, journal_path)
+
+
+def _rounded(file: GGUFFile, made: Quantized, rounding: Rounding, journal: _Journal) -> Quantized:
     path, plan = rounding.partial, made.plan
-    with open_gguf(model) as plain:
-        file = as_planned(plain, plan)
-        names = _rounded_names(file, plan)
-        if not names:
-            raise EngineError("no weight is rounded with error feedback")
-        key = f"{__version__} {file.sample_sha256} {plan.sha256()} {rounding.inputs}"
-        journal_path = path.with_name(f"{path.name}.journal")
-        settings = _Settings(key=hashlib.sha256(key.encode()).hexdigest())
-        if not _is_of(journal_path, settings) or not path.exists():
-            journal_path.unlink(missing_ok=True)
-            shutil.copyfile(made.paths[0], path)
-        journal: LineJournal[_Settings, LayerRounded]
-        with LineJournal(journal_path, _Settings, LayerRounded, "rounding") as journal:
-            if journal.settings is None:
-                journal.begin(settings)
-            _run(model, plan, names, rounding, journal)
-        plan = plan.model_copy(update={"quantized_inputs": rounding.inputs})
-        with open_gguf(path) as written:
-            threads = rounding.threads or default_threads()
-            plan = with_written_errors(file, plan, written, threads=threads, progress=Silent())
+    names = _rounded_names(file, plan)
+    if not names:
+        raise EngineError("no weight is rounded with error feedback")
+    key = f"{__version__} {file.sample_sha256} {plan.sha256()} {rounding.inputs}"
+    settings = _Settings(key=hashlib.sha256(key.encode()).hexdigest())
+    if journal.settings != settings or not path.exists():
+        shutil.copyfile(made.paths[0], path)
+        journal.begin(settings)
+    _run(file.paths[0], plan, names, rounding, journal)
+    plan = plan.model_copy(update={"quantized_inputs": rounding.inputs})
+    with open_gguf(path) as written:
+        threads = rounding.threads or default_threads()
+        plan = with_written_errors(file, plan, written, threads=threads, progress=Silent())
     return Quantized((path,), path.stat().st_size, plan, made.measurement, None, {})
 
 
-def forget(partial: Path) -> None:
-    """Remove what a run has left there."""
-    for path in (partial, partial.with_name(f"{partial.name}.journal")):
+def _remove(*paths: Path) -> None:
+    for path in paths:
         with suppress(OSError):
             path.unlink(missing_ok=True)
 
@@ -110,20 +123,12 @@ def _rounded_names(file: GGUFFile, plan: Plan) -> tuple[str, ...]:
         )
 
 
-def _is_of(path: Path, settings: _Settings) -> bool:
-    """Return whether the journal there is of a run with these settings."""
-    with suppress(OSError, ValueError):
-        first = path.read_bytes().partition(b"\n")[0]
-        return _Settings.model_validate_json(first) == settings
-    return False
-
-
 def _run(
     model: Path,
     plan: Plan,
     names: Sequence[str],
     rounding: Rounding,
-    journal: LineJournal[_Settings, LayerRounded],
+    journal: _Journal,
 ) -> None:
     assert plan.imatrix is not None  # names have Hessians
     inputs, shown = rounding.inputs, rounding.progress or Silent()

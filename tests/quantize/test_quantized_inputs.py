@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("llama_cpp")
 
 import ramgguf
-from ramgguf.core.errors import EngineError
+from ramgguf.core.errors import EngineError, PlanError
 from ramgguf.core.progress import Silent
 from ramgguf.evaluate import score_held_out
 from ramgguf.gguf.reader import open_gguf
@@ -19,7 +19,7 @@ from ramgguf.plan.result import Plan, QuantizedInputs
 from ramgguf.quantize import Quantized
 from ramgguf.quantize.pipeline import NOT_CORRECTED, QuantizeOptions, as_planned, quantize_once
 from ramgguf.quantize.placing import placed
-from ramgguf.quantize.quantized_inputs import Rounding, forget, round_layers
+from ramgguf.quantize.quantized_inputs import Rounding, rounded_layers
 from ramgguf.quantize.verify import verify
 from small_models import ARCHITECTURES, write_small_model
 from tiny_models import write_tiny_model
@@ -54,6 +54,15 @@ def _rounding(model: Path) -> Rounding:
     return Rounding(INPUTS, model.with_suffix(".partial.gguf"), model.parent, 2)
 
 
+def _rounded(model: Path, made: Quantized, rounding: Rounding) -> Quantized:
+    """Return what was made, rounded for its quantized inputs, in a file that stays."""
+    path = model.with_name(f"{model.stem}-rounded.gguf")
+    with rounded_layers(model, made, rounding) as found:
+        path.write_bytes(found.paths[0].read_bytes())
+    assert not list(model.parent.glob("*.partial.gguf*"))
+    return replace(found, paths=(path,))
+
+
 def _klds(model: Path, *files: Path) -> list[float]:
     scores = score_held_out(list(files), model, n_ctx=128, max_rounds=4, seconds=None)
     return [sum(w.kld_sum for w in s.windows) / sum(w.n_tokens for w in s.windows) for s in scores]
@@ -64,7 +73,7 @@ def test_the_file_loses_less_at_the_same_bytes_and_its_plan_has_its_errors(
     tiny: Path, *, scaled: bool
 ) -> None:
     made = _made(tiny, scaled=scaled)
-    rounded = round_layers(tiny, made, _rounding(tiny))
+    rounded = _rounded(tiny, made, _rounding(tiny))
     before, after = _klds(tiny, made.paths[0], rounded.paths[0])
     assert after < 0.85 * before
     assert rounded.n_bytes == made.n_bytes
@@ -81,7 +90,7 @@ def test_the_file_loses_less_at_the_same_bytes_and_its_plan_has_its_errors(
 def test_shards_are_copied_from_the_file_and_a_plan_alone_says_that_it_is_not_corrected(
     tiny: Path, tmp_path: Path
 ) -> None:
-    rounded = round_layers(tiny, _made(tiny), _rounding(tiny))
+    rounded = _rounded(tiny, _made(tiny), _rounding(tiny))
     said: list[str] = []
     options = QuantizeOptions(announce=said.append, split_max_bytes=60_000)
     split = placed(tiny, rounded, tmp_path / "s.gguf", options)
@@ -104,9 +113,7 @@ def test_a_killed_run_is_gone_on_with_unless_its_blocks_have_changed(
     tiny: Path, monkeypatch: pytest.MonkeyPatch, *, damage: bool
 ) -> None:
     made, rounding = _made(tiny), _rounding(tiny)
-    whole = round_layers(tiny, made, rounding).paths[0].read_bytes()
-    forget(rounding.partial)
-    assert not list(tiny.parent.glob("*.partial.gguf*"))
+    whole = _rounded(tiny, made, rounding).paths[0].read_bytes()
     ask, asked = Child.ask, []
 
     def first_layer_only(self: Child, request: object, expected: type) -> object:
@@ -117,7 +124,7 @@ def test_a_killed_run_is_gone_on_with_unless_its_blocks_have_changed(
 
     monkeypatch.setattr(Child, "ask", first_layer_only)
     with pytest.raises(KeyboardInterrupt):
-        round_layers(tiny, made, rounding)
+        _rounded(tiny, made, rounding)
     if damage:
         with open_gguf(rounding.partial) as file:
             at = file.tensor("blk.0.attn_q.weight").offset
@@ -126,24 +133,47 @@ def test_a_killed_run_is_gone_on_with_unless_its_blocks_have_changed(
             out.write(bytes(32))
     del asked[:]
     asked += [None] * 4
-    again = round_layers(tiny, made, rounding)
+    again = _rounded(tiny, made, rounding)
     assert [type(r) for r in asked[5:]] == [SkipLayer, RoundLayer]
     assert again.paths[0].read_bytes() == whole
 
 
-def test_another_plan_begins_anew(tiny: Path) -> None:
+def test_another_plan_begins_anew(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rounding = _rounding(tiny)
-    round_layers(tiny, _made(tiny), rounding)
+    with pytest.raises(KeyboardInterrupt), rounded_layers(tiny, _made(tiny), rounding):
+        raise KeyboardInterrupt
+    assert rounding.partial.exists()
+    requests: list[object] = []
+    ask = Child.ask
+
+    def counted(self: Child, request: object, expected: type) -> object:
+        requests.append(request)
+        return ask(self, request, expected)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Child, "ask", counted)
     made = _made(tiny, budget="45%")
-    rounded = round_layers(tiny, made, rounding)
+    rounded = _rounded(tiny, made, rounding)
+    assert not any(isinstance(r, SkipLayer) for r in requests)
     assert rounded.n_bytes == made.n_bytes
     assert [a.format for a in rounded.plan.assignments] == [a.format for a in made.plan.assignments]
+
+
+def test_two_processes_do_not_round_the_same_file(tiny: Path) -> None:
+    made, rounding = _made(tiny), _rounding(tiny)
+    with rounded_layers(tiny, made, rounding) as found:
+        before = found.paths[0].read_bytes()
+        with (
+            pytest.raises(PlanError, match="another process is writing it"),
+            rounded_layers(tiny, made, rounding),
+        ):
+            pass
+        assert found.paths[0].read_bytes() == before
 
 
 def test_a_file_without_error_feedback_has_nothing_to_round(tiny: Path, tmp_path: Path) -> None:
     made = ramgguf.quantize(tiny, "50%", tmp_path / "s.gguf", effort="fast")
     with pytest.raises(EngineError, match="no weight is rounded with error feedback"):
-        round_layers(tiny, made, _rounding(tiny))
+        _rounded(tiny, made, _rounding(tiny))
     assert not list(tmp_path.glob("*.partial.gguf*"))
 
 
@@ -163,7 +193,7 @@ def _small(tmp_path: Path, name: str) -> tuple[Path, Quantized, Rounding]:
 
 def test_experts_stay_as_they_are(tmp_path: Path) -> None:
     model, made, rounding = _small(tmp_path, "qwen3moe")
-    rounded = round_layers(model, made, rounding)
+    rounded = _rounded(model, made, rounding)
     with open_gguf(made.paths[0]) as before, open_gguf(rounded.paths[0]) as after:
         changed = {
             t.name
@@ -178,4 +208,4 @@ def test_layers_that_compute_something_else_by_themselves_are_refused(tmp_path: 
     """GPT-2 adds the positions before its first layer."""
     model, made, rounding = _small(tmp_path, "gpt2")
     with pytest.raises(EngineError, match="layer 1 by itself computes something else"):
-        round_layers(model, made, rounding)
+        _rounded(model, made, rounding)

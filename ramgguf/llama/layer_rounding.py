@@ -31,6 +31,7 @@ from ramgguf.quants.correction import ChangedInputs, InputSums
 from ramgguf.quants.encoders import encoder
 from ramgguf.quants.encoders.decoding import decode_rows, in_type
 from ramgguf.quants.imatrix import Imatrix
+from ramgguf.quants.roundtrip import SOURCES
 
 _ADDED_ROWS = 2048  # inputs added to the sums at a time: with few, the sums' own memory is the cost
 _ROUNDED_WEIGHTS = 1 << 20  # what a thread rounds at a time
@@ -60,6 +61,9 @@ class LayerRounding(Closing):
         n_ctx: int,
         threads: int,
     ) -> None:
+        changed = [t for t in source.tensors if quantized.tensor(t.name).type_name != t.type_name]
+        if others := {t.type_name for t in changed} - set(SOURCES):
+            raise EngineError(f"it takes weights in F32, F16 or BF16, not in {min(others)}")
         self._source, self._quantized, self._folder = source, quantized, folder
         self._names, self._encoder = frozenset(names), encoder(encoder_name)
         self._imatrix, self._threads = imatrix, threads

@@ -32,7 +32,9 @@ def tiny(tmp_path: Path) -> Path:
     return write_tiny_model(tmp_path / "tiny-f16.gguf", weight_type="F16")
 
 
-def _made(model: Path, *, scaled: bool = False, budget: str = "35%") -> Quantized:
+def _made(
+    model: Path, *, scaled: bool = False, budget: str = "35%", allow_requantize: bool = False
+) -> Quantized:
     """Return the model with error feedback from the tokens of INPUTS."""
     matrix, hessian, scales = (
         model.with_name(f"{model.stem}.{kind}.gguf") for kind in ("imatrix", "hessian", "scales")
@@ -46,7 +48,7 @@ def _made(model: Path, *, scaled: bool = False, budget: str = "35%") -> Quantize
     return ramgguf.quantize(
         model, budget, model.with_name(f"{model.stem}-fed.gguf"), effort="fast", encoder="gptq",
         imatrix=matrix, hessian=hessian, scales=scales if scaled else None, min_sqnr_db=0,
-        force=True,
+        allow_requantize=allow_requantize, force=True,
     )  # fmt: skip
 
 
@@ -175,6 +177,13 @@ def test_a_file_without_error_feedback_has_nothing_to_round(tiny: Path, tmp_path
     with pytest.raises(EngineError, match="no weight is rounded with error feedback"):
         _rounded(tiny, made, _rounding(tiny))
     assert not list(tmp_path.glob("*.partial.gguf*"))
+
+
+def test_a_source_that_is_quantized_already_is_refused(tmp_path: Path) -> None:
+    model = write_tiny_model(tmp_path / "tiny-q8.gguf", weight_type="Q8_0")
+    made = _made(model, budget="70%", allow_requantize=True)
+    with pytest.raises(EngineError, match="weights in F32, F16 or BF16, not in Q8_0"):
+        _rounded(model, made, _rounding(model))
 
 
 def _small(tmp_path: Path, name: str) -> tuple[Path, Quantized, Rounding]:

@@ -169,9 +169,10 @@ def schedule(effort: Effort, limit: float, costs: Costs, kept: Kept, tokens: str
         )
         return Schedule(left_out=(line,))
     # Error feedback brings more per second than formats for massive activations, and than
-    # sensitivities; so do its tokens up to ENOUGH_FOR_FEEDBACK.
+    # sensitivities; so do its tokens up to ENOUGH_FOR_FEEDBACK. Quantized inputs bring more than
+    # sensitivities.
     fed = [t for t in fitting if t.has("error feedback") and t.n_read >= LEAST_FOR_FEEDBACK]
-    fed.sort(key=lambda t: -min(t.n_read, ENOUGH_FOR_FEEDBACK))
+    fed.sort(key=lambda t: (-min(t.n_read, ENOUGH_FOR_FEEDBACK), not t.has_priority))
     whole = [t for t in fed if t.has("massive activations") and t.n_read >= ENOUGH_FOR_FEEDBACK]
     fitting = [t for t in fitting if t.with_massive]
     calm = [t for t in fitting if t.reading <= READING_SHARE * limit or t.n <= LEAST_READ]
@@ -264,6 +265,11 @@ class _Try:
     def has(self, name: StepName) -> bool:
         return any(step.name == name for step in self.steps)
 
+    @property
+    def has_priority(self) -> bool:
+        """Whether it has the step for which best leaves sensitivities out."""
+        return self.effort == "best" and self.has("quantized inputs")
+
     def fill(self) -> None:
         """Take the steps in turn, each if it fits what those before it leave."""
         if self.effort == "auto":  # what brings most per second first
@@ -277,7 +283,9 @@ class _Try:
         for is_taken, name, maker in yielding:
             if not is_taken:
                 makers.remove(maker)
-                self.left_out.append(f"{name}: left out, error feedback needs the time")
+                self.left_out.append(
+                    f"{name}: left out, error feedback and what follows it need the time"
+                )
         for make in makers:
             if make == self.swaps and self.has("error feedback"):
                 self.left_out.append(SWAPS_LEFT_OUT)

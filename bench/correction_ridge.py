@@ -47,15 +47,10 @@ def gains(changed: ChangedInputs, lost: Sequence[Floats], weights: Floats) -> di
     lost are the means of (x − x̂)(x − x̂)ᵀ in the halves.
     """
     found: dict[str, Any] = {}
-    halves = changed.halves
     before = sum(float(np.vdot(weights @ one, weights)) for one in lost)
     for ridge in RIDGES:
-        helps = costs = 0.0
         with patch.object(correction, "RIDGE", ridge):
-            for own, other in (halves, halves[::-1]):
-                change = changed._change(weights, own.gram, own.cross)
-                helps += float(np.vdot(change, weights @ other.cross))
-                costs += float(np.vdot(change @ other.gram, change))
+            helps, costs = changed.tried(weights)
         share = max(0.0, helps / costs) if costs > 0 else 0.0
 
         def gain(s: float, helps: float = helps, costs: float = costs) -> float:

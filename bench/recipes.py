@@ -38,7 +38,7 @@ from ramgguf.quantize.quantized_inputs import Rounding, rounded_layers
 from ramgguf.quantize.schedule import LAYER_SEQUENCES
 from ramgguf.quants.encoders import EncoderName
 
-BASE, ALL = "gptq 12", "descent 48, scales, quantized inputs"
+BASE = "gptq 12"
 FEW, MANY = 12, 48  # sequences of 512 tokens
 
 
@@ -68,7 +68,13 @@ RECIPES = (
     Recipe("search 48, scales", "search", MANY, is_scaled=True),
     Recipe("gptq 48, scales", "gptq", MANY, is_scaled=True),
     Recipe("descent 48, scales", "descent", MANY, is_scaled=True),
-    Recipe(ALL, "descent", MANY, is_scaled=True, for_quantized_inputs=True),
+    Recipe(
+        "descent 48, scales, quantized inputs",
+        "descent",
+        MANY,
+        is_scaled=True,
+        for_quantized_inputs=True,
+    ),
 )
 
 

@@ -7,7 +7,7 @@ a layer, weights that share an input are rounded together, in the order in which
 
 import tempfile
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -166,14 +166,14 @@ class LayerRounding(Closing):
         t = self._quantized.tensor(name)
         return self._maps[t.shard][t.offset : t.offset + t.n_bytes].reshape(t.n_rows, -1)
 
-    def _put_quantized(self, layer: int, leave: Mapping[str, object] | None = None) -> None:
+    def _put_quantized(self, layer: int, leave: Collection[str] = ()) -> None:
         """Make the layer's tensors, and those before the first layer, what the file holds."""
         wanted = self._of(layer)
         if layer == 0:
             wanted += [t for t in self._source.tensors if layer_of(t.name) is None]
         for tensor in wanted:
             kind = self._quantized.tensor(tensor.name).type_name
-            if kind != tensor.type_name and tensor.name not in (leave or {}):
+            if kind != tensor.type_name and tensor.name not in leave:
                 for _ in ordered_map(partial(self._put, tensor), _parts(tensor), self._threads):
                     pass
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ramgguf.core.documents import FrozenModel
 from ramgguf.core.errors import EngineError
-from ramgguf.gguf.reader import GGUFFile, open_gguf
+from ramgguf.gguf.reader import open_gguf
 from ramgguf.llama.child import answer_requests
 from ramgguf.llama.layer_rounding import LayerRounding
 from ramgguf.llama.layer_rounding_protocol import (
@@ -18,7 +18,7 @@ from ramgguf.llama.layer_rounding_protocol import (
     SkipLayer,
 )
 from ramgguf.quants.imatrix import planned_imatrix
-from ramgguf.quants.scales import ScaledFile, load_scales
+from ramgguf.quants.scales import with_scales
 
 
 class RoundingSession:
@@ -51,14 +51,12 @@ class RoundingSession:
 
     def _open(self, request: OpenRounding) -> RoundingOpened:
         enter = self._stack.enter_context
-        source: GGUFFile = enter(open_gguf(Path(request.path), kind_check=True))
+        plain = enter(open_gguf(Path(request.path), kind_check=True))
         imatrix = planned_imatrix(request.imatrix)
         assert imatrix is not None  # one is named
-        if request.imatrix.scales_path is not None:
-            source = ScaledFile(source, load_scales(Path(request.imatrix.scales_path)))
         self._rounding = enter(
             LayerRounding(
-                source,
+                with_scales(plain, request.imatrix.scales_path),
                 enter(open_gguf(Path(request.quantized))),
                 Path(request.folder),
                 request.names,

@@ -31,7 +31,7 @@ from ramgguf.quants.encoders import DEFAULT_ENCODER, ENCODERS, EncoderName
 from ramgguf.quants.formats import SOURCES_ONLY, expand
 from ramgguf.quants.imatrix import load_importance
 from ramgguf.quants.output_metadata import overhead_bytes
-from ramgguf.quants.scales import ScaledFile, load_scales
+from ramgguf.quants.scales import with_scales
 from ramgguf.refine import refine as refine_plan
 from ramgguf.refine import refinement_journal
 
@@ -121,11 +121,6 @@ def quantize_once(
     if journal is not None:
         journal.unlink(missing_ok=True)
     return made
-
-
-def with_scales(file: GGUFFile, scales: str | Path | None) -> GGUFFile:
-    """Return the model with the scales of a file in it; without, the model as it is."""
-    return file if scales is None else ScaledFile(file, load_scales(Path(scales)))
 
 
 def as_planned(file: GGUFFile, plan: Plan) -> GGUFFile:

@@ -30,7 +30,7 @@ from ramgguf.plan.result import Plan, QuantizedInputs
 from ramgguf.quantize.pipeline import Quantized, as_planned
 from ramgguf.quantize.verify import with_written_errors
 from ramgguf.quants.encoders import encoder
-from ramgguf.quants.imatrix import planned_imatrix
+from ramgguf.quants.hessian import load_hessians
 
 _WORKER = "ramgguf.llama.layer_rounding_worker"
 
@@ -107,11 +107,10 @@ def _remove(*paths: Path) -> None:
 
 def _rounded_names(file: GGUFFile, plan: Plan) -> tuple[str, ...]:
     """Return the tensors that error feedback has rounded."""
-    imatrix, chosen = planned_imatrix(plan.imatrix), encoder(plan.encoder)
-    hessians = imatrix.hessians if imatrix else None
-    if hessians is None:
+    chosen, path = encoder(plan.encoder), plan.imatrix.hessian_path if plan.imatrix else None
+    if path is None:
         return ()
-    with closing(hessians):
+    with closing(load_hessians(Path(path))) as hessians:  # the child sees that they are the plan's
         return tuple(
             a.name
             for a, encoded in zip(plan.assignments, plan.encoded, strict=True)

@@ -100,16 +100,23 @@ class ChangedInputs:
         noise: 2s / (1 + s) of that.
         """
         step = max(1, len(weights) // _MEASURED_ROWS)
-        rows = np.ascontiguousarray(weights[::step])
+        helps, costs = self.tried(np.ascontiguousarray(weights[::step]))
+        if not (helps > 0 and costs > 0):
+            return 0.0
+        share = min(1.0, helps / costs)
+        return 2 * share / (1 + share)
+
+    def tried(self, rows: Floats) -> tuple[float, float]:
+        """Return what a share s of each half's change does to the squared output error of rows
+        (rows, n) on the other half: it is lowered by 2 s of the first number, raised by s² of the
+        second. Sums over both halves.
+        """
         helps, costs = 0.0, 0.0
         for own, other in (self.halves, self.halves[::-1]):
             change = self._change(rows, own.gram, own.cross)
             helps += float(np.vdot(change, rows @ other.cross))
             costs += float(np.vdot(change @ other.gram, change))
-        if not (helps > 0 and costs > 0):
-            return 0.0
-        share = min(1.0, helps / costs)
-        return 2 * share / (1 + share)
+        return helps, costs
 
     def _change(self, rows: Floats, gram: Floats, cross: Floats) -> Floats:
         """Return rows · cross · (gram + ridge)⁻¹."""

@@ -165,6 +165,11 @@ class ScaledFile(GGUFFile):
             ) from None
 
 
+def with_scales(file: GGUFFile, scales: str | Path | None) -> GGUFFile:
+    """Return the model with the scales of a file in it; without, the model as it is."""
+    return file if scales is None else ScaledFile(file, load_scales(Path(scales)))
+
+
 def _of_columns(tensor: TensorInfo) -> tuple[tuple[int, ...], ...]:
     """Return the shapes that scales of the tensor's columns may have."""
     shared = (tensor.row_length,)

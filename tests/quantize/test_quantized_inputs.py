@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -118,11 +119,11 @@ def test_a_killed_run_is_gone_on_with_unless_its_blocks_have_changed(
     whole = _rounded(tiny, made, rounding).paths[0].read_bytes()
     ask, asked = Child.ask, []
 
-    def first_layer_only(self: Child, request: object, expected: type) -> object:
+    def first_layer_only(self: Child, request: Any, expected: Any) -> Any:
         asked.append(request)
         if isinstance(request, RoundLayer) and request.layer == 1 and len(asked) < 4:
             raise KeyboardInterrupt
-        return ask(self, request, expected)  # type: ignore[arg-type]
+        return ask(self, request, expected)
 
     monkeypatch.setattr(Child, "ask", first_layer_only)
     with pytest.raises(KeyboardInterrupt):
@@ -148,9 +149,9 @@ def test_another_plan_begins_anew(tiny: Path, monkeypatch: pytest.MonkeyPatch) -
     requests: list[object] = []
     ask = Child.ask
 
-    def counted(self: Child, request: object, expected: type) -> object:
+    def counted(self: Child, request: Any, expected: Any) -> Any:
         requests.append(request)
-        return ask(self, request, expected)  # type: ignore[arg-type]
+        return ask(self, request, expected)
 
     monkeypatch.setattr(Child, "ask", counted)
     made = _made(tiny, budget="45%")

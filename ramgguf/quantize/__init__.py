@@ -1,9 +1,9 @@
 """Quantize: from a model and a limit to the file."""
 
-from ramgguf.quantize.effort import default_effort, quantize, seconds_to_score
 from ramgguf.quantize.output_paths import default_output
 from ramgguf.quantize.perturb import perturb
 from ramgguf.quantize.pipeline import Quantized
+from ramgguf.quantize.quantization import default_effort, quantize, seconds_to_score
 from ramgguf.quantize.schedule import EFFORTS, Effort
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""Whether a step is taken: a file before it and one after it, on the same held-out windows.
+"""Whether a step is taken: the file before it and that after it, on the same held-out windows.
 
 A step must lower the KLD over all domains, and raise that of none beyond what chance does: a matrix
 from one kind of text can make another worse than no matrix at all.
@@ -7,12 +7,19 @@ from one kind of text can make another worse than no matrix at all.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ramgguf.core.parallel import default_threads
+from ramgguf.core.progress import Progress
 from ramgguf.core.units import format_count
-from ramgguf.evaluate import HeldOutScore
+from ramgguf.evaluate import HeldOutScore, score_held_out
+from ramgguf.gguf.reader import open_gguf
+from ramgguf.quantize.candidate import Candidate
+from ramgguf.quantize.schedule import GATE_CTX
+from ramgguf.quants.decoded import write_decoded
 
 Floats = NDArray[np.float64]
 
@@ -20,6 +27,7 @@ Floats = NDArray[np.float64]
 Z = 2.0
 SLACK = 0.02
 MIN_WINDOWS = 3  # of a domain, to know its own standard error; two have that of all domains
+FIRST_CTX, FIRST_ROUNDS = 16, 6  # the windows that show what becomes of first tokens
 
 
 @dataclass(frozen=True)
@@ -92,3 +100,62 @@ def _pooled_spread(pairs: Sequence[tuple[Floats, ...]]) -> float:
             squares += float(np.square(shares - shares.mean()).sum())
             freedom += len(a) - 1
     return math.sqrt(squares / freedom) if freedom else 0.0
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Scores candidates against the reference, which is the model or a stand-in for it.
+
+    Where keeps_reference is set, the reference is read once: its logits are kept in the scratch
+    folder. Where decodes is set, candidates are read decoded, in the model's types.
+    """
+
+    model: Path
+    reference: Path
+    scratch: Path
+    keeps_reference: bool
+    decodes: bool
+    threads: int | None
+    progress: Progress
+
+    def verdict(self, best: Candidate, tried: Candidate, n_rounds: int) -> Verdict:
+        """Return whether the candidate is better; the one before is scored once only."""
+        unscored = [one for one in (best, tried) if one.score is None]
+        found = score_held_out(
+            [self._as_read(one) for one in unscored], self.reference, part="gate", n_ctx=GATE_CTX,
+            seconds=None, max_rounds=n_rounds, threads=self.threads,
+            reference_logits=self._kept_logits("gate"), progress=self.progress,
+        )  # fmt: skip
+        for one, score in zip(unscored, found, strict=True):
+            one.score = score
+        assert best.score is not None
+        assert tried.score is not None
+        return judge(best.score, tried.score)
+
+    def on_first_tokens(self, best: Candidate, tried: Candidate) -> Verdict:
+        """Return whether the first tokens of texts are better predicted."""
+        before, after = score_held_out(
+            [self._as_read(best), self._as_read(tried)], self.reference, part="gate",
+            n_ctx=FIRST_CTX, first_target=1,
+            seconds=None, max_rounds=FIRST_ROUNDS, threads=self.threads,
+            reference_logits=self._kept_logits("first"), progress=self.progress,
+        )  # fmt: skip
+        return judge(before, after)
+
+    def _as_read(self, candidate: Candidate) -> Path:
+        """Return the file that is read: the candidate, or that decoded."""
+        if not self.decodes:
+            return candidate.path
+        if candidate.decoded is None:
+            path = candidate.path.with_suffix(".decoded.gguf")
+            with open_gguf(candidate.path) as file, open_gguf(self.model) as source:
+                write_decoded(
+                    file, source, path, threads=self.threads or default_threads(),
+                    progress=self.progress,
+                )  # fmt: skip
+            candidate.decoded = path
+        return candidate.decoded
+
+    def _kept_logits(self, name: str) -> Path | None:
+        """Return where the reference's logits are kept, if they are."""
+        return self.scratch / f"{name}.logits" if self.keeps_reference else None

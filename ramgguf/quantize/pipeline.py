@@ -98,7 +98,7 @@ def quantize_once(
     from_plan: Plan | None = None,
     measurement: Measurement | None = None,
 ) -> Quantized:
-    """Write what these options say and return what was made; effort.quantize explains them."""
+    """Write what these options say and return what was made (quantization.quantize)."""
     if (budget is None) == (from_plan is None):
         raise PlanError("either a budget, memory or a plan is needed: give one of them")
     model = local_path(model)

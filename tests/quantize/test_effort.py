@@ -26,6 +26,7 @@ from ramgguf.llama.client import Engine
 from ramgguf.llama.layer_rounding_protocol import RoundLayer, SkipLayer
 from ramgguf.quantize import default_effort
 from ramgguf.quantize import effort as effort_module
+from ramgguf.quantize import gate as gate_module
 from ramgguf.quantize import quantized_inputs as quantized_inputs_module
 from ramgguf.quantize import schedule as schedule_module
 from ramgguf.quantize import step_costs as step_costs_module
@@ -253,7 +254,7 @@ def always_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     def judged(before: HeldOutScore, after: HeldOutScore) -> Any:
         return replace(judge(before, after), ratio=0.5, worse=())
 
-    monkeypatch.setattr(effort_module, "judge", judged)
+    monkeypatch.setattr(gate_module, "judge", judged)
 
 
 @pytest.mark.usefixtures("quick", "always_taken")
@@ -409,12 +410,12 @@ def test_a_step_that_would_end_late_is_left_out_and_the_log_says_so(
     """The machine gets slow after it was measured: the clock leaps while the matrix is made."""
     leaps = [0.0]
 
-    def calibrated(run: effort_module._Run, imatrix: Path, hessian: Path | None) -> None:
+    def calibrated(run: effort_module.EffortRun, imatrix: Path, hessian: Path | None) -> None:
         leaps[0] += 400.0
         original(run, imatrix, hessian)
 
-    original = effort_module._Run._calibrated
-    monkeypatch.setattr(effort_module._Run, "_calibrated", calibrated)
+    original = effort_module.EffortRun._calibrated
+    monkeypatch.setattr(effort_module.EffortRun, "_calibrated", calibrated)
     monkeypatch.setattr(effort_module, "clock", lambda: leaps[0])
     made = ramgguf.quantize(tiny, "45%", tmp_path / "a.gguf", effort="auto")
     late = [note for note in made.plan.notes if "are spent" in note]
@@ -603,7 +604,7 @@ def test_candidates_that_are_slower_than_the_source_are_decoded_for_their_gates(
         return 1e-3 if path == tiny else 1e3
 
     monkeypatch.setattr(step_costs_module, "window_seconds", slow)
-    monkeypatch.setattr(effort_module, "score_held_out", score)
+    monkeypatch.setattr(gate_module, "score_held_out", score)
     said: list[str] = []
     made = ramgguf.quantize(
         tiny, "45%", tmp_path / "a.gguf", effort="auto", seconds=60, announce=said.append
@@ -633,7 +634,9 @@ def test_writing_the_first_file_and_probing_count_towards_the_time(
         return Schedule()
 
     monkeypatch.setattr(effort_module, "clock", lambda: now[0])
-    monkeypatch.setattr(effort_module._Run, "_once", slowed(effort_module._Run._once, 3.0))
+    monkeypatch.setattr(
+        effort_module.EffortRun, "_once", slowed(effort_module.EffortRun._once, 3.0)
+    )
     monkeypatch.setattr(effort_module, "measured_costs", slowed(measured_costs, 2.5))
     monkeypatch.setattr(effort_module, "schedule", planned)
     ramgguf.quantize(tiny, "45%", tmp_path / "a.gguf", effort="auto", seconds=10.0)
@@ -645,7 +648,7 @@ def test_auto_takes_five_minutes_or_twice_what_writing_takes(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: float, limit: float
 ) -> None:
     now, limits = [0.0], list[float]()
-    once = effort_module._Run._once
+    once = effort_module.EffortRun._once
 
     def slow(*args: Any, **options: Any) -> Any:
         now[0] += write
@@ -656,7 +659,7 @@ def test_auto_takes_five_minutes_or_twice_what_writing_takes(
         return Schedule()
 
     monkeypatch.setattr(effort_module, "clock", lambda: now[0])
-    monkeypatch.setattr(effort_module._Run, "_once", slow)
+    monkeypatch.setattr(effort_module.EffortRun, "_once", slow)
     monkeypatch.setattr(effort_module, "schedule", planned)
     ramgguf.quantize(tiny, "45%", tmp_path / "a.gguf", effort="auto")
     assert limits == [limit]

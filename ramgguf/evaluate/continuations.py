@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 import numpy as np
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter
 
 from ramgguf.core.documents import Document, FrozenModel, NonNegative, NonNegativeFloat, Positive
 from ramgguf.core.errors import EngineError
-from ramgguf.core.inputs import protected, read_bytes
-from ramgguf.core.line_file import LineFile, whole_lines
+from ramgguf.core.inputs import protected
 from ramgguf.core.parallel import default_threads
 from ramgguf.core.progress import Progress, Silent
 from ramgguf.core.units import format_count
@@ -24,6 +23,7 @@ from ramgguf.core.version import __version__
 from ramgguf.evaluate.corpora import DOMAINS, scored_texts
 from ramgguf.evaluate.evaluation import identify
 from ramgguf.evaluate.intervals import Estimate, quantile_estimate, share_estimate
+from ramgguf.evaluate.record_journal import RecordJournal
 from ramgguf.evaluate.result import ModelFile, sha256_int32
 from ramgguf.evaluate.statistics import SequenceLosses
 from ramgguf.gguf.hub import local_path
@@ -306,50 +306,25 @@ _ADAPTER: TypeAdapter[RunRecord | BatchRecord] = TypeAdapter(
 )
 
 
-class _Journal:
-    """Finished batches by run, with a path also on disk. A context manager."""
+class _Journal(RecordJournal[RunRecord | BatchRecord]):
+    """Finished batches by run; with a path, also on disk. Use as a context manager."""
 
     def __init__(self, path: Path | None, *, resume: bool) -> None:
         self.runs: dict[str, RunRecord] = {}
         self.done: dict[str, dict[int, BatchRecord]] = {}
-        self._file: LineFile | None = None
-        if path is None:
-            return
-        self._file = LineFile.resumed(path, resume=resume, error=EngineError)
-        try:
-            self.load(path, self._file.lines)
-        except BaseException:
-            self._file.close()
-            raise
+        super().__init__(path, _ADAPTER, "trajectories", resume=resume)
 
-    def __enter__(self) -> "_Journal":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._file is not None:
-            self._file.close()
-
-    def load(self, path: Path, lines: Sequence[bytes]) -> None:
-        """Take over the records of the lines."""
-        for number, line in enumerate(lines, start=1):
-            try:
-                record = _ADAPTER.validate_json(line)
-            except ValidationError as e:
-                raise EngineError(
-                    f"{path}: line {number} is no record of trajectories ({e.errors()[0]['msg']}); "
-                    "choose another file"
-                ) from None
-            if isinstance(record, RunRecord):
-                self.runs[record.run] = record
-            else:
-                self.done.setdefault(record.run, {})[record.start] = record
+    def _take(self, record: RunRecord | BatchRecord) -> None:
+        if isinstance(record, RunRecord):
+            self.runs[record.run] = record
+        else:
+            self.done.setdefault(record.run, {})[record.start] = record
 
     def begin(self, model: ModelFile, protocol: TrajectoryProtocol) -> dict[int, BatchRecord]:
         """Return what is done of the model's run, which is announced once."""
         run = _run_id(model, protocol)
         if run not in self.runs:
-            self.runs[run] = RunRecord(run=run, model=model, protocol=protocol)
-            self._write(self.runs[run])
+            self.record(RunRecord(run=run, model=model, protocol=protocol))
         return self.done.setdefault(run, {})
 
     def add(
@@ -363,13 +338,7 @@ class _Journal:
         """Record a finished batch."""
         run = _run_id(model, protocol)
         packed = tuple(pack_ids(one) for one in ids)
-        record = BatchRecord(run=run, start=start, ids=packed, seconds=seconds)
-        self.done[run][start] = record
-        self._write(record)
-
-    def _write(self, record: FrozenModel) -> None:
-        if self._file is not None:
-            self._file.append(record.model_dump_json().encode())
+        self.record(BatchRecord(run=run, start=start, ids=packed, seconds=seconds))
 
     def results(self) -> tuple[TrajectoryResult, ...]:
         """Return the results of the whole runs; the first of a protocol is the reference's."""
@@ -406,6 +375,4 @@ def has_trajectories(path: Path) -> bool:
 
 def read_trajectories(path: Path) -> tuple[TrajectoryResult, ...]:
     """Return the finished results in a file that `trajectories -o` wrote."""
-    journal = _Journal(None, resume=False)
-    journal.load(path, whole_lines(read_bytes(path, error=EngineError)))
-    return journal.results()
+    return _Journal(None, resume=False).read(path).results()

@@ -6,16 +6,13 @@ sequences.
 
 import hashlib
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter
 
 from ramgguf.core.documents import FrozenModel, NonNegativeFloat
-from ramgguf.core.errors import EngineError
-from ramgguf.core.escape import json_text
-from ramgguf.core.inputs import read_bytes
-from ramgguf.core.line_file import LineFile, whole_lines
 from ramgguf.evaluate.embedding_result import EmbeddingResult
+from ramgguf.evaluate.record_journal import RecordJournal
 from ramgguf.evaluate.result import BrokenSequence, EvalResult, SequenceScore, kld_figures
 
 
@@ -81,9 +78,7 @@ def read_journal(path: Path) -> "Journal":
 
     The file is not touched: the evaluation may still be writing it.
     """
-    journal = Journal(None, resume=False)
-    journal.load(path, whole_lines(read_bytes(path, error=EngineError)))
-    return journal
+    return Journal(None, resume=False).read(path)
 
 
 def read_results(path: Path) -> tuple[EvalResult, ...]:
@@ -91,34 +86,15 @@ def read_results(path: Path) -> tuple[EvalResult, ...]:
     return read_journal(path).results()
 
 
-class Journal:
-    """Finished sequences by run; with a path, also on disk. Use as a context manager.
-
-    Raises EngineError when the file exists and resume is False, is no such file, or another process
-    is writing it.
-    """
+class Journal(RecordJournal[AnyRecord]):
+    """Finished sequences by run; with a path, also on disk. Use as a context manager."""
 
     def __init__(self, path: Path | None, *, resume: bool) -> None:
         self._done: dict[str, dict[int, SequenceRecord]] = {}
         self._announced: dict[str, EvalResult] = {}
         self._failures: dict[str, str] = {}
         self._embeddings: list[EmbeddingResult] = []
-        self._file: LineFile | None = None
-        if path is None:
-            return
-        self._file = LineFile.resumed(path, resume=resume, error=EngineError)
-        try:
-            self.load(path, self._file.lines)
-        except BaseException:
-            self._file.close()
-            raise
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._file is not None:
-            self._file.close()
+        super().__init__(path, _ADAPTER, "an evaluation", resume=resume)
 
     def done(self, run: str) -> dict[int, SequenceRecord]:
         """Return the run's finished sequences by index."""
@@ -140,18 +116,15 @@ class Journal:
     def announce(self, run: str, result: EvalResult) -> None:
         """Record that the run begins, once."""
         if run not in self._announced:
-            self._announced[run] = result
-            self._write(RunRecord(run=run, result=result))
+            self.record(RunRecord(run=run, result=result))
 
     def add(self, record: SequenceRecord) -> None:
         """Record a finished sequence."""
-        self.done(record.run)[record.index] = record
-        self._write(record)
+        self.record(record)
 
     def fail(self, run: str, message: str) -> None:
         """Record why a run ended early."""
-        self._failures[run] = message
-        self._write(FailureRecord(run=run, message=message))
+        self.record(FailureRecord(run=run, message=message))
 
     def result(self, run: str) -> EvalResult:
         """Return the run's result: what was announced, with its finished sequences."""
@@ -203,8 +176,7 @@ class Journal:
 
     def add_embeddings(self, result: EmbeddingResult) -> None:
         """Record that an embedding model was compared with its original."""
-        self._embeddings.append(result)
-        self._write(EmbeddingRecord(result=result))
+        self.record(EmbeddingRecord(result=result))
 
     def embeddings_like(self, blank: EmbeddingResult) -> EmbeddingResult | None:
         """Return the result of which this one has everything but texts and time, if it is there."""
@@ -214,27 +186,13 @@ class Journal:
                 return found
         return None
 
-    def _write(self, record: AnyRecord) -> None:
-        if self._file is not None:
-            self._file.append(json_text(record.model_dump_json()).encode())
-
-    def load(self, path: Path, lines: list[bytes]) -> None:
-        """Take over the records of these lines, which path holds."""
-        for number, line in enumerate(lines, start=1):
-            try:
-                record = _ADAPTER.validate_json(line)
-            except ValidationError as e:
-                what = e.errors()[0]["msg"]
-                raise EngineError(
-                    f"{path}: line {number} is no record of an evaluation ({what}); "
-                    "choose another file"
-                ) from None
-            match record:
-                case RunRecord():
-                    self._announced[record.run] = record.result
-                case SequenceRecord():
-                    self.done(record.run)[record.index] = record
-                case EmbeddingRecord():
-                    self._embeddings.append(record.result)
-                case FailureRecord():
-                    self._failures[record.run] = record.message
+    def _take(self, record: AnyRecord) -> None:
+        match record:
+            case RunRecord():
+                self._announced[record.run] = record.result
+            case SequenceRecord():
+                self.done(record.run)[record.index] = record
+            case EmbeddingRecord():
+                self._embeddings.append(record.result)
+            case FailureRecord():
+                self._failures[record.run] = record.message

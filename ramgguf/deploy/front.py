@@ -4,7 +4,6 @@ It checks a request whole before a child sees it: Host and Origin, the key, size
 The model runs in a child; one that ends is started again, and the front goes on answering.
 """
 
-import abc
 import asyncio
 import hmac
 import json
@@ -13,7 +12,6 @@ import socket
 import sys
 import threading
 import time
-import uuid
 from collections.abc import AsyncIterator, Callable
 from importlib import import_module
 from typing import Any, TypeVar
@@ -30,6 +28,7 @@ from ramgguf.deploy.front_children import (
     Templates,
     checked_grammar,
 )
+from ramgguf.deploy.front_replies import ChatReply, CompletionReply, Reply, as_event, error_body
 from ramgguf.deploy.front_requests import (
     GRAMMAR_BYTES,
     ChatRequest,
@@ -92,13 +91,6 @@ def bind(host: str, port: int) -> socket.socket:
             f"{host}:{port} cannot be listened at: {e}; choose another --host or --port"
         ) from None
     return found
-
-
-def error_body(message: str, status: int, code: str | None = None) -> dict[str, Any]:
-    """Return OpenAI's form of an error, in one line."""
-    kind = "invalid_request_error" if status < 500 else "server_error"
-    line = " ".join(message.split())
-    return {"error": {"message": line, "type": kind, "param": None, "code": code}}
 
 
 def worded(error: ValidationError) -> str:
@@ -233,14 +225,14 @@ class Api:
         asked = await read_body(request, CompletionRequest, self._limits.body_bytes)
         self._require_short(asked.text)
         self._require_output(asked.max_tokens)
-        reply = _Completion(self._alias, asked.text if asked.echo else "")
+        reply = CompletionReply(self._alias, asked.text if asked.echo else "")
         return await self._admitted(request, asked, reply, lambda: self._plain(asked))
 
     async def _chat(self, request: Any) -> Any:
         asked = await read_body(request, ChatRequest, self._limits.body_bytes)
         self._require_output(asked.max_tokens)
         self._require_output(asked.max_completion_tokens)
-        reply = _Chat(self._alias)
+        reply = ChatReply(self._alias)
         return await self._admitted(request, asked, reply, lambda: self._prompted(asked))
 
     async def _plain(self, asked: CompletionRequest) -> Generate:
@@ -320,7 +312,7 @@ class Api:
         self,
         request: Any,
         asked: Generation,
-        reply: "_Reply",
+        reply: Reply,
         prepare: Callable[[], Any],
     ) -> Any:
         """Answer a request for text, whole or as a stream, if there is room for it."""
@@ -353,22 +345,22 @@ class Api:
             job.abandon()
 
     async def _stream(
-        self, job: Job, first: Any, reply: "_Reply", with_usage: bool
+        self, job: Job, first: Any, reply: Reply, with_usage: bool
     ) -> AsyncIterator[str]:
         """Yield the events of a stream; what goes wrong is one, too."""
         try:
             for event in reply.opening():
-                yield _event(event)
+                yield as_event(event)
             answer = first
             while isinstance(answer, Piece):
-                yield _event(reply.piece(answer.text))
+                yield as_event(reply.piece(answer.text))
                 answer = await job.next()
-            yield _event(reply.last(answer))
+            yield as_event(reply.last(answer))
             if with_usage:
-                yield _event(reply.usage_event(answer))
+                yield as_event(reply.usage_event(answer))
             yield "data: [DONE]\n\n"
         except RequestError as e:
-            yield _event(error_body(e.message, e.status, e.code))
+            yield as_event(error_body(e.message, e.status, e.code))
         finally:
             self._leave(job)
 
@@ -425,98 +417,7 @@ class Origins:
         return "*" in self._allowed or origin in self._allowed or host in LOOPBACK
 
 
-class _Reply(abc.ABC):
-    """OpenAI's form of an answer."""
-
-    object_name = stream_name = prefix = ""
-
-    def __init__(self, alias: str, echo: str = "") -> None:
-        self._alias, self._echo = alias, echo
-        self._id = f"{self.prefix}-{uuid.uuid4()}"
-        self._created = int(time.time())
-
-    def _base(self, name: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        return {
-            "id": self._id,
-            "object": name,
-            "created": self._created,
-            "model": self._alias,
-            "choices": choices,
-        }
-
-    def _choice(self, content: dict[str, Any], reason: str | None) -> dict[str, Any]:
-        return {"index": 0, **content, "logprobs": None, "finish_reason": reason}
-
-    @abc.abstractmethod
-    def _whole(self, text: str) -> dict[str, Any]: ...
-
-    @abc.abstractmethod
-    def _part(self, text: str) -> dict[str, Any]: ...
-
-    def _end(self) -> dict[str, Any]:
-        return self._part("")
-
-    def whole(self, text: str, finished: Any) -> dict[str, Any]:
-        """Return the answer in one."""
-        choice = self._choice(self._whole(self._echo + text), finished.reason)
-        return self._base(self.object_name, [choice]) | {"usage": _usage(finished)}
-
-    def opening(self) -> list[dict[str, Any]]:
-        """Return the events before the first piece."""
-        return [self.piece(self._echo)] if self._echo else []
-
-    def piece(self, text: str) -> dict[str, Any]:
-        """Return the event of a piece."""
-        return self._base(self.stream_name, [self._choice(self._part(text), None)])
-
-    def last(self, finished: Any) -> dict[str, Any]:
-        """Return the event that says why the text ends."""
-        return self._base(self.stream_name, [self._choice(self._end(), finished.reason)])
-
-    def usage_event(self, finished: Any) -> dict[str, Any]:
-        """Return the event that tells the numbers of tokens."""
-        return self._base(self.stream_name, []) | {"usage": _usage(finished)}
-
-
-class _Completion(_Reply):
-    object_name = stream_name = "text_completion"
-    prefix = "cmpl"
-
-    def _whole(self, text: str) -> dict[str, Any]:
-        return {"text": text}
-
-    def _part(self, text: str) -> dict[str, Any]:
-        return {"text": text}
-
-
-class _Chat(_Reply):
-    object_name, stream_name = "chat.completion", "chat.completion.chunk"
-    prefix = "chatcmpl"
-
-    def _whole(self, text: str) -> dict[str, Any]:
-        return {"message": {"role": "assistant", "content": text}}
-
-    def _part(self, text: str) -> dict[str, Any]:
-        return {"delta": {"content": text}}
-
-    def _end(self) -> dict[str, Any]:
-        return {"delta": {}}
-
-    def opening(self) -> list[dict[str, Any]]:
-        delta = {"delta": {"role": "assistant"}}
-        return [self._base(self.stream_name, [self._choice(delta, None)])]
-
-
-def _usage(finished: Any) -> dict[str, int]:
-    n_prompt, n_completion = finished.n_prompt, finished.n_completion
-    return {
-        "prompt_tokens": n_prompt,
-        "completion_tokens": n_completion,
-        "total_tokens": n_prompt + n_completion,
-    }
-
-
-async def _whole(job: Job, reply: _Reply) -> dict[str, Any]:
+async def _whole(job: Job, reply: Reply) -> dict[str, Any]:
     pieces = []
     async for answer in job.rest():
         if isinstance(answer, Piece):
@@ -547,10 +448,6 @@ async def _unless_gone(request: Any, work: Any) -> Any:
 async def _gone(request: Any) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
-
-
-def _event(message: dict[str, Any]) -> str:
-    return f"data: {json.dumps(message)}\n\n"
 
 
 def _json(content: dict[str, Any]) -> Any:

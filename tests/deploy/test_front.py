@@ -11,8 +11,9 @@ import pytest
 
 from ramgguf.core.errors import EngineError
 from ramgguf.deploy import front as fronts
-from ramgguf.deploy.front import Api, Front, bind, error_body
+from ramgguf.deploy.front import Api, Front, bind
 from ramgguf.deploy.front_children import Job, RequestError, Templates
+from ramgguf.deploy.front_replies import error_body
 from ramgguf.deploy.front_requests import GRAMMAR_BYTES, Limits, prompt_bytes, request_bytes
 from ramgguf.llama.server_protocol import (
     ChatFormat,

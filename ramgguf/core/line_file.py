@@ -6,7 +6,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
+from ramgguf.core.documents import FrozenModel
 from ramgguf.core.errors import RamggufError
+from ramgguf.core.escape import json_text
 from ramgguf.core.files import refuse_input
 from ramgguf.core.inputs import reading
 
@@ -65,6 +67,10 @@ class LineFile:
                 os.ftruncate(self._fd, self._end)
             raise self._error(f"{self.path}: cannot be written: {e.strerror}") from None
         self._end += n_bytes
+
+    def append_record(self, record: FrozenModel) -> None:
+        """Add a record as a line of JSON, whole or not at all."""
+        self.append(json_text(record.model_dump_json()).encode())
 
     def clear(self) -> None:
         """Take all lines away."""

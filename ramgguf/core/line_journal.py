@@ -4,20 +4,20 @@ One JSON object per line: the settings first, then the steps.
 """
 
 from pathlib import Path
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Generic, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
+from ramgguf.core.closing import Closing
 from ramgguf.core.documents import FrozenModel
 from ramgguf.core.errors import PlanError
-from ramgguf.core.escape import json_text
 from ramgguf.core.line_file import LineFile
 
 S = TypeVar("S", bound=FrozenModel)
 T = TypeVar("T", bound=FrozenModel)
 
 
-class LineJournal(Generic[S, T]):
+class LineJournal(Closing, Generic[S, T]):
     """Settings and steps of a run of this kind. Use as a context manager.
 
     step is the type of steps, or a union of types that differ in their fields.
@@ -37,10 +37,8 @@ class LineJournal(Generic[S, T]):
             self._file.close()
             raise
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
+        """Close the file, which frees it for others."""
         self._file.close()
 
     def begin(self, settings: S) -> None:
@@ -49,15 +47,12 @@ class LineJournal(Generic[S, T]):
             self._file.clear()
             self.steps = []
         self.settings = settings
-        self._write(settings)
+        self._file.append_record(settings)
 
     def add(self, step: T) -> None:
         """Record a step."""
         self.steps.append(step)
-        self._write(step)
-
-    def _write(self, value: FrozenModel) -> None:
-        self._file.append(json_text(value.model_dump_json()).encode())
+        self._file.append_record(step)
 
     def _read(self, lines: list[bytes]) -> None:
         try:

@@ -3,23 +3,23 @@
 One JSON object per line. What the records say together is for the kinds of journals to tell.
 """
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Generic, Self, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
+from ramgguf.core.closing import Closing
 from ramgguf.core.documents import FrozenModel
 from ramgguf.core.errors import EngineError
-from ramgguf.core.escape import json_text
 from ramgguf.core.inputs import read_bytes
 from ramgguf.core.line_file import LineFile, whole_lines
 
 R = TypeVar("R", bound=FrozenModel)
 
 
-class RecordJournal(ABC, Generic[R]):
+class RecordJournal(Closing, Generic[R]):
     """Records of runs; with a path, also on disk. Use as a context manager.
 
     records reads their lines, and what names what they are of. Raises EngineError when the file
@@ -40,10 +40,8 @@ class RecordJournal(ABC, Generic[R]):
             self._file.close()
             raise
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
+        """Close the file, if there is one, which frees it for others."""
         if self._file is not None:
             self._file.close()
 
@@ -58,7 +56,7 @@ class RecordJournal(ABC, Generic[R]):
         """Take the record over, and write it."""
         self._take(record)
         if self._file is not None:
-            self._file.append(json_text(record.model_dump_json()).encode())
+            self._file.append_record(record)
 
     @abstractmethod
     def _take(self, record: R) -> None:

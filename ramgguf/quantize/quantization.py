@@ -28,13 +28,7 @@ from ramgguf.gguf.hub import beside, local_path
 from ramgguf.gguf.reader import open_gguf
 from ramgguf.llama.format_speed import SpeedProfile
 from ramgguf.measure.result import Measurement
-from ramgguf.plan import (
-    ByteLimit,
-    PlanOptions,
-    SizeLimit,
-    SpeedLimit,
-    size_limit,
-)
+from ramgguf.plan import ByteLimit, PlanOptions, SizeLimit, SpeedLimit, size_limit
 from ramgguf.plan.result import Plan
 from ramgguf.quantize.effort import EffortRun
 from ramgguf.quantize.kld_target import smallest_within
@@ -43,10 +37,7 @@ from ramgguf.quantize.output_paths import check_destination
 from ramgguf.quantize.pipeline import Quantized, QuantizeOptions, quantize_once
 from ramgguf.quantize.placing import placed
 from ramgguf.quantize.projector import check_projector, with_projector
-from ramgguf.quantize.schedule import (
-    EFFORTS,
-    Effort,
-)
+from ramgguf.quantize.schedule import EFFORTS, Effort
 from ramgguf.quantize.speed_target import fast_enough, speed_limit
 from ramgguf.quants.encoders import DEFAULT_ENCODER, EncoderName
 
@@ -138,14 +129,12 @@ def quantize(
     given = [name for name, value in explicit.items() if value is not None]
     if effort is not None and effort not in EFFORTS:
         raise PlanError(f"effort {effort!r} is none of {', '.join(EFFORTS)}")
+    target = None if output is None else Path(output)
     beside_path = None if mmproj_output is None else Path(mmproj_output)
-    check_projector(
-        budget, from_plan, beside_path, output_of_model=None if output is None else Path(output),
-        force=force,
-    )  # fmt: skip
+    check_projector(budget, from_plan, beside_path, output_of_model=target, force=force)
     is_for_ollama = options.get("target") == "ollama"
     if is_for_ollama:
-        _require_modelfile(output, split_max_bytes, force=force)
+        _require_modelfile(target, split_max_bytes, force=force)
     level = effort or default_effort(is_explicit=bool(given), has_time=seconds is not None)
     if scales is not None and (refine or from_plan is not None or measurement is not None):
         raise PlanError(
@@ -177,7 +166,6 @@ def quantize(
         raise PlanError("a least speed goes with a budget or memory")
     if budget is None and level != "fast":
         raise PlanError("a budget, memory or a plan is needed, and none was given")
-    target = None if output is None else Path(output)
     # The score is part of what the time is for.
     left = seconds and seconds - (seconds_to_score(seconds) if score else 0.0)
     if level != "fast":
@@ -278,12 +266,12 @@ def _require_bytes(
         )
 
 
-def _require_modelfile(output: str | Path | None, split: int | None, *, force: bool) -> None:
+def _require_modelfile(output: Path | None, split: int | None, *, force: bool) -> None:
     """Raise, before any work, where a Modelfile cannot be written or would be of no use."""
     if split is not None:
         raise PlanError("Ollama imports one file: leave --split-max-size out, or --for ollama")
     if output is not None:
-        refuse_existing(modelfile_path(Path(output)), force=force, error=GGUFError)
+        refuse_existing(modelfile_path(output), force=force, error=GGUFError)
 
 
 def default_effort(*, is_explicit: bool, has_time: bool) -> Effort:

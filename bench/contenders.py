@@ -1,7 +1,7 @@
 """The contenders of bench/quality.py: files of at most a mix's bytes, and how each is made."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -161,20 +161,12 @@ class Field:
     def _flags(self) -> tuple[Flags, ...]:
         return all_flags(self.source, self.folder / f"{self.source.stem}-flags.json")
 
-    def _possible(self, flags: Flags) -> bool:
-        """Return whether rows are whole blocks: llama.cpp crashes on embeddings that are not."""
-        return all(
-            t.row_length % GGML_QUANT_SIZES[GGMLQuantizationType[flags.types[t.name]]][0] == 0
-            for t in self.measurement.tensors
-        )
-
     def _best_flags(self, mix: str) -> Path:
         """Return the best by KLD of the likeliest files of at most the mix's bytes."""
         files = self._flags()
         budget = next(f.n_bytes for f in files if f.label == f"{mix}-default")
-        near = [f for f in files if LEAST * budget < f.n_bytes <= budget and self._possible(f)]
-        near.sort(key=lambda f: predicted_kld(f.types, self.measurement, self.sensitivity))
-        made = [self._llama(f.file_type, f.embedding) for f in near[:N_FLAGS]]
+        near = likeliest(files, budget, self.measurement, self.sensitivity)
+        made = [self._llama(f.file_type, f.embedding) for f in near]
         # Chosen on other sequences than those of the table: no luck in the draw.
         scored = ramgguf.evaluate(
             made, self.source, n_ctx=N_CTX, n_seq=8, seed=1, threads=self.threads
@@ -189,6 +181,30 @@ def plan_by_alpha(
     """Return the plan by measured α alone, without priors."""
     return ramgguf.plan(
         measurement, budget, objective=SENSITIVITY, sensitivity=sensitivity, min_sqnr_db=0
+    )
+
+
+def likeliest(
+    choices: Iterable[Flags], budget: int, measurement: Measurement, sensitivity: Sensitivity
+) -> list[Flags]:
+    """Return the N_FLAGS choices near the budget with the least predicted KLD, the least first.
+
+    The budget is bytes of the tensors' data. Of choices that give the same types, one is kept.
+    """
+    near = [
+        f for f in choices if LEAST * budget < f.n_bytes <= budget and _is_possible(f, measurement)
+    ]
+    different = {tuple(sorted(f.types.items())): f for f in reversed(near)}.values()
+    return sorted(different, key=lambda f: predicted_kld(f.types, measurement, sensitivity))[
+        :N_FLAGS
+    ]
+
+
+def _is_possible(flags: Flags, measurement: Measurement) -> bool:
+    """Return whether rows are whole blocks: llama.cpp crashes on embeddings that are not."""
+    return all(
+        t.row_length % GGML_QUANT_SIZES[GGMLQuantizationType[flags.types[t.name]]][0] == 0
+        for t in measurement.tensors
     )
 
 

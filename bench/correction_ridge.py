@@ -1,4 +1,4 @@
-"""How much of what inputs lose is won back on tokens that the correction has not met, by ridge.
+"""How much of the inputs' loss a correction wins back on other tokens than its own, by ridge.
 
     python bench/correction_ridge.py models/smol135d-f16.gguf small.gguf --layers 6
 
@@ -66,19 +66,19 @@ class Tried(LayerRounding):
     rows: list[dict[str, Any]]
 
     def _changed(self, name: str, of_model: Floats) -> ChangedInputs:
-        met: list[Floats] = []
+        losses: list[Floats] = []
 
         def added(sums: correction.InputSums, half: int, x: Floats, x_hat: Floats) -> None:
             difference = x - x_hat
-            if len(met) <= half:
-                met.append(np.zeros((x.shape[1], x.shape[1]), np.float32))
-            met[half] += difference.T @ difference
+            if len(losses) <= half:
+                losses.append(np.zeros((x.shape[1], x.shape[1]), np.float32))
+            losses[half] += difference.T @ difference
             original(sums, half, x, x_hat)
 
         original = correction.InputSums.add
         with patch.object(correction.InputSums, "add", added):
             changed = super()._changed(name, of_model)
-        lost = [one / np.float32(n) for one, n in zip(met, changed.n_tokens, strict=True)]
+        lost = [one / np.float32(n) for one, n in zip(losses, changed.n_tokens, strict=True)]
         tensor = self._source.tensor(name)
         rows = self._source.read_rows(tensor, 0, min(N_ROWS, tensor.n_rows))
         weights = decode_rows(tensor.type_name, rows, tensor.row_length)

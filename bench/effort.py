@@ -5,10 +5,11 @@
 At the bytes of each of llama.cpp's mixes, `ramgguf quantize` runs with each effort in a process of
 its own and is timed. llama.cpp's mix gets the importance matrix that auto made: the same tokens for
 both. All files are then scored side by side on the package's `score` texts of every domain, which
-nothing else has read, from the 8th token of a window on. `--flags` adds another of llama.cpp's
-types and its embedding's, with that matrix. Rows are added to the results file; what
-is there is not done again. `--table` prints the results, ratios to the mix with a matrix, 95 %
-intervals by bootstrap over windows, paired.
+nothing else has read, from the 8th token of a window on. `--flags TYPE:EMBEDDING` adds another of
+llama.cpp's types and its embedding's, with that matrix; `--flags best` makes those that should lose
+least by the sensitivities which `best` has kept, and adds the best on the `gate` texts. Rows are
+added to the results file; what is there is not done again. `--table` prints the results, ratios to
+the mix with a matrix, 95 % intervals by bootstrap over windows, paired.
 """
 
 import argparse
@@ -19,15 +20,20 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TypedDict
 
 import numpy as np
 
+import ramgguf
+from baselines import all_flags
+from contenders import likeliest
 from llama_quantize import NEED_MATRIX
 from llama_quantize import quantize as llama_quantize
 from paired import kld_ratio
 from provenance import provenance
 from ramgguf.evaluate import HeldOutScore, score_held_out
+from ramgguf.sensitivity import Sensitivity
 
 MIXES = ("Q3_K_M", "Q4_K_M", "Q5_K_M", "Q6_K")
 BASE = "mix with matrix"
@@ -108,13 +114,16 @@ def rows(
         written = llama_quantize(source, path, mix, imatrix=matrix)
         made[BASE] = written, {"seconds": 0.0, "notes": [matrix.name]}
     if options.flags and FLAGS not in done and matrix is not None:
-        file_type, _, embedding = options.flags.partition(":")
+        choice = options.flags
+        if choice == "best":
+            choice = best_flags(source, mix, folder, matrix)
+        file_type, _, embedding = choice.partition(":")
         path = folder / f"{source.stem}-{mix}-flags.gguf"
         path.unlink(missing_ok=True)
         llama_quantize(source, path, file_type, token_embedding=embedding or None, imatrix=matrix)
         if path.stat().st_size > budget:
-            raise SystemExit(f"{options.flags} takes {path.stat().st_size} bytes, not {budget}")
-        made[FLAGS] = path, {"seconds": 0.0, "notes": [options.flags, matrix.name]}
+            raise SystemExit(f"{choice} takes {path.stat().st_size} bytes, not {budget}")
+        made[FLAGS] = path, {"seconds": 0.0, "notes": [choice, matrix.name]}
     if not made or options.make:
         return
     files = [path for path, _ in made.values()]
@@ -142,6 +151,35 @@ def rows(
             cpu=origin["cpu"],
             commit=origin["commit"],
         )
+
+
+def best_flags(source: Path, mix: str, folder: Path, matrix: Path) -> str:
+    """Return llama.cpp's best choice of types at the mix's bytes, TYPE:EMBEDDING.
+
+    With the matrix, the choices that are expected to be best are made and scored on the `gate`
+    texts. The sensitivities are those that best has kept.
+    """
+    kept = source.parent / f"{source.stem}.effort"
+    (sensitivity,) = kept.glob("*.sens.json")
+    choices = all_flags(source, folder / f"{source.stem}-flags.json")
+    budget = next(f.n_bytes for f in choices if f.label == f"{mix}-default")
+    near = likeliest(choices, budget, ramgguf.measure(source), Sensitivity.load(sensitivity))
+    with TemporaryDirectory(dir=folder) as scratch:
+        files = [
+            llama_quantize(
+                source, Path(scratch) / f"{f.label}.gguf", f.file_type,
+                token_embedding=f.embedding, imatrix=matrix,
+            )
+            for f in near
+        ]  # fmt: skip
+        scores = score_held_out(
+            files, source, part="gate", n_ctx=256, max_rounds=3, seconds=None, threads=2
+        )
+    klds = [score.overall().kld.value for score in scores]
+    for flags, kld in zip(near, klds, strict=True):
+        print(f"{mix} {flags.label}: KLD {kld:.4f} on gate texts", flush=True)
+    best = near[int(np.argmin(klds))]
+    return f"{best.file_type}:{best.embedding or ''}"
 
 
 def _klds(score: HeldOutScore) -> tuple[float, ...]:
@@ -186,7 +224,7 @@ def main() -> None:
     parser.add_argument("source", type=Path, nargs="?")
     parser.add_argument("--mixes", default=",".join(MIXES))
     parser.add_argument("--efforts", default="fast,auto,best")
-    parser.add_argument("--flags", help="llama.cpp's others at these bytes: IQ4_XS:Q4_K")
+    parser.add_argument("--flags", help="llama.cpp's others at these bytes: IQ4_XS:Q4_K, best")
     parser.add_argument("--time", help="what each of auto and best may take: 10m")
     parser.add_argument("--n-ctx", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=8, help="windows per domain")

@@ -434,7 +434,7 @@ def calculated(lines: Iterable[str]) -> str:
     """Return the table of --calculate, from the lines of the results.
 
     A core's arithmetic is what F16 rates of 64 sequences at a time come to (for the experts of a
-    mixture, which meet 64 × chosen / all tokens a step, those of 8), lowest and highest; cores are
+    mixture, which read 64 × chosen / all tokens a step, those of 8), lowest and highest; cores are
     taken to scale perfectly. Passes for α begin at the changed layer: their share of the time of
     whole ones is reckoned as `sensitivity` does, with the slowest load that was measured, and times
     what was measured over what was reckoned. Raises SystemExit where a rate was not measured.

@@ -44,9 +44,9 @@ FEW, MANY = 12, 48  # sequences of 512 tokens
 
 @dataclass(frozen=True)
 class Recipe:
-    """An encoder, the sequences that it has met, and whether the model has scales.
+    """An encoder, the sequences of its matrix and Hessians, and whether the model has scales.
 
-    Without an encoder it is llama.cpp's mix, with a matrix where it has met sequences. For
+    Without an encoder it is llama.cpp's mix, with a matrix where there are sequences. For
     quantized inputs, weights are rounded anew, layer by layer.
     """
 

@@ -99,7 +99,7 @@ class PlainAttention(LlamaModel):
 
 
 def layer_matrices(source: GGUFFile) -> list[str]:
-    """Return the names of the matrices of layers that meet activations and may be quantized."""
+    """Return the names of layers' matrices that activations are multiplied with, if quantizable."""
     return [
         t.name
         for t in source.tensors

@@ -80,11 +80,11 @@ class Outputs:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What was written: entries, and the weights that were asked for and met no input.
+    """What was written: entries, and the weights that were asked for and had no input.
 
     n_unused counts the experts that saw no token; n_grams the Hessians, 0 without. stand_in is the
-    format of the stand-in that met the tokens, None for the model itself. Of n_tokens, n_resumed
-    were met by an earlier run that was killed.
+    format of the stand-in that read the tokens, None for the model itself. Of n_tokens, n_resumed
+    were read by an earlier run that was killed.
     """
 
     outputs: Outputs
@@ -113,7 +113,7 @@ def calibrate_file(
     """Write the importance matrix of the model, and Hessians if wanted; return what was written.
 
     The sources share the sequences by their weights; what else the request says is for all. With a
-    stand-in, that is written first (unless one is ready) and meets the tokens.
+    stand-in, that is written first (unless one is ready) and reads the tokens.
     announce gets the estimated cost once a part is done. Raises EngineError when llama.cpp
     fails, ImatrixError when nothing can be written; then no file is left.
     """
@@ -153,7 +153,7 @@ def calibrate_file(
         first, later = _gram_groups(owners, weights, outputs.max_gram_bytes)
         quotas = tuple(zip(sources, shares(sources, n_sequences), strict=True))
         with _before_hessians(progress, len(later)):
-            found = run.met(quotas, tuple(weights), first)
+            found = run.read(quotas, tuple(weights), first)
         entries = {name: InputSquares(s.squares, s.counts) for name, s in found.sums().items()}
         n_grams = 0
         if outputs.hessian is not None:
@@ -260,7 +260,7 @@ def _before_hessians(progress: Progress, n: int) -> AbstractContextManager[None]
 
 
 class _Run:
-    """A child with the model under a tap, and the sequences that it has met.
+    """A child with the model under a tap, and the sequences that it has read.
 
     What a pass takes is in a file of its own, in the folder of partial: one for the time being, or
     one from which a killed run goes on.
@@ -283,7 +283,7 @@ class _Run:
         self._progress = progress
         self._announce = announce
         self._sequences: list[str] = []
-        self.n_resumed = 0  # of the tokens that were met, those by an earlier run
+        self.n_resumed = 0  # of the tokens that were read, those by an earlier run
         self.partial = Partial(folder, is_kept=False)
         self._n_passes = 0
         self._resumed = Resumed()
@@ -291,7 +291,7 @@ class _Run:
 
     @property
     def n_tokens(self) -> int:
-        """The number of tokens that were met."""
+        """The number of tokens that were read."""
         return len(self._sequences) * self._request.n_ctx
 
     def owners(self, names: tuple[str, ...]) -> Mapping[str, str]:
@@ -300,13 +300,13 @@ class _Run:
         self._engine.ask(Observe(ids=pack_ids(np.zeros(2, np.int32))), Observed)
         return self._collect(number, ()).header.owners
 
-    def met(
+    def read(
         self,
         quotas: Sequence[tuple[TokenSource, int]],
         names: tuple[str, ...],
         grams: tuple[str, ...],
     ) -> KeptFile:
-        """Let the model meet so many sequences of each source; return what the pass takes.
+        """Read so many sequences of each source; return what the pass takes.
 
         The inputs of these weights are added up, and XᵀX of these.
         """
@@ -319,20 +319,20 @@ class _Run:
             if source.kind != "self" or self._drafts:
                 drawn = self._draw(source, n_sequences)
                 if whole is None:
-                    self._read(drawn)
+                    self._read_sequences(drawn)
             elif whole is not None or self._skips():
                 drawn = list(next(draws))
             else:
                 drawn = self._draw(source, n_sequences)
             self._sequences += drawn
-        n_met = resumed.n_events - len(resumed.draws) + sum(map(len, resumed.draws))
-        self.n_resumed = n_met * self._request.n_ctx + resumed.n_drawn
+        n_read = resumed.n_events - len(resumed.draws) + sum(map(len, resumed.draws))
+        self.n_resumed = n_read * self._request.n_ctx + resumed.n_drawn
         if whole is not None:
             self.n_resumed = self.n_tokens
         return whole if whole is not None else self._collect(number, grams)
 
-    def met_again(self, grams: tuple[str, ...], n_more: int) -> KeptFile:
-        """Let the model meet all sequences once more, for XᵀX of these weights' inputs.
+    def read_again(self, grams: tuple[str, ...], n_more: int) -> KeptFile:
+        """Read all sequences once more, for XᵀX of these weights' inputs.
 
         n_more such passes follow.
         """
@@ -340,7 +340,9 @@ class _Run:
         if whole is not None:
             return whole
         with _before_hessians(self._progress, n_more):
-            self._read(self._sequences, f", with XᵀX of {format_count(len(grams), 'input')}")
+            self._read_sequences(
+                self._sequences, f", with XᵀX of {format_count(len(grams), 'input')}"
+            )
         return self._collect(number, grams)
 
     def _begin(self, names: tuple[str, ...], grams: tuple[str, ...]) -> tuple[int, KeptFile | None]:
@@ -407,7 +409,7 @@ class _Run:
         finally:
             self._progress.finish()
 
-    def _read(self, sequences: Sequence[str], what: str = "") -> None:
+    def _read_sequences(self, sequences: Sequence[str], what: str = "") -> None:
         """Decode the sequences under the tap."""
         n_ctx = self._request.n_ctx
         left = [ids for ids in sequences if not self._skips()]
@@ -485,7 +487,7 @@ def _write_hessians(
     ) as output:
         further = (*later, *groups(parted, outputs.max_gram_bytes))
         for number, group in enumerate(((), *further)):
-            taken = run.met_again(group, len(further) - number) if group else found
+            taken = run.read_again(group, len(further) - number) if group else found
             for owner, gram in taken.arrays("gram"):
                 if owner in sizes:
                     output.write(gram_name(owner), gram)

@@ -86,12 +86,12 @@ def _dask(name: str, host: str, port: int, *, encrypted: bool) -> Iterator[Execu
 def _certificates(name: str, distributed: Any) -> Any:
     """Return Dask's security with what its configuration names. Raises EngineError without."""
     security = distributed.Security(require_encryption=True)
-    told = {
+    files = {
         "CA_FILE": security.tls_ca_file,
         "CLIENT__CERT": security.tls_client_cert,
         "CLIENT__KEY": security.tls_client_key,
     }
-    missing = [f"DASK_DISTRIBUTED__COMM__TLS__{key}" for key, path in told.items() if not path]
+    missing = [f"DASK_DISTRIBUTED__COMM__TLS__{key}" for key, path in files.items() if not path]
     if missing:
         raise EngineError(
             f"{name}: Dask's configuration names no certificates; set {', '.join(missing)}"
@@ -99,6 +99,6 @@ def _certificates(name: str, distributed: Any) -> Any:
     try:
         security.get_connection_args("client")
     except OSError as e:  # ssl.SSLError is one
-        paths = ", ".join(told.values())
+        paths = ", ".join(files.values())
         raise EngineError(f"{name}: {paths} are no certificates that can be used ({e})") from None
     return security

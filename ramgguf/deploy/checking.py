@@ -262,8 +262,8 @@ def _failures(
         failures.append(f"weights, cache and buffers sum up to {format_bytes(buffers)}, too much")
     wrecks = [a for a in found.asked if signs(a)]
     if len(wrecks) * 2 > len(found.asked):
-        told = "; ".join(sorted({sign for a in wrecks for sign in signs(a)}))
-        failures.append(f"{len(wrecks)} of {len(found.asked)} answers are no text: {told}")
+        kinds = "; ".join(sorted({sign for a in wrecks for sign in signs(a)}))
+        failures.append(f"{len(wrecks)} of {len(found.asked)} answers are no text: {kinds}")
     if found.known_ppl is not None and found.known_ppl > WORST_KNOWN_PPL:
         failures.append(
             f"it babbles: a plain paragraph has a perplexity of {found.known_ppl:,.0f}, "

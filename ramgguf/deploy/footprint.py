@@ -130,7 +130,7 @@ class FootprintEstimator:
         if self._why is None:
             path = self._path(tensor_types)
             try:
-                return _told(self._file, shape, tensor_types, self._ask(path, shape))
+                return _footprint(self._file, shape, tensor_types, self._ask(path, shape))
             except EngineError as e:
                 self._why = str(e).splitlines()[0]
                 self._require_allowed(path, shape, self._why)
@@ -168,7 +168,7 @@ class FootprintEstimator:
         )
 
 
-def _told(
+def _footprint(
     file: GGUFFile, shape: ContextShape, tensor_types: Mapping[str, str], sizes: Sizes
 ) -> Footprint:
     """Return llama.cpp's footprint; the formula only divides it among layers."""

@@ -288,8 +288,8 @@ class _Scoring:
                     break
                 for domain, ids in windows.items():
                     scored = self._window(engine, index, ids)
-                    for path, mine, told in zip(self.paths, found, scored, strict=True):
-                        mine.append(_window_score(path, domain, told))
+                    for path, mine, score in zip(self.paths, found, scored, strict=True):
+                        mine.append(_window_score(path, domain, score))
                     index += 1
                 self.progress.advance(1)
         return found

@@ -263,7 +263,7 @@ def is_looked_up(name: str, *, tied: bool) -> bool:
 
 
 def is_multiplied(name: str, shape: tuple[int, ...], arch: str, *, tied: bool) -> bool:
-    """Return whether the tensor is a matrix that may be quantized and meets activations."""
+    """Return whether it is a matrix for activations that may be quantized."""
     return never_quantized(name, shape, arch) is None and not is_looked_up(name, tied=tied)
 
 

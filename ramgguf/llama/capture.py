@@ -151,7 +151,7 @@ class Tap(EvalCallback):
         name = self._names.get(weight)
         if self.is_drafting:
             return name if name in self._drafts else None
-        self._head.met(weight, node)
+        self._head.multiplied(weight, node)
         return name
 
     def _take_head(self, x: Any) -> None:
@@ -211,8 +211,8 @@ class _Head:
         if self.name is not None and self.input is None:
             self._asked[node.name] += 1
 
-    def met(self, weight: bytes, node: Any) -> None:
-        """Keep what a multiplication by the head gets."""
+    def multiplied(self, weight: bytes, node: Any) -> None:
+        """Keep the name of the input where the weight is the head."""
         if self.name is not None and self.input is None and weight == self.name.encode():
             self._found = node.src[1].contents.name
 

@@ -125,7 +125,7 @@ class KeptFile:
             at += array.n_bytes
 
     def sums(self) -> dict[str, Sums]:
-        """Return Σx² of each weight that was met."""
+        """Return Σx² of each weight that had inputs."""
         counts = dict(self.arrays("counts"))
         return {n: Sums(np.array(x), np.array(counts[n])) for n, x in self.arrays("squares")}
 

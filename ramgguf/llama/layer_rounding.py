@@ -227,7 +227,7 @@ def _parts(tensor: TensorInfo) -> list[slice]:
 
 
 class _Inputs:
-    """The inputs that weights of one layer meet in the model, in a file without a name.
+    """The inputs of one layer's weights in the model, in a file without a name.
 
     groups are the weights that share an input, in the order in which these are computed.
     """
@@ -251,7 +251,7 @@ class _Inputs:
     def of(self, name: str) -> Rows:
         """Return the inputs (tokens, columns) of a group's first weight."""
         if self._filled[name] != self._n_tokens:
-            raise EngineError(f"{name} met {self._filled[name]} inputs for {self._n_tokens} tokens")
+            raise EngineError(f"{name} had {self._filled[name]} inputs for {self._n_tokens} tokens")
         return self._of[name]
 
     def take(self, name: str, address: int, x: Rows) -> None:
@@ -270,5 +270,5 @@ class _Inputs:
             self._filled[name] = at + len(x)
 
     def sequence_ended(self) -> None:
-        """No weight that was not met by now is one of the layer's."""
+        """Weights without an input by now are none of the layer's."""
         self._is_first = False

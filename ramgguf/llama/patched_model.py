@@ -3,7 +3,7 @@
 llama.cpp maps the file it loads and computes straight from the pages (without its extra buffer
 types); what is written to the copy is what the next decode reads. The original is never touched.
 The copy may be a stand-in, a quick quantization of the model: tensors are then put in its formats.
-Matrices in BF16 are F16 in the copy, where the inputs that they meet fit F16, too: kernels round
+Matrices in BF16 are F16 in the copy, where their inputs fit F16, too: kernels round
 inputs to the type of the weights, and BF16 would round them so coarsely that it shows in the KLD.
 
 The layers before a changed one compute what they always do. So the copy can be loaded from a layer
@@ -90,7 +90,7 @@ class PatchedModel:
         return LayeredCopy(file, folder, types, overrides, stored, threads=self._n_threads)
 
     def _is_out_of_range(self) -> bool:
-        """Return whether matrices that are BF16 in the source meet inputs near the end of F16."""
+        """Return whether matrices that are BF16 in the source have inputs near the end of F16."""
         if all(self.stored_as(t.name) == t.type_name for t in self._file.tensors):
             return False
         watch = InputRange()

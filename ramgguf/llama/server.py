@@ -106,7 +106,7 @@ def load(llama: ModuleType, request: Serve) -> Any:
         )
     except Exception as e:  # whatever its bindings raise
         raise EngineError(
-            f"{request.path}: llama.cpp cannot serve it ({_told(e)}); run with -v to see why"
+            f"{request.path}: llama.cpp cannot serve it ({_first_line(e)}); run with -v to see why"
         ) from None
     if (kind := kind_of(functions, model._model.model, model._ctx.ctx)) != "causal":
         raise KindError(request.path, kind)
@@ -142,10 +142,10 @@ def _try(model: Any, request: Serve) -> None:
         model.create_completion(ids, max_tokens=2, temperature=0.0)
         model.reset()
     except Exception as e:  # whatever its bindings raise
-        raise EngineError(f"{request.path}: llama.cpp cannot run it ({_told(e)})") from None
+        raise EngineError(f"{request.path}: llama.cpp cannot run it ({_first_line(e)})") from None
 
 
-def _told(error: Exception) -> str:
+def _first_line(error: Exception) -> str:
     return (f"{type(error).__name__}: {error}".splitlines() or [""])[0]
 
 
@@ -203,7 +203,7 @@ class Engine:
         except _WrongError as e:
             say(Refused(id=request.id, message=str(e), code=e.code))
         except (ValueError, TypeError, RuntimeError, MemoryError) as e:  # llama-cpp-python's
-            say(Refused(id=request.id, message=f"llama.cpp: {_told(e)}", is_fault=True))
+            say(Refused(id=request.id, message=f"llama.cpp: {_first_line(e)}", is_fault=True))
         self._cancelled = {i for i in self._cancelled if i > request.id}
 
     def _require_ids(self, ids: tuple[int, ...]) -> None:

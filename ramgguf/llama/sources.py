@@ -88,9 +88,9 @@ def dataset_name(
     """Return what is said of the tokens: the sources, with their weights if there are several."""
     named = [s.corpus.name if s.corpus else f"{s.kind}-drawn tokens" for s in sources]
     weights = [f" {s.weight:.0%}" if len(sources) > 1 else "" for s in sources]
-    told = " + ".join(name + weight for name, weight in zip(named, weights, strict=True))
+    described = " + ".join(name + weight for name, weight in zip(named, weights, strict=True))
     seeded = "" if seed is None else f", seed {seed}"
-    return told + seeded + (f", on a stand-in in {stand_in}" if stand_in else "")
+    return described + seeded + (f", on a stand-in in {stand_in}" if stand_in else "")
 
 
 def in_turn(sources: Sequence[TokenSource], n: int) -> list[int]:

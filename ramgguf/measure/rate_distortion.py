@@ -91,7 +91,7 @@ def measure_file(
     """
     start = time.perf_counter()
     names = tried(wanted, imatrix)
-    told = coverage_notes(file, imatrix)
+    coverage = coverage_notes(file, imatrix)
     jobs = jobs_of(file, names, imatrix, allow_requantize, tell_ternary=bool(wanted))
     if only is not None:
         named = jobs if others else [job for job in jobs if job.tensor.name in only]
@@ -137,7 +137,7 @@ def measure_file(
         tensors=_tensors(file, jobs, parts, exact, of_samples),
         seconds=time.perf_counter() - start,
         notes=(
-            *told,
+            *coverage,
             *((PROJECTOR_NOTE,) if file.is_projector else ()),
             *_on_grids(jobs),
             *_unsuited(jobs, wanted),

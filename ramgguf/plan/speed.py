@@ -1,7 +1,7 @@
-"""Speed as a limit of plans: how long a token takes, from the speed of formats and what it meets.
+"""Speed as a limit of plans: how long a token takes, from the speed of formats.
 
 A token takes the sum over tensors of the weights that it is multiplied with times what a weight of
-the format takes, and what layers take besides. Generation meets the experts that are active and the
+the format takes, and what layers take besides. Generation reads the experts that are active and the
 head; a prompt's token has no logits but at the end. Attention over the context is not counted: the
 speed of a file that was timed corrects what is predicted.
 """
@@ -270,18 +270,18 @@ class TimedProblem:
 
     def _why(self, k: int, capacity: int, fastest: float, bare: "TimedProblem | None") -> str:
         """Return what limits the speed: bytes, the floor, what has no choice, what is large."""
-        told = []
+        alternatives = []
         if (unbound := self.fastest(k)) > _NOTABLY * fastest:
-            told.append(f"with more bytes it is {unbound:.3g}")
+            alternatives.append(f"with more bytes it is {unbound:.3g}")
         if bare is not None and (without := bare.fastest(k, capacity)) > _NOTABLY * fastest:
-            told.append(f"without the floor of SQNR (--min-sqnr 0) it is {without:.3g}")
+            alternatives.append(f"without the floor of SQNR (--min-sqnr 0) it is {without:.3g}")
         least = [min(used) for used in self._used[k]]
         total, fixed = sum(least) + self._limit.fixed[k], self._limit.fixed[k]
         kept = sum(s for s, item in zip(least, self.items, strict=True) if len(item) == 1)
         largest = max(range(len(least)), key=least.__getitem__)
         tensor = self._measurement.tensors[self._groups[largest].members[0]]
-        told.append(
+        alternatives.append(
             f"at their fastest, weights take {1 - fixed / total:.0%} of the time, {tensor.name} "
             f"alone {least[largest] / total:.0%}, what has no choice of formats {kept / total:.0%}"
         )
-        return "; ".join(told) + ". Ask for less, or allow other --formats"
+        return "; ".join(alternatives) + ". Ask for less, or allow other --formats"

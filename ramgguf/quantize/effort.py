@@ -2,7 +2,7 @@
 
 fast plans by priors and searches scales. auto adds what calibration brings: an importance matrix,
 error feedback (GPTQ, and coordinate descent after it) if its Hessians fit the time, then formats
-for tensors that meet massive activations. best adds measured sensitivities and swaps by forward
+for tensors with massive activations as input. best adds measured sensitivities and swaps by forward
 passes. Where time is left, weights are then rounded anew, layer by layer, for the inputs that
 quantized layers leave. Each step writes a candidate; it replaces the one before only if its KLD on
 held-out text of every domain says so. What a step has measured is kept beside the model
@@ -213,14 +213,14 @@ class EffortRun:
         first = self._gate.on_first_tokens(best, tried) if is_for_first else None
         verdict = self._gate.verdict(best, tried, n_rounds)
         if first is None:
-            taken, told = verdict.taken, str(verdict)
+            taken, outcome = verdict.taken, str(verdict)
         else:
             taken = first.taken and verdict.harmless
-            told = (
+            outcome = (
                 f"{'taken' if taken else 'not taken'}: KLD × {first.ratio:.3f} on the first "
                 f"{FIRST_CTX - 1} tokens of a text, × {verdict.ratio:.3f} on later ones"
             )
-        self._log.add(f"{step.name}: {told}")
+        self._log.add(f"{step.name}: {outcome}")
         worse, better = (best, tried) if taken else (tried, best)
         worse.remove()
         return better
@@ -393,7 +393,7 @@ class EffortRun:
             self._announce(f"a run that was killed had read {found.n_resumed} of its tokens")
 
     def _massive(self) -> MassiveActivations:
-        """Return what first tokens meet, measured now or before."""
+        """Return where massive activations are, measured now or before."""
         found = self._cache.massive()
         if found is not None:
             self._announce(f"taking {self._cache.massive_path}")

@@ -53,14 +53,14 @@ class Verdict:
 
     def __str__(self) -> str:
         domain = max(self.ratios, key=lambda d: self.ratios[d])
-        told = (
+        summary = (
             f"KLD × {self.ratio:.3f} on {format_count(self.n_windows, 'held-out window')} (worst "
             f"domain: {domain} × {self.ratios[domain]:.3f})"
         )
         if self.taken:
-            return f"taken: {told}"
+            return f"taken: {summary}"
         why = f"{', '.join(self.worse)} gets worse" if self.worse else "it does not lower the KLD"
-        return f"not taken, {why}: {told}"
+        return f"not taken, {why}: {summary}"
 
 
 def judge(before: HeldOutScore, after: HeldOutScore) -> Verdict:

@@ -97,7 +97,7 @@ class StepCache:
 
     @property
     def massive_path(self) -> Path:
-        """The path of what first tokens meet."""
+        """The path of the massive activations."""
         return self.folder / f"{self.identity}.massive.json"
 
     @property
@@ -133,7 +133,7 @@ class StepCache:
         return found if wanted == have else None
 
     def massive(self) -> MassiveActivations | None:
-        """Return what first tokens meet, if it is there and can be read."""
+        """Return the massive activations, if they are there and can be read."""
         try:
             return MassiveActivations.load(self.massive_path)
         except RamggufError:

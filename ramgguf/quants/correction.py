@@ -95,9 +95,9 @@ class ChangedInputs:
     def strength(self, weights: Floats) -> float:
         """Return the share of the change to be taken, from 0 to 1, for these weights (rows, n).
 
-        The share s that leaves tokens which the change has not met with the least error, measured
-        on each half for the change by the other. Both halves make a change that has half of their
-        noise: 2s / (1 + s) of that.
+        The share s that leaves the least error on tokens which the change was not made from,
+        measured on each half for the change by the other. Both halves make a change that has half
+        of their noise: 2s / (1 + s) of that.
         """
         step = max(1, len(weights) // _MEASURED_ROWS)
         helps, costs = self.tried(np.ascontiguousarray(weights[::step]))

@@ -298,7 +298,7 @@ def new_hessians(
     """Return a new file with room for the gram of every owner; sizes are the owners' columns.
 
     model_sample is the sample_sha256 of the model, to which they are then bound; stand_in the
-    format of the stand-in that met the tokens.
+    format of the stand-in that read the tokens.
     """
     keys: Keys = {
         "general.type": string("hessian"),

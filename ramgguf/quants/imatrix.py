@@ -1,8 +1,8 @@
 """Importance matrices as llama-imatrix writes them: how much each column of a weight counts.
 
-The importance of a column is the mean square of the activations that met it while a text was read.
-Two formats are read: GGUF (for every weight `NAME.in_sum2` and `NAME.counts`, one row per expert)
-and the older .dat (tools/imatrix/imatrix.cpp of llama.cpp, save_imatrix and save_imatrix_legacy).
+The importance of a column is the mean square of its input while a text was read. Two formats are
+read: GGUF (for every weight `NAME.in_sum2` and `NAME.counts`, one row per expert) and the older
+.dat (tools/imatrix/imatrix.cpp of llama.cpp, save_imatrix and save_imatrix_legacy).
 """
 
 import hashlib
@@ -432,7 +432,7 @@ def load_importance(
 
 @dataclass(frozen=True)
 class InputSquares:
-    """Σx² of a weight's input, (n_experts, n_columns), and the inputs that each expert met.
+    """Σx² of a weight's input, (n_experts, n_columns), and the number of inputs of each expert.
 
     counts has one entry per expert, or a single one for all.
     """
@@ -452,12 +452,12 @@ def write_imatrix(
     stand_in: str | None = None,
     force: bool,
 ) -> None:
-    """Write the matrix; names are stored in order, weights that met nothing are left out.
+    """Write the matrix; names are stored in order, weights without inputs are left out.
 
     model_sample is the sample_sha256 of the model, to which the matrix is then bound; stand_in the
-    format of the stand-in that met the tokens.
+    format of the stand-in that read the tokens.
 
-    Raises ImatrixError when nothing was met, a sum is not finite or the file cannot be written.
+    Raises ImatrixError when no weight had inputs, a sum is not finite, or writing fails.
     """
     arrays: dict[str, NDArray[np.float32]] = {}
     for name in sorted(entries):

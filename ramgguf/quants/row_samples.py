@@ -44,7 +44,7 @@ def sampled_rows(n_rows: int, row_length: int, n_experts: int) -> Rows:
     """Return the indices of the rows to try, ascending: at most MOST_ROWS, every expert's share.
 
     One row is taken from each of as many stretches of equal length, at a place that moves by the
-    golden ratio, so that no period of the rows (heads) meets one of the sample.
+    golden ratio, so that no period of the rows (heads) is one of the sample.
     """
     wanted = max(_FEWEST_ROWS, _FEWEST_WEIGHTS // row_length, n_experts)
     n = min(n_rows, MOST_ROWS, wanted)

@@ -92,7 +92,7 @@ class TokenSet:
             self.before = self.now
         return self.now
 
-    def told(self) -> KLDChange:
+    def change(self) -> KLDChange:
         """Return the KLD as the plan was and as it stands."""
         now = self.current()
         before = now if self.before is None else self.before

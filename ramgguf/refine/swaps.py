@@ -3,7 +3,7 @@
 The plan rests on a sum over tensors. What the sum misses (its αs' errors, curvature, tensors that
 act together) shows when the whole plan runs. So one loaded copy of the model gets the plan's
 weights, decoded to the source's own type; then one swap after another is written into it. A swap
-is proposed by what the tokens of one set have told so far, taken only if it lowers the KLD over a
+is proposed by what the tokens of one set have shown so far, taken only if it lowers the KLD over a
 second set by more than its standard error, and the result is reported over a third.
 """
 
@@ -246,7 +246,7 @@ class _Run:
         plan, assignments = self._plan, self._problem.assignments(self._chosen)
         cost = math.fsum(a.cost for a in assignments)
         bound = plan.total_cost * (1 - plan.gap)
-        proposal, acceptance, report = (part.told() for part in self._sets)
+        proposal, acceptance, report = (part.change() for part in self._sets)
         return plan.model_copy(
             update={
                 "assignments": assignments,

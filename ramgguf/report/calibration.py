@@ -7,7 +7,7 @@ from ramgguf.core.units import format_bytes, format_count, format_seconds
 
 
 def print_calibration(found: Calibration, out: Console) -> None:
-    """Print what was written, what it cost, and which weights met no input."""
+    """Print what was written, what it cost, and which weights had no input."""
     rate = (found.n_tokens - found.n_resumed) / found.seconds
     out.print(
         f"{found.outputs.imatrix}: importance of the inputs of "

@@ -67,10 +67,10 @@ def _use(card: Card) -> str:
     commands = _block(f"llama-cli -m {name}{length}\nllama-server -m {name}{length}")
     if card.plan is None or card.plan.memory is None:
         return commands
-    told = "\n".join(
+    lines = "\n".join(
         f"- {markdown_text(line)}" for line in remarks(card.plan.memory, card.plan.division)
     )
-    return f"{commands}\n\n{told}"
+    return f"{commands}\n\n{lines}"
 
 
 def _block(text: str) -> str:

@@ -69,7 +69,7 @@ def verdict_lines(report: EmbeddingReport) -> tuple[str, ...]:
     if not report.summaries:
         return ()
     if report.pairs:
-        return tuple(_told(pair) for pair in report.pairs)
+        return tuple(_pair_sentence(pair) for pair in report.pairs)
     return tuple(_alone(s) for s in report.summaries)
 
 
@@ -83,16 +83,16 @@ def _alone(s: EmbeddingSummary) -> str:
     )
 
 
-def _told(pair: EmbeddingPair) -> str:
+def _pair_sentence(pair: EmbeddingPair) -> str:
     said = [
         f"{what} {ratio(found)} × {pair.b}’s"
         for what, found in (("1 − cosine", pair.cosine), ("1 − rank ρ", pair.rank))
     ]
     resolved = pair.cosine.high is not None and pair.cosine.high < 1
-    told = "nearer to the original than" if resolved else "not told apart from"
+    relation = "nearer to the original than" if resolved else "not told apart from"
     parts = pair.rank.low is not None and pair.rank.low > 1
     but = "; ranks of similarities say the opposite" if parts else ""
-    return f"{pair.a}: {told} {pair.b}: {', '.join(said)}{but}."
+    return f"{pair.a}: {relation} {pair.b}: {', '.join(said)}{but}."
 
 
 def statements(report: EmbeddingReport) -> tuple[str, ...]:

@@ -144,7 +144,7 @@ def board_by_size(board: Leaderboard, criterion: str) -> Figure | None:
                         "symbol": mark["symbol"] + ("-open" if is_open else ""),
                         "size": 10,
                     },
-                    hovertemplate=f"{label}<br>{LABELS[name]} {_told(found, write)}<br>"
+                    hovertemplate=f"{label}<br>{LABELS[name]} {_with_interval(found, write)}<br>"
                     f"{p.size / _GB:.3f} GB<extra></extra>",
                 )
             )
@@ -194,7 +194,7 @@ def _bars(found: Estimate, colour: str) -> dict[str, Any]:
     }
 
 
-def _told(found: Estimate, write: Any) -> str:
+def _with_interval(found: Estimate, write: Any) -> str:
     if found.low is None or found.high is None:
         return str(write(found.value))
     return f"{write(found.value)} (95 %: {write(found.low)} to {write(found.high)})"
@@ -208,8 +208,8 @@ def ppl_distribution(report: EvalReport) -> Figure:
     low, high = math.log10(max(min(values), 1e-100)), math.log10(min(max(values), 1e100))
     for i, s in enumerate(report.summaries):
         scores = s.result.sequences
-        told = [told_score(x) for x in scores]
-        fig.add_traces(strip(i, i, [x.ppl for x in scores], told))
+        hover_texts = [hover_text(x) for x in scores]
+        fig.add_traces(strip(i, i, [x.ppl for x in scores], hover_texts))
         fig.add_trace(diamond(i, s.label, s.estimates["corpus_ppl"], "corpus PPL", ppl))
         if s.outliers:
             places = [(math.log10(x.ppl) - low) / ((high - low) or 1) for x in s.outliers]
@@ -225,7 +225,7 @@ def ppl_distribution(report: EvalReport) -> Figure:
                     ],
                     textposition=[side or "top center" for side in sides],
                     marker={"color": COLOURS[i % len(COLOURS)], "symbol": "x", "size": 9},
-                    hovertext=[told_score(x) for x in s.outliers],
+                    hovertext=[hover_text(x) for x in s.outliers],
                     hoverinfo="text",
                 )
             )
@@ -266,7 +266,7 @@ def height(n_rows: int) -> int:
     return 110 + _ROW_PIXELS * n_rows
 
 
-def strip(i: int, row: int, values: Sequence[float], told: Sequence[str]) -> list[Any]:
+def strip(i: int, row: int, values: Sequence[float], hover_texts: Sequence[str]) -> list[Any]:
     """Return a row of points, one per value with its hover text, and their quartiles."""
     go = graph_objects()
     colour = COLOURS[i % len(COLOURS)]
@@ -281,7 +281,7 @@ def strip(i: int, row: int, values: Sequence[float], told: Sequence[str]) -> lis
             y=[round(row + float(d), 3) for d in jitter],
             mode="markers",
             marker={"color": colour, "size": 4, "opacity": 0.45},
-            hovertext=list(told),
+            hovertext=list(hover_texts),
             hoverinfo="text",
         ),
         go.Scatter(x=x, y=[row + d for d in y], mode="lines", line=box, hoverinfo="skip"),
@@ -297,11 +297,11 @@ def diamond(row: int, label: str, found: Estimate, what: str, write: Any) -> Any
         error_x=bars,
         mode="markers",
         marker={"symbol": "diamond", "size": 9, "color": "#777", "line": {"width": 1}},
-        hovertemplate=f"{html_text(label)}<br>{what} {_told(found, write)}<extra></extra>",
+        hovertemplate=f"{html_text(label)}<br>{what} {_with_interval(found, write)}<extra></extra>",
     )
 
 
-def told_score(score: SequenceScore) -> str:
+def hover_text(score: SequenceScore) -> str:
     """Return the hover text of a sequence: its place, PPL and first words, escaped."""
     where = f" · {html_text(score.title)}" if score.title else ""
     text = html_text(score.excerpt[:70])
@@ -319,11 +319,11 @@ def delta_nll(report: EvalReport) -> Figure | None:
     fig = figure("ΔNLL (nats per token; right of 0 is worse)", "", height(len(rows)))
     for row, (i, s, against) in enumerate(rows):
         scores = sorted(s.result.sequences, key=lambda x: x.index)
-        told = [
+        hover_texts = [
             f"ΔNLL {d:+.4f} nats<br>#{x.index} {html_text(x.title or '')}"
             for d, x in zip(against.delta_nll, scores, strict=True)
         ]
-        fig.add_traces(strip(i, row, against.delta_nll, told))
+        fig.add_traces(strip(i, row, against.delta_nll, hover_texts))
         mean = _logarithm(against.ppl_ratio)
         fig.add_trace(diamond(row, s.label, mean, "mean ΔNLL", lambda x: f"{x:+.4f}"))
     shown = [d for _, _, against in rows for d in against.delta_nll]
@@ -359,10 +359,10 @@ def _beyond(i: int, row: int, s: Summary, delta: Sequence[float], low: float, hi
     for edge, side, position in ((high, 1, "middle left"), (low, -1, "middle right")):
         pairs = zip(delta, scores, strict=True)
         beyond = [(d, score) for d, score in pairs if side * (d - edge) > 0]
-        told = "<br>".join(f"#{score.index}: ΔNLL {d:+.3f} nats" for d, score in beyond[:12])
+        hover = "<br>".join(f"#{score.index}: ΔNLL {d:+.3f} nats" for d, score in beyond[:12])
         if beyond:
             text = f"{len(beyond)} beyond"
-            marks.append((edge - side * 0.012 * (high - low), side, position, text, told))
+            marks.append((edge - side * 0.012 * (high - low), side, position, text, hover))
     return graph_objects().Scatter(
         x=[m[0] for m in marks],
         y=[row] * len(marks),

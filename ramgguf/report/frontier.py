@@ -75,11 +75,11 @@ def remarks(frontier: Frontier, plans: Sequence[Plan] = ()) -> list[str]:
     """Return how many plans there are, how near the optimum those asked for, and the notes."""
     ends = f"{frontier.bpw(frontier.start_bytes):.2f} to {frontier.bpw(frontier.end_bytes):.2f} bpw"
     plans_found = format_count(len(frontier.steps) + 1, "optimal plan")
-    told = [f"{plans_found} of {format_count(len(frontier.tensors), 'tensor')}, {ends}"]
+    lines = [f"{plans_found} of {format_count(len(frontier.tensors), 'tensor')}, {ends}"]
     for plan in plans:
         gap = f"within {plan.gap:.1g} of the optimum" if plan.gap else "the optimum"
-        told.append(f"asked for {plan.budget:,} bytes: {plan.n_bytes:,}, proven {gap}")
-    return told + [f"note: {note}" for note in frontier.notes]
+        lines.append(f"asked for {plan.budget:,} bytes: {plan.n_bytes:,}, proven {gap}")
+    return lines + [f"note: {note}" for note in frontier.notes]
 
 
 def print_curve(frontier: Frontier, plans: Sequence[Plan], console: Console) -> None:

@@ -83,19 +83,19 @@ def remarks(memory: MemoryBudget, division: Division | None) -> list[str]:
         flags += f" {_BESIDE[other.kind]} {shlex.quote(other.path)}"
         if memory.n_gpu_layers:
             flags += f" {_IN_RAM[other.kind]}"
-    told = [f"run it with llama.cpp's options {flags}"]
+    lines = [f"run it with llama.cpp's options {flags}"]
     if memory.method == "llama.cpp":
-        told.append("weights, cache and compute are llama.cpp's own figures, overhead an estimate")
+        lines.append("weights, cache and compute are llama.cpp's own figures, overhead an estimate")
     else:
-        told.append(f"an estimate from the header, not llama.cpp's figures: {memory.why_estimate}")
+        lines.append(f"an estimate from the header, not llama.cpp's figures: {memory.why_estimate}")
     for other in memory.beside:
         parts = [f"weights {format_bytes(other.weights)}"]
         parts += [f"cache {format_bytes(other.cache)}"] * bool(other.cache)
         parts += [f"compute {format_bytes(other.compute)}"] * bool(other.compute)
-        told.append(
+        lines.append(
             f"the overhead includes {other.path}: {', '.join(parts)}"
             + ("; its compute buffers are not known" if other.kind == "mmproj" else "")
         )
     if memory.vram is not None:
-        told.append("the GPU's part is an estimate, not measured on a GPU")
-    return told
+        lines.append("the GPU's part is an estimate, not measured on a GPU")
+    return lines

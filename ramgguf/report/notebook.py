@@ -68,12 +68,12 @@ def drawing(value: object) -> str | None:
 
 def _plan(plan: Plan) -> str:
     grids = [plans.role_grid(plan)]
-    told = [plans.size(plan), plans.optimality(plan)]
-    told += plans.after_planning(plan)
+    lines = [plans.size(plan), plans.optimality(plan)]
+    lines += plans.after_planning(plan)
     if plan.memory is not None:
         grids.append(memory.memory_grid(plan.memory))
-        told += [memory.context(plan.memory), *memory.remarks(plan.memory, plan.division)]
-    return _drawn(f"Plan of {_name(plan.source)}", grids, [*told, *plan.notes])
+        lines += [memory.context(plan.memory), *memory.remarks(plan.memory, plan.division)]
+    return _drawn(f"Plan of {_name(plan.source)}", grids, [*lines, *plan.notes])
 
 
 @dataclass(frozen=True)
@@ -120,16 +120,16 @@ def _decibels(value: float) -> str:
 def _measurement(measured: Measurement) -> str:
     n_kept = sum(t.kept is not None for t in measured.tensors)
     counts = f"{format_count(len(measured.tensors), 'tensor')}, {measured.n_weights:,} weights"
-    told = [f"{counts}; encoder {measured.encoder}; kept as they are: {n_kept}"]
+    lines = [f"{counts}; encoder {measured.encoder}; kept as they are: {n_kept}"]
     if measured.imatrix is not None:
-        told.append(f"errors weighed by {measured.imatrix.path}")
-    return _drawn(f"Curves of {_name(measured.source)}", [format_grid(measured)], told)
+        lines.append(f"errors weighed by {measured.imatrix.path}")
+    return _drawn(f"Curves of {_name(measured.source)}", [format_grid(measured)], lines)
 
 
 def _frontier(frontier: Frontier) -> str:
     title = f"Best plans of {_name(frontier.source)}"
-    told = curves.remarks(frontier)
-    return _drawn(title, [curves.curve_grid(frontier)], told, curves.curve_svg(frontier))
+    lines = curves.remarks(frontier)
+    return _drawn(title, [curves.curve_grid(frontier)], lines, curves.curve_svg(frontier))
 
 
 def _sensitivity(found: Sensitivity) -> str:
@@ -138,7 +138,7 @@ def _sensitivity(found: Sensitivity) -> str:
 
 
 def _check(result: CheckResult) -> str:
-    told = [check.conditions(result), *(f"change: {change}" for change in result.advice)]
+    lines = [check.conditions(result), *(f"change: {change}" for change in result.advice)]
     fields: list[Field[Answer]] = [
         Field("asked", lambda a: a.prompt, number=False),
         Field("answered", lambda a: a.text[:200], number=False),
@@ -146,19 +146,19 @@ def _check(result: CheckResult) -> str:
     ]
     said = grid_of("", fields, result.answers).without_empty_columns()
     grids = [check.check_grid(result), *([said] if result.answers else [])]
-    return _drawn(check.verdict(result), grids, told)
+    return _drawn(check.verdict(result), grids, lines)
 
 
 def _evaluation(results: Iterable[EvalResult], failures: Iterable[str] = ()) -> str:
     report = report_of(list(results))
-    told = (*verdict_lines(report), *statements(report), *failures, *protocol_lines(report))
-    return _drawn("", report_grids(report), told)
+    lines = (*verdict_lines(report), *statements(report), *failures, *protocol_lines(report))
+    return _drawn("", report_grids(report), lines)
 
 
 def _embeddings(results: Sequence[EmbeddingResult], failures: Iterable[str] = ()) -> str:
     report = embedding_report(results)
-    told = (*embeddings.verdict_lines(report), *embeddings.statements(report), *failures)
-    return _drawn("", [embeddings.embedding_grid(report)], told)
+    lines = (*embeddings.verdict_lines(report), *embeddings.statements(report), *failures)
+    return _drawn("", [embeddings.embedding_grid(report)], lines)
 
 
 def _board(board: Leaderboard) -> str:
@@ -171,11 +171,11 @@ def _name(source: Source) -> str:
     return source.name or source.path
 
 
-def _drawn(title: str, grids: Iterable[Grid], told: Iterable[str], picture: str = "") -> str:
+def _drawn(title: str, grids: Iterable[Grid], lines: Iterable[str], picture: str = "") -> str:
     """Return a heading, tables, a picture and remarks; text is escaped, the picture is SVG."""
     heading = f"<p><b>{html_text(title)}</b></p>\n" if title else ""
     tables = "".join(map(to_html, grids))
-    items = "".join(f"<li>{html_text(line)}</li>\n" for line in told)
+    items = "".join(f"<li>{html_text(line)}</li>\n" for line in lines)
     remarks = f"<ul>\n{items}</ul>\n" if items else ""
     return (
         f'<div class="ramgguf"><style>{_STYLE}</style>\n{heading}{tables}{picture}{remarks}</div>\n'

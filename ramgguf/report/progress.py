@@ -50,13 +50,13 @@ class Bars:
         self._bar: RichProgress | None = None
         self._stage, self._unit = "", ""
         self._total = self._done = 0
-        self._started = self._told = 0.0
+        self._started = self._reported = 0.0
         self.upcoming: list[str] = []
 
     def start(self, stage: str, total: int, unit: str) -> None:
         self.finish()
         self._stage, self._unit, self._total, self._done = stage, unit, total, 0
-        self._started = self._told = time.monotonic()
+        self._started = self._reported = time.monotonic()
 
     def advance(self, amount: int) -> None:
         self._done += amount
@@ -65,8 +65,8 @@ class Bars:
             return
         now = time.monotonic()
         if not self._console.is_terminal:
-            if now - self._told >= LINE_SECONDS:
-                self._told = now
+            if now - self._reported >= LINE_SECONDS:
+                self._reported = now
                 self._console.print(
                     self._line(now - self._started), highlight=False, soft_wrap=True
                 )

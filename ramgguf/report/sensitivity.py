@@ -55,12 +55,12 @@ def remarks(found: Sensitivity) -> list[str]:
     """Return how it was measured and what stands out."""
     tokens = found.tokens
     n_measured = sum(t.origin == "measured" for t in found.tensors)
-    told = (
+    summary = (
         f"{format_count(tokens.n_tokens, 'token')} ({tokens.text or tokens.kind}, seed "
         f"{tokens.seed}), {n_measured} of {format_count(len(found.tensors), 'tensor')} measured in "
         f"{format_seconds(found.seconds)}"
     )
-    return [told, *(f"note: {note}" for note in found.notes)]
+    return [summary, *(f"note: {note}" for note in found.notes)]
 
 
 def print_sensitivity(found: Sensitivity, console: Console, *, verbose: bool) -> None:

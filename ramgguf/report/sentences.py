@@ -88,10 +88,10 @@ def _pairs(found: Sequence[Disagreement]) -> list[str]:
             key = frozenset((r.better, r.worse))
             if key not in best or rank.index(r.verdict) < rank.index(best[key][1].verdict):
                 best[key] = d, r
-    told = sorted(best.values(), key=lambda x: rank.index(x[1].verdict))
-    said = [_pair(d, r) for d, r in told[:_MAX_NAMED]]
-    if len(told) > _MAX_NAMED:
-        said.append(f"Also reversed: {format_count(len(told) - _MAX_NAMED, 'pair')} more.")
+    ordered = sorted(best.values(), key=lambda x: rank.index(x[1].verdict))
+    said = [_pair(d, r) for d, r in ordered[:_MAX_NAMED]]
+    if len(ordered) > _MAX_NAMED:
+        said.append(f"Also reversed: {format_count(len(ordered) - _MAX_NAMED, 'pair')} more.")
     return said
 
 

@@ -26,7 +26,7 @@ def conditions(server: Server) -> str:
     shape, checked = settings.shape, settings.checked
     trained = settings.n_ctx_train
     beyond = f" (trained for {trained})" if trained is not None and trained < shape.n_ctx else ""
-    told = [
+    parts = [
         f"context {shape.n_ctx}{beyond}",
         f"cache {shape.type_k}/{shape.type_v}",
         f"{format_count(settings.n_threads, 'thread')}",
@@ -34,13 +34,13 @@ def conditions(server: Server) -> str:
         f"memory {format_bytes(settings.needed)} ({settings.needed_by})",
     ]
     if checked is not None and checked.speed is not None and checked.speed.generation is not None:
-        told.append(f"{checked.speed.generation.median:.1f} tokens/s when checked")
+        parts.append(f"{checked.speed.generation.median:.1f} tokens/s when checked")
     if server.safe_kernels:
-        told.append("safe kernels")
+        parts.append("safe kernels")
     if place.host not in _LOOPBACK:
         asks = "with the key" if place.api_key else "without a key: see --api-key"
-        told.append(f"other machines may ask, {asks}")
-    return ", ".join(told)
+        parts.append(f"other machines may ask, {asks}")
+    return ", ".join(parts)
 
 
 def curl(server: Server) -> str:

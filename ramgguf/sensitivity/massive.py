@@ -63,7 +63,7 @@ class FirstTokenReading(FrozenModel):
 
 
 class MassiveActivations(Document):
-    """Where a model meets massive activations, and what its tensors there do to first tokens.
+    """Where a model has massive activations, and what its tensors there do to first tokens.
 
     ratios has, by ffn_down tensor, the energy of its input at a first token over that at others;
     readings are of the feed-forward tensors in layers whose ratio is RATIO or more.
@@ -79,7 +79,7 @@ class MassiveActivations(Document):
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """The layers that meet massive activations, in their order."""
+        """The layers with massive activations, in their order."""
         found = {layer_of(name) for name, ratio in self.ratios.items() if ratio >= RATIO}
         return tuple(sorted(layer for layer in found if layer is not None))
 
@@ -92,7 +92,7 @@ def massive_activations(
     progress: Progress | None = None,
     announce: Callable[[str], None] = lambda _: None,
 ) -> MassiveActivations:
-    """Return where the model meets massive activations, by a few dozen passes over a few tokens.
+    """Return where the model has massive activations, by a few dozen passes over a few tokens.
 
     Needs no data. The passes run on the stand-in, where there is one. Raises GGUFError for what is
     no model, EngineError when llama.cpp fails.

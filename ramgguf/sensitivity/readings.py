@@ -132,7 +132,7 @@ def _reading(one: TensorPass, found: ForwardResult, n_sequences: int) -> Reading
 
 
 class _Pace:
-    """How much slower readings are than the probe has told: in all, or lately, where that is more.
+    """How much slower readings are than the probe said: in all, or lately, where that is more.
 
     What is left is read by depth, so that a machine that gets slower must be noticed at once.
     """
@@ -166,7 +166,7 @@ class _Shown:
     def __init__(self, progress: Progress, costs: Costs) -> None:
         self._progress = progress
         self._second = costs.n_workers / costs.each if costs.each > 0 else 1.0  # in passes
-        self._done, self._told = 0.0, 0
+        self._done, self._shown = 0.0, 0
 
     def start(
         self, starts: Starts, wanted: Sequence[TensorPass], left: Sequence[TensorPass]
@@ -174,7 +174,7 @@ class _Shown:
         """Begin with what is done of the wanted tensors."""
         self._starts = starts
         to_do = set(left)
-        self._done, self._told = 0.0, 0
+        self._done, self._shown = 0.0, 0
         total = self._second * sum(map(starts.reading, wanted))
         self._progress.start("sensitivity", max(1, round(total)), "passes")
         for one in wanted:
@@ -184,5 +184,5 @@ class _Shown:
     def advance(self, one: TensorPass) -> None:
         """Count a reading."""
         self._done += self._second * self._starts.reading(one)
-        told, self._told = self._told, round(self._done)
-        self._progress.advance(self._told - told)
+        before, self._shown = self._shown, round(self._done)
+        self._progress.advance(self._shown - before)

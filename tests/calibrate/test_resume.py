@@ -66,7 +66,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Counted(Silent):
-    """Progress that counts the tokens that were met."""
+    """Progress that counts the tokens that were read."""
 
     def __init__(self) -> None:
         self.n_tokens = self.total = 0

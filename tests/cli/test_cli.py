@@ -1,4 +1,4 @@
-"""The command line, as users meet it: output, JSON, errors and exit status."""
+"""The command line, as users see it: output, JSON, errors and exit status."""
 
 import json
 import os

@@ -102,7 +102,7 @@ def test_a_least_speed_chooses_formats_by_their_speed_here(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = _of_speeds(monkeypatch, 1e4)
-    least = 3000.0  # more than with the best formats, which have 90 kB for a token to meet
+    least = 3000.0  # more than with the best formats, which read 90 kB for a token
     picked = pick(model, tmp_path / "out.gguf", _timed_request(min_speed=least), threads=1)
     assert picked.plan.speed is not None
     assert picked.plan.speed.least_generation == least

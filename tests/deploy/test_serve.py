@@ -1,4 +1,4 @@
-"""The server, as its clients meet it: what it answers, what it refuses, and how it ends."""
+"""The server, as its clients see it: what it answers, what it refuses, and how it ends."""
 
 import contextlib
 import itertools

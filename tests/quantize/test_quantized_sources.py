@@ -231,7 +231,7 @@ def test_one_weight_off_the_grid_takes_a_tensor_off_it(seed: int, stored: str) -
     weights.reshape(-1)[place] += np.float32(0.37 * np.abs(weights).max())
     off = grids.rounded(weights, stored)
     blocks = grids.exact_blocks("Q4_0", off, stored)
-    if blocks is not None:  # it may have met another grid; then it is held exactly
+    if blocks is not None:  # it may lie on another grid; then it is held exactly
         back = np.empty_like(off)
         _core.decode("Q4_0", blocks, back)
         assert np.array_equal(grids.rounded(back, stored), off)

@@ -1,4 +1,4 @@
-"""Corrections for quantized inputs: exact sums, and no harm to tokens that were not met."""
+"""Corrections for quantized inputs: exact sums, and no harm to other tokens than theirs."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Massive activations: the blocks that meet them are found, and their tensors get their formats."""
+"""Massive activations: the blocks that have them are found, and their tensors get their formats."""
 
 import re
 from pathlib import Path

@@ -125,7 +125,7 @@ def test_rows_of_a_padded_model_are_multiples_of_256_in_the_fewest_channels() ->
     assert filled.tolist() == [[True, True, True, False]] * 3
 
 
-def _met(
+def _made_imatrix(
     path: Path, model: Model, rng: np.random.Generator
 ) -> tuple[Imatrix, dict[str, np.ndarray]]:
     """Return a matrix with Hessians of inputs at random, and these inputs, of layer 0."""
@@ -141,9 +141,9 @@ def _met(
         for name, x in inputs.items():
             out.write(gram_name(name), x.T @ x)
         out.commit()
-    met = {name: inputs[owner] for name, owner in owners.items()}
-    entries = {n: Importance(n, np.square(x).mean(axis=0)[None]) for n, x in met.items()}
-    return Imatrix(path, entries, hessians=load_hessians(path)), met
+    of_weights = {name: inputs[owner] for name, owner in owners.items()}
+    entries = {n: Importance(n, np.square(x).mean(axis=0)[None]) for n, x in of_weights.items()}
+    return Imatrix(path, entries, hessians=load_hessians(path)), of_weights
 
 
 @pytest.mark.parametrize("change", [_pad, _values, _both, _rotate_padded])
@@ -153,15 +153,15 @@ def test_matrix_and_hessians_are_those_of_the_inputs_with_which_the_outputs_are_
     with open_gguf(_small(tmp_path / "m.gguf", "llama")) as file:
         model = read_model(file)
     before = dict(model.weights)
-    imatrix, met = _met(tmp_path / "h.gguf", model, np.random.default_rng(2))
+    imatrix, of_weights = _made_imatrix(tmp_path / "h.gguf", model, np.random.default_rng(2))
     change(model)
     equivalents.write_matrix(model, imatrix, tmp_path / "i.gguf")
     assert imatrix.hessians is not None
     equivalents.write_hessians(model, imatrix.hessians, tmp_path / "new.gguf")
     hessians = load_hessians(tmp_path / "new.gguf")
     found = load_imatrix(tmp_path / "i.gguf").entries
-    assert found.keys() == met.keys()
-    for name, x in met.items():
+    assert found.keys() == of_weights.keys()
+    for name, x in of_weights.items():
         turn = model.turns.get(name, np.eye(x.shape[1], dtype=np.float32))
         inputs = x @ turn.T
         expected = np.square(inputs).mean(axis=0)

@@ -49,7 +49,7 @@ def _matrix(
 ) -> Path:
     """Write a matrix in which inputs differ by orders of magnitude, at random.
 
-    Experts have one entry for all, or one each; unused ones met no token.
+    Experts have one entry for all, or one each; unused ones had no token.
     """
     rng = np.random.default_rng(5)
 

@@ -68,10 +68,17 @@ class Said(TypedDict):
     notes: list[str]
 
 
-def ours(source: Path, output: Path, n_bytes: int, effort: str, limit: str | None) -> Said:
+def ours(
+    source: Path, output: Path, n_bytes: int, effort: str, limit: str | None, has_scales: bool
+) -> Said:
     """Quantize by the command line; return its seconds, and what the plan's notes say."""
-    command = [sys.executable, "-c", "from ramgguf.cli import main; main()", "quantize"]
-    command += [str(source), "--budget", str(n_bytes), "-o", str(output), "--effort", effort]
+    program = "from ramgguf.cli import main; main()"
+    if not has_scales:
+        program = (
+            f"from ramgguf.quantize import effort; effort.can_scale = lambda _: False; {program}"
+        )
+    command = [sys.executable, "-c", program, "quantize", str(source), "--budget", str(n_bytes)]
+    command += ["-o", str(output), "--effort", effort]
     command += ["--no-score", "--json", "--force"]
     command += ["--time", limit] if limit and effort != "fast" else []
     start = time.perf_counter()
@@ -102,10 +109,12 @@ def rows(
         if effort in done:
             continue
         path = folder / f"{source.stem}-{mix}-{effort}.gguf"
-        told = path.with_suffix(".json")
-        if not (path.exists() and told.exists()):
-            told.write_text(json.dumps(ours(source, path, budget, effort, options.time)))
-        made[effort] = path, json.loads(told.read_text())
+        about = path.with_suffix(".json")
+        if not (path.exists() and about.exists()):
+            about.write_text(
+                json.dumps(ours(source, path, budget, effort, options.time, options.has_scales))
+            )
+        made[effort] = path, json.loads(about.read_text())
     if "mix" not in done and mix not in NEED_MATRIX:
         made["mix"] = plain, {"seconds": 0.0, "notes": []}
     matrix = matrix_of(source)
@@ -226,6 +235,9 @@ def main() -> None:
     parser.add_argument("--efforts", default="fast,auto,best")
     parser.add_argument("--flags", help="llama.cpp's others at these bytes: IQ4_XS:Q4_K, best")
     parser.add_argument("--time", help="what each of auto and best may take: 10m")
+    parser.add_argument(
+        "--no-scales", action="store_false", dest="has_scales", help="leave column scales out"
+    )
     parser.add_argument("--n-ctx", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=8, help="windows per domain")
     parser.add_argument("--folder", type=Path, default=Path("models/llama"))

@@ -47,7 +47,8 @@ class Recipe:
     """An encoder, the sequences of its matrix and Hessians, and whether the model has scales.
 
     Without an encoder it is llama.cpp's mix, with a matrix where there are sequences. For
-    quantized inputs, weights are rounded anew, layer by layer.
+    quantized inputs of so many sequences, weights are rounded anew, layer by layer; 0: they are
+    not.
     """
 
     name: str
@@ -55,7 +56,7 @@ class Recipe:
     n_sequences: int
     is_scaled: bool = False
     tokens: str = "mix"
-    for_quantized_inputs: bool = False
+    n_quantized_inputs: int = 0
 
 
 RECIPES = (
@@ -63,8 +64,8 @@ RECIPES = (
     Recipe(BASE, "gptq", FEW),
     Recipe("gptq 48", "gptq", MANY),
     Recipe("descent 48", "descent", MANY),
-    Recipe("gptq 12, quantized inputs", "gptq", FEW, for_quantized_inputs=True),
-    Recipe("descent 48, quantized inputs", "descent", MANY, for_quantized_inputs=True),
+    Recipe("gptq 12, quantized inputs", "gptq", FEW, n_quantized_inputs=FEW),
+    Recipe("descent 48, quantized inputs", "descent", MANY, n_quantized_inputs=LAYER_SEQUENCES),
     Recipe("search 48, scales", "search", MANY, is_scaled=True),
     Recipe("gptq 48, scales", "gptq", MANY, is_scaled=True),
     Recipe("descent 48, scales", "descent", MANY, is_scaled=True),
@@ -73,7 +74,14 @@ RECIPES = (
         "descent",
         MANY,
         is_scaled=True,
-        for_quantized_inputs=True,
+        n_quantized_inputs=LAYER_SEQUENCES,
+    ),
+    Recipe(
+        f"descent 48, scales, quantized inputs {MANY}",
+        "descent",
+        MANY,
+        is_scaled=True,
+        n_quantized_inputs=MANY,
     ),
 )
 
@@ -132,7 +140,7 @@ def made(
                 hessian=None if recipe.encoder == "search" else hessian,
                 scales=scales if recipe.is_scaled else None, verify=False, force=True,
             )  # fmt: skip
-            if recipe.for_quantized_inputs:
+            if recipe.n_quantized_inputs:
                 began = time.perf_counter()
                 round_anew(source, plain, recipe, n_ctx)
                 print(f"{recipe.name}: {time.perf_counter() - began:.0f} s", flush=True)
@@ -141,8 +149,9 @@ def made(
 
 def round_anew(source: Path, plain: Quantized, recipe: Recipe, n_ctx: int) -> None:
     """Round the file anew for its quantized inputs."""
-    n = min(recipe.n_sequences, LAYER_SEQUENCES)
-    inputs = QuantizedInputs(tokens=recipe.tokens, n_sequences=n, n_ctx=n_ctx)
+    inputs = QuantizedInputs(
+        tokens=recipe.tokens, n_sequences=recipe.n_quantized_inputs, n_ctx=n_ctx
+    )
     (path,) = plain.paths
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         rounding = Rounding(inputs, Path(folder) / "layers.gguf", Path(folder))

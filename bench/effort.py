@@ -123,16 +123,11 @@ def rows(
         written = llama_quantize(source, path, mix, imatrix=matrix)
         made[BASE] = written, {"seconds": 0.0, "notes": [matrix.name]}
     if options.flags and FLAGS not in done and matrix is not None:
-        choice = options.flags
+        choice: str | None = options.flags
         if choice == "best":
             choice = best_flags(source, mix, folder, matrix)
-        file_type, _, embedding = choice.partition(":")
-        path = folder / f"{source.stem}-{mix}-flags.gguf"
-        path.unlink(missing_ok=True)
-        llama_quantize(source, path, file_type, token_embedding=embedding or None, imatrix=matrix)
-        if path.stat().st_size > budget:
-            raise SystemExit(f"{choice} takes {path.stat().st_size} bytes, not {budget}")
-        made[FLAGS] = path, {"seconds": 0.0, "notes": [choice, matrix.name]}
+        if choice is not None:
+            made[FLAGS] = _with_flags(source, mix, choice, folder, matrix, budget)
     if not made or options.make:
         return
     files = [path for path, _ in made.values()]
@@ -162,8 +157,22 @@ def rows(
         )
 
 
-def best_flags(source: Path, mix: str, folder: Path, matrix: Path) -> str:
-    """Return llama.cpp's best choice of types at the mix's bytes, TYPE:EMBEDDING.
+def _with_flags(
+    source: Path, mix: str, choice: str, folder: Path, matrix: Path, budget: int
+) -> tuple[Path, Said]:
+    """Return llama.cpp's file of the choice, TYPE:EMBEDDING, with the matrix."""
+    file_type, _, embedding = choice.partition(":")
+    path = folder / f"{source.stem}-{mix}-flags.gguf"
+    path.unlink(missing_ok=True)
+    llama_quantize(source, path, file_type, token_embedding=embedding or None, imatrix=matrix)
+    if path.stat().st_size > budget:
+        raise SystemExit(f"{choice} takes {path.stat().st_size} bytes, not {budget}")
+    return path, {"seconds": 0.0, "notes": [choice, matrix.name]}
+
+
+def best_flags(source: Path, mix: str, folder: Path, matrix: Path) -> str | None:
+    """Return llama.cpp's best choice of types at the mix's bytes, TYPE:EMBEDDING; None where it is
+    the mix itself.
 
     With the matrix, the choices that are expected to be best are made and scored on the `gate`
     texts. The sensitivities are those that best has kept.
@@ -188,6 +197,8 @@ def best_flags(source: Path, mix: str, folder: Path, matrix: Path) -> str:
     for flags, kld in zip(near, klds, strict=True):
         print(f"{mix} {flags.label}: KLD {kld:.4f} on gate texts", flush=True)
     best = near[int(np.argmin(klds))]
+    if best.label == f"{mix}-default":
+        return None
     return f"{best.file_type}:{best.embedding or ''}"
 
 

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +20,8 @@ EMBEDDINGS = (
     *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"),
     *("IQ3_S", "IQ4_NL", "IQ4_XS"),
 )
+
+LEAST = 0.93  # of a mix's bytes: less is not worth a try as best flags
 
 _TENSOR = re.compile(
     r"\] (?P<name>\S+) +- \[(?P<shape>[\d, ]+)\], type = +(?P<type>\S+),"
@@ -59,10 +61,16 @@ def flags(source: Path, file_type: str, embedding: str | None = None) -> Flags |
     return Flags(file_type, embedding, n_bytes, types)
 
 
+def near(choices: Iterable[Flags], n_bytes: int, least: float = LEAST) -> list[Flags]:
+    """Return the choices whose data take `least` to 1 of the bytes."""
+    return [f for f in choices if least * n_bytes < f.n_bytes <= n_bytes]
+
+
 def all_flags(
-    source: Path, cache: Path, file_types: Sequence[str] = FILE_TYPES
+    source: Path, folder: Path, file_types: Sequence[str] = FILE_TYPES
 ) -> tuple[Flags, ...]:
-    """Return what all flags would give; hundreds of dry runs, so cache keeps them."""
+    """Return what all flags would give; hundreds of dry runs, so the folder keeps them."""
+    cache = folder / f"{source.stem}-flags.json"
     if cache.exists():
         return tuple(Flags(**each) for each in json.loads(cache.read_text()))
     pairs = [(f, e) for f in file_types for e in (None, *EMBEDDINGS)]

@@ -10,15 +10,9 @@ import json
 from pathlib import Path
 
 import ramgguf
-from baselines import Flags, all_flags
+from baselines import LEAST, all_flags, near
 from llama_quantize import quantize
 from provenance import provenance
-
-
-def near(source: Path, cache: Path, n_bytes: int, least: float = 0.93) -> list[Flags]:
-    """Return the flags whose data take `least` to 1 of the bytes, largest first."""
-    found = [f for f in all_flags(source, cache) if least * n_bytes < f.n_bytes <= n_bytes]
-    return sorted(found, key=lambda f: -f.n_bytes)
 
 
 def main() -> None:
@@ -27,14 +21,15 @@ def main() -> None:
     parser.add_argument("--bytes", type=int, required=True)
     parser.add_argument("--models", type=Path, default=Path("models/llama"))
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
-    parser.add_argument("--least", type=float, default=0.93)
+    parser.add_argument("--least", type=float, default=LEAST)
     parser.add_argument("--ours", type=Path, nargs="*", default=[], help="files to score beside")
     parser.add_argument("--n-seq", type=int, default=16)
     parser.add_argument("--list", action="store_true", help="only list the candidates")
     arguments = parser.parse_args()
     arguments.models.mkdir(parents=True, exist_ok=True)
-    cache = arguments.models / f"{arguments.source.stem}-flags.json"
-    candidates = near(arguments.source, cache, arguments.bytes, arguments.least)
+    choices = all_flags(arguments.source, arguments.models)
+    found = near(choices, arguments.bytes, arguments.least)
+    candidates = sorted(found, key=lambda f: -f.n_bytes)
     for flags in candidates:
         print(f"{flags.label:18} {flags.n_bytes:,}", flush=True)
     if arguments.list:

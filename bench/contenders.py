@@ -9,7 +9,7 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 import ramgguf
-from baselines import Flags, all_flags
+from baselines import Flags, all_flags, near
 from llama_quantize import quantize
 from ramgguf.core.errors import PlanError
 from ramgguf.measure.result import Measurement, TensorMeasurement
@@ -18,7 +18,6 @@ from ramgguf.plan.result import Plan
 from ramgguf.sensitivity.result import Sensitivity
 
 UNIFORM = ("Q2_K", "Q3_K", "IQ4_XS", "IQ4_NL", "Q4_K", "Q5_0", "Q5_K", "Q6_K", "Q8_0")
-LEAST = 0.93  # of the mix's bytes: less is not worth a try as best flags
 N_FLAGS = 5  # of them are made and scored, the best by predicted KLD
 N_CTX = 512
 
@@ -159,14 +158,14 @@ class Field:
         )
 
     def _flags(self) -> tuple[Flags, ...]:
-        return all_flags(self.source, self.folder / f"{self.source.stem}-flags.json")
+        return all_flags(self.source, self.folder)
 
     def _best_flags(self, mix: str) -> Path:
         """Return the best by KLD of the likeliest files of at most the mix's bytes."""
         files = self._flags()
         budget = next(f.n_bytes for f in files if f.label == f"{mix}-default")
-        near = likeliest(files, budget, self.measurement, self.sensitivity)
-        made = [self._llama(f.file_type, f.embedding) for f in near]
+        likely = likeliest(files, budget, self.measurement, self.sensitivity)
+        made = [self._llama(f.file_type, f.embedding) for f in likely]
         # Chosen on other sequences than those of the table: no luck in the draw.
         scored = ramgguf.evaluate(
             made, self.source, n_ctx=N_CTX, n_seq=8, seed=1, threads=self.threads
@@ -191,10 +190,8 @@ def likeliest(
 
     The budget is bytes of the tensors' data. Of choices that give the same types, one is kept.
     """
-    near = [
-        f for f in choices if LEAST * budget < f.n_bytes <= budget and _is_possible(f, measurement)
-    ]
-    different = {tuple(sorted(f.types.items())): f for f in reversed(near)}.values()
+    possible = [f for f in near(choices, budget) if _is_possible(f, measurement)]
+    different = {tuple(sorted(f.types.items())): f for f in reversed(possible)}.values()
     return sorted(different, key=lambda f: predicted_kld(f.types, measurement, sensitivity))[
         :N_FLAGS
     ]

@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TypedDict
@@ -33,6 +34,8 @@ from llama_quantize import quantize as llama_quantize
 from paired import kld_ratio
 from provenance import provenance
 from ramgguf.evaluate import HeldOutScore, score_held_out
+from ramgguf.measure.result import Measurement
+from ramgguf.quantize.schedule import GATE_CTX
 from ramgguf.sensitivity import Sensitivity
 
 MIXES = ("Q3_K_M", "Q4_K_M", "Q5_K_M", "Q6_K")
@@ -86,9 +89,20 @@ def ours(
     return {"seconds": time.perf_counter() - start, "notes": json.loads(done.stdout)["notes"]}
 
 
+def kept_folder(source: Path) -> Path:
+    """Return where efforts keep what they have measured."""
+    return source.parent / f"{source.stem}.effort"
+
+
+@cache
+def measured(source: Path) -> Measurement:
+    """Return the model's curves, which take minutes, measured once for all mixes."""
+    return ramgguf.measure(source)
+
+
 def matrix_of(source: Path) -> Path | None:
     """Return the matrix from most tokens that an effort has kept."""
-    found = (source.parent / f"{source.stem}.effort").glob("mix-*.imatrix.gguf")
+    found = kept_folder(source).glob("mix-*.imatrix.gguf")
     return max(found, key=lambda p: int(p.name.split("-")[1].partition("x")[0]), default=None)
 
 
@@ -177,11 +191,10 @@ def best_flags(source: Path, mix: str, folder: Path, matrix: Path) -> str | None
     With the matrix, the choices that are expected to be best are made and scored on the `gate`
     texts. The sensitivities are those that best has kept.
     """
-    kept = source.parent / f"{source.stem}.effort"
-    (sensitivity,) = kept.glob("*.sens.json")
-    choices = all_flags(source, folder / f"{source.stem}-flags.json")
+    (sensitivity,) = kept_folder(source).glob("*.sens.json")
+    choices = all_flags(source, folder)
     budget = next(f.n_bytes for f in choices if f.label == f"{mix}-default")
-    near = likeliest(choices, budget, ramgguf.measure(source), Sensitivity.load(sensitivity))
+    near = likeliest(choices, budget, measured(source), Sensitivity.load(sensitivity))
     with TemporaryDirectory(dir=folder) as scratch:
         files = [
             llama_quantize(
@@ -191,7 +204,7 @@ def best_flags(source: Path, mix: str, folder: Path, matrix: Path) -> str | None
             for f in near
         ]  # fmt: skip
         scores = score_held_out(
-            files, source, part="gate", n_ctx=256, max_rounds=3, seconds=None, threads=2
+            files, source, part="gate", n_ctx=GATE_CTX, max_rounds=3, seconds=None, threads=2
         )
     klds = [score.overall().kld.value for score in scores]
     for flags, kld in zip(near, klds, strict=True):

@@ -306,17 +306,17 @@ def _group_of_one(
 
 def notes(problem: Problem) -> list[str]:
     """Return what the floor and the tensors' shapes kept out, for the plan's reader."""
-    notes = list(unsure("the measurement", problem.measurement.source))
-    notes.extend(_idle(problem))
+    lines = list(unsure("the measurement", problem.measurement.source))
+    lines.extend(_idle(problem))
     constraints = problem.constraints
     if constraints.target is not None:
-        notes.extend(target_note(constraints.target, constraints.ties))
-        notes.extend(_not_run(problem, constraints.target))
+        lines.extend(target_note(constraints.target, constraints.ties))
+        lines.extend(_not_run(problem, constraints.target))
     below = Counter(b.format for c in problem.candidates for b in c.barred if b.floor)
     if below:
         excluded = ", ".join(f"{name} for {n}" for name, n in below.most_common())
         floor = problem.constraints.min_sqnr_db
-        notes.append(f"the floor of {floor:g} dB excludes {excluded} tensors")
+        lines.append(f"the floor of {floor:g} dB excludes {excluded} tensors")
     unsuited: Counter[tuple[str, str]] = Counter()
     for c in problem.candidates:
         for name, why in c.tensor.excluded.items():
@@ -324,13 +324,13 @@ def notes(problem: Problem) -> list[str]:
     by_why: dict[str, list[str]] = {}
     for (name, why), n in unsuited.items():
         by_why.setdefault(f"no candidate for {format_count(n, 'tensor')}, {why}", []).append(name)
-    notes.extend(f"{', '.join(names)}: {what}" for what, names in by_why.items())
+    lines.extend(f"{', '.join(names)}: {what}" for what, names in by_why.items())
     kept = Counter(c.tensor.kept for c in problem.candidates if c.tensor.kept is not None)
-    notes.extend(
+    lines.extend(
         f"kept as they are: {format_count(n, 'tensor')}, {why}" for why, n in kept.most_common()
     )
-    notes.extend(n for n in problem.measurement.notes if n not in notes)
-    return notes
+    lines.extend(n for n in problem.measurement.notes if n not in lines)
+    return lines
 
 
 def _not_run(problem: Problem, target: str) -> Iterator[str]:

@@ -143,7 +143,7 @@ def of_kinds(
     """Return the number of each kind's best strength, by fold, and what errors (folds, strengths)
     are by kind, over those of the first strength.
     """
-    best, told = np.empty(len(kinds), np.intp), []
+    best, lines = np.empty(len(kinds), np.intp), []
     for one in dict.fromkeys(kinds):
         of_kind = np.array([k == one for k in kinds])
         here = errors[of_kind]
@@ -154,8 +154,8 @@ def of_kinds(
             f"{s:g}: {here[:, i].sum() / first:.3f} (best of {counts[i]})"
             for i, s in enumerate(strengths)
         )
-        told.append(f"{one}, {len(here)} folds: {each}; the best of each: {least / first:.3f}")
-    return best, told
+        lines.append(f"{one}, {len(here)} folds: {each}; the best of each: {least / first:.3f}")
+    return best, lines
 
 
 def main() -> None:
@@ -184,8 +184,8 @@ def main() -> None:
         errors = output_errors(source, how, [columns_of(m) for m in moves], options.n_rows)
         folds = [fold for fold, _ in moves[0]]
         of_folds = np.array([sum(errors[name] for name in fold.readers) for fold in folds])
-        by_kind, told = of_kinds([kind(source, fold) for fold in folds], of_folds, strengths)
-        print("\n".join(told))
+        by_kind, lines = of_kinds([kind(source, fold) for fold in folds], of_folds, strengths)
+        print("\n".join(lines))
         single = strengths if options.only is None else options.only
         choices = {f"{s:g}": moves[strengths.index(s)] for s in single}
         choices["picked"] = picked(moves, of_folds.argmin(axis=1))

@@ -36,8 +36,8 @@ def tool_says(tool: Path, *arguments: str) -> dict[str, float]:
     for line in done.stdout.splitlines() + done.stderr.splitlines():
         if final := _FINAL.search(line):
             found["PPL"] = float(final[1])
-        elif told := _LINE.match(line):
-            found[" ".join(told[1].split())] = float(told[2])
+        elif value := _LINE.match(line):
+            found[" ".join(value[1].split())] = float(value[2])
     return found
 
 
@@ -45,9 +45,9 @@ def ours(model: Path, **options: Any) -> dict[str, float]:
     """Return the same of our own evaluation."""
     result = ramgguf.evaluate([model], protocol="llama", n_ctx=N_CTX, **options).results[0]
     found = {"PPL": STATISTICS["corpus_ppl"].of(losses(result))}
-    told = result.as_llama_perplexity()
-    if told is not None:
-        for name, value in told.rows():
+    table = result.as_llama_perplexity()
+    if table is not None:
+        for name, value in table.rows():
             found[" ".join(name.split())] = float(value.split()[0].rstrip("%"))
     return found
 

@@ -107,8 +107,8 @@ def measured(
         sampler.join()
         output.seek(0)
         lines = output.read().splitlines()
-    told = [line for line in lines if "stand-in" in line or line.startswith("error")]
-    said = " ".join(told or lines[-3:] * bool(code))
+    wanted = [line for line in lines if "stand-in" in line or line.startswith("error")]
+    said = " ".join(wanted or lines[-3:] * bool(code))
     said = re.sub(r"/(?:[^\s/]+/)+", "", said)  # names of files, not of folders
     return Run(
         model.stem, action, n_bytes, limit, BESIDE_BYTES + extra, peaks[0], peaks[1], seconds, code,

@@ -161,10 +161,10 @@ def random_line(drawn: Sequence[Row], base: Row) -> str:
     nll = np.stack([r.per_token[0] for r in drawn])
     same = drawn[0].n_seq == base.n_seq
     corpus, median = np.exp(nll.mean(1)), np.median(np.exp(nll), 1)
-    told = "" if same else f" ({drawn[0].n_seq} sequences)"
+    n_seq_note = "" if same else f" ({drawn[0].n_seq} sequences)"
     ratio = spread(kld / base.kld_mean) if same else ""
     return (
-        f"| {len(drawn)} random plans, median and range{told} | | {spread(kld)} | "
+        f"| {len(drawn)} random plans, median and range{n_seq_note} | | {spread(kld)} | "
         f"{ratio} | {spread(corpus)} | {spread(median)} | |"
     )
 
@@ -179,7 +179,7 @@ def line(r: Row, base: Row) -> str:
     draws = rng.integers(0, r.n_seq, (N_RESAMPLES, r.n_seq))
     (nll, kld), (_, kld_base) = r.per_token, base.per_token
     drawn = kld[draws].mean(1)
-    told = "" if r.kld_predicted is None else f"{r.kld_predicted:.4f}"
+    predicted = "" if r.kld_predicted is None else f"{r.kld_predicted:.4f}"
     name = (
         r.contender if r.contender != "best flags" else f"best flags: {r.file.split('-f16-')[-1]}"
     )
@@ -187,7 +187,7 @@ def line(r: Row, base: Row) -> str:
         f"| {name} | {r.n_bytes:,} | {kld.mean():.4f} {interval(drawn)} | "
         f"{kld.mean() / kld_base.mean():.3f} {interval(drawn / kld_base[draws].mean(1))} | "
         f"{math.exp(nll.mean()):.2f} {interval(np.exp(nll[draws].mean(1)))} | "
-        f"{np.median(np.exp(nll)):.2f} {interval(np.median(np.exp(nll[draws]), 1))} | {told} |"
+        f"{np.median(np.exp(nll)):.2f} {interval(np.median(np.exp(nll[draws]), 1))} | {predicted} |"
     )
 
 

@@ -37,8 +37,12 @@ from ramgguf.quantize import Quantized
 from ramgguf.quantize.quantized_inputs import Rounding, rounded_layers
 from ramgguf.quantize.schedule import LAYER_SEQUENCES
 from ramgguf.quants.encoders import EncoderName
+from ramgguf.quants.formats import HALVES, offered
 
 BASE = "gptq 12"
+WITHOUT_POINTS = [
+    name for name in (*offered(), *HALVES) if not name.startswith(("IQ1", "IQ2", "IQ3"))
+]
 FEW, MANY = 12, 48  # sequences of 512 tokens
 
 
@@ -48,7 +52,7 @@ class Recipe:
 
     Without an encoder it is llama.cpp's mix, with a matrix where there are sequences. For
     quantized inputs of so many sequences, weights are rounded anew, layer by layer; 0: they are
-    not.
+    not. Plans may have formats whose codes stand for points (IQ2_XS, IQ3_S) where has_points.
     """
 
     name: str
@@ -57,10 +61,12 @@ class Recipe:
     is_scaled: bool = False
     tokens: str = "mix"
     n_quantized_inputs: int = 0
+    has_points: bool = True
 
 
 RECIPES = (
     Recipe("search 12", "search", FEW),
+    Recipe("gptq 12, no points", "gptq", FEW, has_points=False),
     Recipe(BASE, "gptq", FEW),
     Recipe("gptq 48", "gptq", MANY),
     Recipe("descent 48", "descent", MANY),
@@ -139,6 +145,7 @@ def made(
                 source, budget, path, effort="fast", encoder=recipe.encoder, imatrix=imatrix,
                 hessian=None if recipe.encoder == "search" else hessian,
                 scales=scales if recipe.is_scaled else None, verify=False, force=True,
+                formats=None if recipe.has_points else WITHOUT_POINTS,
             )  # fmt: skip
             if recipe.n_quantized_inputs:
                 began = time.perf_counter()
@@ -168,12 +175,12 @@ def _reference(mix: str, recipes: Sequence[Recipe]) -> Recipe:
 def table(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
     """Yield a Markdown table per model, mix and context."""
 
-    def told(r: dict[str, Any]) -> tuple[str, str, int, int]:
+    def group_of(r: dict[str, Any]) -> tuple[str, str, int, int]:
         return r["model"], r["mix"], r["n_ctx"], len(r["domains"])
 
-    for key in dict.fromkeys(map(told, rows)):
+    for key in dict.fromkeys(map(group_of, rows)):
         group = list(
-            {r["recipe"]: r for r in rows if told(r) == key}.values()
+            {r["recipe"]: r for r in rows if group_of(r) == key}.values()
         )  # the latest of each
         ours = [r for r in group if not r["recipe"].startswith("llama.cpp")]
         base = next((r for r in ours if r["recipe"] == BASE), ours[0])

@@ -221,7 +221,7 @@ def main() -> None:
         found = print_klds(files, options.source, n_ctx=options.n_ctx, rounds=options.rounds)
     with options.out.open("a") as out:
         for one in tries:
-            told = {
+            row = {
                 "model": options.source.stem,
                 "format": options.format,
                 "encoder": options.encoder,
@@ -233,7 +233,7 @@ def main() -> None:
                 **found[one.name],
                 **provenance(),
             }
-            out.write(json.dumps(told) + "\n")
+            out.write(json.dumps(row) + "\n")
 
 
 if __name__ == "__main__":

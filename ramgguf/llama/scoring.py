@@ -115,9 +115,9 @@ def score_sequence(
 
     With has_reference, models[0] is the reference of the others: each chunk is decoded by all in
     turn, so its logits are compared where llama.cpp left them and none are stored. on_model is
-    told which model is about to decode. A model that is listed twice, as its own reference, decodes
-    once. Models must share the tokenizer and n_batch. stored has the reference's probabilities
-    instead; saved takes the logits of models[0].
+    called with the model that is about to decode. A model that is listed twice, as its own
+    reference, decodes once. Models must share the tokenizer and n_batch. stored has the reference's
+    probabilities instead; saved takes the logits of models[0].
     """
     collected = [_Collected() for _ in models]
     for model in models:

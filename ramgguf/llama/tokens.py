@@ -128,7 +128,7 @@ def batches(indices: Iterable[int], most: int = TOGETHER) -> list[tuple[int, ...
 def draw_sequences(
     model: LlamaModel, request: TokenRequest, indices: Iterable[int]
 ) -> tuple[TokenIds, ...]:
-    """Return the sequences of these numbers: request.n_ctx token ids each, told by seed and number.
+    """Return the sequences of these numbers: request.n_ctx token ids each, by seed and number.
 
     The model's own are drawn side by side, in batches, and depend on their batch, and so on the
     memory where there is too little for TOGETHER. Raises EngineError when a text is too short, or

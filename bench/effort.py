@@ -137,11 +137,14 @@ def rows(
         written = llama_quantize(source, path, mix, imatrix=matrix)
         made[BASE] = written, {"seconds": 0.0, "notes": [matrix.name]}
     if options.flags and FLAGS not in done and matrix is not None:
+        path = folder / f"{source.stem}-{mix}-flags.gguf"
         choice: str | None = options.flags
         if choice == "best":
-            choice = best_flags(source, mix, folder, matrix)
+            choice = best_flags(source, mix, path, matrix)
+        else:
+            with_flags(source, path, options.flags, matrix, budget)
         if choice is not None:
-            made[FLAGS] = _with_flags(source, mix, choice, folder, matrix, budget)
+            made[FLAGS] = path, {"seconds": 0.0, "notes": [choice, matrix.name]}
     if not made or options.make:
         return
     files = [path for path, _ in made.values()]
@@ -171,31 +174,27 @@ def rows(
         )
 
 
-def _with_flags(
-    source: Path, mix: str, choice: str, folder: Path, matrix: Path, budget: int
-) -> tuple[Path, Said]:
-    """Return llama.cpp's file of the choice, TYPE:EMBEDDING, with the matrix."""
+def with_flags(source: Path, path: Path, choice: str, matrix: Path, budget: int) -> None:
+    """Write llama.cpp's file of the choice, TYPE:EMBEDDING, with the matrix."""
     file_type, _, embedding = choice.partition(":")
-    path = folder / f"{source.stem}-{mix}-flags.gguf"
     path.unlink(missing_ok=True)
     llama_quantize(source, path, file_type, token_embedding=embedding or None, imatrix=matrix)
     if path.stat().st_size > budget:
         raise SystemExit(f"{choice} takes {path.stat().st_size} bytes, not {budget}")
-    return path, {"seconds": 0.0, "notes": [choice, matrix.name]}
 
 
-def best_flags(source: Path, mix: str, folder: Path, matrix: Path) -> str | None:
-    """Return llama.cpp's best choice of types at the mix's bytes, TYPE:EMBEDDING; None where it is
-    the mix itself.
+def best_flags(source: Path, mix: str, path: Path, matrix: Path) -> str | None:
+    """Write llama.cpp's file of the best types at the mix's bytes, and return TYPE:EMBEDDING; None
+    where that is the mix itself.
 
     With the matrix, the choices that are expected to be best are made and scored on the `gate`
     texts. The sensitivities are those that best has kept.
     """
     (sensitivity,) = kept_folder(source).glob("*.sens.json")
-    choices = all_flags(source, folder)
+    choices = all_flags(source, path.parent)
     budget = next(f.n_bytes for f in choices if f.label == f"{mix}-default")
     near = likeliest(choices, budget, measured(source), Sensitivity.load(sensitivity))
-    with TemporaryDirectory(dir=folder) as scratch:
+    with TemporaryDirectory(dir=path.parent) as scratch:
         files = [
             llama_quantize(
                 source, Path(scratch) / f"{f.label}.gguf", f.file_type,
@@ -206,12 +205,14 @@ def best_flags(source: Path, mix: str, folder: Path, matrix: Path) -> str | None
         scores = score_held_out(
             files, source, part="gate", n_ctx=GATE_CTX, max_rounds=3, seconds=None, threads=2
         )
-    klds = [score.overall().kld.value for score in scores]
-    for flags, kld in zip(near, klds, strict=True):
-        print(f"{mix} {flags.label}: KLD {kld:.4f} on gate texts", flush=True)
-    best = near[int(np.argmin(klds))]
-    if best.label == f"{mix}-default":
-        return None
+        klds = [score.overall().kld.value for score in scores]
+        for flags, kld in zip(near, klds, strict=True):
+            print(f"{mix} {flags.label}: KLD {kld:.4f} on gate texts", flush=True)
+        chosen = int(np.argmin(klds))
+        best = near[chosen]
+        if best.label == f"{mix}-default":
+            return None
+        files[chosen].replace(path)
     return f"{best.file_type}:{best.embedding or ''}"
 
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from ramgguf.calibrate.partial import Partial, partial_folder
 from ramgguf.core.errors import EngineError, ImatrixError
-from ramgguf.core.files import free_bytes, refuse_existing
+from ramgguf.core.files import free_bytes, refuse_existing, require_distinct
 from ramgguf.core.inputs import protected
 from ramgguf.core.parallel import default_threads
 from ramgguf.core.progress import Progress, Silent, followed_by
@@ -118,6 +118,7 @@ def calibrate_file(
     fails, ImatrixError when nothing can be written; then no file is left.
     """
     start = time.perf_counter()
+    require_distinct(outputs.imatrix, outputs.hessian, error=ImatrixError)
     for path in (outputs.imatrix, outputs.hessian):
         if path is not None:
             refuse_existing(path, force=outputs.force, error=ImatrixError)

@@ -18,7 +18,9 @@ from ramgguf.cli.plan_commands import show_speed_front
 from ramgguf.cli.prepared import Weighed, calibrated, measured_projector, with_projector
 from ramgguf.cli.sensitivity_commands import load_or_measure
 from ramgguf.cluster.executors import connected
+from ramgguf.core.errors import PlanError
 from ramgguf.core.escape import to_json
+from ramgguf.core.files import require_distinct
 from ramgguf.core.machine import Available, available_memory, within_cgroup
 from ramgguf.core.parallel import default_threads
 from ramgguf.core.units import format_count, format_seconds, parse_seconds, parse_size
@@ -157,6 +159,7 @@ def quantize(
     """Write the best mixed-precision GGUF that fits a budget."""
     choice.require_target(writes_model=True)
     terminal = opt.Terminal.make(quiet=quiet, as_json=as_json)
+    require_distinct(output, mmproj_output, save_plan, export_tensor_types, error=PlanError)
     opt.refuse_existing(save_plan, export_tensor_types, force=force)
     request = memory.request()
     if joint := quantize_mmproj or (mmproj_output is not None and plan_file is None):
@@ -319,6 +322,8 @@ def quantize(
             announce=terminal.announce,
             **choice.options(sensed),
         )
+    # Without -o the model's name was not known before.
+    require_distinct(*made.paths, save_plan, export_tensor_types, error=PlanError)
     export_plan(made.plan, save_plan, export_tensor_types, terminal)
     checked = None
     if is_timed if check is None else check:

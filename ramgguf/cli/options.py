@@ -323,7 +323,10 @@ def effort(name: str | None, time: str | float | None, steps: Mapping[str, objec
 
 
 def refuse_existing(*paths: Path | None, force: bool) -> None:
-    """Raise PlanError when one of the paths, None aside, exists and may not be overwritten."""
+    """Raise PlanError when one of the paths, None aside, exists and may not be overwritten, or two
+    are one file.
+    """
+    files.require_distinct(*paths, error=PlanError)
     for path in paths:
         if path is not None:
             files.refuse_existing(path, force=force, error=PlanError)

@@ -10,7 +10,7 @@ from ramgguf.cli import memory_options as mem
 from ramgguf.cli import options as opt
 from ramgguf.core.errors import PlanError
 from ramgguf.core.escape import to_json
-from ramgguf.core.files import write_atomically
+from ramgguf.core.files import require_distinct, write_atomically
 from ramgguf.core.machine import memory_limit
 from ramgguf.core.parallel import default_threads
 from ramgguf.core.units import parse_seconds
@@ -85,6 +85,7 @@ def pick(
             sensitivity=sensitivity, formats=opt.split_formats(formats), min_sqnr_db=min_sqnr
         ),
     )
+    require_distinct(picked.path, svg, error=PlanError)  # without -o it was not known before
     if svg is not None:
         drawn = curve_svg(picked.frontier, [picked.plan])
         write_atomically(svg, drawn.encode(), error=PlanError)

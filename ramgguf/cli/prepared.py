@@ -1,6 +1,5 @@
 """What quantize prepares before it plans: importance, kept beside the model, and sensitivities."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +10,9 @@ import ramgguf as api
 from ramgguf.cli import options as opt
 from ramgguf.deploy import MemoryRequest
 from ramgguf.gguf.hub import beside
+from ramgguf.gguf.reader import open_gguf
 from ramgguf.gguf.shards import model_stem
+from ramgguf.llama.sources import file_tag
 from ramgguf.measure.result import Measurement
 from ramgguf.quants import formats
 from ramgguf.quants.encoders import DEFAULT_ENCODER, Encoder
@@ -38,9 +39,11 @@ def calibrated(
 ) -> Weighed:
     """Return the importance matrix that --calibrate asks for; what is there is taken as it is.
 
-    Its name says its tokens: model.self.imatrix.gguf, and with hessians model.self.hessian.gguf.
+    Its name says its tokens: model.self.imatrix.gguf, and with hessians model.self.hessian.gguf. A
+    hash stands for the contents of files.
     """
-    tag = re.sub(r"[^\w.-]", "_", Path(tokens).stem)
+    with open_gguf(model) as file:
+        tag = file_tag(tokens, file)
     imatrix = beside(model, f"{model_stem(model)}.{tag}.imatrix.gguf")
     hessian = beside(model, f"{model_stem(model)}.{tag}.hessian.gguf") if hessians else None
     if imatrix.exists() and (hessian is None or hessian.exists()):

@@ -306,6 +306,20 @@ def refuse_existing(path: Path, *, force: bool, error: type[RamggufError]) -> No
         raise error(f"{path}: exists; use --force to replace it")
 
 
+def require_distinct(*outputs: Path | None, error: type[RamggufError]) -> None:
+    """Raise `error` if two outputs of a run, None aside, are one file: the later would replace the
+    earlier.
+    """
+    seen: set[Path] = set()
+    for path in outputs:
+        if path is None:
+            continue
+        target = path.resolve()
+        if target in seen:
+            raise error(f"{path}: is named for two outputs; name a file for each")
+        seen.add(target)
+
+
 def refuse_input(path: Path, *, error: type[RamggufError]) -> None:
     """Raise `error` if the run reads the file at path, under this or any other name."""
     read = inputs.input_at(path)

@@ -12,6 +12,7 @@ from ramgguf.core.corpus import dataset as dataset_corpus
 from ramgguf.core.corpus import default_corpus, text_file
 from ramgguf.core.drawing import Drawn
 from ramgguf.core.errors import EngineError
+from ramgguf.core.files import require_distinct
 from ramgguf.core.parallel import default_threads
 from ramgguf.core.progress import Progress, Silent
 from ramgguf.core.wikitext import is_canonical
@@ -240,6 +241,8 @@ def evaluate(
         save=Path(save_logits) if save_logits is not None else None,
         has_text=text is not None or dataset is not None,
     )
+    journal = Path(jsonl) if jsonl is not None else None
+    require_distinct(journal, logits.save, error=EngineError)
     parts: list[Evaluation] = []
     for each, length in itertools.product(texts, lengths):
         found = score_models(
@@ -251,7 +254,7 @@ def evaluate(
             threads=threads or default_threads(),
             safe_kernels=safe_kernels,
             verbose=verbose,
-            jsonl=Path(jsonl) if jsonl is not None else None,
+            jsonl=journal,
             resume=resume or bool(parts),  # one file takes all
             executor=executor,
             progress=progress,

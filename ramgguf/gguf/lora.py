@@ -27,7 +27,7 @@ from ramgguf.gguf.safetensors import StoredTensor, from_float, read_header, to_f
 
 _PREFIX = "base_model.model."
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<which>[AB])(\.weight)?")
-_SAVED = re.compile(r"(\.modules_to_save|\.original_module)?\.weight$")
+_SAVED = re.compile(r"(\.modules_to_save|\.original_module|\.base_layer)?\.weight$")
 _WEIGHTS = "adapter_model.safetensors"
 _ROWS_AT_ONCE = 1 << 22  # weights of a matrix that are merged at a time
 # Keys of the config that change the arithmetic, with the values that leave it alone.
@@ -38,6 +38,12 @@ _UNSUPPORTED = {
     "layer_replication": (None, []),
     "target_parameters": (None, []),
     "trainable_token_indices": (None, [], {}),
+    "alora_invocation_tokens": (None, []),
+    "use_qalora": (None, False),
+    "arrow_config": (None,),
+    "use_bdlora": (None, False),
+    # Others (PiSSA, OLoRA, CorDA, LoftQ) start from a base that they have changed.
+    "init_lora_weights": (None, True, False, "gaussian", "eva", "orthogonal"),
 }
 
 
@@ -96,18 +102,24 @@ class Adapter:
         """Return what the product of a module's factors is multiplied by."""
         alpha = self._of_module("alpha_pattern", module, self.config.get("lora_alpha", rank))
         try:
-            return float(alpha) / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
-        except (TypeError, ValueError):
-            raise CheckpointError(
-                f"{self.folder}: lora_alpha is {alpha!r}; expected a number"
-            ) from None
+            scale = float(alpha) / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+        except (TypeError, ValueError, OverflowError):
+            scale = math.nan
+        if not math.isfinite(scale):
+            raise CheckpointError(f"{self.folder}: lora_alpha is {alpha!r}; expected a number")
+        return scale
 
     def _of_module(self, key: str, module: str, default: Any) -> Any:
         """Return what a pattern of the config says of a module; patterns match names' ends."""
         patterns = self.config.get(key) or {}
-        for pattern, value in patterns.items():
-            if re.fullmatch(rf"(.*\.)?({pattern})", module):
-                return value
+        try:
+            for pattern, value in patterns.items():
+                if re.fullmatch(rf"(.*\.)?({pattern})", module):
+                    return value
+        except (AttributeError, re.error) as e:
+            raise CheckpointError(
+                f"{self.folder}: {key} is {patterns!r}; expected an object of regexes: {e}"
+            ) from None
         return default
 
 
@@ -131,12 +143,12 @@ def merge(checkpoint: Checkpoint, adapter: Adapter, into: Path) -> Checkpoint:
         shutil.copyfile(path, into / path.name)
         (into / path.name).chmod(0o600)
     merged = Checkpoint.of(into, f"{checkpoint.name}-{plain_name(adapter.folder)}")
-    for module, pair in adapter.factors.items():
-        _add(merged.tensors[f"{module}.weight"], pair, adapter, module)
-    for name, new in adapter.saved.items():
+    for name, new in adapter.saved.items():  # first: factors may be of a base that was saved
         old = merged.tensors[name]
         _require_shape(adapter, old, new.shape)
         _write(old, 0, to_float(new.values(), new.dtype))
+    for module, pair in adapter.factors.items():
+        _add(merged.tensors[f"{module}.weight"], pair, adapter, module)
     return merged
 
 

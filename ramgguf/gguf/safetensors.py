@@ -78,7 +78,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         }
     except OSError as e:
         raise CheckpointError(f"{path}: cannot be read: {e.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as e:
         raise CheckpointError(f"{path}: its safetensors header is damaged: {e}") from None
     for tensor in found.values():
         lies_within = 8 + length <= tensor.begin <= tensor.end <= n_bytes
@@ -104,6 +104,11 @@ def from_float(values: NDArray[np.float64], dtype: str) -> NDArray[np.generic]:
         with np.errstate(over="ignore"):  # beyond F16 is infinite, as in PyTorch
             return values.astype(_DTYPES[dtype])
     with np.errstate(over="ignore"):
-        bits = values.astype(np.float32).view(np.uint32)
+        single = values.astype(np.float32)
+    # An even last bit would hide that digits were cut off: rounding twice must not make a tie.
+    even = (single.view(np.uint32) & 1) == 0
+    towards = np.where(values > single, np.inf, -np.inf).astype(np.float32)
+    odd = np.nextafter(single, towards)
+    bits = np.where(even & (single != values), odd, single).view(np.uint32)
     rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
     return np.where(np.isnan(values), 0x7FC0, rounded).astype(np.uint16)

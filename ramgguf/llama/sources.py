@@ -4,16 +4,18 @@ self,mix,FILE:2 reads half of the sequences from the file, a quarter from the mo
 quarter from the texts of the package; these stand for one source each of their domains.
 """
 
+import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Protocol
 
 from ramgguf.core.errors import EngineError
 from ramgguf.gguf.reader import GGUFFile
 from ramgguf.llama.domains import domain_corpora
 from ramgguf.llama.protocol import TokenIds
-from ramgguf.llama.tokens import TokenRequest, TokenSource, parse_tokens
+from ramgguf.llama.tokens import TOKENS, TokenRequest, TokenSource, parse_tokens
 
 MIX = "mix"
 _WEIGHT = re.compile(r"(?P<name>.+?):(?P<weight>\d+(?:\.\d*)?|\.\d+)")
@@ -59,6 +61,20 @@ def parse_sources(text: str, file: GGUFFile) -> tuple[TokenSource, ...]:
     if total <= 0:
         raise EngineError(f"tokens {text!r} name no source; write self, mix, or a text file")
     return tuple(replace(s, weight=s.weight / total) for s in found if s.weight > 0)
+
+
+def file_tag(text: str, file: GGUFFile) -> str:
+    """Return what the name of a file made from these sources says of them, as parse_sources reads
+    them: self, self_mix_2. Where texts were given, it ends in a hash of all sources.
+    """
+    parts = [p.strip() for p in text.split(",") if p.strip()]
+    tag = "_".join(re.sub(r"[^\w.-]", "_", Path(part).name) for part in parts)
+    sources = parse_sources(text, file)
+    bare = {weighed["name"] if (weighed := _WEIGHT.fullmatch(p)) else p for p in parts}
+    if bare <= {MIX, *TOKENS}:
+        return tag
+    said = [(s.kind, s.weight, s.corpus and s.corpus.identity.sha256) for s in sources]
+    return f"{tag}-{hashlib.sha256(repr(said).encode()).hexdigest()[:8]}"
 
 
 def of_sources(request: TokenRequest, text: str, file: GGUFFile) -> TokenRequest:

@@ -53,6 +53,12 @@ class TokenRequest:
     stand_in: str | None = None
     sources: tuple[TokenSource, ...] = ()
 
+    def __post_init__(self) -> None:
+        if self.n_ctx < 2:
+            raise EngineError(f"sequences of {self.n_ctx} tokens predict nothing; 2 is the least")
+        if self.n_sequences is not None and self.n_sequences < 1:
+            raise EngineError(f"{self.n_sequences} sequences cannot be read; 1 is the least")
+
     def each_source(self) -> Iterator["TokenRequest"]:
         """Yield the request for tokens of each source alone."""
         for source in self.sources:
@@ -80,6 +86,9 @@ class KeptDraw(Protocol):
 
     def step(self, steps: Steps) -> None:
         """Keep these, if it is time."""
+
+
+TOKENS = ("self", "random", "wikitext")  # that need no file
 
 
 def parse_tokens(text: str) -> tuple[TokenKind, Corpus | None]:

@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ramgguf.core.errors import GGUFError, PlanError
+from ramgguf.core.files import require_distinct
 from ramgguf.gguf.hub import local_path
 from ramgguf.plan import JointLimit, SizeLimit
 from ramgguf.plan.result import Plan
@@ -36,10 +37,7 @@ def check_projector(
     path = local_path(source.path)
     if not path.exists():
         raise PlanError(f"{path}: the projector that was planned is not there")
-    if output is not None and output_of_model is not None and output.absolute() == (
-        output_of_model.absolute()
-    ):  # fmt: skip
-        raise GGUFError(f"{output}: is the model's output; name another one for the projector")
+    require_distinct(output_of_model, output, error=GGUFError)
     most = path.stat().st_size
     check_destination(output or path, output is not None and not force, most)
 

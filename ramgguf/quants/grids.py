@@ -41,8 +41,10 @@ def exact_blocks(name: str, weights: Floats, source: str) -> Blocks | None:
     """Return the blocks of a format that decode to these weights exactly; None if none do.
 
     weights has shape (rows, columns), float32, as the source's type holds them: decoded values are
-    rounded to it before they are compared.
+    rounded to it before they are compared. NaN and infinity are on no grid.
     """
+    if not np.isfinite(weights).all():
+        return None
     n_bytes = formats.row_bytes(name, weights.shape[1])
     if name == "MXFP4":  # its encoder finds the power of two
         blocks = np.empty((len(weights), n_bytes), np.uint8)
@@ -65,7 +67,7 @@ def grid_of(file: GGUFFile, tensor: TensorInfo, names: Sequence[str] = GRIDS) ->
     if not suiting:
         return None
     first = _decoded(file, tensor, 0, 1)
-    if not np.isfinite(first).all() or not first.any():
+    if not first.any():
         return None
     sorted_ = np.sort(first.reshape(-1, _BLOCK), axis=1)
     if ((np.diff(sorted_, axis=1) != 0).sum(axis=1) >= _N_VALUES).any():

@@ -64,6 +64,7 @@ class ImportanceSource(FrozenModel):
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 _LARGEST_FILE = 1 << 32  # that of a 1000B model has under 1 GiB
 _LONGEST_NAME = 1 << 12
+_LARGEST = 1e30  # mean square
 _MOST_DATASETS = 64  # the first is named
 
 
@@ -318,8 +319,8 @@ def _mean_squares(
         return None
     means = sums / np.where(counts > 0, counts, 1)
     means[~seen] = means[seen].mean(axis=0)
-    # What is left above a float's range is not a mean square of activations.
-    values = np.minimum(means, np.finfo(np.float32).max).astype(np.float32)
+    # What is left above is not a mean square of activations, and rows of it have no sum in float32.
+    values = np.minimum(means, _LARGEST).astype(np.float32)
     return Importance(name, values, n_unused=int((~seen).sum()))
 
 

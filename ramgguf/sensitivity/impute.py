@@ -56,7 +56,13 @@ def impute(
 
     Raises EngineError when no reading is positive: then nothing that was replaced had any effect.
     """
-    if not any(r.kld > 0 for r in readings.values()):
+    if readings and all(r.nmse == 0 for r in readings.values()):
+        found = ", ".join(sorted({r.format for r in readings.values()}))
+        raise EngineError(
+            f"all weights lie on the grid of {found}, in which they were probed: nothing changed, "
+            "so no sensitivity can be read; a file of these formats loses nothing"
+        )
+    if not any(r.kld > 0 and r.nmse > 0 for r in readings.values()):
         raise EngineError(
             "no tensor's quantization changed the model's output; "
             "llama.cpp did not read the copy that was changed: please report it"

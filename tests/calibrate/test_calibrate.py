@@ -2,6 +2,7 @@
 
 import ctypes
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from ramgguf.llama import ggml
 from ramgguf.llama.capture import Sums, Taken, Tap, add_dense, add_routed
 from ramgguf.llama.client import Engine
 from ramgguf.llama.model import LlamaModel
-from ramgguf.llama.sources import dataset_name, parse_sources, shares
+from ramgguf.llama.sources import dataset_name, file_tag, parse_sources, shares
 from ramgguf.llama.tokens import TokenRequest, draw_sequences
 from ramgguf.quants.hessian import add_grams, groups, load_hessians, mirror
 from ramgguf.quants.imatrix import load_imatrix
@@ -466,6 +467,38 @@ def test_sources_share_the_sequences_by_their_weights(tiny: Path, tmp_path: Path
     for n in (1, 7, 12, 64):
         assert sum(shares(sources, n)) == n
     assert shares(sources, 40) == (10, 2, 2, 2, 2, 2, 20)
+
+
+def test_a_file_s_tag_tells_sources_apart(tiny: Path, tmp_path: Path) -> None:
+    folders = tmp_path / "a", tmp_path / "b"
+    for folder in folders:
+        folder.mkdir()
+        (folder / "x.txt").write_text(f"texts of {folder.name}\n" * 9)
+    (tmp_path / "mix.txt").write_text("no mix at all\n" * 9)
+    first, second = (str(folder / "x.txt") for folder in folders)
+    lists = (
+        "self", "mix", "random", "self,mix", "self,mix:2", "self:2,mix", str(tmp_path / "mix.txt"),
+        first, second, f"{first}:2,self", f"{first},self", f"self,{first}", f"{first},{second}",
+    )  # fmt: skip
+    with open_gguf(tiny) as file:
+        tags = [file_tag(text, file) for text in lists]
+        assert len(set(tags)) == len(lists)
+        assert tags[:5] == ["self", "mix", "random", "self_mix", "self_mix_2"]
+        assert all(re.fullmatch(r"[\w.-]+", tag) for tag in tags)
+        (folders[0] / "x.txt").write_text("another text\n" * 9)
+        assert file_tag(first, file) != tags[lists.index(first)]
+
+
+@pytest.mark.parametrize("wrong", [{"n_ctx": 1}, {"n_sequences": 0}, {"n_sequences": -1}])
+def test_nothing_to_read_is_an_error_of_the_request(
+    tiny: Path, tmp_path: Path, wrong: dict[str, int]
+) -> None:
+    for call in (
+        lambda: ramgguf.calibrate(tiny, tmp_path / "i.gguf", **wrong),  # type: ignore[arg-type]
+        lambda: ramgguf.sensitivity(tiny, **wrong),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(EngineError, match="is the least"):
+            call()
 
 
 def test_a_calibration_reads_every_source(tiny: Path, tmp_path: Path) -> None:

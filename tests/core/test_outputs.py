@@ -84,6 +84,58 @@ def test_force_never_destroys_an_input(made: Path, tmp_path: Path, command: str,
     assert {n: (tmp_path / n).read_bytes() for n in inputs} == inputs
 
 
+TWICE = (
+    "quantize m.gguf --plan plan.json -o q.gguf --save-plan q.gguf",
+    "quantize m.gguf --plan plan.json -o q.gguf --save-plan ./q.gguf",
+    "quantize m.gguf --plan plan.json -o q.gguf --save-plan p.json --export-tensor-types p.json",
+    "plan m.rd.json --budget 50% --min-sqnr 0 -o p.json --export-tensor-types p.json",
+    "curve m.rd.json --min-sqnr 0 -o c.json --svg c.json",
+    "recipe m.gguf -o r.json --export-tensor-types r.json",
+    "calibrate m.gguf -o i.gguf --hessian i.gguf",
+    "eval m.gguf --protocol llama -o j.jsonl --save-logits j.jsonl",
+)
+
+
+@pytest.mark.parametrize("forced", [False, True])
+@pytest.mark.parametrize("command", TWICE)
+def test_two_outputs_are_never_one_file(
+    made: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+    forced: bool,
+) -> None:
+    for path in made.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    before = sorted(path.name for path in tmp_path.iterdir())
+    words = [*command.split(), *["--force"] * (forced and not command.startswith("eval"))]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["ramgguf", *words])
+    with pytest.raises(SystemExit) as done:
+        main()
+    assert done.value.code == 1
+    assert "is named for two outputs" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_a_plan_never_replaces_the_model_whose_name_follows_from_it(
+    made: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "m.gguf").write_bytes((made / "m.gguf").read_bytes())
+    done = run("quantize", "m.gguf", "--plan", made / "plan.json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (written,) = tmp_path.glob("m-ram-*.gguf")
+    model = written.read_bytes()
+    written.unlink()
+    done = run(
+        "quantize", "m.gguf", "--plan", made / "plan.json", "--save-plan", written, cwd=tmp_path
+    )
+    assert done.returncode == 1
+    assert "is named for two outputs" in done.stderr
+    assert written.read_bytes() == model
+
+
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with every kind of input: shards, matrix, Hessians, text, results, readings."""

@@ -165,6 +165,10 @@ def test_a_converter_that_fails_leaves_a_line_and_no_file(
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12345678\n"
 
 
+_HEADER = b'{"a":{"dtype":"F32","shape":[1e999],"data_offsets":[0,4]}}'
+ENDLESS = len(_HEADER).to_bytes(8, "little") + _HEADER + bytes(4)
+
+
 @pytest.mark.parametrize(
     ("files", "said"),
     [
@@ -174,6 +178,7 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12345678\
         ({"config.json": b"<html>"}, "is a web page"),
         ({"config.json": b"[]"}, "expected a JSON object"),
         ({"model.safetensors": b"\x10\0\0\0\0\0\0\0{no header at al"}, "header is damaged"),
+        ({"model.safetensors": ENDLESS}, "header is damaged: cannot convert float infinity"),
         ({"model.safetensors": None}, "has a config.json and no weights"),
         ({"model.safetensors": None, "pytorch_model.bin": b"PK"}, "save them as safetensors"),
         ({"config.json": None}, "has safetensors files and no config.json"),
@@ -308,6 +313,38 @@ def test_embeddings_and_saved_modules_are_merged_as_peft_does(tmp_path: Path) ->
     assert np.array_equal(np.asarray(merged["lm_head.weight"].values()), from_bf16(bf16(head)))
 
 
+def test_factors_are_added_to_the_base_that_an_adapter_saved(tmp_path: Path) -> None:
+    """As peft saves it where embeddings are among the modules that it adapts."""
+    base = Checkpoint.of(write_checkpoint(tmp_path / "base", dtype="F32"))
+    shape = base.tensors["model.embed_tokens.weight"].shape
+    rng = np.random.default_rng(3)
+    a = rng.standard_normal((4, shape[0]), dtype=np.float32)
+    b = rng.standard_normal((shape[1], 4), dtype=np.float32)
+    saved = rng.standard_normal(shape, dtype=np.float32)
+    write_peft_adapter(tmp_path / "tuned", {})
+    write_safetensors(
+        tmp_path / "tuned" / "adapter_model.safetensors",
+        {
+            "base_model.model.model.embed_tokens.lora_embedding_A": ("F32", a),
+            "base_model.model.model.embed_tokens.lora_embedding_B": ("F32", b),
+            "base_model.model.model.embed_tokens.base_layer.weight": ("F32", saved),
+        },
+    )
+    (tmp_path / "merged").mkdir()
+    merged = merge(base, Adapter.of(tmp_path / "tuned"), tmp_path / "merged").tensors
+    expected = saved + 2.0 * (b.astype(np.float64) @ a.astype(np.float64)).T
+    now = np.asarray(merged["model.embed_tokens.weight"].values())
+    assert np.array_equal(now, expected.astype(np.float32))
+
+
+def test_bf16_is_rounded_once() -> None:
+    half = 1 + 2.0**-8  # between two numbers of BF16
+    values = np.array([half, half + 2.0**-40, half - 2.0**-40, -half - 2.0**-40, 1e39, np.nan])
+    bits = from_float(values, "BF16")
+    expected = [1.0, 1 + 2.0**-7, 1.0, -1 - 2.0**-7, np.inf, np.nan]
+    assert np.array_equal(from_bf16(bits.astype(np.uint16)), expected, equal_nan=True)
+
+
 def test_an_adapter_is_merged_before_the_checkpoint_is_converted(
     tmp_path: Path, stand_in: Path
 ) -> None:
@@ -330,6 +367,13 @@ def test_an_adapter_is_merged_before_the_checkpoint_is_converted(
         ({"use_dora": True}, "use_dora is True, which is not merged here"),
         ({"bias": "all"}, "bias is 'all', which is not merged here"),
         ({"lora_alpha": "x"}, "lora_alpha is 'x'; expected a number"),
+        ({"lora_alpha": float("inf")}, "lora_alpha is inf; expected a number"),
+        ({"alpha_pattern": {"*q": 8}}, "expected an object of regexes: nothing to repeat"),
+        ({"alpha_pattern": [8]}, "expected an object of regexes"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights is 'pissa_niter_4', which is"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights is 'olora', which is not merged here"),
+        ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens is .*, which is not merged"),
+        ({"use_qalora": True}, "use_qalora is True, which is not merged here"),
     ],
 )
 def test_other_adapters_are_refused_by_name(

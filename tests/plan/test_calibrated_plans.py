@@ -1,5 +1,6 @@
 """Plans whose errors are weighed by activations: in one command, and step by step."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -180,7 +181,9 @@ def test_one_flag_calibrates_and_weighs(model: Path, tmp_path: Path) -> None:
     assert "every tensor decoded again: errors as planned" in said
     plan = Plan.load(tmp_path / "p.json")
     assert plan.imatrix is not None
-    assert plan.imatrix.path == str(tmp_path / "m.notes.imatrix.gguf")
+    kept = Path(plan.imatrix.path)
+    assert kept.parent == tmp_path
+    assert re.fullmatch(r"m\.notes\.txt-[0-9a-f]{8}\.imatrix\.gguf", kept.name)
     assert plan.imatrix.dataset == "notes.txt, seed 0"
     again = _run(
         "quantize", ours, "-b", "6bpw", "--calibrate", text, "--formats", "Q4_0,Q5_0,Q8_0",

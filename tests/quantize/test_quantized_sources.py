@@ -219,6 +219,20 @@ def test_formats_that_were_asked_for_are_all_that_a_grid_may_have(tmp_path: Path
     assert smaller.assignments[0].format != "MXFP4"
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("grid", grids.GRIDS)
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_value_that_is_no_number_is_named_on_a_grid_as_elsewhere(
+    tmp_path: Path, grid: str, value: float
+) -> None:
+    weights = np.empty((64, 512), np.float32)
+    _core.decode(grid, _encoded(grid, _gaussian(64, 512)), weights)
+    weights[40, 7] = value
+    source = _write(tmp_path / "a.gguf", {UP: (weights, Kind.F32)})
+    with pytest.raises(FormatError, match=rf"{UP}\[{40 * 512 + 7}\] is NaN or infinite"):
+        ramgguf.measure(source, threads=1)
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.sampled_from(["F32", "F16", "BF16"]))
 def test_one_weight_off_the_grid_takes_a_tensor_off_it(seed: int, stored: str) -> None:

@@ -198,7 +198,9 @@ def test_huge_sums_do_not_become_infinite(tmp_path: Path) -> None:
     largest = float(np.finfo(np.float32).max)
     tensors = {f"{DENSE}.in_sum2": floats(largest, 1)[None], f"{DENSE}.counts": floats(0.5)[None]}
     imatrix = load_imatrix(write_gguf(tmp_path / "i.gguf", tensors))
-    assert np.isfinite(imatrix.entries[DENSE].values).all()
+    values = imatrix.entries[DENSE].values
+    assert np.isfinite(np.full(1 << 20, 100.0, np.float32) * values.max()).all()
+    assert np.isfinite((1 << 20) * np.float32(100.0) * values.max())
 
 
 def test_the_writer_of_these_tests_writes_what_gguf_io_reads(tmp_path: Path) -> None:

@@ -121,6 +121,13 @@ def test_a_model_that_nothing_changes_is_an_error() -> None:
         _filled(members, [_reading(m, 0.0) for m in members])
 
 
+def test_a_model_on_the_grid_of_its_probes_is_said_to_be_one() -> None:
+    members = _members(3)
+    readings = [_reading(m, 0.0).model_copy(update={"nmse": 0.0}) for m in members]
+    with pytest.raises(EngineError, match="lie on the grid of Q4_0, in which they were probed"):
+        _filled(members, readings)
+
+
 @given(
     st.lists(
         st.tuples(st.floats(1e-6, 1e6), st.floats(0, 5)),

@@ -33,6 +33,7 @@ from ramgguf.gguf.hub import beside
 from ramgguf.gguf.shards import model_stem
 from ramgguf.measure.result import Measurement
 from ramgguf.plan.result import Plan
+from ramgguf.quantize.pipeline import measured_formats
 from ramgguf.quants.encoders import DEFAULT_ENCODER
 from ramgguf.report.check import print_check
 from ramgguf.report.held_out import draft_summary, print_draft, print_held_out
@@ -179,15 +180,15 @@ def quantize(
         opt.refuse_idle(idle, "--target speed shows plans and writes nothing")
         if sensitivity == "measure":
             raise typer.BadParameter(
-                "name a file of the command sensitivity", param_hint=sensitivity
+                "name a file of the command sensitivity", param_hint="--sensitivity"
             )
+        options = choice.options(None if sensitivity is None else Path(sensitivity))
         model = terminal.fetched(model, lora)
         measured = Measurement.load(measurement) if measurement else api.measure(
-            model, formats=opt.split_formats(choice.formats), encoder=opt.encoder(encoder).name,
+            model, formats=measured_formats(options), encoder=opt.encoder(encoder).name,
             imatrix=imatrix, hessian=hessian, allow_requantize=allow_requantize, threads=threads,
             progress=terminal.progress,
         )  # fmt: skip
-        options = choice.options(None if sensitivity is None else Path(sensitivity))
         show_speed_front(measured, model, threads, None, terminal, options, as_json=as_json)
         return
     sizes = (budget is not None or request is not None, plan_file is not None, max_kld is not None)
@@ -296,7 +297,7 @@ def quantize(
         )
         made = api.quantize(
             model,
-            None if plan_file or max_kld else mem.size_limit(budget, request, model),
+            None if plan_file or max_kld is not None else mem.size_limit(budget, request, model),
             output,
             max_kld=max_kld,
             min_speed=min_speed,

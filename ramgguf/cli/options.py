@@ -284,7 +284,10 @@ def split_formats(text: str | None) -> list[str] | None:
     """Return the formats in a comma-separated list of them and of sets, or None for no list."""
     if text is None:
         return None
-    return list(expand(name.strip() for name in text.split(",") if name.strip()))
+    names = list(expand(name.strip() for name in text.split(",") if name.strip()))
+    if not names:
+        raise typer.BadParameter("name formats, or leave it out", param_hint="--formats")
+    return names
 
 
 def encoder(name: str | None) -> Encoder:

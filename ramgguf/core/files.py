@@ -162,11 +162,11 @@ class AtomicFile:
         self.n_bytes = n_bytes
         self._force = force
         self._error = error
-        self._temporary = temporary_path(path)
+        self.temporary = temporary_path(path)
         self._fd = -1
         try:
             with _named(path, error):
-                self._fd = _create_locked(self._temporary)
+                self._fd = _create_locked(self.temporary)
                 os.fchmod(self._fd, _mode(path))
                 _reserve(self._fd, n_bytes)
         except BaseException:
@@ -204,26 +204,9 @@ class AtomicFile:
         """Flush the file and give it its name; raises `error` if that exists and may not."""
         self.flush()
         with _named(self.path, self._error):
-            if self._force:
-                self._temporary.replace(self.path)
-            else:
-                self._link()
+            _give_name(self.temporary, self.path, force=self._force, error=self._error)
         os.close(self._fd)
         self._fd = -1
-        inputs.written(self.path)
-        sync_folder(self.path.parent)
-
-    def _link(self) -> None:
-        try:  # unlike a rename, a link never replaces what came into being meanwhile
-            os.link(self._temporary, self.path)
-        except FileExistsError:
-            refuse_existing(self.path, force=False, error=self._error)
-            raise
-        except OSError:  # a file system without links
-            refuse_existing(self.path, force=False, error=self._error)
-            self._temporary.replace(self.path)
-        else:
-            self._temporary.unlink()
 
     def __del__(self) -> None:
         # Ctrl-C may come before whoever made this has entered its `with`.
@@ -234,9 +217,41 @@ class AtomicFile:
         """Remove what was written; does nothing after commit."""
         if self._fd >= 0:
             with contextlib.suppress(OSError):
-                self._temporary.unlink()
+                self.temporary.unlink()
             os.close(self._fd)
             self._fd = -1
+
+
+def _give_name(made: Path, path: Path, *, force: bool, error: type[RamggufError]) -> None:
+    """Give a whole file its name; without force, `error` if something has come to have it."""
+    if force:
+        made.replace(path)
+    else:
+        try:  # unlike a rename, a link never replaces what came into being meanwhile
+            os.link(made, path)
+        except FileExistsError:
+            refuse_existing(path, force=False, error=error)
+            raise
+        except OSError:  # a file system without links
+            refuse_existing(path, force=False, error=error)
+            made.replace(path)
+        else:
+            made.unlink()
+    inputs.written(path)
+    sync_folder(path.parent)
+
+
+def put_in_place(made: Path, path: Path, *, force: bool, error: type[RamggufError]) -> None:
+    """Give a whole file of the same file system its name, as AtomicFile does with its own: of the
+    mode of what it replaces, behind a link to a file.
+
+    Raises `error`, nothing changed, where the path may not be written.
+    """
+    refuse_existing(path, force=force, error=error)
+    target = path.resolve() if path.is_symlink() else path
+    with _named(path, error):
+        made.chmod(_mode(target))
+        _give_name(made, target, force=force, error=error)
 
 
 def mapped_array(
@@ -297,6 +312,8 @@ def refuse_existing(path: Path, *, force: bool, error: type[RamggufError]) -> No
         raise error("-: an output is a file; name one")
     if path.is_dir():
         raise error(f"{path}: is a folder; name a file")
+    if not path.parent.is_dir():
+        raise error(f"{path}: there is no folder {path.parent}")
     refuse_input(path, error=error)
     target = path.resolve() if path.is_symlink() else path
     kind = _other_kind(target)

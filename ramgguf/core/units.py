@@ -4,7 +4,7 @@ import re
 
 from ramgguf.core.errors import BudgetError
 
-_MOST_BYTES = 2.0**53  # what JSON's numbers hold
+MOST_BYTES = 2**53  # what JSON's numbers hold
 _SIZE = re.compile(r"(?P<number>\d+(?:\.\d*)?|\.\d+)\s*(?P<unit>[A-Za-z%]*)")
 _DECIMAL = {"": 1, "B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _MULTIPLIERS = {
@@ -34,8 +34,8 @@ def parse_budget(text: str, *, n_weights: int, n_bytes_source: int) -> int:
         )
     if n_bytes < 1:
         raise BudgetError(f"budget {text!r} is {n_bytes:g} bytes; it must be positive")
-    if n_bytes > _MOST_BYTES:
-        raise BudgetError(f"budget {text[:40]!r} is more than {_MOST_BYTES:g} bytes")
+    if n_bytes > MOST_BYTES:
+        raise BudgetError(f"budget {text[:40]!r} is more than {float(MOST_BYTES):g} bytes")
     return int(n_bytes)
 
 

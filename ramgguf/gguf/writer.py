@@ -15,7 +15,6 @@ from ramgguf.core.files import (
     refuse_existing,
     remove_orphans,
     require_disk_space,
-    temporary_path,
 )
 from ramgguf.core.parallel import Chunk, map_chunks, runs
 from ramgguf.core.progress import Progress
@@ -111,7 +110,7 @@ class GGUFOutput:
 
     def written(self) -> GGUFFile:
         """Return what was written so far, open, as the file that it will be."""
-        return open_shards([temporary_path(s.path) for s in self.layout.shards])
+        return open_shards([file.temporary for file in self._files])
 
     def flush(self) -> None:
         """Wait until everything that was written is on disk."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from ramgguf.core.errors import BudgetError, PlanError
 from ramgguf.core.gc_paused import gc_paused
-from ramgguf.core.units import format_bytes
+from ramgguf.core.units import MOST_BYTES, format_bytes
 from ramgguf.gguf.layout import padded
 from ramgguf.measure.result import Measurement
 from ramgguf.plan.drafts import draft_notes
@@ -204,6 +204,8 @@ def _next_percent(
     best: Callable[[int], Solution], solution: Solution, capacity: int, budget: int
 ) -> NextPercent | None:
     """Return what one percent more would buy; None if the search finds nothing there."""
+    if budget + budget // 100 > MOST_BYTES:
+        return None
     try:
         larger = best(capacity + budget // 100)
     except BudgetError:

@@ -65,6 +65,7 @@ def frontier(
                 role=c.tensor.role,
                 source_format=c.tensor.source_format,
                 n_weights=c.tensor.n_weights,
+                grid=c.tensor.grid,
                 note=c.note,
                 alpha=costing.alpha.get(c.tensor.name),
                 relative_error=costing.errors.get(c.tensor.name),
@@ -279,5 +280,6 @@ def _assignments(frontier: Frontier, chosen: Sequence[int]) -> tuple[Assignment,
                 nmse=choice.tensor_nmse[k],
                 cost=choice.tensor_cost[k],
                 note=tensor.note,
+                is_exact=choice.format == tensor.grid,
             )
     return tuple(made[i] for i in range(len(frontier.tensors)))

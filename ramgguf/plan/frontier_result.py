@@ -14,6 +14,8 @@ from ramgguf.quants.imatrix import ImportanceSource
 class FrontierTensor(FrozenModel):
     """What a plan repeats of a tensor; note says why there is no choice.
 
+    grid is the format on whose grid the weights lie, if there is one.
+
     alpha is its sensitivity, if plans go by these, relative_error that of α, and late the share of
     it on tokens that scores count.
     """
@@ -22,6 +24,7 @@ class FrontierTensor(FrozenModel):
     role: str
     source_format: str
     n_weights: Positive
+    grid: str | None = None
     note: str | None = None
     alpha: NonNegativeFloat | None = None
     relative_error: NonNegativeFloat | None = None

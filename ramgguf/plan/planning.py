@@ -26,6 +26,8 @@ from ramgguf.plan.targets import target_ties
 from ramgguf.quants.formats import expand
 from ramgguf.sensitivity.result import Sensitivity
 
+_MOST_DB = 1000.0  # far more than float32 has
+
 
 class PlanOptions(TypedDict, total=False):
     """What is minimised, and what a plan must respect.
@@ -102,8 +104,9 @@ def follow(measurement: Measurement | str | Path, recipe: Recipe | str | Path) -
     measurement = _loaded(measurement)
     if not isinstance(recipe, Recipe):
         recipe = Recipe.read(Path(recipe))
-    made = plan(measurement, "1000%", pins=pins_for(recipe, measurement))
-    return made.model_copy(update={"budget": made.n_bytes, "next_percent": None})
+    pins = pins_for(recipe, measurement)
+    made = plan(measurement, plan(measurement, "1000%", pins=pins).n_bytes, pins=pins)
+    return made.model_copy(update={"next_percent": None})
 
 
 def curve(measurement: Measurement | str | Path, **options: Unpack[PlanOptions]) -> Frontier:
@@ -168,11 +171,16 @@ def _costing(measurement: Measurement, options: PlanOptions) -> Costing:
 
 def _constraints(measurement: Measurement, options: PlanOptions) -> Constraints:
     formats, target = options.get("formats"), options.get("target")
+    least = options.get("min_sqnr_db", DEFAULT_MIN_SQNR_DB)
+    if not abs(least) <= _MOST_DB:
+        raise PlanError(f"the least SQNR is {least:g} dB; expected at most {_MOST_DB:g}")
+    if formats is not None and not formats:
+        raise PlanError("there are no formats to choose from; name some, or leave --formats out")
     ties = [parse_tie(tie) for tie in options.get("ties", ())]
     if target is not None:
         ties += [tie for tie in target_ties(target, measurement) if tie not in ties]
     return Constraints(
-        min_sqnr_db=options.get("min_sqnr_db", DEFAULT_MIN_SQNR_DB),
+        min_sqnr_db=least,
         formats=None if formats is None else expand(formats),
         pins=tuple(Pin.parse(pin) for pin in options.get("pins", ())),
         ties=tuple(ties),

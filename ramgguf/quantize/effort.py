@@ -17,7 +17,7 @@ from typing import Any
 
 from ramgguf.calibrate import calibrate
 from ramgguf.core.errors import BudgetError, EngineError, GGUFError, RamggufError
-from ramgguf.core.files import free_bytes, refuse_existing
+from ramgguf.core.files import free_bytes
 from ramgguf.core.machine import available_memory
 from ramgguf.core.parallel import default_threads
 from ramgguf.core.progress import Silent, followed_by
@@ -26,7 +26,6 @@ from ramgguf.core.units import format_bytes, format_seconds
 from ramgguf.evaluate import (
     kept_bytes,
 )
-from ramgguf.gguf.hub import beside
 from ramgguf.gguf.reader import GGUFFile, open_gguf
 from ramgguf.llama.client import WrongKindError
 from ramgguf.llama.system import llama_installed
@@ -38,6 +37,7 @@ from ramgguf.plan import (
 from ramgguf.plan.result import QuantizedInputs
 from ramgguf.quantize.candidate import Candidate, Choice
 from ramgguf.quantize.gate import FIRST_CTX, Gate
+from ramgguf.quantize.output_paths import require_output
 from ramgguf.quantize.pipeline import Quantized, QuantizeOptions, quantize_once
 from ramgguf.quantize.placing import placed
 from ramgguf.quantize.protection import protected_formats
@@ -119,12 +119,13 @@ class EffortRun:
 
     def made(self) -> Quantized:
         """Return what was made: the best candidate, under its final name."""
-        if self._output is not None and not self._options.force:
-            refuse_existing(self._output, force=False, error=GGUFError)
+        folder = require_output(
+            self._model, self._output, force=self._options.force, n_bytes=0,
+            splits=self._options.splits,
+        )  # fmt: skip
         if not llama_installed():
             self._announce(f"effort {self._effort} is fast: {NEEDS_LLAMA}")
             return self._once(Choice(), self._output)
-        folder = (self._output or beside(self._model, "output")).absolute().parent
         with scratch_folder(folder, error=GGUFError) as scratch:
             self._scratch = scratch
             best = self._candidate(Choice())
@@ -136,7 +137,7 @@ class EffortRun:
                 best = self._improved(best)
             except WrongKindError as e:
                 self._log.add(f"it falls back to fast: {e}")
-            except (EngineError, OSError) as e:
+            except (RamggufError, OSError) as e:
                 self._log.add(f"ends here, with what was made so far: {e}")
             return self._finished(best)
 
@@ -161,7 +162,7 @@ class EffortRun:
                 decodes=keeps_reference and self._has_room_to_decode(file),
             )  # fmt: skip
             costs = replace(costs, keeps_reference=keeps_reference)
-            self._cache = StepCache.of(file, self._model, TOKENS)
+            self._cache = self._cache_of(file)
             self._blocks = self._cache.blocks
         self._gate = Gate(
             self._model, self._model if self._stand_in is None else self._stand_in.path,
@@ -199,9 +200,19 @@ class EffortRun:
             try:
                 with followed_by(self._progress, after[0] if after else "verify"):
                     best = self._stepped(step, best, n_rounds)
-            except RamggufError as e:
+            except (RamggufError, OSError) as e:
                 self._log.add(f"{step.name}: left out, {e}")
         return best
+
+    def _cache_of(self, file: GGUFFile) -> StepCache:
+        """Return where steps keep what they measure; for this run only where the model's folder
+        takes nothing.
+        """
+        try:
+            return StepCache.of(file, self._model, TOKENS)
+        except GGUFError as e:
+            self._log.add(f"what is measured is not kept for later runs: {e}")
+            return StepCache.of(file, self._scratch / self._model.name, TOKENS)
 
     def _stepped(self, step: Step, best: Candidate, n_rounds: int) -> Candidate:
         """Return the better of the best candidate and that of the step."""
@@ -432,7 +443,7 @@ class EffortRun:
         path = self._scratch / f"candidate-{self._n_candidates}.gguf"
         before = None if best is None else best.made
         return Candidate(
-            choice, self._once(choice, path, split_max_bytes=None, verify=False, before=before)
+            choice, self._once(choice, path, in_one_file=True, verify=False, before=before)
         )
 
     def _for_quantized_inputs(self, best: Candidate) -> Candidate:
@@ -445,7 +456,7 @@ class EffortRun:
         with rounded_layers(self._model, best.made, rounding) as rounded:
             self._n_candidates += 1
             path = self._scratch / f"candidate-{self._n_candidates}.gguf"
-            options = replace(self._options, before=rounded, split_max_bytes=None, verify=False)
+            options = replace(self._options, before=rounded, in_one_file=True, verify=False)
             made = quantize_once(self._model, None, path, options, from_plan=rounded.plan)
         return Candidate(best.choice, replace(made, measurement=rounded.measurement))
 

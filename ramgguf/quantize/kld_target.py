@@ -16,14 +16,14 @@ from ramgguf.core.progress import Clock
 from ramgguf.core.scratch import scratch_folder
 from ramgguf.core.units import format_bytes, format_count
 from ramgguf.evaluate import SCORE_SECONDS, HeldOutScore, score_held_out
-from ramgguf.gguf.hub import beside
 from ramgguf.gguf.reader import open_gguf
 from ramgguf.llama.system import llama_installed
 from ramgguf.measure.result import Measurement
 from ramgguf.plan import plan
-from ramgguf.quantize.output_paths import check_destination
+from ramgguf.quantize.output_paths import require_output
 from ramgguf.quantize.pipeline import Quantized, QuantizeOptions, quantize_once
 from ramgguf.quantize.placing import placed
+from ramgguf.quantize.preselection import NOTE
 from ramgguf.quants.encoders import ENCODERS
 
 TOLERANCE = 0.005  # of the bytes: how close to the smallest the search ends
@@ -85,10 +85,10 @@ def smallest_within(
         raise PlanError(f"the KLD is bounded by {max_kld:g}; expected a positive number of nats")
     if not llama_installed():
         raise EngineError("a bound on the KLD is measured: pip install 'ramgguf[eval]'")
-    folder = (output or beside(model, "output")).absolute().parent
     with open_gguf(model, kind_check=True) as file:
-        wanted = output or beside(model, model.name)
-        check_destination(wanted, output is not None and not options.force, file.n_bytes)
+        folder = require_output(
+            model, output, force=options.force, n_bytes=file.n_bytes, splits=options.splits
+        )
     with scratch_folder(folder, error=GGUFError) as scratch:
         return _Search(model, max_kld, options, scratch, measurement).result(output)
 
@@ -177,12 +177,13 @@ class _Search:
             plan(self._measurement, budget, **self._options.plan)
         self._n_trials += 1
         path = self._scratch / f"trial-{self._n_trials}.gguf"
-        options = replace(self._options, verify=False, split_max_bytes=None, force=False)
+        options = replace(self._options, verify=False, in_one_file=True, force=False)
         # An encoder that plans by another one's errors measures its own for each plan.
         ready = None if ENCODERS[options.encoder].plans_by else self._measurement
         with self._clock.stage("trials"):
             made = quantize_once(self._model, budget, path, options, measurement=ready)
-        self._measurement = made.measurement
+        if NOTE not in made.plan.notes:  # else it has little but the formats of this budget
+            self._measurement = made.measurement
         with self._clock.stage("score"):
             kld = self._scored(made, "gate").overall().kld.value
         self._options.announce(
@@ -208,11 +209,7 @@ class _Search:
         planned = made.plan.model_copy(update={"notes": (*made.plan.notes, note)})
         with self._clock.stage("verify"):
             done = placed(self._model, replace(made, plan=planned, score=score), output, options)
-        return (
-            done
-            if options.split_max_bytes is not None
-            else replace(done, seconds=self._clock.seconds)
-        )
+        return done if options.splits else replace(done, seconds=self._clock.seconds)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from ramgguf.core.errors import GGUFError
 from ramgguf.core.files import refuse_existing, require_disk_space
+from ramgguf.core.inputs import reading
 from ramgguf.gguf.hub import beside
 from ramgguf.gguf.shards import model_stem
 from ramgguf.plan.result import Plan
@@ -18,6 +19,32 @@ def check_destination(output: Path, must_be_new: bool, n_bytes: int) -> None:
     if must_be_new:
         refuse_existing(output, force=False, error=GGUFError)
     require_disk_space(output.parent, n_bytes, error=GGUFError)
+
+
+def require_output(
+    model: Path, output: Path | None, *, force: bool, n_bytes: int, splits: bool = False
+) -> Path:
+    """Return the folder that the output goes to, behind a link too, where it may be written.
+
+    n_bytes is the most that it can have. For what takes long: asked before any work, it raises
+    GGUFError where the output, or a shard of it, exists and may not be replaced, or the disk is too
+    small.
+    """
+    reading(model)
+    target = output or beside(model, model.name)
+    if output is not None:
+        refuse_existing(output, force=force, error=GGUFError)
+        if splits and not force and (shards := shards_of(output)):
+            raise GGUFError(f"{shards[0]}: exists; use --force to replace it")
+        target = output.resolve()
+    require_disk_space(target.parent, n_bytes, error=GGUFError)
+    return target.absolute().parent
+
+
+def shards_of(output: Path) -> list[Path]:
+    """Return the files that have names of the output's shards."""
+    pattern = re.compile(rf"{re.escape(output.stem)}-\d{{5}}-of-\d{{5}}\.gguf")
+    return sorted(p for p in output.parent.glob("*.gguf") if pattern.fullmatch(p.name))
 
 
 def default_output(model: Path, plan: Plan) -> Path:

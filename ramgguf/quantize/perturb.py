@@ -22,6 +22,7 @@ from ramgguf.gguf.reader import GGUFFile, open_gguf
 from ramgguf.gguf.writer import rewrite
 from ramgguf.plan.result import Assignment, Plan
 from ramgguf.quantize.write import check_source
+from ramgguf.quants import grids
 from ramgguf.quants.codec import ErrorWeights
 from ramgguf.quants.encoders.decoding import decode_rows
 from ramgguf.quants.imatrix import planned_imatrix
@@ -78,7 +79,12 @@ def _noisy(
     rng: np.random.Generator,
 ) -> NDArray[np.uint8]:
     """Return the rows in F32, each with noise of its own quantization error's root mean square."""
-    blocks = scale.encode(planned.format, planned.source_format, rows, start, row_length, encoder)
+    if planned.is_exact:
+        blocks = grids.encode(planned.format, planned.source_format, rows)
+    else:
+        blocks = scale.encode(
+            planned.format, planned.source_format, rows, start, row_length, encoder
+        )
     weights = decode_rows(planned.source_format, rows, row_length)
     rounded = decode_rows(planned.format, blocks, row_length)
     rms = np.sqrt(np.mean(np.square(weights - rounded, dtype=np.float64), axis=1))

@@ -28,7 +28,7 @@ from ramgguf.quantize.shard_plans import plan_for_shards
 from ramgguf.quantize.verify import verify as verify_file
 from ramgguf.quantize.write import Before, Destination, begin, settled, write
 from ramgguf.quants.encoders import DEFAULT_ENCODER, ENCODERS, EncoderName
-from ramgguf.quants.formats import SOURCES_ONLY, expand
+from ramgguf.quants.formats import ON_REQUEST, SOURCES_ONLY, expand
 from ramgguf.quants.imatrix import load_importance
 from ramgguf.quants.output_metadata import overhead_bytes
 from ramgguf.quants.scales import with_scales
@@ -77,6 +77,7 @@ class QuantizeOptions:
     refine: int = 0
     refine_beside: Path | None = None  # what the journal of a refinement is kept beside
     split_max_bytes: int | None = None
+    in_one_file: bool = False  # though it is planned for shards: what is written is no output yet
     force: bool = False
     verify: bool = True
     threads: int | None = None
@@ -86,6 +87,11 @@ class QuantizeOptions:
     kept_blocks: Path | None = None  # where error feedback keeps what it has encoded
     before: Quantized | None = None  # of this model, in one file: what comes out alike is copied
     plan: PlanOptions = field(default_factory=PlanOptions)
+
+    @property
+    def splits(self) -> bool:
+        """Whether shards are written."""
+        return self.split_max_bytes is not None and not self.in_one_file
 
 
 @protected()
@@ -128,12 +134,17 @@ def as_planned(file: GGUFFile, plan: Plan) -> GGUFFile:
     return with_scales(file, plan.imatrix.scales_path if plan.imatrix else None)
 
 
-def _measured_formats(options: PlanOptions) -> tuple[str, ...] | None:
+def measured_formats(options: PlanOptions) -> tuple[str, ...] | None:
     """Return the formats to measure: those asked for, and those of pins; None for the default."""
-    names = options.get("formats")
-    if not names:
-        return None
     pinned = {Pin.parse(pin).format for pin in options.get("pins", ())} - set(SOURCES_ONLY)
+    names = options.get("formats")
+    if names is None:
+        if unasked := sorted(pinned & set(ON_REQUEST)):
+            raise PlanError(
+                f"{unasked[0]} is measured on request only: name the formats of all tensors, too, "
+                f"as in --formats k --pin REGEX={unasked[0]}"
+            )
+        return None
     return expand((*names, *sorted(pinned)))
 
 
@@ -184,7 +195,7 @@ class _Run:
                 self._feed_back = partial(fed_back, encoder=self._encoder, imatrix=weighed)
             stack.enter_context(followed_by(self._progress, "quantize"))
             return measure_and_plan(
-                first_measure(measure, self._encoder, weighed, _measured_formats(options.plan)),
+                first_measure(measure, self._encoder, weighed, measured_formats(options.plan)),
                 plan_it,
                 options.plan,
                 self._clock.stage,
@@ -246,7 +257,9 @@ class _Run:
         """
         path = self._output or default_output(self._model, plan)
         options = self._options
-        destination = Destination(path, options.force, options.split_max_bytes)
+        destination = Destination(
+            path, options.force, options.split_max_bytes if options.splits else None
+        )
         plan = settled(self._file, plan, destination)
         clock, shown = self._clock, self._progress
         worst = None

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Unpack
 
-from ramgguf.core.errors import EngineError, GGUFError, PlanError
+from ramgguf.core.errors import BudgetError, EngineError, GGUFError, PlanError
 from ramgguf.core.files import refuse_existing
 from ramgguf.core.inputs import protected
 from ramgguf.core.progress import Progress
@@ -24,7 +24,7 @@ from ramgguf.evaluate import (
     draft_agreement,
     score_held_out,
 )
-from ramgguf.gguf.hub import beside, local_path
+from ramgguf.gguf.hub import local_path
 from ramgguf.gguf.reader import open_gguf
 from ramgguf.llama.format_speed import SpeedProfile
 from ramgguf.measure.result import Measurement
@@ -33,7 +33,7 @@ from ramgguf.plan.result import Plan
 from ramgguf.quantize.effort import EffortRun
 from ramgguf.quantize.kld_target import smallest_within
 from ramgguf.quantize.modelfile import modelfile_path, write_modelfile
-from ramgguf.quantize.output_paths import check_destination
+from ramgguf.quantize.output_paths import require_output
 from ramgguf.quantize.pipeline import Quantized, QuantizeOptions, quantize_once
 from ramgguf.quantize.placing import placed
 from ramgguf.quantize.projector import check_projector, with_projector
@@ -219,11 +219,11 @@ def _timed(
     The file by priors tells how fast the steps' formats will be.
     """
     start = clock()
-    folder = (output or beside(model, "output")).absolute().parent
     with open_gguf(model) as file:
-        wanted = output or beside(model, model.name)
-        check_destination(wanted, output is not None and not options.force, file.n_bytes)
-    trial = replace(options, verify=False, split_max_bytes=None, force=True)
+        folder = require_output(
+            model, output, force=options.force, n_bytes=file.n_bytes, splits=options.splits
+        )
+    trial = replace(options, verify=False, in_one_file=True, force=True)
 
     def bound(speed: SpeedLimit) -> QuantizeOptions:
         return replace(trial, plan={**options.plan, "speed": speed})
@@ -238,10 +238,19 @@ def _timed(
         )  # fmt: skip
         if steps is not None:
             level, seconds = steps
-            made, _ = fast_enough(
-                lambda speed: EffortRun(model, limit, path, level, seconds, bound(speed)).made(),
-                speed, relaxes=False, announce=options.announce,
-            )  # fmt: skip
+
+            def with_steps(speed: SpeedLimit) -> Quantized:
+                left = None if seconds is None else max(1.0, seconds - (clock() - start))
+                better = scratch / "better.gguf"
+                return EffortRun(model, limit, better, level, left, bound(speed)).made()
+
+            try:
+                made, _ = fast_enough(with_steps, speed, relaxes=False, announce=options.announce)
+            except BudgetError as e:  # the file by priors is fast enough
+                line = f"effort {level}: planned by priors alone, for with its steps {e}"
+                options.announce(line)
+                noted = made.plan.model_copy(update={"notes": (*made.plan.notes, line)})
+                made = replace(made, plan=noted)
         done = placed(model, made, output, options)
     return replace(done, seconds={"until fast enough": clock() - start})
 

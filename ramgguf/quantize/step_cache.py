@@ -1,6 +1,7 @@
 """What the steps of an effort have measured, kept beside the model for the next run and budget."""
 
 import hashlib
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,10 @@ class StepCache:
 
     @classmethod
     def of(cls, file: GGUFFile, model: Path, tokens: str) -> "StepCache":
-        """Return the cache of the model in the file; the folder is made."""
+        """Return the cache of the model in the file; the folder is made.
+
+        Raises GGUFError where it cannot be written.
+        """
         found = FileIdentity.of(file)
         text = f"{found.n_bytes} {found.header_sha256} {found.sample_sha256}"
         folder = beside(model, f"{model.name.removesuffix('.gguf')}.effort")
@@ -33,6 +37,8 @@ class StepCache:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as e:
             raise GGUFError(f"{folder}: cannot be made: {e.strerror}") from None
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise GGUFError(f"{folder}: cannot be written")
         return cls(folder, hashlib.sha256(text.encode()).hexdigest()[:12], tokens)
 
     def kept(self) -> Kept:

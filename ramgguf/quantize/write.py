@@ -10,6 +10,8 @@ from pathlib import Path
 from ramgguf.core.errors import FormatError, PlanError
 from ramgguf.core.parallel import Buffers, Run, map_runs, runs
 from ramgguf.core.progress import Progress
+from ramgguf.core.units import format_count
+from ramgguf.core.version import __version__
 from ramgguf.gguf.header import Value
 from ramgguf.gguf.identity import require_model, unsure
 from ramgguf.gguf.layout import Layout, plan_layout
@@ -86,7 +88,21 @@ def settled(file: GGUFFile, plan: Plan, destination: Destination) -> Plan:
                 "n_overhead_bytes": plan.n_overhead_bytes - saved,
             }
         )
+    if plan.ramgguf_version != __version__ and destination.split_max_bytes is None:
+        plan = _resized(file, plan, destination)
     return plan.model_copy(update={"notes": (*plan.notes, *notes)}) if notes else plan
+
+
+def _resized(file: GGUFFile, plan: Plan, destination: Destination) -> Plan:
+    """Return the plan of another version with the bytes that this one's metadata take."""
+    more = planned_layout(file, plan, destination).n_bytes - plan.n_bytes
+    if plan.n_bytes + more > max(plan.n_bytes, plan.budget):
+        raise PlanError(
+            f"the plan is of ramgguf {plan.ramgguf_version}, and with the metadata of {__version__}"
+            f" the file has {format_count(more, 'byte')} more than its budget; plan again"
+        )
+    sizes = {"n_bytes": plan.n_bytes + more, "n_overhead_bytes": plan.n_overhead_bytes + more}
+    return plan.model_copy(update=sizes)
 
 
 def _uses_imatrix(file: GGUFFile, plan: Plan) -> bool:

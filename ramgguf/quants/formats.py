@@ -83,7 +83,7 @@ HALVES = ("F16", "BF16")
 TERNARY = ("TQ1_0", "TQ2_0")
 # Only when asked for by name. MXFP4 has twice the error of IQ4_XS at the same size; Q2_0 is so
 # young that most installed copies of llama.cpp and of the gguf package refuse it.
-_ON_REQUEST = ("MXFP4", "Q2_0")
+ON_REQUEST = ("MXFP4", "Q2_0")
 
 
 @cache
@@ -109,7 +109,7 @@ def quantized() -> tuple[str, ...]:
 
 def offered() -> tuple[str, ...]:
     """Return the names of those that are tried unless others are asked for."""
-    return tuple(n for n in quantized() if n not in _ON_REQUEST)
+    return tuple(n for n in quantized() if n not in ON_REQUEST)
 
 
 def with_importance() -> tuple[str, ...]:

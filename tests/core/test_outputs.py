@@ -5,6 +5,7 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from ramgguf.core.errors import GGUFError, PlanError
 from ramgguf.core.files import AtomicFile, temporary_path, write_atomically
 from ramgguf.core.inputs import protected
 from ramgguf.core.line_file import LineFile
+from ramgguf.core.user_cache import user_cache
 from ramgguf.evaluate.journal import read_results
 from ramgguf.gguf.reader import open_gguf
 from ramgguf.quants.hessian import gram_name, new_hessians
@@ -117,6 +119,45 @@ def test_two_outputs_are_never_one_file(
     assert done.value.code == 1
     assert "is named for two outputs" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "quantize m.gguf --plan plan.json -o q.gguf --save-plan none/p.json",
+        "quantize m.gguf --plan plan.json -o none/q.gguf",
+        "measure m.gguf -o none/m.json",
+        "calibrate m.gguf -o none/i.gguf",
+    ],
+)
+def test_a_folder_that_is_not_there_is_said_before_any_work(
+    made: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+) -> None:
+    for path in made.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    before = sorted(path.name for path in tmp_path.iterdir())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["ramgguf", *command.split()])
+    with pytest.raises(SystemExit) as done:
+        main()
+    assert done.value.code == 1
+    assert "there is no folder none" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_a_user_without_a_home_has_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", none)
+    folder = user_cache("speeds")
+    assert folder.is_relative_to(tempfile.gettempdir())
+    assert folder.parts[-2:] == (f"ramgguf-{os.getuid()}", "speeds")
 
 
 def test_a_plan_never_replaces_the_model_whose_name_follows_from_it(

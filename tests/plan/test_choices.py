@@ -268,6 +268,7 @@ def test_a_recipe_gives_another_measurement_the_same_formats(tmp_path: Path) -> 
     followed = ramgguf.follow(other, path)
     assert [a.format for a in followed.assignments] == [a.format for a in plan.assignments]
     assert followed.n_bytes == followed.budget == plan.n_bytes
+    assert not any("of the budget are left" in note for note in followed.notes)
     recipe = Recipe.read(path)
     recipe.save(tmp_path / "recipe.json")
     assert Recipe.read(tmp_path / "recipe.json") == recipe

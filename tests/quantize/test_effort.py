@@ -1,11 +1,17 @@
 """Effort: what is tried is gated and kept, and explicit options are never overruled."""
 
+import errno
+import os
+import shutil
+import stat
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +22,7 @@ import ramgguf
 from ramgguf.calibrate import Calibration
 from ramgguf.cli.app import app
 from ramgguf.core import parallel
-from ramgguf.core.errors import BudgetError, EngineError, PlanError
+from ramgguf.core.errors import BudgetError, EngineError, GGUFError, ImatrixError, PlanError
 from ramgguf.core.machine import Available
 from ramgguf.evaluate import held_out
 from ramgguf.evaluate.held_out import HeldOutScore, WindowScore, resamples, score_held_out
@@ -27,6 +33,7 @@ from ramgguf.llama.layer_rounding_protocol import RoundLayer, SkipLayer
 from ramgguf.quantize import default_effort
 from ramgguf.quantize import effort as effort_module
 from ramgguf.quantize import gate as gate_module
+from ramgguf.quantize import placing as placing_module
 from ramgguf.quantize import quantized_inputs as quantized_inputs_module
 from ramgguf.quantize import schedule as schedule_module
 from ramgguf.quantize import step_costs as step_costs_module
@@ -328,6 +335,114 @@ def test_layers_that_llama_cpp_cannot_run_alone_leave_the_file_as_it_was(
         "effort auto: quantized inputs: left out, llama.cpp ended"
     )
     assert not list((tmp_path / "tiny-f16.effort").glob("*.partial*"))
+
+
+@pytest.mark.usefixtures("quick", "always_taken")
+def test_a_disk_that_is_full_in_a_step_leaves_the_file_of_the_steps_before(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    there = SimpleNamespace(**{**vars(shutil), "copyfile": full})
+    monkeypatch.setattr(quantized_inputs_module, "shutil", there)
+    made = ramgguf.quantize(tiny, "45%", tmp_path / "a.gguf")
+    assert made.plan.encoder == "descent"
+    assert "quantized inputs: left out, [Errno 28] No space" in made.plan.notes[-1]
+    assert made.paths[0].stat().st_size == made.n_bytes == made.plan.n_bytes
+
+
+def test_steps_that_cannot_be_prepared_leave_the_first_file(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> Costs:
+        raise ImatrixError("probe.hessian.gguf: the disk is full")
+
+    monkeypatch.setattr(effort_module, "measured_costs", full)
+    made = ramgguf.quantize(tiny, "45%", tmp_path / "a.gguf", effort="auto")
+    assert made.plan.notes[-1].endswith(
+        "ends here, with what was made so far: probe.hessian.gguf: the disk is full"
+    )
+    assert made.worst_departure is not None
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_model_s_folder_that_takes_nothing_keeps_nothing_and_the_file_is_made(
+    tiny: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "tiny-f16.effort").write_text("no folder can be made under this name")
+    (tmp_path / "out").mkdir()
+    made = ramgguf.quantize(tiny, "45%", tmp_path / "out" / "a.gguf", effort="auto")
+    assert any("what is measured is not kept for later runs" in n for n in made.plan.notes)
+    assert any("importance matrix: " in note and "KLD ×" in note for note in made.plan.notes)
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["a.gguf"]
+
+
+def _quickly(model: Path, output: Path | None, budget: str = "45%", **options: Any) -> Any:
+    """Quantize with an effort whose time allows for the first file only."""
+    return ramgguf.quantize(model, budget, output, effort="auto", seconds=1e-3, **options)
+
+
+def test_shards_of_an_effort_keep_to_the_budget(tiny: Path, tmp_path: Path) -> None:
+    budget = tiny.stat().st_size * 45 // 100
+    made = _quickly(tiny, tmp_path / "s.gguf", str(budget), split_max_bytes=20_000)
+    assert len(made.paths) > 2
+    assert sum(p.stat().st_size for p in made.paths) == made.n_bytes <= budget
+
+
+def test_an_output_that_cannot_be_is_refused_before_any_work(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "s-00001-of-00004.gguf").write_bytes(b"older")
+    for output, said, options in (
+        (tiny, "is an input of this command", {"force": True}),
+        (tmp_path / "none" / "o.gguf", "there is no folder", {}),
+        (tmp_path / "s.gguf", "s-00001-of-00004.gguf: exists", {"split_max_bytes": 20_000}),
+    ):
+        lines: list[str] = []
+        with pytest.raises(GGUFError, match=said):
+            _quickly(tiny, output, announce=lines.append, **options)
+        assert lines == []
+    assert not list(tmp_path.glob("*scratch*"))
+
+
+def test_a_default_name_that_is_taken_gets_a_number(tiny: Path, tmp_path: Path) -> None:
+    first, second, third = (_quickly(tiny, None) for _ in range(3))
+    names = [made.paths[0].name for made in (first, second, third)]
+    stem = names[0].removesuffix(".gguf")
+    assert names == [f"{stem}.gguf", f"{stem}-2.gguf", f"{stem}-3.gguf"]
+    assert _quickly(tiny, None, force=True).paths == first.paths
+
+
+@pytest.mark.parametrize("effort", ["fast", "auto"])
+def test_a_link_to_an_output_stays_and_its_file_is_replaced(
+    tiny: Path, tmp_path: Path, effort: Effort
+) -> None:
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as elsewhere:
+        target = Path(elsewhere) / "t.gguf"
+        target.write_bytes(b"older")
+        target.chmod(0o600)
+        link = tmp_path / "link.gguf"
+        link.symlink_to(target)
+        seconds = {"seconds": 1e-3} if effort == "auto" else {}
+        made = ramgguf.quantize(tiny, "45%", link, effort=effort, force=True, **seconds)
+        assert link.is_symlink()
+        assert target.stat().st_size == made.n_bytes
+        assert stat.S_IMODE(target.stat().st_mode) == 0o600
+        assert list(Path(elsewhere).iterdir()) == [target]
+
+
+def test_a_file_that_came_into_being_meanwhile_is_not_replaced(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, verified = tmp_path / "o.gguf", placing_module.verified
+
+    def meanwhile(*arguments: Any) -> float:
+        output.write_bytes(b"another run's")
+        return verified(*arguments)
+
+    monkeypatch.setattr(placing_module, "verified", meanwhile)
+    with pytest.raises(GGUFError, match="exists; use --force"):
+        _quickly(tiny, output)
+    assert output.read_bytes() == b"another run's"
 
 
 @pytest.mark.usefixtures("quick", "always_taken")

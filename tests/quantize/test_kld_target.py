@@ -12,8 +12,9 @@ import ramgguf
 from ramgguf.cli.app import app
 from ramgguf.core.errors import BudgetError, PlanError
 from ramgguf.evaluate.held_out import HeldOutScore, WindowScore
-from ramgguf.quantize import kld_target
+from ramgguf.quantize import kld_target, pipeline
 from ramgguf.quantize.kld_target import TOLERANCE, _Bracket
+from ramgguf.quantize.preselection import MANY_WEIGHTS
 from tiny_models import write_tiny_model
 
 pytest.importorskip("llama_cpp")
@@ -50,9 +51,16 @@ def _of_bytes(monkeypatch: pytest.MonkeyPatch, stricter: float = 1.0) -> list[in
 
 @pytest.mark.parametrize("max_kld", [0.01, 0.003, 0.0008])
 @pytest.mark.parametrize("stricter", [1.0, 1.7])
+@pytest.mark.parametrize("many_weights", [1, MANY_WEIGHTS])  # from which on formats are preselected
 def test_the_smallest_file_within_the_bound_is_found(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, max_kld: float, stricter: float
+    tiny: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    max_kld: float,
+    stricter: float,
+    many_weights: int,
 ) -> None:
+    monkeypatch.setattr(pipeline, "MANY_WEIGHTS", many_weights)
     sizes = _of_bytes(monkeypatch, stricter)
     output = tmp_path / "out.gguf"
     made = ramgguf.quantize(tiny, None, output, max_kld=max_kld, min_sqnr_db=0, threads=1)
@@ -63,10 +71,10 @@ def test_the_smallest_file_within_the_bound_is_found(
     assert made.n_bytes == output.stat().st_size == made.plan.n_bytes
     # Plans of a tiny model are steps: the next smaller one breaks the bound.
     smaller = made.n_bytes
-    assert made.measurement is not None
-    while (
-        smaller := ramgguf.plan(made.measurement, smaller - 1, min_sqnr_db=0).n_bytes
-    ) > made.n_bytes * (1 - TOLERANCE):
+    measured = ramgguf.measure(tiny, threads=1)
+    while (smaller := ramgguf.plan(measured, smaller - 1, min_sqnr_db=0).n_bytes) > made.n_bytes * (
+        1 - TOLERANCE
+    ):
         pass
     assert 5 * stricter * math.exp(-smaller / 12_000) > 0.97 * max_kld
     assert len(sizes) <= kld_target.MAX_TRIALS + 3
@@ -80,6 +88,9 @@ def test_a_bound_that_nothing_keeps_or_that_is_none_is_refused(
     monkeypatch.setattr(kld_target, "score_held_out", lambda *_, part, **__: (_score(1.0, part),))
     with pytest.raises(PlanError, match=r"above 0\.01; raise --max-kld|no file that is smaller"):
         ramgguf.quantize(tiny, None, tmp_path / "o.gguf", max_kld=0.01, threads=1)
+    done = CliRunner().invoke(app, ["quantize", str(tiny), "--max-kld", "0"])
+    assert done.exit_code == 1
+    assert isinstance(done.exception, PlanError)
     for bad in (0.0, -1.0, math.nan):
         with pytest.raises(PlanError, match="expected a positive number"):
             ramgguf.quantize(tiny, None, tmp_path / "o.gguf", max_kld=bad)

@@ -1,5 +1,6 @@
 """From model to file on small models: sources of every kind, shards, damage, and verification."""
 
+import math
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -301,6 +302,49 @@ def test_a_plan_of_another_model_is_refused(tmp_path: Path) -> None:
     plan = ramgguf.plan(ramgguf.measure(one), "5bpw")
     with pytest.raises(PlanError, match="another model"):
         ramgguf.quantize(other, from_plan=plan, output=tmp_path / "out.gguf")
+
+
+def test_a_plan_of_another_version_has_the_bytes_that_this_one_writes(tmp_path: Path) -> None:
+    source = write(tmp_path / "a.gguf", {"blk.0.ffn_up.weight": (random(32, 512), Kind.F16)})
+    plan = ramgguf.plan(ramgguf.measure(source, threads=1), "50%", min_sqnr_db=0)
+    for more, budget in ((32, plan.budget + 32), (-32, plan.budget)):
+        older = plan.model_copy(
+            update={
+                "ramgguf_version": "0.0.1",
+                "n_bytes": plan.n_bytes + more,
+                "n_overhead_bytes": plan.n_overhead_bytes + more,
+                "budget": budget,
+            }
+        )
+        made = ramgguf.quantize(source, output=tmp_path / f"{more}.gguf", from_plan=older)
+        assert made.plan.n_bytes == made.n_bytes == plan.n_bytes
+    tight = older.model_copy(update={"budget": older.n_bytes})
+    with pytest.raises(PlanError, match=r"of ramgguf 0\.0\.1.* 32 bytes more than its budget"):
+        ramgguf.quantize(source, output=tmp_path / "b.gguf", from_plan=tight)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"min_sqnr_db": math.nan}, "the least SQNR is nan dB"),
+        ({"min_sqnr_db": -math.inf}, "the least SQNR is -inf dB"),
+        ({"min_sqnr_db": 1e101}, "the least SQNR is 1e\\+101 dB"),
+        ({"formats": []}, "no formats to choose from"),
+        ({"pins": ["ffn_up=MXFP4"]}, "MXFP4 is measured on request only: .* --formats k"),
+    ],
+)
+def test_options_that_no_plan_can_follow_are_errors_of_one_line(
+    tmp_path: Path, options: dict[str, Any], said: str
+) -> None:
+    source = write(tmp_path / "a.gguf", {"blk.0.ffn_up.weight": (random(32, 512), Kind.F16)})
+    with pytest.raises(PlanError, match=said):
+        ramgguf.quantize(source, "50%", tmp_path / "b.gguf", effort="fast", **options)
+
+
+def test_the_largest_budget_is_one(tmp_path: Path) -> None:
+    source = write(tmp_path / "a.gguf", {"blk.0.ffn_up.weight": (random(32, 512), Kind.F16)})
+    plan = ramgguf.plan(ramgguf.measure(source, threads=1), "9000TB")
+    assert plan.next_percent is None
 
 
 def test_verification_notices_a_byte_that_is_not_as_planned(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from ramgguf.core.errors import FormatError
 from ramgguf.gguf.reader import open_gguf
 from ramgguf.measure.candidates import is_source
 from ramgguf.quants import formats, grids
-from ramgguf.quants.encoders import libggml
+from ramgguf.quants.encoders import EncoderName, libggml
 from small_models import ARCHITECTURES, Stored, write_small_model
 
 Floats = NDArray[np.float32]
@@ -170,6 +170,30 @@ def test_weights_on_a_grid_are_kept_at_its_bytes_and_never_larger(
     assert made.plan.assignments[0].is_exact
     back = _decoded(made.paths[0], UP)
     assert np.array_equal(grids.rounded(back, stored), grids.rounded(weights, stored))
+
+
+@pytest.mark.parametrize("encoder", ["rtn", "search"])
+def test_a_frontier_s_plan_and_noise_keep_weights_on_a_grid_too(
+    tmp_path: Path, encoder: EncoderName
+) -> None:
+    rng = np.random.default_rng(3)
+    codes = rng.integers(-6, 7, (64, 16, 32)).astype(np.float32)
+    scales = rng.uniform(1e-3, 0.1, codes.shape[:2]).astype(np.float16).astype(np.float32)
+    weights = (codes * scales[..., None]).reshape(64, 512).astype(np.float16)
+    tensors = {UP: (weights, Kind.F16), GATE: (_gaussian(64, 512).astype(np.float16), Kind.F16)}
+    source = _write(tmp_path / "a.gguf", tensors)
+    frontier = ramgguf.curve(ramgguf.measure(source, encoder=encoder, threads=1), min_sqnr_db=0)
+    plan = ramgguf.plan(frontier, frontier.steps[-1].n_bytes)
+    up = next(a for a in plan.assignments if a.name == UP)
+    assert (up.format, up.is_exact) == ("Q4_0", True)
+    made = ramgguf.quantize(source, output=tmp_path / "b.gguf", from_plan=plan, threads=1)
+    assert np.array_equal(_decoded(made.paths[0], UP).astype(np.float16), weights)
+    noisy = _decoded(ramgguf.perturb(source, plan, tmp_path / "n.gguf", threads=1), UP)
+    error = (
+        np.square(noisy - weights, dtype=np.float64).sum()
+        / np.square(weights, dtype=np.float64).sum()
+    )
+    assert error <= 4 * up.nmse + 1e-12
 
 
 def test_a_minimum_of_bits_makes_no_tensor_on_a_grid_larger(tmp_path: Path) -> None:

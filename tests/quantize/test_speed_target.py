@@ -23,7 +23,9 @@ from ramgguf.gguf.reader import open_gguf
 from ramgguf.llama.format_speed import SpeedProfile, format_speeds
 from ramgguf.llama.trial_protocol import Rates
 from ramgguf.plan.result import Plan
-from ramgguf.quantize import speed_target
+from ramgguf.quantize import quantization, speed_target
+from ramgguf.quantize.pipeline import Quantized, quantize_once
+from ramgguf.quantize.speed_target import Reached
 from ramgguf.quants import formats
 from ramgguf.report.plans import speed
 from small_checkpoint import write_checkpoint
@@ -129,6 +131,34 @@ def test_an_effort_is_bound_by_what_the_first_file_told(
     assert made.plan.speed.generation == 1e8 / sizes[-1] >= least
     assert any(line.startswith("effort best:") for line in made.plan.notes)
     assert not any("swaps: taken" in line for line in made.plan.notes)
+
+
+def test_the_file_by_priors_is_kept_where_no_file_of_the_steps_is_fast_enough(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    least = 1e8 / tiny.stat().st_size * 1.6
+    sizes = _timed(monkeypatch, 1.0)
+    limits: list[float | None] = []
+
+    class Run(quantization.EffortRun):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            limits.append(arguments[4])
+
+        def made(self) -> Quantized:
+            monkeypatch.setattr(speed_target, "measured", lambda *_: Reached(0.9 * least, None))
+            return quantize_once(self._model, self._limit, self._output, self._options)
+
+    monkeypatch.setattr(quantization, "EffortRun", Run)
+    made = ramgguf.quantize(
+        tiny, "90%", tiny.with_name("out.gguf"), min_speed=least, speeds=SPEEDS, effort="best",
+        seconds=60, min_sqnr_db=0, threads=1,
+    )  # fmt: skip
+    assert made.plan.speed is not None
+    assert made.plan.speed.generation == 1e8 / sizes[-1] >= least
+    assert "planned by priors alone" in made.plan.notes[-1]
+    assert all(limit is not None and limit < 60 for limit in limits)
+    assert limits == sorted(limits, reverse=True)
 
 
 def test_only_formats_that_suit_rows_of_the_model_are_timed(

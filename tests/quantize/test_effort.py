@@ -422,8 +422,8 @@ def test_a_link_to_an_output_stays_and_its_file_is_replaced(
         target.chmod(0o600)
         link = tmp_path / "link.gguf"
         link.symlink_to(target)
-        seconds = {"seconds": 1e-3} if effort == "auto" else {}
-        made = ramgguf.quantize(tiny, "45%", link, effort=effort, force=True, **seconds)
+        seconds = 1e-3 if effort == "auto" else None
+        made = ramgguf.quantize(tiny, "45%", link, effort=effort, seconds=seconds, force=True)
         assert link.is_symlink()
         assert target.stat().st_size == made.n_bytes
         assert stat.S_IMODE(target.stat().st_mode) == 0o600

@@ -129,8 +129,10 @@ class Shard:
 
 
 def model_stem(path: Path) -> str:
-    """Return the model's name: that of its file without .gguf, in any case, and shard number."""
-    stem = re.sub(r"\.gguf$", "", path.name, flags=re.IGNORECASE)
+    """Return the model's name: that of its file without .gguf, in any case, and shard number; of a
+    checkpoint that of its folder.
+    """
+    stem = re.sub(r"\.gguf$", "", path.name or path.absolute().name, flags=re.IGNORECASE)
     return re.sub(r"-\d{5}-of-\d{5}$", "", stem) or stem
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -126,5 +127,16 @@ class ByteLimit:
 
 
 def size_limit(limit: int | str | SizeLimit) -> SizeLimit:
-    """Return the limit; a number or text is one of bytes."""
-    return ByteLimit(limit) if isinstance(limit, int | str) else limit
+    """Return the limit; a number or text is one of bytes.
+
+    Raises BudgetError for anything else.
+    """
+    if isinstance(limit, Integral):
+        limit = int(limit)
+    if isinstance(limit, int | str):
+        return ByteLimit(limit)
+    if not hasattr(limit, "room"):
+        raise BudgetError(
+            f"budget {limit!r} is no number of bytes, no text such as 16GB or 4.5bpw, and no limit"
+        )
+    return limit

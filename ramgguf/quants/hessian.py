@@ -8,7 +8,7 @@ import hashlib
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -178,6 +178,16 @@ class Hessians:
     n_tokens: int
     model_sample: str | None = None
     divided_by: Callable[[str], Floats | None] = lambda _: None
+    # Made at once, not at their first use: several threads use them first.
+    _lock: threading.Lock = field(
+        default_factory=threading.Lock, init=False, repr=False, compare=False
+    )
+    _recent: OrderedDict[tuple[str, int], Hessian] = field(
+        default_factory=OrderedDict, init=False, repr=False, compare=False
+    )
+    _making: dict[tuple[str, int], threading.Lock] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @cached_property
     def _file(self) -> GGUFFile:
@@ -188,18 +198,6 @@ class Hessians:
         """The hash of the file."""
         with self.path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
-
-    @cached_property
-    def _lock(self) -> threading.Lock:
-        return threading.Lock()
-
-    @cached_property
-    def _recent(self) -> OrderedDict[tuple[str, int], Hessian]:
-        return OrderedDict()
-
-    @cached_property
-    def _making(self) -> dict[tuple[str, int], threading.Lock]:
-        return {}
 
     def factored(self, name: str, n_columns: int) -> Hessian:
         """Return what error feedback needs of the weight's inputs; the last few are kept."""
@@ -247,13 +245,15 @@ class Hessians:
         owner = self.owner(name)
         if owner is None:
             return None
-        tensor = self._file.tensor(owner + _GRAM)
+        with self._lock:
+            file = self._file
+        tensor = file.tensor(owner + _GRAM)
         if tensor.shape != (n_columns, n_columns) or tensor.type_name != "F32":
             raise ImatrixError(
                 f"{self.path}: {owner}{_GRAM} is {tensor.type_name} {tensor.shape}, but {name} "
                 f"has {n_columns} columns; was it made with another model?"
             )
-        gram = self._file.read_rows(tensor, 0, n_columns).view("<f4").astype(np.float32)
+        gram = file.read_rows(tensor, 0, n_columns).view("<f4").astype(np.float32)
         if not np.isfinite(gram).all():
             raise ImatrixError(f"{self.path}: {owner}{_GRAM} is NaN or infinite")
         if _asymmetry(gram) > _ASYMMETRY * max(gram.max(), -gram.min()):

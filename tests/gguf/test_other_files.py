@@ -89,3 +89,11 @@ def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path: Path) -> None:
     path = tmp_path / "t.txt"
     path.write_bytes(b"\xef\xbb\xbfwords")
     assert text_file(path).text == "words"
+
+
+def test_a_checkpoint_in_the_current_folder_has_the_folder_s_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "SmolLM2").mkdir()
+    monkeypatch.chdir(tmp_path / "SmolLM2")
+    assert model_stem(Path()) == "SmolLM2"

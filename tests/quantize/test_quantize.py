@@ -341,6 +341,16 @@ def test_options_that_no_plan_can_follow_are_errors_of_one_line(
         ramgguf.quantize(source, "50%", tmp_path / "b.gguf", effort="fast", **options)
 
 
+@pytest.mark.parametrize("budget", [1e6, None, b"16GB", [1]])
+def test_what_is_no_budget_is_said(tmp_path: Path, budget: Any) -> None:
+    source = write(tmp_path / "a.gguf", {"blk.0.ffn_up.weight": (random(32, 512), Kind.F16)})
+    measured = ramgguf.measure(source, threads=1)
+    with pytest.raises(BudgetError, match="is no number of bytes, no text"):
+        ramgguf.plan(measured, budget)
+    whole = ramgguf.plan(measured, np.int64(30_000), min_sqnr_db=0)  # type: ignore[arg-type]
+    assert whole.budget == 30_000
+
+
 def test_the_largest_budget_is_one(tmp_path: Path) -> None:
     source = write(tmp_path / "a.gguf", {"blk.0.ffn_up.weight": (random(32, 512), Kind.F16)})
     plan = ramgguf.plan(ramgguf.measure(source, threads=1), "9000TB")

@@ -10,7 +10,7 @@ from gguf.quants import quantize
 from gguf_samples import finish_gguf
 
 WIDTH, FEED_FORWARD, N_LAYERS, N_HEADS = 64, 128, 2, 2
-BOS = 1
+BOS, EOS = 1, 2
 
 
 def _byte_level_tokens() -> list[str]:
@@ -44,7 +44,7 @@ def add_byte_tokenizer(
     writer.add_token_scores([-float(i) for i in range(len(tokens))])
     writer.add_token_types(types)
     writer.add_bos_token_id(BOS)
-    writer.add_eos_token_id(2)
+    writer.add_eos_token_id(EOS)
     writer.add_unk_token_id(0)
     writer.add_add_bos_token(add_bos)
     return len(tokens)
@@ -60,6 +60,7 @@ def write_tiny_model(
     extra_tokens: int = 0,
     noise: float = 0.0,
     nan_in_output: bool = False,
+    add_eos: bool = False,
     n_layers: int = N_LAYERS,
 ) -> Path:
     """Write a model and return its path; noise perturbs the weights that the seed gives."""
@@ -76,6 +77,8 @@ def write_tiny_model(
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_file_type(gguf.LlamaFileType.ALL_F32)
     n_vocab = add_byte_tokenizer(writer, tokenizer, add_bos, extra_tokens)
+    if add_eos:
+        writer.add_add_eos_token(True)
     wanted = gguf.GGMLQuantizationType[weight_type]
 
     def matrix(name: str, n_rows: int, n_columns: int, scale: float) -> None:

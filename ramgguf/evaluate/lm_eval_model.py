@@ -17,7 +17,7 @@ import numpy as np
 
 from ramgguf.core.errors import EngineError
 from ramgguf.core.parallel import default_threads
-from ramgguf.evaluate.multiple_choice import N_CTX, encoded
+from ramgguf.evaluate.multiple_choice import N_CTX, encoded, prompt_ids
 from ramgguf.gguf.hub import local_path
 from ramgguf.llama.client import Engine
 from ramgguf.llama.protocol import TokenIds
@@ -96,7 +96,7 @@ class RamggufLM(LM):  # type: ignore[misc]  # lm_eval is not typed for us
         if settings.get("do_sample") or float(settings.get("temperature") or 0) > 0:
             raise EngineError("this model class generates greedily; set temperature=0")
         n_tokens = int(settings.get("max_gen_toks", _GENERATED))
-        ids, _ = self._engine.tokenize(context, add_special=True)
+        ids = prompt_ids(self._engine, context)
         if not len(ids):
             ids = np.array([max(self._bos, 0)], np.int32)
         found, _ = self._engine.generate([ids[-max(1, self._n_ctx - n_tokens) :]], n_tokens)

@@ -237,6 +237,15 @@ def _log_p(engine: Engine, number: int, item: Item) -> tuple[tuple[float, ...], 
     return tuple(value for value, _ in found), was_cut
 
 
+def prompt_ids(engine: Engine, text: str) -> TokenIds:
+    """Return the tokens of a text that goes on: BOS where the tokenizer adds it, but no EOS."""
+    ids, _ = engine.tokenize(text, add_special=True)
+    around, _ = engine.tokenize("", add_special=True)
+    vocab = engine.opened.models[0].vocab
+    n_after = len(around) - int(vocab.adds_bos and vocab.bos >= 0)
+    return ids[: len(ids) - max(0, n_after)]
+
+
 def encoded(engine: Engine, context: str, continuation: str) -> tuple[TokenIds, int]:
     """Return the tokens of both as one text, and how many of the last are the continuation's.
 
@@ -247,8 +256,7 @@ def encoded(engine: Engine, context: str, continuation: str) -> tuple[TokenIds, 
     spaces = len(context) - len(context.rstrip(" "))
     if spaces:
         context, continuation = context[:-spaces], context[-spaces:] + continuation
-    whole, _ = engine.tokenize(context + continuation, add_special=True)
-    alone, _ = engine.tokenize(context, add_special=True)
+    whole, alone = prompt_ids(engine, context + continuation), prompt_ids(engine, context)
     n = min(len(whole), len(alone))
     differs = np.flatnonzero(whole[:n] != alone[:n])
     shared = int(differs[0]) if len(differs) else n

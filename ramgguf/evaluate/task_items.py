@@ -52,59 +52,96 @@ def items_of(name: str, split: str = "validation") -> tuple[Item, ...]:
         raise EngineError(
             f"task {name!r} is none of {', '.join(MADE)}, no file, and no dataset (ORG/NAME)"
         )
-    rows = iter(load_dataset(name, split=split))
-    return tuple(_items(name.rpartition("/")[2], rows, f"{name}/{split}"))
+    rows = enumerate(load_dataset(name, split=split), start=1)
+    places = ((f"{name}/{split}: item {number}", row) for number, row in rows)
+    return tuple(_items(name.rpartition("/")[2], places, f"{name}/{split}"))
 
 
-def _lines(path: Path) -> Iterator[Any]:
-    for number, line in enumerate(read_text(path, error=EngineError).splitlines(), start=1):
+def _lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield where each row is, and the row. Lines end in \\n only: JSON has U+2028 as it is."""
+    for number, line in enumerate(read_text(path, error=EngineError).split("\n"), start=1):
         if not line.strip():
             continue
         try:
-            yield json.loads(line)
+            yield f"{path}: line {number}", json.loads(line)
         except (ValueError, RecursionError) as e:
             raise EngineError(f"{path}: line {number} is not JSON ({e})") from None
 
 
-def _items(task: str, rows: Iterator[Any], where: str) -> Iterator[Item]:
+def _items(task: str, rows: Iterator[tuple[str, Any]], name: str) -> Iterator[Item]:
     found = 0
-    for number, row in enumerate(rows, start=1):
+    for where, row in rows:
         try:
             item = _item(task, row)
+            _check_texts(item)
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as e:
             what = f"{type(e).__name__}: {e}" if str(e) else type(e).__name__
             raise EngineError(
-                f"{where}: item {number} is no multiple choice ({what}); expected "
+                f"{where} is no multiple choice ({what}); expected "
                 '{"context": …, "choices": […], "answer": 0}, or a row of HellaSwag, ARC, MMLU or '
                 "Winogrande"
             ) from None
         if len(item.choices) < 2 or not all(item.choices) or not all(item.contexts):
-            raise EngineError(f"{where}: item {number} has an empty text, or fewer than 2 choices")
+            raise EngineError(f"{where} has an empty text, or fewer than 2 choices")
         if not 0 <= item.answer < len(item.choices):
             raise EngineError(
-                f"{where}: item {number} has {len(item.choices)} choices and the answer "
+                f"{where} has {len(item.choices)} choices and the answer "
                 f"{item.answer}, expected 0 … {len(item.choices) - 1}"
             )
         found += 1
         yield item
     if not found:
-        raise EngineError(f"{where} has no item")
+        raise EngineError(f"{name} has no item")
+
+
+def _text(value: object) -> str:
+    """Return a text; a number is one. Raises TypeError for what else JSON has."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    raise TypeError(f"{value!r} is no text")
+
+
+def _texts(values: object) -> tuple[str, ...]:
+    if not isinstance(values, Sequence) or isinstance(values, str):
+        raise TypeError(f"{values!r} is no list of texts")
+    return tuple(map(_text, values))
+
+
+def _index(value: object) -> int:
+    if isinstance(value, str):
+        return int(value)
+    if isinstance(value, int | float) and not isinstance(value, bool) and value == value // 1:
+        return int(value)
+    raise ValueError(f"{value!r} is no number of a choice")
+
+
+def _check_texts(item: Item) -> None:
+    """Raise TypeError where a text is none, ValueError where it is no UTF-8 (half a surrogate)."""
+    for text in (item.task, *item.contexts, *item.choices):
+        if not isinstance(text, str):
+            raise TypeError(f"{text!r} is no text")
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{text!r} cannot be written as UTF-8") from None
 
 
 def _item(task: str, row: Mapping[str, Any]) -> Item:
     if "context" in row:
-        context, choices = row["context"], tuple(map(str, row["choices"]))
+        context, choices = row["context"], _texts(row["choices"])
         contexts = (context,) * len(choices) if isinstance(context, str) else tuple(context)
         if len(contexts) != len(choices):
             raise ValueError(f"{len(contexts)} contexts for {len(choices)} choices")
-        return Item(str(row.get("task", task)), contexts, choices, int(row["answer"]))
+        return Item(_text(row.get("task", task)), contexts, choices, _index(row["answer"]))
     if "endings" in row:  # HellaSwag
-        choices = tuple(f" {e}" for e in row["endings"])
-        return Item(task, (row["ctx"],) * len(choices), choices, int(row["label"]))
+        choices = tuple(f" {e}" for e in _texts(row["endings"]))
+        return Item(task, (row["ctx"],) * len(choices), choices, _index(row["label"]))
     if "sentence" in row:  # Winogrande: the same end after either name
         before, _, after = row["sentence"].partition("_")
         contexts = tuple(before + row[f"option{i}"] for i in (1, 2))
-        return Item(task, contexts, (after, after), int(row["answer"]) - 1)
+        return Item(task, contexts, (after, after), _index(row["answer"]) - 1)
     return _question(task, row)
 
 
@@ -119,13 +156,15 @@ def _question(task: str, row: Mapping[str, Any]) -> Item:
     elif isinstance(choices[0], Mapping):
         texts, labels = ([c[key] for c in choices] for key in ("text", "label"))
     else:
+        choices = _texts(choices)
         letters = _LETTERS[: len(choices)]
         listed = "".join(f"{x}. {c}\n" for x, c in zip(letters, choices, strict=True))
         context = f"{question.strip()}\n{listed}Answer:"
         answer = row["answer"]
-        at = letters.index(answer) if isinstance(answer, str) else int(answer)
+        at = letters.index(answer) if isinstance(answer, str) else _index(answer)
         return Item(task, (context,) * len(choices), tuple(f" {x}" for x in letters), at)
-    context = f"Question: {question}\nAnswer:"
+    texts = _texts(texts)
+    context = f"Question: {_text(question)}\nAnswer:"
     answer = list(labels).index(row["answerKey"])
     return Item(task, (context,) * len(texts), tuple(f" {t}" for t in texts), answer)
 

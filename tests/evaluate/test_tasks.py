@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -17,7 +18,13 @@ from made_results import model_file
 from ramgguf.cli.app import app
 from ramgguf.core.errors import EngineError
 from ramgguf.core.mix import by_domain
-from ramgguf.evaluate.multiple_choice import ItemScore, TaskResult, encoded, tasks
+from ramgguf.evaluate.multiple_choice import (
+    ItemScore,
+    TaskResult,
+    encoded,
+    prompt_ids,
+    tasks,
+)
 from ramgguf.evaluate.task_items import Item, items_of
 from ramgguf.llama.client import Engine
 from ramgguf.llama.likelihood import LikelihoodScorer
@@ -25,7 +32,7 @@ from ramgguf.llama.model import LlamaModel
 from ramgguf.llama.scoring import RowPass
 from ramgguf.report.tasks import task_grid, tasks_markdown
 from small_models import ARCHITECTURES, write_small_model
-from tiny_models import write_tiny_model
+from tiny_models import EOS, write_tiny_model
 
 pytest.importorskip("llama_cpp")
 
@@ -86,14 +93,45 @@ def test_the_documented_schema_and_known_rows_are_items(tmp_path: Path) -> None:
         ({"context": "x", "choices": ["a"], "answer": 0}, "fewer than 2 choices"),
         ({"context": "x", "choices": ["a", "b"], "answer": 2}, "answer 2, expected 0 … 1"),
         ({"context": ["x"], "choices": ["a", "b"], "answer": 0}, "1 contexts for 2 choices"),
-        ({"text": "x"}, "item 1 is no multiple choice"),
-        (7, "item 1 is no multiple choice"),
-        ({"question": "x", "choices": [], "answer": 0}, "item 1 is no multiple choice"),
+        ({"text": "x"}, "line 1 is no multiple choice"),
+        (7, "line 1 is no multiple choice"),
+        ({"question": "x", "choices": [], "answer": 0}, "line 1 is no multiple choice"),
+        ({"context": "x", "choices": ["a", "b"], "answer": 1e999}, "line 1 is no mul.*inf"),
+        ({"context": "x", "choices": ["a", "b"], "answer": 0.5}, "line 1 is no mul.*0.5"),
+        ({"context": "x", "choices": ["a", "b"], "answer": True}, "line 1 is no mul.*True"),
+        ({"context": [1, 2], "choices": ["a", "b"], "answer": 0}, "line 1 is no mul.*1 is no text"),
+        ({"context": "x", "choices": "ab", "answer": 0}, "line 1 is no mul.*no list of texts"),
+        ({"context": "x", "choices": ["a", None], "answer": 0}, "line 1 is no mul.*None"),
+        ({"context": "x\ud800", "choices": ["a", "b"], "answer": 0}, "line 1 .*written as UTF-8"),
+        ({"context": "x", "choices": ["a", "\udc00"], "answer": 0}, "line 1 .*written as UTF-8"),
+        ({"context": "x", "choices": ["a", "b"], "answer": 0, "task": "\ud800"}, "as UTF-8"),
+        ({"ctx": 5, "endings": ["a", "b"], "label": "0"}, "line 1 is no mul.*5 is no text"),
+        ({"ctx": "x", "endings": [["a"], "b"], "label": "0"}, "line 1 is no multiple choice"),
+        (
+            {
+                "question": ["x"],
+                "choices": {"text": ["a", "b"], "label": ["A", "B"]},
+                "answerKey": "A",
+            },
+            "line 1 is no multiple choice",
+        ),
     ],
 )
 def test_items_that_are_none_are_named(tmp_path: Path, row: object, message: str) -> None:
     with pytest.raises(EngineError, match=message):
         items_of(write_items(tmp_path / "bad.jsonl", row))
+
+
+@pytest.mark.parametrize("sign", ["\u2028", "\u2029", "\u0085", "\x0b", "\x1c"])
+def test_only_newlines_end_lines(tmp_path: Path, sign: str) -> None:
+    row = {"context": f"a{sign}b", "choices": [" c", " d"], "answer": 0}
+    path = tmp_path / "signs.jsonl"
+    text = json.dumps(row, ensure_ascii=False)
+    path.write_text(f"\n{text}\r\n{text}\n", encoding="utf-8", newline="")
+    assert [i.contexts[0] for i in items_of(str(path))] == [f"a{sign}b"] * 2
+    path.write_text(f"\n{text}\n7\n", encoding="utf-8")
+    with pytest.raises(EngineError, match=r"signs\.jsonl: line 3 is no multiple choice"):
+        items_of(str(path))
 
 
 def test_files_that_hold_no_items_are_named(tmp_path: Path) -> None:
@@ -201,6 +239,24 @@ def test_context_and_continuation_are_one_text(folder: Path) -> None:
         assert (len(ids), n) == (3, 2)
         ids, n = encoded(engine, "", "cd")
         assert (ids[0], n) == (engine.opened.models[0].vocab.bos, 2)
+
+
+@pytest.mark.parametrize("tokenizer", ["gpt2", "llama"])
+@pytest.mark.parametrize("add_bos", [False, True])
+def test_an_eos_that_the_tokenizer_adds_is_no_part_of_the_continuation(
+    tmp_path: Path, tokenizer: Literal["gpt2", "llama"], add_bos: bool
+) -> None:
+    found = []
+    for add_eos in (False, True):
+        path = tmp_path / f"{add_eos}.gguf"
+        write_tiny_model(path, tokenizer=tokenizer, add_bos=add_bos, add_eos=add_eos)
+        with Engine([path], n_ctx=64, n_threads=1) as engine:
+            assert bool(engine.tokenize("x", add_special=True)[0][-1] == EOS) is add_eos
+            ids, n = encoded(engine, "The sea", " is")
+            prompt = prompt_ids(engine, "The sea")
+            found.append((ids.tolist(), n, prompt.tolist(), engine.likelihoods(0, [(ids, n)])))
+    assert found[0] == found[1]
+    assert EOS not in found[1][0]
 
 
 # --- answers ---

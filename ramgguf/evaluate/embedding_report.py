@@ -49,6 +49,7 @@ def _mean(values: Callable[[TextDistances], FloatArray]) -> Statistic[TextDistan
         "mean",
         lambda s, counts: np.asarray(counts @ values(s) / counts.sum(-1)),
         terms=values,
+        largest=2,  # 1 − cosine, 1 − ρ
     )
 
 
@@ -67,13 +68,14 @@ DISTANCES: Mapping[str, Statistic[TextDistances]] = {
     "p5_cosine": _quantile(0.95),  # of the distance
     "min_cosine": _quantile(1.0),
     "mean_spearman": _mean(lambda s: s.rank),
-    "same_neighbours": _mean(lambda s: s.neighbours),
 }
 
 
 @dataclass(frozen=True, eq=False)
 class EmbeddingSummary:
-    """One model's estimates by name: those of DISTANCES, as 1 − the distance, and same_nearest."""
+    """One model's estimates by name: those of DISTANCES, as 1 − the distance, and two shares:
+    same_nearest and same_neighbours.
+    """
 
     label: str
     result: EmbeddingResult
@@ -122,6 +124,7 @@ def _summary(label: str, result: EmbeddingResult) -> EmbeddingSummary:
     sample = TextDistances.of(result)
     found = {name: _from_one(estimate(s, sample)) for name, s in DISTANCES.items()}
     found["same_nearest"] = share_estimate(1 - sample.nearest, sample)
+    found["same_neighbours"] = share_estimate(1 - sample.neighbours, sample)
     return EmbeddingSummary(label, result, found)
 
 

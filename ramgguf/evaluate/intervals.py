@@ -4,8 +4,9 @@ Ratios and means: the delete-one-unit jackknife with Student's t, on the logarit
 positive. It is cluster-robust (CV3 of MacKinnon, Nielsen & Webb 2023, Journal of Econometrics 232)
 and covers from eight units on, where percentile and BCa bootstraps are too narrow.
 Quantiles: Woodruff's interval (1952, JASA 47), the t interval of the share below, read back.
-Shares: Clopper-Pearson with the effective number of observations (Korn & Graubard 1998, Survey
-Methodology 24). Ratios of two quantiles, which no jackknife can do: a bootstrap standard error.
+Shares, of sequences and of tokens: Clopper-Pearson with the effective number of observations (Korn
+& Graubard 1998, Survey Methodology 24), so that none leaves 0 to 1.
+Ratios of two quantiles, which no jackknife can do: a bootstrap standard error.
 """
 
 from dataclasses import dataclass
@@ -101,11 +102,19 @@ def estimate(statistic: Statistic[S], sample: S) -> Estimate:
     if statistic.quantile is not None and statistic.values is not None:
         return quantile_estimate(statistic.values(sample), sample, statistic.quantile)
     left_out = distribution(statistic, sample, without_each_unit(sample))
+    if statistic.percentage:
+        error = jackknife_error(left_out / 100, value / 100)
+        found = _share_interval(value / 100, error, int(sample.n_tokens.sum()), sample)
+        return Estimate(value, 100 * found[0], 100 * found[1])
     if not statistic.logarithmic or min(value, left_out.min()) <= 0:
         reach = student_t(sample) * jackknife_error(left_out, value)
-        return Estimate(value, value - reach, value + reach)
-    reach = student_t(sample) * jackknife_error(np.log(left_out), float(np.log(value)))
-    return Estimate(value, float(value * np.exp(-reach)), float(value * np.exp(reach)))
+        low, high = value - reach, value + reach
+        if statistic.logarithmic:
+            low = min(value, max(0.0, low))
+    else:
+        reach = student_t(sample) * jackknife_error(np.log(left_out), float(np.log(value)))
+        low, high = float(value * np.exp(-reach)), float(value * np.exp(reach))
+    return Estimate(value, low, max(value, min(high, statistic.largest)))
 
 
 def quantile_estimate(values: FloatArray, sample: Sample, q: float) -> Estimate:
@@ -121,21 +130,31 @@ def quantile_estimate(values: FloatArray, sample: Sample, q: float) -> Estimate:
 def share_estimate(hits: npt.NDArray[np.float64], sample: Sample) -> Estimate:
     """Return the share of sequences that are hits (0, 0.5 for half, 1), with its interval.
 
-    Where all or none are hits, units count as observations: within one nothing can be said.
+    Hits may be any number from 0 to 1. Where all or none are hits, units count as observations:
+    within one nothing can be said.
+    """
+    share = float(hits.mean())
+    if n_units(sample) < MIN_UNITS:
+        return Estimate(share)
+    return Estimate(share, *_share_interval(share, _share_error(hits, sample), len(hits), sample))
+
+
+def _share_interval(share: float, error: float, n: int, sample: Sample) -> tuple[float, float]:
+    """Return the interval of a share of n observations, whose standard error is known.
+
+    Korn & Graubard 1998: the observations count as n over their design effect, times the square of
+    what t with n − 1 degrees of freedom is to the t of the units; no more than n. Without an error
+    the design effect is unknown and the units count.
     """
     from scipy import stats
 
-    share = float(hits.mean())
-    units, n = n_units(sample), len(hits)
-    if units < MIN_UNITS:
-        return Estimate(share)
-    variance = _share_error(hits, sample) ** 2
-    effective = min(n, share * (1 - share) / variance) if variance > 0 else units
-    effective *= (float(stats.t.ppf(0.975, n - 1)) / student_t(sample)) ** 2
+    effective = min(n, share * (1 - share) / error**2) if error > 0 else n_units(sample)
+    effective *= (float(stats.t.ppf((1 + _COVERAGE) / 2, n - 1)) / student_t(sample)) ** 2
     x = share * effective
-    low = stats.beta.ppf(0.025, x, effective - x + 1) if share > 0 else 0.0
-    high = stats.beta.ppf(0.975, x + 1, effective - x) if share < 1 else 1.0
-    return Estimate(share, float(low), float(high))
+    tail = (1 - _COVERAGE) / 2
+    low = float(stats.beta.ppf(tail, x, effective - x + 1)) if share > 0 else 0.0
+    high = float(stats.beta.ppf(1 - tail, x + 1, effective - x)) if share < 1 else 1.0
+    return min(low, share), max(high, share)
 
 
 def _share_error(hits: npt.NDArray[np.float64] | npt.NDArray[np.bool_], sample: Sample) -> float:

@@ -5,6 +5,7 @@ one give the statistic itself; without a unit they give its jackknife value, dra
 its bootstrap value. A new statistic is one such function and one line in STATISTICS or DIVERGENCES.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
@@ -222,7 +223,9 @@ class Statistic(Generic[S]):
     terms: for a ratio or mean of sums, what each sequence adds to it. Two models that scored the
     same tokens have the same statistic where the terms' differences sum to 0.
     quantile, values: for a quantile, which one and of what.
-    logarithmic: it is positive and compared by ratios.
+    logarithmic: it is not negative and compared by ratios.
+    percentage: it is a share of the tokens, in percent.
+    largest: the largest value that is possible.
     needs_light_tail: it averages PPL itself, which has no finite variance under a heavy tail.
     needs: the field of the sample without which there is no value.
     """
@@ -233,6 +236,8 @@ class Statistic(Generic[S]):
     quantile: float | None = None
     values: Callable[[S], FloatArray] | None = None
     logarithmic: bool = True
+    percentage: bool = False
+    largest: float = math.inf
     needs_light_tail: bool = False
     needs: str | None = None
 
@@ -283,7 +288,11 @@ DIVERGENCES: Mapping[str, Statistic[SequenceDivergences]] = {
         needs="n_first",
     ),
     "same_top_p": Statistic(
-        "same top p", same_top_p, terms=lambda s: s.n_same_top.astype(np.float64), logarithmic=False
+        "same top p",
+        same_top_p,
+        terms=lambda s: s.n_same_top.astype(np.float64),
+        logarithmic=False,
+        percentage=True,
     ),
     "mean_delta_p": Statistic(
         "mean Δp", mean_delta_p, terms=lambda s: s.delta_p_sum, logarithmic=False

@@ -19,11 +19,12 @@ from scipy import stats
 from typer.testing import CliRunner
 
 import ramgguf
+from made_results import model_file
 from ramgguf.cli.app import app
 from ramgguf.core.corpus import Corpus
 from ramgguf.core.errors import EngineError, RamggufError
 from ramgguf.evaluate.embedding_report import embedding_report
-from ramgguf.evaluate.embedding_result import EmbeddingResult
+from ramgguf.evaluate.embedding_result import EmbeddingResult, TextScore
 from ramgguf.evaluate.embeddings import draw_lines, rank_agreement, text_lines
 from ramgguf.evaluate.intervals import Estimate
 from ramgguf.evaluate.result_files import read_material
@@ -357,3 +358,26 @@ def test_a_cosine_near_one_has_digits_that_tell_it_from_one() -> None:
     assert near_one(Estimate(0.99998765, 0.999981, 0.999992)) == "0.9999877 (0.9999810–0.9999920)"
     assert near_one(Estimate(0.5)) == "0.500"
     assert near_one(Estimate(1.0)) == "1.0000"
+
+
+@pytest.mark.parametrize("cosine", [0.75, -1.0])
+def test_intervals_of_embeddings_lie_within_what_is_possible(cosine: float) -> None:
+    """One text of ten, or all of them, lie far from the original."""
+    texts = [
+        TextScore(
+            text_start=i, text_end=i + 1, excerpt="x", n_tokens=9,
+            cosine=cosine if i == 0 or (cosine < 0 and i % 2) else 1.0, spearman=cosine,
+            same_nearest=True, same_neighbours=0.1 * (i % 2),
+        )
+        for i in range(10)
+    ]  # fmt: skip
+    result = EmbeddingResult.model_construct(
+        texts=tuple(texts), model=model_file("m"), reference=model_file("r")
+    )
+    (summary,) = embedding_report([result]).summaries
+    for name, found in summary.estimates.items():
+        if found.has_interval:
+            assert found.low is not None
+            assert found.high is not None
+            least = 0 if name.startswith("same") else -1
+            assert least <= found.low <= found.value <= found.high <= 1, name

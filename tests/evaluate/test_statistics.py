@@ -287,6 +287,58 @@ def test_all_of_128_sequences_of_8_articles_are_no_proof_of_all_sequences() -> N
     assert 0.45 < low < 0.65  # 0.025^(1/8) = 0.63, and less for the t of 8 units
 
 
+def same_top(n_same: list[int], n_tokens: int) -> SequenceDivergences:
+    n = len(n_same)
+    zeros = np.zeros(n)
+    return SequenceDivergences(
+        np.full(n, n_tokens), zeros, np.array(n_same), zeros, zeros, np.arange(n)
+    )
+
+
+@given(st.lists(st.integers(0, 63), min_size=8, max_size=20))
+@settings(max_examples=60, deadline=None)
+def test_an_interval_of_a_share_lies_within_0_and_100_percent_and_has_a_width(
+    n_same: list[int],
+) -> None:
+    found = intervals.estimate(DIVERGENCES["same_top_p"], same_top(n_same, 63))
+    low, high = interval(found)
+    assert 0 <= low <= found.value <= high <= 100
+    assert high - low > 0.1
+
+
+def test_shares_of_one_unit_each_have_clopper_and_pearsons_interval() -> None:
+    n_same = [1] * 90 + [0] * 10
+    found = intervals.estimate(DIVERGENCES["same_top_p"], same_top(n_same, 1))
+    theirs = stats.binomtest(90, 100).proportion_ci(0.95, "exact")
+    assert interval(found) == pytest.approx((100 * theirs.low, 100 * theirs.high), abs=0.2)
+
+
+@pytest.mark.parametrize(
+    ("units", "n_tokens", "share", "icc"),
+    [(8, 255, 0.99, 0.002), (12, 63, 0.9, 0.01), (55, 511, 0.999, 0.002), (12, 255, 0.9999, 0.01)],
+)
+def test_intervals_of_same_top_cover_the_truth_93_percent_of_the_time(
+    units: int, n_tokens: int, share: float, icc: float
+) -> None:
+    rng = np.random.default_rng(31)
+    hits, n_worlds = 0, 300
+    for _ in range(n_worlds):
+        p = rng.beta(share * (1 / icc - 1), (1 - share) * (1 / icc - 1), units)
+        sample = same_top(rng.binomial(n_tokens, p).tolist(), n_tokens)
+        low, high = interval(intervals.estimate(DIVERGENCES["same_top_p"], sample))
+        hits += low <= 100 * share <= high
+    assert hits / n_worlds >= 0.93 - 0.03
+
+
+def test_an_interval_of_what_is_not_negative_stops_at_0() -> None:
+    kld = np.array([0.5, *np.zeros(9)])
+    zeros = np.zeros(10)
+    sample = SequenceDivergences(np.full(10, 100), kld, np.full(10, 99), zeros, zeros)
+    found = intervals.estimate(DIVERGENCES["mean_kld"], sample)
+    low, high = interval(found)
+    assert low == 0 < found.value < high
+
+
 def test_no_interval_is_claimed_for_p99_or_the_maximum_of_128() -> None:
     losses = random_losses(1)
     claimed = {k for k, s in STATISTICS.items() if intervals.estimate(s, losses).has_interval}

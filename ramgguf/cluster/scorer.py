@@ -75,8 +75,8 @@ class RemoteScorer:
                 ids=pack_ids(window.ids),
                 first_target=first_target,
                 has_reference=has_reference,
-                reference_logits=logits.reference,
-                save_logits=logits.save,
+                reference_logits=_absolute(logits.reference),
+                save_logits=_absolute(logits.save),
             )
             tasks.append(self._task(f"sequence {window.index}", request))
         for position, done in self._pool.perform(tasks):
@@ -85,6 +85,11 @@ class RemoteScorer:
 
     def _task(self, what: str, request: EngineRequest) -> Task:
         return self._pool.task(f"{self._label}: {what}", self._key, request)
+
+
+def _absolute(path: str | None) -> str | None:
+    """Return what a worker of another working directory finds the file under."""
+    return None if path is None else str(Path(path).absolute())
 
 
 def _identity(path: Path) -> FileIdentity:

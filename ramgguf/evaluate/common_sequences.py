@@ -43,12 +43,8 @@ def common_sequences(results: Sequence[EvalResult]) -> Common:
         raise ResultError("nothing to compare: no sequence was finished by all results")
     indices = tuple(sorted(shared))
     notes = [_left_out(r) for r in left_out]
-    notes += [
-        f"{r.model.label} gave NaN or infinite logits in "
-        f"{format_count(len(r.broken), 'sequence')}, which no model is ranked on: distrust it"
-        for r in kept
-        if r.broken
-    ]
+    broken = [line for r in kept for line in broken_lines(r)]
+    notes += [f"{line}, which no model is ranked on: distrust it" for line in dict.fromkeys(broken)]
     most = max(len(r.sequences) for r in kept)
     if len(shared) < most:
         notes.append(
@@ -75,6 +71,26 @@ def check_comparable(results: Sequence[EvalResult]) -> None:
             )
 
 
+def broken_lines(result: EvalResult) -> tuple[str, ...]:
+    """Return which models gave NaN or infinite logits in how many sequences of the result."""
+    n_all = len(result.sequences) + len(result.broken)
+    counts = [(result.model.label, sum(b.in_model for b in result.broken))]
+    if result.reference is not None:
+        counts.append((result.reference.label, sum(b.in_reference for b in result.broken)))
+    return tuple(
+        f"{label} gave NaN or infinite logits in "
+        + ("all " if n == n_all and n > 1 else "")
+        + format_count(n, "sequence")
+        for label, n in counts
+        if n
+    )
+
+
+def why_missing(result: EvalResult) -> str:
+    """Return why a result lacks sequences; nothing where that is not known."""
+    return "; ".join(filter(None, (result.failure, *broken_lines(result))))
+
+
 def partial_line(result: EvalResult) -> str | None:
     """Return that the result lacks sequences of its protocol; None for a whole one."""
     n, wanted = len(result.sequences), result.protocol.n_seq
@@ -98,10 +114,11 @@ def _is_whole(result: EvalResult) -> bool:
 
 
 def _left_out(result: EvalResult) -> str:
+    why = why_missing(result)
     return (
         f"{result.model.label} finished {len(result.sequences)} of "
         f"{format_count(result.protocol.n_seq, 'sequence')} "
-        "and is not ranked" + (f": {result.failure}" if result.failure else "")
+        "and is not ranked" + (f": {why}" if why else "")
     )
 
 

@@ -20,7 +20,7 @@ from ramgguf.core.parallel import default_threads
 from ramgguf.core.progress import Progress, Silent
 from ramgguf.core.units import format_count
 from ramgguf.core.version import __version__
-from ramgguf.evaluate.corpora import DOMAINS, scored_texts
+from ramgguf.evaluate.corpora import DOMAINS, refuse_equal, scored_texts
 from ramgguf.evaluate.evaluation import identify
 from ramgguf.evaluate.intervals import Estimate, quantile_estimate, share_estimate
 from ramgguf.evaluate.record_journal import RecordJournal
@@ -223,6 +223,7 @@ def _prompts(
 ) -> Iterator[Prompt]:
     """Yield prompts spread evenly over the domains and over each one's text."""
     texts = scored_texts(domains, source)
+    refuse_equal(texts, [PROMPT_TOKENS])
     counts = [len(part) for part in np.array_split(np.arange(n_prompts), len(texts))]
     for name, text, n in zip(domains, texts, counts, strict=True):
         corpus = text.corpus

@@ -1,5 +1,6 @@
 """The texts that `eval --corpus` scores: the package's domains, long windows, and files."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,21 @@ def scored_texts(names: Sequence[str], model: Path) -> tuple[ScoredText, ...]:
         with open_gguf(model) as file:
             domains = domain_corpora(file, "score", "gate")
     return tuple(_text(name, domains) for name in names)
+
+
+def refuse_equal(texts: Sequence[ScoredText], lengths: Sequence[int | None]) -> None:
+    """Raise EngineError where one text would be read twice in sequences of one length.
+
+    Results are told apart by both: a model would be compared with itself.
+    """
+    seen: dict[tuple[str, int | None], str] = {}
+    for each, length in itertools.product(texts, lengths):
+        text = each.corpus.identity
+        key = text.sha256, length or each.n_ctx
+        if key in seen:
+            names = " and ".join(dict.fromkeys((seen[key], text.name)))
+            raise EngineError(f"{names}: one text, twice in sequences of one length; give it once")
+        seen[key] = text.name
 
 
 def _text(name: str, domains: dict[str, Corpus]) -> ScoredText:

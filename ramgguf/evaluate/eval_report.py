@@ -6,7 +6,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from ramgguf.core.errors import ResultError
-from ramgguf.evaluate.common_sequences import common_sequences, is_reference, partial_line
+from ramgguf.evaluate.common_sequences import (
+    common_sequences,
+    is_reference,
+    partial_line,
+    why_missing,
+)
 from ramgguf.evaluate.comparison import compare_common
 from ramgguf.evaluate.leaderboard import Leaderboard
 from ramgguf.evaluate.result import EvalResult
@@ -43,7 +48,7 @@ def eval_report(
     Results that must not be ranked together are summarized on their own, and refusal says why.
     """
     failures = tuple(
-        f"{label}: no sequence was scored" + (f" ({r.failure})" if r.failure else "")
+        f"{label}: no sequence was scored" + (f" ({why})" if (why := why_missing(r)) else "")
         for label, r in zip(unique_labels(results), results, strict=True)
         if not r.sequences
     )

@@ -16,7 +16,8 @@ from ramgguf.core.files import require_distinct
 from ramgguf.core.parallel import default_threads
 from ramgguf.core.progress import Progress, Silent
 from ramgguf.core.wikitext import is_canonical
-from ramgguf.evaluate.corpora import ScoredText, scored_texts
+from ramgguf.evaluate.common_sequences import why_missing
+from ramgguf.evaluate.corpora import ScoredText, refuse_equal, scored_texts
 from ramgguf.evaluate.embedding_result import EmbeddingResult
 from ramgguf.evaluate.embeddings import EmbeddingSettings, embed_models
 from ramgguf.evaluate.journal import Journal
@@ -34,8 +35,9 @@ from ramgguf.llama.logits_file import LogitsFile
 class Evaluation(Drawn):
     """Results in the order of the models, and what went wrong, one message per failed model.
 
-    A model that failed midway has a result with its finished sequences; one that did not load has
-    none. Of embedding models, whose reference is one, there are embeddings instead of results.
+    A model that failed midway, or gave NaN or infinite logits in every sequence, has a result with
+    its finished sequences; one that did not load has none. Of embedding models, whose reference is
+    one, there are embeddings instead of results.
     """
 
     results: tuple[EvalResult, ...]
@@ -111,7 +113,13 @@ def score_models(
             )
             runs = score(files, settings, journal, shown, pool)
         results = [_result(run, journal, note) for run in runs]
-    failures = tuple(dict.fromkeys(run.failure for run in runs if run.failure is not None))
+    said = [run.failure for run in runs if run.failure is not None]
+    said += [
+        f"{r.model.path}: no sequence was scored ({why_missing(r)})"
+        for r in results
+        if r is not None and r.broken and not r.sequences and r.failure is None
+    ]
+    failures = tuple(dict.fromkeys(said))
     if not any(r is not None and (r.sequences or r.broken) for r in results):
         raise EngineError("; ".join(failures))
     return Evaluation(tuple(r for r in results if r is not None), failures)
@@ -228,6 +236,7 @@ def evaluate(
     elif dataset is not None:
         texts = (ScoredText(dataset_corpus(dataset, split=split)),)
     lengths = (n_ctx,) if n_ctx is None or isinstance(n_ctx, int) else (tuple(n_ctx) or (None,))
+    refuse_equal(texts, lengths)
     if has_files and len(texts) * len(lengths) > 1:
         raise EngineError("a file of logits is of one text and one length of sequences")
     as_llama = has_files or all(is_canonical(t.corpus) for t in texts)

@@ -327,8 +327,9 @@ def _n_bytes(path: Path) -> int:
 def _window_score(path: Path, domain: str, scored: Scored) -> WindowScore:
     against = scored.divergences
     if against is None:
+        whose = path if scored.in_model else f"the reference of {path}"
         raise EngineError(
-            f"{path}: logits that are NaN or infinite at {scored.n_broken} of "
+            f"{whose}: logits that are NaN or infinite at {scored.n_broken} of "
             f"{format_count(scored.n_scored, 'token')} of a window ({domain})"
         )
     return WindowScore(

@@ -2,7 +2,7 @@
 
 import csv
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from ramgguf.core.errors import RamggufError, ResultError
 from ramgguf.core.units import format_count, parse_size
@@ -31,7 +31,9 @@ def published_table(text: str, *, name: str) -> tuple[tuple[Aggregate, ...], tup
     """Return a row's figures per model, and notes on how the table was read.
 
     Columns are separated by commas, semicolons, tabs or pipes. "Mean" is the corpus PPL, as
-    articles print it: exp of the mean NLL over all tokens. Raises ResultError for other text.
+    articles print it: exp of the mean NLL over all tokens. A comma stands before a
+    fraction or between thousands, as the column's numbers say, else the table's. Raises ResultError
+    for other text, and for a number that may be either.
     """
     rows = _rows(text.removeprefix("\ufeff"), name)
     columns, ignored = _columns(rows[0]) if rows else ({}, [])
@@ -46,12 +48,14 @@ def published_table(text: str, *, name: str) -> tuple[tuple[Aggregate, ...], tup
             " the mean NLL over tokens under this name"
         )
         columns["corpus_ppl"] = columns.pop("mean")
-    aggregates = [_aggregate(row, rows[0], columns, name) for row in rows[1:]]
+    numbers = _Numbers(rows, columns)
+    notes += numbers.notes
+    aggregates = [_aggregate(row, rows[0], columns, numbers, name) for row in rows[1:]]
     return tuple(aggregates), tuple(notes)
 
 
 def _rows(text: str, name: str) -> list[list[str]]:
-    lines = [line for line in text.splitlines() if line.strip()]
+    lines = [line for line in re.split(r"\r\n|\r|\n", text) if line.strip()]
     if not lines:
         return []
     mark = max("|\t;,", key=lambda c: (lines[0].count(c) > 0, -"|\t;,".index(c)))
@@ -92,7 +96,11 @@ def _columns(header: Sequence[str]) -> tuple[dict[str, int], list[str]]:
 
 
 def _aggregate(
-    row: Sequence[str], header: Sequence[str], columns: dict[str, int], name: str
+    row: Sequence[str],
+    header: Sequence[str],
+    columns: dict[str, int],
+    numbers: "_Numbers",
+    name: str,
 ) -> Aggregate:
     def cell(key: str) -> str:
         i = columns.get(key)
@@ -111,7 +119,7 @@ def _aggregate(
         if said.lower() in _UNKNOWN:
             return None
         try:
-            value = float(_decimal(said))
+            value = float(numbers.plain(key, said, f"{name}: {key} of {label}"))
         except ValueError:
             value = -1.0
         if not 0 <= value < float("inf"):
@@ -121,7 +129,7 @@ def _aggregate(
     outliers = number("n_outliers")
     return Aggregate(
         label=f"{family} {label}".strip(),
-        n_bytes=_size(cell("n_bytes"), header[columns.get("n_bytes", 0)], label, name),
+        n_bytes=_size(cell("n_bytes"), header[columns.get("n_bytes", 0)], label, numbers, name),
         corpus_ppl=number("corpus_ppl"),
         mean_ppl=number("mean_ppl"),
         median_ppl=number("median_ppl"),
@@ -130,19 +138,98 @@ def _aggregate(
     )
 
 
-def _decimal(said: str) -> str:
-    """Return a number as Python reads it: 1,234.5 and 8,706 (a comma for the point) too."""
-    if re.fullmatch(r"\d{1,3}(,\d{3})+(\.\d+)?", said) and ("." in said or said.count(",") > 1):
-        return said.replace(",", "")
-    return said.replace(",", ".") if said.count(",") == 1 and "." not in said else said
+# A number with a point before its fraction, and one with a comma. Both know thousands in groups.
+_POINT = re.compile(r"\d+(\.\d*)?|\.\d+|[1-9]\d{0,2}(,\d{3})+(\.\d*)?")
+_COMMA = re.compile(r"\d+(,\d*)?|,\d+|[1-9]\d{0,2}(\.\d{3})+(,\d*)?")
+_LEADING = re.compile(r"[\d.,]*\d[.,]?")
+_WHOLE = re.compile(r"(\b|_)([KM]i?B|bytes?)\b", re.IGNORECASE)  # no one gives thousandths of these
 
 
-def _size(said: str, heading: str, label: str, name: str) -> int | None:
+class _Numbers:
+    """How the numbers of a table are written: with decimal points, or with decimal commas.
+
+    A column's own numbers say it, else those of the other columns. notes say what was assumed.
+    """
+
+    def __init__(self, rows: Sequence[Sequence[str]], columns: Mapping[str, int]) -> None:
+        self.notes: list[str] = []
+        # The sign before a fraction, by column; None where each number is read by itself.
+        self._decimal: dict[str, str | None] = {}
+        undecided: dict[str, list[str]] = {}
+        seen: set[str] = set()
+        for key, i in columns.items():
+            cells = [row[i].strip() for row in rows[1:] if i < len(row)]
+            numbers = [m[0] for cell in cells if (m := _LEADING.match(cell))]
+            found = {sign for n in numbers if (sign := _decimal_of(n))}
+            if key in ("label", "family"):
+                continue
+            seen |= found
+            if found:
+                self._decimal[key] = found.pop() if len(found) == 1 else None
+            else:
+                undecided[key] = [rows[0][i], *cells]
+        for key, (heading, *cells) in undecided.items():
+            self._decimal[key] = self._assumed(heading, cells, seen)
+
+    def _assumed(self, heading: str, cells: Sequence[str], others: set[str]) -> str | None:
+        """Return the decimal sign of a column in which every sign may be either."""
+        signs = {
+            sign for cell in cells if (m := _LEADING.match(cell)) for sign in ",." if sign in m[0]
+        }
+        is_whole = any(_WHOLE.search(text) for text in (heading, *cells))
+        if "," not in signs:
+            if others != {","} or not signs:
+                return "."
+            return "," if is_whole else None
+        if is_whole and "." not in signs:
+            return "."
+        if others == {",", "."} or (others == {","} and "." in signs):
+            return None
+        decimal = "." if "." in signs else next(iter(others), ",")
+        said = next(cell for cell in cells if "," in cell)
+        if others != {","}:
+            read = said.replace(",", "" if decimal == "." else ".")
+            self.notes.append(f"{heading.strip()!r}: {said} is read as {read}")
+        return decimal
+
+    def plain(self, key: str, said: str, what: str) -> str:
+        """Return a number of a column, and what follows it, as Python writes it.
+
+        what names the number. Raises ResultError where the table leaves open which one it is.
+        """
+        leading = _LEADING.match(said)
+        if leading is None:
+            return said
+        number, rest = leading[0], said[leading.end() :]
+        decimal = self._decimal[key]
+        is_point, is_comma = _POINT.fullmatch(number), _COMMA.fullmatch(number)
+        if decimal is None and is_point and is_comma and not number.isdigit():
+            raise ResultError(
+                f"{what} is {said!r}, and other numbers of the table have both signs, or another "
+                "one, before their fraction: write all with a decimal point"
+            )
+        if is_point and (decimal != "," or not is_comma):
+            return number.replace(",", "") + rest
+        if is_comma:
+            return number.replace(".", "").replace(",", ".") + rest
+        return said
+
+
+def _decimal_of(number: str) -> str | None:
+    """Return the sign before the fraction, "." or ","; None where it may be either, or neither."""
+    is_point, is_comma = _POINT.fullmatch(number), _COMMA.fullmatch(number)
+    if bool(is_point) == bool(is_comma):
+        return None
+    return "." if is_point else ","
+
+
+def _size(said: str, heading: str, label: str, numbers: "_Numbers", name: str) -> int | None:
     if said.lower() in _UNKNOWN:
         return None
-    text = _decimal(said.replace(" ", ""))
-    if re.search(r"\bGi?B\b|_gb$", heading, re.IGNORECASE) and re.fullmatch(r"[\d.]+", text):
-        text += "GiB" if "gib" in heading.lower() else "GB"
+    text = numbers.plain("n_bytes", said.replace(" ", ""), f"{name}: the size of {label}")
+    unit = re.search(r"(?:\b|_)([KMGT])(i?)B\b", heading, re.IGNORECASE)
+    if unit and re.fullmatch(r"[\d.]+", text):
+        text += f"{unit[1].upper()}{unit[2].lower()}B"
     try:
         return int(float(text)) if re.fullmatch(r"[\d.e+]+", text) else parse_size(text)
     except (ValueError, OverflowError, RamggufError):

@@ -247,13 +247,16 @@ class SequenceScore(FrozenModel):
 class BrokenSequence(FrozenModel):
     """A sequence whose logits held NaN or inf at n_broken targets, target first_broken first.
 
-    It is reported and never averaged: such a model computes no probabilities there.
+    in_model and in_reference say whose logits these were. It is reported and never averaged: such
+    a model computes no probabilities there.
     """
 
     index: NonNegative
     title: str | None = None
     n_broken: Positive
     first_broken: NonNegative
+    in_model: bool = True
+    in_reference: bool = False
 
 
 class Quantiles(FrozenModel):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ramgguf.core.errors import ResultError
 from ramgguf.core.inputs import read_text
+from ramgguf.evaluate.common_sequences import why_missing
 from ramgguf.evaluate.continuations import (
     TrajectoryResult,
     has_trajectories,
@@ -62,7 +63,11 @@ def _read(path: Path) -> Material:
             journal = read_journal(path)
             read = Material(results=journal.results(), embeddings=journal.embeddings)
         if not read.embeddings and not any(r.sequences for r in read.results):
-            raise ResultError(f"{path} has no evaluation with a finished sequence in it")
+            why = "; ".join(dict.fromkeys(filter(None, map(why_missing, read.results))))
+            raise ResultError(
+                f"{path} has no evaluation with a finished sequence in it"
+                + (f" ({why})" if why else "")
+            )
         return read
     text = _text(path)
     if path.suffix.lower() in TABLE_SUFFIXES:
@@ -110,7 +115,7 @@ def _lines_of_results(path: Path) -> tuple[EvalResult, ...]:
     if first["result"].get("schema") is None:
         return ()
     found = []
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.removesuffix("\n").split("\n"), start=1):
         name = f"{path}: line {number}"
         try:
             result = json.loads(line)["result"]

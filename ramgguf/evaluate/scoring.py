@@ -96,7 +96,7 @@ def score(
     try:
         for group in groups(runs, settings.loaded_reference):
             stage.score_group(group)
-        stage.finish()
+        stage.finish(runs)
     finally:
         progress.finish()
     return runs
@@ -161,10 +161,21 @@ class _Stage:
                     raise
                 left = [run for run in left if run.failure is None]
 
-    def finish(self) -> None:
-        """Give the file of saved logits its name."""
-        if self._writer is not None:
+    def finish(self, runs: Sequence[Run]) -> None:
+        """Give the file of saved logits its name.
+
+        Raises EngineError where windows are missing; where runs failed, that joins their failures.
+        """
+        if self._writer is None:
+            return
+        try:
             self._writer.finish()
+        except EngineError as e:
+            failed = [run for run in runs if run.failure is not None]
+            if not failed:
+                raise
+            for run in failed:
+                run.failure = f"{run.failure}; {e}"
 
     def _loaded(self, group: list[Run]) -> list[ModelFile]:
         """Return the files that the engine loads: the reference first, and once."""
@@ -304,6 +315,8 @@ class _Stage:
                 title=title,
                 n_broken=scored.n_broken,
                 first_broken=scored.first_broken,
+                in_model=scored.in_model,
+                in_reference=scored.in_reference,
             )
         else:
             found = SequenceScore(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ramgguf.core.errors import ResultError
+from ramgguf.evaluate.common_sequences import why_missing
 from ramgguf.evaluate.embedding_result import EmbeddingResult
 from ramgguf.evaluate.intervals import Estimate, estimate
 from ramgguf.evaluate.llama_statistics import LlamaStatistics
@@ -208,7 +209,7 @@ def _chosen(result: EvalResult, only: Collection[int] | None) -> tuple[SequenceS
         (s for s in result.sequences if only is None or s.index in only), key=lambda s: s.index
     )
     if not chosen:
-        why = f" ({result.failure})" if result.failure else ""
+        why = f" ({found})" if (found := why_missing(result)) else ""
         raise ResultError(f"{result.model.path}: no scored sequence to summarize{why}")
     return tuple(chosen)
 

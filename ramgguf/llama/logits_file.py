@@ -120,7 +120,7 @@ def _pack(x: Floats, packed: npt.NDArray[np.uint16]) -> None:
 
 
 class LogitsFile:
-    """A file that is open for reading. Raises EngineError where it is none, or cut short."""
+    """A file that is open for reading. Raises EngineError where it is none, or is damaged."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -149,6 +149,13 @@ class LogitsFile:
                 f"{format_count(self.layout.n_windows, 'window')}: it was cut short; make it again"
             )
         reading(path)
+        tokens = self.tokens
+        strange = np.flatnonzero((tokens < 0) | (tokens >= self.layout.n_vocab))
+        if len(strange):
+            raise EngineError(
+                f"{path} is damaged: token {strange[0]} of its text is {tokens[strange[0]]}, "
+                f"expected 0 … {self.layout.n_vocab - 1}; make it again"
+            )
         self._rows = _rows_of(path, self.layout)
 
     @property

@@ -223,7 +223,10 @@ class Divergences(FrozenModel):
 
 
 class Scored(FrozenModel):
-    """One model's scores of a sequence; n_broken targets, from first_broken on, had no numbers."""
+    """One model's scores of a sequence; n_broken targets, from first_broken on, had no numbers.
+
+    in_model and in_reference say whose logits gave none there.
+    """
 
     kind: Literal["scored"] = "scored"
     model: int
@@ -234,6 +237,8 @@ class Scored(FrozenModel):
     divergences: Divergences | None
     n_broken: int
     first_broken: int
+    in_model: bool = True
+    in_reference: bool = False
     seconds: float
     decode_seconds: float
 

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ramgguf import _core
+from ramgguf.core.errors import EngineError
 from ramgguf.llama.logits_file import LEAST_LOG_P, LogitsFile, write_rows
 from ramgguf.llama.model import LlamaModel, Logits
 from ramgguf.llama.protocol import TokenIds
@@ -138,7 +139,10 @@ def score_sequence(
                 logits = model.decode(ids[start:end], first_output=first_row - start)
                 found_before[id(model)] = logits = logits[: len(targets)]
             if number == 0 and saved is not None and len(targets):
-                saved.write(first_row, logits)
+                try:
+                    saved.write(first_row, logits)
+                except EngineError as e:
+                    raise EngineError(f"{model.path}: {e}") from None
             if log_p is not None:
                 found = row_pass.compare_stored(log_p, logits, targets)
                 out.divergences.append(found)

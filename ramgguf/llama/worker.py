@@ -195,7 +195,13 @@ class Session:
 def summarize(model: int, index: int, records: SequenceRecords) -> Scored:
     """Return the sums over a sequence's records; a sequence with broken targets has none."""
     scores, against = records.scores, records.divergences
-    broken = scores["broken"] if against is None else against["broken"]
+    broken = own = (scores["broken"] if against is None else against["broken"]) != 0
+    in_reference = False
+    if against is not None:
+        of_reference = against["reference"]["broken"] != 0
+        # A pair of sound rows is broken where the model excludes what the reference does not.
+        own = broken & ((against["candidate"]["broken"] != 0) | ~of_reference)
+        in_reference = bool(of_reference.any())
     n_broken = int(np.count_nonzero(broken))
     divergences = None
     if against is not None and not n_broken:
@@ -218,7 +224,9 @@ def summarize(model: int, index: int, records: SequenceRecords) -> Scored:
         token_nll="" if n_broken else encode_float32(scores["nll"]),
         divergences=divergences,
         n_broken=n_broken,
-        first_broken=int(np.argmax(broken != 0)),
+        first_broken=int(np.argmax(broken)),
+        in_model=bool(own.any()) or not n_broken,
+        in_reference=in_reference,
         seconds=records.seconds,
         decode_seconds=records.decode_seconds,
     )

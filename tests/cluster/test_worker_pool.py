@@ -20,6 +20,7 @@ from ramgguf.cluster import session_cache as tools
 from ramgguf.cluster.executors import connected
 from ramgguf.cluster.tasks import Done, EngineKey, Failed, RunnerKey, Task
 from ramgguf.core.errors import EngineError, PlanError
+from ramgguf.evaluate.evaluation import evaluate
 from ramgguf.evaluate.journal import read_results
 from ramgguf.gguf.identity import FileIdentity, same_file
 from ramgguf.gguf.reader import open_gguf
@@ -425,3 +426,30 @@ def test_quantize_takes_workers_only_for_passes(model: Path) -> None:
     done = CliRunner().invoke(application, arguments)
     assert done.exit_code == 2
     assert "--refine" in done.output
+
+
+def test_relative_files_of_logits_are_found_from_other_working_directories(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tiny_model(tmp_path / "base.gguf")
+    write_tiny_model(tmp_path / "near.gguf", noise=0.05)
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog " * 8)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(tmp_path)
+    with ProcessPoolExecutor(
+        1, mp_context=get_context("spawn"), initializer=os.chdir, initargs=(str(elsewhere),)
+    ) as executor:
+        saved = evaluate(
+            ["base.gguf"],
+            save_logits="base.kld",
+            text="text.txt",
+            n_ctx=64,
+            n_seq=2,
+            executor=executor,
+            threads=1,
+        )
+        there = evaluate(["near.gguf"], reference_logits="base.kld", executor=executor, threads=1)
+    here = evaluate(["near.gguf"], reference_logits="base.kld", threads=1)
+    assert (saved.failures, there.failures) == ((), ())
+    assert there.results[0].kld_mean == here.results[0].kld_mean

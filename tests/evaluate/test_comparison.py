@@ -325,7 +325,41 @@ def test_models_are_ranked_on_the_sequences_that_all_finished() -> None:
     )
     assert board.n_sequences == 124
     assert len({r.estimates["corpus_ppl"].value for r in board.rows}) == 1
-    assert any("NaN" in f and "4 sequences" in f for f in findings(board))
+    assert any(
+        f.startswith("b gave NaN or infinite logits in 4 sequences") for f in findings(board)
+    )
+
+
+def test_a_references_broken_sequences_are_said_of_it_once() -> None:
+    values = ordinary_ppl(1)
+    broken = tuple(
+        BrokenSequence(index=i, n_broken=9, first_broken=2, in_model=False, in_reference=True)
+        for i in range(4)
+    )
+    found = [
+        eval_result(
+            label,
+            values[4:],
+            indices=range(4, 128),
+            n_seq=128,
+            reference=("base", values[4:]),
+            kld=np.full(124, 0.1),
+        ).model_copy(update={"broken": broken})
+        for label in ("a", "b")
+    ]
+    said = [f for f in findings(board_of(*found)) if "NaN" in f]
+    assert len(said) == 1
+    assert said[0].startswith("base gave NaN or infinite logits in 4 sequences")
+
+
+def test_broken_sequences_say_why_a_model_is_not_ranked() -> None:
+    a, b = eval_result("a", ordinary_ppl(1)), eval_result("b", ordinary_ppl(2)[:3], n_seq=128)
+    broken = tuple(BrokenSequence(index=i, n_broken=9, first_broken=2) for i in range(3, 128))
+    update = {"broken": broken, "protocol": a.protocol}
+    said = findings(
+        board_of(a, a.model_copy(update={"model": b.model}), b.model_copy(update=update))
+    )
+    assert any("not ranked: b gave NaN or infinite logits in 125 sequences" in f for f in said)
 
 
 def test_too_few_sequences_leave_significance_unknown() -> None:

@@ -13,6 +13,7 @@ from ramgguf.core import wikitext
 from ramgguf.core.corpus import Corpus, Text, default_corpus
 from ramgguf.core.errors import EngineError
 from ramgguf.core.mix import by_domain
+from ramgguf.evaluate.continuations import trajectories
 from ramgguf.evaluate.corpora import DOMAIN_N_CTX, DOMAINS, LONG_N_CTX, NAMES, scored_texts
 from ramgguf.evaluate.domains import by_text, pooled
 from ramgguf.evaluate.evaluation import evaluate
@@ -65,6 +66,32 @@ def test_names_of_nothing_are_refused(model: Path) -> None:
         scored_texts(["code", "code"], model)
     with pytest.raises(EngineError, match="not several of these"):
         evaluate([model], corpus=["code"], text="x.txt")
+
+
+@pytest.mark.parametrize(
+    ("names", "n_ctx"),
+    [
+        (["a.txt", "./a.txt"], None),
+        (["a.txt", "b.txt"], None),
+        (["a.txt"], [64, 64]),
+        (["wikitext", "long"], 64),
+    ],
+)
+def test_one_text_under_two_names_is_refused(
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    names: list[str],
+    n_ctx: int | list[int] | None,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.txt", "b.txt"):
+        Path(name).write_text("The cat sat on the mat. " * 100)
+    with pytest.raises(EngineError, match="one text, twice in sequences of one length"):
+        evaluate([model], corpus=names, n_ctx=n_ctx, threads=1)
+    if len(names) > 1:
+        with pytest.raises(EngineError, match="one text, twice"):
+            trajectories([model], model, domains=names, threads=1)
 
 
 @pytest.fixture(scope="module")

@@ -15,10 +15,12 @@ from scipy.special import log_softmax, rel_entr
 
 from gguf_samples import finish_gguf
 from ramgguf.core.corpus import Corpus, default_corpus
-from ramgguf.core.errors import EngineError, GGUFError
+from ramgguf.core.errors import EngineError, GGUFError, ResultError
+from ramgguf.evaluate.eval_report import eval_report
 from ramgguf.evaluate.evaluation import Evaluation, identify, score_models
 from ramgguf.evaluate.protocol import EvalProtocol
-from ramgguf.evaluate.result import EvalResult, incomparable
+from ramgguf.evaluate.result import BrokenSequence, EvalResult, incomparable
+from ramgguf.evaluate.summary import summarize
 from ramgguf.evaluate.token_groups import TOKEN_CLASSES
 from ramgguf.llama import client
 from ramgguf.llama.model import LlamaModel
@@ -333,6 +335,29 @@ def test_broken_logits_are_reported_and_never_averaged(folder: Path, tmp_path: P
     assert len(result.broken) == 12
     assert result.broken[0].n_broken == 63
     assert result.kld_quantiles is None
+    assert all(b.in_model and not b.in_reference for b in result.broken)
+    (failure,) = got.failures
+    assert failure.endswith(
+        "nan.gguf: no sequence was scored (nan gave NaN or infinite logits in all 12 sequences)"
+    )
+
+
+def test_nan_of_a_reference_is_not_its_candidates_fault(folder: Path, tmp_path: Path) -> None:
+    broken = write_tiny_model(tmp_path / "nan.gguf", nan_in_output=True)
+    got = score_models([folder / "near.gguf"], reference=broken, protocol=RECIPE, threads=1)
+    (result,) = got.results
+    assert all(b.in_reference and not b.in_model for b in result.broken)
+    said = "near: no sequence was scored (nan gave NaN or infinite logits in all 12 sequences)"
+    assert eval_report(got.results).failures == (said,)
+    assert "near gave" not in got.failures[0]
+    with pytest.raises(ResultError, match="nan gave NaN or infinite logits in all 12 sequences"):
+        summarize(result)
+
+
+def test_broken_sequences_of_older_files_are_their_models() -> None:
+    found = BrokenSequence.model_validate_json('{"index":1,"n_broken":3,"first_broken":0}')
+    assert found.in_model
+    assert not found.in_reference
 
 
 def test_only_models_with_the_same_tokens_are_compared(folder: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from ramgguf.core.errors import EngineError
 from ramgguf.evaluate.evaluation import evaluate
 from ramgguf.evaluate.llama_statistics import KLD_QUANTILES, llama_statistics
 from ramgguf.evaluate.result import EvalResult
-from ramgguf.llama.logits_file import LogitsFile, pack_rows, part_of
+from ramgguf.llama.logits_file import Layout, LogitsFile, pack_rows, part_of
 from ramgguf.llama.model import LlamaModel
 from tiny_models import BOS, write_tiny_model
 
@@ -252,6 +252,26 @@ def test_an_interrupted_file_goes_on_and_is_whole(folder: Path, base_bytes: byte
         run(resume=True)
 
 
+def _one_window(token: int) -> bytes:
+    """A file of one window of four tokens, of which the third is this, and nine in all."""
+    ids = struct.pack("<3i4i", 4, 9, 1, 0, 8, token, 3)
+    return b"_logits_" + ids + bytes(2 * Layout(4, 9, 1).row_words)
+
+
+def test_ids_up_to_the_vocabulary_are_read(tmp_path: Path) -> None:
+    file = LogitsFile(write(tmp_path / "x.kld", _one_window(token=8)))
+    assert file.tokens.tolist() == [0, 8, 8, 3]
+
+
+def test_why_a_model_failed_is_said_beside_its_unfinished_file(tmp_path: Path) -> None:
+    broken = write_tiny_model(tmp_path / "nan.gguf", nan_in_output=True)
+    out = tmp_path / "nan.kld"
+    with pytest.raises(EngineError, match=r"nan\.gguf: logits that are NaN or infinite") as e:
+        evaluate([broken], save_logits=out, n_ctx=N_CTX, n_seq=N_WINDOWS, threads=1)
+    assert f"{part_of(out)} lacks 3 of 3 windows" in str(e.value)
+    assert not out.exists()
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
@@ -259,6 +279,8 @@ def test_an_interrupted_file_goes_on_and_is_whole(folder: Path, base_bytes: byte
         (b"GGUF" + bytes(40), "it is no file of llama-perplexity"),
         (b"_logits_" + struct.pack("<3i", 64, 259, 2) + bytes(100), "cut short"),
         (b"_logits_" + struct.pack("<3i", 64, -1, 2) + bytes(100), "makes no sense"),
+        (_one_window(token=9), "is damaged: token 2 of its text is 9, expected 0 … 8"),
+        (_one_window(token=-1), "is damaged: token 2 of its text is -1, expected 0 … 8"),
     ],
 )
 def test_files_that_are_none_are_named(tmp_path: Path, data: bytes, message: str) -> None:

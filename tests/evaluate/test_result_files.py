@@ -15,6 +15,7 @@ from ramgguf.core.errors import RamggufError, ResultError
 from ramgguf.evaluate.common_sequences import check_comparable
 from ramgguf.evaluate.comparison import compare_published
 from ramgguf.evaluate.leaderboard import Aggregate
+from ramgguf.evaluate.published_table import published_table
 from ramgguf.evaluate.result import quantiles
 from ramgguf.evaluate.result_files import read_material
 from ramgguf.llama.protocol import encode_float32
@@ -124,6 +125,16 @@ def test_other_files_are_refused_by_name(
     with pytest.raises(RamggufError, match=message) as raised:
         read_material([tmp_path / name])
     assert name in str(raised.value)
+
+
+def test_lines_of_whole_results_end_in_newlines_only(tmp_path: Path) -> None:
+    result = eval_result("a", ordinary_ppl(1)[:3])
+    text = result.text.model_copy(update={"name": "one\u2028two\u0085three"})
+    document = json.loads(result.model_copy(update={"text": text}).to_json())
+    line = json.dumps({"result": document}, ensure_ascii=False)
+    (tmp_path / "x.jsonl").write_text(f"{line}\n{line}\n", encoding="utf-8")
+    names = [r.text.name for r in read_material([tmp_path / "x.jsonl"]).results]
+    assert names == [text.name] * 2
 
 
 def test_missing_and_binary_files_are_refused_by_name(tmp_path: Path) -> None:
@@ -236,6 +247,42 @@ BF16 (unquantized),11.344,8.706,5,58.2 GB
 RAM v1 (best),9.930,9.084,4,15.9GB
 RAM,9.427,9.210,0,15.8 GB
 """
+
+
+NUMBERS = [  # header, two rows, then bytes and corpus PPL of both
+    ("size,ppl", "8540 MB,1234", "4920 MB,987.5", [(8.54e9, 1234), (4.92e9, 987.5)]),
+    ("size;ppl", "8,540 MB;1,234", "4,920 MB;987.5", [(8.54e9, 1234), (4.92e9, 987.5)]),
+    ("size;ppl", "8,540 MB;7.1", "4,920 MB;7.3", [(8.54e9, 7.1), (4.92e9, 7.3)]),
+    ("size;ppl", "8,540 MB;7", "4,920 MB;8", [(8.54e9, 7), (4.92e9, 8)]),
+    ("size (MB);ppl", "8,540;7", "4,920;8", [(8.54e9, 7), (4.92e9, 8)]),
+    ("size;ppl", "4,92 GB;8,706", "5,1 GB;9,123", [(4.92e9, 8.706), (5.1e9, 9.123)]),
+    ("size;ppl", "4,92 GB;1.234,5", "5 GB;987,5", [(4.92e9, 1234.5), (5e9, 987.5)]),
+    ("size;ppl", "4.920 MB;8,7", "5.120 MB;9,1", [(4.92e9, 8.7), (5.12e9, 9.1)]),
+    ("size;ppl", "4,92 GB;8.706", "5 GB;9.12", [(4.92e9, 8.706), (5e9, 9.12)]),
+    ("bytes;ppl", "4,920,000,000;8.7", "5,100,000,000;9.1", [(4.92e9, 8.7), (5.1e9, 9.1)]),
+]
+
+
+@pytest.mark.parametrize(("header", "a", "b", "expected"), NUMBERS)
+def test_commas_are_what_the_tables_numbers_say(
+    header: str, a: str, b: str, expected: list[tuple[float, float]]
+) -> None:
+    mark = ";" if ";" in header else ","
+    lines = (f"model{mark}{header}", f"a{mark}{a}", f"b{mark}{b}")
+    found, notes = published_table("\n".join(lines), name="t.csv")
+    assert [(x.n_bytes, x.corpus_ppl) for x in found] == expected
+    assert notes == ()
+
+
+def test_a_comma_that_no_number_explains_is_noted_or_refused() -> None:
+    _, notes = published_table("model;ppl\na;8,706\nb;9,123", name="t.csv")
+    assert notes == ("'ppl': 8,706 is read as 8.706",)
+    _, notes = published_table("model;size;ppl\na;5.5 GB;1,234\nb;6.1 GB;2,345", name="t.csv")
+    assert notes == ("'ppl': 1,234 is read as 1234",)
+    with pytest.raises(ResultError, match=r"corpus_ppl of a is '8\.706'.*write all with a decimal"):
+        published_table("model;size;ppl\na;4,92 GB;8.706\nb;5,1 GB;9.123", name="t.csv")
+    with pytest.raises(ResultError, match="corpus_ppl of c is '1,234'"):
+        published_table("model;ppl\na;4,92\nb;9.12\nc;1,234", name="t.csv")
 
 
 @pytest.mark.parametrize("form", ["comma", "bom", "semicolon", "tab", "pipe", "decimal comma"])

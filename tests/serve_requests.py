@@ -16,6 +16,7 @@ from ramgguf.deploy.footprint_formula import ContextShape
 from ramgguf.deploy.serving import Place, Server, Settings
 
 N_CONTEXT = 4096
+MOST_BYTES = Place().limits(N_CONTEXT).body_bytes
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 TOKENIZE, DETOKENIZE = "/extras/tokenize", "/extras/detokenize"
 TEMPLATE = (
@@ -38,7 +39,7 @@ WRONG_NUMBERS: dict[str, list[Any]] = {
     "temperature": [-1, "hot", 1e9], "top_p": [-0.1, 1.1], "min_p": [2], "typical_p": [0],
     "top_k": [-1, 1.5, 10**12], "repeat_penalty": [0, -1, 1e30], "presence_penalty": [3],
     "frequency_penalty": [-3], "mirostat_mode": [3], "mirostat_tau": [-1], "mirostat_eta": [0],
-    "seed": [-2, 2**32, 2**70], "max_tokens": [-1, N_CONTEXT + 1, 10**30], "n": [2, 0],
+    "seed": [-2, 2**32, 2**70], "max_tokens": [0, -1, N_CONTEXT + 1, 10**30], "n": [2, 0],
     "logit_bias": [{"x": 1}, {"999999": 1}, {"1": 1e9}, 5], "stop": [[""], [1], ["x"] * 17],
     "prompt": [None, 5, [], ["a", "b"], [[1]]], "stream": ["perhaps"], "no_such_option": [1],
 }  # fmt: skip
@@ -52,6 +53,38 @@ WRONG_CHATS: tuple[list[Any], ...] = (
     [{"role": "user", "content": "\x00", "x": 1}],
 )  # fmt: skip
 WRONG_TOKENS: tuple[list[Any], ...] = ([-1], [2**31], [2**62], [10**9], ["a"], [1.5])
+
+
+def many_wrong(n_bytes: int) -> tuple[tuple[str, bytes], ...]:
+    """Return paths, and bodies of n_bytes at most whose every element or key is wrong."""
+
+    def full(before: str, element: str, after: str) -> bytes:
+        n = (n_bytes - len(before) - len(after)) // (len(element) + 1)
+        return (before + ",".join([element] * n) + after).encode()
+
+    keys = ",".join(f'"k{i}":"x"' for i in range(n_bytes // 20))
+    ids = ",".join(f'"{i}":"x"' for i in range(n_bytes // 20))
+    hi = '"messages":[{"role":"user"'
+    return (
+        (CHAT, full('{"messages":[', "1", "]}")),
+        (CHAT, full('{"messages":[', "{}", "]}")),
+        (CHAT, full('{"messages":[', '{"role":"user"}', "]}")),
+        (CHAT, full(f'{{{hi},"content":[', "1", "]}]}")),
+        (CHAT, full(f'{{{hi},"content":[', '{"type":"text","text":""}', "]}]}")),
+        (CHAT, full(f'{{{hi},"tool_calls":[', "1", "]}]}")),
+        (CHAT, full(f'{{{hi},"tool_calls":[', "{}", "]}]}")),
+        (CHAT, full(f'{{{hi}}}],"tools":[', "1", "]}")),
+        (CHAT, full(f'{{{hi}}}],"tools":[', "{}", "]}")),
+        (CHAT, f"{{{hi},{keys}}}]}}".encode()),
+        (COMPLETIONS, full('{"stop":[', "1", "]}")),
+        (COMPLETIONS, full('{"prompt":[', "1", "]}")),
+        (COMPLETIONS, f"{{{keys}}}".encode()),
+        (COMPLETIONS, f'{{"logit_bias":{{{keys}}}}}'.encode()),
+        (COMPLETIONS, f'{{"logit_bias":{{{ids}}}}}'.encode()),
+        (DETOKENIZE, full('{"tokens":[', "-1", "]}")),
+    )
+
+
 OTHER_HOSTS = ("evil.example", "evil.example:80", "127.0.0.1.evil.example", "")
 OTHER_ORIGINS = ("https://evil.example", "null", "http://localhost.evil.example")
 
@@ -163,6 +196,7 @@ def hostile_requests() -> tuple[Hostile, ...]:
     ]
     paths = (COMPLETIONS, CHAT, TOKENIZE, DETOKENIZE)
     found += [Hostile("malformed", _posted(path, body)) for body in MALFORMED for path in paths]
+    found += [Hostile("many wrong", _posted(path, body)) for path, body in many_wrong(MOST_BYTES)]
     found += [Hostile("wrong chat", _posted(CHAT, {"messages": chat})) for chat in WRONG_CHATS]
     found += [Hostile("tokens", _posted(DETOKENIZE, {"tokens": ids})) for ids in WRONG_TOKENS]
     found += [

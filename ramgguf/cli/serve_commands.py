@@ -1,5 +1,6 @@
 """The command that serves a file to OpenAI clients: serve."""
 
+import os
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from ramgguf.deploy.serving import Place, Server, Settings, checked_settings, pl
 from ramgguf.report.serving import lines, summary
 
 _CONTEXT = 4096
+_KEY_VARIABLE = "RAMGGUF_API_KEY"
 
 
 def register(app: typer.Typer) -> None:
@@ -59,7 +61,7 @@ def serve(
     ] = None,
     api_key: Annotated[
         str | None,
-        typer.Option("--api-key", envvar="RAMGGUF_API_KEY", help="What clients must send."),
+        typer.Option("--api-key", envvar=_KEY_VARIABLE, help="What clients must send."),
     ] = None,
     allow_host: Annotated[
         list[str] | None,
@@ -101,6 +103,19 @@ def serve(
     """Serve a file to OpenAI clients, with settings that fit this machine or that check found."""
     terminal = opt.Terminal.make(quiet=quiet, as_json=as_json)
     signal.signal(signal.SIGTERM, _interrupt)
+    place = Place(
+        host=host,
+        port=port,
+        # Click ignores an empty variable, and the server would be open to all.
+        api_key=os.environ.get(_KEY_VARIABLE) if api_key is None else api_key,
+        safe_kernels=safe_kernels,
+        verbose=verbose,
+        hosts=tuple(allow_host or ()),
+        origins=tuple(allow_origin or ()),
+        max_tokens=max_tokens,
+        n_waiting=queue,
+        seconds=time_limit,
+    )
     model = terminal.fetched(model)
     if check is None:
         settings = planned_settings(
@@ -125,18 +140,6 @@ def serve(
         )
     settings = replace(
         settings, alias=alias or settings.alias, chat_format=chat_format or settings.chat_format
-    )
-    place = Place(
-        host=host,
-        port=port,
-        api_key=api_key,
-        safe_kernels=safe_kernels,
-        verbose=verbose,
-        hosts=tuple(allow_host or ()),
-        origins=tuple(allow_origin or ()),
-        max_tokens=max_tokens,
-        n_waiting=queue,
-        seconds=time_limit,
     )
     _serve(settings, place, terminal, as_json=as_json)
 

@@ -133,14 +133,31 @@ class Api:
         self._model, self._templates = model, Templates(front.limits)
         self._grammar_turn = asyncio.Lock()
         self._n_admitted = 0
+        self._tasks: set[asyncio.Task[None]] = set()
 
     async def try_template(self) -> None:
-        """Compile the file's template. Raises EngineError for one that cannot be."""
+        """Compile the file's template, or try the named format on one message.
+
+        Raises EngineError for a template that cannot be compiled, a format that makes no prompt.
+        """
         loaded = self._model.loaded
         assert loaded is not None  # the caller has loaded it
         try:
             await self._templates.start(loaded.chat)
+            if loaded.chat.template is None:
+                plain = Render(
+                    messages=[{"role": "user", "content": "Hi"}],
+                    tools=None,
+                    tool_choice=None,
+                    max_bytes=self._limits.prompt_bytes,
+                )
+                await self._templates.render(loaded.chat, plain)
         except RequestError as e:
+            if loaded.chat.template is None:
+                raise EngineError(
+                    f"the chat format {loaded.chat.name} makes no prompt here ({e.message}); "
+                    "choose another --chat-format"
+                ) from None
             raise EngineError(
                 f"{self._path}: llama.cpp cannot serve it ({e.message}); --chat-format chatml "
                 "serves it without its chat template"
@@ -191,6 +208,8 @@ class Api:
                 return await endpoint(request)
             except RequestError as e:
                 return _refusal(e)
+            except EngineError as e:  # a child cannot be started: memory is short
+                return _refusal(RequestError(503, f"{e}; try again"))
 
         return answer
 
@@ -230,8 +249,7 @@ class Api:
 
     async def _chat(self, request: Any) -> Any:
         asked = await read_body(request, ChatRequest, self._limits.body_bytes)
-        self._require_output(asked.max_tokens)
-        self._require_output(asked.max_completion_tokens)
+        self._require_output(asked.most_tokens)
         reply = ChatReply(self._alias)
         return await self._admitted(request, asked, reply, lambda: self._prompted(asked))
 
@@ -251,7 +269,7 @@ class Api:
         return await self._generate(
             asked,
             rendered.prompt,
-            asked.max_tokens or asked.max_completion_tokens,
+            asked.most_tokens,
             asked.stops + rendered.stop,
             add_special=rendered.add_bos,
             schema=None if asked.response_format is None else asked.response_format.schema_or_none,
@@ -274,8 +292,7 @@ class Api:
             id=self._model.next_id(),
             prompt=prompt,
             add_special=add_special,
-            max_tokens=max_tokens or 0,
-            limit=self._limits.max_tokens,
+            max_tokens=self._limits.max_tokens if max_tokens is None else max_tokens,
             stop=stop,
             grammar=grammar,
             sampling=asked.sampling(),
@@ -326,6 +343,7 @@ class Api:
             if not asked.stream:
                 return _json(await _unless_gone(request, _whole(job, reply)))
             first = await job.next()  # an error is an answer of its own status, not a stream
+            self._spawn(self._free_at_end(job))
             streams = True
             return StreamingResponse(
                 self._stream(job, first, reply, asked.with_usage),
@@ -335,6 +353,16 @@ class Api:
         finally:
             if not streams:
                 self._leave(job)
+
+    def _spawn(self, work: Any) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _free_at_end(self, job: Job) -> None:
+        """Free a stream's place when its job has ended: its client may never read the rest."""
+        await job.ended.wait()
+        self._n_admitted -= 1
 
     async def _submitted(self, prepare: Callable[[], Any]) -> Job:
         return await self._model.submit(await prepare())
@@ -362,7 +390,7 @@ class Api:
         except RequestError as e:
             yield as_event(error_body(e.message, e.status, e.code))
         finally:
-            self._leave(job)
+            job.abandon()
 
     async def _ask(self, request: Any, message: Tokenize | Detokenize) -> Any:
         self._admit()

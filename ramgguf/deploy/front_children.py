@@ -12,7 +12,7 @@ import sys
 from collections.abc import AsyncIterator
 from typing import Any
 
-from pydantic import BaseModel, TypeAdapter
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from ramgguf.core.errors import EngineError
 from ramgguf.core.units import format_count
@@ -62,17 +62,20 @@ class _Process:
 
     @classmethod
     async def start(cls, module: str) -> "_Process":
-        """Start a module's main."""
-        return cls(
-            await asyncio.create_subprocess_exec(
-                *PYTHON, "-c", f"from {module} import main; main()",
-                stdin=asyncio.subprocess.PIPE,
-                stdout=asyncio.subprocess.PIPE,
-                start_new_session=True,  # Ctrl-C is for the command
-                limit=_LINE_BYTES,
-                env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},
-            )
-        )  # fmt: skip
+        """Start a module's main. Raises EngineError when the system cannot, for want of memory."""
+        try:
+            return cls(
+                await asyncio.create_subprocess_exec(
+                    *PYTHON, "-c", f"from {module} import main; main()",
+                    stdin=asyncio.subprocess.PIPE,
+                    stdout=asyncio.subprocess.PIPE,
+                    start_new_session=True,  # Ctrl-C is for the command
+                    limit=_LINE_BYTES,
+                    env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},
+                )
+            )  # fmt: skip
+        except (OSError, MemoryError) as e:
+            raise EngineError(f"{module} cannot be started ({str(e) or 'out of memory'})") from None
 
     async def send(self, message: BaseModel) -> None:
         """Write a line; a child that is gone is noticed by who reads."""
@@ -155,6 +158,9 @@ class Model:
             await process.send(self._serve)
             line = await process.receive()
             answer = _LOADED.validate_json(line) if line else None
+        except ValidationError:
+            process.kill()
+            raise EngineError("the model's process answers with what is no message") from None
         except BaseException:
             process.kill()
             raise
@@ -172,9 +178,16 @@ class Model:
         task.add_done_callback(self._tasks.discard)
 
     async def _read(self, process: _Process) -> None:
-        """Hand answers to the request that waits for them; when the process ends, start another."""
+        """Hand answers to the request that waits for them; when the process ends, start another.
+
+        One whose answers are no messages is ended.
+        """
         while line := await process.receive():
-            answer = _ANSWER.validate_json(line)
+            try:
+                answer = _ANSWER.validate_json(line)
+            except ValidationError:
+                process.kill()
+                break
             if self._job is not None and answer.id == self._job.message.id:
                 self._job.answers.put_nowait(answer)
                 if not isinstance(answer, Piece):
@@ -195,7 +208,7 @@ class Model:
         while True:
             try:
                 await self.start()
-            except EngineError as e:
+            except (EngineError, OSError, MemoryError) as e:
                 print(f"the model cannot be loaded: {e}", file=sys.stderr)
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE)
@@ -261,6 +274,7 @@ class Model:
                     process.kill()
                     await process.reap()
         finally:
+            job.ended.set()
             self._job = None
             self._turn.release()
 

@@ -4,9 +4,17 @@ Every number has a range, and what is not known is refused: an option that does 
 than an error. Sampling options and their defaults are those of llama-cpp-python's server.
 """
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, StringConstraints, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    StringConstraints,
+    model_validator,
+)
 
 from ramgguf.core.documents import FrozenModel
 
@@ -59,20 +67,43 @@ class Limits(FrozenModel):
         return 4 * self.prompt_bytes + (64 << 10)
 
 
+_MOST_MESSAGES = 16_384  # of a chat, and parts of a message: each takes a kilobyte when it is read
+_MOST_TOOLS = 1024  # also calls of a message
+_MOST_BIASES = 1024
+
+_T = TypeVar("_T")
+# An error is kept for each wrong element, 1.3 kB of it: a list of all wrong ones took gigabytes.
+_List = Annotated[list[_T], Field(fail_fast=True)]
+
+
+def _of_few_biases(data: Any) -> Any:
+    if isinstance(data, dict) and len(data) > _MOST_BIASES:  # before each is looked at
+        raise ValueError(f"{len(data)} tokens, {_MOST_BIASES} at most")
+    return data
+
+
 _Stop = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 _Bias = Annotated[float, Field(ge=-100, le=100)]
 _TokenId = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,9}$")]
 
 
 class _Asked(BaseModel):
+    """An object of a request. It has at most one unknown key when it is validated.
+
+    An error is kept for each of these, too.
+    """
+
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True)
 
     @model_validator(mode="before")
     @classmethod
     def _without_ignored(cls, data: Any) -> Any:
-        if isinstance(data, dict):
-            return {key: value for key, value in data.items() if key not in _IGNORED}
-        return data
+        if not isinstance(data, dict):
+            return data
+        known = {field.alias or name for name, field in cls.model_fields.items()}
+        found = {key: data[key] for key in known & data.keys()}
+        unknown = next((key for key in data if key not in known and key not in _IGNORED), None)
+        return found if unknown is None else found | {unknown: data[unknown]}
 
 
 class StreamOptions(_Asked):
@@ -84,6 +115,16 @@ class ResponseFormat(_Asked):
     type: Literal["text", "json_object", "json_schema"]
     schema_: dict[str, JsonValue] | None = Field(default=None, alias="schema")
     json_schema: dict[str, JsonValue] | None = None
+
+    @model_validator(mode="after")
+    def _has_effect(self) -> Self:
+        if self.type == "text" and (self.schema_ is not None or self.json_schema is not None):
+            raise ValueError("type text has no schema; json_schema has one")
+        if not isinstance(self.schema_or_none, dict | None):
+            raise ValueError("json_schema.schema must be an object")
+        if self.type != "text" and self.schema_or_none is None:
+            raise ValueError("json_schema.schema must be an object, not null")
+        return self
 
     @property
     def schema_or_none(self) -> JsonValue:
@@ -101,7 +142,7 @@ class Generation(_Asked):
     model: str | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
-    stop: _Stop | Annotated[list[_Stop], Field(max_length=16)] | None = None
+    stop: _Stop | Annotated[_List[_Stop], Field(max_length=16)] | None = None
     n: Literal[1] | None = None
     temperature: float | None = Field(default=None, ge=0, le=10)
     top_p: float | None = Field(default=None, ge=0, le=1)
@@ -115,7 +156,7 @@ class Generation(_Asked):
     mirostat_tau: float | None = Field(default=None, gt=0, le=10)
     mirostat_eta: float | None = Field(default=None, ge=0.001, le=1)
     seed: int | None = Field(default=None, ge=0, lt=2**32)
-    logit_bias: Annotated[dict[_TokenId, _Bias], Field(max_length=1024)] | None = None
+    logit_bias: Annotated[dict[_TokenId, _Bias], BeforeValidator(_of_few_biases)] | None = None
     grammar: str | None = Field(default=None, pattern=r"^[^\x00]+$")
 
     @property
@@ -143,8 +184,8 @@ class Generation(_Asked):
 class CompletionRequest(Generation):
     """POST /v1/completions."""
 
-    prompt: str | Annotated[list[str], Field(min_length=1, max_length=1)] = ""
-    max_tokens: int | None = Field(default=16, ge=0)
+    prompt: str | Annotated[_List[str], Field(min_length=1, max_length=1)] = ""
+    max_tokens: int | None = Field(default=16, ge=1)
     echo: bool = False
     best_of: Literal[1] | None = None
     logprobs: None = None
@@ -171,11 +212,11 @@ class Message(_Asked):
     """One message of a chat; what else a template may look at is passed on."""
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | list[TextPart] | None = None
+    content: str | Annotated[_List[TextPart], Field(max_length=_MOST_MESSAGES)] | None = None
     name: str | None = None
     reasoning_content: str | None = None
     refusal: str | None = None
-    tool_calls: list[dict[str, JsonValue]] | None = None
+    tool_calls: Annotated[_List[dict[str, JsonValue]], Field(max_length=_MOST_TOOLS)] | None = None
     tool_call_id: str | None = None
 
     def for_template(self) -> dict[str, Any]:
@@ -189,11 +230,11 @@ class Message(_Asked):
 class ChatRequest(Generation):
     """POST /v1/chat/completions."""
 
-    messages: list[Message] = Field(min_length=1)
-    tools: list[dict[str, JsonValue]] | None = None
+    messages: _List[Message] = Field(min_length=1, max_length=_MOST_MESSAGES)
+    tools: Annotated[_List[dict[str, JsonValue]], Field(max_length=_MOST_TOOLS)] | None = None
     tool_choice: Literal["auto", "none"] | None = None
-    max_tokens: int | None = Field(default=None, ge=0)
-    max_completion_tokens: int | None = Field(default=None, ge=0)
+    max_tokens: int | None = Field(default=None, ge=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1)
     response_format: ResponseFormat | None = None
     logprobs: Literal[False] | None = None
     top_logprobs: None = None
@@ -211,6 +252,11 @@ class ChatRequest(Generation):
             raise ValueError("max_tokens and max_completion_tokens exclude each other")
         return self
 
+    @property
+    def most_tokens(self) -> int | None:
+        """The most tokens of the answer, by either name; None for as many as may be."""
+        return self.max_completion_tokens if self.max_tokens is None else self.max_tokens
+
 
 class TokenizeRequest(_Asked):
     """POST /extras/tokenize and /extras/tokenize/count."""
@@ -223,4 +269,4 @@ class DetokenizeRequest(_Asked):
     """POST /extras/detokenize."""
 
     model: str | None = None
-    tokens: list[Annotated[int, Field(ge=0, lt=2**31)]]
+    tokens: _List[Annotated[int, Field(ge=0, lt=2**31)]]

@@ -13,6 +13,7 @@ from pydantic import Field, TypeAdapter
 from ramgguf.core.errors import BudgetError, EngineError, ResultError
 from ramgguf.core.machine import Available
 from ramgguf.core.units import format_bytes
+from ramgguf.deploy.access import normal_host, normal_key, normal_origin
 from ramgguf.deploy.collapse_checks import KNOWN_TEXT
 from ramgguf.deploy.division_rooms import MemoryRequest
 from ramgguf.deploy.footprint import FootprintEstimator
@@ -180,6 +181,8 @@ class Place:
 
     safe_kernels None means: without llama.cpp's repacked kernels if it crashes with them. hosts and
     origins are allowed besides the loopback's; max_tokens None is the context.
+
+    Raises EngineError for a key, a host or an origin that no request can have.
     """
 
     host: str = "127.0.0.1"
@@ -193,9 +196,16 @@ class Place:
     n_waiting: int = 16
     seconds: float = 600
 
+    def __post_init__(self) -> None:
+        if self.api_key is not None:
+            object.__setattr__(self, "api_key", normal_key(self.api_key))
+        object.__setattr__(self, "hosts", tuple(map(normal_host, self.hosts)))
+        object.__setattr__(self, "origins", tuple(map(normal_origin, self.origins)))
+
     def limits(self, n_ctx: int, *, allow_grammars: bool = False) -> Limits:
         """Return what a request may take of a context."""
-        named = () if self.host in ("0.0.0.0", "::") else (self.host,)
+        any_host = self.host in ("", "0.0.0.0", "::")
+        named = () if any_host else (f"[{self.host}]" if ":" in self.host else self.host,)
         return Limits(
             prompt_bytes=prompt_bytes(n_ctx),
             max_tokens=min(self.max_tokens or n_ctx, n_ctx),

@@ -238,7 +238,7 @@ class Engine:
         try:
             for chunk in self._model.create_completion(
                 ids,
-                max_tokens=min(request.max_tokens or request.limit, self._n_ctx - len(ids)),
+                max_tokens=min(request.max_tokens, self._n_ctx - len(ids)),
                 stop=list(request.stop),
                 grammar=grammar or None,
                 stream=True,

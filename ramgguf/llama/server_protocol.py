@@ -82,7 +82,6 @@ class Generate(FrozenModel):
     prompt: str
     add_special: bool | None = None
     max_tokens: int
-    limit: int  # of max_tokens where the request names none
     stop: tuple[str, ...] = ()
     grammar: str | None = None
     sampling: dict[str, JsonValue] = Field(default_factory=dict)

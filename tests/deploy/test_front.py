@@ -3,18 +3,29 @@
 import asyncio
 import contextlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from ramgguf.core.errors import EngineError
 from ramgguf.deploy import front as fronts
+from ramgguf.deploy import front_children as children
 from ramgguf.deploy.front import Api, Front, bind
-from ramgguf.deploy.front_children import Job, RequestError, Templates
+from ramgguf.deploy.front_children import Job, Model, RequestError, Templates
 from ramgguf.deploy.front_replies import error_body
-from ramgguf.deploy.front_requests import GRAMMAR_BYTES, Limits, prompt_bytes, request_bytes
+from ramgguf.deploy.front_requests import (
+    GRAMMAR_BYTES,
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    Limits,
+    prompt_bytes,
+    request_bytes,
+)
 from ramgguf.llama.server_protocol import (
     ChatFormat,
     CheckGrammar,
@@ -30,6 +41,7 @@ from ramgguf.llama.server_protocol import (
     Tokenize,
     Tokens,
 )
+from serve_requests import many_wrong
 
 pytest.importorskip("starlette")
 
@@ -72,6 +84,7 @@ class StubModel:
         job = Job(self, message)  # type: ignore[arg-type]  # a stub, as far as a job asks
         for answer in self._answers(message):
             job.answers.put_nowait(answer)
+        job.ended.set()
         return job
 
 
@@ -95,6 +108,16 @@ class Fronted:
         headers: dict[str, str] | None = None,
     ) -> tuple[int, str, dict[str, str]]:
         """Return status, body and headers of the answer."""
+        return asyncio.run(self._answer(*self.request(path, body, method, headers)))
+
+    def request(
+        self,
+        path: str,
+        body: Any,
+        method: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> tuple[Any, bytes]:
+        """Return a request's scope and body."""
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         told = {"host": "localhost", "content-length": str(len(data))} | (headers or {})
         scope = {
@@ -102,10 +125,21 @@ class Fronted:
             "headers": [(k.encode(), v.encode("latin-1")) for k, v in told.items()],
             "query_string": b"", "http_version": "1.1", "scheme": "http", "server": ("h", 1),
         }  # fmt: skip
-        return asyncio.run(self._answer(scope, data))
+        return scope, data
 
     async def _answer(self, scope: Any, data: bytes) -> tuple[int, str, dict[str, str]]:
-        sent, parts = list[dict[str, Any]](), [data[:7], data[7:]]
+        sent = list[dict[str, Any]]()
+
+        async def send(message: dict[str, Any]) -> None:
+            sent.append(message)
+
+        await self.respond(scope, data, send)
+        headers = {k.decode(): v.decode() for k, v in sent[0]["headers"]}
+        return sent[0]["status"], b"".join(m.get("body", b"") for m in sent[1:]).decode(), headers
+
+    async def respond(self, scope: Any, data: bytes, send: Any) -> None:
+        """Have the application answer; send gets its messages."""
+        parts = [data[:7], data[7:]]
 
         async def receive() -> dict[str, Any]:
             if parts:
@@ -114,12 +148,7 @@ class Fronted:
             await asyncio.sleep(3600)
             raise AssertionError("nobody waits for so long")
 
-        async def send(message: dict[str, Any]) -> None:
-            sent.append(message)
-
         await self._app(scope, receive, send)
-        headers = {k.decode(): v.decode() for k, v in sent[0]["headers"]}
-        return sent[0]["status"], b"".join(m.get("body", b"") for m in sent[1:]).decode(), headers
 
     def line(self, path: str, body: Any, status: int = 400, **options: Any) -> str:
         """Return the error's line."""
@@ -157,7 +186,7 @@ def test_a_completion_has_openais_form_whole_and_as_a_stream() -> None:
     assert answer["usage"] == {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
     asked = front.model.asked[0]
     assert isinstance(asked, Generate)
-    assert (asked.prompt, asked.max_tokens, asked.limit, asked.stop) == ("x", 16, 50, ("q",))
+    assert (asked.prompt, asked.max_tokens, asked.stop) == ("x", 16, ("q",))
     options = {"stream": True, "stream_options": {"include_usage": True}, "echo": True}
     _, text, headers = front.ask(COMPLETIONS, {"prompt": ["x"]} | options)
     assert headers["cache-control"] == "no-store"
@@ -202,12 +231,23 @@ def test_health_tells_whether_the_model_is_loaded() -> None:
     assert front.ask("/health")[:2] == (503, '{"status":"loading"}')
 
 
+def _schema(schema: Any) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}
+
+
 @pytest.mark.parametrize(
     ("path", "body", "said"),
     [
         (COMPLETIONS, {"prompt": "é" * 51}, "the text has 102 bytes, more than 100"),
         (COMPLETIONS, {"max_tokens": 51}, "max_tokens is 51, more than 50"),
         (CHAT, chat(max_tokens=51), "max_tokens is 51, more than 50"),
+        (CHAT, chat(max_completion_tokens=51), "max_tokens is 51, more than 50"),
+        (COMPLETIONS, {"max_tokens": 0}, "max_tokens: Input should be greater than or equal to 1"),
+        (CHAT, chat(max_tokens=0), "max_tokens: Input should be greater than or equal to 1"),
+        (CHAT, chat(max_completion_tokens=0), "max_completion_tokens: Input should be greater"),
+        (CHAT, chat(response_format=_schema(None)), "json_schema.schema must be an object"),
+        (CHAT, chat(response_format=_schema(True)), "json_schema.schema must be an object"),
+        (CHAT, chat(response_format={"type": "text", "schema": {}}), "type text has no schema"),
         (CHAT, chat(max_tokens=1, max_completion_tokens=1), "exclude each other"),
         (CHAT, chat(top_logprobs=3), "logprobs is not supported"),
         (COMPLETIONS, {"logprobs": 1}, "logprobs is not supported"),
@@ -224,6 +264,36 @@ def test_what_is_out_of_range_never_reaches_the_model(path: str, body: Any, said
     front = Fronted()
     assert said in front.line(path, body)
     assert front.model.asked == []
+
+
+REQUESTS: dict[str, type[BaseModel]] = {
+    CHAT: ChatRequest, COMPLETIONS: CompletionRequest, "/extras/detokenize": DetokenizeRequest,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("path", "body"), many_wrong(1 << 20))
+def test_the_first_of_many_wrong_elements_ends_the_validation(path: str, body: bytes) -> None:
+    with pytest.raises(ValidationError) as caught:
+        REQUESTS[path].model_validate_json(body)
+    assert caught.value.error_count() <= 4  # of a union, one for each member
+
+
+@pytest.mark.parametrize("request_type", REQUESTS.values())
+def test_every_list_of_a_request_ends_at_its_first_error(request_type: type[BaseModel]) -> None:
+    def lists(schema: Any) -> Iterator[Any]:
+        if isinstance(schema, dict):
+            if schema.get("type") == "list":
+                yield schema
+            for key, value in schema.items():
+                if key != "definitions":  # that of any JSON, where nothing is wrong
+                    yield from lists(value)
+        elif isinstance(schema, list | tuple):
+            for value in schema:
+                yield from lists(value)
+
+    found = list(lists(request_type.__pydantic_core_schema__))
+    assert found
+    assert all(schema.get("fail_fast") for schema in found)
 
 
 def test_a_json_schema_needs_the_permission_too(rendered: list[Render]) -> None:
@@ -331,6 +401,125 @@ def test_a_stream_that_fails_later_ends_in_an_error_and_frees_its_place() -> Non
         assert status == 200
         last = [event for event in text.split("\n\n") if event][-1]
         assert json.loads(last.removeprefix("data: "))["error"]["message"] == "the process ended"
+
+
+def test_a_client_that_reads_nothing_keeps_no_place_when_its_job_has_ended() -> None:
+    front = Fronted(LIMITS.model_copy(update={"n_waiting": 0}))
+    begun = asyncio.Event()
+
+    async def stall(message: dict[str, Any]) -> None:
+        if message["type"] == "http.response.body":
+            begun.set()
+            await asyncio.sleep(3600)
+
+    async def scenario() -> tuple[int, str, dict[str, str]]:
+        stalled = asyncio.ensure_future(
+            front.respond(*front.request(COMPLETIONS, {"stream": True}), stall)
+        )
+        await begun.wait()
+        answer = await front._answer(*front.request(COMPLETIONS, {}))
+        stalled.cancel()
+        return answer
+
+    status, text, _ = asyncio.run(scenario())
+    assert status == 200, text
+
+
+def test_a_stream_keeps_its_place_until_its_job_has_ended() -> None:
+    front = Fronted(LIMITS.model_copy(update={"n_waiting": 0}))
+    job = Job(front.model, Tokenize(id=0, text=""))  # type: ignore[arg-type]  # the stub
+
+    async def scenario() -> tuple[int, int]:
+        front.api._admit()
+        front.api._spawn(front.api._free_at_end(job))
+        await asyncio.sleep(0.01)
+        before = front.api._n_admitted
+        job.ended.set()
+        await asyncio.sleep(0.01)
+        return before, front.api._n_admitted
+
+    assert asyncio.run(scenario()) == (1, 0)
+
+
+def test_a_format_that_makes_no_prompt_is_an_error_before_anybody_asks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def start(_: Any, __: ChatFormat) -> None: ...
+
+    async def render(_: Any, __: ChatFormat, ___: Render) -> Rendered:
+        raise RequestError(400, "no tokenizer")
+
+    monkeypatch.setattr(Templates, "start", start)
+    monkeypatch.setattr(Templates, "render", render)
+    front = Fronted()
+    with pytest.raises(EngineError, match=r"format chatml makes no prompt here \(no tokenizer\)"):
+        asyncio.run(front.api.try_template())
+    front.model.loaded.chat = FORMAT.model_copy(update={"template": "x"})  # may refuse one chat
+    asyncio.run(front.api.try_template())
+
+
+_WORKER = """
+import sys
+from ramgguf.llama.protocol import SystemInfo
+from ramgguf.llama.server_protocol import ChatFormat, Loaded
+
+def main():
+    sys.stdin.readline()
+    chat = ChatFormat(name="chatml", template=None, bos_token="", eos_token="", eos_id=-1)
+    print(Loaded(system=SystemInfo.model_construct(), chat=chat).model_dump_json(), flush=True)
+    if sys.stdin.readline():
+        print("what is no message", flush=True)
+        sys.stdin.readline()
+"""
+
+
+@pytest.mark.parametrize("error", [BlockingIOError(11, "try again"), MemoryError(), None])
+def test_the_model_is_loaded_again_also_when_the_system_cannot_start_it_once(
+    error: Exception | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "stub_worker.py").write_text(_WORKER)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    start, n_starts = asyncio.create_subprocess_exec, 0
+
+    async def flaky(*arguments: Any, **options: Any) -> Any:
+        nonlocal n_starts
+        n_starts += 1
+        if n_starts == 2 and error is not None:
+            raise error
+        return await start(*arguments, **options)
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", flaky)
+    monkeypatch.setattr(children, "_LOADED", TypeAdapter(Any))
+
+    async def scenario() -> None:
+        model = Model("stub_worker", SERVE, LIMITS)
+        await model.start()
+        job = await model.submit(Tokenize(id=0, text=""))  # the worker answers nonsense
+        async with asyncio.timeout(60):
+            with pytest.raises(RequestError, match="it is loaded again"):
+                await job.next()
+            while not model.is_ready:
+                await asyncio.sleep(0.05)
+        assert model._process is not None
+        for task in model._tasks:
+            task.cancel()
+        model._process.kill()
+        await model._process.reap()
+
+    asyncio.run(scenario())
+    assert n_starts == (2 if error is None else 3)
+
+
+def test_a_child_that_cannot_be_started_is_a_line_with_a_time_to_come_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def fail(*_: Any, **__: Any) -> None:
+        raise BlockingIOError(11, "try again")
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", fail)
+    status, text, headers = Fronted().ask(CHAT, chat())
+    assert (status, headers["retry-after"]) == (503, "1")
+    assert "ramgguf.llama.chat cannot be started" in json.loads(text)["error"]["message"]
 
 
 def test_more_requests_than_may_wait_are_refused_with_a_time_to_come_back() -> None:

@@ -415,9 +415,30 @@ def test_a_template_that_is_none_and_a_format_that_is_none_are_errors(
     broken = write_bigram_model(tmp_path / "broken.gguf", template="{% if %}", n_context=4096)
     with pytest.raises(EngineError, match=r"serve it \(TemplateSyntaxError"), _server(broken):
         pass
-    command = ["serve", str(model), "--context", "128", "--port", "0", "--chat-format", "no-such"]
-    done = CliRunner().invoke(app, command)
+    command = ["serve", str(model), "--context", "128", "--port", "0", "--chat-format"]
+    done = CliRunner().invoke(app, [*command, "functionary-v2"])
+    assert "format functionary-v2 makes no prompt here" in str(done.exception)
+    done = CliRunner().invoke(app, [*command, "no-such"])
     assert "'no-such' is no chat format of llama-cpp-python; it knows" in str(done.exception)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--api-key", ""], "is empty"),
+        (["--allow-host", "a*b"], "--allow-host 'a*b' is no host"),
+        (["--allow-origin", "https://x.org/page"], "is no origin"),
+    ],
+)
+def test_access_that_nobody_could_have_is_an_error_before_the_model_is_loaded(
+    options: Sequence[str], said: str, model: Path
+) -> None:
+    assert said in str(CliRunner().invoke(app, ["serve", str(model), *options]).exception)
+
+
+def test_an_empty_variable_is_no_open_server(model: Path) -> None:
+    done = CliRunner().invoke(app, ["serve", str(model)], env={"RAMGGUF_API_KEY": ""})
+    assert "the key of --api-key or RAMGGUF_API_KEY is empty" in str(done.exception)
 
 
 def test_kernels_and_context_are_imposed_where_llama_cpp_python_has_no_setting() -> None:

@@ -25,6 +25,7 @@ from serve_requests import (
     HUGE_SCHEMA,
     LEFT_RECURSION,
     MALFORMED,
+    MOST_BYTES,
     N_CONTEXT,
     NESTED,
     OTHER_HOSTS,
@@ -35,6 +36,7 @@ from serve_requests import (
     WRONG_TOKENS,
     Reply,
     ask,
+    many_wrong,
     model_pid,
     serve,
     until_ready,
@@ -227,6 +229,20 @@ def test_malformed_bodies_are_bad_requests(unharmed: Server, body: bytes) -> Non
         reply = ask(unharmed, path, body)
         assert reply.status == 400
         assert reply.line
+
+
+def test_a_body_of_wrong_elements_takes_a_part_of_what_is_planned(server: Server) -> None:
+    def peak() -> int:
+        status = Path(f"/proc/{server.pid}/status").read_text()
+        (line,) = [line for line in status.splitlines() if line.startswith("VmHWM")]
+        return 1024 * int(line.split()[1])
+
+    before = peak()
+    for path, body in many_wrong(MOST_BYTES):
+        reply = ask(server, path, body)
+        assert reply.status == 400
+        assert reply.line
+    assert peak() - before < 50_000_000
 
 
 def test_wrong_chats_and_tokens_are_bad_requests(unharmed: Server) -> None:

@@ -1,7 +1,12 @@
 """The server's children by themselves: requests to a stub model, grammars, chats as prompts."""
 
+import contextlib
 import ctypes
 import json
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -88,7 +93,7 @@ def answers(
 
 
 def generate(prompt: str, **options: Any) -> Generate:
-    return Generate(id=3, prompt=prompt, max_tokens=0, limit=10).model_copy(update=options)
+    return Generate(id=3, prompt=prompt, max_tokens=10).model_copy(update=options)
 
 
 def test_a_text_comes_in_pieces_and_ends_with_its_numbers() -> None:
@@ -252,6 +257,63 @@ def test_what_a_template_does_wrong_is_one_line(template: str, said: str) -> Non
     assert made.error is not None
     assert said in made.error
     assert "\n" not in made.error
+
+
+def test_a_named_format_has_no_place_for_tools() -> None:
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    for name in ("chatml", "chatml-function-calling", "functionary"):
+        for choice in ("auto", None):
+            made = _renderer(None, name)(_render(tools=tools, tool_choice=choice, max_bytes=1000))
+            assert made.error == (
+                f"the chat format {name} takes no tools; the template of a file may"
+            )
+        plain = _renderer(None, name)(_render(max_bytes=1000))
+        assert "hi" in plain.prompt
+        none = _render(tools=tools, tool_choice="none", max_bytes=1000)
+        assert _renderer(None, name)(none) == plain
+
+
+def test_a_format_that_needs_another_tokenizer_makes_no_prompt() -> None:
+    for name in ("functionary-v1", "functionary-v2"):
+        assert _renderer(None, name)(_render()).error is not None
+
+
+_LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+
+
+@contextlib.contextmanager
+def _looping(cpu_seconds: int) -> Iterator[subprocess.Popen[bytes]]:
+    """Start the process for templates, with one that does not end."""
+    code = f"from ramgguf.llama import chat; chat.CPU_SECONDS = {cpu_seconds}; chat.main()"
+    chat = ChatFormat(name=None, template=_LOOP, bos_token="", eos_token="", eos_id=-1)
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(chat.model_dump_json().encode() + b"\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == b"{}\n"
+        process.stdin.write(_render().model_dump_json().encode() + b"\n")
+        process.stdin.flush()
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def test_a_template_that_loops_ends_with_its_parent() -> None:
+    with _looping(1000) as process:
+        time.sleep(0.3)
+        assert process.poll() is None
+        assert process.stdin is not None
+        process.stdin.close()
+        assert process.wait(30) == 0
+
+
+def test_a_template_that_loops_ends_at_its_time_of_the_cpu() -> None:
+    with _looping(1) as process:
+        assert process.wait(60) == -signal.SIGXCPU
 
 
 def test_a_template_that_is_none_cannot_be_compiled() -> None:

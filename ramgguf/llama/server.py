@@ -8,6 +8,7 @@ the machine.
 import contextlib
 import os
 import queue
+import secrets
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -234,7 +235,8 @@ class Engine:
         self._n_generated = 0
         reason: Literal["stop", "length", "cancelled"] = "length"
         grammar = request.grammar and self._llama.LlamaGrammar.from_string(request.grammar)
-        options: dict[str, Any] = dict(request.sampling)
+        # Without a seed llama-cpp-python derives one from that of the request before.
+        options: dict[str, Any] = {"seed": secrets.randbits(32), **request.sampling}
         try:
             for chunk in self._model.create_completion(
                 ids,

@@ -115,6 +115,18 @@ def test_an_answer_ends_with_the_context() -> None:
     assert "maximum context length is 16 tokens, however the prompt has 16" in refused.message
 
 
+def test_a_request_without_a_seed_gets_one_of_its_own() -> None:
+    model = StubLlama()
+    answers(generate("x", sampling={"seed": 7}), model)
+    assert model.asked["seed"] == 7
+    seeds = set()
+    for _ in range(8):
+        answers(generate("x"), model)
+        seeds.add(model.asked["seed"])
+    assert len(seeds) == 8
+    assert all(0 <= seed < 1 << 32 for seed in seeds)
+
+
 def test_a_prompt_without_tokens_begins_with_bos_or_is_refused() -> None:
     model = StubLlama(bos=1)
     answers(generate("", add_special=False), model)

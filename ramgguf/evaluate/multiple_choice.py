@@ -1,7 +1,7 @@
 """Multiple-choice tasks by log-likelihood: which answers a model gives, and which are others now.
 
-A model answers with the choice of largest log p (accuracy), or of largest log p per byte of the
-choice (accuracy norm), as lm-evaluation-harness has them. Equal accuracy hides answers that
+A model answers with the choice of largest log p (accuracy), or of largest log p per character
+of the choice (accuracy norm), as lm-evaluation-harness has them. Equal accuracy hides answers that
 changed both ways: flips count these (Dutta et al. 2024, arXiv 2407.09141).
 """
 
@@ -12,7 +12,7 @@ from typing import Annotated, ClassVar
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import Field
+from pydantic import AliasChoices, Field
 
 from ramgguf.core.documents import Document, FrozenModel, NonNegative, Number
 from ramgguf.core.errors import EngineError
@@ -34,11 +34,17 @@ Bools = npt.NDArray[np.bool_]
 
 
 class ItemScore(FrozenModel):
-    """An item's log p of each choice, nats, under model and reference; n_bytes of each choice."""
+    """An item's log p of each choice, nats, under model and reference.
+
+    n_characters of each choice, without the space before it, are what lm-evaluation-harness divides
+    log p by; files that say n_bytes have the bytes with that space instead.
+    """
 
     task: str
     answer: NonNegative
-    n_bytes: tuple[NonNegative, ...]
+    n_characters: tuple[NonNegative, ...] = Field(
+        validation_alias=AliasChoices("n_characters", "n_bytes")
+    )
     log_p: tuple[Number, ...]
     reference_log_p: tuple[Number, ...] | None = None
 
@@ -115,7 +121,7 @@ def _reference(item: ItemScore) -> tuple[float, ...]:
 
 
 def _answer(item: ItemScore, log_p: Sequence[float], norm: bool) -> int:
-    values = np.array(log_p) / np.array(item.n_bytes) if norm else np.array(log_p)
+    values = np.array(log_p) / np.maximum(1, item.n_characters) if norm else np.array(log_p)
     return int(values.argmax())
 
 
@@ -213,7 +219,7 @@ def _answers(
                     ItemScore(
                         task=item.task,
                         answer=item.answer,
-                        n_bytes=tuple(len(c.encode()) for c in item.choices),
+                        n_characters=tuple(len(c.removeprefix(" ")) for c in item.choices),
                         log_p=scores[i],
                         reference_log_p=expected[i] if expected is not None else None,
                     )

@@ -307,7 +307,9 @@ def made(counts: dict[tuple[bool, bool], int]) -> TaskResult:
     """Return a result with so many items right under (reference, model)."""
     scores = {True: (-1.0, -2.0), False: (-2.0, -1.0)}
     items = [
-        ItemScore(task="made", answer=0, n_bytes=(4, 1), log_p=scores[m], reference_log_p=scores[r])
+        ItemScore(
+            task="made", answer=0, n_characters=(4, 1), log_p=scores[m], reference_log_p=scores[r]
+        )
         for (r, m), n in counts.items()
         for _ in range(n)
     ]
@@ -338,8 +340,21 @@ def test_mcnemar_tells_one_sided_flips_from_noise() -> None:
     exact = stats.binomtest(62, 100).proportion_ci(method="exact")
     found = worse.accuracy()
     assert (found.low, found.high) == pytest.approx((exact.low, exact.high), abs=0.01)
-    # per byte, the choice of four bytes wins where it has the smaller loss per byte
+    # per character, the choice of four wins where it has the smaller loss for each
     assert made({(True, True): 9, (False, False): 1}).accuracy(norm=True).value == 1
+
+
+def test_a_choice_counts_its_characters_without_the_space_before_it(
+    folder: Path, tmp_path: Path
+) -> None:
+    """As lm-evaluation-harness does, whose choices have the space apart."""
+    row = {"context": "Ort:", "choices": [" Zürich", "Ulm", " "], "answer": 0}
+    names = [write_items(tmp_path / "t.jsonl", row)]
+    (item,) = tasks([folder / "base.gguf"], names, threads=1).results[0].items
+    assert item.n_characters == (6, 3, 0)
+    older = item.model_dump(mode="json")
+    older["n_bytes"] = older.pop("n_characters")
+    assert ItemScore.model_validate(older) == item
 
 
 def test_the_table_names_tasks_models_and_flips(result: TaskResult) -> None:

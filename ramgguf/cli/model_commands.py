@@ -437,6 +437,7 @@ def measure(
 ) -> None:
     """Measure every tensor's rate–distortion curve and write it as JSON."""
     terminal = opt.Terminal.make(quiet=quiet, as_json=as_json)
+    opt.require_model(model)
     path = output or beside(model, f"{model_stem(model)}.rd.json")
     opt.refuse_existing(path, force=force)
     measured = api.measure(

@@ -12,7 +12,8 @@ from rich.console import Console
 from ramgguf.core import files
 from ramgguf.core.errors import PlanError
 from ramgguf.core.progress import Progress, Silent
-from ramgguf.gguf.hub import local_path
+from ramgguf.gguf.hub import local_path, parse_address
+from ramgguf.gguf.reader import open_gguf
 from ramgguf.plan import DEFAULT_MIN_SQNR_DB, OBJECTIVE_NAMES, TARGETS, PlanOptions
 from ramgguf.quantize import EFFORTS, Effort, default_effort
 from ramgguf.quants.encoders import DEFAULT_ENCODER, ENCODERS, Encoder
@@ -323,6 +324,12 @@ def effort(name: str | None, time: str | float | None, steps: Mapping[str, objec
     elif time is not None:
         refuse_idle(["--time"], "the steps of --effort fast take what they take")
     return level
+
+
+def require_model(model: Path) -> None:
+    """Raise the error of a model that is not there; outputs beside it are not to blame."""
+    if parse_address(model) is None and not model.exists():
+        open_gguf(model).close()
 
 
 def refuse_existing(*paths: Path | None, force: bool) -> None:

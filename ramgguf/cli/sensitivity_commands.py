@@ -66,6 +66,7 @@ def sensitivity(
     terminal = opt.Terminal.make(quiet=quiet, as_json=as_json)
     if sequences is not None and limit is not None:
         opt.refuse_idle(["--time"], "--sequences takes what it takes")
+    opt.require_model(model)
     path = output or beside(model, f"{model_stem(model)}.sens.json")
     reading(model)  # so that writing there is refused now, not after minutes of passes
     opt.refuse_existing(path, force=force)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 
 from ramgguf.core.errors import BudgetError, PlanError
 from ramgguf.core.units import format_bytes
@@ -108,7 +109,10 @@ class MemoryPlanner:
             except BudgetError as e:
                 if e.smallest is None:
                     raise
-                raise self._too_small(e.smallest) from None
+                types: Mapping[str, str] = {}
+                if projector is None:
+                    types = {a.name: a.format for a in plan_for(e.smallest).assignments}
+                raise self._too_small(e.smallest, types) from None
             footprint = self._planned(made)
             placed = place(footprint, Division(n_gpu_layers=0))
             excess = self._excess(placed)
@@ -212,8 +216,12 @@ class MemoryPlanner:
             beside=self._beside.uses(shape, mmproj),
         )
 
-    def _too_small(self, smallest: int | None) -> BudgetError:
-        """Return the error that names what takes the memory, and what would fit."""
+    def _too_small(
+        self, smallest: int | None, types: Mapping[str, str] = MappingProxyType({})
+    ) -> BudgetError:
+        """Return the error that names what takes the memory, and what would fit; types are those of
+        the smallest plan, where they are known.
+        """
         request, shape = self._request, self._request.shape
         use = self._footprint(shape, {}).use
         sequences = f" of each of {shape.n_seq} sequences" if shape.n_seq > 1 else ""
@@ -240,9 +248,9 @@ class MemoryPlanner:
         if smallest is not None:
             both = " of model and projector" if request.beside.projector is not None else ""
             message += f", and the smallest plan{both} is {format_bytes(smallest)}"
-        return BudgetError(f"{message}. {self._advice(smallest)}", smallest)
+        return BudgetError(f"{message}. {self._advice(smallest, types)}", smallest)
 
-    def _advice(self, known: int | None) -> str:
+    def _advice(self, known: int | None, types: Mapping[str, str]) -> str:
         """Return what to change: the context, the cache's type, the memory, or the floor.
 
         known is the smallest plan's bytes; until there is one, two bits per weight stand for it.
@@ -253,7 +261,7 @@ class MemoryPlanner:
         request, shape = self._request, self._request.shape
         total = (request.ram or 0) + (request.vram or 0)
         advice = []
-        longest = self.longest_context(smallest)
+        longest = self.longest_context(smallest, types=types)
         if 0 < longest < shape.n_ctx:
             about = "The" if known else "At about 2 bits per weight, the"
             advice.append(f"{about} largest context that fits is {longest}")
@@ -262,25 +270,32 @@ class MemoryPlanner:
             one, other = (self._footprint(s, {}).use.cache for s in (shape, smaller))
             if other < one:
                 advice.append(f"--cache-type q8_0 saves {format_bytes(one - other)}")
-        use = self._footprint(shape, {}).use
-        needed = smallest + use.total - use.weights
+        footprint = self._footprint(shape, types)
+        needed = smallest + footprint.use.total - footprint.use.weights + footprint.repacked
         if needed > total and not request.offloads:
             advice.append(f"or raise the memory to at least {format_bytes(needed * 1.002)}")
         advice.append("a lower --min-sqnr or more --formats allow smaller plans")
         return "; ".join(advice)
 
-    def longest_context(self, n_bytes: int, besides: Callable[[int], int] = lambda _: 0) -> int:
+    def longest_context(
+        self,
+        n_bytes: int,
+        besides: Callable[[int], int] = lambda _: 0,
+        types: Mapping[str, str] = MappingProxyType({}),
+    ) -> int:
         """Return the longest context with which a file of so many bytes fits; 0 if none does.
 
-        The bytes are shared among the tensors as in the source. besides is what else a context of
-        so many tokens takes.
+        The bytes are shared among the tensors as in these types, by default the source's. besides
+        is what else a context of so many tokens takes.
         """
         shape = self._request.shape
 
         def fits(n_ctx: int) -> bool:
             tried = ContextShape(n_ctx, shape.n_seq, shape.type_k, shape.type_v)
-            footprint = self._footprint(tried, {})
-            share = (n_bytes - self._header_bytes) / footprint.use.weights
+            footprint = self._footprint(tried, types)
+            # What kernels take again lies in no file.
+            stored = footprint.use.weights - footprint.repacked
+            share = (n_bytes - self._header_bytes) / stored
             overhead = footprint.overhead + besides(n_ctx)
             scaled = replace(footprint.scaled(share), overhead=overhead)
             return any(self._excess(place(scaled, s)) <= 0 for s in self._rooms.divisions(scaled))

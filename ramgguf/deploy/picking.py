@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Unpack
 
-from ramgguf.core.errors import BudgetError, EngineError
+from ramgguf.core.errors import BudgetError, EngineError, GGUFError
+from ramgguf.core.files import put_in_place
 from ramgguf.core.progress import Progress
 from ramgguf.core.units import format_bytes, format_count, format_seconds
 from ramgguf.deploy.checking import CheckRequest, check_file
@@ -23,6 +24,7 @@ from ramgguf.plan import PlanOptions, curve
 from ramgguf.plan.frontier_result import Frontier
 from ramgguf.plan.result import Plan
 from ramgguf.quantize import Effort, quantize, seconds_to_score
+from ramgguf.quantize.output_paths import default_output, free_output
 from ramgguf.quants.encoders import DEFAULT_ENCODER, EncoderName
 
 _MOST_ROUNDS = 4
@@ -105,9 +107,11 @@ class Picked:
     def _size(self) -> str:
         frontier = self.frontier
         ends = f"{format_bytes(frontier.start_bytes)} to {format_bytes(frontier.end_bytes)}"
+        plans = f"{format_count(len(frontier.steps) + 1, 'optimal plan')} from {ends}"
+        is_beyond = self.plan.n_bytes > frontier.end_bytes
+        which = f"beyond the {plans}" if is_beyond else f"the best of {plans} that fits"
         return (
-            f"size: {format_bytes(self.plan.n_bytes)}, {self.plan.bpw:.2f} bpw, the best of "
-            f"{format_count(len(frontier.steps) + 1, 'optimal plan')} from {ends} that fits (try "
+            f"size: {format_bytes(self.plan.n_bytes)}, {self.plan.bpw:.2f} bpw, {which} (try "
             f"{self.n_tried})"
         )
 
@@ -168,7 +172,7 @@ def pick(
     last one tried is left then.
     """
     start = clock()
-    model = local_path(model)
+    model, wanted = local_path(model), output
     measurement = measure(
         model, encoder=request.encoder, threads=threads, progress=progress,
         formats=options.get("formats"),
@@ -204,11 +208,23 @@ def pick(
                         f"the file by priors stays: finding its size took "
                         f"{format_seconds(clock() - start)}; give more with --time"
                     )
+            if wanted is None:
+                output = _renamed(output, model, plan, force=force)
+                found = found.model_copy(update={"path": str(output)})
             score = _score(output, model, request, threads, progress)
             return Picked(output, plan, frontier, found, score, n_tried, request)
         most = most if fewer is None else fewer
         factor *= 1.0 if slower is None else slower * _MARGIN
     raise BudgetError(f"{output}: {_reached(found, request)} after {_MOST_ROUNDS} tries")
+
+
+def _renamed(path: Path, model: Path, plan: Plan, *, force: bool) -> Path:
+    """Give the file of the last try the default name of its plan; return its path."""
+    if default_output(model, plan) == path:
+        return path
+    new = free_output(model, plan, force=force)
+    put_in_place(path, new, force=force, error=GGUFError)
+    return new
 
 
 def _improved(

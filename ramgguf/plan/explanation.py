@@ -120,6 +120,14 @@ def _check(plan: Plan, measurement: Measurement) -> None:
             f"the plan ({plan.encoder} encoder) was not made from this measurement "
             f"({measurement.encoder} encoder); plan again"
         )
+    planned, measured = (
+        None if one.imatrix is None else one.imatrix.encoding for one in (plan, measurement)
+    )
+    if planned != measured:
+        raise PlanError(
+            "the plan was not made from this measurement: importance matrix, Hessians or scales "
+            "are others; give the measurement that was made with the same"
+        )
 
 
 def _steps(group: Group, now: Assignment) -> tuple[Step | None, Step | None]:

@@ -21,6 +21,7 @@ from ramgguf.plan.frontier_result import (
     FrontierGroup,
     FrontierStep,
     FrontierTensor,
+    ends_before,
 )
 from ramgguf.plan.knapsack import hull
 from ramgguf.plan.objectives import Costing
@@ -183,6 +184,11 @@ def plan_at(
         bound = cost - frontier.end_price * (budget - n_bytes)
     assignments = _assignments(frontier, chosen)
     gap = max(0.0, 1 - max(0.0, bound) / cost) if cost > 0 else 0.0
+    notes = frontier.notes
+    if ends_before(frontier, budget):
+        end = f"{frontier.bpw(frontier.end_bytes):.2f} bpw"
+        more = "plans from the measurement use more of the budget"
+        notes = (*notes, f"the frontier ends at {end}; {more}")
     return Plan(
         ramgguf_version=frontier.ramgguf_version,
         source=frontier.source,
@@ -199,7 +205,7 @@ def plan_at(
         constraints=frontier.constraints,
         assignments=assignments,
         division=None if divided is None else divided.division(),
-        notes=frontier.notes,
+        notes=notes,
     )
 
 

@@ -133,3 +133,8 @@ class Frontier(Document):
     def bpw(self, n_bytes: int) -> float:
         """Bits per weight of the tensors' data in a file of so many bytes."""
         return 8 * (n_bytes - self.n_overhead_bytes) / self.n_weights
+
+
+def ends_before(frontier: Frontier, budget: int) -> bool:
+    """Return whether the budget has room for steps beyond the frontier's end."""
+    return budget > frontier.end_bytes and frontier.end_price > 0

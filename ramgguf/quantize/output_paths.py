@@ -1,13 +1,15 @@
 """Where outputs go: refused before any work, or named after what is in them."""
 
+import os
 import re
+from itertools import chain, count
 from pathlib import Path
 
 from ramgguf.core.errors import GGUFError
 from ramgguf.core.files import refuse_existing, require_disk_space
 from ramgguf.core.inputs import reading
 from ramgguf.gguf.hub import beside
-from ramgguf.gguf.shards import model_stem
+from ramgguf.gguf.shards import model_stem, shard_paths
 from ramgguf.plan.result import Plan
 
 
@@ -33,6 +35,7 @@ def require_output(
     reading(model)
     target = output or beside(model, model.name)
     if output is not None:
+        refuse_shard_name(output)
         refuse_existing(output, force=force, error=GGUFError)
         if splits and not force and (shards := shards_of(output)):
             raise GGUFError(f"{shards[0]}: exists; use --force to replace it")
@@ -54,3 +57,23 @@ def default_output(model: Path, plan: Plan) -> Path:
     """
     stem = re.sub(r"[-.](f32|f16|bf16)$", "", model_stem(model), flags=re.IGNORECASE)
     return beside(model, f"{stem}-ram-{plan.bpw:.2f}bpw.gguf")
+
+
+def free_output(model: Path, plan: Plan, *, force: bool) -> Path:
+    """Return the default name of the plan's output, with a number where that is taken and may not
+    be replaced: what took hours to make is not refused for its name.
+    """
+    first = default_output(model, plan)
+    if force:
+        return first
+    names = chain([first], (first.with_stem(f"{first.stem}-{n}") for n in count(2)))
+    return next(path for path in names if not os.path.lexists(path) and not shards_of(path))
+
+
+def refuse_shard_name(output: Path) -> None:
+    """Raise GGUFError where the output has the name of one shard of several."""
+    if len(shard_paths(output)) > 1:
+        raise GGUFError(
+            f"{output}: is the name of a shard, and readers would ask for the others; name the "
+            f"whole, {model_stem(output)}.gguf, with --split-max-size if there shall be shards"
+        )

@@ -22,7 +22,7 @@ from ramgguf.plan import PlanOptions, SizeLimit, SourceSize, size_limit
 from ramgguf.plan.result import Pin, Plan
 from ramgguf.quantize.feedback import fed_back, first_measure
 from ramgguf.quantize.kept_blocks import KeptBlocks
-from ramgguf.quantize.output_paths import check_destination, default_output
+from ramgguf.quantize.output_paths import check_destination, default_output, refuse_shard_name
 from ramgguf.quantize.preselection import MANY_WEIGHTS, measure_and_plan
 from ramgguf.quantize.shard_plans import plan_for_shards
 from ramgguf.quantize.verify import verify as verify_file
@@ -112,6 +112,8 @@ def quantize_once(
     with open_gguf(model, kind_check=True, or_projector=True) as plain:
         file = as_planned(plain, from_plan) if from_plan else with_scales(plain, options.scales)
         output = None if output is None else Path(output)
+        if output is not None:
+            refuse_shard_name(output)
         run = _Run(model, file, output, options)
         if from_plan is not None:
             if from_plan.quantized_inputs is None or options.before is not None:

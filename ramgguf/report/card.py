@@ -11,7 +11,7 @@ from ramgguf.plan.result import Plan
 from ramgguf.report.card_sources import Card, CardFile
 from ramgguf.report.check import markdown as check_markdown
 from ramgguf.report.grid import Field, grid_of, to_markdown
-from ramgguf.report.memory import remarks
+from ramgguf.report.memory import context_options, remarks
 from ramgguf.report.plans import after_planning, optimality
 from ramgguf.report.results import eval_markdown
 from ramgguf.report.roles import RoleTensors, largest_first
@@ -63,8 +63,18 @@ def _what(file: CardFile) -> str:
 
 def _use(card: Card) -> str:
     name = shell_word(card.file.names[0])
-    length = f" -c {card.check.n_ctx}" if card.check and card.check.passed else ""
-    commands = _block(f"llama-cli -m {name}{length}\nllama-server -m {name}{length}")
+    flags, planned = "", card.plan.memory if card.plan else None
+    if card.check is not None and card.check.passed:
+        flags = f" {context_options(card.check.n_ctx, 1, card.check.type_k, card.check.type_v)}"
+    elif planned is not None:
+        shape = planned.n_ctx, planned.n_seq, planned.type_k, planned.type_v
+        flags = f" {context_options(*shape)}"
+    if card.plan is not None and card.plan.division is not None:
+        flags += f" {card.plan.division.options}"
+    if card.file.is_embedding:
+        commands = _block(f"llama-embedding -m {name}\nllama-server --embedding -m {name}")
+    else:
+        commands = _block(f"llama-cli -m {name}{flags}\nllama-server -m {name}{flags}")
     if card.plan is None or card.plan.memory is None:
         return commands
     lines = "\n".join(
@@ -123,6 +133,12 @@ def _provenance(card: Card) -> str:
         if plan.imatrix is not None:
             weighed = f"{Path(plan.imatrix.path).name}, SHA-256 {plan.imatrix.sha256}"
             rows.append(("importance matrix", weighed))
+            for what, path, sha256 in (
+                ("Hessians", plan.imatrix.hessian_path, plan.imatrix.hessian_sha256),
+                ("column scales", plan.imatrix.scales_path, plan.imatrix.scales_sha256),
+            ):
+                if path is not None:
+                    rows.append((what, f"{Path(path).name}, SHA-256 {sha256}"))
         if plan.sensitivity_sha256 is not None:
             rows.append(("SHA-256 of the sensitivities", plan.sensitivity_sha256))
     rows += [
@@ -147,13 +163,18 @@ def _recipe(card: Card) -> Iterator[str]:
     hub = file.origin.hub or (plan.source.hub if plan else None)
     source = hub.address if hub else Path(plan.source.path).name if plan else "SOURCE.gguf"
     source, made = shell_word(source), shell_word(file.names[0])
+    whole, split = made, ""
+    if len(file.names) > 1:
+        whole = shell_word(f"{model_stem(Path(file.names[0]))}.gguf")
+        split = f" --split-max-size {file.largest_bytes}"
     if plan is not None and card.plan_name is not None:
         followed = shell_word(card.plan_name)
         yield "From the source and the plan:"
-        yield _block(f"ramgguf quantize {source} --plan {followed} -o {made}")
-        yield "The plan was made with these options, and the files named above:"
-        options = " ".join(map(shell_word, _options(plan)))
-        yield _block(f"--budget {plan.budget} {options}")
+        yield _block(f"ramgguf quantize {source} --plan {followed} -o {whole}{split}")
+        if plan.memory is None:
+            yield "The plan was made with these options, and the files named above:"
+            options = " ".join(map(shell_word, _options(plan)))
+            yield _block(f"--budget {plan.budget} {options}")
     types = recipe_types(file.recipe)
     yield "The same formats by llama.cpp's own encoders:"
     yield _block(

@@ -36,12 +36,15 @@ class Origin:
 class CardFile:
     """A GGUF model as a card shows it; names are those of its files, without folders.
 
-    base_models are repositories of the hub; quantized_from_them says that the file was made from
-    them, not only something that it was made from.
+    largest_bytes is the size of the largest of them; is_embedding: the model pools what it puts out
+    and generates nothing. base_models are repositories of the hub; quantized_from_them says that
+    the file was made from them, not only something that it was made from.
     """
 
     names: tuple[str, ...]
     n_bytes: int
+    largest_bytes: int
+    is_embedding: bool
     header_sha256: str
     sample_sha256: str
     recipe: Recipe
@@ -102,6 +105,8 @@ def _facts(file: GGUFFile) -> CardFile:
     return CardFile(
         names=tuple(p.name for p in file.paths),
         n_bytes=file.n_bytes,
+        largest_bytes=max(path.stat().st_size for path in file.paths),
+        is_embedding=bool(metadata.integer(f"{file.architecture}.pooling_type")),
         header_sha256=file.header_sha256,
         sample_sha256=file.sample_sha256,
         recipe=Recipe.of_file(file),

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from ramgguf.core.escape import html_text
 from ramgguf.core.units import format_bytes, format_count
-from ramgguf.plan.frontier_result import Frontier
+from ramgguf.plan.frontier_result import Frontier, ends_before
 from ramgguf.plan.result import Plan
 from ramgguf.report.grid import Field, Grid, grid_of, to_rich
 
@@ -77,6 +77,12 @@ def remarks(frontier: Frontier, plans: Sequence[Plan] = ()) -> list[str]:
     plans_found = format_count(len(frontier.steps) + 1, "optimal plan")
     lines = [f"{plans_found} of {format_count(len(frontier.tensors), 'tensor')}, {ends}"]
     for plan in plans:
+        if ends_before(frontier, plan.budget):
+            lines.append(
+                f"asked for {plan.budget:,} bytes: the curve ends at {plan.n_bytes:,}; "
+                "`ramgguf plan` makes larger plans"
+            )
+            continue
         gap = f"within {plan.gap:.1g} of the optimum" if plan.gap else "the optimum"
         lines.append(f"asked for {plan.budget:,} bytes: {plan.n_bytes:,}, proven {gap}")
     return lines + [f"note: {note}" for note in frontier.notes]

@@ -67,15 +67,21 @@ def print_memory(memory: MemoryBudget, division: Division | None, console: Conso
         console.print(f"note: {line}", soft_wrap=True)
 
 
+def context_options(n_ctx: int, n_seq: int, type_k: str, type_v: str) -> str:
+    """Return llama.cpp's options for n_seq sequences of n_ctx tokens, and for the cache's types."""
+    flags = f"-c {n_ctx * n_seq}"
+    flags += f" -np {n_seq}" if n_seq > 1 else ""
+    for option, name in (("-ctk", type_k), ("-ctv", type_v)):
+        flags += f" {option} {name.lower()}" if name != "F16" else ""
+    return flags
+
+
 def remarks(memory: MemoryBudget, division: Division | None) -> list[str]:
     """Return how the sizes are known, and which options llama.cpp runs it with.
 
     division is the plan's; plans of earlier versions have none.
     """
-    flags = f"-c {memory.n_ctx * memory.n_seq}"
-    flags += f" -np {memory.n_seq}" if memory.n_seq > 1 else ""
-    for option, name in (("-ctk", memory.type_k), ("-ctv", memory.type_v)):
-        flags += f" {option} {name.lower()}" if name != "F16" else ""
+    flags = context_options(memory.n_ctx, memory.n_seq, memory.type_k, memory.type_v)
     if division is None and memory.n_gpu_layers is not None:
         division = Division(n_gpu_layers=memory.n_gpu_layers)
     flags += f" {division.options}" if division is not None else ""

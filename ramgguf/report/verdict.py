@@ -1,5 +1,7 @@
 """The first line of a comparison: which file to take and why; then what to distrust."""
 
+import math
+
 from ramgguf.core.units import format_bytes, format_count
 from ramgguf.evaluate.eval_report import EvalReport
 from ramgguf.evaluate.leaderboard import KLD_CRITERIA, LABELS, Leaderboard, Pair, Row
@@ -100,6 +102,8 @@ def _by_kld(found: Recommendation, take: Row, rival: Row) -> str:
     criterion = "late_kld" if found.by == "late_kld" else "mean_kld"
     name = LABELS[criterion].removeprefix("mean ")
     if found.pair is not None and criterion in found.pair.ratios:
+        if not math.isfinite(found.pair.ratios[criterion].value):
+            return f"{name} {kld(take.estimates[criterion].value)}, and {rival.label} has none"
         times = ratio(found.pair.ratios[criterion])
         value, bracket, interval = times.partition(" (")
         return f"{name} {value} × {rival.label}’s{bracket}{interval}"

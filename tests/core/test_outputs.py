@@ -149,6 +149,20 @@ def test_a_folder_that_is_not_there_is_said_before_any_work(
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
+@pytest.mark.parametrize("command", ["measure", "sensitivity"])
+@pytest.mark.parametrize("model", ["nowhere/m.gguf", "https://huggingface.co/org/repo"])
+def test_a_model_that_is_not_there_is_named_not_its_outputs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str, model: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["ramgguf", command, model])
+    with pytest.raises(SystemExit) as done:
+        main()
+    assert done.value.code == 1
+    said = capsys.readouterr().err
+    assert "there is no folder" not in said
+    assert "is no file" in said or "is an address, not a file" in said, said
+
+
 def test_a_user_without_a_home_has_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     def none() -> Path:
         raise RuntimeError("Could not determine home directory.")

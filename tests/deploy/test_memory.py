@@ -7,14 +7,17 @@ import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from gguf import GGUFWriter
 from typer.testing import CliRunner
 
 import ramgguf
+import tiny_models
 from ramgguf.cli.app import app
 from ramgguf.core.errors import BudgetError, EngineError, PlanError
+from ramgguf.core.units import parse_size
 from ramgguf.deploy import MemoryLimit, MemoryRequest
 from ramgguf.deploy.division_rooms import DivisionRooms
 from ramgguf.deploy.footprint import CACHE_TYPES, Footprint, FootprintEstimator, parse_cache_types
@@ -215,6 +218,43 @@ def test_the_longest_context_named_fits_and_the_next_one_does_not(
     ).memory
     with pytest.raises(BudgetError):
         plan(measurement, MemoryLimit(MemoryRequest(ContextShape(longest + 256), limit)), **options)
+
+
+def test_what_is_advised_works_where_the_cpu_takes_a_tied_head_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kernels of the CPU keep a copy of a quantized head in another layout, of F16 none."""
+    for name, value in (("WIDTH", 256), ("FEED_FORWARD", 512), ("N_HEADS", 4)):
+        monkeypatch.setattr(tiny_models, name, value)
+    add = GGUFWriter.add_tensor
+
+    def all_but_the_head(self: GGUFWriter, name: str, *more: Any, **named: Any) -> None:
+        if name != "output.weight":
+            add(self, name, *more, **named)
+
+    monkeypatch.setattr(GGUFWriter, "add_tensor", all_but_the_head)
+    path = tiny_models.write_tiny_model(
+        tmp_path / "tied.gguf", weight_type="F16", extra_tokens=30004
+    )
+    measured = ramgguf.measure(path, formats=["Q4_0"], threads=1)
+
+    def planned(n_ctx: int, limit: int) -> Plan:
+        return plan(measured, MemoryLimit(MemoryRequest(ContextShape(n_ctx), limit)), min_sqnr_db=0)
+
+    with pytest.raises(BudgetError) as smallest:
+        plan(measured, 1, min_sqnr_db=0)
+    limit = _limit(path, ContextShape(3500), smallest.value.smallest or 0)
+    with pytest.raises(BudgetError) as caught:
+        planned(4096, limit)
+    said = str(caught.value)
+    longest = int(said.partition("context that fits is ")[2].partition(";")[0])
+    assert planned(longest, limit).memory
+    with pytest.raises(BudgetError):
+        planned(longest + 512, limit)
+    enough = parse_size(said.partition("memory to at least ")[2].partition(";")[0])
+    assert planned(4096, enough).memory
+    with pytest.raises(BudgetError):
+        planned(4096, int(0.985 * enough))
 
 
 def test_what_llama_cpp_cannot_load_is_estimated_and_says_so(tmp_path: Path) -> None:

@@ -131,6 +131,27 @@ def test_a_file_too_slow_in_its_trial_is_made_again_of_faster_formats(
     assert len(made) == 4
 
 
+def test_a_second_try_has_the_name_of_its_own_plan(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / model.name
+    source.write_bytes(model.read_bytes())
+    tries: list[Path] = []
+
+    def checked(path: Path, *arguments: Any, **named: Any) -> CheckResult:
+        found = check_file(path, *arguments, **named)
+        tries.append(path)
+        least = {"limit": (found.peak_bytes or 0) - 40_000}
+        return found.model_copy(update=least if len(tries) == 1 else {})
+
+    monkeypatch.setattr(picking, "check_file", checked)
+    picked = pick(source, None, _request(), threads=1, min_sqnr_db=0.0)
+    assert picked.n_tried == 2
+    assert picked.path.name == f"bigram-ram-{picked.plan.bpw:.2f}bpw.gguf"
+    assert picked.trial.path == str(picked.path)
+    assert set(tmp_path.glob("*.gguf")) == {source, picked.path}
+
+
 def test_an_effort_keeps_to_the_speed_or_the_file_before_it_stays(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,6 +20,7 @@ from ramgguf.plan.recipes import Recipe, pins_for
 from ramgguf.plan.result import Plan
 from ramgguf.quants import formats
 from ramgguf.quants.formats import SETS, expand
+from ramgguf.quants.imatrix import ImportanceSource
 from ramgguf.report.choices import print_explanation
 from ramgguf.report.plans import print_plan
 from ramgguf.report.tensor_types import recipe_types
@@ -204,6 +205,15 @@ def test_a_role_keeps_its_minimum_format() -> None:
     assert set(_formats(plan, "ffn_gate").values()) <= {"Q5_K", "Q6_K", "Q8_0", "F16"}
     assert set(_formats(plan, "ffn_up").values()) & {"Q2_K", "Q3_K", "Q4_K", "Q4_0"}
     assert plan.n_bytes <= BUDGET
+
+
+def test_a_measurement_with_other_error_weights_explains_nothing() -> None:
+    weights = ImportanceSource(path="i.gguf", sha256="1" * 64, n_entries=1)
+    plan = ramgguf.plan(MODEL, BUDGET)
+    for update in ({}, {"scales_path": "s.gguf", "scales_sha256": "2" * 64}):
+        weighed = weights.model_copy(update=update)
+        with pytest.raises(PlanError, match="importance matrix, Hessians or scales are others"):
+            ramgguf.explain(plan.model_copy(update={"imatrix": weighed}), MODEL)
 
 
 def test_an_explanation_s_steps_are_what_the_measurement_says() -> None:

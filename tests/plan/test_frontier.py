@@ -17,7 +17,7 @@ from ramgguf.core.errors import BudgetError
 from ramgguf.plan.frontier import knees
 from ramgguf.plan.frontier_result import Frontier
 from ramgguf.plan.knapsack import Choice, hull
-from ramgguf.report.frontier import cost_at, curve_svg, print_curve, rows
+from ramgguf.report.frontier import cost_at, curve_svg, print_curve, remarks, rows
 from ramgguf.report.plans import print_plan
 from ramgguf.report.terminal import PlainConsole
 from synthetic import measurement
@@ -140,6 +140,16 @@ def test_the_table_has_the_plans_asked_for_and_the_bound_is_no_higher_than_the_p
     assert plan.total_cost * 0.99 < bound <= plan.total_cost * (1 + 1e-9)
     assert cost_at(FRONTIER, FRONTIER.start_bytes - 1) is None
     assert cost_at(FRONTIER, FRONTIER.end_bytes + 1) is None
+
+
+def test_beyond_its_end_the_curve_claims_nothing() -> None:
+    beyond = ramgguf.plan(FRONTIER, 2 * FRONTIER.end_bytes)
+    assert any("the frontier ends at" in note for note in beyond.notes)
+    (line,) = [line for line in remarks(FRONTIER, [beyond]) if line.startswith("asked for")]
+    assert "`ramgguf plan` makes larger plans" in line
+    assert "proven" not in line
+    within = ramgguf.plan(FRONTIER, FRONTIER.end_bytes)
+    assert not any("the frontier ends at" in note for note in within.notes)
 
 
 def test_neither_curve_nor_plan_shows_an_interval_or_a_kld_that_nobody_measured() -> None:

@@ -3,7 +3,7 @@
 import importlib
 import re
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,14 @@ import made_results
 import ramgguf
 from gguf_samples import finish_gguf
 from ramgguf.cli.app import app
-from ramgguf.core.errors import PlanError, ResultError
+from ramgguf.core.errors import GGUFError, PlanError, ResultError
 from ramgguf.core.units import format_bytes
 from ramgguf.core.version import __version__
 from ramgguf.deploy.result import CheckResult
 from ramgguf.evaluate.result import EvalResult
 from ramgguf.gguf.reader import open_gguf
-from ramgguf.plan.result import MemoryUse, Plan
+from ramgguf.plan.result import Division, MemoryBudget, MemoryUse, Plan
+from ramgguf.quants.imatrix import ImportanceSource
 from ramgguf.report.card import model_card
 from ramgguf.report.card_sources import card
 
@@ -133,6 +134,63 @@ def test_the_commands_of_a_card_make_the_same_file(
     assert (tmp_path / "tiny.gguf").read_bytes() == before
     assert (tmp_path / "again.gguf").read_bytes() == before
     assert (tmp_path / "types.txt").read_text().count("\n") == 2
+
+
+def test_the_commands_have_the_options_that_the_file_was_tried_or_planned_with(made: Made) -> None:
+    f = made.folder
+    check = made.check.model_copy(update={"type_k": "Q8_0", "type_v": "Q8_0"})
+    check.save(f / "q8.json")
+    text = model_card(card(made.path, f / "plan.json", check=f / "q8.json"))
+    assert "llama-cli -m tiny.gguf -c 1024 -ctk q8_0 -ctv q8_0\n" in text
+    facts = card(made.path, f / "plan.json")
+    memory = MemoryBudget(
+        limit=10**9, limit_source="--memory", n_ctx=512, n_seq=2, type_k="F16", type_v="F16",
+        method="llama.cpp", ram=MemoryUse(weights=1, cache=2, compute=3, overhead=4),
+    )  # fmt: skip
+    update = {"memory": memory, "division": Division(n_gpu_layers=3)}
+    planned = replace(facts, plan=made.plan.model_copy(update=update))
+    text = model_card(planned)
+    assert "llama-cli -m tiny.gguf -c 1024 -np 2 -ngl 3\n" in text
+    assert "--budget" not in text  # which alone makes another plan
+    pooled = replace(facts, file=replace(facts.file, is_embedding=True))
+    assert "llama-embedding -m tiny.gguf\n" in model_card(pooled)
+
+
+def test_the_command_of_a_split_file_makes_shards_again(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("tiny-f16.gguf", "plan.json"):
+        (tmp_path / name).write_bytes((made.folder / name).read_bytes())
+    monkeypatch.chdir(tmp_path)
+    first = ramgguf.quantize(
+        tmp_path / "tiny-f16.gguf", output=tmp_path / "s.gguf", from_plan=made.plan,
+        split_max_bytes=16_000,
+    )  # fmt: skip
+    assert len(first.paths) > 1
+    before = {path.name: path.read_bytes() for path in first.paths}
+    text = model_card(card(first.paths[0], tmp_path / "plan.json"))
+    (command,) = re.findall(r"^ramgguf (quantize .* --plan .*)$", text, re.MULTILINE)
+    for path in first.paths:
+        path.unlink()
+    assert CliRunner().invoke(app, shlex.split(command)).exit_code == 0
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("s-*")} == before
+    with pytest.raises(GGUFError, match=r"is the name of a shard.* name the whole, s\.gguf"):
+        ramgguf.quantize(
+            tmp_path / "tiny-f16.gguf", output=first.paths[0], from_plan=made.plan, force=True
+        )
+
+
+def test_a_card_names_hessians_and_scales(made: Made) -> None:
+    facts = card(made.path, made.folder / "plan.json")
+    weighed = ImportanceSource(
+        path="/a/i.gguf", sha256="1" * 64, n_entries=1, hessian_path="/a/h.gguf",
+        hessian_sha256="2" * 64, scales_path="/a/s.gguf", scales_sha256="3" * 64,
+    )  # fmt: skip
+    text = model_card(replace(facts, plan=made.plan.model_copy(update={"imatrix": weighed})))
+    for what, name, digit in (
+        ("importance matrix", "i", "1"), ("Hessians", "h", "2"), ("column scales", "s", "3"),
+    ):  # fmt: skip
+        assert f"| {what} | {name}.gguf, SHA-256 {digit * 64} |" in text
 
 
 def test_a_card_of_the_file_alone_claims_less(made: Made) -> None:

@@ -23,8 +23,7 @@ from ramgguf.measure import measure
 from ramgguf.plan import PlanOptions, curve
 from ramgguf.plan.frontier_result import Frontier
 from ramgguf.plan.result import Plan
-from ramgguf.quantize import Effort, quantize, seconds_to_score
-from ramgguf.quantize.output_paths import default_output, free_output
+from ramgguf.quantize import Effort, default_output, free_output, quantize, seconds_to_score
 from ramgguf.quants.encoders import DEFAULT_ENCODER, EncoderName
 
 _MOST_ROUNDS = 4

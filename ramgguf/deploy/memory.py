@@ -111,7 +111,7 @@ class MemoryPlanner:
                     raise
                 types: Mapping[str, str] = {}
                 if projector is None:
-                    types = {a.name: a.format for a in plan_for(e.smallest).assignments}
+                    types = _types(plan_for(e.smallest))
                 raise self._too_small(e.smallest, types) from None
             footprint = self._planned(made)
             placed = place(footprint, Division(n_gpu_layers=0))
@@ -156,15 +156,14 @@ class MemoryPlanner:
                     fitting = made, placed, footprint
                 if number:
                     break
-            found = self._rooms.of(footprint, {a.name: a.format for a in made.assignments})
+            found = self._rooms.of(footprint, _types(made))
             rooms = found if number < _ROUNDS_BOTH_WAYS else smaller_rooms(rooms, found)
         if fitting is None:
             raise self._too_small(None)
         return fitting
 
     def _planned(self, made: Plan) -> Footprint:
-        types = {a.name: a.format for a in made.assignments}
-        return self._footprint(self._request.shape, types, made.mmproj)
+        return self._footprint(self._request.shape, _types(made), made.mmproj)
 
     def _no_division(
         self, plan_for: PlanAt, budget: int, rooms: Sequence[DivisionRoom], smallest: int
@@ -305,6 +304,11 @@ class MemoryPlanner:
             middle = (low + high + 1) // 2
             low, high = (middle, high) if fits(middle * CONTEXT_STEP) else (low, middle - 1)
         return low * CONTEXT_STEP
+
+
+def _types(plan: Plan) -> dict[str, str]:
+    """Return the format of each tensor, by name."""
+    return {a.name: a.format for a in plan.assignments}
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ def scored_texts(names: Sequence[str], model: Path) -> tuple[ScoredText, ...]:
 def refuse_equal(texts: Sequence[ScoredText], lengths: Sequence[int | None]) -> None:
     """Raise EngineError where one text would be read twice in sequences of one length.
 
-    Results are told apart by both: a model would be compared with itself.
+    Results have no other key than text and length: a model would be compared with itself.
     """
     seen: dict[tuple[str, int | None], str] = {}
     for each, length in itertools.product(texts, lengths):

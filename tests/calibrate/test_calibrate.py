@@ -494,8 +494,8 @@ def test_nothing_to_read_is_an_error_of_the_request(
     tiny: Path, tmp_path: Path, wrong: dict[str, int]
 ) -> None:
     for call in (
-        lambda: ramgguf.calibrate(tiny, tmp_path / "i.gguf", **wrong),  # type: ignore[arg-type]
-        lambda: ramgguf.sensitivity(tiny, **wrong),  # type: ignore[arg-type]
+        lambda: ramgguf.calibrate(tiny, tmp_path / "i.gguf", **wrong),  # type: ignore[arg-type]  # any of its numbers
+        lambda: ramgguf.sensitivity(tiny, **wrong),  # type: ignore[arg-type]  # any of its numbers
     ):
         with pytest.raises(EngineError, match="is the least"):
             call()

@@ -39,6 +39,16 @@ def run(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
     return done
 
 
+def ended(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: str
+) -> tuple[Any, str]:
+    """Run the command in this process; return its status, and what it said on stderr."""
+    monkeypatch.setattr(sys, "argv", ["ramgguf", *words])
+    with pytest.raises(SystemExit) as done:
+        main()
+    return done.value.code, capsys.readouterr().err
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a model, its curves and a plan."""
@@ -113,11 +123,9 @@ def test_two_outputs_are_never_one_file(
     before = sorted(path.name for path in tmp_path.iterdir())
     words = [*command.split(), *["--force"] * (forced and not command.startswith("eval"))]
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["ramgguf", *words])
-    with pytest.raises(SystemExit) as done:
-        main()
-    assert done.value.code == 1
-    assert "is named for two outputs" in capsys.readouterr().err
+    code, said = ended(monkeypatch, capsys, *words)
+    assert code == 1
+    assert "is named for two outputs" in said
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
@@ -141,11 +149,9 @@ def test_a_folder_that_is_not_there_is_said_before_any_work(
         (tmp_path / path.name).write_bytes(path.read_bytes())
     before = sorted(path.name for path in tmp_path.iterdir())
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["ramgguf", *command.split()])
-    with pytest.raises(SystemExit) as done:
-        main()
-    assert done.value.code == 1
-    assert "there is no folder none" in capsys.readouterr().err
+    code, said = ended(monkeypatch, capsys, *command.split())
+    assert code == 1
+    assert "there is no folder none" in said
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
@@ -154,11 +160,8 @@ def test_a_folder_that_is_not_there_is_said_before_any_work(
 def test_a_model_that_is_not_there_is_named_not_its_outputs(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str, model: str
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["ramgguf", command, model])
-    with pytest.raises(SystemExit) as done:
-        main()
-    assert done.value.code == 1
-    said = capsys.readouterr().err
+    code, said = ended(monkeypatch, capsys, command, model)
+    assert code == 1
     assert "there is no folder" not in said
     assert "is no file" in said or "is an address, not a file" in said, said
 
@@ -270,11 +273,8 @@ def test_no_input_of_any_kind_is_an_output(
     if forced and words[0] != "eval":  # which adds to its output
         words.append("--force")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["ramgguf", *words])
-    with pytest.raises(SystemExit) as done:
-        main()
-    said = capsys.readouterr().err
-    assert (done.value.code, said.count("error: ")) == (1, 1), said
+    code, said = ended(monkeypatch, capsys, *words)
+    assert (code, said.count("error: ")) == (1, 1), said
     if forced:
         assert "is an input of this command" in said or "is the source" in said, said
     else:

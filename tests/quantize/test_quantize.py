@@ -347,7 +347,7 @@ def test_what_is_no_budget_is_said(tmp_path: Path, budget: Any) -> None:
     measured = ramgguf.measure(source, threads=1)
     with pytest.raises(BudgetError, match="is no number of bytes, no text"):
         ramgguf.plan(measured, budget)
-    whole = ramgguf.plan(measured, np.int64(30_000), min_sqnr_db=0)  # type: ignore[arg-type]
+    whole = ramgguf.plan(measured, np.int64(30_000), min_sqnr_db=0)  # type: ignore[arg-type]  # no int
     assert whole.budget == 30_000
 
 
